@@ -1,0 +1,18 @@
+//! The shared vocabulary of the workspace: what a Mixtral-family model looks like, how its numbers are
+//! stored, and which part of it a rank owns. Every other crate speaks in these types; this one does no I/O
+//! and knows no file format, tensor name or device.
+//!
+//! Reading order: [`ids`], [`dtype`], [`config`], [`mapping`], [`recipe`].
+#![forbid(unsafe_code)]
+
+pub mod config;
+pub mod dtype;
+pub mod ids;
+pub mod mapping;
+pub mod recipe;
+
+pub use config::{ConfigError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme};
+pub use dtype::DType;
+pub use ids::{BlockId, ExpertId, LayerIdx, Rank, TokenId};
+pub use mapping::{Mapping, MappingError, RankCoords, even_split};
+pub use recipe::{Piece, Recipe};
