@@ -1,0 +1,92 @@
+//! Dummy weights: an element is a function of the seed, the Hugging Face name of its tensor and its index in the
+//! whole, unsharded tensor, so that every layout of ranks holds the same model. No math library is involved; the
+//! same few lines exist for every device.
+
+use mixtral_model::{DType, Piece};
+
+/// Hash of a tensor's name and the seed: FNV-1a over the name's bytes, started from the seed.
+#[must_use]
+pub fn key(seed: u64, name: &str) -> u64 {
+    name.bytes()
+        .fold(seed ^ 0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3))
+}
+
+/// A 32-bit integer mix with full avalanche.
+#[must_use]
+#[inline(always)]
+pub const fn mix(mut x: u32) -> u32 {
+    x ^= x >> 16;
+    x = x.wrapping_mul(0x7feb_352d);
+    x ^= x >> 15;
+    x = x.wrapping_mul(0x846c_a68b);
+    x ^ (x >> 16)
+}
+
+/// The factor that gives elements a standard deviation of 1/√`fan_in`: the sum of four uniform bytes has variance
+/// 4 · (256² − 1) / 12 = 21845.
+#[must_use]
+#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "one f32 constant is the contract")]
+pub fn scale(fan_in: usize) -> f32 {
+    (1.0 / (21_845.0 * fan_in as f64).sqrt()) as f32
+}
+
+/// Element `index` of a whole tensor, before rounding to its data type.
+#[must_use]
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the two halves of a 64-bit number")]
+pub fn element(key: u64, index: u64, scale: f32) -> f32 {
+    let (low, high) = (index as u32, (index >> 32) as u32);
+    let word = mix(low ^ (key as u32) ^ high.wrapping_mul(0x9e37_79b9)).wrapping_add((key >> 32) as u32);
+    let word = mix(word);
+    let sum = (word & 0xff) + ((word >> 8) & 0xff) + ((word >> 16) & 0xff) + (word >> 24);
+    // At most 1020: exact in f32.
+    (sum as f32 - 510.0) * scale
+}
+
+/// Whether the tensor is an RMSNorm weight, which is 1 everywhere.
+#[must_use]
+pub fn is_norm(name: &str) -> bool {
+    name.ends_with("norm.weight")
+}
+
+/// Row `row` (of the whole tensor) of a piece, rounded to `dtype` and widened.
+pub fn fill_row(seed: u64, piece: &Piece, row: usize, dtype: DType, out: &mut [f32]) {
+    if is_norm(&piece.source) {
+        out.fill(1.0);
+        return;
+    }
+    let (key, scale) = (key(seed, &piece.source), scale(piece.source_cols));
+    let first = row as u64 * piece.source_cols as u64 + piece.cols.start as u64;
+    for (index, value) in (first..).zip(out) {
+        *value = dtype.round(element(key, index, scale));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_pinned() {
+        let key = key(7, "model.layers.0.self_attn.q_proj.weight");
+        let scale = scale(4096);
+        let values: Vec<f32> = [0, 1, 4095, 4096, 1 << 33].map(|i| element(key, i, scale)).to_vec();
+        insta::assert_debug_snapshot!((key, scale, values));
+    }
+
+    #[test]
+    fn moments_are_those_of_the_contract() {
+        let key = key(0, "w");
+        let scale = scale(100);
+        let n = 200_000u64;
+        let (mut sum, mut squares) = (0.0f64, 0.0f64);
+        for i in 0..n {
+            let x = f64::from(element(key, i, scale));
+            sum += x;
+            squares += x * x;
+        }
+        let n = 200_000.0;
+        assert!((sum / n).abs() < 1e-3);
+        assert!(((squares / n).sqrt() - 0.1).abs() < 1e-3);
+    }
+}

@@ -1,0 +1,196 @@
+//! What one step computes: ragged sequences over a paged cache, decodes first.
+
+use mixtral_model::TokenId;
+
+use crate::{Limits, Program, RandomKey, SamplingParams};
+
+/// The inputs of one step. All arrays are those that a GPU step reads, in its layout; dead slots are −1.
+#[derive(Clone, Debug, Default)]
+pub struct StepInputs<'a> {
+    /// How many of the sequences are decodes (one token each); they come first.
+    pub num_decodes: usize,
+    /// Token ids `[T]`.
+    pub token_ids: Vec<i32>,
+    /// Position of each token in its sequence `[T]`.
+    pub positions: Vec<i32>,
+    /// Cache slot each token's key and value go to, `block · block_size + offset`, `[T]`.
+    pub slot_mapping: Vec<i32>,
+    /// Blocks of each sequence in order, `[S, max_blocks_per_seq]`, padded with −1.
+    pub block_table: Vec<i32>,
+    /// Tokens of each sequence with this step's included, `[S]`.
+    pub seq_lens: Vec<i32>,
+    /// Where each sequence's tokens start in `token_ids`, `[S + 1]`.
+    pub cu_query_lens: Vec<i32>,
+    /// The tokens whose logits are wanted, ascending, `[L]`.
+    pub logits_indices: Vec<i32>,
+    /// The draws wanted from those logits.
+    pub samples: Vec<SampleRequest<'a>>,
+    /// Whether the caller wants the logits themselves.
+    pub return_logits: bool,
+}
+
+/// One draw of a next token.
+#[derive(Clone, Debug)]
+pub struct SampleRequest<'a> {
+    /// Row of `logits_indices`.
+    pub row: usize,
+    /// How to draw.
+    pub params: SamplingParams,
+    /// The draw's place in the random sequence.
+    pub key: RandomKey,
+    /// The sequence's tokens so far, for the penalties.
+    pub tokens: &'a [TokenId],
+    /// How many of them were the prompt.
+    pub prompt_len: usize,
+}
+
+/// Inputs that a program cannot take.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum InputError {
+    /// More than the engine was built for.
+    #[error(
+        "the step has {found} {what}, but the engine was built for at most {limit}; build it with a larger --{flag}"
+    )]
+    OverLimit {
+        /// What there is too much of.
+        what: &'static str,
+        /// How much there is.
+        found: usize,
+        /// How much there may be.
+        limit: usize,
+        /// The build flag that sets the limit.
+        flag: &'static str,
+    },
+    /// An array of the wrong length.
+    #[error("step input `{name}` has {found} elements, expected {expected}")]
+    Length {
+        /// The array.
+        name: &'static str,
+        /// Its length.
+        found: usize,
+        /// The length it should have.
+        expected: usize,
+    },
+    /// A value outside its range.
+    #[error("step input `{name}`[{index}] is {value}, expected {expected}")]
+    Value {
+        /// The array.
+        name: &'static str,
+        /// Position in it.
+        index: usize,
+        /// The value.
+        value: i64,
+        /// What it may be.
+        expected: String,
+    },
+}
+
+impl StepInputs<'_> {
+    /// Tokens of the step.
+    #[must_use]
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Sequences of the step.
+    #[must_use]
+    pub fn num_seqs(&self) -> usize {
+        self.seq_lens.len()
+    }
+
+    /// Rows of logits of the step.
+    #[must_use]
+    pub fn num_logits(&self) -> usize {
+        self.logits_indices.len()
+    }
+
+    /// Checks the inputs against a program and a cache of `kv_blocks` blocks, so that a backend can index by them.
+    ///
+    /// # Errors
+    /// The first rule that they break.
+    pub fn check(&self, program: &Program, kv_blocks: usize) -> Result<(), InputError> {
+        let Limits { max_batch_size, max_num_tokens, max_seq_len, max_num_logits, block_size } = program.limits;
+        let over = |what, found, limit, flag| {
+            if found > limit { Err(InputError::OverLimit { what, found, limit, flag }) } else { Ok(()) }
+        };
+        let (tokens, seqs) = (self.num_tokens(), self.num_seqs());
+        over("tokens", tokens, max_num_tokens, "max-num-tokens")?;
+        over("sequences", seqs, max_batch_size, "max-batch-size")?;
+        over("rows of logits", self.num_logits(), max_num_logits, "max-num-tokens")?;
+        let width = program.limits.max_blocks_per_seq();
+        for (name, found, expected) in [
+            ("positions", self.positions.len(), tokens),
+            ("slot_mapping", self.slot_mapping.len(), tokens),
+            ("block_table", self.block_table.len(), seqs * width),
+            ("cu_query_lens", self.cu_query_lens.len(), seqs + 1),
+        ] {
+            if found != expected {
+                return Err(InputError::Length { name, found, expected });
+            }
+        }
+        let within = |name, values: &[i32], low: i64, high: i64| match values
+            .iter()
+            .position(|&v| i64::from(v) < low || i64::from(v) >= high)
+        {
+            None => Ok(()),
+            Some(index) => Err(InputError::Value {
+                name,
+                index,
+                value: i64::from(values[index]),
+                expected: format!("{low} to {}", high - 1),
+            }),
+        };
+        let int = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        within("token_ids", &self.token_ids, 0, int(program.vocab_size))?;
+        within("positions", &self.positions, 0, int(max_seq_len))?;
+        within("slot_mapping", &self.slot_mapping, -1, int(kv_blocks.saturating_mul(block_size)))?;
+        within("block_table", &self.block_table, -1, int(kv_blocks))?;
+        within("seq_lens", &self.seq_lens, 1, int(max_seq_len) + 1)?;
+        within("cu_query_lens", &self.cu_query_lens, 0, int(tokens) + 1)?;
+        within("logits_indices", &self.logits_indices, 0, int(tokens))?;
+        self.check_sequences(width, block_size, tokens)
+    }
+
+    fn check_sequences(&self, width: usize, block_size: usize, tokens: usize) -> Result<(), InputError> {
+        let wrong = |name, index, value: i32, expected: String| {
+            Err(InputError::Value { name, index, value: i64::from(value), expected })
+        };
+        let edges = &self.cu_query_lens;
+        if edges[0] != 0 {
+            return wrong("cu_query_lens", 0, edges[0], "0".to_owned());
+        }
+        let last = edges.len() - 1;
+        if usize::try_from(edges[last]) != Ok(tokens) {
+            return wrong("cu_query_lens", last, edges[last], tokens.to_string());
+        }
+        for (seq, edge) in edges.windows(2).enumerate() {
+            let (query_len, seq_len) = (edge[1] - edge[0], self.seq_lens[seq]);
+            if query_len < 1 || query_len > seq_len || seq < self.num_decodes && query_len != 1 {
+                let expected = format!("{} plus this sequence's 1 to {seq_len} tokens (1 for a decode)", edge[0]);
+                return wrong("cu_query_lens", seq + 1, edge[1], expected);
+            }
+            for (i, token) in (edge[0]..edge[1]).enumerate() {
+                // Both were checked to be within range above.
+                let (token, i) = (usize::try_from(token).unwrap_or(0), i32::try_from(i).unwrap_or(0));
+                let expected = seq_len - query_len + i;
+                if self.positions[token] != expected {
+                    return wrong("positions", token, self.positions[token], expected.to_string());
+                }
+            }
+            let needed = usize::try_from(seq_len).unwrap_or(0).div_ceil(block_size);
+            for (i, &block) in self.block_table[seq * width..][..needed].iter().enumerate() {
+                if block < 0 {
+                    return wrong("block_table", seq * width + i, block, "an allocated block".to_owned());
+                }
+            }
+        }
+        for (index, sample) in self.samples.iter().enumerate() {
+            if sample.row >= self.num_logits() {
+                let expected = format!("a row below {}", self.num_logits());
+                let value = i32::try_from(sample.row).unwrap_or(i32::MAX);
+                return wrong("samples", index, value, expected);
+            }
+        }
+        Ok(())
+    }
+}

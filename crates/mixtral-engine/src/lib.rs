@@ -1,0 +1,30 @@
+//! The engine's program as a value, and the trait of the backends that run it.
+//!
+//! `mixtral build` lowers a model to a [`Program`]: a list of operations over named buffers in which everything
+//! that can be known ahead is decided. The program prints as text, and that text is what an engine holds. A
+//! [`Backend`] interprets it; none of them knows Mixtral.
+//!
+//! Reading order: [`op`] (the operations and what each one computes, to the rounding), [`program`] (buffers,
+//! weights, limits), [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
+//! offsets and the closed-form memory plan), [`inputs`] (the ragged, paged inputs of a step), [`math`],
+//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`].
+#![forbid(unsafe_code)]
+
+pub mod backend;
+pub mod check;
+pub mod dummy;
+pub mod inputs;
+pub mod math;
+pub mod memory;
+pub mod op;
+pub mod program;
+pub mod sampling;
+pub mod text;
+
+pub use backend::{Backend, BackendError, StepOutputs, WeightSource, WeightView, Weights};
+pub use check::ProgramError;
+pub use inputs::{InputError, SampleRequest, StepInputs};
+pub use op::{Epilogue, Op, Rung};
+pub use program::{Buffer, ElemType, KvLayout, Limits, Program, Rows, Weight, WeightFormat};
+pub use sampling::{RandomKey, SamplingParams};
+pub use text::TextError;

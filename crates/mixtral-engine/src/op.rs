@@ -1,0 +1,383 @@
+//! The operations of a program, and what each computes.
+//!
+//! Notation: T tokens of the step, H hidden size, `round` is rounding to the model's data type (nearest, ties to
+//! even), everything else is f32. `dot` is the contract's dot product: 16 strided f32 lanes, lane l accumulating
+//! the products of elements l, l + 16, … by fused multiply-add in ascending order from +0, then summed by one
+//! fixed tree (l with l + 8, then + 4, + 2, + 1). A trailing partial group touches only its own lanes. The result
+//! therefore does not depend on how many tokens are in the step nor on the instruction set.
+//!
+//! Buffers are named; a field that holds a buffer's name says its shape. Operands that are not listed (token ids,
+//! positions, block table …) come from [`StepInputs`](crate::StepInputs). A fused operation equals the composition
+//! of its parts to the bit: every linear rounds its output once, fused or not.
+
+use mixtral_model::MoeNormalization;
+use serde::{Deserialize, Serialize};
+
+/// What a linear does with each f32 accumulator.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Epilogue {
+    /// `out = round(acc)`.
+    #[default]
+    Store,
+    /// `out = round(round(acc) + residual)`.
+    Residual,
+    /// `out = acc`, in f32: router and vocabulary logits.
+    F32,
+}
+
+/// One step of a linear's kernel ladder: up to `max_tokens` tokens, `plan` runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rung {
+    /// Largest token count of the rung.
+    pub max_tokens: usize,
+    /// The kernel plan's stable text form.
+    pub plan: String,
+}
+
+/// One operation. Field names are the keys of the program's text.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Op {
+    /// `out[t] = table[token_ids[t] − vocab_start]`; a token outside the table's rows gives zeros.
+    Embed {
+        /// Weight `[rows, H]`.
+        table: String,
+        /// First vocabulary id of the table.
+        vocab_start: usize,
+        /// Buffer `[T, H]`.
+        out: String,
+    },
+    /// RMSNorm over each row: `inv = 1 / sqrt(dot(x, x) / H + eps)`, `out = round(round(x · inv) · weight)`.
+    Norm {
+        /// Buffer `[n, H]`.
+        input: String,
+        /// Weight `[H]`.
+        weight: String,
+        /// Added to the mean square, rounded to f32.
+        eps: f64,
+        /// Buffer `[n, H]`.
+        out: String,
+    },
+    /// `out = round(a + b)`, element by element.
+    Add {
+        /// Buffer `[n, m]`.
+        a: String,
+        /// Buffer `[n, m]`.
+        b: String,
+        /// Buffer `[n, m]`; may be `b`.
+        out: String,
+    },
+    /// `acc[t][r] = dot(input[t], weight[r])`, then the epilogue. A weight of more than two dimensions is read as
+    /// the matrix `[product of the leading ones, last]`.
+    Linear {
+        /// Buffer `[n, K]`.
+        input: String,
+        /// Weight `[N, K]`.
+        weight: String,
+        /// Rows `[start, end)` of the weight that are used; all when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rows: Option<[usize; 2]>,
+        /// What becomes of the accumulator.
+        epilogue: Epilogue,
+        /// Buffer `[n, rows]`, for [`Epilogue::Residual`]; may be `out`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        residual: Option<String>,
+        /// Buffer `[n, rows]`; f32 for [`Epilogue::F32`].
+        out: String,
+        /// Kernels by token count; empty on the CPU.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ladder: Vec<Rung>,
+    },
+    /// Rotary embedding of the first `num_heads` heads of each row, in place, halves (i, i + d/2) paired:
+    /// `a' = round(a·cos − b·sin)`, `b' = round(b·cos + a·sin)`, each a plain f32 expression without fused
+    /// multiply-add. The angle is `position · inv_freq[i]` in f32 with `inv_freq[i] = 1 / theta^(2i/d)` computed in
+    /// f32; its sine and cosine are taken in f64 and rounded to f32.
+    Rope {
+        /// Buffer `[T, ≥ num_heads · d]`.
+        data: String,
+        /// Heads rotated.
+        num_heads: usize,
+        /// Base of the frequencies.
+        theta: f64,
+    },
+    /// `cache[layer].k[slot_mapping[t]] = key[t]`, likewise the values; a slot of −1 writes nothing.
+    WriteKv {
+        /// Buffer `[T, kv_heads · d]`.
+        key: String,
+        /// Buffer `[T, kv_heads · d]`.
+        value: String,
+        /// Layer of the cache, counted over this rank's.
+        layer: usize,
+    },
+    /// [`Op::Rope`] of the query and key heads, then [`Op::WriteKv`], on rows of `Q ‖ K ‖ V`. Only the query part
+    /// of `qkv` is defined afterwards.
+    RopeWriteKv {
+        /// Buffer `[T, (num_heads + 2 · kv_heads) · d]`.
+        qkv: String,
+        /// Query heads.
+        num_heads: usize,
+        /// Base of the frequencies.
+        theta: f64,
+        /// Layer of the cache, counted over this rank's.
+        layer: usize,
+    },
+    /// Causal attention of each token over its sequence's cache. For query position i, the visible keys are
+    /// `i − window < j ≤ i`, taken in ascending order: `s[j] = dot(q, k[j]) · (1/√d)`, `p[j] = exp(s[j] − max s)`,
+    /// `out = round((Σ p[j]·v[j]) / Σ p[j])`; both sums ascending over j in f32, the first by fused multiply-add.
+    Attention {
+        /// Buffer `[T, ≥ num_heads · d]`; the queries are its first columns.
+        query: String,
+        /// Query heads; head h reads KV head `h / (num_heads / kv_heads)`.
+        num_heads: usize,
+        /// Sliding window; absent is full attention.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        window: Option<usize>,
+        /// Layer of the cache, counted over this rank's.
+        layer: usize,
+        /// Buffer `[T, num_heads · d]`.
+        out: String,
+    },
+    /// `probs = softmax(logits)` over each row: `exp(x − max)`, divided by their sum in ascending order.
+    Softmax {
+        /// Buffer f32 `[T, E]`.
+        logits: String,
+        /// Buffer f32 `[T, E]`.
+        probs: String,
+    },
+    /// The k largest of each row, ties to the lower id, listed in ascending id. With `renorm` their values are
+    /// divided by their sum (taken in ascending id).
+    TopK {
+        /// Buffer f32 `[T, E]`.
+        probs: String,
+        /// How the values are scaled.
+        normalization: MoeNormalization,
+        /// Layer of the model, for expert statistics.
+        layer: usize,
+        /// Buffer i32 `[T, k]`.
+        expert_ids: String,
+        /// Buffer f32 `[T, k]`.
+        expert_weights: String,
+    },
+    /// Lists the assignments `a = t·k + j` by expert, stable in a, for the local experts `[start, end)`:
+    /// `order[offsets[e − start] .. offsets[e − start + 1]]` are those of expert e.
+    ExpertSort {
+        /// Buffer i32 `[T, k]`.
+        expert_ids: String,
+        /// Local experts `[start, end)`.
+        experts: [usize; 2],
+        /// Buffer i32 `[1, end − start + 1]`.
+        offsets: String,
+        /// Buffer i32 `[T·k, 1]`.
+        order: String,
+    },
+    /// [`Op::Softmax`], [`Op::TopK`], [`Op::ExpertSort`].
+    Route {
+        /// Buffer f32 `[T, E]`.
+        logits: String,
+        /// How the values are scaled.
+        normalization: MoeNormalization,
+        /// Layer of the model, for expert statistics.
+        layer: usize,
+        /// Local experts `[start, end)`.
+        experts: [usize; 2],
+        /// Buffer i32 `[T, k]`.
+        expert_ids: String,
+        /// Buffer f32 `[T, k]`.
+        expert_weights: String,
+        /// Buffer i32 `[1, end − start + 1]`.
+        offsets: String,
+        /// Buffer i32 `[T·k, 1]`.
+        order: String,
+    },
+    /// Linear of each token by each of its local experts: row p of `out` is assignment `order[p]`, so rows lie
+    /// by expert. Per expert the weight holds up rows first, then gate rows. With `silu_mul` the two halves meet
+    /// in the epilogue (see [`Op::SiluMul`]) and `out` has I columns, else 2·I.
+    ExpertGateUp {
+        /// Buffer `[T, H]`.
+        input: String,
+        /// Weight `[experts, 2·I, H]`.
+        weight: String,
+        /// Buffer i32 `[1, experts + 1]`.
+        offsets: String,
+        /// Buffer i32 `[T·k, 1]`.
+        order: String,
+        /// Whether the epilogue applies SiLU·mul.
+        silu_mul: bool,
+        /// Buffer `[T·k, 2·I or I]`.
+        out: String,
+        /// Kernels by token count; empty on the CPU.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ladder: Vec<Rung>,
+    },
+    /// `out[c] = round(silu(gate) · up)` with `up = input[c]`, `gate = input[I + c]`, `silu(g) = g / (1 + exp(−g))`.
+    /// Rows past the last defined one are not read.
+    SiluMul {
+        /// Buffer `[n, 2·I]`.
+        input: String,
+        /// Buffer `[n, I]`.
+        out: String,
+    },
+    /// Linear of each assignment by its expert: row p of `input` is assignment `order[p]`, and that is the row of
+    /// `out` it goes to. Rows of assignments to experts elsewhere are left as they are.
+    ExpertDown {
+        /// Buffer `[T·k, I]`.
+        input: String,
+        /// Weight `[experts, H, I]`.
+        weight: String,
+        /// Buffer i32 `[1, experts + 1]`.
+        offsets: String,
+        /// Buffer i32 `[T·k, 1]`.
+        order: String,
+        /// Buffer `[T·k, H]`.
+        out: String,
+        /// Kernels by token count; empty on the CPU.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        ladder: Vec<Rung>,
+    },
+    /// `out[t] = round(residual[t] + Σ_j expert_weights[t][j] · input[t·k + j])`: the sum over local experts in
+    /// ascending id from +0, each term by fused multiply-add, the residual added last. With `norm`, [`Op::Norm`] of
+    /// `out` follows.
+    Combine {
+        /// Buffer `[T·k, H]`.
+        input: String,
+        /// Buffer i32 `[T, k]`.
+        expert_ids: String,
+        /// Buffer f32 `[T, k]`.
+        expert_weights: String,
+        /// Local experts `[start, end)`.
+        experts: [usize; 2],
+        /// Buffer `[T, H]`; may be `out`.
+        residual: String,
+        /// Buffer `[T, H]`.
+        out: String,
+        /// The RMSNorm that follows.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        norm: Option<FusedNorm>,
+    },
+    /// `out[l] = input[logits_indices[l]]`.
+    GatherRows {
+        /// Buffer `[T, H]`.
+        input: String,
+        /// Buffer `[L, H]`.
+        out: String,
+    },
+    /// Draws the next token of every sequence that asks for one (see [`crate::sampling`]); columns past
+    /// `vocab_size` are padding and never drawn.
+    Sample {
+        /// Buffer f32 `[L, ≥ vocab_size]`.
+        logits: String,
+    },
+}
+
+/// The RMSNorm inside a fused operation; see [`Op::Norm`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FusedNorm {
+    /// Weight `[H]`.
+    pub weight: String,
+    /// Added to the mean square.
+    pub eps: f64,
+    /// Buffer `[n, H]`.
+    pub out: String,
+}
+
+impl Op {
+    /// The operation's name in the program's text.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Op::Embed { .. } => "embed",
+            Op::Norm { .. } => "norm",
+            Op::Add { .. } => "add",
+            Op::Linear { .. } => "linear",
+            Op::Rope { .. } => "rope",
+            Op::WriteKv { .. } => "write_kv",
+            Op::RopeWriteKv { .. } => "rope_write_kv",
+            Op::Attention { .. } => "attention",
+            Op::Softmax { .. } => "softmax",
+            Op::TopK { .. } => "top_k",
+            Op::ExpertSort { .. } => "expert_sort",
+            Op::Route { .. } => "route",
+            Op::ExpertGateUp { .. } => "expert_gate_up",
+            Op::SiluMul { .. } => "silu_mul",
+            Op::ExpertDown { .. } => "expert_down",
+            Op::Combine { .. } => "combine",
+            Op::GatherRows { .. } => "gather_rows",
+            Op::Sample { .. } => "sample",
+        }
+    }
+
+    /// The buffers that the operation reads. An in-place operand is in both lists.
+    #[must_use]
+    pub fn reads(&self) -> Vec<&str> {
+        match self {
+            Op::Embed { .. } => vec![],
+            Op::Norm { input, .. } | Op::GatherRows { input, .. } | Op::SiluMul { input, .. } => vec![input],
+            Op::Add { a, b, .. } => vec![a, b],
+            Op::Linear { input, residual, .. } => {
+                let mut reads = vec![input.as_str()];
+                reads.extend(residual.as_deref());
+                reads
+            }
+            Op::Rope { data, .. } => vec![data],
+            Op::WriteKv { key, value, .. } => vec![key, value],
+            Op::RopeWriteKv { qkv, .. } => vec![qkv],
+            Op::Attention { query, .. } => vec![query],
+            Op::Softmax { logits, .. } | Op::Route { logits, .. } | Op::Sample { logits, .. } => vec![logits],
+            Op::TopK { probs, .. } => vec![probs],
+            Op::ExpertSort { expert_ids, .. } => vec![expert_ids],
+            Op::ExpertGateUp { input, offsets, order, .. } | Op::ExpertDown { input, offsets, order, .. } => {
+                vec![input, offsets, order]
+            }
+            Op::Combine { input, expert_ids, expert_weights, residual, .. } => {
+                vec![input, expert_ids, expert_weights, residual]
+            }
+        }
+    }
+
+    /// The buffers that the operation writes.
+    #[must_use]
+    pub fn writes(&self) -> Vec<&str> {
+        match self {
+            Op::Embed { out, .. }
+            | Op::Norm { out, .. }
+            | Op::Add { out, .. }
+            | Op::Linear { out, .. }
+            | Op::Attention { out, .. }
+            | Op::ExpertGateUp { out, .. }
+            | Op::SiluMul { out, .. }
+            | Op::ExpertDown { out, .. }
+            | Op::GatherRows { out, .. } => vec![out],
+            Op::Rope { data, .. } => vec![data],
+            Op::WriteKv { .. } | Op::Sample { .. } => vec![],
+            Op::RopeWriteKv { qkv, .. } => vec![qkv],
+            Op::Softmax { probs, .. } => vec![probs],
+            Op::TopK { expert_ids, expert_weights, .. } => vec![expert_ids, expert_weights],
+            Op::ExpertSort { offsets, order, .. } => vec![offsets, order],
+            Op::Route { expert_ids, expert_weights, offsets, order, .. } => {
+                vec![expert_ids, expert_weights, offsets, order]
+            }
+            Op::Combine { out, norm, .. } => {
+                let mut writes = vec![out.as_str()];
+                writes.extend(norm.as_ref().map(|n| n.out.as_str()));
+                writes
+            }
+        }
+    }
+
+    /// The weights that the operation reads.
+    #[must_use]
+    pub fn weights(&self) -> Vec<&str> {
+        match self {
+            Op::Embed { table, .. } => vec![table],
+            Op::Norm { weight, .. }
+            | Op::Linear { weight, .. }
+            | Op::ExpertGateUp { weight, .. }
+            | Op::ExpertDown { weight, .. } => vec![weight],
+            Op::Combine { norm, .. } => norm.iter().map(|n| n.weight.as_str()).collect(),
+            _ => vec![],
+        }
+    }
+}

@@ -1,0 +1,254 @@
+//! A program: its operations, the buffers between them, the weights they read, and the limits it was built for.
+
+use std::fmt;
+
+use mixtral_model::{DType, Piece};
+use serde::{Deserialize, Serialize};
+
+use crate::Op;
+
+/// Version of the program's text and of the engine directory. Raised whenever an older reader would misread it.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// Element type of a buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ElemType {
+    /// IEEE binary32.
+    F32,
+    /// IEEE binary16.
+    F16,
+    /// The upper half of binary32.
+    Bf16,
+    /// 32-bit signed integer.
+    I32,
+}
+
+impl ElemType {
+    /// Bytes of one element.
+    #[must_use]
+    pub const fn size(self) -> usize {
+        match self {
+            ElemType::F32 | ElemType::I32 => 4,
+            ElemType::F16 | ElemType::Bf16 => 2,
+        }
+    }
+}
+
+impl From<DType> for ElemType {
+    fn from(dtype: DType) -> Self {
+        match dtype {
+            DType::F32 => ElemType::F32,
+            DType::F16 => ElemType::F16,
+            DType::Bf16 => ElemType::Bf16,
+        }
+    }
+}
+
+impl fmt::Display for ElemType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            ElemType::F32 => "f32",
+            ElemType::F16 => "f16",
+            ElemType::Bf16 => "bf16",
+            ElemType::I32 => "i32",
+        })
+    }
+}
+
+/// How many rows a buffer has; resolved against the step at run time and against the limits when memory is planned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Rows {
+    /// One a token.
+    Tokens,
+    /// `top_k` a token: one an assignment of a token to an expert.
+    Assignments,
+    /// One a requested logits row.
+    Logits,
+    /// Always one.
+    One,
+}
+
+/// What a program was built to hold at most. Steps beyond it are refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Sequences in one step.
+    pub max_batch_size: usize,
+    /// Tokens in one step, prompts and decodes together.
+    pub max_num_tokens: usize,
+    /// Tokens of one sequence, prompt and output together.
+    pub max_seq_len: usize,
+    /// Rows of logits in one step.
+    pub max_num_logits: usize,
+    /// Tokens of a KV block.
+    pub block_size: usize,
+}
+
+impl Limits {
+    /// Blocks that a sequence of `num_tokens` occupies.
+    #[must_use]
+    pub const fn blocks_for(&self, num_tokens: usize) -> usize {
+        num_tokens.div_ceil(self.block_size)
+    }
+
+    /// Width of the block table: blocks of the longest sequence.
+    #[must_use]
+    pub const fn max_blocks_per_seq(&self) -> usize {
+        self.blocks_for(self.max_seq_len)
+    }
+}
+
+/// The paged cache of one rank: per layer, K and V are each `[blocks, num_kv_heads, block_size, head_dim]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KvLayout {
+    /// Layers of this rank.
+    pub num_layers: usize,
+    /// KV heads of this rank.
+    pub num_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+    /// Element type of keys and values.
+    pub dtype: DType,
+}
+
+impl KvLayout {
+    /// Bytes of one block, keys and values of all layers together.
+    #[must_use]
+    pub const fn block_bytes(&self, block_size: usize) -> usize {
+        2 * self.num_layers * self.num_kv_heads * block_size * self.head_dim * self.dtype.size()
+    }
+}
+
+/// A named activation buffer in the arena.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Buffer {
+    /// Its name, unique in the program.
+    pub name: String,
+    /// Element type.
+    pub dtype: ElemType,
+    /// How many rows.
+    pub rows: Rows,
+    /// Columns; rows lie one after another without padding.
+    pub cols: usize,
+    /// Byte offset in the arena, a multiple of [`crate::memory::ALIGN`].
+    pub offset: usize,
+}
+
+/// How a weight's bytes are stored. The place where int8, int4 and fp8 plug in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightFormat {
+    /// Row-major elements of the weight's own type.
+    #[default]
+    Plain,
+}
+
+/// A weight that operations read by name; the name is the checkpoint's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Weight {
+    /// Tensor name in the rank's weight file.
+    pub name: String,
+    /// Element type.
+    pub dtype: DType,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// How it is stored.
+    pub format: WeightFormat,
+    /// Where its elements come from when the engine has dummy weights; empty when it has a weight file.
+    #[serde(skip)]
+    pub pieces: Vec<Piece>,
+}
+
+impl Weight {
+    /// Columns: the last dimension.
+    #[must_use]
+    pub fn cols(&self) -> usize {
+        self.shape.last().copied().unwrap_or(0)
+    }
+
+    /// Rows: the product of the other dimensions.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.shape.iter().rev().skip(1).product()
+    }
+
+    /// Bytes in the weight file.
+    #[must_use]
+    pub fn num_bytes(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.dtype.size()
+    }
+}
+
+/// Everything one rank does in one step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Program {
+    /// This rank.
+    pub rank: usize,
+    /// Ranks of the engine.
+    pub world_size: usize,
+    /// Data type of the activations.
+    pub dtype: DType,
+    /// Vocabulary entries that can be drawn.
+    pub vocab_size: usize,
+    /// Layers of the model, for expert statistics.
+    pub num_layers: usize,
+    /// Experts of the model; 0 when it has no router.
+    pub num_experts: usize,
+    /// Experts a token is sent to; 0 when the model has no router.
+    pub top_k: usize,
+    /// What a step may hold.
+    pub limits: Limits,
+    /// The cache.
+    pub kv: KvLayout,
+    /// Bytes of the arena.
+    pub arena_bytes: usize,
+    /// Buffers, in the order in which they are first written.
+    pub buffers: Vec<Buffer>,
+    /// Weights, in the order in which they are first read.
+    pub weights: Vec<Weight>,
+    /// Operations, in the order in which they run.
+    pub ops: Vec<Op>,
+}
+
+impl Program {
+    /// The buffer of that name.
+    #[must_use]
+    pub fn buffer(&self, name: &str) -> Option<&Buffer> {
+        self.buffers.iter().find(|b| b.name == name)
+    }
+
+    /// The weight of that name.
+    #[must_use]
+    pub fn weight(&self, name: &str) -> Option<&Weight> {
+        self.weights.iter().find(|w| w.name == name)
+    }
+
+    /// Rows of a buffer in a step of `num_tokens` tokens and `num_logits` logits rows.
+    #[must_use]
+    pub fn num_rows(&self, rows: Rows, num_tokens: usize, num_logits: usize) -> usize {
+        match rows {
+            Rows::Tokens => num_tokens,
+            Rows::Assignments => num_tokens * self.top_k,
+            Rows::Logits => num_logits,
+            Rows::One => 1,
+        }
+    }
+
+    /// Bytes of a buffer at the limits.
+    #[must_use]
+    pub fn max_bytes(&self, buffer: &Buffer) -> usize {
+        let rows = self.num_rows(buffer.rows, self.limits.max_num_tokens, self.limits.max_num_logits);
+        rows * buffer.cols * buffer.dtype.size()
+    }
+
+    /// Bytes of all weights.
+    #[must_use]
+    pub fn weight_bytes(&self) -> usize {
+        self.weights.iter().map(Weight::num_bytes).sum()
+    }
+}

@@ -1,0 +1,265 @@
+//! Drawing the next token from a row of logits. This is the definition; backends that sample on a device give the
+//! same token for the same bits of logits.
+//!
+//! Order: repetition penalty (prompt and output tokens), presence and frequency penalties (output tokens),
+//! temperature, top-k, top-p, min-p. Weights are integers, `round(2^40 · exp((x − max)))` with x the scaled logit, so
+//! that their sums do not depend on the order of summation. Ties always go to the lower token id.
+
+use mixtral_model::TokenId;
+use serde::{Deserialize, Serialize};
+
+use crate::math;
+
+/// How a sequence's tokens are drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SamplingParams {
+    /// Logits are divided by it; 0 is greedy.
+    pub temperature: f32,
+    /// Candidates by rank: 1 is greedy, 0 is off.
+    pub top_k: usize,
+    /// The smallest set of most likely candidates whose probability reaches this; 0 or 1 is off.
+    pub top_p: f32,
+    /// Candidates less likely than this fraction of the most likely one are dropped; 0 is off.
+    pub min_p: f32,
+    /// Logits of tokens seen in prompt or output are divided (if positive) or multiplied by it; 1 is off.
+    pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens seen in the output; 0 is off.
+    pub presence_penalty: f32,
+    /// Subtracted once for every time a token was seen in the output; 0 is off.
+    pub frequency_penalty: f32,
+}
+
+impl Default for SamplingParams {
+    /// Greedy.
+    fn default() -> Self {
+        SamplingParams {
+            temperature: 1.0,
+            top_k: 1,
+            top_p: 0.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+        }
+    }
+}
+
+impl SamplingParams {
+    /// Whether the most likely token is always taken.
+    #[must_use]
+    pub fn is_greedy(&self) -> bool {
+        self.top_k == 1 || self.temperature == 0.0
+    }
+}
+
+/// A draw's place in the random sequence: the same key gives the same number, whatever ran before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct RandomKey {
+    /// `--random-seed`.
+    pub seed: u64,
+    /// Which prompt.
+    pub prompt: u32,
+    /// Which of the prompt's sequences.
+    pub hypothesis: u32,
+    /// Which position of the output.
+    pub position: u32,
+}
+
+impl RandomKey {
+    /// 64 uniform bits: the 64-bit finalizer of a multiply-xorshift hash, chained over the key's parts.
+    #[must_use]
+    pub fn bits(&self) -> u64 {
+        [u64::from(self.prompt), u64::from(self.hypothesis), u64::from(self.position)]
+            .iter()
+            .fold(mix(self.seed), |state, part| mix(state ^ mix(*part)))
+    }
+}
+
+const fn mix(x: u64) -> u64 {
+    let x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// Applies the three penalties in place. `tokens` is the sequence so far, its first `prompt_len` the prompt.
+pub fn penalize(logits: &mut [f32], params: &SamplingParams, tokens: &[TokenId], prompt_len: usize) {
+    let slot = |token: &TokenId| usize::try_from(token.0).ok().filter(|&t| t < logits.len());
+    if params.repetition_penalty != 1.0 {
+        let mut seen: Vec<usize> = tokens.iter().filter_map(slot).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        for token in seen {
+            let logit = &mut logits[token];
+            *logit = if *logit > 0.0 { *logit / params.repetition_penalty } else { *logit * params.repetition_penalty };
+        }
+    }
+    if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
+        let slot = |token: &TokenId| usize::try_from(token.0).ok().filter(|&t| t < logits.len());
+        let mut seen: Vec<usize> = tokens[prompt_len.min(tokens.len())..].iter().filter_map(slot).collect();
+        seen.sort_unstable();
+        for run in seen.chunk_by(|a, b| a == b) {
+            // Counts are far below 2^24: exact.
+            #[expect(clippy::cast_precision_loss, reason = "a sequence has fewer than 2^24 tokens")]
+            let count = run.len() as f32;
+            let logit = &mut logits[run[0]];
+            *logit = (*logit - params.presence_penalty) - count * params.frequency_penalty;
+        }
+    }
+}
+
+/// The largest logit's id, the lowest of equals.
+#[must_use]
+pub fn argmax(logits: &[f32]) -> usize {
+    let mut best = 0;
+    for (token, logit) in logits.iter().enumerate() {
+        if *logit > logits[best] {
+            best = token;
+        }
+    }
+    best
+}
+
+/// Draws a token. `logits` is `[vocab_size]`, finite and without padding; the penalties are applied to it in place.
+#[must_use]
+pub fn sample(
+    logits: &mut [f32],
+    params: &SamplingParams,
+    key: &RandomKey,
+    tokens: &[TokenId],
+    prompt_len: usize,
+) -> TokenId {
+    penalize(logits, params, tokens, prompt_len);
+    let token = if params.is_greedy() { argmax(logits) } else { draw(logits, params, key) };
+    TokenId(u32::try_from(token).unwrap_or(u32::MAX))
+}
+
+/// 2^40: the weight of the most likely token.
+const ONE: f32 = 1_099_511_627_776.0;
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "weights are within 0 to 2^40")]
+fn draw(logits: &[f32], params: &SamplingParams, key: &RandomKey) -> usize {
+    let max = logits[argmax(logits)];
+    let mut weights: Vec<u64> = logits
+        .iter()
+        .map(|&logit| (math::exp((logit - max) / params.temperature) * ONE).round_ties_even() as u64)
+        .collect();
+    let top_p = params.top_p > 0.0 && params.top_p < 1.0;
+    let top_k = params.top_k > 0 && params.top_k < logits.len();
+    if top_k || top_p {
+        // Most likely first; the logits order tokens whose weights both round to the same integer.
+        let mut ranked: Vec<usize> = (0..logits.len()).collect();
+        let order = |&a: &usize, &b: &usize| logits[b].total_cmp(&logits[a]).then(a.cmp(&b));
+        if top_k {
+            ranked.select_nth_unstable_by(params.top_k - 1, order);
+            for &token in &ranked[params.top_k..] {
+                weights[token] = 0;
+            }
+            ranked.truncate(params.top_k);
+        }
+        if top_p {
+            ranked.sort_unstable_by(order);
+            let total: u128 = ranked.iter().map(|&t| u128::from(weights[t])).sum();
+            let wanted = u128::from((params.top_p * 16_777_216.0) as u64) * total;
+            let mut sum = 0u128;
+            for &token in &ranked {
+                if sum * 16_777_216 >= wanted {
+                    weights[token] = 0;
+                }
+                sum += u128::from(weights[token]);
+            }
+        }
+    }
+    if params.min_p > 0.0 {
+        let least = (params.min_p * ONE).round_ties_even() as u64;
+        weights.iter_mut().filter(|w| **w < least).for_each(|w| *w = 0);
+    }
+    let total: u128 = weights.iter().map(|&w| u128::from(w)).sum();
+    let target = (u128::from(key.bits()) * total) >> 64;
+    let mut sum = 0u128;
+    for (token, &weight) in weights.iter().enumerate() {
+        sum += u128::from(weight);
+        if sum > target {
+            return token;
+        }
+    }
+    // Not reached: the target is below the total, and the most likely token's weight is never 0.
+    argmax(logits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn params() -> SamplingParams {
+        SamplingParams { top_k: 0, ..SamplingParams::default() }
+    }
+
+    fn frequencies(logits: &[f32], params: &SamplingParams, draws: u32) -> Vec<f64> {
+        let mut counts = vec![0.0; logits.len()];
+        for position in 0..draws {
+            let key = RandomKey { seed: 11, prompt: 3, hypothesis: 0, position };
+            let token = sample(&mut logits.to_vec(), params, &key, &[], 0);
+            counts[token.0 as usize] += 1.0 / f64::from(draws);
+        }
+        counts
+    }
+
+    fn close(found: &[f64], expected: &[f64]) {
+        for (f, e) in found.iter().zip(expected) {
+            // Five standard deviations of a frequency over 40 000 draws.
+            assert!((f - e).abs() < 5.0 * (e * (1.0 - e) / 40_000.0).sqrt() + 1e-9, "{found:?} {expected:?}");
+        }
+    }
+
+    #[test]
+    fn frequencies_follow_the_softmax() {
+        let logits: Vec<f32> = [0.5f32, 0.1, 0.3, 0.1].iter().map(|x| x.ln() + 3.0).collect();
+        close(&frequencies(&logits, &params(), 40_000), &[0.5, 0.1, 0.3, 0.1]);
+        // Temperature 0.5 squares the probabilities.
+        let squares = [0.25 / 0.36, 0.01 / 0.36, 0.09 / 0.36, 0.01 / 0.36];
+        close(&frequencies(&logits, &SamplingParams { temperature: 0.5, ..params() }, 40_000), &squares);
+        // Of the two tokens of 0.1, top-k 3 keeps the lower id.
+        let kept = [0.5 / 0.9, 0.1 / 0.9, 0.3 / 0.9, 0.0];
+        close(&frequencies(&logits, &SamplingParams { top_k: 3, ..params() }, 40_000), &kept);
+        let nucleus = [0.5 / 0.8, 0.0, 0.3 / 0.8, 0.0];
+        close(&frequencies(&logits, &SamplingParams { top_p: 0.75, ..params() }, 40_000), &nucleus);
+        close(&frequencies(&logits, &SamplingParams { min_p: 0.25, ..params() }, 40_000), &nucleus);
+    }
+
+    #[test]
+    fn greedy_takes_the_lowest_of_equals() {
+        let mut logits = [1.0, 2.0, 2.0, -1.0];
+        let key = RandomKey::default();
+        assert_eq!(sample(&mut logits, &SamplingParams::default(), &key, &[], 0), TokenId(1));
+        let cold = SamplingParams { temperature: 0.0, ..params() };
+        assert_eq!(sample(&mut logits, &cold, &key, &[], 0), TokenId(1));
+    }
+
+    #[test]
+    fn penalties_follow_their_formulas() {
+        let tokens = [0, 1, 1, 2, 2, 2].map(TokenId);
+        let all = SamplingParams {
+            repetition_penalty: 2.0,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.25,
+            ..SamplingParams::default()
+        };
+        let mut logits = [4.0, -4.0, 6.0, 1.0];
+        penalize(&mut logits, &all, &tokens, 2);
+        // Token 0 only in the prompt; 1 once in the output, 2 three times; 3 never.
+        assert_eq!(logits, [2.0, -8.0 - 0.5 - 0.25, 3.0 - 0.5 - 0.75, 1.0]);
+    }
+
+    #[test]
+    fn the_same_key_draws_the_same_token() {
+        let logits: Vec<f32> = (0..100u8).map(|i| f32::from(i % 7)).collect();
+        let key = RandomKey { seed: 1, prompt: 2, hypothesis: 3, position: 4 };
+        let first = sample(&mut logits.clone(), &params(), &key, &[], 0);
+        assert_eq!(first, sample(&mut logits.clone(), &params(), &key, &[], 0));
+        let others: std::collections::HashSet<_> = (0..50)
+            .map(|position| sample(&mut logits.clone(), &params(), &RandomKey { position, ..key }, &[], 0))
+            .collect();
+        assert!(others.len() > 10);
+    }
+}

@@ -1,0 +1,224 @@
+//! A program's written form: one record a line, `kind key=value …`, values being bare words or compact JSON.
+//!
+//! ```text
+//! mixtral-program 1
+//! program rank=0 world_size=1 dtype=float32 vocab_size=64 …
+//! buffer name=x dtype=f32 rows=tokens cols=16 offset=0
+//! weight name=transformer.ln_f.weight dtype=float32 shape=[16] format=plain
+//! op norm input=x weight=transformer.ln_f.weight eps=1e-5 out=y
+//! ```
+//!
+//! Every field of every record is written by its type's `Serialize` and read by its `Deserialize`, so a new
+//! operation needs nothing here. Blank lines and lines that start with `#` are skipped.
+
+use std::fmt::Write as _;
+
+use mixtral_model::{DType, Piece};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::check::ProgramError;
+use crate::program::FORMAT_VERSION;
+use crate::{Buffer, KvLayout, Limits, Op, Program, Weight};
+
+/// A program text that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum TextError {
+    /// The first line is not ours.
+    #[error("not a program: the first line is {0:?}, expected \"mixtral-program {FORMAT_VERSION}\"")]
+    NotAProgram(String),
+    /// Written by another version.
+    #[error(
+        "program format {found} cannot be read by this version, which reads format {FORMAT_VERSION}; build the engine again with this version of mixtral"
+    )]
+    Version {
+        /// The version in the file.
+        found: String,
+    },
+    /// A line that is no record.
+    #[error("line {line}: {problem}")]
+    Line {
+        /// Line number, from 1.
+        line: usize,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A record that must be there once.
+    #[error("the program has no `{0}` record")]
+    Missing(&'static str),
+    /// Well written, but not a program that can run.
+    #[error(transparent)]
+    Invalid(#[from] ProgramError),
+}
+
+/// The scalar fields of a [`Program`].
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    rank: usize,
+    world_size: usize,
+    dtype: DType,
+    vocab_size: usize,
+    num_layers: usize,
+    num_experts: usize,
+    top_k: usize,
+    arena_bytes: usize,
+}
+
+impl Program {
+    /// The program's text. [`Program::parse`] reads it back.
+    #[must_use]
+    pub fn to_text(&self) -> String {
+        let mut text = format!("mixtral-program {FORMAT_VERSION}\n");
+        let header = Header {
+            rank: self.rank,
+            world_size: self.world_size,
+            dtype: self.dtype,
+            vocab_size: self.vocab_size,
+            num_layers: self.num_layers,
+            num_experts: self.num_experts,
+            top_k: self.top_k,
+            arena_bytes: self.arena_bytes,
+        };
+        record(&mut text, "program", &header);
+        record(&mut text, "limits", &self.limits);
+        record(&mut text, "kv", &self.kv);
+        for buffer in &self.buffers {
+            record(&mut text, "buffer", buffer);
+        }
+        for weight in &self.weights {
+            record(&mut text, "weight", weight);
+            for piece in &weight.pieces {
+                record(&mut text, "piece", piece);
+            }
+        }
+        for op in &self.ops {
+            text.push_str(&op_text(op));
+            text.push('\n');
+        }
+        text
+    }
+
+    /// Reads a program's text and checks it ([`Program::check`]).
+    ///
+    /// # Errors
+    /// The first line that cannot be read, or the first rule that the program breaks.
+    pub fn parse(text: &str) -> Result<Program, TextError> {
+        let mut lines = text.lines().enumerate();
+        let first = lines.next().map_or("", |(_, line)| line);
+        let found = first.strip_prefix("mixtral-program ").ok_or_else(|| TextError::NotAProgram(shorten(first)))?;
+        if found.trim().parse() != Ok(FORMAT_VERSION) {
+            return Err(TextError::Version { found: shorten(found.trim()) });
+        }
+        let (mut header, mut limits, mut kv) = (None::<Header>, None::<Limits>, None::<KvLayout>);
+        let (mut buffers, mut weights, mut ops) = (Vec::<Buffer>::new(), Vec::<Weight>::new(), Vec::<Op>::new());
+        for (index, line) in lines {
+            let line = line.trim();
+            if line.is_empty() || line.starts_with('#') {
+                continue;
+            }
+            let at = |problem: String| TextError::Line { line: index + 1, problem };
+            let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
+            match kind {
+                "program" => header = Some(from_fields(rest).map_err(at)?),
+                "limits" => limits = Some(from_fields(rest).map_err(at)?),
+                "kv" => kv = Some(from_fields(rest).map_err(at)?),
+                "buffer" => buffers.push(from_fields(rest).map_err(at)?),
+                "weight" => weights.push(from_fields(rest).map_err(at)?),
+                "piece" => {
+                    let piece: Piece = from_fields(rest).map_err(at)?;
+                    let weight = weights.last_mut().ok_or_else(|| at("a `piece` before any `weight`".to_owned()))?;
+                    weight.pieces.push(piece);
+                }
+                "op" => {
+                    let (name, rest) = rest.split_once(' ').unwrap_or((rest, ""));
+                    let fields = fields(rest).map_err(at)?;
+                    let tagged = Value::Object(Map::from_iter([(name.to_owned(), Value::Object(fields))]));
+                    ops.push(serde_json::from_value(tagged).map_err(|e| at(format!("operation `{name}`: {e}")))?);
+                }
+                _ => return Err(at(format!("unknown record `{}`", shorten(kind)))),
+            }
+        }
+        let header = header.ok_or(TextError::Missing("program"))?;
+        let program = Program {
+            rank: header.rank,
+            world_size: header.world_size,
+            dtype: header.dtype,
+            vocab_size: header.vocab_size,
+            num_layers: header.num_layers,
+            num_experts: header.num_experts,
+            top_k: header.top_k,
+            arena_bytes: header.arena_bytes,
+            limits: limits.ok_or(TextError::Missing("limits"))?,
+            kv: kv.ok_or(TextError::Missing("kv"))?,
+            buffers,
+            weights,
+            ops,
+        };
+        program.check()?;
+        Ok(program)
+    }
+}
+
+/// One operation as a line of the program's text, without the line feed.
+#[must_use]
+pub fn op_text(op: &Op) -> String {
+    let value = serde_json::to_value(op).unwrap_or_default();
+    let mut text = format!("op {}", op.name());
+    if let Some(Value::Object(fields)) = value.get(op.name()) {
+        write_fields(&mut text, fields);
+    }
+    text
+}
+
+fn record<T: Serialize>(text: &mut String, kind: &str, value: &T) {
+    text.push_str(kind);
+    if let Ok(Value::Object(fields)) = serde_json::to_value(value) {
+        write_fields(text, &fields);
+    }
+    text.push('\n');
+}
+
+fn write_fields(text: &mut String, fields: &Map<String, Value>) {
+    for (key, value) in fields {
+        let written = match value {
+            Value::String(word) if is_bare(word) => word.clone(),
+            other => other.to_string(),
+        };
+        // Writing to a String cannot fail.
+        let _ = write!(text, " {key}={written}");
+    }
+}
+
+/// Whether a string reads back as itself without quotes.
+fn is_bare(word: &str) -> bool {
+    word.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
+        && word.chars().all(|c| c.is_ascii_alphanumeric() || "_.-/:".contains(c))
+        && !matches!(word, "true" | "false" | "null")
+}
+
+fn fields(rest: &str) -> Result<Map<String, Value>, String> {
+    let mut map = Map::new();
+    for token in rest.split_ascii_whitespace() {
+        let (key, written) = token.split_once('=').ok_or_else(|| format!("`{}` is not key=value", shorten(token)))?;
+        let value = if is_bare(written) {
+            Value::String(written.to_owned())
+        } else {
+            serde_json::from_str(written).map_err(|e| format!("`{}`: {e}", shorten(token)))?
+        };
+        if map.insert(key.to_owned(), value).is_some() {
+            return Err(format!("`{key}` is given twice"));
+        }
+    }
+    Ok(map)
+}
+
+fn from_fields<T: DeserializeOwned>(rest: &str) -> Result<T, String> {
+    serde_json::from_value(Value::Object(fields(rest)?)).map_err(|e| e.to_string())
+}
+
+/// At most the first 60 characters, for messages.
+fn shorten(text: &str) -> String {
+    text.chars().take(60).collect()
+}
