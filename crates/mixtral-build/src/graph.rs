@@ -1,0 +1,235 @@
+//! The naive graph of a rank: one operation per mathematical operation, every intermediate in a buffer of its own.
+//!
+//! The graph is itself a [`Program`] whose arena is not planned yet: passes rewrite it, and at any point between two
+//! passes it can be planned and run. That is how fused is shown to equal unfused.
+
+use mixtral_checkpoint::{CheckpointConfig, TensorId, rank_tensors};
+use mixtral_engine::{Buffer, ElemType, Epilogue, KvLayout, Limits, Op, Program, Rows, Weight, WeightFormat};
+use mixtral_model::{ModelConfig, Rank};
+
+/// Builds the naive graph of `rank`.
+#[must_use]
+pub fn naive(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
+    let (model, mapping) = (&config.model, &config.mapping);
+    let weights = rank_tensors(config, rank)
+        .into_iter()
+        .map(|t| Weight {
+            name: t.name,
+            dtype: t.dtype,
+            shape: t.shape,
+            format: WeightFormat::Plain,
+            pieces: Vec::new(),
+        })
+        .collect();
+    let program = Program {
+        rank: rank.0,
+        world_size: mapping.world_size(),
+        dtype: model.dtype,
+        vocab_size: model.vocab_size,
+        num_layers: model.num_layers,
+        num_experts: if model.has_router() { model.moe.num_experts } else { 0 },
+        top_k: if model.has_router() { model.moe.top_k } else { 0 },
+        limits,
+        kv: KvLayout {
+            num_layers: mapping.layers(model, rank).len(),
+            num_kv_heads: mapping.kv_heads(model, rank).len(),
+            head_dim: model.head_dim,
+            dtype: model.dtype,
+        },
+        arena_bytes: 0,
+        buffers: Vec::new(),
+        weights,
+        ops: Vec::new(),
+    };
+    let mut graph = Graph { model, program, num_heads: mapping.heads(model, rank).len() };
+    let experts = mapping.experts(model, rank);
+    let mut hidden = graph.activation("embedded", Rows::Tokens, model.hidden_size);
+    graph.push(Op::Embed { table: TensorId::Embedding.to_string(), vocab_start: 0, out: hidden.clone() });
+    for (layer, model_layer) in mapping.layers(model, rank).enumerate() {
+        hidden = graph.attention(layer, &hidden);
+        hidden = if model.has_router() {
+            graph.experts(layer, model_layer, [experts.start, experts.end], &hidden)
+        } else {
+            graph.dense(layer, &hidden)
+        };
+    }
+    graph.logits(&hidden);
+    graph.program
+}
+
+/// The program under construction.
+struct Graph<'a> {
+    model: &'a ModelConfig,
+    program: Program,
+    num_heads: usize,
+}
+
+impl Graph<'_> {
+    fn push(&mut self, op: Op) {
+        self.program.ops.push(op);
+    }
+
+    fn buffer(&mut self, name: impl Into<String>, dtype: ElemType, rows: Rows, cols: usize) -> String {
+        let name = name.into();
+        self.program.buffers.push(Buffer { name: name.clone(), dtype, rows, cols, offset: 0 });
+        name
+    }
+
+    fn activation(&mut self, name: impl Into<String>, rows: Rows, cols: usize) -> String {
+        self.buffer(name, self.program.dtype.into(), rows, cols)
+    }
+
+    /// Rows and columns of a weight seen as a matrix.
+    fn weight_rows(&self, id: TensorId) -> usize {
+        self.program.weight(&id.to_string()).map_or(0, Weight::rows)
+    }
+
+    fn norm(&mut self, id: TensorId, input: &str, name: String, rows: Rows) -> String {
+        let out = self.activation(name, rows, self.model.hidden_size);
+        let eps = self.model.norm_eps;
+        self.push(Op::Norm { input: input.to_owned(), weight: id.to_string(), eps, out: out.clone() });
+        out
+    }
+
+    fn linear(&mut self, id: TensorId, rows: Option<[usize; 2]>, input: &str, name: String) -> String {
+        let cols = rows.map_or_else(|| self.weight_rows(id), |[start, end]| end - start);
+        let out = self.activation(name, Rows::Tokens, cols);
+        self.push(Op::Linear {
+            input: input.to_owned(),
+            weight: id.to_string(),
+            rows,
+            epilogue: Epilogue::Store,
+            residual: None,
+            out: out.clone(),
+            ladder: Vec::new(),
+        });
+        out
+    }
+
+    fn add(&mut self, a: String, b: &str, name: String) -> String {
+        let out = self.activation(name, Rows::Tokens, self.model.hidden_size);
+        self.push(Op::Add { a, b: b.to_owned(), out: out.clone() });
+        out
+    }
+
+    fn attention(&mut self, layer: usize, hidden: &str) -> String {
+        let at = |name: &str| format!("layer{layer}.{name}");
+        let kv = self.program.kv;
+        let (q, k) = (self.num_heads * kv.head_dim, kv.num_kv_heads * kv.head_dim);
+        let normed = self.norm(TensorId::InputNorm(layer), hidden, at("attention_input"), Rows::Tokens);
+        let query = self.linear(TensorId::Qkv(layer), Some([0, q]), &normed, at("query"));
+        let key = self.linear(TensorId::Qkv(layer), Some([q, q + k]), &normed, at("key"));
+        let value = self.linear(TensorId::Qkv(layer), Some([q + k, q + 2 * k]), &normed, at("value"));
+        let theta = self.model.rope_theta;
+        self.push(Op::Rope { data: query.clone(), num_heads: self.num_heads, theta });
+        self.push(Op::Rope { data: key.clone(), num_heads: kv.num_kv_heads, theta });
+        self.push(Op::WriteKv { key, value, layer });
+        let attended = self.activation(at("attended"), Rows::Tokens, q);
+        self.push(Op::Attention {
+            query,
+            num_heads: self.num_heads,
+            window: self.model.sliding_window,
+            layer,
+            out: attended.clone(),
+        });
+        let projected = self.linear(TensorId::Dense(layer), None, &attended, at("attention_output"));
+        self.add(projected, hidden, at("after_attention"))
+    }
+
+    fn experts(&mut self, layer: usize, model_layer: usize, experts: [usize; 2], hidden: &str) -> String {
+        let at = |name: &str| format!("layer{layer}.{name}");
+        let (num_experts, top_k) = (self.program.num_experts, self.program.top_k);
+        let local = experts[1] - experts[0];
+        let intermediate = self.weight_rows(TensorId::Fc(layer)) / local / 2;
+        let normed = self.norm(TensorId::PostNorm(layer), hidden, at("moe_input"), Rows::Tokens);
+        let logits = self.buffer(at("router_logits"), ElemType::F32, Rows::Tokens, num_experts);
+        self.push(Op::Linear {
+            input: normed.clone(),
+            weight: TensorId::Router(layer).to_string(),
+            rows: None,
+            epilogue: Epilogue::F32,
+            residual: None,
+            out: logits.clone(),
+            ladder: Vec::new(),
+        });
+        let probs = self.buffer(at("router_probs"), ElemType::F32, Rows::Tokens, num_experts);
+        self.push(Op::Softmax { logits, probs: probs.clone() });
+        let expert_ids = self.buffer(at("expert_ids"), ElemType::I32, Rows::Tokens, top_k);
+        let expert_weights = self.buffer(at("expert_weights"), ElemType::F32, Rows::Tokens, top_k);
+        self.push(Op::TopK {
+            probs,
+            normalization: self.model.moe.normalization,
+            layer: model_layer,
+            expert_ids: expert_ids.clone(),
+            expert_weights: expert_weights.clone(),
+        });
+        let offsets = self.buffer(at("expert_offsets"), ElemType::I32, Rows::One, local + 1);
+        let order = self.buffer(at("expert_order"), ElemType::I32, Rows::Assignments, 1);
+        self.push(Op::ExpertSort {
+            expert_ids: expert_ids.clone(),
+            experts,
+            offsets: offsets.clone(),
+            order: order.clone(),
+        });
+        let gate_up = self.activation(at("gate_up"), Rows::Assignments, 2 * intermediate);
+        self.push(Op::ExpertGateUp {
+            input: normed,
+            weight: TensorId::Fc(layer).to_string(),
+            offsets: offsets.clone(),
+            order: order.clone(),
+            silu_mul: false,
+            out: gate_up.clone(),
+            ladder: Vec::new(),
+        });
+        let activated = self.activation(at("activated"), Rows::Assignments, intermediate);
+        self.push(Op::SiluMul { input: gate_up, out: activated.clone() });
+        let expert_out = self.activation(at("expert_output"), Rows::Assignments, self.model.hidden_size);
+        self.push(Op::ExpertDown {
+            input: activated,
+            weight: TensorId::Proj(layer).to_string(),
+            offsets,
+            order,
+            out: expert_out.clone(),
+            ladder: Vec::new(),
+        });
+        let out = self.activation(at("output"), Rows::Tokens, self.model.hidden_size);
+        self.push(Op::Combine {
+            input: expert_out,
+            expert_ids,
+            expert_weights,
+            experts,
+            residual: hidden.to_owned(),
+            out: out.clone(),
+            norm: None,
+        });
+        out
+    }
+
+    /// The feed-forward of a dense layer: the checkpoint's one expert, without routing.
+    fn dense(&mut self, layer: usize, hidden: &str) -> String {
+        let at = |name: &str| format!("layer{layer}.{name}");
+        let normed = self.norm(TensorId::PostNorm(layer), hidden, at("ffn_input"), Rows::Tokens);
+        let gate_up = self.linear(TensorId::Fc(layer), None, &normed, at("gate_up"));
+        let activated = self.activation(at("activated"), Rows::Tokens, self.weight_rows(TensorId::Fc(layer)) / 2);
+        self.push(Op::SiluMul { input: gate_up, out: activated.clone() });
+        let down = self.linear(TensorId::Proj(layer), None, &activated, at("ffn_output"));
+        self.add(down, hidden, at("output"))
+    }
+
+    fn logits(&mut self, hidden: &str) {
+        let last = self.activation("last_hidden", Rows::Logits, self.model.hidden_size);
+        self.push(Op::GatherRows { input: hidden.to_owned(), out: last.clone() });
+        let normed = self.norm(TensorId::FinalNorm, &last, "final_hidden".to_owned(), Rows::Logits);
+        let logits = self.buffer("logits", ElemType::F32, Rows::Logits, self.weight_rows(TensorId::LmHead));
+        self.push(Op::Linear {
+            input: normed,
+            weight: TensorId::LmHead.to_string(),
+            rows: None,
+            epilogue: Epilogue::F32,
+            residual: None,
+            out: logits.clone(),
+            ladder: Vec::new(),
+        });
+        self.push(Op::Sample { logits });
+    }
+}
