@@ -1,0 +1,585 @@
+//! `config.json` of a checkpoint: TensorRT-LLM's keys, read in every spelling it has had, written in both.
+
+use std::path::{Path, PathBuf};
+
+use mixtral_model::{
+    ConfigError, DType, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme,
+};
+use serde_json::{Map, Value, json};
+
+use crate::names::CONFIG_FILE;
+
+/// Version of what we add to the format, under the `mixtral` key.
+pub const FORMAT_VERSION: u64 = 1;
+
+/// A config.json larger than this is no config.json.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+
+/// Everything that `config.json` says about a checkpoint.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointConfig {
+    /// Geometry of the whole model.
+    pub model: ModelConfig,
+    /// How it is cut into ranks.
+    pub mapping: Mapping,
+    /// Whether the token embedding is sharded over tensor-parallel ranks; if not, each rank has a full copy.
+    pub use_parallel_embedding: bool,
+    /// What a sharded embedding is cut along: 0 the vocabulary, 1 the hidden size.
+    pub embedding_sharding_dim: usize,
+    /// The run that wrote the rank files, which carry it too. `None` without weights, or from another tool.
+    pub run_id: Option<String>,
+    /// Version of our tool that wrote the file; `None` from another tool.
+    pub tool_version: Option<String>,
+}
+
+/// A `config.json` that is not one of a checkpoint that we can use.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigFileError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Far larger than any config.
+    #[error("{path} is {len} bytes; a config.json has at most {MAX_CONFIG_BYTES}. Is it another file?")]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its length.
+        len: u64,
+    },
+    /// Not JSON, or not an object.
+    #[error("{path} is not a JSON object: {detail}. Convert the model again")]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// What the parser said.
+        detail: String,
+    },
+    /// A Hugging Face config.json in place of a checkpoint's.
+    #[error(
+        "{path} is a Hugging Face config (it has `model_type`), not a checkpoint's; run `mixtral convert` on its directory first"
+    )]
+    HuggingFace {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A key that must be there.
+    #[error("{path}: the key `{key}` is missing; it must be {expected}")]
+    Missing {
+        /// The file.
+        path: PathBuf,
+        /// The key, dotted.
+        key: String,
+        /// What belongs there.
+        expected: &'static str,
+    },
+    /// A key with a value of the wrong kind.
+    #[error("{path}: `{key}` is {found}; it must be {expected}")]
+    Invalid {
+        /// The file.
+        path: PathBuf,
+        /// The key, dotted.
+        key: String,
+        /// What belongs there.
+        expected: &'static str,
+        /// What is there.
+        found: String,
+    },
+    /// A value that is fine elsewhere and that we do not support.
+    #[error("{path}: `{key}` is {found}, which is not supported; supported: {supported}")]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The key, dotted.
+        key: String,
+        /// What is there.
+        found: String,
+        /// What we support.
+        supported: &'static str,
+    },
+    /// Sizes that no model has.
+    #[error("{path}: {source}")]
+    Model {
+        /// The file.
+        path: PathBuf,
+        /// The rule broken.
+        source: ConfigError,
+    },
+    /// A mapping that the model cannot be cut by.
+    #[error("{path}: {source}")]
+    Mapping {
+        /// The file.
+        path: PathBuf,
+        /// The rule broken.
+        source: MappingError,
+    },
+}
+
+impl CheckpointConfig {
+    /// A checkpoint of `model` cut by `mapping`, with a full embedding on every rank and no weights yet.
+    #[must_use]
+    pub fn new(model: ModelConfig, mapping: Mapping) -> Self {
+        CheckpointConfig {
+            model,
+            mapping,
+            use_parallel_embedding: false,
+            embedding_sharding_dim: 0,
+            run_id: None,
+            tool_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+        }
+    }
+
+    /// What the embedding is cut along when it is cut at all.
+    #[must_use]
+    pub fn embedding_shards(&self) -> Option<usize> {
+        (self.use_parallel_embedding && self.mapping.tp_size > 1).then_some(self.embedding_sharding_dim)
+    }
+
+    /// Checks geometry, mapping and the sharding of the embedding against each other.
+    ///
+    /// # Errors
+    /// The first rule broken.
+    pub fn validate(&self) -> Result<(), ConfigRuleError> {
+        self.model.validate()?;
+        self.mapping.validate(&self.model)?;
+        if self.embedding_sharding_dim > 1 {
+            return Err(ConfigRuleError::EmbeddingDim(self.embedding_sharding_dim));
+        }
+        let (hidden, tp) = (self.model.hidden_size, self.mapping.tp_size);
+        if self.embedding_shards() == Some(1) && !hidden.is_multiple_of(tp) {
+            let (what, by) = ("hidden_size", "tp_size");
+            return Err(MappingError::Indivisible { what, size: hidden, by, degree: tp }.into());
+        }
+        Ok(())
+    }
+
+    /// Reads and checks `dir/config.json`.
+    ///
+    /// # Errors
+    /// What is wrong with it, by key.
+    pub fn read(dir: &Path) -> Result<Self, ConfigFileError> {
+        let path = dir.join(CONFIG_FILE);
+        let io = |source| ConfigFileError::Io { path: path.clone(), source };
+        let len = std::fs::metadata(&path).map_err(io)?.len();
+        if len > MAX_CONFIG_BYTES {
+            return Err(ConfigFileError::TooLarge { path, len });
+        }
+        Self::parse(&std::fs::read(&path).map_err(io)?, &path)
+    }
+
+    /// Reads the text of a config.json; `path` is for messages.
+    ///
+    /// # Errors
+    /// As [`CheckpointConfig::read`].
+    pub fn parse(text: &[u8], path: &Path) -> Result<Self, ConfigFileError> {
+        let json = |detail: String| ConfigFileError::Json { path: path.to_owned(), detail };
+        let value: Value = serde_json::from_slice(text).map_err(|e| json(e.to_string()))?;
+        let Value::Object(root) = value else { return Err(json("the top level is not an object".into())) };
+        if root.contains_key("model_type") && !root.contains_key("architecture") {
+            return Err(ConfigFileError::HuggingFace { path: path.to_owned() });
+        }
+        let root = Keys { path, prefix: "", map: Some(&root) };
+        root.refuse_unsupported()?;
+        let config = root.config()?;
+        config.validate().map_err(|e| match e {
+            ConfigRuleError::Model(source) => ConfigFileError::Model { path: path.to_owned(), source },
+            ConfigRuleError::Mapping(source) => ConfigFileError::Mapping { path: path.to_owned(), source },
+            ConfigRuleError::EmbeddingDim(n) => root.invalid("embedding_sharding_dim", "0 or 1", n),
+        })?;
+        Ok(config)
+    }
+
+    /// The text of `config.json`: every key that TensorRT-LLM 0.10 and 0.11 know, then ours.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let (model, mapping) = (&self.model, &self.mapping);
+        let moe = model.has_router();
+        let mut root = json!({
+            "architecture": if moe { "MixtralForCausalLM" } else { "MistralForCausalLM" },
+            "dtype": model.dtype,
+            "logits_dtype": "float32",
+            "vocab_size": model.vocab_size,
+            "max_position_embeddings": model.max_position_embeddings,
+            "hidden_size": model.hidden_size,
+            "num_hidden_layers": model.num_layers,
+            "num_attention_heads": model.num_heads,
+            "num_key_value_heads": model.num_kv_heads,
+            "head_size": model.head_dim,
+            "hidden_act": if moe { "swiglu" } else { "silu" },
+            "intermediate_size": model.intermediate_size,
+            "norm_epsilon": model.norm_eps,
+            "position_embedding_type": "rope_gpt_neox",
+            "rotary_base": model.rope_theta,
+            "rotary_scaling": null,
+            "sliding_window": model.sliding_window,
+            "attn_bias": false,
+            "mlp_bias": false,
+            "residual_mlp": false,
+            "qk_layernorm": false,
+            "use_parallel_embedding": self.use_parallel_embedding,
+            "embedding_sharding_dim": self.embedding_sharding_dim,
+            "share_embedding_table": false,
+            "disable_weight_only_quant_plugin": false,
+            "kv_dtype": model.dtype,
+        });
+        if moe {
+            let (experts, top_k) = (model.moe.num_experts, model.moe.top_k);
+            let normalization = model.moe.normalization.mode();
+            root["moe_num_experts"] = json!(experts);
+            root["moe_top_k"] = json!(top_k);
+            // The flat key has no word for hybrids; `mapping` below says it in full.
+            if mapping.moe_ep_size == 1 {
+                root["moe_tp_mode"] = json!(2);
+            } else if mapping.moe_tp_size == 1 {
+                root["moe_tp_mode"] = json!(1);
+            }
+            root["moe_normalization_mode"] = json!(normalization);
+            root["moe"] = json!({ "num_experts": experts, "top_k": top_k, "normalization_mode": normalization });
+        }
+        root["mapping"] = json!({
+            "world_size": mapping.world_size(),
+            "tp_size": mapping.tp_size,
+            "pp_size": mapping.pp_size,
+            "moe_tp_size": mapping.moe_tp_size,
+            "moe_ep_size": mapping.moe_ep_size,
+            "gpus_per_node": 8,
+        });
+        root["quantization"] = json!({
+            "quant_algo": null,
+            "kv_cache_quant_algo": null,
+            "group_size": 128,
+            "smoothquant_val": null,
+            "has_zero_point": false,
+            "pre_quant_scale": false,
+            "exclude_modules": null,
+        });
+        root["mixtral"] = json!({
+            "format_version": FORMAT_VERSION,
+            "tool_version": self.tool_version,
+            "run_id": self.run_id,
+            "weight_layout": "row-major",
+            "tensor_hash": "blake3",
+            "tokenizer_files": "beside config.json",
+        });
+        let mut text = serde_json::to_string_pretty(&root).expect("a value with string keys serializes");
+        text.push('\n');
+        text
+    }
+}
+
+/// A rule between the fields of a [`CheckpointConfig`] that does not hold.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum ConfigRuleError {
+    /// The geometry.
+    #[error(transparent)]
+    Model(#[from] ConfigError),
+    /// The mapping.
+    #[error(transparent)]
+    Mapping(#[from] MappingError),
+    /// The embedding has two dimensions.
+    #[error("embedding_sharding_dim is {0}; it must be 0 (vocabulary) or 1 (hidden size)")]
+    EmbeddingDim(usize),
+}
+
+/// Whether `text` is a config.json that this tool wrote, whatever its version: the test before a directory is
+/// replaced.
+#[must_use]
+pub fn is_ours(text: &[u8]) -> bool {
+    serde_json::from_slice::<Value>(text).is_ok_and(|v| v.get("mixtral").is_some_and(Value::is_object))
+}
+
+/// An object of the file, with the names that messages need. A missing object reads as one without keys.
+struct Keys<'a> {
+    path: &'a Path,
+    prefix: &'static str,
+    map: Option<&'a Map<String, Value>>,
+}
+
+impl<'a> Keys<'a> {
+    /// The value of `key`; null counts as absent.
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map?.get(key).filter(|v| !v.is_null())
+    }
+
+    fn dotted(&self, key: &str) -> String {
+        format!("{}{key}", self.prefix)
+    }
+
+    fn invalid(&self, key: &str, expected: &'static str, found: impl ToString) -> ConfigFileError {
+        let (path, key, found) = (self.path.to_owned(), self.dotted(key), found.to_string());
+        ConfigFileError::Invalid { path, key, expected, found }
+    }
+
+    fn unsupported(&self, key: &str, supported: &'static str, found: impl ToString) -> ConfigFileError {
+        let (path, key, found) = (self.path.to_owned(), self.dotted(key), found.to_string());
+        ConfigFileError::Unsupported { path, key, found, supported }
+    }
+
+    fn object(&self, key: &str, prefix: &'static str) -> Result<Keys<'a>, ConfigFileError> {
+        let map = match self.get(key) {
+            None => None,
+            Some(Value::Object(map)) => Some(map),
+            Some(other) => return Err(self.invalid(key, "an object", other)),
+        };
+        Ok(Keys { path: self.path, prefix, map })
+    }
+
+    fn size(&self, key: &str) -> Result<Option<usize>, ConfigFileError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        let size = value.as_u64().and_then(|n| usize::try_from(n).ok());
+        size.map(Some).ok_or_else(|| self.invalid(key, "a whole number", value))
+    }
+
+    fn required_size(&self, key: &str) -> Result<usize, ConfigFileError> {
+        let missing = || ConfigFileError::Missing {
+            path: self.path.to_owned(),
+            key: self.dotted(key),
+            expected: "a whole number",
+        };
+        self.size(key)?.ok_or_else(missing)
+    }
+
+    /// A degree of parallelism; −1 and 0 are TensorRT-LLM's "derive it".
+    fn degree(&self, key: &str) -> Result<Option<usize>, ConfigFileError> {
+        match self.get(key) {
+            Some(value) if value.as_i64().is_some_and(|n| n == -1 || n == 0) => Ok(None),
+            _ => self.size(key),
+        }
+    }
+
+    fn number(&self, key: &str, default: f64) -> Result<f64, ConfigFileError> {
+        let Some(value) = self.get(key) else { return Ok(default) };
+        value.as_f64().ok_or_else(|| self.invalid(key, "a number", value))
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigFileError> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| self.invalid(key, "a string", value))
+    }
+
+    fn flag(&self, key: &str) -> Result<bool, ConfigFileError> {
+        let Some(value) = self.get(key) else { return Ok(false) };
+        value.as_bool().ok_or_else(|| self.invalid(key, "true or false", value))
+    }
+
+    /// Refuses what changes the meaning of the weights and that we do not implement.
+    fn refuse_unsupported(&self) -> Result<(), ConfigFileError> {
+        let quantization = self.object("quantization", "quantization.")?;
+        for key in ["quant_algo", "kv_cache_quant_algo"] {
+            if let Some(algo) = quantization.get(key) {
+                return Err(quantization.unsupported(key, "null; convert the original model again", algo));
+            }
+        }
+        if let Some(scaling) = self.get("rotary_scaling") {
+            return Err(self.unsupported("rotary_scaling", "null", scaling));
+        }
+        for key in ["attn_bias", "mlp_bias", "residual_mlp", "qk_layernorm", "share_embedding_table"] {
+            if self.flag(key)? {
+                return Err(self.unsupported(key, "false", true));
+            }
+        }
+        let accepted: [(&str, &[&str], &str); 3] = [
+            (
+                "architecture",
+                &["MixtralForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"],
+                "MixtralForCausalLM, MistralForCausalLM, LlamaForCausalLM",
+            ),
+            ("hidden_act", &["swiglu", "silu"], "swiglu, silu"),
+            ("position_embedding_type", &["rope_gpt_neox"], "rope_gpt_neox"),
+        ];
+        for (key, values, supported) in accepted {
+            match self.text(key)? {
+                Some(found) if !values.contains(&found) => return Err(self.unsupported(key, supported, found)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn dtype(&self) -> Result<DType, ConfigFileError> {
+        let missing = || ConfigFileError::Missing {
+            path: self.path.to_owned(),
+            key: "dtype".into(),
+            expected: "float32, float16 or bfloat16",
+        };
+        let text = self.text("dtype")?.ok_or_else(missing)?;
+        text.parse().map_err(|_| self.unsupported("dtype", "float32, float16, bfloat16", text))
+    }
+
+    /// The experts, from the nested object of 0.11 or else the flat keys of 0.10. `None` for a dense model.
+    fn moe(&self) -> Result<Option<MoeConfig>, ConfigFileError> {
+        let nested = self.object("moe", "moe.")?;
+        let experts = nested.size("num_experts")?.or(self.size("moe_num_experts")?).unwrap_or(0);
+        if experts == 0 {
+            return match self.text("architecture")? {
+                Some("MixtralForCausalLM") => Err(ConfigFileError::Missing {
+                    path: self.path.to_owned(),
+                    key: "moe_num_experts".into(),
+                    expected: "the number of experts of a MixtralForCausalLM",
+                }),
+                _ => Ok(None),
+            };
+        }
+        let top_k = nested.size("top_k")?.or(self.size("moe_top_k")?).unwrap_or(1);
+        let mode = nested.size("normalization_mode")?.or(self.size("moe_normalization_mode")?).unwrap_or(1);
+        let normalization = u32::try_from(mode).ok().and_then(MoeNormalization::from_mode);
+        let normalization =
+            normalization.ok_or_else(|| self.unsupported("moe_normalization_mode", "0 (none), 1 (renorm)", mode))?;
+        Ok(Some(MoeConfig { num_experts: experts, top_k, normalization }))
+    }
+
+    fn mapping(&self) -> Result<Mapping, ConfigFileError> {
+        let keys = self.object("mapping", "mapping.")?;
+        let tp_size = keys.degree("tp_size")?.unwrap_or(1);
+        let pp_size = keys.degree("pp_size")?.unwrap_or(1);
+        if let Some(cp) = keys.degree("cp_size")?
+            && cp != 1
+        {
+            return Err(keys.unsupported("cp_size", "1", cp));
+        }
+        if let Some(world) = keys.degree("world_size")?
+            && tp_size.checked_mul(pp_size) != Some(world)
+        {
+            return Err(keys.invalid("world_size", "tp_size · pp_size", world));
+        }
+        let derived = |other: usize| tp_size.checked_div(other).unwrap_or(1).max(1);
+        let (moe_tp_size, moe_ep_size) = match (keys.degree("moe_tp_size")?, keys.degree("moe_ep_size")?) {
+            (Some(tp), Some(ep)) => (tp, ep),
+            (Some(tp), None) => (tp, derived(tp)),
+            (None, Some(ep)) => (derived(ep), ep),
+            (None, None) => match self.size("moe_tp_mode")? {
+                Some(1) => (1, tp_size),
+                Some(2) | None => (tp_size, 1),
+                Some(0) if tp_size == 1 => (1, 1),
+                Some(mode) => {
+                    return Err(self.unsupported("moe_tp_mode", "1 (expert parallel), 2 (tensor parallel)", mode));
+                }
+            },
+        };
+        Ok(Mapping { tp_size, pp_size, moe_tp_size, moe_ep_size })
+    }
+
+    fn config(&self) -> Result<CheckpointConfig, ConfigFileError> {
+        let moe = self.moe()?;
+        let hidden_size = self.required_size("hidden_size")?;
+        let num_heads = self.required_size("num_attention_heads")?;
+        let dense = MoeConfig { num_experts: 1, top_k: 1, normalization: MoeNormalization::Renorm };
+        let model = ModelConfig {
+            family: if moe.is_some() { ModelFamily::Mixtral } else { ModelFamily::Mistral },
+            dtype: self.dtype()?,
+            vocab_size: self.required_size("vocab_size")?,
+            hidden_size,
+            intermediate_size: self.size("intermediate_size")?.unwrap_or(hidden_size.saturating_mul(4)),
+            num_layers: self.required_size("num_hidden_layers")?,
+            num_heads,
+            num_kv_heads: self.size("num_key_value_heads")?.unwrap_or(num_heads),
+            head_dim: self.size("head_size")?.unwrap_or(hidden_size.checked_div(num_heads).unwrap_or(0)),
+            moe: moe.unwrap_or(dense),
+            max_position_embeddings: self.required_size("max_position_embeddings")?,
+            rope_theta: self.number("rotary_base", 10_000.0)?,
+            norm_eps: self.number("norm_epsilon", 1e-5)?,
+            sliding_window: self.size("sliding_window")?,
+            quant: QuantScheme::None,
+        };
+        let ours = self.object("mixtral", "mixtral.")?;
+        if let Some(version) = ours.size("format_version")?
+            && version as u64 > FORMAT_VERSION
+        {
+            return Err(ours.unsupported("format_version", "1; use the tool that wrote it, or convert again", version));
+        }
+        Ok(CheckpointConfig {
+            model,
+            mapping: self.mapping()?,
+            use_parallel_embedding: self.flag("use_parallel_embedding")?,
+            embedding_sharding_dim: self.size("embedding_sharding_dim")?.unwrap_or(0),
+            run_id: ours.text("run_id")?.map(str::to_owned),
+            tool_version: ours.text("tool_version")?.map(str::to_owned),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<CheckpointConfig, String> {
+        CheckpointConfig::parse(text.as_bytes(), Path::new("ckpt/config.json")).map_err(|e| e.to_string())
+    }
+
+    /// The smallest config of another tool, with `extra` keys.
+    fn minimal(extra: &str) -> String {
+        format!(
+            r#"{{"architecture": "MixtralForCausalLM", "dtype": "float16", "vocab_size": 96, "hidden_size": 64,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 128{extra}}}"#
+        )
+    }
+
+    #[test]
+    fn what_is_written_is_read_back() {
+        let mut model = ModelConfig::mixtral_8x7b(DType::Bf16);
+        model.sliding_window = Some(4096);
+        model.moe.normalization = MoeNormalization::None;
+        for (tp, moe_tp, moe_ep) in [(1, 1, 1), (4, 4, 1), (4, 1, 4), (4, 2, 2)] {
+            let mapping = Mapping { tp_size: tp, pp_size: 2, moe_tp_size: moe_tp, moe_ep_size: moe_ep };
+            let mut config = CheckpointConfig::new(model.clone(), mapping);
+            config.use_parallel_embedding = true;
+            config.embedding_sharding_dim = 1;
+            config.run_id = Some("00ff".into());
+            assert_eq!(parse(&config.to_json()).unwrap(), config);
+        }
+        let mut dense = CheckpointConfig::new(model, Mapping::tensor_parallel(2, 1));
+        dense.model.family = ModelFamily::Mistral;
+        dense.model.moe = MoeConfig { num_experts: 1, top_k: 1, normalization: MoeNormalization::Renorm };
+        assert!(!dense.to_json().contains("moe_num_experts"));
+        assert_eq!(parse(&dense.to_json()).unwrap(), dense);
+    }
+
+    #[test]
+    fn both_spellings_of_the_experts_are_read_and_defaults_filled() {
+        let flat = parse(&minimal(
+            r#", "moe_num_experts": 8, "moe_top_k": 2, "moe_tp_mode": 1, "mapping": {"tp_size": 2}, "quantization": {}"#,
+        ))
+        .unwrap();
+        assert_eq!(flat.mapping, Mapping::expert_parallel(2, 1));
+        assert_eq!(flat.model.moe.num_experts, 8);
+        assert_eq!((flat.model.head_dim, flat.model.num_kv_heads, flat.model.intermediate_size), (16, 4, 256));
+        assert_eq!(flat.run_id, None);
+        let nested = parse(&minimal(
+            r#", "moe": {"num_experts": 8, "top_k": 2, "normalization_mode": 0},
+                "mapping": {"tp_size": 2, "moe_tp_size": 2, "moe_ep_size": -1}, "a_key_of_the_future": [1]"#,
+        ))
+        .unwrap();
+        assert_eq!(nested.mapping, Mapping::tensor_parallel(2, 1));
+        assert_eq!(nested.model.moe.normalization, MoeNormalization::None);
+    }
+
+    #[test]
+    fn each_refusal_says_what_and_where() {
+        let refusals: Vec<String> = [
+            "{".to_owned(),
+            "[]".to_owned(),
+            r#"{"model_type": "mixtral"}"#.to_owned(),
+            r#"{"architecture": "GPTForCausalLM"}"#.to_owned(),
+            minimal(""),
+            minimal(r#", "moe_num_experts": 8, "quantization": {"quant_algo": "FP8"}"#),
+            minimal(r#", "moe_num_experts": 8, "rotary_scaling": {"type": "linear"}"#),
+            minimal(r#", "moe_num_experts": 8, "attn_bias": true"#),
+            minimal(r#", "moe_num_experts": 8, "moe_normalization_mode": 2"#),
+            minimal(r#", "moe_num_experts": 8, "head_size": "wide""#),
+            minimal(r#", "moe_num_experts": 8, "mapping": {"tp_size": 2, "world_size": 3}"#),
+            minimal(r#", "moe_num_experts": 8, "mapping": {"tp_size": 3}"#),
+            minimal(r#", "moe_num_experts": 8, "num_key_value_heads": 3"#),
+            minimal(r#", "moe_num_experts": 8, "moe_tp_mode": 0, "mapping": {"tp_size": 2}"#),
+            minimal(r#", "moe_num_experts": 8, "mixtral": {"format_version": 2}"#),
+            minimal(r#", "moe_num_experts": 8, "embedding_sharding_dim": 2"#),
+        ]
+        .iter()
+        .map(|text| parse(text).unwrap_err())
+        .collect();
+        insta::assert_snapshot!(refusals.join("\n"));
+    }
+}

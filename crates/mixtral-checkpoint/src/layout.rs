@@ -1,0 +1,118 @@
+//! What a rank's file must hold: the table of tensors, their shapes and data types.
+
+use mixtral_model::{DType, Rank};
+
+use crate::{CheckpointConfig, TensorId};
+
+/// One tensor of a rank's file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Which tensor it is.
+    pub id: TensorId,
+    /// Its name in the file: `id` written out.
+    pub name: String,
+    /// Its data type: the model's, except for the router's f32.
+    pub dtype: DType,
+    /// Its shape on this rank.
+    pub shape: Vec<usize>,
+}
+
+impl TensorSpec {
+    /// Bytes of the tensor.
+    #[must_use]
+    pub fn num_bytes(&self) -> u64 {
+        self.shape.iter().map(|&n| n as u64).product::<u64>() * self.dtype.size() as u64
+    }
+}
+
+/// The tensors of `rank`, in the order of the computation.
+///
+/// # Panics
+/// If `rank` is not in the mapping. `config` must be valid (see [`CheckpointConfig::validate`]).
+#[must_use]
+pub fn rank_tensors(config: &CheckpointConfig, rank: Rank) -> Vec<TensorSpec> {
+    let (model, mapping) = (&config.model, &config.mapping);
+    let hidden = model.hidden_size;
+    let heads = mapping.heads(model, rank).len();
+    let kv_heads = mapping.kv_heads(model, rank).len();
+    let experts = mapping.experts(model, rank).len();
+    let intermediate = mapping.intermediate(model, rank).len();
+    let vocab = mapping.vocab(model, rank).len();
+
+    let mut tensors = Vec::new();
+    let mut add = |id: TensorId, dtype, shape: &[usize]| {
+        tensors.push(TensorSpec { id, name: id.to_string(), dtype, shape: shape.to_vec() });
+    };
+    if mapping.is_first_stage(rank) {
+        let shape = match config.embedding_shards() {
+            None => [model.vocab_size, hidden],
+            Some(0) => [vocab, hidden],
+            Some(_) => [model.vocab_size, hidden / mapping.tp_size],
+        };
+        add(TensorId::Embedding, model.dtype, &shape);
+    }
+    for layer in 0..mapping.layers(model, rank).len() {
+        add(TensorId::InputNorm(layer), model.dtype, &[hidden]);
+        add(TensorId::Qkv(layer), model.dtype, &[(heads + 2 * kv_heads) * model.head_dim, hidden]);
+        add(TensorId::Dense(layer), model.dtype, &[hidden, heads * model.head_dim]);
+        add(TensorId::PostNorm(layer), model.dtype, &[hidden]);
+        if model.has_router() {
+            add(TensorId::Router(layer), DType::F32, &[model.moe.num_experts, hidden]);
+        }
+        add(TensorId::Fc(layer), model.dtype, &[experts, 2 * intermediate, hidden]);
+        add(TensorId::Proj(layer), model.dtype, &[experts, hidden, intermediate]);
+    }
+    if mapping.is_last_stage(rank) {
+        add(TensorId::FinalNorm, model.dtype, &[hidden]);
+        add(TensorId::LmHead, model.dtype, &[vocab, hidden]);
+    }
+    tensors
+}
+
+#[cfg(test)]
+mod tests {
+    use mixtral_model::{Mapping, ModelConfig};
+
+    use super::*;
+
+    fn shapes(mapping: Mapping, rank: usize) -> Vec<(String, Vec<usize>)> {
+        let config = CheckpointConfig::new(ModelConfig::mixtral_8x7b(DType::F16), mapping);
+        config.validate().unwrap();
+        let wanted = ["qkv", "dense", "router", "fc", "proj", "lm_head", "vocab"];
+        rank_tensors(&config, Rank(rank))
+            .into_iter()
+            .filter(|t| t.id.layer().is_none_or(|l| l == 0) && wanted.iter().any(|w| t.name.contains(w)))
+            .map(|t| (t.name, t.shape))
+            .collect()
+    }
+
+    #[test]
+    fn two_ranks_have_the_documented_shapes() {
+        let tp: Vec<_> = shapes(Mapping::tensor_parallel(2, 1), 1).into_iter().map(|(_, s)| s).collect();
+        assert_eq!(
+            tp,
+            [
+                vec![32000, 4096],
+                vec![3072, 4096],
+                vec![4096, 2048],
+                vec![8, 4096],
+                vec![8, 14336, 4096],
+                vec![8, 4096, 7168],
+                vec![16000, 4096]
+            ]
+        );
+        let ep: Vec<_> = shapes(Mapping::expert_parallel(2, 1), 1).into_iter().map(|(_, s)| s).collect();
+        assert_eq!(ep[4], [4, 28672, 4096]);
+        assert_eq!(ep[5], [4, 4096, 14336]);
+    }
+
+    #[test]
+    fn each_stage_counts_its_layers_from_zero() {
+        let config = CheckpointConfig::new(ModelConfig::mixtral_8x7b(DType::F16), Mapping::tensor_parallel(1, 3));
+        let layers: Vec<_> = (0..3)
+            .map(|r| rank_tensors(&config, Rank(r)).iter().filter_map(|t| t.id.layer()).max().unwrap() + 1)
+            .collect();
+        assert_eq!(layers, [11, 11, 10]);
+        assert!(rank_tensors(&config, Rank(1)).iter().all(|t| t.id.layer().is_some()));
+    }
+}

@@ -1,0 +1,100 @@
+//! The one home of the checkpoint's file and tensor names.
+
+use std::fmt;
+
+use mixtral_model::Rank;
+
+/// The file that makes a directory a checkpoint: written last, removed first.
+pub const CONFIG_FILE: &str = "config.json";
+
+/// A tensor of one rank's file. Layers count from 0 in each pipeline stage.
+///
+/// Shapes, of one rank: t = tp_size, m = moe_tp_size, d = head_dim, H = hidden_size, I = intermediate_size,
+/// V = vocab_size, Vp = V padded to a multiple of t, nh and kv the rank's query and KV heads, E the rank's experts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TensorId {
+    /// Token embedding, `[V, H]`; first stage only.
+    Embedding,
+    /// RMSNorm weight before attention, `[H]`.
+    InputNorm(usize),
+    /// Query, key and value projections, rows Q ‖ K ‖ V: `[(nh + 2 kv) d, H]`.
+    Qkv(usize),
+    /// Output projection of attention, `[H, nh d]`.
+    Dense(usize),
+    /// RMSNorm weight before the feed-forward, `[H]`.
+    PostNorm(usize),
+    /// Router, all experts on every rank, always f32: `[experts, H]`.
+    Router(usize),
+    /// First feed-forward matrices, up_proj rows then gate_proj rows of each expert: `[E, 2 I/m, H]`.
+    Fc(usize),
+    /// Second feed-forward matrix (down_proj) of each expert: `[E, H, I/m]`.
+    Proj(usize),
+    /// RMSNorm weight after the last layer, `[H]`; last stage only.
+    FinalNorm,
+    /// Output embedding, `[Vp/t, H]`; last stage only.
+    LmHead,
+}
+
+impl TensorId {
+    /// The layer, counted in the pipeline stage; `None` for the tensors outside the layers.
+    #[must_use]
+    pub fn layer(self) -> Option<usize> {
+        match self {
+            TensorId::Embedding | TensorId::FinalNorm | TensorId::LmHead => None,
+            TensorId::InputNorm(layer)
+            | TensorId::Qkv(layer)
+            | TensorId::Dense(layer)
+            | TensorId::PostNorm(layer)
+            | TensorId::Router(layer)
+            | TensorId::Fc(layer)
+            | TensorId::Proj(layer) => Some(layer),
+        }
+    }
+}
+
+impl fmt::Display for TensorId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (layer, name) = match *self {
+            TensorId::Embedding => return f.write_str("transformer.vocab_embedding.weight"),
+            TensorId::FinalNorm => return f.write_str("transformer.ln_f.weight"),
+            TensorId::LmHead => return f.write_str("lm_head.weight"),
+            TensorId::InputNorm(layer) => (layer, "input_layernorm"),
+            TensorId::Qkv(layer) => (layer, "attention.qkv"),
+            TensorId::Dense(layer) => (layer, "attention.dense"),
+            TensorId::PostNorm(layer) => (layer, "post_layernorm"),
+            TensorId::Router(layer) => (layer, "mlp.router"),
+            TensorId::Fc(layer) => (layer, "mlp.fc"),
+            TensorId::Proj(layer) => (layer, "mlp.proj"),
+        };
+        write!(f, "transformer.layers.{layer}.{name}.weight")
+    }
+}
+
+/// `rank{r}.safetensors`.
+#[must_use]
+pub fn rank_file_name(rank: Rank) -> String {
+    format!("rank{rank}.safetensors")
+}
+
+/// Whether `name` is a rank file's.
+#[must_use]
+pub fn is_rank_file(name: &str) -> bool {
+    name.strip_prefix("rank")
+        .and_then(|rest| rest.strip_suffix(".safetensors"))
+        .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// Whether `name` is one of the tokenizer's files, which every stage carries along unread.
+#[must_use]
+pub fn is_tokenizer_file(name: &str) -> bool {
+    const NAMES: [&str; 7] = [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tekken.json",
+    ];
+    NAMES.contains(&name) || name.starts_with("tokenizer.model.") || name.starts_with("chat_template.")
+}

@@ -1,0 +1,378 @@
+//! Opening a checkpoint: the directory, a rank's file, a tensor's bytes.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use mixtral_model::{DType, Rank};
+
+use crate::config::{CheckpointConfig, ConfigFileError};
+use crate::header::{Header, HeaderError, TensorEntry, safetensors_name};
+use crate::layout::{TensorSpec, rank_tensors};
+use crate::map::FileMap;
+use crate::names::{CONFIG_FILE, rank_file_name};
+use crate::scan;
+use crate::staged::LOCK_FILE;
+use crate::writer::{HASH_PREFIX, RUN_ID_KEY};
+
+/// A checkpoint that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// The directory is not there.
+    #[error("there is no directory {dir}; `mixtral convert` writes a checkpoint (--output-dir)")]
+    NoDirectory {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// No `config.json`, so whatever else is in the directory is not a checkpoint.
+    #[error("{dir} has no config.json, so it is no checkpoint; run `mixtral convert` to write one")]
+    NoConfig {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// A writer is at work, or was killed.
+    #[error(
+        "{dir} is unfinished: a conversion is writing it, or was stopped. Wait for it, or run `mixtral convert` again"
+    )]
+    Unfinished {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// `config.json` is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigFileError),
+    /// A rank's file that is missing.
+    #[error("rank {rank}: {path} is missing, but config.json describes {world_size} ranks; convert the model again")]
+    NoRankFile {
+        /// The rank.
+        rank: Rank,
+        /// Its file.
+        path: PathBuf,
+        /// Ranks that there should be.
+        world_size: usize,
+    },
+    /// A rank past the mapping.
+    #[error("rank {rank} is not in {dir}, whose mapping has {world_size} ranks (0 to {})", world_size - 1)]
+    NoSuchRank {
+        /// The rank asked for.
+        rank: Rank,
+        /// The directory.
+        dir: PathBuf,
+        /// Ranks that there are.
+        world_size: usize,
+    },
+    /// A rank's file cannot be opened or mapped.
+    #[error("cannot open {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A rank's file is damaged.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// A rank's file of another conversion.
+    #[error(
+        "{path} was written by run {found}, but config.json names run {expected}; the directory mixes two conversions, convert again"
+    )]
+    RunId {
+        /// The file.
+        path: PathBuf,
+        /// config.json's.
+        expected: String,
+        /// The file's.
+        found: String,
+    },
+    /// Tensors that are missing or not as the config demands, all of them.
+    #[error("{path} does not fit config.json:\n{}", .problems.join("\n"))]
+    Tensors {
+        /// The file.
+        path: PathBuf,
+        /// One line each.
+        problems: Vec<String>,
+    },
+    /// A tensor that is not in the file.
+    #[error("{path} has no tensor `{tensor}`")]
+    NoTensor {
+        /// The file.
+        path: PathBuf,
+        /// The name asked for.
+        tensor: String,
+    },
+}
+
+/// A checkpoint directory.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    dir: PathBuf,
+    config: CheckpointConfig,
+}
+
+impl Checkpoint {
+    /// Reads `dir/config.json`; no rank file is touched yet.
+    ///
+    /// # Errors
+    /// If there is no complete checkpoint in `dir`.
+    pub fn open(dir: &Path) -> Result<Self, ReadError> {
+        let own = || dir.to_owned();
+        if !dir.is_dir() {
+            return Err(ReadError::NoDirectory { dir: own() });
+        }
+        if !dir.join(CONFIG_FILE).exists() {
+            let unfinished = dir.join(LOCK_FILE).exists();
+            return Err(match unfinished {
+                true => ReadError::Unfinished { dir: own() },
+                false => ReadError::NoConfig { dir: own() },
+            });
+        }
+        Ok(Checkpoint { dir: own(), config: CheckpointConfig::read(dir)? })
+    }
+
+    /// What `config.json` says.
+    #[must_use]
+    pub fn config(&self) -> &CheckpointConfig {
+        &self.config
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Whether there are weights. A checkpoint of `config.json` alone stands for random ones.
+    #[must_use]
+    pub fn has_weights(&self) -> bool {
+        self.config.mapping.ranks().any(|rank| self.rank_path(rank).exists())
+    }
+
+    /// The file of `rank`.
+    #[must_use]
+    pub fn rank_path(&self, rank: Rank) -> PathBuf {
+        self.dir.join(rank_file_name(rank))
+    }
+
+    /// Opens the file of `rank` and checks it against the config.
+    ///
+    /// # Errors
+    /// If it is missing, damaged, of another run, or holds other tensors than the config demands.
+    pub fn rank(&self, rank: Rank) -> Result<RankFile, ReadError> {
+        let world_size = self.config.mapping.world_size();
+        if rank.0 >= world_size {
+            return Err(ReadError::NoSuchRank { rank, dir: self.dir.clone(), world_size });
+        }
+        let path = self.rank_path(rank);
+        if !path.exists() {
+            return Err(ReadError::NoRankFile { rank, path, world_size });
+        }
+        let file = RankFile::open(&path)?;
+        file.check(&rank_tensors(&self.config, rank), self.config.run_id.as_deref())?;
+        Ok(file)
+    }
+
+    /// Reads every byte of every rank: hashes against the metadata, and that all elements are finite.
+    ///
+    /// # Errors
+    /// If a file cannot be opened. Damaged tensors are no error but the [`Verified::problems`] of the answer.
+    pub fn verify(&self) -> Result<Verified, ReadError> {
+        let mut all = Verified::default();
+        for rank in self.config.mapping.ranks() {
+            let part = self.rank(rank)?.verify();
+            all.tensors += part.tensors;
+            all.bytes += part.bytes;
+            all.unhashed += part.unhashed;
+            all.problems.extend(part.problems);
+        }
+        Ok(all)
+    }
+}
+
+/// What [`Checkpoint::verify`] found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    /// Tensors read.
+    pub tensors: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Those of them that came without a hash (files of other tools).
+    pub unhashed: usize,
+    /// Those that are damaged.
+    pub problems: Vec<Problem>,
+}
+
+/// A damaged tensor.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Problem {
+    /// The bytes are not those that were written.
+    #[error(
+        "{path}: tensor `{tensor}` has BLAKE3 {found}, but was written with {expected}; copy or convert the file again"
+    )]
+    Hash {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The metadata's.
+        expected: String,
+        /// The data's.
+        found: String,
+    },
+    /// Elements that are infinite or not a number.
+    #[error("{path}: tensor `{tensor}` has {count} elements that are not finite, the first at index {first}")]
+    NotFinite {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// How many.
+        count: u64,
+        /// Index of the first, in row-major order.
+        first: u64,
+    },
+}
+
+/// One tensor, in place in its mapped file.
+#[derive(Clone, Debug)]
+pub struct TensorView<'a> {
+    /// Element type.
+    pub dtype: DType,
+    /// Shape.
+    pub shape: &'a [usize],
+    /// Row-major little-endian elements, naturally aligned.
+    pub bytes: &'a [u8],
+}
+
+/// A safetensors file of float tensors, mapped. Tensors of other types are ignored.
+#[derive(Debug)]
+pub struct RankFile {
+    path: PathBuf,
+    map: FileMap,
+    metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, (DType, TensorEntry)>,
+}
+
+impl RankFile {
+    /// Maps `path` and checks its header, but not which tensors there are (see [`RankFile::check`]).
+    ///
+    /// # Errors
+    /// If it cannot be opened or is damaged.
+    pub fn open(path: &Path) -> Result<Self, ReadError> {
+        let io = |source| ReadError::Io { path: path.to_owned(), source };
+        let file = File::open(path).map_err(io)?;
+        let Header { metadata, tensors, .. } = Header::read(&file, path)?;
+        let map = FileMap::new(&file).map_err(io)?;
+        let end = tensors.iter().map(|t| t.end).max().unwrap_or(0);
+        if end > map.len() as u64 {
+            let (path, found) = (path.to_owned(), map.len() as u64);
+            return Err(HeaderError::FileLength { path, expected: end, found }.into());
+        }
+        let floats = tensors.into_iter().filter_map(|t| Some((t.name.clone(), (t.float()?, t)))).collect();
+        Ok(RankFile { path: path.to_owned(), map, metadata, tensors: floats })
+    }
+
+    /// Checks that the file holds `specs`, aligned, and was written by `run_id` (if that is known).
+    ///
+    /// # Errors
+    /// Everything that does not fit, in one error.
+    pub fn check(&self, specs: &[TensorSpec], run_id: Option<&str>) -> Result<(), ReadError> {
+        if let Some(expected) = run_id {
+            let found = self.run_id().unwrap_or("unknown");
+            if found != expected {
+                let (expected, found) = (expected.to_owned(), found.to_owned());
+                return Err(ReadError::RunId { path: self.path.clone(), expected, found });
+            }
+        }
+        let mut problems = Vec::new();
+        for TensorSpec { name, dtype, shape, .. } in specs {
+            let wanted = format!("{} {shape:?}", safetensors_name(*dtype));
+            match self.tensors.get(name) {
+                None => problems.push(format!("  `{name}`: missing, expected {wanted}")),
+                Some((d, t)) if d != dtype || &t.shape != shape => {
+                    problems.push(format!("  `{name}`: expected {wanted}, found {} {:?}", t.dtype, t.shape));
+                }
+                Some((_, t)) if !t.start.is_multiple_of(dtype.size() as u64) => {
+                    problems.push(format!("  `{name}`: its data starts at byte {}, which is not aligned", t.start));
+                }
+                Some(_) => {}
+            }
+        }
+        if problems.is_empty() { Ok(()) } else { Err(ReadError::Tensors { path: self.path.clone(), problems }) }
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The run that wrote the file, if it says.
+    #[must_use]
+    pub fn run_id(&self) -> Option<&str> {
+        self.metadata.get(RUN_ID_KEY).map(String::as_str)
+    }
+
+    /// The BLAKE3 hash, in hex, that `tensor` was written with.
+    #[must_use]
+    pub fn hash(&self, tensor: &str) -> Option<&str> {
+        self.metadata.get(&format!("{HASH_PREFIX}{tensor}")).map(String::as_str)
+    }
+
+    /// Names of the float tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// If it is not in the file.
+    pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, ReadError> {
+        let missing = || ReadError::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
+        let (dtype, entry) = self.tensors.get(name).ok_or_else(missing)?;
+        Ok(TensorView { dtype: *dtype, shape: &entry.shape, bytes: self.bytes(entry) })
+    }
+
+    /// The bytes of `entry`, whose range was checked against the length of the map in [`RankFile::open`].
+    fn bytes(&self, entry: &TensorEntry) -> &[u8] {
+        let at = |offset: u64| usize::try_from(offset).expect("inside the map");
+        &self.map[at(entry.start)..at(entry.end)]
+    }
+
+    /// Reads every tensor: its hash against the metadata, and that its elements are finite.
+    #[must_use]
+    pub fn verify(&self) -> Verified {
+        let mut verified = Verified { tensors: self.tensors.len(), ..Verified::default() };
+        for (name, (dtype, entry)) in &self.tensors {
+            let bytes = self.bytes(entry);
+            verified.bytes += bytes.len() as u64;
+            let mut hasher = blake3::Hasher::new();
+            let mut magnitude = 0;
+            // In pieces that stay in the cache between the two looks at them.
+            for piece in bytes.chunks(1 << 18) {
+                hasher.update(piece);
+                magnitude = magnitude.max(scan::max_magnitude(*dtype, piece));
+            }
+            let (path, tensor) = (self.path.clone(), name.clone());
+            match self.hash(name) {
+                None => verified.unhashed += 1,
+                Some(expected) => {
+                    let found = hasher.finalize().to_hex();
+                    if found.as_str() != expected {
+                        let (expected, found) = (expected.to_owned(), found.to_string());
+                        verified.problems.push(Problem::Hash { path, tensor, expected, found });
+                        continue;
+                    }
+                }
+            }
+            let limit = scan::infinity_bits(*dtype);
+            if magnitude >= limit
+                && let Some((count, first)) = scan::count_from(*dtype, bytes, limit)
+            {
+                let (path, tensor) = (self.path.clone(), name.clone());
+                verified.problems.push(Problem::NotFinite { path, tensor, count, first });
+            }
+        }
+        verified
+    }
+}

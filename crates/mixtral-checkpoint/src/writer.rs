@@ -1,0 +1,271 @@
+//! Writing a checkpoint: rank files with random access from several threads, hashes on the way, `config.json` last.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use mixtral_model::Rank;
+use serde_json::{Map, Value, json};
+
+use crate::config::{CheckpointConfig, is_ours};
+use crate::header::{LENGTH_BYTES, safetensors_name};
+use crate::layout::{TensorSpec, rank_tensors};
+use crate::names::{is_rank_file, is_tokenizer_file, rank_file_name};
+use crate::staged::{Ownership, StagedDir, StagedError};
+
+/// Metadata key of the run that wrote a rank file.
+pub const RUN_ID_KEY: &str = "run_id";
+
+/// Metadata key prefix of a tensor's BLAKE3 hash.
+pub const HASH_PREFIX: &str = "blake3:";
+
+/// Hex digits of a run id.
+const RUN_ID_LEN: usize = 32;
+
+/// Tensor data starts at a multiple of this many bytes.
+const DATA_ALIGNMENT: usize = 64;
+
+/// How a checkpoint directory is told from a user's.
+pub const OWNERSHIP: Ownership =
+    Ownership { what: "a checkpoint", owns: |name| is_rank_file(name) || is_tokenizer_file(name), is_marker: is_ours };
+
+/// A checkpoint that cannot be written.
+#[derive(Debug, thiserror::Error)]
+pub enum WriteError {
+    /// The directory.
+    #[error(transparent)]
+    Staged(#[from] StagedError),
+    /// A tensor that was given more or fewer bytes than its shape has: a bug of the caller.
+    #[error("tensor `{tensor}` of {path} was given {found} bytes; its shape has {expected}")]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Bytes of its shape.
+        expected: u64,
+        /// Bytes given.
+        found: u64,
+    },
+}
+
+/// A checkpoint being written. Dropped without [`CheckpointWriter::finish`], it leaves nothing.
+#[derive(Debug)]
+pub struct CheckpointWriter {
+    staged: StagedDir,
+    config: CheckpointConfig,
+    ranks: Vec<RankWriter>,
+}
+
+impl CheckpointWriter {
+    /// Prepares `dir` and, unless `config_only`, a file a rank at its full length.
+    ///
+    /// # Errors
+    /// If the directory is not ours to write, or the disk is full. `config` must be valid.
+    pub fn create(dir: &Path, mut config: CheckpointConfig, config_only: bool) -> Result<Self, WriteError> {
+        config.run_id = None;
+        let staged = StagedDir::begin(dir, OWNERSHIP)?;
+        let mut ranks = Vec::new();
+        if !config_only {
+            for rank in config.mapping.ranks() {
+                let path = staged.path(&rank_file_name(rank));
+                ranks.push(RankWriter::create(path, rank, rank_tensors(&config, rank))?);
+            }
+        }
+        Ok(CheckpointWriter { staged, config, ranks })
+    }
+
+    /// The file of each rank. They may be written from several threads at once.
+    #[must_use]
+    pub fn ranks(&self) -> &[RankWriter] {
+        &self.ranks
+    }
+
+    /// Copies one of the tokenizer's files along.
+    ///
+    /// # Errors
+    /// If it cannot be read or written.
+    pub fn copy_in(&self, name: &str, from: &Path) -> Result<(), WriteError> {
+        Ok(self.staged.copy_in(name, from)?)
+    }
+
+    /// Writes the headers, then `config.json`, each onto the disk, and gives the run id. `hashes` are those of every
+    /// rank's tensors, in the order of [`RankWriter::specs`].
+    ///
+    /// The run id is a hash of the config and of all tensors, so that the same model gives the same bytes.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn finish(mut self, hashes: &[Vec<blake3::Hash>]) -> Result<Option<String>, WriteError> {
+        if !self.ranks.is_empty() {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(self.config.to_json().as_bytes());
+            hashes.iter().flatten().for_each(|hash| {
+                hasher.update(hash.as_bytes());
+            });
+            let mut run_id = hasher.finalize().to_hex().to_string();
+            run_id.truncate(RUN_ID_LEN);
+            for (rank, hashes) in self.ranks.iter().zip(hashes) {
+                rank.write_header(&run_id, hashes)?;
+            }
+            for rank in &self.ranks {
+                rank.sync()?;
+            }
+            self.config.run_id = Some(run_id);
+        }
+        self.staged.commit(self.config.to_json().as_bytes())?;
+        Ok(self.config.run_id)
+    }
+}
+
+/// One rank's safetensors file being written. The header's room is kept free until all hashes are known.
+#[derive(Debug)]
+pub struct RankWriter {
+    file: File,
+    path: PathBuf,
+    rank: Rank,
+    specs: Vec<TensorSpec>,
+    /// First byte of each tensor, counted from the start of the file.
+    starts: Vec<u64>,
+    /// Bytes of the header, its length not included.
+    header_len: usize,
+}
+
+impl RankWriter {
+    /// Creates the file at its full length. Tensors with larger elements come first, so that all are aligned.
+    ///
+    /// # Errors
+    /// If it cannot be created, or the disk is too full for it.
+    pub fn create(path: PathBuf, rank: Rank, mut specs: Vec<TensorSpec>) -> Result<Self, WriteError> {
+        specs.sort_by_key(|spec| std::cmp::Reverse(spec.dtype.size()));
+        let unknown = vec![blake3::Hash::from_bytes([0; 32]); specs.len()];
+        let text_len = header_text(rank, &specs, &"0".repeat(RUN_ID_LEN), &unknown).len();
+        let header_len = (8 + text_len).next_multiple_of(DATA_ALIGNMENT) - 8;
+        let mut at = LENGTH_BYTES + header_len as u64;
+        let mut starts = Vec::with_capacity(specs.len());
+        for spec in &specs {
+            starts.push(at);
+            at += spec.num_bytes();
+        }
+        let open = || {
+            let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
+            // Blocks are taken now, so that a full disk is known before any work. Not every filesystem can.
+            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, at) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => file.set_len(at)?,
+                Err(e) => return Err(e.into()),
+            }
+            Ok(file)
+        };
+        let file = match open() {
+            Ok(file) => file,
+            Err(source) => return Err(StagedError::Io { action: "create", path, source }.into()),
+        };
+        Ok(RankWriter { file, path, rank, specs, starts, header_len })
+    }
+
+    /// The rank.
+    #[must_use]
+    pub fn rank(&self) -> Rank {
+        self.rank
+    }
+
+    /// The tensors, in the order of the file.
+    #[must_use]
+    pub fn specs(&self) -> &[TensorSpec] {
+        &self.specs
+    }
+
+    /// Starts writing the `index`-th tensor of [`RankWriter::specs`]. Different tensors may be written at once.
+    #[must_use]
+    pub fn tensor(&self, index: usize) -> TensorWriter<'_> {
+        TensorWriter { rank: self, index, written: 0, hasher: blake3::Hasher::new() }
+    }
+
+    /// Waits until everything written is on the disk.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn sync(&self) -> Result<(), WriteError> {
+        Ok(self.file.sync_data().map_err(|source| self.failed(source))?)
+    }
+
+    fn failed(&self, source: std::io::Error) -> StagedError {
+        StagedError::Io { action: "write", path: self.path.clone(), source }
+    }
+
+    fn write_header(&self, run_id: &str, hashes: &[blake3::Hash]) -> Result<(), WriteError> {
+        let mut text = header_text(self.rank, &self.specs, run_id, hashes);
+        debug_assert!(text.len() <= self.header_len && self.header_len - text.len() < DATA_ALIGNMENT);
+        text.resize(self.header_len, b' ');
+        let mut bytes = (self.header_len as u64).to_le_bytes().to_vec();
+        bytes.append(&mut text);
+        Ok(self.file.write_all_at(&bytes, 0).map_err(|source| self.failed(source))?)
+    }
+}
+
+/// The header's JSON. Its length depends only on the rank and the specs.
+fn header_text(rank: Rank, specs: &[TensorSpec], run_id: &str, hashes: &[blake3::Hash]) -> Vec<u8> {
+    let mut metadata = Map::new();
+    // `format` is what transformers asks of a file that it loads.
+    metadata.insert("format".into(), json!("pt"));
+    metadata.insert("rank".into(), json!(rank.to_string()));
+    metadata.insert(RUN_ID_KEY.into(), json!(run_id));
+    let mut root = Map::new();
+    let mut start = 0;
+    let mut entries = Map::new();
+    for (spec, hash) in specs.iter().zip(hashes) {
+        metadata.insert(format!("{HASH_PREFIX}{}", spec.name), json!(hash.to_hex().as_str()));
+        let end = start + spec.num_bytes();
+        let dtype = safetensors_name(spec.dtype);
+        entries.insert(spec.name.clone(), json!({ "dtype": dtype, "shape": spec.shape, "data_offsets": [start, end] }));
+        start = end;
+    }
+    root.insert("__metadata__".into(), Value::Object(metadata));
+    root.append(&mut entries);
+    serde_json::to_vec(&root).expect("a map with string keys serializes")
+}
+
+/// One tensor being written from its first byte to its last, hashed on the way.
+#[derive(Debug)]
+pub struct TensorWriter<'a> {
+    rank: &'a RankWriter,
+    index: usize,
+    written: u64,
+    hasher: blake3::Hasher,
+}
+
+impl TensorWriter<'_> {
+    /// Appends `bytes`.
+    ///
+    /// # Errors
+    /// If they cannot be written, or are more than the tensor has.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
+        let end = self.written + bytes.len() as u64;
+        if end > self.rank.specs[self.index].num_bytes() {
+            return Err(self.wrong_length(end));
+        }
+        self.hasher.update(bytes);
+        let at = self.rank.starts[self.index] + self.written;
+        self.rank.file.write_all_at(bytes, at).map_err(|source| self.rank.failed(source))?;
+        self.written = end;
+        Ok(())
+    }
+
+    /// The tensor's hash, once it is complete.
+    ///
+    /// # Errors
+    /// If bytes are missing.
+    pub fn finish(self) -> Result<blake3::Hash, WriteError> {
+        if self.written != self.rank.specs[self.index].num_bytes() {
+            return Err(self.wrong_length(self.written));
+        }
+        Ok(self.hasher.finalize())
+    }
+
+    fn wrong_length(&self, found: u64) -> WriteError {
+        let spec = &self.rank.specs[self.index];
+        let (path, tensor) = (self.rank.path.clone(), spec.name.clone());
+        WriteError::Length { path, tensor, expected: spec.num_bytes(), found }
+    }
+}
