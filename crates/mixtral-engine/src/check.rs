@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::memory::ALIGN;
-use crate::{Buffer, ElemType, Epilogue, Op, Program, Rows, Weight};
+use crate::{Buffer, ElemType, Epilogue, Limits, Op, Program, Rows, Weight};
 
 /// A program that cannot run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -59,6 +59,20 @@ pub enum ProgramError {
 
 /// Sizes past this are refused, so that products of a few of them cannot overflow.
 const MAX: usize = 1 << 24;
+
+impl Limits {
+    /// Checks that every limit is one that a program can be planned for.
+    ///
+    /// # Errors
+    /// The first limit out of range.
+    pub fn check(&self) -> Result<(), ProgramError> {
+        in_range("max_batch_size", self.max_batch_size, 1, 1 << 20)?;
+        in_range("max_num_tokens", self.max_num_tokens, 1, MAX)?;
+        in_range("max_seq_len", self.max_seq_len, 1, 1 << 30)?;
+        in_range("max_num_logits", self.max_num_logits, 1, MAX)?;
+        in_range("block_size", self.block_size, 1, 1 << 12)
+    }
+}
 
 impl Program {
     /// Checks that every operand exists and has the shape and type its operation needs, and that buffers lie in
@@ -117,11 +131,7 @@ impl Program {
         in_range("num_layers", self.num_layers, 1, 1 << 14)?;
         in_range("num_experts", self.num_experts, 0, 1 << 14)?;
         in_range("top_k", self.top_k, 0, self.num_experts)?;
-        in_range("max_batch_size", self.limits.max_batch_size, 1, 1 << 20)?;
-        in_range("max_num_tokens", self.limits.max_num_tokens, 1, MAX)?;
-        in_range("max_seq_len", self.limits.max_seq_len, 1, 1 << 30)?;
-        in_range("max_num_logits", self.limits.max_num_logits, 1, MAX)?;
-        in_range("block_size", self.limits.block_size, 1, 1 << 12)?;
+        self.limits.check()?;
         in_range("kv num_layers", self.kv.num_layers, 1, self.num_layers)?;
         in_range("kv num_kv_heads", self.kv.num_kv_heads, 1, 1 << 16)?;
         in_range("kv head_dim", self.kv.head_dim, 2, 1 << 16)

@@ -7,11 +7,13 @@
 //! Reading order: [`op`] (the operations and what each one computes, to the rounding), [`program`] (buffers,
 //! weights, limits), [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
 //! offsets and the closed-form memory plan), [`inputs`] (the ragged, paged inputs of a step), [`math`],
-//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`].
+//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`], and [`dir`] (the
+//! engine directory).
 #![forbid(unsafe_code)]
 
 pub mod backend;
 pub mod check;
+pub mod dir;
 pub mod dummy;
 pub mod inputs;
 pub mod math;
@@ -23,6 +25,7 @@ pub mod text;
 
 pub use backend::{Backend, BackendError, StepOutputs, WeightSource, WeightView, Weights};
 pub use check::ProgramError;
+pub use dir::{EngineConfig, EngineDir, EngineError, EngineWriter, MappedWeights, WeightsKind};
 pub use inputs::{InputError, SampleRequest, StepInputs};
 pub use op::{Epilogue, Op, Rung};
 pub use program::{Buffer, ElemType, KvLayout, Limits, Program, Rows, Weight, WeightFormat};

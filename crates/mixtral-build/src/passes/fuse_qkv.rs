@@ -58,13 +58,7 @@ fn fuse(program: &Program, ops: &[Op]) -> Option<Fused> {
             ladder: Vec::new(),
         },
         Op::RopeWriteKv { qkv: qkv.clone(), num_heads: *num_heads, theta: *theta, layer: *layer },
-        Op::Attention {
-            query: qkv,
-            num_heads: *num_heads,
-            window: *window,
-            layer: *layer,
-            out: out.clone(),
-        },
+        Op::Attention { query: qkv, num_heads: *num_heads, window: *window, layer: *layer, out: out.clone() },
     ];
     Some(Fused { taken: 7, ops, buffers: vec![buffer] })
 }

@@ -71,8 +71,87 @@ pub(crate) fn num_readers(program: &Program, buffer: &str) -> usize {
 
 /// Drops the buffers that nothing writes any more and lists the others in the order in which they are written.
 fn tidy_buffers(program: &mut Program) {
-    let order: HashMap<&str, usize> =
-        program.ops.iter().flat_map(Op::writes).enumerate().map(|(i, name)| (name, i)).rev().collect();
+    let mut order: HashMap<&str, usize> = HashMap::new();
+    for (index, name) in program.ops.iter().flat_map(Op::writes).enumerate() {
+        order.entry(name).or_insert(index);
+    }
     program.buffers.retain(|b| order.contains_key(b.name.as_str()));
     program.buffers.sort_by_key(|b| order[b.name.as_str()]);
+}
+
+#[cfg(test)]
+mod tests {
+    use mixtral_checkpoint::CheckpointConfig;
+    use mixtral_engine::text::op_text;
+    use mixtral_engine::{Limits, Program};
+    use mixtral_model::{DType, Mapping, ModelConfig, ModelFamily, Rank};
+
+    use super::PASSES;
+    use crate::graph;
+    use crate::lower::lower;
+
+    fn config(family: ModelFamily) -> CheckpointConfig {
+        let mut model = ModelConfig::mixtral_8x7b(DType::Bf16);
+        (model.family, model.num_layers, model.hidden_size, model.intermediate_size) = (family, 2, 32, 48);
+        (model.num_heads, model.num_kv_heads, model.head_dim, model.vocab_size) = (6, 2, 8, 100);
+        if family == ModelFamily::Mistral {
+            (model.moe.num_experts, model.moe.top_k) = (1, 1);
+        }
+        CheckpointConfig::new(model, Mapping::single())
+    }
+
+    const LIMITS: Limits =
+        Limits { max_batch_size: 4, max_num_tokens: 64, max_seq_len: 128, max_num_logits: 4, block_size: 16 };
+
+    fn ops(program: &Program) -> String {
+        program.ops.iter().map(|op| op_text(op) + "\n").collect()
+    }
+
+    /// Before the first pass, and after each: a change in one pass shows in one snapshot.
+    #[test]
+    fn every_pass_before_and_after() {
+        let mut program = graph::naive(&config(ModelFamily::Mixtral), Rank(0), LIMITS);
+        insta::assert_snapshot!("0_naive", ops(&program));
+        for (index, pass) in PASSES.iter().enumerate() {
+            let before = ops(&program);
+            (pass.run)(&mut program);
+            assert_ne!(before, ops(&program), "{} changed nothing", pass.name);
+            insta::assert_snapshot!(format!("{}_{}", index + 1, pass.name), ops(&program));
+        }
+    }
+
+    #[test]
+    fn the_whole_program_of_a_dense_model() {
+        let program = lower(&config(ModelFamily::Mistral), Rank(0), LIMITS);
+        program.check().unwrap();
+        insta::assert_snapshot!(program.to_text());
+    }
+
+    #[test]
+    fn the_text_reads_back() {
+        for family in [ModelFamily::Mixtral, ModelFamily::Mistral] {
+            let program = lower(&config(family), Rank(0), LIMITS);
+            assert_eq!(Program::parse(&program.to_text()).unwrap(), program);
+        }
+    }
+
+    /// At every operation the buffers that are still needed lie apart.
+    #[test]
+    fn no_two_live_buffers_overlap() {
+        for layers in [1, 3] {
+            let mut config = config(ModelFamily::Mixtral);
+            config.model.num_layers = layers;
+            let program = lower(&config, Rank(0), LIMITS);
+            let live = program.lifetimes();
+            for (i, a) in program.buffers.iter().enumerate() {
+                for b in &program.buffers[i + 1..] {
+                    let ((a_from, a_to), (b_from, b_to)) = (live[a.name.as_str()], live[b.name.as_str()]);
+                    let together = a_from <= b_to && b_from <= a_to;
+                    let apart =
+                        a.offset + program.max_bytes(a) <= b.offset || b.offset + program.max_bytes(b) <= a.offset;
+                    assert!(!together || apart, "{} and {}", a.name, b.name);
+                }
+            }
+        }
+    }
 }

@@ -1,0 +1,209 @@
+//! From a checkpoint directory (or a geometry alone) to an engine directory.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use mixtral_checkpoint::names::is_tokenizer_file;
+use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError};
+use mixtral_engine::dir::{RankRecord, WeightsKind};
+use mixtral_engine::program::FORMAT_VERSION;
+use mixtral_engine::{EngineConfig, EngineError, EngineWriter, Limits, Program, ProgramError};
+use mixtral_model::{Mapping, Rank, Recipe};
+
+use crate::lower;
+
+/// Where the engine's weights come from.
+pub enum WeightsFrom<'a> {
+    /// A checkpoint with rank files.
+    Checkpoint(&'a Checkpoint),
+    /// A seed and, for each rank, the recipes of its tensors.
+    Dummy {
+        /// The seed.
+        seed: u64,
+        /// The shard plan of a rank.
+        recipes: &'a dyn Fn(Rank) -> Vec<Recipe>,
+    },
+}
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub struct BuildOptions {
+    /// What a step may hold. `max_num_logits` is overwritten by what `gather_context_logits` needs.
+    pub limits: Limits,
+    /// Whether the logits of every prompt token can be had.
+    pub gather_context_logits: bool,
+    /// Other options, recorded in the engine's config.
+    pub recorded: BTreeMap<String, String>,
+    /// Bytes that a rank's weights, activations and inputs may need at most; checked before anything is written.
+    pub memory_budget: Option<usize>,
+}
+
+/// What was built.
+#[derive(Clone, Debug)]
+pub struct Built {
+    /// The engine's config.
+    pub config: EngineConfig,
+    /// The programs, by rank.
+    pub programs: Vec<Program>,
+}
+
+/// Why nothing was built.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// The checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] ReadError),
+    /// The engine directory.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// Limits out of range.
+    #[error(transparent)]
+    Limits(ProgramError),
+    /// A program that came out ill-formed: too large limits, or a bug.
+    #[error("the program of rank {rank} is not well-formed: {source}")]
+    Program {
+        /// The rank.
+        rank: Rank,
+        /// The rule broken.
+        source: ProgramError,
+    },
+    /// Several ranks.
+    #[error("the checkpoint is cut for {world_size} ranks (tp_size {}, pp_size {}), and this version builds engines of one rank; convert with --tp-size 1 --pp-size 1", mapping.tp_size, mapping.pp_size)]
+    ManyRanks {
+        /// Ranks.
+        world_size: usize,
+        /// The mapping.
+        mapping: Mapping,
+    },
+    /// More memory than the machine has.
+    #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; lower --max-num-tokens (now {max_num_tokens}){}, or spread the model over more ranks",
+        human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget),
+        if *gathers { ", build without --gather-context-logits" } else { "" })]
+    Memory {
+        /// The rank.
+        rank: Rank,
+        /// Bytes in all.
+        needed: usize,
+        /// Of weights.
+        weights: usize,
+        /// Of activations.
+        arena: usize,
+        /// Of step inputs.
+        inputs: usize,
+        /// Bytes there are.
+        budget: usize,
+        /// The limit to lower.
+        max_num_tokens: usize,
+        /// Whether context logits are gathered.
+        gathers: bool,
+    },
+}
+
+use crate::explain::bytes as human;
+
+/// Lowers every rank's program and checks that it fits, without writing anything.
+///
+/// # Errors
+/// If the model cannot be lowered, or does not fit into memory.
+pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Program>, BuildError> {
+    let mapping = config.mapping;
+    if mapping.world_size() > 1 {
+        return Err(BuildError::ManyRanks { world_size: mapping.world_size(), mapping });
+    }
+    let mut limits = options.limits;
+    limits.max_num_logits = if options.gather_context_logits {
+        limits.max_num_tokens
+    } else {
+        limits.max_batch_size.min(limits.max_num_tokens)
+    };
+    limits.check().map_err(BuildError::Limits)?;
+    mapping
+        .ranks()
+        .map(|rank| {
+            let program = lower(config, rank, limits);
+            program.check().map_err(|source| BuildError::Program { rank, source })?;
+            let memory = program.memory_plan();
+            let (needed, budget) = (memory.total(0), options.memory_budget.unwrap_or(usize::MAX));
+            if needed > budget {
+                return Err(BuildError::Memory {
+                    rank,
+                    needed,
+                    weights: memory.weights,
+                    arena: memory.arena,
+                    inputs: memory.inputs,
+                    budget,
+                    max_num_tokens: limits.max_num_tokens,
+                    gathers: options.gather_context_logits,
+                });
+            }
+            Ok(program)
+        })
+        .collect()
+}
+
+/// Builds the engine of `config` in `output_dir`.
+///
+/// # Errors
+/// As [`plan`], or if files cannot be read or written; nothing is left in `output_dir` then.
+pub fn build(
+    config: &CheckpointConfig,
+    weights: &WeightsFrom<'_>,
+    options: &BuildOptions,
+    output_dir: &Path,
+) -> Result<Built, BuildError> {
+    let mut programs = plan(config, options)?;
+    let writer = EngineWriter::create(output_dir)?;
+    let mut ranks: Vec<RankRecord> = Vec::new();
+    for program in &mut programs {
+        let rank = Rank(program.rank);
+        let file: Option<PathBuf> = match weights {
+            WeightsFrom::Checkpoint(checkpoint) => {
+                // Opened for its checks only: header, shapes and run id.
+                checkpoint.rank(rank)?;
+                Some(checkpoint.rank_path(rank))
+            }
+            WeightsFrom::Dummy { recipes, .. } => {
+                for recipe in recipes(rank) {
+                    if let Some(weight) = program.weights.iter_mut().find(|w| w.name == recipe.name) {
+                        weight.pieces = recipe.pieces;
+                    }
+                }
+                None
+            }
+        };
+        ranks.push(writer.rank(program, file.as_deref())?);
+    }
+    if let WeightsFrom::Checkpoint(checkpoint) = weights {
+        copy_tokenizer(checkpoint.dir(), &writer)?;
+    }
+    let engine = EngineConfig {
+        mixtral_engine_format: FORMAT_VERSION,
+        tool_version: env!("CARGO_PKG_VERSION").to_owned(),
+        run_id: String::new(),
+        model: config.model.clone(),
+        mapping: config.mapping,
+        targets: vec!["cpu".to_owned()],
+        kernel_tree_hash: None,
+        limits: programs[0].limits,
+        gather_context_logits: options.gather_context_logits,
+        options: options.recorded.clone(),
+        weights: match weights {
+            WeightsFrom::Checkpoint(_) => WeightsKind::File,
+            WeightsFrom::Dummy { seed, .. } => WeightsKind::Dummy { seed: *seed },
+        },
+        ranks,
+    };
+    Ok(Built { config: writer.finish(engine)?, programs })
+}
+
+fn copy_tokenizer(from: &Path, writer: &EngineWriter) -> Result<(), BuildError> {
+    let io = |source| EngineError::Io { path: from.to_owned(), source };
+    for entry in std::fs::read_dir(from).map_err(io)? {
+        let entry = entry.map_err(io)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if is_tokenizer_file(&name) {
+            writer.copy_in(&name, &entry.path())?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,20 @@
+//! From a checkpoint to an engine: the naive graph of each rank, the passes over it, the memory plan, and the
+//! engine directory. Knows the model and the checkpoint's tensor names; knows no driver and no runtime.
+//!
+//! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`lower`] (graph →
+//! passes → planned program), [`build`] (directories), [`cost`] (bytes and FLOPs of an operation), [`explain`] and
+//! [`dot`] (the program for people).
+#![forbid(unsafe_code)]
+
+pub mod build;
+pub mod cost;
+pub mod dot;
+pub mod explain;
+pub mod graph;
+pub mod lower;
+pub mod passes;
+
+pub use build::{BuildError, BuildOptions, Built, WeightsFrom, build, plan};
+pub use cost::Cost;
+pub use explain::Roof;
+pub use lower::lower;

@@ -1,0 +1,437 @@
+//! The engine directory: `config.json`, and a rank's `rank{r}.engine` and `rank{r}.weights.safetensors`.
+//!
+//! `rank{r}.engine` is a safetensors file of U8 tensors; `program` is the program's text. The weights are the
+//! checkpoint's own rank file, by hard link where the filesystem allows.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use mixtral_checkpoint::names::{CONFIG_FILE, is_tokenizer_file};
+use mixtral_checkpoint::staged::LOCK_FILE;
+use mixtral_checkpoint::{Header, HeaderError, Ownership, RankFile, ReadError, StagedDir, StagedError};
+use mixtral_model::{Mapping, ModelConfig, Rank};
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::program::FORMAT_VERSION;
+use crate::{Limits, Program, TextError, WeightSource, WeightView};
+
+/// Where an engine's weights are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum WeightsKind {
+    /// In `rank{r}.weights.safetensors`.
+    File,
+    /// Nowhere: generated from a seed when the engine is loaded.
+    Dummy {
+        /// The seed.
+        seed: u64,
+    },
+}
+
+/// What `config.json` says of one rank's files.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RankRecord {
+    /// BLAKE3 of the program's text.
+    pub program_blake3: String,
+    /// Bytes of the weight file; 0 with dummy weights.
+    pub weights_bytes: u64,
+    /// BLAKE3 of the weight file's header (the length and the JSON); empty with dummy weights.
+    pub weights_header_blake3: String,
+}
+
+/// `config.json` of an engine.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EngineConfig {
+    /// Version of the directory's format; also what tells it from other directories.
+    pub mixtral_engine_format: u32,
+    /// Version of the tool that built it.
+    pub tool_version: String,
+    /// BLAKE3 over everything else: engines of equal id compute the same.
+    pub run_id: String,
+    /// Geometry of the whole model.
+    pub model: ModelConfig,
+    /// How it is cut into ranks.
+    pub mapping: Mapping,
+    /// Architectures there are kernels for; `cpu` needs none.
+    pub targets: Vec<String>,
+    /// BLAKE3 of the kernel sources; absent without kernels.
+    pub kernel_tree_hash: Option<String>,
+    /// What a step may hold.
+    pub limits: Limits,
+    /// Whether the logits of every prompt token can be had.
+    pub gather_context_logits: bool,
+    /// The build's other options, as given.
+    pub options: BTreeMap<String, String>,
+    /// Where the weights are.
+    pub weights: WeightsKind,
+    /// One a rank.
+    pub ranks: Vec<RankRecord>,
+}
+
+/// An engine that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// No such directory.
+    #[error("{dir} is not a directory; build an engine first (`mixtral build`), or name another --engine-dir")]
+    NoDirectory {
+        /// The path.
+        dir: PathBuf,
+    },
+    /// A directory without its marker.
+    #[error("{dir} has no {CONFIG_FILE}{}; build the engine first (`mixtral build --output-dir {dir}`)", if *unfinished { ": a build of it was interrupted" } else { "" })]
+    NoConfig {
+        /// The directory.
+        dir: PathBuf,
+        /// Whether a lock file says that a build died there.
+        unfinished: bool,
+    },
+    /// A file operation failed.
+    #[error("cannot read {path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// `config.json` of something else.
+    #[error("{path} is not an engine's: {hint}")]
+    NotAnEngine {
+        /// The file.
+        path: PathBuf,
+        /// What it looks like, and what to do.
+        hint: &'static str,
+    },
+    /// `config.json` that cannot be read.
+    #[error("{path}: {detail}; the engine is damaged, build it again")]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// Another version's engine.
+    #[error(
+        "{path} has engine format {found}, but this version of mixtral reads format {FORMAT_VERSION}; build the engine again from its checkpoint (`mixtral build`)"
+    )]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its format.
+        found: u64,
+    },
+    /// A rank that the engine does not have.
+    #[error(
+        "rank {rank} of an engine of {world_size} ranks; start {world_size} processes, or build for another mapping"
+    )]
+    NoSuchRank {
+        /// The rank.
+        rank: Rank,
+        /// Ranks of the engine.
+        world_size: usize,
+    },
+    /// A file whose bytes are not those that were written.
+    #[error(
+        "{path}: {what} has BLAKE3 {found}, but {CONFIG_FILE} names {expected}; the files are damaged or of different engines, build the engine again"
+    )]
+    Hash {
+        /// The file.
+        path: PathBuf,
+        /// Which part of it.
+        what: &'static str,
+        /// The config's.
+        expected: String,
+        /// The file's.
+        found: String,
+    },
+    /// A weight file of another length.
+    #[error("{path} is {found} bytes, but {CONFIG_FILE} names {expected}; the file is damaged, build the engine again")]
+    Length {
+        /// The file.
+        path: PathBuf,
+        /// The config's.
+        expected: u64,
+        /// The file's.
+        found: u64,
+    },
+    /// A damaged safetensors file.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// A damaged weight file.
+    #[error(transparent)]
+    Weights(#[from] ReadError),
+    /// A program that cannot be read.
+    #[error("{path}: {source}")]
+    Program {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: TextError,
+    },
+    /// The directory cannot be written.
+    #[error(transparent)]
+    Write(#[from] StagedError),
+    /// Program and config that disagree.
+    #[error("{path}: the program is for rank {found}, expected {expected}; build the engine again")]
+    Mixed {
+        /// The file.
+        path: PathBuf,
+        /// What the config says.
+        expected: String,
+        /// What the program says.
+        found: String,
+    },
+}
+
+/// `rank{r}.engine`.
+#[must_use]
+pub fn engine_file_name(rank: Rank) -> String {
+    format!("rank{rank}.engine")
+}
+
+/// `rank{r}.weights.safetensors`.
+#[must_use]
+pub fn weights_file_name(rank: Rank) -> String {
+    format!("rank{rank}.weights.safetensors")
+}
+
+fn is_engine_file(name: &str) -> bool {
+    let middle = name
+        .strip_prefix("rank")
+        .and_then(|rest| rest.strip_suffix(".engine").or_else(|| rest.strip_suffix(".weights.safetensors")));
+    middle.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+}
+
+/// How an engine directory is told from a user's.
+pub const OWNERSHIP: Ownership = Ownership {
+    what: "an engine",
+    owns: |name| is_engine_file(name) || is_tokenizer_file(name),
+    is_marker: |text| {
+        serde_json::from_slice::<serde_json::Value>(text).is_ok_and(|v| v.get("mixtral_engine_format").is_some())
+    },
+};
+
+/// The name of the tensor that holds the program's text.
+const PROGRAM: &str = "program";
+
+/// An engine config or program text larger than this is refused.
+const MAX_TEXT_BYTES: u64 = 256 << 20;
+
+/// An engine directory.
+#[derive(Clone, Debug)]
+pub struct EngineDir {
+    dir: PathBuf,
+    config: EngineConfig,
+}
+
+impl EngineDir {
+    /// Reads `dir/config.json`.
+    ///
+    /// # Errors
+    /// If there is no complete engine of this version in `dir`.
+    pub fn open(dir: &Path) -> Result<Self, EngineError> {
+        if !dir.is_dir() {
+            return Err(EngineError::NoDirectory { dir: dir.to_owned() });
+        }
+        let path = dir.join(CONFIG_FILE);
+        if !path.exists() {
+            return Err(EngineError::NoConfig { dir: dir.to_owned(), unfinished: dir.join(LOCK_FILE).exists() });
+        }
+        let io = |source| EngineError::Io { path: path.clone(), source };
+        let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
+        let len = fs::metadata(&path).map_err(io)?.len();
+        if len > MAX_TEXT_BYTES {
+            return Err(damaged(format!("{len} bytes, expected at most {MAX_TEXT_BYTES}")));
+        }
+        let text = fs::read(&path).map_err(io)?;
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
+        let hint = if value.get("architecture").is_some() {
+            Some("it is a checkpoint's; build an engine from it (`mixtral build --checkpoint-dir`)")
+        } else if value.get("model_type").is_some() {
+            Some("it is a Hugging Face model's; run `mixtral convert` and `mixtral build` first")
+        } else if value.get("mixtral_engine_format").is_none() {
+            Some("it has no `mixtral_engine_format`; name a directory that `mixtral build` wrote")
+        } else {
+            None
+        };
+        if let Some(hint) = hint {
+            return Err(EngineError::NotAnEngine { path, hint });
+        }
+        let found = value["mixtral_engine_format"].as_u64().unwrap_or(0);
+        if found != u64::from(FORMAT_VERSION) {
+            return Err(EngineError::Version { path, found });
+        }
+        let config: EngineConfig = serde_json::from_value(value).map_err(|e| damaged(e.to_string()))?;
+        config.model.validate().map_err(|e| damaged(e.to_string()))?;
+        config.mapping.validate(&config.model).map_err(|e| damaged(e.to_string()))?;
+        if config.ranks.len() != config.mapping.world_size() {
+            let (found, expected) = (config.ranks.len(), config.mapping.world_size());
+            return Err(damaged(format!("`ranks` has {found} entries, expected {expected}")));
+        }
+        Ok(EngineDir { dir: dir.to_owned(), config })
+    }
+
+    /// What `config.json` says.
+    #[must_use]
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn record(&self, rank: Rank) -> Result<&RankRecord, EngineError> {
+        let world_size = self.config.ranks.len();
+        self.config.ranks.get(rank.0).ok_or(EngineError::NoSuchRank { rank, world_size })
+    }
+
+    /// Reads and checks the program of `rank`.
+    ///
+    /// # Errors
+    /// If its file is missing, damaged, or of another engine.
+    pub fn program(&self, rank: Rank) -> Result<Program, EngineError> {
+        let record = self.record(rank)?;
+        let path = self.dir.join(engine_file_name(rank));
+        let io = |source| EngineError::Io { path: path.clone(), source };
+        let file = File::open(&path).map_err(io)?;
+        let header = Header::read(&file, &path)?;
+        let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
+        let entry = header
+            .tensors
+            .iter()
+            .find(|t| t.name == PROGRAM)
+            .ok_or_else(|| damaged(format!("it has no `{PROGRAM}` tensor")))?;
+        let len = entry.num_bytes();
+        if len > MAX_TEXT_BYTES {
+            return Err(damaged(format!("a program of {len} bytes, expected at most {MAX_TEXT_BYTES}")));
+        }
+        let mut text = vec![0; usize::try_from(len).map_err(|e| damaged(e.to_string()))?];
+        file.read_exact_at(&mut text, entry.start).map_err(io)?;
+        let found = blake3::hash(&text).to_string();
+        if found != record.program_blake3 {
+            let expected = record.program_blake3.clone();
+            return Err(EngineError::Hash { path, what: "the program", expected, found });
+        }
+        let text = String::from_utf8(text).map_err(|e| damaged(e.to_string()))?;
+        let program = Program::parse(&text).map_err(|source| EngineError::Program { path: path.clone(), source })?;
+        if (program.rank, program.world_size) != (rank.0, self.config.ranks.len()) {
+            return Err(EngineError::Mixed {
+                path,
+                expected: format!("{rank} of {}", self.config.ranks.len()),
+                found: format!("{} of {}", program.rank, program.world_size),
+            });
+        }
+        Ok(program)
+    }
+
+    /// Maps the weight file of `rank`, its length and header checked against the config.
+    ///
+    /// # Errors
+    /// If it is missing, damaged, or of another engine.
+    pub fn weight_file(&self, rank: Rank) -> Result<RankFile, EngineError> {
+        let record = self.record(rank)?;
+        let path = self.dir.join(weights_file_name(rank));
+        let (found, hash) = weight_file_identity(&path)?;
+        if found != record.weights_bytes {
+            return Err(EngineError::Length { path, expected: record.weights_bytes, found });
+        }
+        if hash != record.weights_header_blake3 {
+            let expected = record.weights_header_blake3.clone();
+            return Err(EngineError::Hash { path, what: "the header", expected, found: hash });
+        }
+        Ok(RankFile::open(&path)?)
+    }
+}
+
+/// Length of a weight file and BLAKE3 of its header.
+fn weight_file_identity(path: &Path) -> Result<(u64, String), EngineError> {
+    let io = |source| EngineError::Io { path: path.to_owned(), source };
+    let file = File::open(path).map_err(io)?;
+    let header = Header::read(&file, path)?;
+    let len = usize::try_from(header.data_start).unwrap_or(usize::MAX);
+    let mut bytes = vec![0; len];
+    file.read_exact_at(&mut bytes, 0).map_err(io)?;
+    Ok((file.metadata().map_err(io)?.len(), blake3::hash(&bytes).to_string()))
+}
+
+/// A mapped rank file as a source of weights.
+pub struct MappedWeights(pub RankFile);
+
+impl WeightSource for MappedWeights {
+    fn weight(&self, name: &str) -> Option<WeightView<'_>> {
+        let tensor = self.0.tensor(name).ok()?;
+        Some(WeightView { dtype: tensor.dtype, shape: tensor.shape, bytes: tensor.bytes })
+    }
+}
+
+/// An engine being written. Dropped without [`EngineWriter::finish`], it leaves nothing.
+pub struct EngineWriter {
+    staged: StagedDir,
+}
+
+impl EngineWriter {
+    /// Locks and empties `dir`.
+    ///
+    /// # Errors
+    /// If it is locked, holds what is not ours, or cannot be written.
+    pub fn create(dir: &Path) -> Result<Self, EngineError> {
+        Ok(EngineWriter { staged: StagedDir::begin(dir, OWNERSHIP)? })
+    }
+
+    /// Writes the program of a rank and takes in its weight file, if there is one.
+    ///
+    /// # Errors
+    /// If a file cannot be written.
+    pub fn rank(&self, program: &Program, weights: Option<&Path>) -> Result<RankRecord, EngineError> {
+        let rank = Rank(program.rank);
+        let text = program.to_text();
+        let path = self.staged.path(&engine_file_name(rank));
+        let failed = |source| EngineError::Write(StagedError::Io { action: "write", path: path.clone(), source });
+        let tensor = TensorView::new(Dtype::U8, vec![text.len()], text.as_bytes())
+            .map_err(|e| failed(std::io::Error::other(e)))?;
+        let bytes = safetensors::serialize([(PROGRAM, tensor)], None).map_err(|e| failed(std::io::Error::other(e)))?;
+        let write = || {
+            fs::write(&path, &bytes)?;
+            File::open(&path)?.sync_all()
+        };
+        write().map_err(failed)?;
+        let mut record = RankRecord {
+            program_blake3: blake3::hash(text.as_bytes()).to_string(),
+            weights_bytes: 0,
+            weights_header_blake3: String::new(),
+        };
+        if let Some(from) = weights {
+            let name = weights_file_name(rank);
+            if fs::hard_link(from, self.staged.path(&name)).is_err() {
+                self.staged.copy_in(&name, from)?;
+            }
+            (record.weights_bytes, record.weights_header_blake3) = weight_file_identity(&self.staged.path(&name))?;
+        }
+        Ok(record)
+    }
+
+    /// Copies a file (of the tokenizer) into the engine.
+    ///
+    /// # Errors
+    /// If it cannot be read or written.
+    pub fn copy_in(&self, name: &str, from: &Path) -> Result<(), EngineError> {
+        Ok(self.staged.copy_in(name, from)?)
+    }
+
+    /// Names the run, writes `config.json`, and with it makes the engine valid.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn finish(self, mut config: EngineConfig) -> Result<EngineConfig, EngineError> {
+        let text = |config: &EngineConfig| serde_json::to_string_pretty(config).unwrap_or_default() + "\n";
+        config.run_id = String::new();
+        config.run_id = blake3::hash(text(&config).as_bytes()).to_hex()[..32].to_owned();
+        self.staged.commit(text(&config).as_bytes())?;
+        Ok(config)
+    }
+}
