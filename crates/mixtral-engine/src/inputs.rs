@@ -42,6 +42,8 @@ pub struct SampleRequest<'a> {
     pub tokens: &'a [TokenId],
     /// How many of them were the prompt.
     pub prompt_len: usize,
+    /// Tokens that may not be drawn.
+    pub banned: Vec<TokenId>,
 }
 
 /// Inputs that a program cannot take.

@@ -1,14 +1,16 @@
 //! Drawing the next token from a row of logits. This is the definition; backends that sample on a device give the
 //! same token for the same bits of logits.
 //!
-//! Order: repetition penalty (prompt and output tokens), presence and frequency penalties (output tokens),
-//! temperature, top-k, top-p, min-p. Weights are integers, `round(2^40 · exp((x − max)))` with x the scaled logit, so
+//! Order: repetition penalty (prompt and output tokens), presence and frequency penalties (output tokens), banned
+//! tokens, temperature, top-k, top-p, min-p. Weights are integers, `round(2^40 · exp((x − max)))` with x the scaled logit, so
 //! that their sums do not depend on the order of summation. Ties always go to the lower token id.
+
+use std::collections::BTreeSet;
 
 use mixtral_model::TokenId;
 use serde::{Deserialize, Serialize};
 
-use crate::math;
+use crate::{SampleRequest, math};
 
 /// How a sequence's tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,7 +86,8 @@ const fn mix(x: u64) -> u64 {
 
 /// Applies the three penalties in place. `tokens` is the sequence so far, its first `prompt_len` the prompt.
 pub fn penalize(logits: &mut [f32], params: &SamplingParams, tokens: &[TokenId], prompt_len: usize) {
-    let slot = |token: &TokenId| usize::try_from(token.0).ok().filter(|&t| t < logits.len());
+    let vocab_size = logits.len();
+    let slot = |token: &TokenId| usize::try_from(token.0).ok().filter(|&t| t < vocab_size);
     if params.repetition_penalty != 1.0 {
         let mut seen: Vec<usize> = tokens.iter().filter_map(slot).collect();
         seen.sort_unstable();
@@ -95,7 +98,6 @@ pub fn penalize(logits: &mut [f32], params: &SamplingParams, tokens: &[TokenId],
         }
     }
     if params.presence_penalty != 0.0 || params.frequency_penalty != 0.0 {
-        let slot = |token: &TokenId| usize::try_from(token.0).ok().filter(|&t| t < logits.len());
         let mut seen: Vec<usize> = tokens[prompt_len.min(tokens.len())..].iter().filter_map(slot).collect();
         seen.sort_unstable();
         for run in seen.chunk_by(|a, b| a == b) {
@@ -120,17 +122,18 @@ pub fn argmax(logits: &[f32]) -> usize {
     best
 }
 
-/// Draws a token. `logits` is `[vocab_size]`, finite and without padding; the penalties are applied to it in place.
+/// Draws a token. `logits` is `[vocab_size]`, finite and without padding; penalties and bans are applied to it in
+/// place. Bans that would leave no token are ignored.
 #[must_use]
-pub fn sample(
-    logits: &mut [f32],
-    params: &SamplingParams,
-    key: &RandomKey,
-    tokens: &[TokenId],
-    prompt_len: usize,
-) -> TokenId {
-    penalize(logits, params, tokens, prompt_len);
-    let token = if params.is_greedy() { argmax(logits) } else { draw(logits, params, key) };
+pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> TokenId {
+    let params = &request.params;
+    penalize(logits, params, request.tokens, request.prompt_len);
+    let banned: BTreeSet<usize> =
+        request.banned.iter().filter_map(|t| usize::try_from(t.0).ok()).filter(|&t| t < logits.len()).collect();
+    if banned.len() < logits.len() {
+        banned.into_iter().for_each(|token| logits[token] = f32::NEG_INFINITY);
+    }
+    let token = if params.is_greedy() { argmax(logits) } else { draw(logits, params, &request.key) };
     TokenId(u32::try_from(token).unwrap_or(u32::MAX))
 }
 
@@ -195,11 +198,15 @@ mod tests {
         SamplingParams { top_k: 0, ..SamplingParams::default() }
     }
 
+    fn request(params: SamplingParams, key: RandomKey) -> SampleRequest<'static> {
+        SampleRequest { row: 0, params, key, tokens: &[], prompt_len: 0, banned: Vec::new() }
+    }
+
     fn frequencies(logits: &[f32], params: &SamplingParams, draws: u32) -> Vec<f64> {
         let mut counts = vec![0.0; logits.len()];
         for position in 0..draws {
             let key = RandomKey { seed: 11, prompt: 3, hypothesis: 0, position };
-            let token = sample(&mut logits.to_vec(), params, &key, &[], 0);
+            let token = sample(&mut logits.to_vec(), &request(*params, key));
             counts[token.0 as usize] += 1.0 / f64::from(draws);
         }
         counts
@@ -231,9 +238,11 @@ mod tests {
     fn greedy_takes_the_lowest_of_equals() {
         let mut logits = [1.0, 2.0, 2.0, -1.0];
         let key = RandomKey::default();
-        assert_eq!(sample(&mut logits, &SamplingParams::default(), &key, &[], 0), TokenId(1));
+        assert_eq!(sample(&mut logits, &request(SamplingParams::default(), key)), TokenId(1));
         let cold = SamplingParams { temperature: 0.0, ..params() };
-        assert_eq!(sample(&mut logits, &cold, &key, &[], 0), TokenId(1));
+        assert_eq!(sample(&mut logits, &request(cold, key)), TokenId(1));
+        let banned = SampleRequest { banned: vec![TokenId(1), TokenId(9)], ..request(cold, key) };
+        assert_eq!(sample(&mut logits, &banned), TokenId(2));
     }
 
     #[test]
@@ -255,10 +264,10 @@ mod tests {
     fn the_same_key_draws_the_same_token() {
         let logits: Vec<f32> = (0..100u8).map(|i| f32::from(i % 7)).collect();
         let key = RandomKey { seed: 1, prompt: 2, hypothesis: 3, position: 4 };
-        let first = sample(&mut logits.clone(), &params(), &key, &[], 0);
-        assert_eq!(first, sample(&mut logits.clone(), &params(), &key, &[], 0));
+        let first = sample(&mut logits.clone(), &request(params(), key));
+        assert_eq!(first, sample(&mut logits.clone(), &request(params(), key)));
         let others: std::collections::HashSet<_> = (0..50)
-            .map(|position| sample(&mut logits.clone(), &params(), &RandomKey { position, ..key }, &[], 0))
+            .map(|position| sample(&mut logits.clone(), &request(params(), RandomKey { position, ..key })))
             .collect();
         assert!(others.len() > 10);
     }
