@@ -1,0 +1,19 @@
+//! Generation: from prompts to streams of tokens, over any backend.
+//!
+//! Reading order: [`tokenizer`] (text ↔ ids), [`request`] (what is asked for, and what may be refused), [`blocks`] (the
+//! pool of KV blocks), [`sequence`] (one request under way), [`stop`] (stop words across tokens), [`schedule`] (who
+//! computes what in the next step), [`session`] (submit, step, cancel).
+#![forbid(unsafe_code)]
+
+pub mod blocks;
+pub mod request;
+pub mod schedule;
+pub mod sequence;
+pub mod session;
+pub mod stop;
+pub mod tokenizer;
+
+pub use blocks::BlockPool;
+pub use request::{FinishReason, Refusal, Request, RequestId};
+pub use session::{Event, Session, Timing};
+pub use tokenizer::{Tokenizer, TokenizerError};

@@ -1,0 +1,109 @@
+//! Who computes what in the next step.
+//!
+//! First come, first served. Decodes go first, one token each; what is left of the step's token budget goes to
+//! prompts, in chunks if need be. A sequence joins when there is a place and its blocks can all be reserved, so no
+//! sequence is ever preempted.
+
+use std::collections::VecDeque;
+
+use mixtral_engine::{Limits, StepInputs};
+use mixtral_model::BlockId;
+
+use crate::blocks::BlockPool;
+use crate::sequence::Sequence;
+
+/// A sequence's part in a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Chunk {
+    /// Index of the sequence among the running ones.
+    pub sequence: usize,
+    /// Tokens computed.
+    pub num_tokens: usize,
+    /// First of its rows of logits.
+    pub first_logits_row: usize,
+    /// How many rows of logits it has.
+    pub num_logits: usize,
+    /// Which of the step's samples is its next token, if it draws one.
+    pub sample: Option<usize>,
+}
+
+/// Moves sequences from the queue to the running ones, in order, for as long as they fit.
+pub fn admit(queue: &mut VecDeque<Sequence>, running: &mut Vec<Sequence>, pool: &mut BlockPool, limits: &Limits) {
+    while running.len() < limits.max_batch_size {
+        let Some(next) = queue.front() else { return };
+        let Some(blocks) = pool.allocate(limits.blocks_for(next.max_len())) else { return };
+        let mut next = queue.pop_front().expect("it was just looked at");
+        next.blocks = blocks;
+        running.push(next);
+    }
+}
+
+/// Deals the step's tokens to the running sequences. Decodes come first in the answer.
+#[must_use]
+pub fn plan(running: &[Sequence], limits: &Limits) -> Vec<Chunk> {
+    let mut chunks: Vec<Chunk> = Vec::new();
+    let (mut tokens, mut logits, mut samples) = (limits.max_num_tokens, 0, 0);
+    let order = (0..running.len()).filter(|&i| running[i].is_decode());
+    for sequence in order.chain((0..running.len()).filter(|&i| !running[i].is_decode())) {
+        let state = &running[sequence];
+        let mut num_tokens = state.num_pending().min(tokens);
+        // A row of logits for the last token, or for each when those of the prompt are wanted.
+        let all = state.request.context_logits && !state.is_decode();
+        let room = limits.max_num_logits - logits;
+        if all {
+            num_tokens = num_tokens.min(room);
+        }
+        let draws = num_tokens == state.num_pending();
+        let num_logits = if all { num_tokens } else { usize::from(draws) };
+        if num_tokens == 0 || num_logits > room {
+            continue;
+        }
+        chunks.push(Chunk {
+            sequence,
+            num_tokens,
+            first_logits_row: logits,
+            num_logits,
+            sample: draws.then_some(samples),
+        });
+        tokens -= num_tokens;
+        logits += num_logits;
+        samples += usize::from(draws);
+    }
+    chunks
+}
+
+/// The step's inputs.
+#[must_use]
+pub fn inputs<'a>(running: &'a [Sequence], chunks: &[Chunk], limits: &Limits) -> StepInputs<'a> {
+    let width = limits.max_blocks_per_seq();
+    let mut step = StepInputs { cu_query_lens: vec![0], ..StepInputs::default() };
+    for chunk in chunks {
+        let sequence = &running[chunk.sequence];
+        let (start, end) = (sequence.num_computed, sequence.num_computed + chunk.num_tokens);
+        step.num_decodes += usize::from(sequence.is_decode());
+        for position in start..end {
+            let block = sequence.blocks[position / limits.block_size];
+            step.token_ids.push(int(sequence.tokens[position].0 as usize));
+            step.positions.push(int(position));
+            step.slot_mapping.push(int(block.0 as usize * limits.block_size + position % limits.block_size));
+        }
+        let filled = limits.blocks_for(end);
+        step.block_table.extend(sequence.blocks[..filled].iter().map(|&BlockId(block)| int(block as usize)));
+        step.block_table.extend(std::iter::repeat_n(-1, width - filled));
+        step.seq_lens.push(int(end));
+        step.cu_query_lens.push(int(step.token_ids.len()));
+        let last = step.token_ids.len();
+        step.logits_indices.extend((last - chunk.num_logits..last).map(int));
+        if chunk.sample.is_some() {
+            step.samples.push(sequence.sample_request(chunk.first_logits_row + chunk.num_logits - 1));
+        }
+        step.return_logits |=
+            sequence.request.generation_logits || chunk.num_logits > 1 || sequence.request.context_logits;
+    }
+    step
+}
+
+/// Token ids, positions and slots are below 2^31: limits and refusals see to that.
+fn int(n: usize) -> i32 {
+    i32::try_from(n).expect("checked against the limits")
+}

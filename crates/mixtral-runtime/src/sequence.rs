@@ -1,0 +1,102 @@
+//! One request under way.
+
+use std::time::Instant;
+
+use mixtral_engine::{RandomKey, SampleRequest};
+use mixtral_model::{BlockId, TokenId};
+
+use crate::request::{Request, RequestId};
+use crate::stop::StopMatcher;
+use crate::tokenizer::DecodeState;
+
+/// The state of a request: its tokens so far, and how many of them the cache holds.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    /// Its number.
+    pub id: RequestId,
+    /// What was asked for.
+    pub request: Request,
+    /// Prompt and output.
+    pub tokens: Vec<TokenId>,
+    /// Tokens whose keys and values are in the cache.
+    pub num_computed: usize,
+    /// Its blocks, in order of position.
+    pub blocks: Vec<BlockId>,
+    /// Decoding of its output.
+    pub decode: DecodeState,
+    /// Stop words.
+    pub stop: StopMatcher,
+    /// When it was submitted.
+    pub submitted: Instant,
+    /// When its first token was drawn.
+    pub first_token: Option<Instant>,
+}
+
+impl Sequence {
+    /// A sequence that nothing was computed of yet.
+    #[must_use]
+    pub fn new(id: RequestId, request: Request) -> Self {
+        Sequence {
+            id,
+            tokens: request.prompt.clone(),
+            num_computed: 0,
+            blocks: Vec::new(),
+            decode: DecodeState::default(),
+            stop: StopMatcher::new(&request.stop_words),
+            submitted: Instant::now(),
+            first_token: None,
+            request,
+        }
+    }
+
+    /// Tokens of the prompt.
+    #[must_use]
+    pub fn prompt_len(&self) -> usize {
+        self.request.prompt.len()
+    }
+
+    /// Tokens generated so far.
+    #[must_use]
+    pub fn output(&self) -> &[TokenId] {
+        &self.tokens[self.prompt_len()..]
+    }
+
+    /// Tokens that are not in the cache yet.
+    #[must_use]
+    pub fn num_pending(&self) -> usize {
+        self.tokens.len() - self.num_computed
+    }
+
+    /// Whether the next step computes one token that was drawn in an earlier one.
+    #[must_use]
+    pub fn is_decode(&self) -> bool {
+        self.num_computed >= self.prompt_len()
+    }
+
+    /// Tokens that the finished sequence can have at most.
+    #[must_use]
+    pub fn max_len(&self) -> usize {
+        self.prompt_len() + self.request.max_output_len
+    }
+
+    /// The draw of its next token, from row `row` of the step's logits.
+    #[must_use]
+    pub fn sample_request(&self, row: usize) -> SampleRequest<'_> {
+        let position = u32::try_from(self.output().len()).unwrap_or(u32::MAX);
+        let Request { seed, prompt_index, hypothesis, params, .. } = self.request;
+        SampleRequest {
+            row,
+            params,
+            key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
+            tokens: &self.tokens,
+            prompt_len: self.prompt_len(),
+            banned: self.banned(),
+        }
+    }
+
+    /// The last tokens of bad words whose other tokens were just generated.
+    fn banned(&self) -> Vec<TokenId> {
+        let ends = |word: &&Vec<TokenId>| word.split_last().is_some_and(|(_, start)| self.output().ends_with(start));
+        self.request.bad_words.iter().filter(ends).filter_map(|word| word.last().copied()).collect()
+    }
+}

@@ -1,0 +1,270 @@
+//! A session: many requests over one backend, batched in flight.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mixtral_engine::{Backend, BackendError, Limits};
+use mixtral_model::TokenId;
+
+use crate::blocks::BlockPool;
+use crate::request::{FinishReason, Refusal, Request, RequestId};
+use crate::schedule;
+use crate::sequence::Sequence;
+use crate::tokenizer::{Tokenizer, TokenizerError};
+
+/// What an engine takes, as far as a session must know.
+#[derive(Clone, Copy, Debug)]
+pub struct Geometry {
+    /// What a step may hold.
+    pub limits: Limits,
+    /// Entries of the vocabulary.
+    pub vocab_size: usize,
+    /// Whether the engine gathers the logits of prompt tokens.
+    pub gather_context_logits: bool,
+}
+
+/// When things happened to a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// From submission to the first token.
+    pub first_token: Duration,
+    /// From submission to the last token.
+    pub total: Duration,
+}
+
+/// Something that happened to a request in a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// The request.
+    pub id: RequestId,
+    /// The token drawn.
+    pub token: Option<TokenId>,
+    /// The text that is certain now; without a tokenizer always empty.
+    pub text: String,
+    /// Logits of the prompt's tokens computed in this step, `[n, vocab_size]`, if they were asked for.
+    pub context_logits: Vec<f32>,
+    /// Logits that the token was drawn from, `[vocab_size]`, if they were asked for.
+    pub generation_logits: Vec<f32>,
+    /// Why the request ended, and when; nothing follows then.
+    pub finished: Option<(FinishReason, Timing)>,
+}
+
+/// A step that failed. The session is of no use afterwards.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The backend.
+    #[error("step {step}: {source}")]
+    Backend {
+        /// Which step, from 0.
+        step: u64,
+        /// What it said.
+        source: BackendError,
+    },
+    /// The tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+}
+
+/// What a step was made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StepStats {
+    /// Tokens of prompts.
+    pub prefill_tokens: usize,
+    /// Tokens of decodes.
+    pub decode_tokens: usize,
+    /// Wall time of the backend's step.
+    pub time: Duration,
+}
+
+/// Requests over a backend.
+pub struct Session {
+    backend: Box<dyn Backend>,
+    tokenizer: Option<Arc<Tokenizer>>,
+    geometry: Geometry,
+    pool: BlockPool,
+    queue: VecDeque<Sequence>,
+    running: Vec<Sequence>,
+    submitted: usize,
+    steps: u64,
+    last_step: StepStats,
+}
+
+impl Session {
+    /// A session without requests. Without a tokenizer events carry no text and stop words have no effect.
+    #[must_use]
+    pub fn new(backend: Box<dyn Backend>, geometry: Geometry, tokenizer: Option<Arc<Tokenizer>>) -> Self {
+        let pool = BlockPool::new(backend.kv_blocks());
+        let (queue, running) = (VecDeque::new(), Vec::new());
+        let last_step = StepStats::default();
+        Session { backend, tokenizer, geometry, pool, queue, running, submitted: 0, steps: 0, last_step }
+    }
+
+    /// Queues a request.
+    ///
+    /// # Errors
+    /// If this engine can never answer it.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, Refusal> {
+        self.refuse(&request)?;
+        let id = RequestId(self.submitted);
+        self.submitted += 1;
+        self.queue.push_back(Sequence::new(id, request));
+        Ok(id)
+    }
+
+    fn refuse(&self, request: &Request) -> Result<(), Refusal> {
+        let Geometry { limits, vocab_size, gather_context_logits } = self.geometry;
+        let (prompt, output) = (request.prompt.len(), request.max_output_len);
+        if prompt == 0 {
+            return Err(Refusal::EmptyPrompt);
+        }
+        if output == 0 {
+            return Err(Refusal::NoOutput);
+        }
+        if prompt.saturating_add(output) > limits.max_seq_len {
+            return Err(Refusal::TooLong { prompt, output, limit: limits.max_seq_len });
+        }
+        if let Some(position) = request.prompt.iter().position(|t| t.0 as usize >= vocab_size) {
+            return Err(Refusal::UnknownToken { token: request.prompt[position], position, vocab_size });
+        }
+        let (needed, available) = (limits.blocks_for(prompt + output), self.pool.num_blocks());
+        if needed > available {
+            return Err(Refusal::TooFewBlocks { needed, available });
+        }
+        if request.context_logits && !gather_context_logits {
+            return Err(Refusal::NoContextLogits);
+        }
+        Ok(())
+    }
+
+    /// Ends a request; whether it was still under way. Its blocks are free at once.
+    pub fn cancel(&mut self, id: RequestId) -> bool {
+        if let Some(at) = self.queue.iter().position(|s| s.id == id) {
+            self.queue.remove(at);
+            return true;
+        }
+        let Some(at) = self.running.iter().position(|s| s.id == id) else { return false };
+        let sequence = self.running.remove(at);
+        self.pool.release(sequence.blocks);
+        true
+    }
+
+    /// Whether nothing is queued or running.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.running.is_empty()
+    }
+
+    /// Blocks that nobody holds.
+    #[must_use]
+    pub fn free_blocks(&self) -> usize {
+        self.pool.num_free()
+    }
+
+    /// What the last step was made of.
+    #[must_use]
+    pub fn last_step(&self) -> StepStats {
+        self.last_step
+    }
+
+    /// The backend, for its statistics.
+    #[must_use]
+    pub fn backend(&self) -> &dyn Backend {
+        &*self.backend
+    }
+
+    /// Admits what fits, computes one step, and says what came of it. An idle session does nothing.
+    ///
+    /// # Errors
+    /// If the backend or the tokenizer fails.
+    pub fn step(&mut self) -> Result<Vec<Event>, SessionError> {
+        let limits = self.geometry.limits;
+        schedule::admit(&mut self.queue, &mut self.running, &mut self.pool, &limits);
+        let chunks = schedule::plan(&self.running, &limits);
+        if chunks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let inputs = schedule::inputs(&self.running, &chunks, &limits);
+        let started = Instant::now();
+        let outputs =
+            self.backend.step(&inputs).map_err(|source| SessionError::Backend { step: self.steps, source })?;
+        let now = Instant::now();
+        self.steps += 1;
+        self.last_step = StepStats {
+            decode_tokens: inputs.num_decodes,
+            prefill_tokens: inputs.num_tokens() - inputs.num_decodes,
+            time: now - started,
+        };
+        let vocab_size = self.geometry.vocab_size;
+        let mut events = Vec::new();
+        for chunk in &chunks {
+            let sequence = &mut self.running[chunk.sequence];
+            let was_prompt = !sequence.is_decode();
+            sequence.num_computed += chunk.num_tokens;
+            let rows =
+                |first: usize, count: usize| outputs.logits[first * vocab_size..(first + count) * vocab_size].to_vec();
+            let mut event = Event {
+                id: sequence.id,
+                token: None,
+                text: String::new(),
+                context_logits: Vec::new(),
+                generation_logits: Vec::new(),
+                finished: None,
+            };
+            if was_prompt && sequence.request.context_logits {
+                event.context_logits = rows(chunk.first_logits_row, chunk.num_logits);
+            }
+            if let Some(sample) = chunk.sample {
+                if sequence.request.generation_logits {
+                    event.generation_logits = rows(chunk.first_logits_row + chunk.num_logits - 1, 1);
+                }
+                accept(sequence, outputs.tokens[sample], self.tokenizer.as_deref(), now, &mut event)?;
+            }
+            if event.token.is_some() || !event.context_logits.is_empty() {
+                events.push(event);
+            }
+        }
+        for event in events.iter().filter(|e| e.finished.is_some()) {
+            self.cancel(event.id);
+        }
+        Ok(events)
+    }
+}
+
+/// Adds a token to its sequence and fills in the event: its text, and whether it was the last.
+fn accept(
+    sequence: &mut Sequence,
+    token: TokenId,
+    tokenizer: Option<&Tokenizer>,
+    now: Instant,
+    event: &mut Event,
+) -> Result<(), TokenizerError> {
+    sequence.tokens.push(token);
+    event.token = Some(token);
+    let first_token = *sequence.first_token.get_or_insert(now);
+    let mut reason = None;
+    if sequence.request.end_id == Some(token) {
+        reason = Some(FinishReason::EndId);
+    } else {
+        if let Some(tokenizer) = tokenizer {
+            let piece = tokenizer.decode_next(&mut sequence.decode, token)?;
+            let (text, stopped) = sequence.stop.push(&piece);
+            event.text = text;
+            reason = stopped.then_some(FinishReason::StopWord);
+        }
+        if reason.is_none() && sequence.output().len() >= sequence.request.max_output_len {
+            reason = Some(FinishReason::Length);
+        }
+    }
+    if let Some(reason) = reason {
+        if let (Some(tokenizer), true) = (tokenizer, reason != FinishReason::StopWord) {
+            let rest = tokenizer.decode_rest(&sequence.decode)?;
+            let (text, _) = sequence.stop.push(&rest);
+            event.text += &text;
+            event.text += &sequence.stop.finish();
+        }
+        let since = |then: Instant| then.duration_since(sequence.submitted);
+        event.finished = Some((reason, Timing { first_token: since(first_token), total: since(now) }));
+    }
+    Ok(())
+}
