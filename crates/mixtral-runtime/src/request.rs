@@ -32,8 +32,8 @@ pub struct Request {
     pub prompt_index: u32,
     /// Which of the prompt's sequences, for the draws.
     pub hypothesis: u32,
-    /// The token that ends the sequence; it is part of the output's ids and not of its text.
-    pub end_id: Option<TokenId>,
+    /// The tokens that end the sequence; the one that does is part of the output's ids and not of its text.
+    pub end_ids: Vec<TokenId>,
     /// Texts that end the sequence; they are cut from its text, not from its ids.
     pub stop_words: Vec<String>,
     /// Token sequences that may not come up.
@@ -48,7 +48,7 @@ pub struct Request {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
-    /// The end id was drawn.
+    /// An end id was drawn.
     EndId,
     /// A stop word came up.
     StopWord,

@@ -243,7 +243,7 @@ fn accept(
     event.token = Some(token);
     let first_token = *sequence.first_token.get_or_insert(now);
     let mut reason = None;
-    if sequence.request.end_id == Some(token) {
+    if sequence.request.end_ids.contains(&token) {
         reason = Some(FinishReason::EndId);
     } else {
         if let Some(tokenizer) = tokenizer {

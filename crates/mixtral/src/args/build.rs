@@ -1,0 +1,210 @@
+//! `mixtral build`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use mixtral_engine::Limits;
+use mixtral_model::{DType, Mapping};
+
+use super::{Usage, at_least_one, usage};
+use crate::args::convert::{ParallelArgs, mapping};
+
+/// As typed.
+#[derive(Debug, clap::Args)]
+#[command(next_line_help = false)]
+pub struct BuildArgs {
+    /// Checkpoint to build from [default: tllm_checkpoint, unless --model-config is given]
+    #[arg(long)]
+    pub checkpoint_dir: Option<PathBuf>,
+    /// Build with dummy weights of this geometry: mixtral-8x7b, mixtral-8x22b, or a config.json (ours or Hugging Face's)
+    #[arg(long, value_name = "NAME|PATH")]
+    pub model_config: Option<String>,
+    /// Data type of a geometry without one
+    #[arg(long, default_value = "f16", value_parser = clap::value_parser!(DType))]
+    pub dtype: DType,
+    /// Seed of the dummy weights
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    #[command(flatten)]
+    pub parallel: ParallelArgs,
+    /// Where the engine goes
+    #[arg(long, default_value = "engine_outputs")]
+    pub output_dir: PathBuf,
+    /// What to build for; auto is cuda if a GPU is visible or --arch is given
+    #[arg(long, default_value = "auto")]
+    pub backend: Backend,
+    /// GPU architectures (sm_80, sm_90a, …)
+    #[arg(long, num_args = 1.., value_delimiter = ',')]
+    pub arch: Vec<String>,
+    /// Kernels of dense linears: auto, a data type (the model's), cublaslt, or disable
+    #[arg(long, default_value = "auto")]
+    pub gemm_plugin: String,
+    /// Kernels of the experts: auto, a data type (the model's), or disable
+    #[arg(long, default_value = "auto")]
+    pub moe_plugin: String,
+    /// Kernels of attention: auto, a data type (the model's), or disable
+    #[arg(long, default_value = "auto")]
+    pub gpt_attention_plugin: String,
+    /// Attention of prompts in fp8 (needs fp8 weights)
+    #[arg(long, default_value = "disable")]
+    pub use_fp8_context_fmha: String,
+    /// Ranks and kernels built at a time
+    #[arg(long, default_value = "1", value_parser = at_least_one)]
+    pub workers: usize,
+    /// Sequences in one step
+    #[arg(long, default_value = "64", value_parser = at_least_one)]
+    pub max_batch_size: usize,
+    /// Tokens in one step
+    #[arg(long, default_value = "8192", value_parser = at_least_one)]
+    pub max_num_tokens: usize,
+    /// Tokens of a prompt; with --max-output-len sets --max-seq-len
+    #[arg(long, value_parser = at_least_one)]
+    pub max_input_len: Option<usize>,
+    /// Tokens of an output; with --max-input-len sets --max-seq-len
+    #[arg(long, value_parser = at_least_one)]
+    pub max_output_len: Option<usize>,
+    /// Tokens of a sequence, prompt and output [default: the model's, at most 4096]
+    #[arg(long, value_parser = at_least_one)]
+    pub max_seq_len: Option<usize>,
+    /// Hypotheses of beam search
+    #[arg(long, default_value = "1", value_parser = at_least_one)]
+    pub max_beam_width: usize,
+    /// Tokens of a KV block (16 to 128)
+    #[arg(long, alias = "tokens-per-block", default_value = "64", value_parser = at_least_one)]
+    pub block_size: usize,
+    /// Make the logits of every prompt token available
+    #[arg(long, alias = "gather-all-token-logits")]
+    pub gather_context_logits: bool,
+    /// The logits of generated tokens are always available
+    #[arg(long, hide = true)]
+    pub gather_generation_logits: bool,
+    /// Print the program with bytes, FLOPs and predicted time of each operation
+    #[arg(long)]
+    pub explain: bool,
+    /// Draw the program as a Graphviz file
+    #[arg(long, value_name = "FILE")]
+    pub graph: Option<PathBuf>,
+}
+
+/// `--backend`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Backend {
+    /// The GPU if there is one.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// NVIDIA GPUs.
+    Cuda,
+}
+
+/// Where the model comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Model {
+    /// A checkpoint directory.
+    Checkpoint(PathBuf),
+    /// Dummy weights of a named or written geometry.
+    Dummy(String),
+}
+
+/// Validated.
+#[derive(Debug)]
+pub struct BuildOptions {
+    /// Where the model comes from.
+    pub model: Model,
+    /// Data type of a geometry without one.
+    pub dtype: DType,
+    /// Seed of dummy weights.
+    pub seed: u64,
+    /// Mapping of dummy weights.
+    pub mapping: Mapping,
+    /// Where the engine goes.
+    pub output_dir: PathBuf,
+    /// The limits; `max_seq_len` 0 stands for the model's.
+    pub limits: Limits,
+    /// Whether context logits are gathered.
+    pub gather_context_logits: bool,
+    /// What the engine's config records.
+    pub recorded: BTreeMap<String, String>,
+    /// Plugin flags that name a data type, to be compared with the model's.
+    pub plugins: Vec<(&'static str, DType)>,
+    /// Whether to print the program.
+    pub explain: bool,
+    /// Where to draw it.
+    pub graph: Option<PathBuf>,
+}
+
+impl BuildArgs {
+    /// Checks the flags against each other.
+    pub fn validate(self) -> Result<BuildOptions, Usage> {
+        if self.backend == Backend::Cuda || !self.arch.is_empty() {
+            usage!("this version builds engines for the CPU only; leave out --arch and use --backend cpu (or auto)");
+        }
+        if self.max_beam_width > 1 {
+            usage!("--max-beam-width {}: beam search is not supported by this version; leave it at 1", self.max_beam_width);
+        }
+        if !matches!(self.use_fp8_context_fmha.as_str(), "enable" | "disable") {
+            usage!("--use-fp8-context-fmha is `{}`; expected enable or disable", self.use_fp8_context_fmha);
+        }
+        if self.use_fp8_context_fmha == "enable" {
+            usage!("--use-fp8-context-fmha enable needs fp8 weights, which this version does not have");
+        }
+        if !(16..=128).contains(&self.block_size) || !self.block_size.is_power_of_two() {
+            usage!("--block-size is {}; expected 16, 32, 64 or 128", self.block_size);
+        }
+        let mut plugins = Vec::new();
+        let mut recorded = BTreeMap::new();
+        for (flag, value, cublaslt) in [
+            ("gemm_plugin", &self.gemm_plugin, true),
+            ("moe_plugin", &self.moe_plugin, false),
+            ("gpt_attention_plugin", &self.gpt_attention_plugin, false),
+        ] {
+            recorded.insert(flag.to_owned(), value.clone());
+            match value.parse::<DType>() {
+                Ok(dtype) => plugins.push((flag, dtype)),
+                Err(_) if matches!(value.as_str(), "auto" | "disable") || cublaslt && value == "cublaslt" => {}
+                Err(_) => {
+                    let more = if cublaslt { ", cublaslt" } else { "" };
+                    usage!("--{} is `{value}`; expected auto, f16, bf16, f32{more} or disable", flag.replace('_', "-"));
+                }
+            }
+        }
+        let lengths = match (self.max_seq_len, self.max_input_len, self.max_output_len) {
+            (Some(seq), input, _) if input.is_some_and(|i| i >= seq) => {
+                usage!("--max-input-len {} leaves no room for output in --max-seq-len {seq}", input.unwrap_or(0))
+            }
+            (Some(seq), ..) => seq,
+            (None, Some(input), Some(output)) => input.saturating_add(output),
+            (None, ..) => 0,
+        };
+        for (name, value) in [("max_input_len", self.max_input_len), ("max_output_len", self.max_output_len)] {
+            if let Some(value) = value {
+                recorded.insert(name.to_owned(), value.to_string());
+            }
+        }
+        let model = match (self.checkpoint_dir, self.model_config) {
+            (Some(dir), None) => Model::Checkpoint(dir),
+            (None, Some(name)) => Model::Dummy(name),
+            (None, None) => Model::Checkpoint("tllm_checkpoint".into()),
+            (Some(_), Some(_)) => usage!("--checkpoint-dir and --model-config exclude each other: name one"),
+        };
+        Ok(BuildOptions {
+            model,
+            dtype: self.dtype,
+            seed: self.seed,
+            mapping: mapping(&self.parallel)?,
+            output_dir: self.output_dir,
+            limits: Limits {
+                max_batch_size: self.max_batch_size,
+                max_num_tokens: self.max_num_tokens,
+                max_seq_len: lengths,
+                max_num_logits: 1,
+                block_size: self.block_size,
+            },
+            gather_context_logits: self.gather_context_logits,
+            recorded,
+            plugins,
+            explain: self.explain,
+            graph: self.graph,
+        })
+    }
+}

@@ -1,0 +1,51 @@
+//! `mixtral`: from a Hugging Face checkpoint to text in three stages, `convert` → `build` → `run`.
+//!
+//! [`args`] turns what was typed into validated options, [`stages`] runs one stage with them. Errors are printed here
+//! and nowhere else: exit code 0 is done, 1 the work failed, 2 wrong usage.
+#![forbid(unsafe_code)]
+
+mod args;
+mod progress;
+mod run;
+mod stages;
+
+use std::process::ExitCode;
+
+use args::{Cli, Command, Parsed};
+
+fn main() -> ExitCode {
+    let Parsed { cli: Cli { command }, ignored } = match args::parse(std::env::args_os()) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            // Help and version come this way too; clap knows which is a success.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    if !ignored.is_empty() {
+        eprintln!("warning: accepted for old command lines, without effect here: {}", ignored.join(", "));
+    }
+    let result = match command {
+        Command::Convert(args) => args.validate().map(|options| stages::convert::main(&options)),
+        Command::Build(args) => args.validate().map(|options| stages::build::main(&options)),
+        Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
+        Command::Inspect(args) => Ok(stages::inspect::main(&args)),
+    };
+    match result {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Ok(Err(error)) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+        Err(usage) => {
+            eprintln!("error: {usage}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Whether the reader of our output went away (`mixtral inspect … | head`), which is no failure.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+}

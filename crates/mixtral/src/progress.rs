@@ -1,0 +1,59 @@
+//! How long work is going: a bar on a terminal, plain lines elsewhere, both on stderr.
+
+use std::io::IsTerminal;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// Seconds between two plain lines.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Progress of a conversion, in bytes.
+pub struct Bytes {
+    bar: ProgressBar,
+    /// When the next plain line is due; `None` on a terminal.
+    next_line: Option<Mutex<Instant>>,
+}
+
+impl Bytes {
+    /// Nothing done of nothing.
+    pub fn new() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let template = "{bytes} of {total_bytes} [{wide_bar}] {binary_bytes_per_sec}, {eta} left";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        Bytes { bar, next_line: (!terminal).then(|| Mutex::new(Instant::now() + LINE_EVERY)) }
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl mixtral_convert::Progress for Bytes {
+    fn start(&self, total: u64) {
+        self.bar.set_length(total);
+    }
+
+    fn advance(&self, bytes: u64) {
+        self.bar.inc(bytes);
+        let Some(next) = &self.next_line else { return };
+        // Whoever has the lock prints; the others go on.
+        let Ok(mut next) = next.try_lock() else { return };
+        if Instant::now() >= *next {
+            *next = Instant::now() + LINE_EVERY;
+            let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
+            let rate = self.bar.per_sec() / 1e6;
+            eprintln!(
+                "{} of {} MB, {rate:.0} MB/s, {} s left",
+                done / 1_000_000,
+                total / 1_000_000,
+                self.bar.eta().as_secs()
+            );
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! What this machine has and can do.
+
+use mixtral_build::Roof;
+
+/// Bytes of memory that can be taken without swapping; `None` where the system does not say.
+pub fn available_memory() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
+    let kilobytes: usize = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    kilobytes.checked_mul(1024)
+}
+
+/// Threads that run at the same time.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// Measures read bandwidth and arithmetic rate, in about a second.
+pub fn measure_roof() -> Roof {
+    let probe = mixtral_cpu::probe::measure(cores());
+    Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s }
+}

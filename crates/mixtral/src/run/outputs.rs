@@ -1,0 +1,111 @@
+//! Generated sequences, and the files they are written to.
+
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use mixtral_model::TokenId;
+use mixtral_runtime::{FinishReason, Timing};
+use npyz::WriterBuilder as _;
+use serde::Serialize;
+
+/// One generated sequence.
+#[derive(Clone, Debug, Default)]
+pub struct Output {
+    /// Which prompt it continues.
+    pub prompt: usize,
+    /// Which of the prompt's sequences it is.
+    pub beam: usize,
+    /// Its ids, the end id included.
+    pub ids: Vec<TokenId>,
+    /// Its text.
+    pub text: String,
+    /// Why it ended, and when.
+    pub finished: Option<(FinishReason, Timing)>,
+    /// The logits that its tokens were drawn from, `[tokens, vocab_size]`, if they are kept.
+    pub generation_logits: Vec<f32>,
+    /// The logits of its prompt, `[prompt tokens, vocab_size]`, if they are kept.
+    pub context_logits: Vec<f32>,
+    /// A running hash of the logits that its tokens were drawn from, if wanted.
+    pub logits_hash: blake3::Hasher,
+}
+
+/// A sequence for people and programs.
+#[derive(Debug, Serialize)]
+pub struct OutputRecord<'a> {
+    beam: usize,
+    ids: &'a [TokenId],
+    text: &'a str,
+    finish_reason: Option<FinishReason>,
+    first_token_ms: Option<f64>,
+    total_ms: Option<f64>,
+}
+
+impl Output {
+    /// The record of a sequence in JSON.
+    pub fn record(&self) -> OutputRecord<'_> {
+        let ms = |pick: fn(&Timing) -> std::time::Duration| {
+            self.finished.as_ref().map(|(_, timing)| pick(timing).as_secs_f64() * 1e3)
+        };
+        OutputRecord {
+            beam: self.beam,
+            ids: &self.ids,
+            text: &self.text,
+            finish_reason: self.finished.map(|(reason, _)| reason),
+            first_token_ms: ms(|t| t.first_token),
+            total_ms: ms(|t| t.total),
+        }
+    }
+}
+
+fn create(path: &Path) -> Result<BufWriter<File>> {
+    Ok(BufWriter::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?))
+}
+
+/// One line a sequence: its ids.
+pub fn write_csv(path: &Path, outputs: &[Output]) -> Result<()> {
+    let mut file = create(path)?;
+    for output in outputs {
+        let ids: Vec<String> = output.ids.iter().map(ToString::to_string).collect();
+        writeln!(file, "{}", ids.join(","))?;
+    }
+    file.flush().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// i32 `[sequences, max_output_len]`, padded with −1.
+pub fn write_npy(path: &Path, outputs: &[Output], max_output_len: usize) -> Result<()> {
+    let mut file = create(path)?;
+    let shape = [outputs.len() as u64, max_output_len as u64];
+    let mut writer = npyz::WriteOptions::new().default_dtype().shape(&shape).writer(&mut file).begin_nd()?;
+    for output in outputs {
+        let ids = output.ids.iter().map(|t| i32::try_from(t.0).unwrap_or(-1));
+        writer.extend(ids.chain(std::iter::repeat(-1)).take(max_output_len))?;
+    }
+    writer.finish()?;
+    file.flush().with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// `F` and `F.npy` → `F_generation.npy`, `F_context.npy`.
+pub fn logits_path(stem: &Path, kind: &str) -> PathBuf {
+    let text = stem.to_string_lossy();
+    format!("{}_{kind}.npy", text.strip_suffix(".npy").unwrap_or(&text)).into()
+}
+
+/// f32 `[sequences, rows, vocab_size]`; rows that a sequence does not have are NaN.
+pub fn write_logits<'a>(
+    path: &Path,
+    sequences: impl ExactSizeIterator<Item = &'a [f32]>,
+    rows: usize,
+    vocab_size: usize,
+) -> Result<()> {
+    let mut file = create(path)?;
+    let shape = [sequences.len() as u64, rows as u64, vocab_size as u64];
+    let mut writer = npyz::WriteOptions::new().default_dtype().shape(&shape).writer(&mut file).begin_nd()?;
+    for logits in sequences {
+        let present = logits.iter().copied();
+        writer.extend(present.chain(std::iter::repeat(f32::NAN)).take(rows * vocab_size))?;
+    }
+    writer.finish()?;
+    file.flush().with_context(|| format!("cannot write {}", path.display()))
+}

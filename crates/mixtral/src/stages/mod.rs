@@ -1,0 +1,6 @@
+//! One file a subcommand: validated options in, the work done or an error out.
+
+pub mod build;
+pub mod convert;
+pub mod inspect;
+pub mod run;

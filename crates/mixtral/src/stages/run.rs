@@ -1,0 +1,297 @@
+//! `mixtral run`: an engine and prompts → text.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, anyhow, bail};
+use mixtral_cpu::{CpuBackend, CpuOptions};
+use mixtral_engine::{EngineDir, MappedWeights, Program, Weights, WeightsKind};
+use mixtral_model::{Rank, TokenId};
+use mixtral_runtime::session::{Geometry, StepStats};
+use mixtral_runtime::{Request, Session, Tokenizer};
+use serde_json::json;
+
+use crate::args::run::{RunArgs, RunOptions};
+use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
+use crate::run::prompts::{self, Prompt};
+use crate::run::report::{Stats, expert_table};
+use crate::run::machine;
+
+/// Iterations of `--run-profiling`, as many to warm up as to measure.
+const PROFILING_ITERATIONS: u32 = 10;
+
+/// Runs the stage.
+pub fn main(options: &RunOptions) -> Result<()> {
+    let args = &options.args;
+    let engine = EngineDir::open(&args.engine_dir)?;
+    let world_size = engine.config().mapping.world_size();
+    if world_size > 1 {
+        bail!("{} is an engine of {world_size} ranks, and this version runs one; build it from a checkpoint of one rank", args.engine_dir.display());
+    }
+    let tokenizer = load_tokenizer(options)?;
+    let prompts = prompts::read(options, tokenizer.as_deref())?;
+    let program = engine.program(Rank(0))?;
+    let requests = requests(options, &prompts, tokenizer.as_deref(), engine.config().gather_context_logits)?;
+    let kv_blocks = kv_blocks(&program, &requests, engine.config().weights)?;
+    let weights = match engine.config().weights {
+        WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(Rank(0))?))),
+        WeightsKind::Dummy { seed } => Weights::Dummy { seed },
+    };
+    let cpu = CpuOptions {
+        kv_blocks,
+        threads: args.threads.unwrap_or_else(machine::cores),
+        count_experts: args.expert_stats,
+        isa: None,
+    };
+    let backend = CpuBackend::load(program.clone(), weights, cpu)?;
+    let geometry = Geometry {
+        limits: program.limits,
+        vocab_size: program.vocab_size,
+        gather_context_logits: engine.config().gather_context_logits,
+    };
+    let mut session = Session::new(Box::new(backend), geometry, tokenizer);
+    let mut out = std::io::stdout().lock();
+
+    let stream = args.streaming.then_some(args.streaming_interval);
+    let (outputs, steps) = generate(&mut session, &requests, args, stream, &mut out)?;
+
+    let stats = (args.stats || args.json).then(|| {
+        let bandwidth = if args.stats { machine::measure_roof().bytes_per_s } else { 0.0 };
+        Stats::new(&program, &steps, &outputs, bandwidth)
+    });
+    let counts = session.backend().expert_counts();
+    if args.json {
+        let prompts: Vec<_> = prompts
+            .iter()
+            .enumerate()
+            .map(|(index, prompt)| {
+                let of_prompt: Vec<_> = outputs.iter().filter(|o| o.prompt == index).map(Output::record).collect();
+                json!({ "text": prompt.text, "ids": prompt.ids, "outputs": of_prompt })
+            })
+            .collect();
+        let expert_counts = args.expert_stats.then_some(&counts);
+        let object = json!({
+            "engine": engine.config().run_id,
+            "prompts": prompts,
+            "stats": stats,
+            "expert_counts": expert_counts,
+        });
+        writeln!(out, "{object:#}")?;
+    } else {
+        if !args.streaming {
+            print_outputs(&mut out, &prompts, &outputs)?;
+        }
+        if let Some(stats) = &stats {
+            writeln!(out, "{stats}")?;
+        }
+        if args.expert_stats {
+            write!(out, "{}", expert_table(&counts))?;
+        }
+    }
+    write_files(args, &prompts, &outputs, &geometry)?;
+    if args.run_profiling {
+        profile(&mut session, &requests, args, &mut out)?;
+    }
+    Ok(())
+}
+
+/// Loads the tokenizer. Prompts of ids get along without one.
+fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
+    let args = &options.args;
+    let dir: &PathBuf = args.tokenizer_dir.as_ref().unwrap_or(&args.engine_dir);
+    let texts = prompts::are_texts(&options.prompts) || !args.stop_words.is_empty() || !args.bad_words.is_empty();
+    if !texts && args.tokenizer_dir.is_none() && !dir.join("tokenizer.json").exists() {
+        return Ok(None);
+    }
+    Ok(Some(Arc::new(Tokenizer::load(dir)?)))
+}
+
+fn requests(
+    options: &RunOptions,
+    prompts: &[Prompt],
+    tokenizer: Option<&Tokenizer>,
+    gathers: bool,
+) -> Result<Vec<Request>> {
+    let args = &options.args;
+    let end_ids = match args.end_id {
+        None => tokenizer.map_or(Vec::new(), |t| t.end_ids().to_vec()),
+        Some(-1) => Vec::new(),
+        Some(id) => vec![TokenId(u32::try_from(id).map_err(|_| anyhow!("--end-id {id} is not a token id; -1 is none"))?)],
+    };
+    let mut bad_words = Vec::new();
+    for word in &args.bad_words {
+        // In the middle of a text a word usually follows a space.
+        for text in [word.clone(), format!(" {word}")] {
+            if let Some(tokenizer) = tokenizer {
+                bad_words.push(tokenizer.encode(&text, false)?);
+            }
+        }
+    }
+    let logits = args.output_logits_npy.is_some();
+    let mut requests = Vec::new();
+    for (index, prompt) in prompts.iter().enumerate() {
+        for hypothesis in 0..args.num_return_sequences {
+            requests.push(Request {
+                prompt: prompt.ids.clone(),
+                max_output_len: args.max_output_len,
+                params: options.sampling,
+                seed: args.random_seed,
+                prompt_index: u32::try_from(index)?,
+                hypothesis: u32::try_from(hypothesis)?,
+                end_ids: end_ids.clone(),
+                stop_words: args.stop_words.clone(),
+                bad_words: bad_words.clone(),
+                generation_logits: logits || args.stats,
+                context_logits: logits && gathers && hypothesis == 0,
+            });
+        }
+    }
+    Ok(requests)
+}
+
+/// Blocks for as many of the requests at a time as the engine's batch and the memory allow; checked before anything
+/// is allocated.
+fn kv_blocks(program: &Program, requests: &[Request], weights: WeightsKind) -> Result<usize> {
+    let limits = program.limits;
+    let mut needs: Vec<usize> =
+        requests.iter().map(|r| limits.blocks_for(r.prompt.len().saturating_add(r.max_output_len))).collect();
+    needs.sort_unstable_by(|a, b| b.cmp(a));
+    let largest = needs.first().copied().unwrap_or(1).min(limits.max_blocks_per_seq()).max(1);
+    let wanted = needs.iter().take(limits.max_batch_size).sum::<usize>().max(largest);
+    let Some(available) = machine::available_memory() else { return Ok(wanted) };
+    let plan = program.memory_plan();
+    // Mapped weights live in the page cache; dummy ones are taken.
+    let fixed = plan.total(0) - if weights == WeightsKind::File { plan.weights } else { 0 };
+    let room = available.saturating_sub(fixed) / plan.kv_block.max(1);
+    if room < largest {
+        bail!(
+            "the engine needs {} for {}activations and inputs and {} for the KV cache of the longest prompt, but {} of memory are available; lower --max-output-len, or build with a smaller --max-num-tokens (now {})",
+            mixtral_build::explain::bytes(fixed),
+            if weights == WeightsKind::File { "" } else { "dummy weights, " },
+            mixtral_build::explain::bytes(largest.saturating_mul(plan.kv_block)),
+            mixtral_build::explain::bytes(available),
+            limits.max_num_tokens,
+        );
+    }
+    Ok(wanted.min(room))
+}
+
+/// Generates all requests as one batch in flight. With `stream`, prints each output every so many tokens.
+fn generate(
+    session: &mut Session,
+    requests: &[Request],
+    args: &RunArgs,
+    stream: Option<usize>,
+    out: &mut dyn Write,
+) -> Result<(Vec<Output>, Vec<StepStats>)> {
+    let mut first = None;
+    for (index, request) in requests.iter().enumerate() {
+        let id = session
+            .submit(request.clone())
+            .with_context(|| format!("prompt {}", index / args.num_return_sequences))?;
+        first.get_or_insert(id.0);
+    }
+    let first = first.unwrap_or(0);
+    let mut outputs: Vec<Output> = requests
+        .iter()
+        .map(|r| Output {
+            prompt: r.prompt_index as usize,
+            beam: r.hypothesis as usize,
+            ..Output::default()
+        })
+        .collect();
+    let mut steps = Vec::new();
+    while !session.is_idle() {
+        let events = session.step()?;
+        steps.push(session.last_step());
+        for event in events {
+            let output = &mut outputs[event.id.0 - first];
+            output.ids.extend(event.token);
+            output.text += &event.text;
+            output.context_logits.extend(event.context_logits);
+            if args.stats {
+                output.logits_hash.update(bytemuck::cast_slice(&event.generation_logits));
+            }
+            if args.output_logits_npy.is_some() {
+                output.generation_logits.extend(event.generation_logits);
+            }
+            output.finished = event.finished.or(output.finished);
+            if let Some(interval) = stream
+                && event.token.is_some()
+                && (output.ids.len().is_multiple_of(interval) || output.finished.is_some())
+            {
+                print_output(out, output)?;
+                out.flush()?;
+            }
+        }
+    }
+    Ok((outputs, steps))
+}
+
+fn print_outputs(out: &mut dyn Write, prompts: &[Prompt], outputs: &[Output]) -> Result<()> {
+    for (index, prompt) in prompts.iter().enumerate() {
+        match &prompt.text {
+            Some(text) => writeln!(out, "Input [Text {index}]: \"{text}\"")?,
+            None => writeln!(out, "Input [Text {index}]: {}", ids_text(&prompt.ids))?,
+        }
+        for output in outputs.iter().filter(|o| o.prompt == index) {
+            print_output(out, output)?;
+        }
+    }
+    Ok(())
+}
+
+/// run.py's line; ids stand in for the text where there is no tokenizer.
+fn print_output(out: &mut dyn Write, output: &Output) -> std::io::Result<()> {
+    let Output { prompt, beam, text, ids, .. } = output;
+    if text.is_empty() && !ids.is_empty() {
+        writeln!(out, "Output [Text {prompt} Beam {beam}]: {}", ids_text(ids))
+    } else {
+        writeln!(out, "Output [Text {prompt} Beam {beam}]: \"{text}\"")
+    }
+}
+
+fn ids_text(ids: &[TokenId]) -> String {
+    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+    format!("[{}]", ids.join(", "))
+}
+
+fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], geometry: &Geometry) -> Result<()> {
+    if let Some(path) = &args.output_csv {
+        write_csv(path, outputs)?;
+    }
+    if let Some(path) = &args.output_npy {
+        write_npy(path, outputs, args.max_output_len)?;
+    }
+    if let Some(stem) = &args.output_logits_npy {
+        let vocab_size = geometry.vocab_size;
+        let generated = outputs.iter().map(|o| &o.generation_logits[..]);
+        write_logits(&logits_path(stem, "generation"), generated, args.max_output_len, vocab_size)?;
+        if geometry.gather_context_logits {
+            let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
+            let first: Vec<&[f32]> = outputs.iter().filter(|o| o.beam == 0).map(|o| &o.context_logits[..]).collect();
+            write_logits(&logits_path(stem, "context"), first.into_iter(), longest, vocab_size)?;
+        }
+    }
+    Ok(())
+}
+
+fn profile(session: &mut Session, requests: &[Request], args: &RunArgs, out: &mut dyn Write) -> Result<()> {
+    let mut sink = std::io::sink();
+    let mut seconds = 0.0;
+    for iteration in 0..2 * PROFILING_ITERATIONS {
+        let started = std::time::Instant::now();
+        generate(session, requests, args, None, &mut sink)?;
+        if iteration >= PROFILING_ITERATIONS {
+            seconds += started.elapsed().as_secs_f64();
+        }
+    }
+    writeln!(
+        out,
+        "batch_size: {}, avg latency of {PROFILING_ITERATIONS} iterations: {:.6} sec",
+        requests.len(),
+        seconds / f64::from(PROFILING_ITERATIONS)
+    )?;
+    Ok(())
+}
