@@ -3,17 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use mixtral_model::{
-    ConfigError, DType, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme,
+    ConfigError, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme,
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
+use crate::keys::{KeyError, Keys, parse_object, read_text};
 use crate::names::CONFIG_FILE;
 
 /// Version of what we add to the format, under the `mixtral` key.
 pub const FORMAT_VERSION: u64 = 1;
-
-/// A config.json larger than this is no config.json.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Everything that `config.json` says about a checkpoint.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,30 +33,9 @@ pub struct CheckpointConfig {
 /// A `config.json` that is not one of a checkpoint that we can use.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigFileError {
-    /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the system said.
-        source: std::io::Error,
-    },
-    /// Far larger than any config.
-    #[error("{path} is {len} bytes; a config.json has at most {MAX_CONFIG_BYTES}. Is it another file?")]
-    TooLarge {
-        /// The file.
-        path: PathBuf,
-        /// Its length.
-        len: u64,
-    },
-    /// Not JSON, or not an object.
-    #[error("{path} is not a JSON object: {detail}. Convert the model again")]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// What the parser said.
-        detail: String,
-    },
+    /// The file or one of its keys.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// A Hugging Face config.json in place of a checkpoint's.
     #[error(
         "{path} is a Hugging Face config (it has `model_type`), not a checkpoint's; run `mixtral convert` on its directory first"
@@ -66,40 +43,6 @@ pub enum ConfigFileError {
     HuggingFace {
         /// The file.
         path: PathBuf,
-    },
-    /// A key that must be there.
-    #[error("{path}: the key `{key}` is missing; it must be {expected}")]
-    Missing {
-        /// The file.
-        path: PathBuf,
-        /// The key, dotted.
-        key: String,
-        /// What belongs there.
-        expected: &'static str,
-    },
-    /// A key with a value of the wrong kind.
-    #[error("{path}: `{key}` is {found}; it must be {expected}")]
-    Invalid {
-        /// The file.
-        path: PathBuf,
-        /// The key, dotted.
-        key: String,
-        /// What belongs there.
-        expected: &'static str,
-        /// What is there.
-        found: String,
-    },
-    /// A value that is fine elsewhere and that we do not support.
-    #[error("{path}: `{key}` is {found}, which is not supported; supported: {supported}")]
-    Unsupported {
-        /// The file.
-        path: PathBuf,
-        /// The key, dotted.
-        key: String,
-        /// What is there.
-        found: String,
-        /// What we support.
-        supported: &'static str,
     },
     /// Sizes that no model has.
     #[error("{path}: {source}")]
@@ -163,12 +106,7 @@ impl CheckpointConfig {
     /// What is wrong with it, by key.
     pub fn read(dir: &Path) -> Result<Self, ConfigFileError> {
         let path = dir.join(CONFIG_FILE);
-        let io = |source| ConfigFileError::Io { path: path.clone(), source };
-        let len = std::fs::metadata(&path).map_err(io)?.len();
-        if len > MAX_CONFIG_BYTES {
-            return Err(ConfigFileError::TooLarge { path, len });
-        }
-        Self::parse(&std::fs::read(&path).map_err(io)?, &path)
+        Self::parse(&read_text(&path)?, &path)
     }
 
     /// Reads the text of a config.json; `path` is for messages.
@@ -176,19 +114,17 @@ impl CheckpointConfig {
     /// # Errors
     /// As [`CheckpointConfig::read`].
     pub fn parse(text: &[u8], path: &Path) -> Result<Self, ConfigFileError> {
-        let json = |detail: String| ConfigFileError::Json { path: path.to_owned(), detail };
-        let value: Value = serde_json::from_slice(text).map_err(|e| json(e.to_string()))?;
-        let Value::Object(root) = value else { return Err(json("the top level is not an object".into())) };
-        if root.contains_key("model_type") && !root.contains_key("architecture") {
+        let map = parse_object(text, path)?;
+        let root = Keys::new(path, &map);
+        if root.contains("model_type") && !root.contains("architecture") {
             return Err(ConfigFileError::HuggingFace { path: path.to_owned() });
         }
-        let root = Keys { path, prefix: "", map: Some(&root) };
-        root.refuse_unsupported()?;
-        let config = root.config()?;
+        refuse_unsupported(root)?;
+        let config = read_config(root)?;
         config.validate().map_err(|e| match e {
             ConfigRuleError::Model(source) => ConfigFileError::Model { path: path.to_owned(), source },
             ConfigRuleError::Mapping(source) => ConfigFileError::Mapping { path: path.to_owned(), source },
-            ConfigRuleError::EmbeddingDim(n) => root.invalid("embedding_sharding_dim", "0 or 1", n),
+            ConfigRuleError::EmbeddingDim(n) => root.invalid("embedding_sharding_dim", "0 or 1", n).into(),
         })?;
         Ok(config)
     }
@@ -292,218 +228,133 @@ pub fn is_ours(text: &[u8]) -> bool {
     serde_json::from_slice::<Value>(text).is_ok_and(|v| v.get("mixtral").is_some_and(Value::is_object))
 }
 
-/// An object of the file, with the names that messages need. A missing object reads as one without keys.
-struct Keys<'a> {
-    path: &'a Path,
-    prefix: &'static str,
-    map: Option<&'a Map<String, Value>>,
+/// Refuses what changes the meaning of the weights and that we do not implement.
+fn refuse_unsupported(root: Keys<'_>) -> Result<(), KeyError> {
+    let quantization = root.object("quantization", "quantization.")?;
+    for key in ["quant_algo", "kv_cache_quant_algo"] {
+        if let Some(algo) = quantization.get(key) {
+            return Err(quantization.unsupported(key, "null; convert the original model again", algo));
+        }
+    }
+    if let Some(scaling) = root.get("rotary_scaling") {
+        return Err(root.unsupported("rotary_scaling", "null", scaling));
+    }
+    for key in ["attn_bias", "mlp_bias", "residual_mlp", "qk_layernorm", "share_embedding_table"] {
+        if root.flag(key)? {
+            return Err(root.unsupported(key, "false", true));
+        }
+    }
+    root.one_of(
+        "architecture",
+        &["MixtralForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"],
+        "MixtralForCausalLM, MistralForCausalLM, LlamaForCausalLM",
+    )?;
+    root.one_of("hidden_act", &["swiglu", "silu"], "swiglu, silu")?;
+    root.one_of("position_embedding_type", &["rope_gpt_neox"], "rope_gpt_neox")
 }
 
-impl<'a> Keys<'a> {
-    /// The value of `key`; null counts as absent.
-    fn get(&self, key: &str) -> Option<&'a Value> {
-        self.map?.get(key).filter(|v| !v.is_null())
-    }
-
-    fn dotted(&self, key: &str) -> String {
-        format!("{}{key}", self.prefix)
-    }
-
-    fn invalid(&self, key: &str, expected: &'static str, found: impl ToString) -> ConfigFileError {
-        let (path, key, found) = (self.path.to_owned(), self.dotted(key), found.to_string());
-        ConfigFileError::Invalid { path, key, expected, found }
-    }
-
-    fn unsupported(&self, key: &str, supported: &'static str, found: impl ToString) -> ConfigFileError {
-        let (path, key, found) = (self.path.to_owned(), self.dotted(key), found.to_string());
-        ConfigFileError::Unsupported { path, key, found, supported }
-    }
-
-    fn object(&self, key: &str, prefix: &'static str) -> Result<Keys<'a>, ConfigFileError> {
-        let map = match self.get(key) {
-            None => None,
-            Some(Value::Object(map)) => Some(map),
-            Some(other) => return Err(self.invalid(key, "an object", other)),
-        };
-        Ok(Keys { path: self.path, prefix, map })
-    }
-
-    fn size(&self, key: &str) -> Result<Option<usize>, ConfigFileError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let size = value.as_u64().and_then(|n| usize::try_from(n).ok());
-        size.map(Some).ok_or_else(|| self.invalid(key, "a whole number", value))
-    }
-
-    fn required_size(&self, key: &str) -> Result<usize, ConfigFileError> {
-        let missing = || ConfigFileError::Missing {
-            path: self.path.to_owned(),
-            key: self.dotted(key),
-            expected: "a whole number",
-        };
-        self.size(key)?.ok_or_else(missing)
-    }
-
-    /// A degree of parallelism; −1 and 0 are TensorRT-LLM's "derive it".
-    fn degree(&self, key: &str) -> Result<Option<usize>, ConfigFileError> {
-        match self.get(key) {
-            Some(value) if value.as_i64().is_some_and(|n| n == -1 || n == 0) => Ok(None),
-            _ => self.size(key),
-        }
-    }
-
-    fn number(&self, key: &str, default: f64) -> Result<f64, ConfigFileError> {
-        let Some(value) = self.get(key) else { return Ok(default) };
-        value.as_f64().ok_or_else(|| self.invalid(key, "a number", value))
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&'a str>, ConfigFileError> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_str().map(Some).ok_or_else(|| self.invalid(key, "a string", value))
-    }
-
-    fn flag(&self, key: &str) -> Result<bool, ConfigFileError> {
-        let Some(value) = self.get(key) else { return Ok(false) };
-        value.as_bool().ok_or_else(|| self.invalid(key, "true or false", value))
-    }
-
-    /// Refuses what changes the meaning of the weights and that we do not implement.
-    fn refuse_unsupported(&self) -> Result<(), ConfigFileError> {
-        let quantization = self.object("quantization", "quantization.")?;
-        for key in ["quant_algo", "kv_cache_quant_algo"] {
-            if let Some(algo) = quantization.get(key) {
-                return Err(quantization.unsupported(key, "null; convert the original model again", algo));
+/// The experts, from the nested object of 0.11 or else the flat keys of 0.10. `None` for a dense model.
+fn read_moe(root: Keys<'_>) -> Result<Option<MoeConfig>, KeyError> {
+    let nested = root.object("moe", "moe.")?;
+    let num_experts = nested.size("num_experts")?.or(root.size("moe_num_experts")?).unwrap_or(0);
+    if num_experts == 0 {
+        return match root.text("architecture")? {
+            Some("MixtralForCausalLM") => {
+                Err(root.missing("moe_num_experts", "the number of experts of a MixtralForCausalLM"))
             }
-        }
-        if let Some(scaling) = self.get("rotary_scaling") {
-            return Err(self.unsupported("rotary_scaling", "null", scaling));
-        }
-        for key in ["attn_bias", "mlp_bias", "residual_mlp", "qk_layernorm", "share_embedding_table"] {
-            if self.flag(key)? {
-                return Err(self.unsupported(key, "false", true));
+            _ => Ok(None),
+        };
+    }
+    let top_k = nested.size("top_k")?.or(root.size("moe_top_k")?).unwrap_or(1);
+    let mode = nested.size("normalization_mode")?.or(root.size("moe_normalization_mode")?).unwrap_or(1);
+    let normalization = u32::try_from(mode).ok().and_then(MoeNormalization::from_mode);
+    let normalization =
+        normalization.ok_or_else(|| root.unsupported("moe_normalization_mode", "0 (none), 1 (renorm)", mode))?;
+    Ok(Some(MoeConfig { num_experts, top_k, normalization }))
+}
+
+/// A degree of parallelism; −1 and 0 are TensorRT-LLM's "derive it".
+fn degree(keys: Keys<'_>, key: &str) -> Result<Option<usize>, KeyError> {
+    match keys.get(key) {
+        Some(value) if value.as_i64().is_some_and(|n| n == -1 || n == 0) => Ok(None),
+        _ => keys.size(key),
+    }
+}
+
+fn read_mapping(root: Keys<'_>) -> Result<Mapping, KeyError> {
+    let keys = root.object("mapping", "mapping.")?;
+    let tp_size = degree(keys, "tp_size")?.unwrap_or(1);
+    let pp_size = degree(keys, "pp_size")?.unwrap_or(1);
+    if let Some(cp) = degree(keys, "cp_size")?
+        && cp != 1
+    {
+        return Err(keys.unsupported("cp_size", "1", cp));
+    }
+    if let Some(world) = degree(keys, "world_size")?
+        && tp_size.checked_mul(pp_size) != Some(world)
+    {
+        return Err(keys.invalid("world_size", "tp_size · pp_size", world));
+    }
+    let derived = |other: usize| tp_size.checked_div(other).unwrap_or(1).max(1);
+    let (moe_tp_size, moe_ep_size) = match (degree(keys, "moe_tp_size")?, degree(keys, "moe_ep_size")?) {
+        (Some(tp), Some(ep)) => (tp, ep),
+        (Some(tp), None) => (tp, derived(tp)),
+        (None, Some(ep)) => (derived(ep), ep),
+        (None, None) => match root.size("moe_tp_mode")? {
+            Some(1) => (1, tp_size),
+            Some(2) | None => (tp_size, 1),
+            Some(0) if tp_size == 1 => (1, 1),
+            Some(mode) => {
+                return Err(root.unsupported("moe_tp_mode", "1 (expert parallel), 2 (tensor parallel)", mode));
             }
-        }
-        let accepted: [(&str, &[&str], &str); 3] = [
-            (
-                "architecture",
-                &["MixtralForCausalLM", "MistralForCausalLM", "LlamaForCausalLM"],
-                "MixtralForCausalLM, MistralForCausalLM, LlamaForCausalLM",
-            ),
-            ("hidden_act", &["swiglu", "silu"], "swiglu, silu"),
-            ("position_embedding_type", &["rope_gpt_neox"], "rope_gpt_neox"),
-        ];
-        for (key, values, supported) in accepted {
-            match self.text(key)? {
-                Some(found) if !values.contains(&found) => return Err(self.unsupported(key, supported, found)),
-                _ => {}
-            }
-        }
-        Ok(())
-    }
+        },
+    };
+    Ok(Mapping { tp_size, pp_size, moe_tp_size, moe_ep_size })
+}
 
-    fn dtype(&self) -> Result<DType, ConfigFileError> {
-        let missing = || ConfigFileError::Missing {
-            path: self.path.to_owned(),
-            key: "dtype".into(),
-            expected: "float32, float16 or bfloat16",
-        };
-        let text = self.text("dtype")?.ok_or_else(missing)?;
-        text.parse().map_err(|_| self.unsupported("dtype", "float32, float16, bfloat16", text))
+fn read_config(root: Keys<'_>) -> Result<CheckpointConfig, KeyError> {
+    let moe = read_moe(root)?;
+    let hidden_size = root.required_size("hidden_size")?;
+    let num_heads = root.required_size("num_attention_heads")?;
+    let dense = MoeConfig { num_experts: 1, top_k: 1, normalization: MoeNormalization::Renorm };
+    let dtype = root.dtype("dtype")?;
+    let model = ModelConfig {
+        family: if moe.is_some() { ModelFamily::Mixtral } else { ModelFamily::Mistral },
+        dtype: dtype.ok_or_else(|| root.missing("dtype", "float32, float16 or bfloat16"))?,
+        vocab_size: root.required_size("vocab_size")?,
+        hidden_size,
+        intermediate_size: root.size("intermediate_size")?.unwrap_or(hidden_size.saturating_mul(4)),
+        num_layers: root.required_size("num_hidden_layers")?,
+        num_heads,
+        num_kv_heads: root.size("num_key_value_heads")?.unwrap_or(num_heads),
+        head_dim: root.size("head_size")?.unwrap_or(hidden_size.checked_div(num_heads).unwrap_or(0)),
+        moe: moe.unwrap_or(dense),
+        max_position_embeddings: root.required_size("max_position_embeddings")?,
+        rope_theta: root.number("rotary_base")?.unwrap_or(10_000.0),
+        norm_eps: root.number("norm_epsilon")?.unwrap_or(1e-5),
+        sliding_window: root.size("sliding_window")?,
+        quant: QuantScheme::None,
+    };
+    let ours = root.object("mixtral", "mixtral.")?;
+    if let Some(version) = ours.size("format_version")?
+        && version as u64 > FORMAT_VERSION
+    {
+        return Err(ours.unsupported("format_version", "1; use the tool that wrote it, or convert again", version));
     }
-
-    /// The experts, from the nested object of 0.11 or else the flat keys of 0.10. `None` for a dense model.
-    fn moe(&self) -> Result<Option<MoeConfig>, ConfigFileError> {
-        let nested = self.object("moe", "moe.")?;
-        let experts = nested.size("num_experts")?.or(self.size("moe_num_experts")?).unwrap_or(0);
-        if experts == 0 {
-            return match self.text("architecture")? {
-                Some("MixtralForCausalLM") => Err(ConfigFileError::Missing {
-                    path: self.path.to_owned(),
-                    key: "moe_num_experts".into(),
-                    expected: "the number of experts of a MixtralForCausalLM",
-                }),
-                _ => Ok(None),
-            };
-        }
-        let top_k = nested.size("top_k")?.or(self.size("moe_top_k")?).unwrap_or(1);
-        let mode = nested.size("normalization_mode")?.or(self.size("moe_normalization_mode")?).unwrap_or(1);
-        let normalization = u32::try_from(mode).ok().and_then(MoeNormalization::from_mode);
-        let normalization =
-            normalization.ok_or_else(|| self.unsupported("moe_normalization_mode", "0 (none), 1 (renorm)", mode))?;
-        Ok(Some(MoeConfig { num_experts: experts, top_k, normalization }))
-    }
-
-    fn mapping(&self) -> Result<Mapping, ConfigFileError> {
-        let keys = self.object("mapping", "mapping.")?;
-        let tp_size = keys.degree("tp_size")?.unwrap_or(1);
-        let pp_size = keys.degree("pp_size")?.unwrap_or(1);
-        if let Some(cp) = keys.degree("cp_size")?
-            && cp != 1
-        {
-            return Err(keys.unsupported("cp_size", "1", cp));
-        }
-        if let Some(world) = keys.degree("world_size")?
-            && tp_size.checked_mul(pp_size) != Some(world)
-        {
-            return Err(keys.invalid("world_size", "tp_size · pp_size", world));
-        }
-        let derived = |other: usize| tp_size.checked_div(other).unwrap_or(1).max(1);
-        let (moe_tp_size, moe_ep_size) = match (keys.degree("moe_tp_size")?, keys.degree("moe_ep_size")?) {
-            (Some(tp), Some(ep)) => (tp, ep),
-            (Some(tp), None) => (tp, derived(tp)),
-            (None, Some(ep)) => (derived(ep), ep),
-            (None, None) => match self.size("moe_tp_mode")? {
-                Some(1) => (1, tp_size),
-                Some(2) | None => (tp_size, 1),
-                Some(0) if tp_size == 1 => (1, 1),
-                Some(mode) => {
-                    return Err(self.unsupported("moe_tp_mode", "1 (expert parallel), 2 (tensor parallel)", mode));
-                }
-            },
-        };
-        Ok(Mapping { tp_size, pp_size, moe_tp_size, moe_ep_size })
-    }
-
-    fn config(&self) -> Result<CheckpointConfig, ConfigFileError> {
-        let moe = self.moe()?;
-        let hidden_size = self.required_size("hidden_size")?;
-        let num_heads = self.required_size("num_attention_heads")?;
-        let dense = MoeConfig { num_experts: 1, top_k: 1, normalization: MoeNormalization::Renorm };
-        let model = ModelConfig {
-            family: if moe.is_some() { ModelFamily::Mixtral } else { ModelFamily::Mistral },
-            dtype: self.dtype()?,
-            vocab_size: self.required_size("vocab_size")?,
-            hidden_size,
-            intermediate_size: self.size("intermediate_size")?.unwrap_or(hidden_size.saturating_mul(4)),
-            num_layers: self.required_size("num_hidden_layers")?,
-            num_heads,
-            num_kv_heads: self.size("num_key_value_heads")?.unwrap_or(num_heads),
-            head_dim: self.size("head_size")?.unwrap_or(hidden_size.checked_div(num_heads).unwrap_or(0)),
-            moe: moe.unwrap_or(dense),
-            max_position_embeddings: self.required_size("max_position_embeddings")?,
-            rope_theta: self.number("rotary_base", 10_000.0)?,
-            norm_eps: self.number("norm_epsilon", 1e-5)?,
-            sliding_window: self.size("sliding_window")?,
-            quant: QuantScheme::None,
-        };
-        let ours = self.object("mixtral", "mixtral.")?;
-        if let Some(version) = ours.size("format_version")?
-            && version as u64 > FORMAT_VERSION
-        {
-            return Err(ours.unsupported("format_version", "1; use the tool that wrote it, or convert again", version));
-        }
-        Ok(CheckpointConfig {
-            model,
-            mapping: self.mapping()?,
-            use_parallel_embedding: self.flag("use_parallel_embedding")?,
-            embedding_sharding_dim: self.size("embedding_sharding_dim")?.unwrap_or(0),
-            run_id: ours.text("run_id")?.map(str::to_owned),
-            tool_version: ours.text("tool_version")?.map(str::to_owned),
-        })
-    }
+    Ok(CheckpointConfig {
+        model,
+        mapping: read_mapping(root)?,
+        use_parallel_embedding: root.flag("use_parallel_embedding")?,
+        embedding_sharding_dim: root.size("embedding_sharding_dim")?.unwrap_or(0),
+        run_id: ours.text("run_id")?.map(str::to_owned),
+        tool_version: ours.text("tool_version")?.map(str::to_owned),
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use mixtral_model::DType;
+
     use super::*;
 
     fn parse(text: &str) -> Result<CheckpointConfig, String> {

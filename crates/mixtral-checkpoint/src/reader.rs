@@ -85,7 +85,7 @@ pub enum ReadError {
         found: String,
     },
     /// Tensors that are missing or not as the config demands, all of them.
-    #[error("{path} does not fit config.json:\n{}", .problems.join("\n"))]
+    #[error("{path} does not fit config.json:\n{}", lines(.problems))]
     Tensors {
         /// The file.
         path: PathBuf,
@@ -100,6 +100,17 @@ pub enum ReadError {
         /// The name asked for.
         tensor: String,
     },
+}
+
+/// The first of `problems`, one a line, and how many more there are: enough to see what is wrong.
+#[must_use]
+pub fn lines(problems: &[String]) -> String {
+    const SHOWN: usize = 40;
+    let mut text = problems[..problems.len().min(SHOWN)].join("\n");
+    if problems.len() > SHOWN {
+        text.push_str(&format!("\n  … and {} more", problems.len() - SHOWN));
+    }
+    text
 }
 
 /// A checkpoint directory.

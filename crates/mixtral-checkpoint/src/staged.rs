@@ -40,6 +40,18 @@ pub enum StagedError {
         /// What the system said.
         source: io::Error,
     },
+    /// The disk is too full for what will be written.
+    #[error(
+        "{dir} needs {needed} bytes, but its disk has {free} free; free some space, or choose another --output-dir"
+    )]
+    NoSpace {
+        /// The directory.
+        dir: PathBuf,
+        /// Bytes that will be written.
+        needed: u64,
+        /// Bytes there are.
+        free: u64,
+    },
     /// Someone else is writing there.
     #[error("another process is writing {dir}; wait for it, or choose another --output-dir")]
     Locked {
@@ -127,6 +139,17 @@ impl StagedDir {
         self.dir.join(name)
     }
 
+    /// Checks that `needed` bytes fit on the disk.
+    ///
+    /// # Errors
+    /// If they do not. A filesystem that does not say is believed to have room.
+    pub fn reserve(&self, needed: u64) -> Result<(), StagedError> {
+        match free_bytes(&self.dir) {
+            Some(free) if free < needed => Err(StagedError::NoSpace { dir: self.dir.clone(), needed, free }),
+            _ => Ok(()),
+        }
+    }
+
     /// Copies the file `from` into the directory under `name`, onto the disk.
     ///
     /// # Errors
@@ -191,6 +214,13 @@ impl Drop for StagedDir {
             let _ = fs::remove_dir(&self.dir);
         }
     }
+}
+
+/// Bytes free on the disk of `path`, or of its nearest parent that exists.
+#[must_use]
+pub fn free_bytes(path: &Path) -> Option<u64> {
+    let stat = std::path::absolute(path).ok()?.ancestors().find_map(|p| rustix::fs::statvfs(p).ok())?;
+    stat.f_bavail.checked_mul(stat.f_frsize)
 }
 
 fn names(dir: &Path) -> Result<Vec<String>, StagedError> {

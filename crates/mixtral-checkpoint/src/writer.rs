@@ -67,6 +67,8 @@ impl CheckpointWriter {
         let staged = StagedDir::begin(dir, OWNERSHIP)?;
         let mut ranks = Vec::new();
         if !config_only {
+            let tensors = config.mapping.ranks().flat_map(|rank| rank_tensors(&config, rank));
+            staged.reserve(tensors.fold(0, |sum, spec| spec.num_bytes().saturating_add(sum)))?;
             for rank in config.mapping.ranks() {
                 let path = staged.path(&rank_file_name(rank));
                 ranks.push(RankWriter::create(path, rank, rank_tensors(&config, rank))?);

@@ -1,0 +1,188 @@
+//! The stage as a whole: options in, a checkpoint directory out.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use mixtral_checkpoint::names::is_tokenizer_file;
+use mixtral_checkpoint::staged::free_bytes;
+use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter};
+use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe};
+
+use crate::error::ConvertError;
+use crate::execute::{Progress, buffer_bytes, execute};
+use crate::plan::recipes;
+use crate::report::{ConvertPlan, PlannedTensor, RankPlan, Report};
+use crate::source::config::SourceConfig;
+use crate::source::{Source, open_config};
+
+/// Memory of the program itself, its threads and its lists, beside the buffers.
+const BASE_MEMORY: u64 = 32 << 20;
+
+/// Where the model comes from.
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// A directory of Hugging Face's or Mistral's.
+    Directory(PathBuf),
+    /// A geometry without weights: only `config.json` is written, and `build` makes random weights for it.
+    Geometry(ModelConfig),
+}
+
+/// What to convert, and how.
+#[derive(Clone, Debug)]
+pub struct ConvertOptions {
+    /// The model.
+    pub input: Input,
+    /// The checkpoint directory; created, or replaced if it is empty or an older checkpoint of ours.
+    pub output_dir: PathBuf,
+    /// Type to write; `None` keeps the source's.
+    pub dtype: Option<DType>,
+    /// How to cut the model.
+    pub mapping: Mapping,
+    /// How the weights of a token's experts are scaled.
+    pub normalization: MoeNormalization,
+    /// Whether the embedding is sharded over tensor-parallel ranks.
+    pub use_parallel_embedding: bool,
+    /// What it is cut along then: 0 the vocabulary, 1 the hidden size.
+    pub embedding_sharding_dim: usize,
+    /// Write `config.json` and the tokenizer's files alone, without reading any weights.
+    pub save_config_only: bool,
+    /// Threads; at least one is used.
+    pub workers: usize,
+}
+
+impl ConvertOptions {
+    /// `input` to `output_dir` as one rank in its own type, on all cores.
+    #[must_use]
+    pub fn new(input: Input, output_dir: PathBuf) -> Self {
+        ConvertOptions {
+            input,
+            output_dir,
+            dtype: None,
+            mapping: Mapping::single(),
+            normalization: MoeNormalization::Renorm,
+            use_parallel_embedding: false,
+            embedding_sharding_dim: 0,
+            save_config_only: false,
+            workers: std::thread::available_parallelism().map_or(1, usize::from),
+        }
+    }
+}
+
+/// Everything that is known before the first weight is read.
+struct Prepared {
+    config: CheckpointConfig,
+    /// `None` if only the config is written.
+    source: Option<Source>,
+    /// Of each rank, in the order of its file.
+    recipes: Vec<Vec<Recipe>>,
+    tokenizer_files: Vec<String>,
+}
+
+fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
+    let mut source = None;
+    let mut tokenizer_files = Vec::new();
+    let (mut model, tied) = match &options.input {
+        Input::Geometry(model) => (ModelConfig { dtype: options.dtype.unwrap_or(model.dtype), ..model.clone() }, false),
+        Input::Directory(dir) => {
+            let config = if options.save_config_only {
+                open_config(dir)?.1
+            } else {
+                source.insert(Source::open(dir)?).config.clone()
+            };
+            tokenizer_files = find_tokenizer_files(dir)?;
+            let dtype = options.dtype.or(source.as_ref().map(Source::dtype)).or(config.dtype);
+            let SourceConfig { path, model, tied, .. } = config;
+            let dtype = dtype.ok_or(ConvertError::NoDType { path })?;
+            (ModelConfig { dtype, ..model }, tied)
+        }
+    };
+    model.moe.normalization = options.normalization;
+    let mut config = CheckpointConfig::new(model, options.mapping);
+    config.use_parallel_embedding = options.use_parallel_embedding;
+    config.embedding_sharding_dim = options.embedding_sharding_dim;
+    config.validate()?;
+    let mut plans = Vec::new();
+    if source.is_some() {
+        plans.extend(options.mapping.ranks().map(|rank| recipes(&config, rank, tied)));
+    }
+    Ok(Prepared { config, source, recipes: plans, tokenizer_files })
+}
+
+fn find_tokenizer_files(dir: &Path) -> Result<Vec<String>, ConvertError> {
+    let io = |source| ConvertError::Io { path: dir.to_owned(), source };
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(io)? {
+        let name = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
+        if is_tokenizer_file(&name) && dir.join(&name).is_file() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// What [`convert`] would do with `options`. The source is checked as far as that needs no weights.
+///
+/// # Errors
+/// As [`convert`], as far as it is known without reading weights.
+pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
+    let Prepared { config, source, recipes, tokenizer_files } = prepare(options)?;
+    let ranks: Vec<RankPlan> = recipes
+        .into_iter()
+        .enumerate()
+        .map(|(rank, recipes)| {
+            let tensors: Vec<PlannedTensor> = recipes
+                .into_iter()
+                .map(|r| PlannedTensor { bytes: r.num_bytes() as u64, name: r.name, dtype: r.dtype, shape: r.shape })
+                .collect();
+            RankPlan { rank, bytes: tensors.iter().map(|t| t.bytes).sum(), tensors }
+        })
+        .collect();
+    let workers = options.workers.max(1);
+    Ok(ConvertPlan {
+        model_dir: match &options.input {
+            Input::Directory(dir) => Some(dir.clone()),
+            Input::Geometry(_) => None,
+        },
+        layout: source.as_ref().map(|s| s.layout),
+        source_dtype: source.as_ref().map(Source::dtype),
+        source_bytes: source.as_ref().map_or(0, |s| s.num_bytes),
+        output_dir: options.output_dir.clone(),
+        model: config.model,
+        mapping: config.mapping,
+        output_bytes: ranks.iter().map(|r| r.bytes).sum(),
+        ranks,
+        tokenizer_files,
+        free_bytes: free_bytes(&options.output_dir),
+        workers,
+        peak_memory_bytes: source.as_ref().map_or(0, buffer_bytes) * workers as u64 + BASE_MEMORY,
+    })
+}
+
+/// Converts a model. The output directory is whole afterwards, or, on any error, empty of what was begun.
+///
+/// # Errors
+/// What is wrong with the source, the options, a weight or the output directory.
+pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Report, ConvertError> {
+    let start = Instant::now();
+    let Prepared { config, source, mut recipes, tokenizer_files } = prepare(options)?;
+    let writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
+    if let Input::Directory(dir) = &options.input {
+        for name in &tokenizer_files {
+            writer.copy_in(name, &dir.join(name))?;
+        }
+    }
+    let mut hashes = Vec::new();
+    if let Some(source) = &source {
+        for (recipes, rank) in recipes.iter_mut().zip(writer.ranks()) {
+            let place = |recipe: &Recipe| rank.specs().iter().position(|spec| spec.name == recipe.name);
+            recipes.sort_by_cached_key(place);
+        }
+        hashes = execute(source, &recipes, writer.ranks(), options.workers, progress)?;
+    }
+    let tensors = recipes.iter().flatten();
+    let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());
+    let run_id = writer.finish(&hashes)?;
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds })
+}

@@ -1,0 +1,206 @@
+//! Carrying out the shard plan: each tensor of each rank is streamed piece by piece through buffers of fixed size,
+//! checked, converted, hashed and written, several tensors at a time.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
+use mixtral_checkpoint::{RankWriter, TensorWriter};
+use mixtral_model::{DType, Piece, Recipe};
+
+use crate::error::ConvertError;
+use crate::number::{convert_elements, first_refused};
+use crate::source::{Located, Source};
+
+/// Someone who wants to know how far the conversion is. Called from several threads.
+pub trait Progress: Sync {
+    /// `total` bytes will be written.
+    fn start(&self, total: u64) {
+        let _ = total;
+    }
+
+    /// `bytes` more have been.
+    fn advance(&self, bytes: u64) {
+        let _ = bytes;
+    }
+}
+
+/// Nobody.
+impl Progress for () {}
+
+/// The buffers of one worker.
+#[derive(Debug, Default)]
+struct Buffers {
+    input: Vec<u8>,
+    output: Vec<u8>,
+    scratch: Vec<u8>,
+}
+
+/// The most that the buffers of one worker hold, given the widest row of the model in bytes.
+#[must_use]
+pub fn buffer_bytes(source: &Source) -> u64 {
+    let chunk = source.tensors.values().map(Located::chunk_bytes).max().unwrap_or(0) as u64;
+    let row = source.tensors.values().map(|l| l.stored_cols as u64 * l.dtype.size() as u64).max().unwrap_or(0);
+    // Input, an output of up to twice its width, and scratch.
+    4 * chunk.max(row)
+}
+
+/// Writes all tensors of all ranks; `recipes[r]` in the order of `writers[r]`'s tensors. Gives their hashes in that
+/// order.
+///
+/// # Errors
+/// The first failure, by the order of the work.
+pub fn execute(
+    source: &Source,
+    recipes: &[Vec<Recipe>],
+    writers: &[RankWriter],
+    workers: usize,
+    progress: &dyn Progress,
+) -> Result<Vec<Vec<blake3::Hash>>, ConvertError> {
+    let jobs = jobs(recipes);
+    progress.start(recipes.iter().flatten().map(|r| r.num_bytes() as u64).sum());
+    let next = AtomicUsize::new(0);
+    let stop = AtomicBool::new(false);
+    let hashes: Mutex<Vec<Vec<blake3::Hash>>> =
+        Mutex::new(recipes.iter().map(|r| vec![blake3::Hash::from_bytes([0; 32]); r.len()]).collect());
+    let failure: Mutex<Option<(usize, ConvertError)>> = Mutex::new(None);
+    let work = || {
+        let mut buffers = Buffers::default();
+        while !stop.load(Ordering::Relaxed) {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(&(rank, tensor)) = jobs.get(index) else { return };
+            let writer = writers[rank].tensor(tensor);
+            match write_tensor(source, &recipes[rank][tensor], writer, &mut buffers, progress) {
+                Ok(hash) => hashes.lock().expect("no worker panics with it")[rank][tensor] = hash,
+                Err(error) => {
+                    stop.store(true, Ordering::Relaxed);
+                    let mut failure = failure.lock().expect("no worker panics with it");
+                    if failure.as_ref().is_none_or(|(first, _)| index < *first) {
+                        *failure = Some((index, error));
+                    }
+                }
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..workers.clamp(1, jobs.len().max(1)) {
+            scope.spawn(work);
+        }
+        work();
+    });
+    match failure.into_inner().expect("no worker panicked") {
+        Some((_, error)) => Err(error),
+        None => Ok(hashes.into_inner().expect("no worker panicked")),
+    }
+}
+
+/// All `(rank, tensor)`, the largest first, so that no worker is left with a large one at the end. Ranks take turns
+/// at the same tensor, so that what one read is still in the page cache for the next.
+fn jobs(recipes: &[Vec<Recipe>]) -> Vec<(usize, usize)> {
+    let mut jobs: Vec<(usize, usize)> =
+        recipes.iter().enumerate().flat_map(|(rank, r)| (0..r.len()).map(move |tensor| (rank, tensor))).collect();
+    jobs.sort_by_key(|&(rank, tensor)| (std::cmp::Reverse(recipes[rank][tensor].num_bytes()), tensor, rank));
+    jobs
+}
+
+fn write_tensor(
+    source: &Source,
+    recipe: &Recipe,
+    mut writer: TensorWriter<'_>,
+    buffers: &mut Buffers,
+    progress: &dyn Progress,
+) -> Result<blake3::Hash, ConvertError> {
+    let row_bytes = recipe.cols() * recipe.dtype.size();
+    let mut row = 0;
+    for piece in &recipe.pieces {
+        write_zeros(&mut writer, (piece.target_row - row) * row_bytes, progress)?;
+        write_piece(source, piece, recipe.dtype, &mut writer, buffers, progress)?;
+        row = piece.target_row + piece.rows.len();
+    }
+    write_zeros(&mut writer, (recipe.rows() - row) * row_bytes, progress)?;
+    Ok(writer.finish()?)
+}
+
+/// Rows that no piece covers: the padding of the vocabulary.
+fn write_zeros(writer: &mut TensorWriter<'_>, bytes: usize, progress: &dyn Progress) -> Result<(), ConvertError> {
+    const ZEROS: [u8; 4096] = [0; 4096];
+    for start in (0..bytes).step_by(ZEROS.len()) {
+        let n = ZEROS.len().min(bytes - start);
+        writer.write(&ZEROS[..n])?;
+        progress.advance(n as u64);
+    }
+    Ok(())
+}
+
+fn write_piece(
+    source: &Source,
+    piece: &Piece,
+    dtype: DType,
+    writer: &mut TensorWriter<'_>,
+    buffers: &mut Buffers,
+    progress: &dyn Progress,
+) -> Result<(), ConvertError> {
+    // Source::open found all tensors of the model, and the plan asks for no others.
+    let located = &source.tensors[&piece.source];
+    let limit = first_refused(located.dtype, dtype);
+    let row_bytes = piece.cols.len() * located.dtype.size();
+    let rows_at_once = (located.chunk_bytes() / row_bytes.max(1)).max(1);
+    let (path, file) = &source.files[located.file];
+    for start in piece.rows.clone().step_by(rows_at_once) {
+        let rows = start..piece.rows.end.min(start + rows_at_once);
+        let elements = rows.len() * piece.cols.len();
+        buffers.input.resize(elements * located.dtype.size(), 0);
+        let Buffers { input, output, scratch } = buffers;
+        let read = located.read(file, rows, piece.cols.clone(), input, scratch);
+        read.map_err(|source| ConvertError::Io { path: path.clone(), source })?;
+        if max_magnitude(located.dtype, input) >= limit {
+            return Err(refusal(source, located, piece, dtype, limit));
+        }
+        let bytes = if located.dtype == dtype {
+            input
+        } else {
+            output.resize(elements * dtype.size(), 0);
+            convert_elements(located.dtype, input, dtype, output);
+            output
+        };
+        writer.write(bytes)?;
+        progress.advance(bytes.len() as u64);
+    }
+    Ok(())
+}
+
+/// Reads the whole tensor that `piece` is of once more, to say how many of its elements are refused and where the
+/// first is, whatever part of it this rank wanted.
+fn refusal(source: &Source, located: &Located, piece: &Piece, dtype: DType, limit: u32) -> ConvertError {
+    let (path, file) = &source.files[located.file];
+    let cols = piece.source_cols;
+    let rows_at_once = (located.chunk_bytes() / (cols * located.dtype.size()).max(1)).max(1);
+    let (mut bytes, mut scratch) = (Vec::new(), Vec::new());
+    let mut not_finite: Option<(u64, u64)> = None;
+    let mut overflow: Option<(u64, u64)> = None;
+    for start in (0..piece.source_rows).step_by(rows_at_once) {
+        let rows = start..piece.source_rows.min(start + rows_at_once);
+        bytes.resize(rows.len() * cols * located.dtype.size(), 0);
+        if let Err(source) = located.read(file, rows, 0..cols, &mut bytes, &mut scratch) {
+            return ConvertError::Io { path: path.clone(), source };
+        }
+        let add = |total: &mut Option<(u64, u64)>, limit| {
+            if let Some((count, first)) = count_from(located.dtype, &bytes, limit) {
+                let (so_far, at) = total.unwrap_or((0, start as u64 * cols as u64 + first));
+                *total = Some((so_far + count, at));
+            }
+        };
+        add(&mut not_finite, infinity_bits(located.dtype));
+        add(&mut overflow, limit);
+    }
+    let (path, tensor) = (path.clone(), piece.source.clone());
+    if let Some((count, first)) = not_finite {
+        return ConvertError::NotFinite { path, tensor, count, first };
+    }
+    let (count, first) = overflow.unwrap_or_default();
+    let max = match dtype {
+        DType::F16 => "65504",
+        DType::Bf16 | DType::F32 => "3.39e38",
+    };
+    ConvertError::Overflow { path, tensor, count, first, dtype, max }
+}

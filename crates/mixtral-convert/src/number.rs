@@ -1,0 +1,122 @@
+//! Changing the type of little-endian float bytes, and which magnitudes that cannot survive it.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use mixtral_checkpoint::scan::infinity_bits;
+use mixtral_model::DType;
+
+/// Elements converted at a time, through f32 values that stay in the first-level cache.
+const BLOCK: usize = 1024;
+
+/// The magnitude bits, in `from`, from which a value cannot be written in `to`: infinities and NaNs always, and
+/// whatever lies past the largest finite number. F16 is refused past 65504 itself, bf16 where it rounds to infinity.
+#[must_use]
+pub const fn first_refused(from: DType, to: DType) -> u32 {
+    /// f16's largest number.
+    const F16_MAX: u32 = 65504f32.to_bits();
+    match (from, to) {
+        (DType::F32, DType::F16) => F16_MAX + 1,
+        (DType::Bf16, DType::F16) => (F16_MAX >> 16) + 1,
+        // Halfway between bf16's largest number and the next power of two.
+        (DType::F32, DType::Bf16) => 0x7f7f_8000,
+        _ => infinity_bits(from),
+    }
+}
+
+/// Converts the elements of `input`, all finite, to `to`, rounding to the nearest, ties to even.
+///
+/// # Panics
+/// If `output` has not as many elements as `input`.
+pub fn convert_elements(from: DType, input: &[u8], to: DType, output: &mut [u8]) {
+    assert_eq!(input.len() / from.size(), output.len() / to.size());
+    if from == to {
+        return output.copy_from_slice(input);
+    }
+    let mut values = [0f32; BLOCK];
+    let mut halves = [f16::ZERO; BLOCK];
+    let blocks = input.chunks(BLOCK * from.size()).zip(output.chunks_mut(BLOCK * to.size()));
+    for (input, output) in blocks {
+        let n = input.len() / from.size();
+        let (values, halves) = (&mut values[..n], &mut halves[..n]);
+        match from {
+            DType::F32 => {
+                values.iter_mut().zip(input.as_chunks().0).for_each(|(v, &b)| *v = f32::from_le_bytes(b));
+            }
+            DType::Bf16 => {
+                for (value, &bytes) in values.iter_mut().zip(input.as_chunks().0) {
+                    *value = f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16);
+                }
+            }
+            DType::F16 => {
+                halves.iter_mut().zip(input.as_chunks().0).for_each(|(h, &b)| *h = f16::from_le_bytes(b));
+                halves.convert_to_f32_slice(values);
+            }
+        }
+        match to {
+            DType::F32 => {
+                output.as_chunks_mut().0.iter_mut().zip(values).for_each(|(b, v)| *b = v.to_le_bytes());
+            }
+            DType::Bf16 => {
+                for (bytes, value) in output.as_chunks_mut().0.iter_mut().zip(values) {
+                    *bytes = finite_to_bf16(*value).to_le_bytes();
+                }
+            }
+            DType::F16 => {
+                halves.convert_from_f32_slice(values);
+                output.as_chunks_mut().0.iter_mut().zip(halves).for_each(|(b, h)| *b = h.to_le_bytes());
+            }
+        }
+    }
+}
+
+/// Rounds a finite value. `half`'s own conversion looks for NaNs first, and does not vectorize.
+#[inline]
+#[allow(clippy::cast_possible_truncation)] // The upper half is what is wanted.
+fn finite_to_bf16(value: f32) -> bf16 {
+    let bits = value.to_bits();
+    bf16::from_bits(((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn bytes(dtype: DType, values: &[f32]) -> Vec<u8> {
+        mixtral_testkit::Tensor::new("", dtype, &[values.len()], values).data
+    }
+
+    proptest! {
+        #[test]
+        fn every_pair_of_types_rounds_as_half_does(
+            values in prop::collection::vec(
+                any::<f32>().prop_map(|v| if v.abs() <= 65504.0 { v } else { 1.0 / v }),
+                1..3000,
+            ),
+        ) {
+            let types = [DType::F32, DType::F16, DType::Bf16];
+            for from in types {
+                let input = bytes(from, &values.iter().map(|v| v / 2.0).collect::<Vec<_>>());
+                let exact: Vec<f32> = values.iter().map(|v| from.round(v / 2.0)).collect();
+                for to in types {
+                    let mut output = vec![0; exact.len() * to.size()];
+                    convert_elements(from, &input, to, &mut output);
+                    prop_assert_eq!(&output, &bytes(to, &exact));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_limits_are_where_the_next_value_is_lost() {
+        let limit = |to| f32::from_bits(first_refused(DType::F32, to));
+        assert_eq!(f32::from_bits(first_refused(DType::F32, DType::F16) - 1), 65504.0);
+        assert!(bf16::from_f32(limit(DType::Bf16)).is_infinite());
+        assert!(bf16::from_f32(f32::from_bits(limit(DType::Bf16).to_bits() - 1)).is_finite());
+        let narrow = |bits: u32| bf16::from_bits(u16::try_from(bits).unwrap()).to_f32();
+        let first = first_refused(DType::Bf16, DType::F16);
+        assert!(narrow(first) > 65504.0 && narrow(first - 1) <= 65504.0);
+        assert!(limit(DType::F32).is_infinite());
+    }
+}

@@ -1,0 +1,121 @@
+//! What a conversion will do, for `--dry-run`, and what it did.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use mixtral_model::{DType, Mapping, ModelConfig};
+use serde::Serialize;
+
+/// What a conversion will do.
+#[derive(Clone, Debug, Serialize)]
+pub struct ConvertPlan {
+    /// The model directory; `None` for a geometry alone.
+    pub model_dir: Option<PathBuf>,
+    /// How its weights are laid out.
+    pub layout: Option<&'static str>,
+    /// Type of its weights.
+    pub source_dtype: Option<DType>,
+    /// Bytes of its weights.
+    pub source_bytes: u64,
+    /// The directory that will be written.
+    pub output_dir: PathBuf,
+    /// The model, in the type that it will be written in.
+    pub model: ModelConfig,
+    /// How it will be cut.
+    pub mapping: Mapping,
+    /// What each rank will hold; empty if only the config will be written.
+    pub ranks: Vec<RankPlan>,
+    /// Tokenizer files that will be copied along.
+    pub tokenizer_files: Vec<String>,
+    /// Bytes that will be written.
+    pub output_bytes: u64,
+    /// Bytes free on the disk that they go to, if the system says.
+    pub free_bytes: Option<u64>,
+    /// Threads.
+    pub workers: usize,
+    /// Most memory that will be resident at once.
+    pub peak_memory_bytes: u64,
+}
+
+/// One rank's part of a [`ConvertPlan`].
+#[derive(Clone, Debug, Serialize)]
+pub struct RankPlan {
+    /// The rank.
+    pub rank: usize,
+    /// Bytes of its tensors.
+    pub bytes: u64,
+    /// Its tensors.
+    pub tensors: Vec<PlannedTensor>,
+}
+
+/// A tensor of a [`RankPlan`].
+#[derive(Clone, Debug, Serialize)]
+pub struct PlannedTensor {
+    /// Name in the checkpoint.
+    pub name: String,
+    /// Type in the checkpoint.
+    pub dtype: DType,
+    /// Shape in the checkpoint.
+    pub shape: Vec<usize>,
+    /// Its bytes.
+    pub bytes: u64,
+}
+
+/// What a conversion did.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Report {
+    /// The run id in the checkpoint; `None` without weights.
+    pub run_id: Option<String>,
+    /// Ranks.
+    pub ranks: usize,
+    /// Tensors written, over all ranks.
+    pub tensors: usize,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// Bytes for people: `1.93 GB`.
+fn size(bytes: u64) -> String {
+    let bytes = bytes as f64;
+    match bytes {
+        b if b >= 1e9 => format!("{:.2} GB", b / 1e9),
+        b if b >= 1e6 => format!("{:.1} MB", b / 1e6),
+        b => format!("{:.1} kB", b / 1e3),
+    }
+}
+
+impl fmt::Display for ConvertPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.model_dir, self.layout, self.source_dtype) {
+            (Some(dir), Some(layout), Some(dtype)) => {
+                writeln!(f, "source   {} ({layout}, {dtype}, {})", dir.display(), size(self.source_bytes))?;
+            }
+            (Some(dir), ..) => writeln!(f, "source   {} (configuration only)", dir.display())?,
+            _ => writeln!(f, "source   none: a geometry without weights")?,
+        }
+        writeln!(f, "model    {}", self.model)?;
+        let Mapping { tp_size, pp_size, moe_tp_size, moe_ep_size } = self.mapping;
+        writeln!(f, "mapping  tp {tp_size} (experts: tp {moe_tp_size} × ep {moe_ep_size}), pp {pp_size}")?;
+        writeln!(f, "output   {}", self.output_dir.display())?;
+        for RankPlan { rank, bytes, tensors } in &self.ranks {
+            writeln!(f, "  rank {rank}: {} tensors, {}", tensors.len(), size(*bytes))?;
+        }
+        if let Some(first) = self.ranks.first() {
+            writeln!(f, "  tensors of rank 0, layers like its first left out:")?;
+            let is_later_layer =
+                |name: &str| name.starts_with("transformer.layers.") && !name.starts_with("transformer.layers.0.");
+            for PlannedTensor { name, dtype, shape, bytes } in first.tensors.iter().filter(|t| !is_later_layer(&t.name))
+            {
+                writeln!(f, "    {name:<48} {:<4} {:<20} {}", dtype.to_string(), format!("{shape:?}"), size(*bytes))?;
+            }
+        }
+        if !self.tokenizer_files.is_empty() {
+            writeln!(f, "tokenizer {}", self.tokenizer_files.join(", "))?;
+        }
+        let free = self.free_bytes.map_or_else(|| "unknown".to_owned(), size);
+        writeln!(f, "disk     {} to write, {free} free", size(self.output_bytes))?;
+        write!(f, "memory   {} at most, {} workers", size(self.peak_memory_bytes), self.workers)
+    }
+}

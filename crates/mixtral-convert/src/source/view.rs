@@ -1,0 +1,150 @@
+//! Reading a rectangle of a tensor out of a file, whichever way its rows are arranged there.
+//!
+//! Files are read, not mapped: mapped pages would count as resident memory until the system takes them back.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use super::Located;
+
+/// How a tensor `[rows, columns]` lies in a stored matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum View {
+    /// Row `i` is the stored row `first + i`.
+    Rows {
+        /// The stored row of row 0.
+        first: usize,
+    },
+    /// Row `i` of a head is stored at `2 i` in its first half, at `2 (i − head_dim / 2) + 1` in its second: stored
+    /// rows hold rotary pairs beside each other, transformers' rows hold them half a head apart.
+    Interleaved {
+        /// Rows of a head.
+        head_dim: usize,
+    },
+    /// Element `(r, c)` is stored at `(first + c, r)`.
+    Transposed {
+        /// The stored row of column 0.
+        first: usize,
+    },
+}
+
+/// Row segments from this many bytes on are read one by one; shorter ones are cut out of whole rows.
+const MIN_SEGMENT: usize = 4096;
+
+/// Bytes of whole rows that short segments are cut out of at a time.
+const CUT_BYTES: usize = 1 << 18;
+
+/// Stored rows of a transposed tensor that are turned at a time.
+const TURN_ROWS: usize = 64;
+
+impl Located {
+    /// Bytes of the pieces that the tensor is best read in. A transposed one is read in strips of its stored rows,
+    /// which are short if the piece has few rows.
+    #[must_use]
+    pub fn chunk_bytes(&self) -> usize {
+        match self.view {
+            View::Rows { .. } | View::Interleaved { .. } => 1 << 19,
+            View::Transposed { .. } => 1 << 24,
+        }
+    }
+
+    /// Reads the rectangle `rows` × `cols` of the tensor into `out`, row-major. `scratch` is reused between calls.
+    ///
+    /// # Errors
+    /// What the system said.
+    ///
+    /// # Panics
+    /// If `out` has not the size of the rectangle.
+    pub fn read(
+        &self,
+        file: &File,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut [u8],
+        scratch: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        assert_eq!(out.len(), rows.len() * cols.len() * self.dtype.size());
+        match self.view {
+            View::Rows { first } => self.read_rows(file, rows.start + first..rows.end + first, cols, out, scratch),
+            View::Interleaved { head_dim } => {
+                let row_bytes = cols.len() * self.dtype.size();
+                for (row, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
+                    let (head, within, half) = (row / head_dim, row % head_dim, head_dim / 2);
+                    let stored = head * head_dim + 2 * (within % half) + within / half;
+                    self.read_rows(file, stored..stored + 1, cols.clone(), out, scratch)?;
+                }
+                Ok(())
+            }
+            View::Transposed { first } => self.read_turned(file, first, rows, cols, out, scratch),
+        }
+    }
+
+    fn offset(&self, row: usize, col: usize) -> u64 {
+        self.start + (row as u64 * self.stored_cols as u64 + col as u64) * self.dtype.size() as u64
+    }
+
+    /// Reads stored rows `rows`, columns `cols`.
+    fn read_rows(
+        &self,
+        file: &File,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut [u8],
+        scratch: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        let size = self.dtype.size();
+        let segment = cols.len() * size;
+        if cols.len() == self.stored_cols {
+            return file.read_exact_at(out, self.offset(rows.start, 0));
+        }
+        if segment >= MIN_SEGMENT {
+            for (row, out) in rows.zip(out.chunks_exact_mut(segment)) {
+                file.read_exact_at(out, self.offset(row, cols.start))?;
+            }
+            return Ok(());
+        }
+        let row_bytes = self.stored_cols * size;
+        let at_a_time = (CUT_BYTES / row_bytes).max(1);
+        for (start, out) in rows.clone().step_by(at_a_time).zip(out.chunks_mut(at_a_time * segment)) {
+            let count = out.len() / segment;
+            scratch.resize(count * row_bytes, 0);
+            file.read_exact_at(scratch, self.offset(start, 0))?;
+            for (row, out) in scratch.chunks_exact(row_bytes).zip(out.chunks_exact_mut(segment)) {
+                out.copy_from_slice(&row[cols.start * size..cols.end * size]);
+            }
+        }
+        Ok(())
+    }
+
+    fn read_turned(
+        &self,
+        file: &File,
+        first: usize,
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut [u8],
+        scratch: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        let size = self.dtype.size();
+        let (row_bytes, strip_bytes) = (cols.len() * size, rows.len() * size);
+        for start in cols.clone().step_by(TURN_ROWS) {
+            let strips = TURN_ROWS.min(cols.end - start);
+            // A stored row is a column here; its elements are our rows. The buffer is taken for the time of the
+            // call, because reading the strips may not use it too.
+            let mut turned = std::mem::take(scratch);
+            turned.resize(strips * strip_bytes, 0);
+            let stored = first + start..first + start + strips;
+            self.read_rows(file, stored, rows.clone(), &mut turned, &mut Vec::new())?;
+            let at = (start - cols.start) * size;
+            for (row, out) in out.chunks_exact_mut(row_bytes).enumerate() {
+                for (strip, out) in turned.chunks_exact(strip_bytes).zip(out[at..].chunks_exact_mut(size)) {
+                    out.copy_from_slice(&strip[row * size..(row + 1) * size]);
+                }
+            }
+            *scratch = turned;
+        }
+        Ok(())
+    }
+}
