@@ -1,0 +1,89 @@
+//! The paged cache of keys and values.
+
+use mixtral_engine::{BackendError, KvLayout};
+use mixtral_model::DType;
+
+use crate::memory::Memory;
+
+/// Per layer, keys then values, each `[blocks, num_kv_heads, block_size, head_dim]`.
+pub(crate) struct KvCache {
+    memory: Memory,
+    layout: KvLayout,
+    block_size: usize,
+    blocks: usize,
+}
+
+/// One layer's keys or values.
+#[derive(Clone, Copy)]
+pub(crate) struct KvView<'a> {
+    pub(crate) bytes: &'a [u8],
+    pub(crate) shape: KvShape,
+}
+
+/// Sizes of one layer of the cache.
+#[derive(Clone, Copy)]
+pub(crate) struct KvShape {
+    pub(crate) num_kv_heads: usize,
+    pub(crate) block_size: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) dtype: DType,
+}
+
+impl KvShape {
+    /// Where the vector of a slot and head starts, in bytes.
+    pub(crate) fn offset(&self, slot: usize, head: usize) -> usize {
+        let (block, offset) = (slot / self.block_size, slot % self.block_size);
+        ((block * self.num_kv_heads + head) * self.block_size + offset) * self.head_dim * self.dtype.size()
+    }
+}
+
+impl<'a> KvView<'a> {
+    /// The first `n` vectors of a block, `[n, head_dim]`.
+    pub(crate) fn rows(&self, block: usize, head: usize, start: usize, n: usize) -> &'a [u8] {
+        let first = self.shape.offset(block * self.shape.block_size + start, head);
+        &self.bytes[first..first + n * self.shape.head_dim * self.shape.dtype.size()]
+    }
+}
+
+impl KvCache {
+    pub(crate) fn new(layout: KvLayout, block_size: usize, blocks: usize) -> Result<KvCache, BackendError> {
+        let bytes = [layout.num_layers, layout.num_kv_heads, block_size, layout.head_dim, layout.dtype.size(), blocks]
+            .into_iter()
+            .try_fold(2usize, usize::checked_mul);
+        let memory =
+            Memory::new("the KV cache", bytes, "use a smaller cache (--kv-blocks) or a shorter --max-seq-len")?;
+        Ok(KvCache { memory, layout, block_size, blocks })
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    pub(crate) fn shape(&self) -> KvShape {
+        KvShape {
+            num_kv_heads: self.layout.num_kv_heads,
+            block_size: self.block_size,
+            head_dim: self.layout.head_dim,
+            dtype: self.layout.dtype,
+        }
+    }
+
+    /// Bytes of one layer's keys, or of its values.
+    fn half(&self) -> usize {
+        self.memory.bytes().len() / (2 * self.layout.num_layers)
+    }
+
+    /// Keys and values of a layer.
+    pub(crate) fn layer(&self, layer: usize) -> (KvView<'_>, KvView<'_>) {
+        let half = self.half();
+        let (keys, values) = self.memory.bytes()[2 * layer * half..][..2 * half].split_at(half);
+        let shape = self.shape();
+        (KvView { bytes: keys, shape }, KvView { bytes: values, shape })
+    }
+
+    /// Keys and values of a layer, to be written.
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> (&mut [u8], &mut [u8]) {
+        let half = self.half();
+        self.memory.bytes_mut()[2 * layer * half..][..2 * half].split_at_mut(half)
+    }
+}

@@ -1,0 +1,273 @@
+//! Runs resolved operations: carves their operands out of the arena and calls their kernels.
+
+use std::ops::Range;
+
+use mixtral_engine::{BackendError, Program, StepInputs, StepOutputs};
+use mixtral_model::MoeNormalization;
+
+use crate::cache::KvCache;
+use crate::kernels::context::{Context, index};
+use crate::kernels::experts::ExpertLists;
+use crate::kernels::kv::Heads;
+use crate::kernels::linear::Workspace;
+use crate::kernels::rope::RopeTable;
+use crate::kernels::{attention, combine, elementwise, embed, experts, kv, linear, norm, rope, routing, sample};
+use crate::resolve::{BufferId, Chosen, Finish, Norm, Step};
+use crate::weights::Matrix;
+
+/// Everything that the operations of one step touch.
+pub(crate) struct Machine<'a> {
+    pub(crate) program: &'a Program,
+    pub(crate) ctx: Context<'a>,
+    pub(crate) inputs: &'a StepInputs<'a>,
+    pub(crate) weights: Vec<Matrix<'a>>,
+    /// Tables of the program's rotary bases at this step's positions.
+    pub(crate) rope: Vec<RopeTable>,
+    pub(crate) arena: &'a mut [u8],
+    pub(crate) cache: &'a mut KvCache,
+    pub(crate) work: &'a mut Workspace,
+    /// Tokens each expert was given, if they are counted.
+    pub(crate) counts: Option<&'a mut [Vec<u64>]>,
+    pub(crate) outputs: StepOutputs,
+}
+
+impl Machine<'_> {
+    /// Where a buffer's rows of this step are in the arena.
+    fn span(&self, buffer: BufferId) -> Range<usize> {
+        let buffer = &self.program.buffers[buffer];
+        let rows = self.program.num_rows(buffer.rows, self.inputs.num_tokens(), self.inputs.num_logits());
+        buffer.offset..buffer.offset + rows * buffer.cols * buffer.dtype.size()
+    }
+
+    fn cols(&self, buffer: BufferId) -> usize {
+        self.program.buffers[buffer].cols
+    }
+
+    /// The rows of different buffers, each a slice of its own.
+    fn carve<const N: usize>(&mut self, buffers: [BufferId; N]) -> Result<[&mut [u8]; N], BackendError> {
+        let spans = buffers.map(|buffer| self.span(buffer));
+        carve(self.arena, spans)
+    }
+
+    /// The buffer `copy` takes on the contents of `original`, if that is another one.
+    fn copy(&mut self, original: Option<BufferId>, copy: BufferId) -> Result<(), BackendError> {
+        if let Some(original) = original {
+            let [original, copy] = self.carve([original, copy])?;
+            copy.copy_from_slice(original);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn run(&mut self, step: &Step) -> Result<(), BackendError> {
+        let ctx = self.ctx;
+        let inputs = self.inputs;
+        let top_k = self.program.top_k;
+        match step {
+            Step::Embed { table, vocab_start, out } => {
+                let table = self.weights[*table];
+                let [out] = self.carve([*out])?;
+                embed::embed(&ctx, table, *vocab_start, &inputs.token_ids, out);
+            }
+            Step::Norm(norm) => self.norm(norm)?,
+            Step::Add { a, b, out } => {
+                self.copy(*b, *out)?;
+                let cols = self.cols(*out);
+                let [a, out] = self.carve([*a, *out])?;
+                elementwise::add(&ctx, a, cols, out);
+            }
+            Step::Linear { input, weight, rows, finish, out } => self.linear(*input, *weight, *rows, *finish, *out)?,
+            Step::Rope { data, num_heads, theta } => self.rope(*data, *num_heads, *theta)?,
+            Step::WriteKv { key, value, layer } => {
+                let spans = [self.span(*key), self.span(*value)];
+                let shape = self.cache.shape();
+                let stride = ctx.row_bytes(shape.num_kv_heads * shape.head_dim);
+                let [key, value] = carve(self.arena, spans)?;
+                let (keys, values) = self.cache.layer_mut(*layer);
+                for (bytes, cache) in [(key, keys), (value, values)] {
+                    kv::write_kv(Heads { bytes, start: 0, stride }, &inputs.slot_mapping, shape, cache);
+                }
+            }
+            Step::RopeWriteKv { qkv, num_heads, theta, layer } => {
+                let (shape, span) = (self.cache.shape(), self.span(*qkv));
+                self.rope(*qkv, num_heads + shape.num_kv_heads, *theta)?;
+                let stride = ctx.row_bytes(self.cols(*qkv));
+                let bytes = &self.arena[span];
+                let (keys, values) = self.cache.layer_mut(*layer);
+                for (head, cache) in [(*num_heads, keys), (num_heads + shape.num_kv_heads, values)] {
+                    let start = ctx.row_bytes(head * shape.head_dim);
+                    kv::write_kv(Heads { bytes, start, stride }, &inputs.slot_mapping, shape, cache);
+                }
+            }
+            Step::Attention { query, num_heads, window, layer, out } => {
+                let (cols, spans) = (self.cols(*query), [self.span(*query), self.span(*out)]);
+                let [query, out] = carve(self.arena, spans)?;
+                let cache = self.cache.layer(*layer);
+                attention::attention(&ctx, inputs, query, cols, *num_heads, *window, cache, out)?;
+            }
+            Step::Softmax { logits, probs } => {
+                let cols = self.cols(*logits);
+                let [logits, probs] = self.carve([*logits, *probs])?;
+                let rows = floats(logits).chunks_exact(cols).zip(floats_mut(probs).chunks_exact_mut(cols));
+                rows.for_each(|(logits, probs)| routing::softmax_row(logits, probs));
+            }
+            Step::TopK { probs, normalization, layer, chosen } => {
+                self.top_k(*probs, *normalization, *chosen, false)?;
+                self.count(*layer, *chosen);
+            }
+            Step::ExpertSort { expert_ids, experts, lists } => {
+                let [ids, offsets, order] = self.carve([*expert_ids, lists.offsets, lists.order])?;
+                routing::expert_sort(ints(ids), experts, ints_mut(offsets), ints_mut(order));
+            }
+            Step::Route { logits, normalization, layer, experts, chosen, lists } => {
+                self.top_k(*logits, *normalization, *chosen, true)?;
+                self.count(*layer, *chosen);
+                let [ids, offsets, order] = self.carve([chosen.ids, lists.offsets, lists.order])?;
+                routing::expert_sort(ints(ids), experts, ints_mut(offsets), ints_mut(order));
+            }
+            Step::ExpertGateUp { input, weight, lists, silu_mul, out } => {
+                let spans = [*input, lists.offsets, lists.order, *out].map(|b| self.span(b));
+                let [input, offsets, order, out] = carve(self.arena, spans)?;
+                let lists = ExpertLists { offsets: ints(offsets), order: ints(order) };
+                let weight = self.weights[*weight];
+                experts::expert_gate_up(&ctx, self.work, input, weight, lists, top_k, *silu_mul, out)?;
+            }
+            Step::SiluMul { input, out } => {
+                let cols = self.cols(*out);
+                let [input, out] = self.carve([*input, *out])?;
+                elementwise::silu_mul(&ctx, input, cols, out);
+            }
+            Step::ExpertDown { input, weight, lists, out } => {
+                let spans = [*input, lists.offsets, lists.order, *out].map(|b| self.span(b));
+                let [input, offsets, order, out] = carve(self.arena, spans)?;
+                let lists = ExpertLists { offsets: ints(offsets), order: ints(order) };
+                experts::expert_down(&ctx, self.work, input, self.weights[*weight], lists, out)?;
+            }
+            Step::Combine { input, chosen, experts, residual, out, norm } => {
+                self.copy(*residual, *out)?;
+                let cols = self.cols(*out);
+                let [input, ids, weights, out] = self.carve([*input, chosen.ids, chosen.weights, *out])?;
+                combine::combine(&ctx, input, ints(ids), floats(weights), experts, cols, out);
+                if let Some(norm) = norm {
+                    self.norm(norm)?;
+                }
+            }
+            Step::GatherRows { input, out } => {
+                let row_bytes = ctx.row_bytes(self.cols(*out));
+                let [input, out] = self.carve([*input, *out])?;
+                embed::gather_rows(input, &inputs.logits_indices, row_bytes, out);
+            }
+            Step::Sample { logits } => {
+                let (cols, vocab_size, span) = (self.cols(*logits), self.program.vocab_size, self.span(*logits));
+                let logits = floats(&self.arena[span]);
+                self.outputs.tokens = sample::sample(logits, cols, vocab_size, inputs)?;
+                if inputs.return_logits {
+                    self.outputs.logits =
+                        logits.chunks_exact(cols).flat_map(|row| &row[..vocab_size]).copied().collect();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn norm(&mut self, step: &Norm) -> Result<(), BackendError> {
+        let (ctx, weight) = (self.ctx, self.weights[step.weight]);
+        let [input, out] = self.carve([step.input, step.out])?;
+        norm::norm(&ctx, input, weight, step.eps, out);
+        Ok(())
+    }
+
+    fn linear(
+        &mut self,
+        input: BufferId,
+        weight: usize,
+        rows: [usize; 2],
+        finish: Finish,
+        out: BufferId,
+    ) -> Result<(), BackendError> {
+        if let Finish::Residual(residual) = finish {
+            self.copy(residual, out)?;
+        }
+        let ctx = self.ctx;
+        let (in_bytes, num_rows) = (ctx.row_bytes(self.cols(input)), rows[1] - rows[0]);
+        let out_bytes = num_rows * self.program.buffers[out].dtype.size();
+        let spans = [self.span(input), self.span(out)];
+        let [input, out] = carve(self.arena, spans)?;
+        let inputs: Vec<&[u8]> = input.chunks_exact(in_bytes).collect();
+        let mut outs: Vec<&mut [u8]> = out.chunks_exact_mut(out_bytes).collect();
+        let weight = self.weights[weight].rows(rows[0], rows[1]);
+        let work = &mut *self.work;
+        match finish {
+            Finish::Store => linear::linear(&ctx, work, weight, &inputs, &mut outs, 0, |acc, out, _| {
+                linear::store(&ctx, acc, out);
+            }),
+            Finish::F32 => linear::linear(&ctx, work, weight, &inputs, &mut outs, 0, |acc, out, _| {
+                linear::store_f32(&ctx, acc, out);
+            }),
+            Finish::Residual(_) => {
+                linear::linear(&ctx, work, weight, &inputs, &mut outs, num_rows, |acc, out, scratch| {
+                    linear::store_residual(&ctx, acc, out, scratch);
+                })
+            }
+        }
+    }
+
+    fn rope(&mut self, data: BufferId, num_heads: usize, theta: usize) -> Result<(), BackendError> {
+        let (ctx, cols, head_dim, span) = (self.ctx, self.cols(data), self.program.kv.head_dim, self.span(data));
+        rope::rope(&ctx, &self.rope[theta], num_heads, head_dim, cols, &mut self.arena[span]);
+        Ok(())
+    }
+
+    /// Top-k of probabilities, or of the softmax of logits.
+    fn top_k(
+        &mut self,
+        probs: BufferId,
+        normalization: MoeNormalization,
+        chosen: Chosen,
+        softmax: bool,
+    ) -> Result<(), BackendError> {
+        let (cols, top_k) = (self.cols(probs), self.program.top_k);
+        let [probs, ids, weights] = self.carve([probs, chosen.ids, chosen.weights])?;
+        let chosen = ints_mut(ids).chunks_exact_mut(top_k).zip(floats_mut(weights).chunks_exact_mut(top_k));
+        let mut row = vec![0.0; cols];
+        for (probs, (ids, weights)) in floats(probs).chunks_exact(cols).zip(chosen) {
+            if softmax {
+                routing::softmax_row(probs, &mut row);
+                routing::top_k_row(&row, normalization, ids, weights);
+            } else {
+                routing::top_k_row(probs, normalization, ids, weights);
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts the live tokens that each expert is given.
+    fn count(&mut self, layer: usize, chosen: Chosen) {
+        let span = self.span(chosen.ids);
+        let Some(counts) = self.counts.as_mut() else { return };
+        let ids = ints(&self.arena[span]).chunks_exact(self.program.top_k);
+        for (ids, _) in ids.zip(&self.inputs.slot_mapping).filter(|(_, slot)| **slot >= 0) {
+            ids.iter().for_each(|&id| counts[layer][index(id)] += 1);
+        }
+    }
+}
+
+/// Slices of the arena, which may not overlap.
+fn carve<const N: usize>(arena: &mut [u8], spans: [Range<usize>; N]) -> Result<[&mut [u8]; N], BackendError> {
+    arena.get_disjoint_mut(spans).map_err(|_| BackendError::Other("operands of one operation overlap".to_owned()))
+}
+
+fn floats(bytes: &[u8]) -> &[f32] {
+    bytemuck::cast_slice(bytes)
+}
+
+fn floats_mut(bytes: &mut [u8]) -> &mut [f32] {
+    bytemuck::cast_slice_mut(bytes)
+}
+
+fn ints(bytes: &[u8]) -> &[i32] {
+    bytemuck::cast_slice(bytes)
+}
+
+fn ints_mut(bytes: &mut [u8]) -> &mut [i32] {
+    bytemuck::cast_slice_mut(bytes)
+}

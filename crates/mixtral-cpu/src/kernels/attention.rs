@@ -1,0 +1,276 @@
+//! `attention`: causal, paged, grouped, with an optional window.
+//!
+//! A task is one KV head and a few consecutive tokens of one sequence: all the query rows that read the same keys.
+//! It takes the scores of all visible keys first, block by block with the linears' own dot, then the maximum, the
+//! exponentials and their sum of each row, then the weighted values. Nothing about a row depends on its neighbours.
+
+use std::ops::Range;
+
+use mixtral_engine::{BackendError, StepInputs};
+use rayon::prelude::*;
+
+use super::context::{Context, index};
+use crate::cache::KvView;
+use crate::memory::take;
+use crate::simd::{LANES, WEIGHTED_ROWS};
+
+/// Query rows of a task, if the group of heads is not larger: they share each widened block of keys and values.
+const QUERY_ROWS: usize = 24;
+/// Keys of a block of scores.
+const KEYS: usize = 64;
+
+/// The queries that one task answers.
+struct Task<'o> {
+    seq: usize,
+    kv_head: usize,
+    /// First token of the step, and its position.
+    token: usize,
+    position: usize,
+    /// For each token, the output of the group's heads.
+    outs: Vec<&'o mut [u8]>,
+}
+
+/// The operation's fixed numbers.
+#[derive(Clone, Copy)]
+struct Shape {
+    /// Heads that share a KV head.
+    group: usize,
+    head_dim: usize,
+    /// `head_dim` in whole vectors.
+    padded: usize,
+    window: Option<usize>,
+    /// Blocks of a row of the block table.
+    table_width: usize,
+}
+
+impl Shape {
+    /// Keys that the query at a position sees.
+    fn visible(&self, position: usize) -> Range<usize> {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window))..position + 1
+    }
+}
+
+/// `query` has rows of `query_cols` elements, of which the first `num_heads · d` are the queries.
+pub(crate) fn attention(
+    ctx: &Context<'_>,
+    inputs: &StepInputs<'_>,
+    query: &[u8],
+    query_cols: usize,
+    num_heads: usize,
+    window: Option<usize>,
+    (keys, values): (KvView<'_>, KvView<'_>),
+    out: &mut [u8],
+) -> Result<(), BackendError> {
+    let head_dim = keys.shape.head_dim;
+    let shape = Shape {
+        group: num_heads / keys.shape.num_kv_heads,
+        head_dim,
+        padded: head_dim.next_multiple_of(LANES),
+        window,
+        table_width: inputs.block_table.len() / inputs.num_seqs().max(1),
+    };
+    let tokens_per_task = (QUERY_ROWS / shape.group).max(1);
+    let mut outs = out.chunks_exact_mut(ctx.row_bytes(shape.group * head_dim));
+    let mut tasks: Vec<Task<'_>> = Vec::new();
+    let (mut longest, mut work) = (0, 0);
+    for (seq, edge) in inputs.cu_query_lens.windows(2).enumerate() {
+        let (start, end) = (index(edge[0]), index(edge[1]));
+        let first_position = index(inputs.seq_lens[seq]) - (end - start);
+        for token in (start..end).step_by(tokens_per_task) {
+            let (n, position) = (tokens_per_task.min(end - token), first_position + token - start);
+            let first = tasks.len();
+            tasks.extend((0..keys.shape.num_kv_heads).map(|kv_head| Task {
+                seq,
+                kv_head,
+                token,
+                position,
+                outs: vec![],
+            }));
+            for _ in 0..n {
+                for task in &mut tasks[first..] {
+                    task.outs.extend(outs.next());
+                }
+            }
+            let span = shape.visible(position + n - 1).end - shape.visible(position).start;
+            longest = longest.max(span);
+            work += n * num_heads * span * head_dim;
+        }
+    }
+    let rows = tokens_per_task * shape.group;
+    let block = KEYS * shape.padded;
+    ctx.reserve_scratch(rows * (2 * shape.padded + KEYS * LANES + KEYS + longest) + block)?;
+    let run = |task: Task<'_>| {
+        let tile = Tile { ctx, shape, keys, values, blocks: &inputs.block_table[task.seq * shape.table_width..] };
+        let queries = &query[task.token * ctx.row_bytes(query_cols)..];
+        ctx.with_scratch(|scratch| tile.run(task, queries, ctx.row_bytes(query_cols), scratch));
+    };
+    if ctx.is_parallel(work) {
+        tasks.into_par_iter().with_max_len(1).for_each(run);
+    } else {
+        tasks.into_iter().for_each(run);
+    }
+    Ok(())
+}
+
+/// What a task reads.
+struct Tile<'a> {
+    ctx: &'a Context<'a>,
+    shape: Shape,
+    keys: KvView<'a>,
+    values: KvView<'a>,
+    /// The sequence's row of the block table.
+    blocks: &'a [i32],
+}
+
+impl Tile<'_> {
+    fn run(&self, task: Task<'_>, queries: &[u8], query_stride: usize, mut scratch: &mut [f32]) {
+        let Shape { group, head_dim, padded, .. } = self.shape;
+        let ctx = self.ctx;
+        let rows = task.outs.len() * group;
+        let visible: Vec<Range<usize>> = (0..rows).map(|row| self.shape.visible(task.position + row / group)).collect();
+        // The keys that any of the rows sees.
+        let span = visible[0].start..visible[rows - 1].end;
+        let len = span.len();
+
+        let q = take(&mut scratch, rows * padded);
+        let block = take(&mut scratch, KEYS * padded);
+        let lanes = take(&mut scratch, rows * KEYS * LANES);
+        let dots = take(&mut scratch, rows * KEYS);
+        let scores = take(&mut scratch, rows * len);
+        let acc = take(&mut scratch, rows * padded);
+
+        for (row, q) in q.chunks_exact_mut(padded).enumerate() {
+            let head = task.kv_head * group + row % group;
+            let first = row / group * query_stride + ctx.row_bytes(head * head_dim);
+            ctx.simd.widen(ctx.dtype, &queries[first..][..ctx.row_bytes(head_dim)], &mut q[..head_dim]);
+            q[head_dim..].fill(-0.0);
+        }
+
+        #[expect(clippy::cast_precision_loss, reason = "the contract's f32 constant")]
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        for keys in self.key_blocks(&span) {
+            let n = self.widen_block(self.keys, task.kv_head, &keys, block);
+            let lanes = &mut lanes[..rows * n * LANES];
+            lanes.fill(0.0);
+            ctx.simd.block(block, n, q, rows, padded, lanes);
+            let dots = &mut dots[..rows * n];
+            ctx.simd.reduce(lanes, dots);
+            for (dots, scores) in dots.chunks_exact(n).zip(scores.chunks_exact_mut(len)) {
+                let scores = &mut scores[keys.start - span.start..keys.end - span.start];
+                scores.iter_mut().zip(dots).for_each(|(score, dot)| *score = dot * scale);
+            }
+        }
+
+        let local = |range: &Range<usize>| range.start - span.start..range.end - span.start;
+        for (scores, visible) in scores.chunks_exact_mut(len).zip(&visible) {
+            let scores = &mut scores[local(visible)];
+            let max = ctx.simd.max(scores);
+            ctx.simd.exp(scores, max);
+        }
+
+        acc.fill(0.0);
+        for keys in self.key_blocks(&span) {
+            self.widen_block(self.values, task.kv_head, &keys, block);
+            for first in (0..rows).step_by(WEIGHTED_ROWS) {
+                let tile = first..(first + WEIGHTED_ROWS).min(rows);
+                self.add_values(tile, &visible, &span, &keys, scores, block, acc);
+            }
+        }
+
+        let sums: Vec<f32> = ascending_sums(scores.chunks_exact(len).zip(&visible).map(|(s, v)| &s[local(v)]));
+        for (token, out) in task.outs.into_iter().enumerate() {
+            for (head, out) in out.chunks_exact_mut(ctx.row_bytes(head_dim)).enumerate() {
+                let row = token * group + head;
+                let acc = &mut acc[row * padded..][..head_dim];
+                acc.iter_mut().for_each(|x| *x /= sums[row]);
+                ctx.simd.narrow(ctx.dtype, acc, out);
+            }
+        }
+    }
+
+    /// The span in pieces that lie in one block of the cache and hold at most [`KEYS`] keys.
+    fn key_blocks(&self, span: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (size, end) = (self.keys.shape.block_size, span.end);
+        let mut start = span.start;
+        std::iter::from_fn(move || {
+            let piece = start..end.min(start + KEYS).min((start / size + 1) * size);
+            start = piece.end;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+
+    /// Widens the keys or values of a piece to `[n, padded]`, and returns n rounded up to whole tiles of rows.
+    fn widen_block(&self, cache: KvView<'_>, kv_head: usize, keys: &Range<usize>, out: &mut [f32]) -> usize {
+        let (head_dim, size) = (self.shape.head_dim, cache.shape.block_size);
+        let block = index(self.blocks[keys.start / size]);
+        let bytes = cache.rows(block, kv_head, keys.start % size, keys.len());
+        if head_dim == self.shape.padded {
+            self.ctx.simd.widen(cache.shape.dtype, bytes, &mut out[..keys.len() * head_dim]);
+        } else {
+            let rows = bytes.chunks_exact(head_dim * cache.shape.dtype.size());
+            for (row, out) in rows.zip(out.chunks_exact_mut(self.shape.padded)) {
+                self.ctx.simd.widen(cache.shape.dtype, row, &mut out[..head_dim]);
+                out[head_dim..].fill(0.0);
+            }
+        }
+        keys.len().next_multiple_of(crate::simd::BLOCK_ROWS)
+    }
+
+    /// Adds the piece's weighted values to a tile of rows: what all of them see at once, what only some see row by
+    /// row, before and after it, so that every row's sum ascends.
+    fn add_values(
+        &self,
+        tile: Range<usize>,
+        visible: &[Range<usize>],
+        span: &Range<usize>,
+        keys: &Range<usize>,
+        scores: &[f32],
+        values: &[f32],
+        acc: &mut [f32],
+    ) {
+        let (padded, len) = (self.shape.padded, span.len());
+        let mut add = |rows: Range<usize>, part: Range<usize>| {
+            if !part.is_empty() {
+                let p = &scores[rows.start * len + part.start - span.start..];
+                let v = &values[(part.start - keys.start) * padded..];
+                let acc = &mut acc[rows.start * padded..rows.end * padded];
+                self.ctx.simd.weighted_rows(p, len, rows.len(), part.len(), v, padded, acc);
+            }
+        };
+        let clip = |range: &Range<usize>| range.start.max(keys.start)..range.end.min(keys.end);
+        // Later rows start and end later.
+        let common = clip(&(visible[tile.end - 1].start..visible[tile.start].end));
+        if common.is_empty() {
+            tile.for_each(|row| add(row..row + 1, clip(&visible[row])));
+            return;
+        }
+        tile.clone().for_each(|row| add(row..row + 1, clip(&visible[row]).start..common.start));
+        add(tile.clone(), common.clone());
+        tile.for_each(|row| add(row..row + 1, common.end..clip(&visible[row]).end));
+    }
+}
+
+/// Each row's sum in ascending order. Four rows are summed side by side, because one sum alone waits for every
+/// addition.
+fn ascending_sums<'a>(rows: impl Iterator<Item = &'a [f32]>) -> Vec<f32> {
+    let rows: Vec<&[f32]> = rows.collect();
+    let mut sums = Vec::with_capacity(rows.len());
+    for rows in rows.chunks(4) {
+        let mut four = [0f32; 4];
+        let [a, b, c, d] = std::array::from_fn(|i| rows.get(i).copied().unwrap_or(&[]));
+        let common = a.len().min(b.len()).min(c.len()).min(d.len());
+        for j in 0..common {
+            four[0] += a[j];
+            four[1] += b[j];
+            four[2] += c[j];
+            four[3] += d[j];
+        }
+        for (sum, row) in four.iter_mut().zip([a, b, c, d]) {
+            for p in &row[common.min(row.len())..] {
+                *sum += p;
+            }
+        }
+        sums.extend(&four[..rows.len()]);
+    }
+    sums
+}

@@ -1,0 +1,76 @@
+//! What every kernel gets: the vector kernels, the data type, scratch memory, and ways to share out rows.
+
+use std::sync::{Mutex, PoisonError};
+
+use mixtral_engine::BackendError;
+use mixtral_model::DType;
+use rayon::prelude::*;
+
+use crate::memory::Memory;
+use crate::simd::Simd;
+
+/// Shared by all kernels of a step. Kernels run on the backend's own pool.
+#[derive(Clone, Copy)]
+pub(crate) struct Context<'a> {
+    pub(crate) simd: Simd,
+    /// Data type of the activations.
+    pub(crate) dtype: DType,
+    /// Scratch of each worker: at least [`ROW_SCRATCH`] times the widest row.
+    scratch: &'a [Mutex<Memory>],
+}
+
+/// Rows, widened and padded, that an elementwise kernel may keep in scratch.
+pub(crate) const ROW_SCRATCH: usize = 3;
+
+/// Work below this many elementary operations is not worth waking another thread for.
+const MIN_PARALLEL: usize = 1 << 15;
+
+impl<'a> Context<'a> {
+    pub(crate) fn new(simd: Simd, dtype: DType, scratch: &'a [Mutex<Memory>]) -> Self {
+        Context { simd, dtype, scratch }
+    }
+
+    /// Whether a loop of so many elementary operations is shared out.
+    pub(crate) fn is_parallel(&self, work: usize) -> bool {
+        self.scratch.len() > 1 && work >= MIN_PARALLEL
+    }
+
+    /// Makes room for `floats` f32 in every worker's scratch.
+    pub(crate) fn reserve_scratch(&self, floats: usize) -> Result<(), BackendError> {
+        self.scratch
+            .iter()
+            .try_for_each(|scratch| scratch.lock().unwrap_or_else(PoisonError::into_inner).reserve_floats(floats))
+    }
+
+    /// Runs `f` with this worker's scratch. `f` must not share out work of its own.
+    pub(crate) fn with_scratch<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> R {
+        let index = rayon::current_thread_index().unwrap_or(0) % self.scratch.len();
+        let mut scratch = self.scratch[index].lock().unwrap_or_else(PoisonError::into_inner);
+        f(scratch.floats_mut())
+    }
+
+    /// Calls `f(index, chunk)` for each chunk of `size` elements, in parallel where it pays.
+    pub(crate) fn for_chunks<T: Send>(
+        &self,
+        data: &mut [T],
+        size: usize,
+        work: usize,
+        f: impl Fn(usize, &mut [T]) + Sync + Send,
+    ) {
+        if self.is_parallel(work) {
+            data.par_chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk));
+        } else {
+            data.chunks_mut(size).enumerate().for_each(|(i, chunk)| f(i, chunk));
+        }
+    }
+
+    /// Bytes of `cols` activations.
+    pub(crate) fn row_bytes(&self, cols: usize) -> usize {
+        cols * self.dtype.size()
+    }
+}
+
+/// An i32 that was checked to be an index.
+pub(crate) fn index(value: i32) -> usize {
+    usize::try_from(value).unwrap_or(0)
+}

@@ -1,0 +1,140 @@
+//! Matrix products by the contract's dot, and what becomes of their accumulators.
+//!
+//! Few tokens: the weight's rows are streamed from where they lie, once for all tokens. More tokens: blocks of
+//! rows × tokens × K, in which a worker widens its rows once for all tokens and keeps its accumulators, lane by lane,
+//! in cache from one block of K to the next. Either way lane l of a dot sees the same chain, so the bits are the same.
+
+use mixtral_engine::BackendError;
+use mixtral_model::DType;
+use rayon::prelude::*;
+
+use super::context::Context;
+use crate::memory::{Memory, take};
+use crate::simd::{BLOCK_ROWS, LANES, STREAM_COLUMNS};
+use crate::weights::Matrix;
+
+/// Tokens of a block.
+const TOKENS: usize = 128;
+/// Weight rows of a block, and of a task.
+const ROWS: usize = 32;
+/// Columns of a block of K.
+const DEPTH: usize = 1024;
+
+/// Memory of a product that all workers share.
+pub(crate) struct Workspace {
+    /// Widened activations, `[block of K][token][column of the block]`.
+    x: Memory,
+    /// Accumulators, `[task][token][row of the task]`.
+    acc: Memory,
+}
+
+impl Workspace {
+    pub(crate) fn new() -> Result<Workspace, BackendError> {
+        Ok(Workspace { x: Memory::empty()?, acc: Memory::empty()? })
+    }
+}
+
+/// For each token i: `acc[r] = dot(inputs[i], weight[r])` for all rows, then `finish(acc, outs[i], scratch)`, in which
+/// the accumulators may be overwritten and `scratch` is `extra` f32.
+pub(crate) fn linear(
+    ctx: &Context<'_>,
+    work: &mut Workspace,
+    weight: Matrix<'_>,
+    inputs: &[&[u8]],
+    outs: &mut [&mut [u8]],
+    extra: usize,
+    finish: impl Fn(&mut [f32], &mut [u8], &mut [f32]) + Sync,
+) -> Result<(), BackendError> {
+    let rows = weight.num_rows();
+    let padded = weight.cols.next_multiple_of(LANES);
+    ctx.reserve_scratch((ROWS * DEPTH.min(padded) + TOKENS.min(inputs.len()) * ROWS * LANES).max(rows + extra))?;
+    for (inputs, outs) in inputs.chunks(TOKENS).zip(outs.chunks_mut(TOKENS)) {
+        let n = inputs.len();
+        work.x.reserve_floats(n * padded)?;
+        work.acc.reserve_floats(n * rows.next_multiple_of(ROWS))?;
+        let x = &mut work.x.floats_mut()[..n * padded];
+        let acc = &mut work.acc.floats_mut()[..n * rows.next_multiple_of(ROWS)];
+        let streamed = n <= STREAM_COLUMNS;
+        let depth = if streamed { padded } else { DEPTH };
+        widen_inputs(ctx, inputs, weight.cols, depth, x);
+        let x = &*x;
+        ctx.for_chunks(acc, ROWS * n, rows * padded * n, |task, acc| {
+            let rows = weight.rows(task * ROWS, ((task + 1) * ROWS).min(rows));
+            if streamed {
+                ctx.simd.stream(rows.dtype, rows.bytes, rows.cols, x, padded, n, acc, ROWS);
+            } else {
+                ctx.with_scratch(|scratch| block(ctx, rows, x, n, acc, scratch));
+            }
+        });
+        let acc = &*acc;
+        let finish_one = |i: usize, out: &mut [u8]| {
+            ctx.with_scratch(|mut scratch| {
+                let (row, extra) = (take(&mut scratch, rows), take(&mut scratch, extra));
+                for (task, row) in row.chunks_mut(ROWS).enumerate() {
+                    row.copy_from_slice(&acc[(task * n + i) * ROWS..][..row.len()]);
+                }
+                finish(row, out, extra);
+            });
+        };
+        if n > 1 && ctx.is_parallel(n * rows) {
+            outs.par_iter_mut().enumerate().for_each(|(i, out)| finish_one(i, out));
+        } else {
+            outs.iter_mut().enumerate().for_each(|(i, out)| finish_one(i, out));
+        }
+    }
+    Ok(())
+}
+
+/// `x[block][token][column] = inputs[token]`, widened; padded with −0, which adds nothing to any accumulator.
+fn widen_inputs(ctx: &Context<'_>, inputs: &[&[u8]], cols: usize, depth: usize, x: &mut [f32]) {
+    let (n, padded, size) = (inputs.len(), cols.next_multiple_of(LANES), ctx.dtype.size());
+    ctx.for_chunks(x, n * depth, n * padded, |block, x| {
+        let start = block * depth;
+        let (end, depth) = ((start + depth).min(cols), depth.min(padded - start));
+        for (input, x) in inputs.iter().zip(x.chunks_exact_mut(depth)) {
+            let (values, padding) = x.split_at_mut(end - start);
+            ctx.simd.widen(ctx.dtype, &input[start * size..end * size], values);
+            padding.fill(-0.0);
+        }
+    });
+}
+
+/// `out[token][row] = dot(rows[row], x[token])`, `out` with a row stride of [`ROWS`].
+fn block(ctx: &Context<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], mut scratch: &mut [f32]) {
+    let (num_rows, cols, size) = (rows.num_rows(), rows.cols, rows.dtype.size());
+    let (tile_rows, padded) = (num_rows.next_multiple_of(BLOCK_ROWS), cols.next_multiple_of(LANES));
+    let acc = take(&mut scratch, n * tile_rows * LANES);
+    let w = take(&mut scratch, ROWS * DEPTH.min(padded));
+    acc.fill(0.0);
+    for start in (0..cols).step_by(DEPTH) {
+        let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
+        for (row, w) in rows.bytes.chunks_exact(cols * size).zip(w.chunks_exact_mut(depth)) {
+            let (values, padding) = w.split_at_mut(end - start);
+            ctx.simd.widen(rows.dtype, &row[start * size..end * size], values);
+            padding.fill(0.0);
+        }
+        // Rows past the last are whatever lies there; their accumulators are not read.
+        ctx.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);
+    }
+    for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
+        ctx.simd.reduce(acc, &mut out[..num_rows]);
+    }
+}
+
+/// `out = round(acc)`.
+pub(crate) fn store(ctx: &Context<'_>, acc: &[f32], out: &mut [u8]) {
+    ctx.simd.narrow(ctx.dtype, acc, out);
+}
+
+/// `out = acc`.
+pub(crate) fn store_f32(ctx: &Context<'_>, acc: &[f32], out: &mut [u8]) {
+    ctx.simd.narrow(DType::F32, acc, out);
+}
+
+/// `out = round(round(acc) + residual)`, `out` holding the residual. `scratch` is as long as `acc`.
+pub(crate) fn store_residual(ctx: &Context<'_>, acc: &mut [f32], out: &mut [u8], scratch: &mut [f32]) {
+    ctx.simd.round(ctx.dtype, acc);
+    ctx.simd.widen(ctx.dtype, out, scratch);
+    acc.iter_mut().zip(scratch).for_each(|(acc, residual)| *acc += *residual);
+    ctx.simd.narrow(ctx.dtype, acc, out);
+}

@@ -1,0 +1,14 @@
+//! One operation a file. A kernel takes slices, never names; a fused operation calls its parts' functions.
+
+pub(crate) mod attention;
+pub(crate) mod combine;
+pub(crate) mod context;
+pub(crate) mod elementwise;
+pub(crate) mod embed;
+pub(crate) mod experts;
+pub(crate) mod kv;
+pub(crate) mod linear;
+pub(crate) mod norm;
+pub(crate) mod rope;
+pub(crate) mod routing;
+pub(crate) mod sample;

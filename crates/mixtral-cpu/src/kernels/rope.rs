@@ -1,0 +1,60 @@
+//! `rope`.
+
+use super::context::Context;
+use crate::memory::take;
+
+/// Cosines and sines of a step's positions, `[T, d/2]` each.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct RopeTable {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+impl RopeTable {
+    /// The table of some positions: angles in f32, their sines and cosines in f64.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "the contract's roundings to f32")]
+    pub(crate) fn new(theta: f64, head_dim: usize, positions: &[i32]) -> RopeTable {
+        let half = head_dim / 2;
+        // The power is taken in f64 and rounded, which is what a correctly rounded f32 power gives.
+        let inv_freq: Vec<f32> =
+            (0..half).map(|i| 1.0 / theta.powf(f64::from((2 * i) as f32 / head_dim as f32)) as f32).collect();
+        let mut table = RopeTable { cos: Vec::with_capacity(positions.len() * half), sin: vec![] };
+        table.sin.reserve(positions.len() * half);
+        for &position in positions {
+            for &freq in &inv_freq {
+                let (sin, cos) = f64::from(position as f32 * freq).sin_cos();
+                table.cos.push(cos as f32);
+                table.sin.push(sin as f32);
+            }
+        }
+        table
+    }
+}
+
+/// Rotates the first `num_heads` heads of each row of `cols` elements.
+pub(crate) fn rope(
+    ctx: &Context<'_>,
+    table: &RopeTable,
+    num_heads: usize,
+    head_dim: usize,
+    cols: usize,
+    data: &mut [u8],
+) {
+    let half = head_dim / 2;
+    let work = data.len() * 2;
+    ctx.for_chunks(data, ctx.row_bytes(cols), work, |t, row| {
+        let row = &mut row[..ctx.row_bytes(num_heads * head_dim)];
+        let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
+        ctx.with_scratch(|mut scratch| {
+            let x = take(&mut scratch, num_heads * head_dim);
+            ctx.simd.widen(ctx.dtype, row, x);
+            for head in x.chunks_exact_mut(head_dim) {
+                let (a, b) = head.split_at_mut(half);
+                for i in 0..half {
+                    (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
+                }
+            }
+            ctx.simd.narrow(ctx.dtype, x, row);
+        });
+    });
+}

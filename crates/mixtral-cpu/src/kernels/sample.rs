@@ -1,0 +1,22 @@
+//! `sample`.
+
+use mixtral_engine::{BackendError, StepInputs, sampling};
+use mixtral_model::TokenId;
+use rayon::prelude::*;
+
+/// One token for each of the step's requests, in their order. `logits` is `[L, cols]`.
+pub(crate) fn sample(
+    logits: &[f32],
+    cols: usize,
+    vocab_size: usize,
+    inputs: &StepInputs<'_>,
+) -> Result<Vec<TokenId>, BackendError> {
+    let draw = |(sample, request): (usize, &mixtral_engine::SampleRequest<'_>)| {
+        let mut row = logits[request.row * cols..][..vocab_size].to_vec();
+        if let Some(token) = row.iter().position(|x| !x.is_finite()) {
+            return Err(BackendError::NonFinite { sample, token, value: row[token] });
+        }
+        Ok(sampling::sample(&mut row, &request.params, &request.key, request.tokens, request.prompt_len))
+    };
+    inputs.samples.par_iter().enumerate().map(draw).collect()
+}

@@ -1,0 +1,23 @@
+//! The CPU interpreter of a program: the definition of what each operation computes.
+//!
+//! [`CpuBackend`] implements [`mixtral_engine::Backend`]. It knows operations, not models: whatever passes
+//! [`Program::check`](mixtral_engine::Program::check) runs. Weights are read where they lie, usually a mapped file.
+//! A step's results depend neither on the instruction set, nor on the number of threads, nor on what else is in the
+//! batch, to the bit.
+//!
+//! Reading order: [`backend`] (loading and stepping), `resolve` (names to indices), `execute` (operands out of the
+//! arena), `kernels` (one operation a file), `simd` (the vector kernels and the only unsafe code), and underneath
+//! `memory`, `cache`, `weights`.
+#![deny(unsafe_code)]
+
+pub mod backend;
+mod cache;
+mod execute;
+mod kernels;
+mod memory;
+mod resolve;
+mod simd;
+mod weights;
+
+pub use backend::{CpuBackend, CpuOptions};
+pub use simd::Isa;
