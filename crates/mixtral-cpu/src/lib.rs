@@ -6,7 +6,7 @@
 //! batch, to the bit.
 //!
 //! Reading order: [`backend`] (loading and stepping), `resolve` (names to indices), `execute` (operands out of the
-//! arena), `kernels` (one operation a file), `simd` (the vector kernels and the only unsafe code), and underneath
+//! arena), `kernels` (one operation a file), `simd` (the vector kernels and the only unsafe code), [`probe`] (the machine's ceilings), and underneath
 //! `memory`, `cache`, `weights`.
 #![deny(unsafe_code)]
 
@@ -15,6 +15,7 @@ mod cache;
 mod execute;
 mod kernels;
 mod memory;
+pub mod probe;
 mod resolve;
 mod simd;
 mod weights;

@@ -3,6 +3,7 @@
 //! [`args`] turns what was typed into validated options, [`stages`] runs one stage with them. Errors are printed here
 //! and nowhere else: exit code 0 is done, 1 the work failed, 2 wrong usage.
 #![forbid(unsafe_code)]
+#![allow(unreachable_pub, reason = "a binary has no outside; pub is what the other modules use")]
 
 mod args;
 mod progress;

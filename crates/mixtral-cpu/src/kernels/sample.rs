@@ -16,7 +16,7 @@ pub(crate) fn sample(
         if let Some(token) = row.iter().position(|x| !x.is_finite()) {
             return Err(BackendError::NonFinite { sample, token, value: row[token] });
         }
-        Ok(sampling::sample(&mut row, &request.params, &request.key, request.tokens, request.prompt_len))
+        Ok(sampling::sample(&mut row, request))
     };
     inputs.samples.par_iter().enumerate().map(draw).collect()
 }

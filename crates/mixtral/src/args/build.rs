@@ -140,7 +140,10 @@ impl BuildArgs {
             usage!("this version builds engines for the CPU only; leave out --arch and use --backend cpu (or auto)");
         }
         if self.max_beam_width > 1 {
-            usage!("--max-beam-width {}: beam search is not supported by this version; leave it at 1", self.max_beam_width);
+            usage!(
+                "--max-beam-width {}: beam search is not supported by this version; leave it at 1",
+                self.max_beam_width
+            );
         }
         if !matches!(self.use_fp8_context_fmha.as_str(), "enable" | "disable") {
             usage!("--use-fp8-context-fmha is `{}`; expected enable or disable", self.use_fp8_context_fmha);

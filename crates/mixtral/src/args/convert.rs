@@ -160,7 +160,9 @@ pub fn mapping(args: &ParallelArgs) -> Result<Mapping, Usage> {
     let (moe_tp, moe_ep) = (given("moe-tp-size", args.moe_tp_size)?, given("moe-ep-size", args.moe_ep_size)?);
     let (moe_tp_size, moe_ep_size) = match (moe_tp, moe_ep) {
         (None, None) => match args.moe_tp_mode {
-            0 if tp_size > 1 => usage!("--moe-tp-mode 0 (none) needs --tp-size 1, which is {tp_size}; use 1 (whole experts) or 2 (slices)"),
+            0 if tp_size > 1 => usage!(
+                "--moe-tp-mode 0 (none) needs --tp-size 1, which is {tp_size}; use 1 (whole experts) or 2 (slices)"
+            ),
             1 => (1, tp_size),
             _ => (tp_size, 1),
         },
@@ -237,11 +239,7 @@ impl GeometryArgs {
             num_heads: self.n_head,
             num_kv_heads: self.n_kv_head.unwrap_or(self.n_head),
             head_dim: self.head_size.unwrap_or(self.n_embd / self.n_head.max(1)),
-            moe: MoeConfig {
-                num_experts: self.moe_num_experts.max(1),
-                top_k: self.moe_top_k.max(1),
-                normalization,
-            },
+            moe: MoeConfig { num_experts: self.moe_num_experts.max(1), top_k: self.moe_top_k.max(1), normalization },
             max_position_embeddings: self.n_positions,
             rope_theta: self.rotary_base,
             norm_eps: self.rms_norm_eps,

@@ -107,8 +107,9 @@ mod tests {
 
     #[test]
     fn old_command_lines_are_understood() {
-        let (kept, ignored) =
-            taken("mixtral build --checkpoint_dir a_b --remove_input_padding enable --strongly_typed --gemm_plugin=float16");
+        let (kept, ignored) = taken(
+            "mixtral build --checkpoint_dir a_b --remove_input_padding enable --strongly_typed --gemm_plugin=float16",
+        );
         assert_eq!(kept, "mixtral build --checkpoint-dir a_b --gemm-plugin=float16");
         assert_eq!(ignored, ["--remove-input-padding", "--strongly-typed"]);
     }

@@ -150,13 +150,18 @@ impl RunArgs {
             usage!("--backend cuda: this version runs on the CPU only; use --backend cpu");
         }
         if self.num_beams > 1 {
-            usage!("--num-beams {}: beam search is not supported by this version; --num-return-sequences draws several outputs", self.num_beams);
+            usage!(
+                "--num-beams {}: beam search is not supported by this version; --num-return-sequences draws several outputs",
+                self.num_beams
+            );
         }
         if self.chat {
             usage!("--chat: chat templates are not supported by this version; write the template into --input-text");
         }
         if self.output_log_probs_npy.is_some() || self.output_cum_log_probs_npy.is_some() {
-            usage!("log-probabilities are not supported by this version; --output-logits-npy has what they are computed from");
+            usage!(
+                "log-probabilities are not supported by this version; --output-logits-npy has what they are computed from"
+            );
         }
         let sampling = SamplingParams {
             temperature: self.temperature,

@@ -59,7 +59,8 @@ fn f(n: usize) -> f64 {
 impl Stats {
     /// The figures of `steps` that made `outputs`.
     pub fn new(program: &Program, steps: &[StepStats], outputs: &[Output], read_bytes_per_s: f64) -> Stats {
-        let seconds = |steps: &mut dyn Iterator<Item = &StepStats>| steps.map(|s| s.time).sum::<Duration>().as_secs_f64();
+        let seconds =
+            |steps: &mut dyn Iterator<Item = &StepStats>| steps.map(|s| s.time).sum::<Duration>().as_secs_f64();
         let is_decode = |s: &&StepStats| s.prefill_tokens == 0;
         let decode: Vec<&StepStats> = steps.iter().filter(is_decode).collect();
         let decode_seconds = seconds(&mut decode.iter().copied());

@@ -95,7 +95,13 @@ fn inspect_checkpoint(checkpoint: &Checkpoint, args: &InspectArgs, out: &mut dyn
         writeln!(out, "rank {rank}: {} tensors, {}", tensors.len(), size(total))?;
         for (tensor, _) in tensors.iter().filter(|_| !args.summary) {
             let shape = format!("{:?}", tensor.shape);
-            writeln!(out, "  {:<52} {:<4} {shape:<22} {}", tensor.name, tensor.dtype.to_string(), size(tensor.num_bytes()))?;
+            writeln!(
+                out,
+                "  {:<52} {:<4} {shape:<22} {}",
+                tensor.name,
+                tensor.dtype.to_string(),
+                size(tensor.num_bytes())
+            )?;
         }
     }
     Ok(())
@@ -127,7 +133,13 @@ fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -
     }
     describe(out, "engine", engine.dir(), &config.model, &config.mapping)?;
     let limits = config.limits;
-    writeln!(out, "run      {}, built by mixtral {} for {}", config.run_id, config.tool_version, config.targets.join(", "))?;
+    writeln!(
+        out,
+        "run      {}, built by mixtral {} for {}",
+        config.run_id,
+        config.tool_version,
+        config.targets.join(", ")
+    )?;
     writeln!(
         out,
         "limits   {} sequences, {} tokens a step, {} tokens a sequence, blocks of {}{}",

@@ -13,10 +13,10 @@ use mixtral_runtime::{Request, Session, Tokenizer};
 use serde_json::json;
 
 use crate::args::run::{RunArgs, RunOptions};
+use crate::run::machine;
 use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
 use crate::run::report::{Stats, expert_table};
-use crate::run::machine;
 
 /// Iterations of `--run-profiling`, as many to warm up as to measure.
 const PROFILING_ITERATIONS: u32 = 10;
@@ -27,7 +27,10 @@ pub fn main(options: &RunOptions) -> Result<()> {
     let engine = EngineDir::open(&args.engine_dir)?;
     let world_size = engine.config().mapping.world_size();
     if world_size > 1 {
-        bail!("{} is an engine of {world_size} ranks, and this version runs one; build it from a checkpoint of one rank", args.engine_dir.display());
+        bail!(
+            "{} is an engine of {world_size} ranks, and this version runs one; build it from a checkpoint of one rank",
+            args.engine_dir.display()
+        );
     }
     let tokenizer = load_tokenizer(options)?;
     let prompts = prompts::read(options, tokenizer.as_deref())?;
@@ -117,7 +120,9 @@ fn requests(
     let end_ids = match args.end_id {
         None => tokenizer.map_or(Vec::new(), |t| t.end_ids().to_vec()),
         Some(-1) => Vec::new(),
-        Some(id) => vec![TokenId(u32::try_from(id).map_err(|_| anyhow!("--end-id {id} is not a token id; -1 is none"))?)],
+        Some(id) => {
+            vec![TokenId(u32::try_from(id).map_err(|_| anyhow!("--end-id {id} is not a token id; -1 is none"))?)]
+        }
     };
     let mut bad_words = Vec::new();
     for word in &args.bad_words {
@@ -187,19 +192,14 @@ fn generate(
 ) -> Result<(Vec<Output>, Vec<StepStats>)> {
     let mut first = None;
     for (index, request) in requests.iter().enumerate() {
-        let id = session
-            .submit(request.clone())
-            .with_context(|| format!("prompt {}", index / args.num_return_sequences))?;
+        let id =
+            session.submit(request.clone()).with_context(|| format!("prompt {}", index / args.num_return_sequences))?;
         first.get_or_insert(id.0);
     }
     let first = first.unwrap_or(0);
     let mut outputs: Vec<Output> = requests
         .iter()
-        .map(|r| Output {
-            prompt: r.prompt_index as usize,
-            beam: r.hypothesis as usize,
-            ..Output::default()
-        })
+        .map(|r| Output { prompt: r.prompt_index as usize, beam: r.hypothesis as usize, ..Output::default() })
         .collect();
     let mut steps = Vec::new();
     while !session.is_idle() {

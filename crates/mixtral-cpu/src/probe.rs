@@ -1,0 +1,77 @@
+//! What this machine can do at most: read bandwidth and arithmetic rate, measured with the backend's own means.
+
+use std::time::Instant;
+
+use crate::memory::Memory;
+use crate::simd::{LANES, Simd};
+
+/// Bytes read, far more than any cache holds.
+const READ_BYTES: usize = 1 << 30;
+
+/// Rounds; the best counts, since other work on the machine only ever slows one down.
+const ROUNDS: usize = 3;
+
+// The arithmetic: 20 KB of operands, at home in the first cache.
+const ROWS: usize = 16;
+const TOKENS: usize = 24;
+const DEPTH: usize = 128;
+
+/// A machine's ceilings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Probe {
+    /// Bytes read from memory in a second by all threads together.
+    pub read_bytes_per_s: f64,
+    /// Floating-point operations in a second by all threads together, in the dot tiles, operands cached.
+    pub flops_per_s: f64,
+}
+
+/// Measures with `threads` threads, in about a second. A figure that cannot be had (no memory) is 0.
+#[must_use]
+pub fn measure(threads: usize) -> Probe {
+    Probe { read_bytes_per_s: read(threads).unwrap_or(0.0), flops_per_s: arithmetic(threads) }
+}
+
+/// The best of some rounds of `work` on every thread, as amounts a second.
+fn best(threads: usize, amount: f64, work: impl Fn(usize) + Sync) -> f64 {
+    let round = || {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                let work = &work;
+                scope.spawn(move || work(thread));
+            }
+        });
+        amount / start.elapsed().as_secs_f64()
+    };
+    (0..ROUNDS).map(|_| round()).fold(0.0, f64::max)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate")]
+fn read(threads: usize) -> Option<f64> {
+    let mut memory = Memory::new("the bandwidth probe", Some(READ_BYTES), "").ok()?;
+    let words: &mut [u64] = bytemuck::cast_slice_mut(memory.bytes_mut());
+    // Untouched pages are all one page of zeros: write each.
+    words.iter_mut().step_by(512).for_each(|w| *w = 1);
+    let words: &[u64] = words;
+    let share = words.len() / threads;
+    let sum = |thread: usize| {
+        let sum = words[thread * share..][..share].iter().fold(0u64, |sum, w| sum.wrapping_add(*w));
+        std::hint::black_box(sum);
+    };
+    Some(best(threads, (share * threads * 8) as f64, sum))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a rate")]
+fn arithmetic(threads: usize) -> f64 {
+    const REPEATS: usize = 4000;
+    let simd = Simd::detect();
+    let work = |_: usize| {
+        let (w, x) = (vec![1.0; ROWS * DEPTH], vec![1.0; TOKENS * DEPTH]);
+        let mut acc = vec![0.0; TOKENS * ROWS * LANES];
+        for _ in 0..REPEATS {
+            simd.block(&w, ROWS, &x, TOKENS, DEPTH, &mut acc);
+        }
+        std::hint::black_box(acc);
+    };
+    best(threads, (2 * ROWS * TOKENS * DEPTH * REPEATS * threads) as f64, work)
+}
