@@ -1,0 +1,158 @@
+"""What the checks against transformers share: random models, reference logits, source layouts, running the tool."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def random_model(config, seed):
+    """A model with weights large enough that attention, routing and logits all have something to say."""
+    model = (MixtralForCausalLM if config.model_type == "mixtral" else MistralForCausalLM)(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    # Standard deviations, times the square root of the input's width. Sharp routers make near-ties rare. Blocks that
+    # add to the residual in moderation keep it from amplifying one f32 rounding into the tolerance: two right f32
+    # implementations then differ by up to 4e-6 of the largest logit, and with full gains by up to 9e-6.
+    gains = {"gate.weight": 3.0, "o_proj.weight": 0.5, "down_proj": 0.5, "down_proj.weight": 0.5,
+             "lm_head.weight": 2.0}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(1 + 0.2 * noise)
+            elif "embed_tokens" in name:
+                # A tied embedding is the lm_head too, so it may not be as wide.
+                parameter.copy_(noise * (2.0 / math.sqrt(parameter.shape[-1]) if config.tie_word_embeddings else 1.0))
+            else:
+                gain = next((g for suffix, g in gains.items() if name.endswith(suffix)), 1.0)
+                parameter.copy_(noise * gain / math.sqrt(parameter.shape[-1]))
+    return model
+
+
+def save_model(model, directory, dtype):
+    """Writes the model in `dtype` in Hugging Face's format with the per-expert names of published checkpoints."""
+    model.to(DTYPES[dtype]).save_pretrained(directory)
+    names = load_file(Path(directory) / "model.safetensors").keys()
+    assert not any(".mlp.experts." in name for name in names), "transformers wrote fused experts"
+
+
+def load_model(directory, dtype, attention="eager", experts="eager"):
+    """transformers' own reading of a directory, its arithmetic in `dtype`; by default its plainest code."""
+    kind = json.loads((Path(directory) / "config.json").read_text())["model_type"]
+    options = {"experts_implementation": experts} if kind == "mixtral" else {}
+    cls = MixtralForCausalLM if kind == "mixtral" else MistralForCausalLM
+    return cls.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation=attention, **options).eval()
+
+
+def forward(model, ids):
+    """(logits [len(ids), vocabulary], router logits [layers, len(ids), experts]) of one sequence, in f32."""
+    routers = []
+    hooks = [layer.mlp.gate.register_forward_hook(lambda _, __, output: routers.append(output[0]))
+             for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids]), use_cache=False).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits.float().numpy(), torch.stack(routers).float().numpy() if routers else None
+
+
+def run_tool(binary, *args):
+    """Runs the tool; a failure prints what it said and ends the check."""
+    command = [str(binary), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def read_tensors(directory):
+    """Every tensor of a Hugging Face directory, from one file or from an index of shards."""
+    directory = Path(directory)
+    index = directory / "model.safetensors.index.json"
+    files = {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+    return {name: tensor for file in sorted(files) for name, tensor in load_file(directory / file).items()}
+
+
+def write_tensors(tensors, directory, stem="model", shards=1):
+    """`stem`.safetensors, or that many shards and an index of them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Clones: safetensors refuses views, and a file of its own order is a better test than a sorted one.
+    tensors = {name: tensors[name].clone().contiguous() for name in sorted(tensors)}
+    if shards == 1:
+        save_file(tensors, directory / f"{stem}.safetensors", metadata={"format": "pt"})
+        return
+    names, weight_map = list(tensors), {}
+    for shard in range(shards):
+        file = f"{stem}-{shard + 1:05}-of-{shards:05}.safetensors"
+        part = names[shard::shards]  # a layer's tensors land in different shards
+        save_file({name: tensors[name] for name in part}, directory / file, metadata={"format": "pt"})
+        weight_map |= {name: file for name in part}
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def to_fused(tensors, config):
+    """The names of transformers 5: experts fused, gate rows before up rows."""
+    fused = {name.replace(".block_sparse_moe.gate.", ".mlp.gate."): tensor
+             for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(config.num_hidden_layers):
+        old, new = f"model.layers.{layer}.block_sparse_moe.experts", f"model.layers.{layer}.mlp.experts"
+        of = lambda expert, part: tensors[f"{old}.{expert}.{part}.weight"]
+        experts = range(config.num_local_experts)
+        fused[f"{new}.gate_up_proj"] = torch.stack([torch.cat([of(e, "w1"), of(e, "w3")]) for e in experts])
+        fused[f"{new}.down_proj"] = torch.stack([of(e, "w2") for e in experts])
+    return fused
+
+
+def to_consolidated(tensors, config):
+    """(tensors, params.json) as Mistral publishes them.
+
+    Its rotary embedding turns neighbouring elements (0,1), (2,3) … of a head where Hugging Face's turns (0, d/2),
+    (1, d/2 + 1) …, so the rows of q and k are interleaved within each head.
+    """
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    renamed = {
+        "model.embed_tokens.": "tok_embeddings.", "model.norm.": "norm.", "lm_head.": "output.",
+        "model.layers.": "layers.", ".input_layernorm.": ".attention_norm.",
+        ".post_attention_layernorm.": ".ffn_norm.", ".block_sparse_moe.": ".feed_forward.",
+        ".mlp.gate_proj.": ".feed_forward.w1.", ".mlp.down_proj.": ".feed_forward.w2.",
+        ".mlp.up_proj.": ".feed_forward.w3.",
+        **{f".self_attn.{part}_proj.": f".attention.w{part}." for part in "qkvo"},
+    }
+    consolidated = {}
+    for name, tensor in tensors.items():
+        if ".q_proj." in name or ".k_proj." in name:
+            heads = tensor.shape[0] // head_dim
+            tensor = tensor.view(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(tensor.shape)
+        for old, new in renamed.items():
+            name = name.replace(old, new)
+        consolidated[name] = tensor
+    params = {
+        "dim": config.hidden_size, "n_layers": config.num_hidden_layers, "head_dim": head_dim,
+        "hidden_dim": config.intermediate_size, "n_heads": config.num_attention_heads,
+        "n_kv_heads": config.num_key_value_heads, "norm_eps": config.rms_norm_eps, "vocab_size": config.vocab_size,
+        "rope_theta": config.rope_parameters["rope_theta"],
+    }
+    if config.sliding_window is not None:
+        params["sliding_window"] = config.sliding_window
+    if config.model_type == "mixtral":
+        params["moe"] = {"num_experts": config.num_local_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    return consolidated, params

@@ -1,0 +1,384 @@
+#!/usr/bin/env python3
+"""Live parity with transformers: fresh random models through convert, build and run, held against transformers.
+
+    parity.py --mixtral PATH [--models 24] [--seed N]
+    parity.py --self-test
+
+The limits:
+- f32: every logit within 1e-5 of the largest of the reference's at its position, and greedy tokens equal, up to a
+  prompt's first near-tie: the reference's top two logits within 1e-5 of the largest where a token is chosen, or in any
+  layer the k-th and k+1-th router logits within 1e-5. From there on two right answers may differ, so the comparison of
+  that prompt stops. Stops are counted, and are under 2 % of the prompts.
+- 16 bit: the reference is transformers in f32 on the same 16-bit weights, e = |x - ref| / |ref| at each prompt
+  position. Over all positions of a data type our median e is at most 1.1 times, our 90th percentile at most 1.5 times
+  that of transformers' own eager code at that data type. Tokens are not compared.
+"""
+
+import argparse
+import copy
+import random
+import secrets
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common import MixtralConfig, forward, load_model, random_model, run_tool, save_model
+
+NEAR = 1e-5
+MAX_STOPS = 0.02
+MAX_MEDIAN, MAX_P90 = 1.1, 1.5
+MAX_PROMPT = 300
+MAX_OUTPUT = 8
+
+
+@dataclass
+class Case:
+    """One model and its prompts."""
+    config: MixtralConfig
+    dtype: str
+    seed: int
+    prompts: list
+    batch: int
+
+    def __str__(self):
+        c = self.config
+        return (f"{self.dtype:8} {c.num_hidden_layers}L h{c.hidden_size:3} {c.num_attention_heads:2}/"
+                f"{c.num_key_value_heads}x{c.head_dim:2} {c.num_local_experts:2}e top{c.num_experts_per_tok}"
+                f" i{c.intermediate_size:3} v{c.vocab_size:3} {'tied' if c.tie_word_embeddings else 'free'}"
+                f" w{c.sliding_window or '-':<3} t{c.rope_parameters['rope_theta']:.0e}")
+
+
+@dataclass
+class Output:
+    """What an implementation says: logits f32 [prompts, positions, vocabulary], NaN where there are none."""
+    context: np.ndarray
+    generation: np.ndarray
+    tokens: list
+
+
+@dataclass
+class Verdict:
+    """What a comparison found; `worst` is the largest f32 difference over the largest logit."""
+    misses: list = field(default_factory=list)
+    worst: float = 0.0
+    stops: int = 0
+    ours: list = field(default_factory=list)
+    eager: list = field(default_factory=list)
+
+
+def draw_cases(count, seed):
+    """Models that between them take every value of every list below, each in its own shuffled order."""
+    rng = random.Random(seed)
+
+    def deck(values):
+        cards = [values[i % len(values)] for i in range(count)]
+        rng.shuffle(cards)
+        return cards
+
+    layers, groups, top_ks = deck([1, 2, 3, 4, 5]), deck([1, 2, 3, 4, 6]), deck([1, 2, 3, 4])
+    experts, tied, windows = deck([2, 16, 8, 3, 4, 12, 5, 7]), deck([False, True]), deck([False, True])
+    thetas, dtypes = deck([1e4, 1e6]), deck(["float32", "bfloat16", "float32", "float16"])
+    # A token cannot go to more experts than there are: deal the large top-k to the models of many experts.
+    experts.sort()
+    order = sorted(range(count), key=lambda i: (min(top_ks[i], 2), rng.random()))
+    experts = [e for _, e in sorted(zip(order, experts))]
+    cases = []
+    for i in range(count):
+        kv_heads = rng.choice([1, 2, 3])
+        heads = kv_heads * groups[i]
+        hidden = rng.randint(24, 144)
+        head_dim = rng.choice([d for d in range(6, 34, 2) if d * heads != hidden])
+        window = rng.randint(1, 100) if windows[i] else None
+        vocab = 2 * rng.randint(30, 300) + 1
+        config = MixtralConfig(
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=rng.randint(16, 120),
+            num_hidden_layers=layers[i], num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+            num_local_experts=max(experts[i], top_ks[i]), num_experts_per_tok=top_ks[i],
+            tie_word_embeddings=tied[i], sliding_window=window, rms_norm_eps=rng.choice([1e-5, 1e-6]),
+            max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": thetas[i]},
+            bos_token_id=1, eos_token_id=2,
+        )
+        lengths = [1, 2, MAX_PROMPT, rng.randint(200, MAX_PROMPT)]
+        lengths += [window, window + 1, window + 2] if window else [64, 65, 128]
+        # Near-ties come with tokens, their limit is a share of prompts: most prompts are short.
+        lengths += [int(np.exp(rng.uniform(0, np.log(40)))) for _ in range(17)]
+        if dtypes[i] != "float32":
+            lengths = lengths[:10]
+        rng.shuffle(lengths)
+        prompts = [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
+        cases.append(Case(config, dtypes[i], rng.randrange(2**31), prompts, rng.choice([1, 3, len(prompts)])))
+    return cases
+
+
+def check_coverage(cases):
+    seen = lambda of: {of(case.config) for case in cases}
+    wanted = [
+        ("layers", {1, 2, 3, 4, 5}, seen(lambda c: c.num_hidden_layers)),
+        ("query groups", {1, 2, 3, 4, 6}, seen(lambda c: c.num_attention_heads // c.num_key_value_heads)),
+        ("experts", {2, 16}, seen(lambda c: c.num_local_experts)),
+        ("top-k", {1, 2, 3, 4}, seen(lambda c: c.num_experts_per_tok)),
+        ("tied", {False, True}, seen(lambda c: c.tie_word_embeddings)),
+        ("sliding window", {False, True}, seen(lambda c: c.sliding_window is not None)),
+        ("rope_theta", {1e4, 1e6}, seen(lambda c: c.rope_parameters["rope_theta"])),
+        ("dtype", {"float32", "bfloat16", "float16"}, {case.dtype for case in cases}),
+        ("prompt length", {1, MAX_PROMPT}, {len(prompt) for case in cases for prompt in case.prompts}),
+    ]
+    for what, values, found in wanted:
+        if not values <= found:
+            sys.exit(f"these models cover {what} {sorted(found)}, not all of {sorted(values)}; draw more (--models)")
+
+
+def by_tool(binary, case, directory):
+    """convert, build and run `case`, whose model is in directory/hf."""
+    model, checkpoint, engine = directory / "hf", directory / "checkpoint", directory / "engine"
+    ids, csv, logits = directory / "ids.csv", directory / "out.csv", directory / "logits"
+    ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in case.prompts))
+    run_tool(binary, "convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", case.dtype)
+    run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", "cpu",
+             "--gather_context_logits", "--max-seq-len", MAX_PROMPT + MAX_OUTPUT, "--max-batch-size", case.batch)
+    run_tool(binary, "run", "--engine_dir", engine, "--input_file", ids, "--max_output_len", MAX_OUTPUT,
+             "--end-id", -1, "--output_csv", csv, "--output_logits_npy", logits)
+    tokens = [[int(token) for token in line.split(",")] for line in csv.read_text().splitlines()]
+    return Output(np.load(f"{logits}_context.npy"), np.load(f"{logits}_generation.npy"), tokens)
+
+
+def near_ties(case, ids, logits, router_logits):
+    """(first position with a near-tie in a router, or len(ids); [len(ids)] whether the top two logits nearly tie)."""
+    k = case.config.num_experts_per_tok
+    ranked = -np.sort(-router_logits, axis=-1)
+    router = np.zeros(len(ids), bool)
+    if k < ranked.shape[-1]:
+        router = (ranked[..., k - 1] - ranked[..., k] <= NEAR).any(axis=0)
+    top = np.partition(logits, -2, axis=-1)[:, -2:]
+    return int(router.argmax()) if router.any() else len(ids), top[:, 1] - top[:, 0] <= NEAR * np.abs(logits).max(axis=-1)
+
+
+def check_shapes(case, output, verdict):
+    """Shapes, and NaN exactly in the rows of positions that a prompt does not have."""
+    vocab, count = case.config.vocab_size, len(case.prompts)
+    context = (count, max(map(len, case.prompts)), vocab)
+    generation = (count, MAX_OUTPUT, vocab)
+    if output.context.shape != context or output.generation.shape != generation:
+        verdict.misses.append(f"shapes {output.context.shape}, {output.generation.shape}: not {context}, {generation}")
+    elif [len(tokens) for tokens in output.tokens] != [MAX_OUTPUT] * count:
+        verdict.misses.append(f"token counts {[len(tokens) for tokens in output.tokens]}: not {MAX_OUTPUT} each")
+    elif any(not 0 <= token < vocab for tokens in output.tokens for token in tokens):
+        verdict.misses.append("a token outside the vocabulary")
+    elif any(np.isnan(rows[: len(p)]).any() or not np.isnan(rows[len(p):]).all()
+             for rows, p in zip(output.context, case.prompts)) or not np.isfinite(output.generation).all():
+        verdict.misses.append("NaN where a logit should be, or a logit where none should")
+    if output.context.dtype != np.float32 or output.generation.dtype != np.float32:
+        verdict.misses.append("logits that are not f32")
+    return not verdict.misses
+
+
+def compare_f32(case, output, reference):
+    """Teacher-forced over the prompt and the tokens that we chose, so that one forward pass checks every choice."""
+    verdict = Verdict()
+    if not check_shapes(case, output, verdict):
+        return verdict
+    for number, (prompt, tokens) in enumerate(zip(case.prompts, output.tokens)):
+        n = len(prompt)
+        ids = prompt + tokens[:-1]
+        expected, router_logits = forward(reference, ids)
+        router_tie, logit_tie = near_ties(case, ids, expected, router_logits)
+        # The last context row and the first generation row are the same position: both are compared.
+        positions = np.concatenate([np.arange(n), np.arange(n - 1, len(ids))])
+        found = np.concatenate([output.context[number, :n], output.generation[number]])
+        compared = positions < router_tie
+        positions, found = positions[compared], found[compared]
+        error = np.abs(found - expected[positions]).max(axis=-1) / np.abs(expected[positions]).max(axis=-1)
+        if error.size:
+            verdict.worst = max(verdict.worst, float(error.max()))
+            if error.max() > NEAR:
+                at = int(positions[error.argmax()])
+                verdict.misses.append(f"prompt {number} ({n} tokens): logits off by {error.max():.1e} at position {at}")
+        stopped = router_tie < len(ids)
+        for step, token in enumerate(tokens):
+            at = n - 1 + step
+            if stopped and at >= router_tie:
+                break
+            if logit_tie[at]:
+                stopped = True
+                break
+            if token != int(expected[at].argmax()):
+                verdict.misses.append(f"prompt {number}: token {step} is {token}, not {expected[at].argmax()}")
+                break
+        verdict.stops += stopped
+    return verdict
+
+
+def compare_16bit(case, output, reference, eager):
+    verdict = Verdict()
+    if not check_shapes(case, output, verdict):
+        return verdict
+    for number, prompt in enumerate(case.prompts):
+        expected = forward(reference, prompt)[0].astype(np.float64)
+        error = lambda x: np.linalg.norm(x - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        verdict.ours.extend(error(output.context[number, : len(prompt)]))
+        verdict.eager.extend(error(forward(eager, prompt)[0]))
+    return verdict
+
+
+def check(cases, implementation, quiet=False):
+    """Runs every case; the list of misses."""
+    say = (lambda *_: None) if quiet else (lambda *words: print(*words, flush=True))
+    misses, stops, prompts, spreads = [], 0, 0, {}
+    for number, case in enumerate(cases):
+        with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
+            directory = Path(scratch)
+            save_model(random_model(case.config, case.seed), directory / "hf", case.dtype)
+            output = implementation(case, directory)
+            reference = load_model(directory / "hf", "float32")
+            if case.dtype == "float32":
+                verdict = compare_f32(case, output, reference)
+                stops, prompts = stops + verdict.stops, prompts + len(case.prompts)
+                result = f"worst {verdict.worst:.1e}" + (f", {verdict.stops} stopped" if verdict.stops else "")
+            else:
+                verdict = compare_16bit(case, output, reference, load_model(directory / "hf", case.dtype))
+                ours, eager = spreads.setdefault(case.dtype, ([], []))
+                ours += verdict.ours
+                eager += verdict.eager
+                result = spread(verdict.ours, verdict.eager)[0] if verdict.ours else ""
+        say(f"{number:2} {case}  {result}")
+        for miss in verdict.misses[:3]:
+            say(f"     MISS {miss}")
+        misses += [f"model {number}: {miss}" for miss in verdict.misses]
+    if prompts:
+        say(f"float32: {stops} of {prompts} prompts stopped at a near-tie")
+        if stops >= MAX_STOPS * prompts:
+            misses.append(f"{stops} of {prompts} prompts stopped: {MAX_STOPS:.0%} or more")
+    for dtype, (ours, eager) in spreads.items():
+        if not ours:
+            continue
+        text, median, p90 = spread(ours, eager)
+        say(f"{dtype}: {text} over {len(ours)} positions")
+        if not (median <= MAX_MEDIAN and p90 <= MAX_P90):
+            misses.append(f"{dtype}: {text}; limits {MAX_MEDIAN} x and {MAX_P90} x")
+    return misses
+
+
+def spread(ours, eager):
+    median, p90 = (np.percentile(ours, q) / np.percentile(eager, q) for q in (50, 90))
+    return (f"median e {np.median(ours):.2e} = {median:.2f} x eager's, 90 % {np.percentile(ours, 90):.2e} = {p90:.2f} x",
+            median, p90)
+
+
+def stand_in(edit_config=None, edit_output=None, edit_weights=None):
+    """transformers' other code paths (sdpa, grouped experts) in the tool's place, with a planted error if any."""
+    def run(case, directory):
+        model = load_model(directory / "hf", case.dtype, attention="sdpa", experts="batched_mm")
+        if edit_config:
+            config = copy.deepcopy(model.config)
+            edit_config(config)
+            state = model.state_dict()
+            model = type(model)(config).to(model.dtype).eval()
+            model.load_state_dict(state)
+            model.model.rotary_emb.inv_freq = type(model.model.rotary_emb)(config).inv_freq
+        if edit_weights:
+            with torch.no_grad():
+                edit_weights(model)
+        output = Output(
+            np.full((len(case.prompts), max(map(len, case.prompts)), case.config.vocab_size), np.nan, np.float32),
+            np.zeros((len(case.prompts), MAX_OUTPUT, case.config.vocab_size), np.float32), [])
+        for number, prompt in enumerate(case.prompts):
+            ids = list(prompt)
+            output.context[number, : len(prompt)] = forward(model, prompt)[0]
+            for step in range(MAX_OUTPUT):
+                output.generation[number, step] = forward(model, ids)[0][-1]
+                ids.append(int(output.generation[number, step].argmax()))
+            output.tokens.append(ids[len(prompt):])
+        if edit_output:
+            edit_output(case, output)
+        return output
+    return run
+
+
+def self_test(seed):
+    """The stand-in passes, and every planted error is caught."""
+    cases = draw_cases(24, seed)
+    check_coverage(cases)
+    print(f"self-test, seed {seed}: transformers in the tool's place")
+    misses = check(cases, stand_in())
+    if misses:
+        sys.exit("\n".join(["self-test: the stand-in itself misses", *misses]))
+
+    def last_bit(case, output):
+        row = output.context[-1, len(case.prompts[-1]) - 1]
+        row[0] += 2e-5 * np.abs(row).max()
+
+    def wrong_token(case, output):
+        # The last one: no later logits depend on it, so only the comparison of tokens can see it.
+        output.tokens[0][-1] = (output.tokens[0][-1] + 1) % case.config.vocab_size
+
+    def extra_row(case, output):
+        shortest = min(range(len(case.prompts)), key=lambda i: len(case.prompts[i]))
+        output.context[shortest, len(case.prompts[shortest])] = 0.0
+
+    def noise(case, output):
+        generator = np.random.default_rng(0)
+        scale = {"bfloat16": 2**-7, "float16": 2**-10}.get(case.dtype, 0.0)
+        size = np.linalg.norm(output.context, axis=-1, keepdims=True) / np.sqrt(case.config.vocab_size)
+        output.context += (generator.standard_normal(output.context.shape) * size * scale).astype(np.float32)
+
+    def window(config):
+        config.sliding_window += 1
+
+    def theta(config):
+        config.rope_parameters["rope_theta"] *= 1.01
+
+    def swap_experts(model):
+        gate = model.model.layers[-1].mlp.gate.weight
+        gate[[0, 1]] = gate[[1, 0]].clone()
+
+    def norm_eps(config):
+        config.rms_norm_eps *= 10
+
+    f32 = [case for case in cases if case.dtype == "float32"][:2]
+    sliding = [case for case in cases if case.dtype == "float32" and case.config.sliding_window][:1]
+    half = {dtype: [case for case in cases if case.dtype == dtype] for dtype in ("bfloat16", "float16")}
+    planted = [
+        ("one logit off by 2e-5 of the largest", f32, {"edit_output": last_bit}),
+        ("one wrong token", f32, {"edit_output": wrong_token}),
+        ("a row of logits past the prompt's end", f32, {"edit_output": extra_row}),
+        ("a window wider by one", sliding, {"edit_config": window}),
+        ("rope_theta off by 1 %", f32, {"edit_config": theta}),
+        ("rms_norm_eps ten times as large", f32, {"edit_config": norm_eps}),
+        ("two router rows swapped", f32, {"edit_weights": swap_experts}),
+        *[(f"{dtype}: as much noise again as one rounding", some, {"edit_output": noise}) for dtype, some in half.items()],
+        *[(f"{dtype}: two router rows swapped", some, {"edit_weights": swap_experts}) for dtype, some in half.items()],
+    ]
+    for what, some, edits in planted:
+        misses = check(some, stand_in(**edits), quiet=True)
+        print(f"planted: {what}: {'caught, ' + misses[0] if misses else 'NOT CAUGHT'}", flush=True)
+        if not misses:
+            sys.exit(1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixtral", help="the tool's binary")
+    parser.add_argument("--models", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--self-test", action="store_true")
+    args = parser.parse_args()
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    if args.self_test:
+        return self_test(seed)
+    if not args.mixtral:
+        parser.error("--mixtral PATH or --self-test")
+    cases = draw_cases(args.models, seed)
+    check_coverage(cases)
+    print(f"{len(cases)} models; again with --models {args.models} --seed {seed}", flush=True)
+    misses = check(cases, lambda case, directory: by_tool(args.mixtral, case, directory))
+    if misses:
+        sys.exit(f"{len(misses)} misses, the first: {misses[0]}")
+    print("parity holds")
+
+
+if __name__ == "__main__":
+    main()
