@@ -11,14 +11,15 @@ pub(super) fn check(path: &str, text: &str, exists: impl Fn(&str) -> bool) -> Ve
         problems.push(Problem::new(path, None, message));
     }
     let folder = path.rsplit_once('/').map_or("", |(folder, _)| folder);
-    let mut fenced = false;
+    let (mut fenced, mut in_span) = (false, false);
     for (i, line) in text.lines().enumerate() {
         let fence = line.trim_start().starts_with("```") || line.trim_start().starts_with("~~~");
         fenced ^= fence;
         if fenced || fence {
             continue;
         }
-        let (prose, spans) = split_spans(line);
+        in_span &= !line.trim().is_empty();
+        let (prose, spans) = split_spans(line, &mut in_span);
         for target in links(&prose).into_iter().filter(|target| is_relative(target)) {
             let file = target.split('#').next().unwrap_or_default();
             if !file.is_empty() && !exists(&join(folder, file)) {
@@ -34,11 +35,20 @@ pub(super) fn check(path: &str, text: &str, exists: impl Fn(&str) -> bool) -> Ve
     problems
 }
 
-/// A line's text with its code spans emptied, and the spans.
-fn split_spans(line: &str) -> (String, Vec<&str>) {
-    let parts: Vec<&str> = line.split('`').collect();
-    let prose: Vec<&str> = parts.iter().step_by(2).copied().collect();
-    (prose.join("``"), parts.into_iter().skip(1).step_by(2).collect())
+/// A line's text with its code spans emptied, and the spans. `in_span` says whether the line starts inside of one,
+/// and afterwards whether it ends so.
+fn split_spans<'a>(line: &'a str, in_span: &mut bool) -> (String, Vec<&'a str>) {
+    let (mut prose, mut spans) = (String::new(), Vec::new());
+    for (i, part) in line.split('`').enumerate() {
+        *in_span ^= i > 0;
+        if *in_span {
+            spans.push(part);
+            prose.push_str("``");
+        } else {
+            prose.push_str(part);
+        }
+    }
+    (prose, spans)
 }
 
 /// The targets of `[text](target)`, and of `[text]: target` at the start of a line.
@@ -93,6 +103,7 @@ mod tests {
                     [f]: docs/a.md\n`[g](nowhere.md)`\n```\n[h](nowhere.md)\n```\n[i](./docs/../README.md \"title\")\n";
         assert_eq!(found("README.md", text), [""; 0]);
         assert_eq!(found("docs/a.md", "[a](../README.md) [b](a.md) [c](..)"), [""; 0]);
+        assert_eq!(found("README.md", "`a span [a](gone.md)\nends` here\n"), [""; 0]);
     }
 
     #[test]
@@ -102,6 +113,8 @@ mod tests {
             ["README.md:2: the link to `docs/b.md` leads nowhere", "README.md:3: the link to `gone.md` leads nowhere"];
         assert_eq!(found("README.md", text), expected);
         assert_eq!(found("docs/a.md", "[a](docs/a.md)"), ["docs/a.md:1: the link to `docs/a.md` leads nowhere"]);
+        assert_eq!(found("README.md", "`a\nb` [c](gone.md)\n").len(), 1);
+        assert_eq!(found("README.md", "a ` alone\n\n[c](gone.md)\n").len(), 1);
         assert_eq!(found("README.md", "[a](../README.md)"), ["README.md:1: the link to `../README.md` leads nowhere"]);
     }
 
