@@ -1,2 +1,72 @@
-//! The workspace's own commands.
-fn main() {}
+//! The workspace's own commands, `cargo xtask <command>`: what a contributor and CI both run.
+//!
+//! Reading order: [`workspace`] (where things are, running a program), [`steps`] (headings, timings, the table),
+//! [`demo`], [`needs`] (what `test` installs), [`checks`] (`test`, `ci`, `bench`), [`tidy`] (the rules no compiler
+//! checks).
+#![forbid(unsafe_code)]
+
+mod checks;
+mod demo;
+mod needs;
+mod steps;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::steps::Steps;
+use crate::workspace::Workspace;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The workspace's own commands")]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Convert, build and run examples/tiny-mixtral on the CPU, with the time each stage takes
+    Demo,
+    /// Everything a machine without a GPU can prove; installs what it lacks
+    Test {
+        /// Leave out the checks against transformers and the Python they need
+        #[arg(long)]
+        skip_python: bool,
+    },
+    /// Formatting, clippy, rustdoc, tidy, demo and test
+    Ci,
+    /// The workspace's rules that no compiler checks: dependencies, unsafe code, names, lengths, links
+    Tidy,
+    /// The CPU benchmarks, in release mode
+    Bench,
+}
+
+fn main() -> ExitCode {
+    let mut steps = Steps::default();
+    match run(&Args::parse().command, &mut steps) {
+        Ok(()) => {
+            steps.print_table();
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            steps.print_table();
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: &Command, steps: &mut Steps) -> Result<()> {
+    let workspace = Workspace::load()?;
+    match command {
+        Command::Demo => demo::demo(&workspace),
+        Command::Test { skip_python } => checks::test(&workspace, steps, *skip_python),
+        Command::Ci => checks::ci(&workspace, steps),
+        Command::Tidy => tidy::tidy(&workspace),
+        Command::Bench => checks::bench(&workspace),
+    }
+}
