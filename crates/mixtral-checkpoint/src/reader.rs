@@ -105,7 +105,7 @@ pub enum ReadError {
 /// The first of `problems`, one a line, and how many more there are: enough to see what is wrong.
 #[must_use]
 pub fn lines(problems: &[String]) -> String {
-    const SHOWN: usize = 40;
+    const SHOWN: usize = 24;
     let mut text = problems[..problems.len().min(SHOWN)].join("\n");
     if problems.len() > SHOWN {
         text.push_str(&format!("\n  … and {} more", problems.len() - SHOWN));

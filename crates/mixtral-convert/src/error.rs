@@ -68,7 +68,7 @@ pub enum ConvertError {
         path: PathBuf,
     },
     /// No weights at all.
-    #[error("{dir} has no weights: expected {expected}")]
+    #[error("{dir} has no weights; download {expected}")]
     NoWeights {
         /// The directory.
         dir: PathBuf,
@@ -121,7 +121,7 @@ pub enum ConvertError {
         second: PathBuf,
     },
     /// Tensors that are missing, of the wrong shape or type, or that the model has no place for: all of them.
-    #[error("the weights in {dir} are not those that {config} describes (read as {layout}):\n{}", lines(.problems))]
+    #[error("the weights in {dir} are not those that {config} describes (read as {layout}); download both again from one place:\n{}", lines(.problems))]
     Tensors {
         /// The directory.
         dir: PathBuf,
