@@ -1,0 +1,15 @@
+//! What the tests of several crates share. A dev-dependency only.
+//!
+//! Reading order: [`elements`] (values to bytes and back), [`assembly`] (programs and weights by hand), [`batch`] (the
+//! inputs of a step over shuffled blocks), [`reference`](mod@reference) (every operation in f64), [`cases`] (the
+//! registry of operation cases that every backend is driven by), [`poison`], [`decoder`] (a small decoder's program,
+//! fused and unfused).
+#![forbid(unsafe_code)]
+
+pub mod assembly;
+pub mod batch;
+pub mod cases;
+pub mod decoder;
+pub mod elements;
+pub mod poison;
+pub mod reference;
