@@ -1,0 +1,565 @@
+//! The registry of operation cases: one operation, a shape, a data type, seeded operands; and the driver that runs a
+//! case on a backend and holds the result against the f64 reference.
+
+use mixtral_engine::op::FusedNorm;
+use mixtral_engine::{BackendError, ElemType, Epilogue, Op, Rows, StepInputs, StepOutputs, Weights};
+use mixtral_model::{DType, MoeNormalization};
+
+use crate::assembly::{Assembly, GUARD_BYTES};
+use crate::batch::{self, Part};
+use crate::elements::{float_type, from_bytes, ints_from_bytes, ints_to_bytes, to_bytes, values};
+use crate::poison::{poison, sentinel};
+use crate::reference::{Reference, State, Values};
+
+/// One operation (or a few) on given operands.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Operation, shape and data type.
+    pub name: String,
+    /// Program and weights. Buffers lie apart, a guard behind each.
+    pub assembly: Assembly,
+    /// Blocks of the cache.
+    pub kv_blocks: usize,
+    /// The step.
+    pub inputs: StepInputs<'static>,
+    /// Contents before the step. What is not given is poison.
+    pub initial: State,
+}
+
+/// A backend that lets its operands be written and read.
+pub trait OpRunner {
+    /// Writes the first bytes of a buffer.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError>;
+    /// Reads the first `len` bytes of a buffer.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError>;
+    /// Writes a layer's keys and values, each `[blocks, kv_heads, block_size, head_dim]`.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn write_cache(&mut self, layer: usize, keys: &[u8], values: &[u8]) -> Result<(), BackendError>;
+    /// Reads a layer's keys and values.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn read_cache(&self, layer: usize) -> Result<[Vec<u8>; 2], BackendError>;
+    /// Runs the whole program.
+    ///
+    /// # Errors
+    /// The backend's.
+    fn run(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError>;
+}
+
+/// How a case failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The backend refused.
+    #[error("{case}: {error}")]
+    Backend {
+        /// The case.
+        case: String,
+        /// Its error.
+        error: BackendError,
+    },
+    /// Not the reference's values.
+    #[error("{case}: `{what}`: {problem}")]
+    Wrong {
+        /// The case.
+        case: String,
+        /// The buffer.
+        what: String,
+        /// What is wrong.
+        problem: String,
+    },
+}
+
+/// Largest normalized mean square error, `Σ (x − ref)² / Σ ref²`, of a buffer of this type.
+#[must_use]
+pub const fn limit(dtype: DType) -> f64 {
+    match dtype {
+        DType::F32 => 1e-10,
+        DType::F16 | DType::Bf16 => 1e-5,
+    }
+}
+
+impl Case {
+    fn new(name: String, mut assembly: Assembly, inputs: StepInputs<'static>) -> Case {
+        assembly.place_apart();
+        let program = &assembly.program;
+        let mut initial = State::default();
+        for buffer in &program.buffers {
+            let n = program.num_rows(buffer.rows, inputs.num_tokens(), inputs.num_logits()) * buffer.cols;
+            let values = match buffer.dtype {
+                ElemType::I32 => Values::Ints(vec![-1; n]),
+                _ => Values::Floats(vec![f64::NAN; n]),
+            };
+            initial.buffers.insert(buffer.name.clone(), values);
+        }
+        let kv = program.kv;
+        let n = KV_BLOCKS * kv.num_kv_heads * program.limits.block_size * kv.head_dim;
+        initial.cache = vec![[vec![f64::NAN; n], vec![f64::NAN; n]]; kv.num_layers];
+        let name = format!("{name} {}", program.dtype);
+        Case { name, assembly, kv_blocks: KV_BLOCKS, inputs, initial }
+    }
+
+    /// Seeded contents of a float buffer, rounded to its type.
+    fn fill(mut self, name: &str, scale: f32) -> Self {
+        let buffer = self.assembly.program.buffer(name).expect("a buffer");
+        let dtype = float_type(buffer.dtype).expect("a float buffer");
+        let Some(Values::Floats(contents)) = self.initial.buffers.get_mut(name) else { panic!("no floats `{name}`") };
+        *contents =
+            from_bytes(dtype, &to_bytes(dtype, &values(&format!("{}{name}", self.name), contents.len(), scale)));
+        self
+    }
+
+    fn ints(mut self, name: &str, contents: Vec<i32>) -> Self {
+        self.initial.buffers.insert(name.to_owned(), Values::Ints(contents));
+        self
+    }
+
+    fn floats(mut self, name: &str, contents: Vec<f64>) -> Self {
+        self.initial.buffers.insert(name.to_owned(), Values::Floats(contents));
+        self
+    }
+
+    /// Seeded keys and values in the slots that the step's sequences occupy; all others stay NaN.
+    fn fill_cache(mut self) -> Self {
+        let program = &self.assembly.program;
+        let (kv, size, width) = (program.kv, program.limits.block_size, program.limits.max_blocks_per_seq());
+        for half in 0..2 {
+            let n = self.initial.cache[0][half].len();
+            let seeded = values(&format!("{} cache {half}", self.name), n, 1.0);
+            let seeded = from_bytes(kv.dtype, &to_bytes(kv.dtype, &seeded));
+            for (seq, &len) in self.inputs.seq_lens.iter().enumerate() {
+                for j in 0..usize::try_from(len).expect("a length") {
+                    let block = usize::try_from(self.inputs.block_table[seq * width + j / size]).expect("a block");
+                    for head in 0..kv.num_kv_heads {
+                        let at = ((block * kv.num_kv_heads + head) * size + j % size) * kv.head_dim;
+                        let (from, to) = (&seeded[at..at + kv.head_dim], at..at + kv.head_dim);
+                        self.initial.cache[0][half][to].copy_from_slice(from);
+                    }
+                }
+            }
+        }
+        self
+    }
+
+    /// The bytes of a buffer's contents.
+    fn bytes(&self, name: &str, values: &Values) -> Vec<u8> {
+        match values {
+            Values::Ints(values) => ints_to_bytes(values),
+            Values::Floats(values) => {
+                let buffer = self.assembly.program.buffer(name).expect("a buffer");
+                to_bytes(float_type(buffer.dtype).expect("a float buffer"), values)
+            }
+        }
+    }
+
+    /// Loads the case's program, runs it twice from the same contents, and holds the result against the reference.
+    ///
+    /// # Errors
+    /// What the backend refused, or the first value out of its limits.
+    pub fn check<R: OpRunner>(&self, load: impl FnOnce(&Case) -> Result<R, BackendError>) -> Result<(), Failure> {
+        let refused = |error| Failure::Backend { case: self.name.clone(), error };
+        let wrong =
+            |what: &str, problem: String| Failure::Wrong { case: self.name.clone(), what: what.to_owned(), problem };
+        let mut runner = load(self).map_err(refused)?;
+        let first = self.run_on(&mut runner).map_err(refused)?;
+        let again = self.run_on(&mut runner).map_err(refused)?;
+        let mut expected = self.initial.clone();
+        let program = &self.assembly.program;
+        Reference { program, weights: &self.assembly.weights, inputs: &self.inputs }.run(&mut expected);
+        for ((name, found), (_, again)) in first.iter().zip(&again) {
+            if found != again {
+                return Err(wrong(name, "the second run gave other bits".to_owned()));
+            }
+            if let Some(layer) = name.strip_prefix("cache ") {
+                let layer: usize = layer[..layer.len() - 2].parse().expect("a layer");
+                let half = usize::from(name.ends_with('v'));
+                let found = from_bytes(program.kv.dtype, found);
+                close(&found, &expected.cache[layer][half], program.kv.dtype).map_err(|p| wrong(name, p))?;
+                continue;
+            }
+            match &expected.buffers[name] {
+                Values::Ints(expected) => {
+                    let found = ints_from_bytes(found);
+                    if &found != expected {
+                        return Err(wrong(name, format!("found {found:?}, expected {expected:?}")));
+                    }
+                }
+                Values::Floats(expected) => {
+                    let buffer = program.buffer(name).expect("a buffer");
+                    let dtype = float_type(buffer.dtype).expect("a float buffer");
+                    let defined = self.defined_cols(name, buffer.cols);
+                    let part = |all: &[f64]| -> Vec<f64> {
+                        all.chunks(buffer.cols).flat_map(|row| row[..defined].to_vec()).collect()
+                    };
+                    close(&part(&from_bytes(dtype, found)), &part(expected), dtype).map_err(|p| wrong(name, p))?;
+                }
+            }
+        }
+        for buffer in program.buffers.iter().filter(|b| b.name.starts_with("guard behind")) {
+            if runner.read_buffer(&buffer.name, GUARD_BYTES).map_err(refused)? != sentinel(GUARD_BYTES) {
+                return Err(wrong(&buffer.name, "was written".to_owned()));
+            }
+        }
+        Ok(())
+    }
+
+    /// Columns of a buffer that are defined after the program.
+    fn defined_cols(&self, name: &str, cols: usize) -> usize {
+        let qkv = self.assembly.program.ops.iter().find_map(|op| match op {
+            Op::RopeWriteKv { qkv, num_heads, .. } if qkv == name => {
+                Some(num_heads * self.assembly.program.kv.head_dim)
+            }
+            _ => None,
+        });
+        qkv.unwrap_or(cols)
+    }
+
+    /// Writes the initial contents, runs, and reads every buffer that has rows, and the cache.
+    fn run_on(&self, runner: &mut impl OpRunner) -> Result<Vec<(String, Vec<u8>)>, BackendError> {
+        let program = &self.assembly.program;
+        for buffer in &program.buffers {
+            let mut bytes = vec![0; program.max_bytes(buffer)];
+            poison(&mut bytes);
+            runner.write_buffer(&buffer.name, &bytes)?;
+            let contents = match buffer.name.starts_with("guard behind") {
+                true => sentinel(GUARD_BYTES),
+                false => self.bytes(&buffer.name, &self.initial.buffers[&buffer.name]),
+            };
+            runner.write_buffer(&buffer.name, &contents)?;
+        }
+        for (layer, [keys, values]) in self.initial.cache.iter().enumerate() {
+            runner.write_cache(layer, &to_bytes(program.kv.dtype, keys), &to_bytes(program.kv.dtype, values))?;
+        }
+        runner.run(&self.inputs)?;
+        let mut found = Vec::new();
+        for buffer in program.buffers.iter().filter(|b| !b.name.starts_with("guard behind")) {
+            let len = self.bytes(&buffer.name, &self.initial.buffers[&buffer.name]).len();
+            found.push((buffer.name.clone(), runner.read_buffer(&buffer.name, len)?));
+        }
+        for layer in 0..program.kv.num_layers {
+            let [keys, values] = runner.read_cache(layer)?;
+            found.push((format!("cache {layer} k"), keys));
+            found.push((format!("cache {layer} v"), values));
+        }
+        Ok(found)
+    }
+}
+
+/// Holds values against the reference's: NaN exactly where it has NaN, the rest within the type's limit.
+fn close(found: &[f64], expected: &[f64], dtype: DType) -> Result<(), String> {
+    let (mut error, mut size) = (0.0, 0.0);
+    for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+        if found.is_nan() != expected.is_nan() {
+            return Err(format!("element {i} is {found}, expected {expected}"));
+        }
+        if !expected.is_nan() {
+            error += (found - expected) * (found - expected);
+            size += expected * expected;
+        }
+    }
+    if error <= limit(dtype) * size {
+        Ok(())
+    } else {
+        Err(format!("NMSE {:e}, limit {:e}", error / size, limit(dtype)))
+    }
+}
+
+/// Blocks of every case's cache.
+const KV_BLOCKS: usize = 40;
+/// Tokens of most cases: more than a register tile, ragged.
+const T: usize = 37;
+
+/// All cases.
+#[must_use]
+pub fn all() -> Vec<Case> {
+    [DType::F32, DType::F16, DType::Bf16]
+        .into_iter()
+        .flat_map(|dtype| [dense(dtype), attention(dtype), routing(dtype), experts(dtype)].concat())
+        .collect()
+}
+
+fn name(text: &str) -> String {
+    text.to_owned()
+}
+
+fn tokens(assembly: &Assembly, n: usize) -> StepInputs<'static> {
+    let program = &assembly.program;
+    batch::prompt(&program.limits, program.vocab_size, KV_BLOCKS, n)
+}
+
+fn dense(dtype: DType) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for vocab_start in [0, 7] {
+        let mut a = Assembly::new(dtype);
+        let table = a.weight("table", dtype, &[20, 33], &values("table", 20 * 33, 1.0));
+        let out = a.activation("out", Rows::Tokens, 33);
+        a.op(Op::Embed { table, vocab_start, out });
+        let inputs = tokens(&a, T);
+        cases.push(Case::new(format!("embed from {vocab_start}"), a, inputs));
+    }
+    for cols in [1, 16, 100] {
+        let mut a = Assembly::new(dtype);
+        let weight = a.weight("scale", dtype, &[cols], &values("scale", cols, 1.0));
+        let (input, out) = (a.activation("x", Rows::Tokens, cols), a.activation("out", Rows::Tokens, cols));
+        a.op(Op::Norm { input, weight, eps: 1e-5, out });
+        let inputs = tokens(&a, T);
+        cases.push(Case::new(format!("norm {cols}"), a, inputs).fill("x", 3.0));
+    }
+    for in_place in [false, true] {
+        let mut a = Assembly::new(dtype);
+        let (x, y) = (a.activation("x", Rows::Tokens, 19), a.activation("y", Rows::Tokens, 19));
+        let out = if in_place { y.clone() } else { a.activation("out", Rows::Tokens, 19) };
+        a.op(Op::Add { a: x, b: y, out });
+        let inputs = tokens(&a, T);
+        cases.push(Case::new(format!("add in place {in_place}"), a, inputs).fill("x", 1.0).fill("y", 1.0));
+    }
+    for (n, k, rows) in [(1, 100, 40), (2, 17, 33), (3, 1, 5), (4, 64, 64), (5, 100, 40), (37, 33, 70), (200, 48, 9)] {
+        for epilogue in [Epilogue::Store, Epilogue::Residual, Epilogue::F32] {
+            for in_place in [false, true] {
+                let mut a = Assembly::new(dtype);
+                let weight_type = if epilogue == Epilogue::F32 { DType::F32 } else { dtype };
+                let weight = a.weight("w", weight_type, &[rows, k], &values("w", rows * k, 0.3));
+                let input = a.activation("x", Rows::Tokens, k);
+                let out = match epilogue {
+                    Epilogue::F32 => a.buffer("out", ElemType::F32, Rows::Tokens, rows),
+                    _ => a.activation("out", Rows::Tokens, rows),
+                };
+                let residual = match (epilogue, in_place) {
+                    (Epilogue::Residual, true) => Some(out.clone()),
+                    (Epilogue::Residual, false) => Some(a.activation("residual", Rows::Tokens, rows)),
+                    (_, true) => continue,
+                    _ => None,
+                };
+                let added = residual.clone();
+                a.op(Op::Linear { input, weight, rows: None, epilogue, residual, out, ladder: vec![] });
+                let inputs = tokens(&a, n);
+                let mut case =
+                    Case::new(format!("linear {n}x{k}x{rows} {epilogue:?} {in_place}"), a, inputs).fill("x", 1.0);
+                if let Some(added) = added {
+                    case = case.fill(&added, 1.0);
+                }
+                cases.push(case);
+            }
+        }
+    }
+    let mut a = Assembly::new(dtype);
+    let weight = a.weight("w", dtype, &[3, 10, 20], &values("w", 600, 0.3));
+    let (input, out) = (a.activation("x", Rows::Tokens, 20), a.activation("out", Rows::Tokens, 13));
+    let (rows, epilogue) = (Some([9, 22]), Epilogue::Store);
+    a.op(Op::Linear { input, weight, rows, epilogue, residual: None, out, ladder: vec![] });
+    let inputs = tokens(&a, T);
+    cases.push(Case::new(name("linear of some rows of three dimensions"), a, inputs).fill("x", 1.0));
+
+    let mut a = Assembly::new(dtype);
+    let (input, out) = (a.activation("x", Rows::Tokens, 20), a.activation("out", Rows::Logits, 20));
+    a.op(Op::GatherRows { input, out });
+    let mut inputs = tokens(&a, T);
+    inputs.logits_indices = vec![0, 5, 36];
+    cases.push(Case::new(name("gather_rows"), a, inputs).fill("x", 1.0));
+    cases
+}
+
+/// A step of four ragged sequences, decodes first: long past, block edges, whole prompts.
+fn ragged(assembly: &Assembly) -> StepInputs<'static> {
+    let program = &assembly.program;
+    let sequences = batch::sequences(3, &[101, 17, 64, 40], &program.limits, program.vocab_size, KV_BLOCKS);
+    let news = [1, 1, 64, 23];
+    let parts: Vec<Part<'_>> =
+        sequences.iter().zip(news).map(|(s, new)| Part { sequence: s, past: s.tokens.len() - new, new }).collect();
+    let mut inputs = batch::step(&program.limits, &parts);
+    inputs.logits_indices.truncate(1);
+    inputs
+}
+
+fn attention(dtype: DType) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (kv_heads, group, d) in [(2, 1, 16), (1, 2, 32), (2, 3, 10), (1, 6, 128), (1, 30, 16)] {
+        let heads = kv_heads * group;
+        let mut base = Assembly::new(dtype);
+        (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (kv_heads, d);
+        let inputs = ragged(&base);
+        for window in [None, Some(1), Some(21), Some(1000)] {
+            let mut a = base.clone();
+            // The queries are the first columns of wider rows.
+            let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * d);
+            let out = a.activation("out", Rows::Tokens, heads * d);
+            a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
+            let text = format!("attention {kv_heads}x{group}x{d} window {window:?}");
+            cases.push(Case::new(text, a, inputs.clone()).fill("qkv", 1.0).fill_cache());
+        }
+        let mut inputs = inputs;
+        inputs.slot_mapping[5] = -1;
+        let mut a = base.clone();
+        let qkv = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * d);
+        a.op(Op::RopeWriteKv { qkv, num_heads: heads, theta: 1e4, layer: 0 });
+        cases.push(Case::new(format!("rope_write_kv {kv_heads}x{group}x{d}"), a, inputs.clone()).fill("qkv", 1.0));
+        let mut a = base.clone();
+        let data = a.activation("q", Rows::Tokens, (heads + 1) * d);
+        a.op(Op::Rope { data, num_heads: heads, theta: 1e6 });
+        cases.push(Case::new(format!("rope {heads}x{d}"), a, inputs.clone()).fill("q", 1.0));
+        let mut a = base;
+        let key = a.activation("k", Rows::Tokens, kv_heads * d);
+        let value = a.activation("v", Rows::Tokens, kv_heads * d);
+        a.op(Op::WriteKv { key, value, layer: 0 });
+        cases.push(Case::new(format!("write_kv {kv_heads}x{d}"), a, inputs).fill("k", 1.0).fill("v", 1.0));
+    }
+    cases
+}
+
+/// Buffers of the routing operations.
+fn routed(dtype: DType, experts: usize, top_k: usize, local: [usize; 2]) -> Assembly {
+    let mut a = Assembly::new(dtype);
+    (a.program.num_experts, a.program.top_k) = (experts, top_k);
+    a.buffer("ids", ElemType::I32, Rows::Tokens, top_k);
+    a.buffer("weights", ElemType::F32, Rows::Tokens, top_k);
+    a.buffer("offsets", ElemType::I32, Rows::One, local[1] - local[0] + 1);
+    a.buffer("order", ElemType::I32, Rows::Assignments, 1);
+    a
+}
+
+fn routing(dtype: DType) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (experts, top_k, local) in [(8, 2, [0, 8]), (5, 1, [0, 5]), (5, 3, [2, 4]), (4, 4, [3, 4]), (64, 4, [0, 64])] {
+        for normalization in [MoeNormalization::None, MoeNormalization::Renorm] {
+            let text = format!("{top_k} of {experts} at {local:?} {normalization:?}");
+            let mut a = routed(dtype, experts, top_k, local);
+            let logits = a.buffer("logits", ElemType::F32, Rows::Tokens, experts);
+            a.op(Op::Route {
+                logits,
+                normalization,
+                layer: 0,
+                experts: local,
+                expert_ids: name("ids"),
+                expert_weights: name("weights"),
+                offsets: name("offsets"),
+                order: name("order"),
+            });
+            let inputs = tokens(&a, T);
+            cases.push(Case::new(format!("route {text}"), a, inputs.clone()).fill("logits", 2.0));
+
+            let mut a = routed(dtype, experts, top_k, local);
+            let probs = a.buffer("probs", ElemType::F32, Rows::Tokens, experts);
+            let (expert_ids, expert_weights) = (name("ids"), name("weights"));
+            a.op(Op::TopK { probs, normalization, layer: 0, expert_ids, expert_weights });
+            // Coarse values: most rows have ties, also at the edge of the k.
+            let coarse = values("coarse", T * experts, 1.0).iter().map(|x| ((x * 2.0).round() + 9.0) / 16.0).collect();
+            cases.push(Case::new(format!("top_k with ties {text}"), a, inputs.clone()).floats("probs", coarse));
+        }
+        let mut a = routed(dtype, experts, top_k, local);
+        let (offsets, order) = (name("offsets"), name("order"));
+        a.op(Op::ExpertSort { expert_ids: name("ids"), experts: local, offsets, order });
+        let inputs = tokens(&a, T);
+        let case = Case::new(format!("expert_sort {top_k} of {experts} at {local:?}"), a, inputs);
+        cases.push(case.ints("ids", assignments(experts, top_k)));
+    }
+    let mut a = routed(dtype, 8, 2, [0, 8]);
+    let logits = a.buffer("logits", ElemType::F32, Rows::Tokens, 8);
+    let probs = a.buffer("probs", ElemType::F32, Rows::Tokens, 8);
+    a.op(Op::Softmax { logits, probs });
+    let inputs = tokens(&a, T);
+    cases.push(Case::new(name("softmax"), a, inputs).fill("logits", 5.0));
+    cases
+}
+
+/// Distinct ascending experts for each of [`T`] tokens, the last expert never among them unless it must be.
+fn assignments(experts: usize, top_k: usize) -> Vec<i32> {
+    let used = (experts - 1).max(top_k);
+    let int = |e: usize| i32::try_from(e).unwrap_or(0);
+    let token = |t: usize| {
+        let mut ids: Vec<usize> = batch::shuffled(u32::try_from(t).unwrap_or(0), used);
+        ids.truncate(top_k);
+        ids.sort_unstable();
+        ids.into_iter().map(int)
+    };
+    (0..T).flat_map(token).collect()
+}
+
+/// Offsets and order of some assignments.
+fn lists(ids: &[i32], local: [usize; 2]) -> (Vec<i32>, Vec<i32>) {
+    let (mut offsets, mut order) = (vec![0], Vec::new());
+    for expert in local[0]..local[1] {
+        order.extend((0i32..).zip(ids).filter(|(_, id)| usize::try_from(**id) == Ok(expert)).map(|(a, _)| a));
+        offsets.push(i32::try_from(order.len()).unwrap_or(0));
+    }
+    order.resize(ids.len(), -1);
+    (offsets, order)
+}
+
+fn experts(dtype: DType) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let (hidden, inter) = (36, 20);
+    for (experts, top_k, local) in [(8, 2, [0, 8]), (5, 1, [0, 5]), (5, 3, [1, 4]), (6, 4, [5, 6])] {
+        let spread = assignments(experts, top_k);
+        // Every token to the first experts.
+        let int = |e: usize| i32::try_from(e).unwrap_or(0);
+        let crowded: Vec<i32> = (0..T).flat_map(|_| (0..top_k).map(int)).collect();
+        for (kind, ids) in [("spread", spread), ("crowded", crowded)] {
+            let text = format!("{top_k} of {experts} at {local:?} {kind}");
+            let num_local = local[1] - local[0];
+            let (offsets, order) = lists(&ids, local);
+            let given = |case: Case| {
+                case.ints("ids", ids.clone()).ints("offsets", offsets.clone()).ints("order", order.clone())
+            };
+            let base = routed(dtype, experts, top_k, local);
+            let inputs = tokens(&base, T);
+            for silu_mul in [false, true] {
+                let mut a = base.clone();
+                let n = num_local * 2 * inter * hidden;
+                let weight = a.weight("fc", dtype, &[num_local, 2 * inter, hidden], &values("fc", n, 0.2));
+                let input = a.activation("x", Rows::Tokens, hidden);
+                let out = a.activation("out", Rows::Assignments, if silu_mul { inter } else { 2 * inter });
+                let (offsets, order) = (name("offsets"), name("order"));
+                a.op(Op::ExpertGateUp { input, weight, offsets, order, silu_mul, out, ladder: vec![] });
+                let text = format!("expert_gate_up {text} silu {silu_mul}");
+                cases.push(given(Case::new(text, a, inputs.clone())).fill("x", 1.0));
+            }
+            let mut a = base.clone();
+            let n = num_local * inter * hidden;
+            let weight = a.weight("proj", dtype, &[num_local, hidden, inter], &values("proj", n, 0.2));
+            let input = a.activation("x", Rows::Assignments, inter);
+            let out = a.activation("out", Rows::Assignments, hidden);
+            let (offsets, order) = (name("offsets"), name("order"));
+            a.op(Op::ExpertDown { input, weight, offsets, order, out, ladder: vec![] });
+            cases.push(given(Case::new(format!("expert_down {text}"), a, inputs.clone())).fill("x", 1.0));
+
+            for (in_place, with_norm) in [(false, false), (true, false), (false, true), (true, true)] {
+                let mut a = base.clone();
+                let input = a.activation("x", Rows::Assignments, hidden);
+                let residual = a.activation("residual", Rows::Tokens, hidden);
+                let out = if in_place { residual.clone() } else { a.activation("out", Rows::Tokens, hidden) };
+                let norm = with_norm.then(|| FusedNorm {
+                    weight: a.weight("scale", dtype, &[hidden], &values("scale", hidden, 1.0)),
+                    eps: 1e-5,
+                    out: a.activation("normalized", Rows::Tokens, hidden),
+                });
+                let (expert_ids, expert_weights) = (name("ids"), name("weights"));
+                a.op(Op::Combine { input, expert_ids, expert_weights, experts: local, residual, out, norm });
+                let text = format!("combine {text} in place {in_place} norm {with_norm}");
+                let case = given(Case::new(text, a, inputs.clone())).fill("x", 1.0).fill("weights", 0.3);
+                cases.push(case.fill("residual", 1.0));
+            }
+        }
+    }
+    let mut a = Assembly::new(dtype);
+    let (input, out) = (a.activation("x", Rows::Tokens, 2 * inter), a.activation("out", Rows::Tokens, inter));
+    a.op(Op::SiluMul { input, out });
+    let inputs = tokens(&a, T);
+    cases.push(Case::new(name("silu_mul"), a, inputs).fill("x", 2.0));
+    cases
+}
+
+impl Case {
+    /// The case's weights, as a backend takes them.
+    #[must_use]
+    pub fn weights(&self) -> Weights {
+        self.assembly.weights.clone().into_weights()
+    }
+}
