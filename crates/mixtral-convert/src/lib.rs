@@ -5,7 +5,7 @@
 //!
 //! Reading order: [`names`] is transformers' vocabulary of tensors, [`source`] finds them in each layout, [`plan`]
 //! says which rectangles of them make a rank's tensors, [`execute`] streams those through [`number`]'s conversions,
-//! and [`convert`] puts the stage together.
+//! and [`mod@convert`] puts the stage together.
 #![forbid(unsafe_code)]
 
 pub mod convert;
