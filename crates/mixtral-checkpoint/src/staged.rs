@@ -341,4 +341,18 @@ mod tests {
         let file = root.path().join("0.part");
         assert!(matches!(StagedDir::begin(&file, TEST), Err(StagedError::NotADirectory { .. })));
     }
+
+    #[test]
+    fn a_disk_too_full_is_known_before_anything_is_written() {
+        let root = tempfile::tempdir().unwrap();
+        let dir = root.path().join("new");
+        let staged = StagedDir::begin(&dir, TEST).unwrap();
+        staged.reserve(1).unwrap();
+        let refused = staged.reserve(u64::MAX).unwrap_err().to_string();
+        assert!(refused.contains("needs 18446744073709551615 bytes, but its disk has "), "{refused}");
+        let full = failed("write", &dir)(io::ErrorKind::StorageFull.into()).to_string();
+        assert!(full.ends_with("; free some space, or choose another --output-dir"), "{full}");
+        drop(staged);
+        assert!(!dir.exists());
+    }
 }

@@ -3,9 +3,9 @@
 //! All foreign quirks end here: tensor names, fused experts, interleaved rotary rows, tied embeddings, the dialects
 //! of `config.json`. What comes out is the same bytes whichever way the model was stored.
 //!
-//! Reading order: [`names`] is transformers' vocabulary of tensors, [`source`] finds them in each layout, [`plan`]
-//! says which rectangles of them make a rank's tensors, [`execute`] streams those through [`number`]'s conversions,
-//! and [`convert`] puts the stage together.
+//! Reading order: [`names`] is transformers' vocabulary of tensors, [`source`] finds them in each layout,
+//! [`mod@plan`] says which rectangles of them make a rank's tensors, [`execute`] streams those through [`number`]'s
+//! conversions, and [`mod@convert`] puts the stage together.
 #![forbid(unsafe_code)]
 
 pub mod convert;
