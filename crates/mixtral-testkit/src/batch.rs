@@ -85,5 +85,12 @@ pub fn prompt(limits: &Limits, vocab_size: usize, kv_blocks: usize, n: usize) ->
 /// A greedy draw from a row of logits.
 #[must_use]
 pub fn greedy(row: usize) -> SampleRequest<'static> {
-    SampleRequest { row, params: SamplingParams::default(), key: RandomKey::default(), tokens: &[], prompt_len: 0 }
+    SampleRequest {
+        row,
+        params: SamplingParams::default(),
+        key: RandomKey::default(),
+        tokens: &[],
+        prompt_len: 0,
+        banned: Vec::new(),
+    }
 }
