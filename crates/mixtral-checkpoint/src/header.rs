@@ -89,7 +89,7 @@ pub enum HeaderError {
         path: PathBuf,
     },
     /// Too short for the length of a header.
-    #[error("{path} has {len} bytes; a safetensors file has at least 8. Download or convert it again")]
+    #[error("{path} has {len} bytes; a safetensors file has at least 8. Download, convert or build it again")]
     TooShort {
         /// The file.
         path: PathBuf,
@@ -168,7 +168,7 @@ pub enum HeaderError {
     },
     /// The file ends before, or goes on after, its tensors.
     #[error(
-        "{path} has {found} bytes, but its header describes {expected}; it is truncated or damaged. Download or convert it again"
+        "{path} has {found} bytes, but its header describes {expected}; it is truncated or damaged. Download, convert or build it again"
     )]
     FileLength {
         /// The file.

@@ -89,7 +89,7 @@ pub enum EngineError {
         unfinished: bool,
     },
     /// A file operation failed.
-    #[error("cannot read {path}: {source}")]
+    #[error("cannot read {path}: {source}{}", if source.kind() == std::io::ErrorKind::NotFound { "; the engine is incomplete, build it again" } else { "" })]
     Io {
         /// The file.
         path: PathBuf,

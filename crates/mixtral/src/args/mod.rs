@@ -64,6 +64,15 @@ macro_rules! usage {
 }
 pub(crate) use usage;
 
+/// An error and its causes in one line. Many errors already say their cause, which is then not said again.
+pub fn chain(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text {
+        text if text.is_empty() => cause,
+        text if text.contains(&cause) => text,
+        text => format!("{text}: {cause}"),
+    })
+}
+
 /// Parses a command line.
 ///
 /// # Errors

@@ -38,19 +38,19 @@ pub struct RunArgs {
     #[arg(long, value_parser = at_least_one)]
     pub max_input_length: Option<usize>,
     /// Logits are divided by it; 0 is greedy
-    #[arg(long, default_value = "1.0", value_parser = non_negative)]
+    #[arg(long, default_value = "1.0", value_parser = non_negative, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Candidates by rank: 1 is greedy, 0 is off
     #[arg(long, default_value_t = 1)]
     pub top_k: usize,
     /// Candidates up to this cumulative probability; 0 is off
-    #[arg(long, default_value = "0.0", value_parser = probability)]
+    #[arg(long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Candidates at least this likely, relative to the likeliest; 0 is off
-    #[arg(long, default_value = "0.0", value_parser = probability)]
+    #[arg(long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
     pub min_p: f32,
     /// Penalty on tokens of prompt and output; 1 is off
-    #[arg(long, default_value = "1.0", value_parser = positive)]
+    #[arg(long, default_value = "1.0", value_parser = positive, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
     /// Penalty on tokens of the output; 0 is off
     #[arg(long, default_value = "0.0", value_parser = finite, allow_negative_numbers = true)]

@@ -54,7 +54,7 @@ pub fn read(options: &RunOptions, tokenizer: Option<&Tokenizer>) -> Result<Vec<P
         },
     };
     if prompts.is_empty() {
-        bail!("there is no prompt in {}", describe(&options.prompts));
+        bail!("there is no prompt in {}; give at least one", describe(&options.prompts));
     }
     if let Some(limit) = options.args.max_input_length {
         for prompt in &mut prompts {
@@ -107,7 +107,7 @@ fn csv_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
             .filter(|field| !field.is_empty())
             .map(|field| match field.parse::<u32>() {
                 Ok(id) => Ok(TokenId(id)),
-                Err(_) => bail!("{}: line {}: `{field}` is not a token id", path.display(), line + 1),
+                Err(_) => bail!("{}: line {}: `{field}` is not a token id; expected whole numbers separated by commas, a prompt a line", path.display(), line + 1),
             })
             .collect::<Result<Vec<_>>>()?;
         prompts.push(ids);

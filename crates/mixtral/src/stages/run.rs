@@ -24,6 +24,7 @@ const PROFILING_ITERATIONS: u32 = 10;
 /// Runs the stage.
 pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
+    check_output_paths(args)?;
     let engine = EngineDir::open(&args.engine_dir)?;
     let world_size = engine.config().mapping.world_size();
     if world_size > 1 {
@@ -95,6 +96,17 @@ pub fn main(options: &RunOptions) -> Result<()> {
     write_files(args, &prompts, &outputs, &geometry)?;
     if args.run_profiling {
         profile(&mut session, &requests, args, &mut out)?;
+    }
+    Ok(())
+}
+
+/// A path that cannot be written is better said before the work than after.
+fn check_output_paths(args: &RunArgs) -> Result<()> {
+    for path in [&args.output_csv, &args.output_npy, &args.output_logits_npy].into_iter().flatten() {
+        let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+        if let Some(dir) = dir.filter(|dir| !dir.is_dir()) {
+            bail!("cannot write {}: there is no directory {}; create it first", path.display(), dir.display());
+        }
     }
     Ok(())
 }

@@ -1,0 +1,229 @@
+//! What is said to inputs that cannot work: every message names what, where, expected, found and the next step, goes
+//! to stderr, and comes with exit code 1 (the work failed) or 2 (wrong usage). None is a panic.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::tool::{Said, example_engine, mixtral_in, root};
+
+/// The message of a command that must fail with `code`, the temporary directory and machine-made numbers left out.
+#[track_caller]
+fn refused(dir: &Path, said: Said, code: i32) -> String {
+    assert_eq!(said.code, code, "{}{}", said.out, said.err);
+    assert!(!said.err.contains("panicked"), "{}", said.err);
+    let text = said.err.replace(&dir.display().to_string(), "DIR").replace(&root().display().to_string(), "ROOT");
+    let hashes = |word: &str| word.len() >= 32 && word.chars().all(|c| c.is_ascii_hexdigit());
+    let lines = text.lines().map(|line| {
+        line.split_inclusive(|c: char| !c.is_ascii_alphanumeric())
+            .map(|word| {
+                let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+                if hashes(bare) { word.replace(bare, "HASH") } else { word.to_owned() }
+            })
+            .collect::<String>()
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// One snapshot for a table of command lines.
+#[test]
+fn wrong_command_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = [
+        "",
+        "conver",
+        "convert --tp-sizes 2",
+        "convert --tp-size two",
+        "convert --tp-size 0",
+        "convert --dtype int8",
+        "convert --moe-tp-mode 3",
+        "convert --tp-size 4 --moe-tp-mode 0",
+        "convert --tp-size 4 --moe-tp-size 3",
+        "convert --tp-size 4 --moe-tp-size 2 --moe-ep-size 4",
+        "convert --moe-normalization-mode 2",
+        "convert --use-weight-only --weight-only-precision int4",
+        "convert --qformat fp8",
+        "convert --kv-cache-dtype int8",
+        "build --gemm-plugin int8",
+        "build --moe-plugin cublaslt",
+        "build --block-size 48",
+        "build --checkpoint-dir a --model-config mixtral-8x7b",
+        "build --arch sm_90a",
+        "build --max-beam-width 4",
+        "build --max-input-len 64 --max-seq-len 64",
+        "build --use-fp8-context-fmha enable",
+        "run --max-output-len 0",
+        "run --temperature -1",
+        "run --top-p 1.5",
+        "run --num-beams 4",
+        "run --chat",
+        "run --num-return-sequences 2",
+        "run --json --streaming",
+        "run --input-text a --input-file b.txt",
+        "run --output-log-probs-npy x.npy",
+        "inspect",
+    ];
+    let mut text = String::new();
+    for line in lines {
+        text += &format!("$ mixtral {line}\n{}\n\n", refused(dir.path(), mixtral_in(dir.path(), line, &[]), 2));
+    }
+    insta::assert_snapshot!(text);
+}
+
+#[test]
+fn directories_that_are_something_else() {
+    let dir = example_engine("--dtype auto", "");
+    let at = dir.path();
+    fs::create_dir(at.join("empty")).unwrap();
+    fs::create_dir(at.join("mine")).unwrap();
+    fs::write(at.join("mine/thesis.tex"), "precious").unwrap();
+    let model = root().join("examples/tiny-mixtral").display().to_string();
+    let lines = [
+        "convert --model-dir nowhere".to_owned(),
+        "convert --model-dir empty".to_owned(),
+        "convert --model-dir tllm_checkpoint".to_owned(),
+        format!("convert --model-dir {model} --output-dir mine"),
+        format!("convert --model-dir {model} --tp-size 16"),
+        "build --checkpoint-dir nowhere".to_owned(),
+        "build --checkpoint-dir empty".to_owned(),
+        format!("build --checkpoint-dir {model}"),
+        "build --output-dir mine".to_owned(),
+        "build --gemm-plugin f16".to_owned(),
+        "build --model-config mixtral-9x9b".to_owned(),
+        "run --engine-dir nowhere".to_owned(),
+        "run --engine-dir empty".to_owned(),
+        "run --engine-dir tllm_checkpoint".to_owned(),
+        format!("run --engine-dir {model}"),
+        "run --tokenizer-dir empty".to_owned(),
+        "inspect nowhere".to_owned(),
+        "inspect empty".to_owned(),
+    ];
+    let mut text = String::new();
+    for line in lines {
+        let said = refused(at, mixtral_in(at, &line, &[]), 1);
+        text += &format!("$ mixtral {}\n{said}\n\n", line.replace(&model, "MODEL"));
+    }
+    insta::assert_snapshot!(text);
+    assert_eq!(fs::read_to_string(at.join("mine/thesis.tex")).unwrap(), "precious");
+}
+
+#[test]
+fn prompts_that_cannot_be_answered() {
+    let dir = example_engine("--dtype auto", "--max-seq-len 64");
+    let at = dir.path();
+    for (name, content) in [
+        ("unknown.csv", "1,2\n3,99999\n"),
+        ("words.csv", "1,two,3\n"),
+        ("negative.csv", "1,-2\n"),
+        ("blank.csv", "\"\",\"\"\n"),
+        ("nothing.csv", ""),
+        ("nothing.txt", ""),
+        ("prompts.docx", "x"),
+        ("array.npy", "not numpy"),
+        ("fine.csv", "1,2\n"),
+    ] {
+        fs::write(at.join(name), content).unwrap();
+    }
+    fs::write(at.join("binary.txt"), [0xff, 0xfe, 0x00]).unwrap();
+    let long = "word ".repeat(100);
+    let mut text = String::new();
+    let mut case = |line: &str, more: &[&str]| {
+        let said = refused(at, mixtral_in(at, line, more), 1);
+        text += &format!("$ mixtral {line}\n{said}\n\n");
+    };
+    for name in [
+        "unknown.csv",
+        "words.csv",
+        "negative.csv",
+        "blank.csv",
+        "nothing.csv",
+        "nothing.txt",
+        "prompts.docx",
+        "array.npy",
+        "binary.txt",
+        "missing.txt",
+    ] {
+        case(&format!("run --max-output-len 4 --input-file {name}"), &[]);
+    }
+    case("run --max-output-len 8 --input-text", &["fine", &long]);
+    case("run --max-output-len 64 --input-text", &["fine"]);
+    case("run --max-output-len 4 --no-add-special-tokens --input-text", &[""]);
+    case("run --max-output-len 4 --end-id -7 --input-file fine.csv", &[]);
+    case("run --max-output-len 4 --output-csv nowhere/out.csv --input-file fine.csv", &[]);
+    insta::assert_snapshot!(text);
+}
+
+/// Each damage on a fresh copy of one engine.
+#[test]
+fn damaged_engines() {
+    let dir = example_engine("--dtype auto", "");
+    let at = dir.path();
+    type Damage = (&'static str, fn(&Path));
+    let damages: [Damage; 12] = [
+        ("an engine of a later version", |e| edit_config(e, |v| v["mixtral_engine_format"] = 99.into())),
+        ("config.json without ranks", |e| edit_config(e, |v| v["ranks"] = Value::Array(vec![]))),
+        ("config.json with an impossible geometry", |e| edit_config(e, |v| v["model"]["num_kv_heads"] = 7.into())),
+        ("config.json cut short", |e| truncate(&e.join("config.json"), 100)),
+        ("no config.json, as after a kill", |e| {
+            fs::remove_file(e.join("config.json")).unwrap();
+            fs::write(e.join(".mixtral-lock"), "").unwrap();
+        }),
+        ("no program", |e| fs::remove_file(e.join("rank0.engine")).unwrap()),
+        ("a program cut short", |e| truncate(&e.join("rank0.engine"), 200)),
+        ("a program with a flipped bit", |e| flip(&e.join("rank0.engine"), 3000)),
+        ("no weights", |e| fs::remove_file(e.join("rank0.weights.safetensors")).unwrap()),
+        ("weights cut short", |e| truncate(&e.join("rank0.weights.safetensors"), 100_000)),
+        ("weights with a flipped bit in the header", |e| flip(&e.join("rank0.weights.safetensors"), 60)),
+        ("a tokenizer that is no JSON", |e| fs::write(e.join("tokenizer.json"), "{").unwrap()),
+    ];
+    let mut text = String::new();
+    for (name, damage) in damages {
+        let copy = at.join("copy");
+        let _ = fs::remove_dir_all(&copy);
+        fs::create_dir(&copy).unwrap();
+        for entry in fs::read_dir(at.join("engine_outputs")).unwrap() {
+            let entry = entry.unwrap();
+            // Copied: the weights are a hard link of the checkpoint's.
+            fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+        }
+        damage(&copy);
+        let said = refused(at, mixtral_in(at, "run --engine-dir copy --max-output-len 4", &[]), 1);
+        text += &format!("{name}\n{said}\n\n");
+    }
+    insta::assert_snapshot!(text);
+}
+
+fn edit_config(engine: &Path, change: impl Fn(&mut Value)) {
+    let path = engine.join("config.json");
+    let mut value: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut value);
+    fs::write(&path, value.to_string()).unwrap();
+}
+
+fn truncate(path: &Path, len: usize) {
+    let bytes = fs::read(path).unwrap();
+    fs::write(path, &bytes[..len]).unwrap();
+}
+
+fn flip(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+/// Weights that make the model say nothing: the run ends naming the step.
+#[test]
+fn logits_that_are_not_numbers() {
+    let dir = example_engine("--dtype auto", "");
+    let at = dir.path();
+    let path = at.join("engine_outputs/rank0.weights.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    // The last tensors of the file are 16-bit weights: NaN all over the last 64 KB.
+    let len = bytes.len();
+    bytes[len - 65_536..].fill(0xff);
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, bytes).unwrap();
+    let said = refused(at, mixtral_in(at, "run --max-output-len 4 --input-text ROMEO:", &[]), 1);
+    assert!(said.contains("step 0") && said.contains("not finite"), "{said}");
+}

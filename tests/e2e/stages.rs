@@ -1,0 +1,107 @@
+//! The three stages, and the directories between them.
+
+use serde_json::Value;
+
+use crate::tool::{example_engine, mixtral_in, root};
+
+/// The old commands with only the program's name changed.
+#[test]
+fn the_old_spelling_works() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = root().join("examples/tiny-mixtral");
+    let model = model.display();
+    let at = dir.path();
+    let convert = format!(
+        "convert --model_dir {model} --output_dir ./ckpt --dtype float16 --tp_size 1 --moe_tp_mode 1 --load_by_shard --workers 2"
+    );
+    let said = mixtral_in(at, &convert, &[]);
+    assert!(said.err.contains("warning: accepted for old command lines, without effect here: --load-by-shard"));
+    said.ok();
+    mixtral_in(
+        at,
+        "build --checkpoint_dir ./ckpt --output_dir ./engine --gemm_plugin float16 --max_batch_size 8 --strongly_typed",
+        &[],
+    )
+    .ok();
+    let run = format!("run --engine_dir ./engine --tokenizer_dir {model} --max_output_len 24 --input_text");
+    let said = mixtral_in(at, &run, &["KING RICHARD III:\nWhat", "ROMEO:\n"]).ok();
+    insta::assert_snapshot!("old_spelling", said);
+    // The defaults of the directories are each other's: the short commands give the same.
+    mixtral_in(at, &format!("convert --model_dir {model}"), &[]).ok();
+    mixtral_in(at, "build", &[]).ok();
+    let short = mixtral_in(at, "run --max_output_len 24 --input_text", &["KING RICHARD III:\nWhat", "ROMEO:\n"]);
+    assert_eq!(short.ok(), said);
+}
+
+#[test]
+fn conversion_and_build_are_reproducible() {
+    let (a, b) = (example_engine("--dtype auto", ""), example_engine("--dtype auto", ""));
+    for file in [
+        "tllm_checkpoint/config.json",
+        "tllm_checkpoint/rank0.safetensors",
+        "engine_outputs/config.json",
+        "engine_outputs/rank0.engine",
+        "engine_outputs/rank0.weights.safetensors",
+        "engine_outputs/tokenizer.json",
+    ] {
+        let read = |dir: &tempfile::TempDir| std::fs::read(dir.path().join(file)).unwrap();
+        assert!(read(&a) == read(&b), "{file}");
+    }
+}
+
+#[test]
+fn dry_run_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = root().join("examples/tiny-mixtral");
+    let said =
+        mixtral_in(dir.path(), &format!("convert --model_dir {} --tp_size 2 --dry-run", model.display()), &[]).ok();
+    assert!(said.contains("rank 1:") && said.contains("disk") && said.contains("memory"), "{said}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn inspect_says_what_is_there() {
+    let dir = example_engine("--dtype auto", "");
+    let checkpoint = mixtral_in(dir.path(), "inspect tllm_checkpoint", &[]).ok();
+    assert!(checkpoint.contains("transformer.layers.3.mlp.fc.weight"), "{checkpoint}");
+    let engine = mixtral_in(dir.path(), "inspect engine_outputs", &[]).ok();
+    assert!(engine.contains("\nop expert_gate_up "), "{engine}");
+    for (what, tensor) in [("tllm_checkpoint", 0), ("engine_outputs", 0)] {
+        let said = mixtral_in(dir.path(), &format!("inspect {what} --json"), &[]).ok();
+        let value: Value = serde_json::from_str(&said).unwrap();
+        assert_eq!(value["ranks"][0]["tensors"][tensor]["name"], "transformer.vocab_embedding.weight");
+    }
+}
+
+/// Without a checkpoint: a geometry, dummy weights, token ids in and out.
+#[test]
+fn dummy_weights_need_no_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let geometry = "--vocab_size 99 --n_layer 2 --n_head 4 --n_kv_head 2 --n_embd 32 --inter_size 40 --n_positions 64 --moe_num_experts 4 --moe_top_k 2";
+    mixtral_in(at, &format!("convert --output_dir c --dtype bf16 {geometry}"), &[]).ok();
+    std::fs::write(at.join("ids.csv"), "1,2,3\n4\n").unwrap();
+    let generate = |seed: u32, config: &str| {
+        mixtral_in(at, &format!("build {config} --output_dir e{seed} --seed {seed}"), &[]).ok();
+        mixtral_in(
+            at,
+            &format!("run --engine_dir e{seed} --input_file ids.csv --max_output_len 6 --output_csv out.csv"),
+            &[],
+        )
+        .ok();
+        std::fs::read_to_string(at.join("out.csv")).unwrap()
+    };
+    let first = generate(1, "--checkpoint_dir c");
+    assert_eq!(first.lines().map(|l| l.split(',').count()).collect::<Vec<_>>(), [6, 6]);
+    assert_eq!(first, generate(1, "--model_config c/config.json"));
+    assert_ne!(first, generate(2, "--checkpoint_dir c"));
+}
+
+#[test]
+fn explain_and_graph_show_the_program() {
+    let dir = example_engine("--dtype auto", "--explain --graph program.dot");
+    let dot = std::fs::read_to_string(dir.path().join("program.dot")).unwrap();
+    assert!(dot.starts_with("digraph program {") && dot.contains("expert_down"));
+    let said = mixtral_in(dir.path(), "build --explain", &[]).ok();
+    assert!(said.contains("us at roof") && said.contains("op route ") && said.contains("decode of 1 token"), "{said}");
+}

@@ -1,0 +1,64 @@
+//! Running the binary.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use tempfile::TempDir;
+
+/// What a command printed, and its exit code.
+#[derive(Debug)]
+pub struct Said {
+    pub out: String,
+    pub err: String,
+    pub code: i32,
+}
+
+impl Said {
+    /// Standard output of a command that must have worked.
+    #[track_caller]
+    pub fn ok(self) -> String {
+        assert_eq!(self.code, 0, "{}{}", self.out, self.err);
+        self.out
+    }
+}
+
+/// The workspace's root.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the workspace")
+}
+
+/// The binary, built once by cargo in the profile of the tests.
+fn binary() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--quiet", "--package", "mixtral"]).current_dir(root());
+        assert!(build.status().expect("cargo runs").success(), "the binary builds");
+        // This test lies in target/<profile>/deps.
+        let test = std::env::current_exe().expect("this test has a path");
+        test.ancestors().nth(2).expect("deps lies in the profile's directory").join("mixtral")
+    })
+}
+
+/// Runs `mixtral` with the words of `line`, and then `more`, in `dir`.
+pub fn mixtral_in(dir: &Path, line: &str, more: &[&str]) -> Said {
+    let output = Command::new(binary())
+        .args(line.split_whitespace())
+        .args(more)
+        .current_dir(dir)
+        .env_remove("RUST_BACKTRACE")
+        .output()
+        .expect("the binary starts");
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the tool prints UTF-8");
+    Said { out: text(output.stdout), err: text(output.stderr), code: output.status.code().unwrap_or(-1) }
+}
+
+/// An engine of the example model in a temporary directory, in `engine_outputs`; built with `build_flags`.
+pub fn example_engine(convert_flags: &str, build_flags: &str) -> TempDir {
+    let dir = TempDir::new().expect("a temporary directory");
+    let model = root().join("examples/tiny-mixtral");
+    mixtral_in(dir.path(), &format!("convert --model_dir {} {convert_flags}", model.display()), &[]).ok();
+    mixtral_in(dir.path(), &format!("build {build_flags}"), &[]).ok();
+    dir
+}
