@@ -83,8 +83,10 @@ fn install_venv(workspace: &Workspace, venv: &Path, requirements: &str) -> Resul
     };
     println!("{} with {python}", workspace.shown(venv).display());
     run(Command::new(&python).args(["-m", "venv", "--clear"]).arg(venv))?;
-    let pip = ["-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--requirement", REQUIREMENTS];
-    workspace.run(Command::new(interpreter(venv)).args(pip)).with_context(|| {
+    println!("pip install --requirement {REQUIREMENTS}, which takes some minutes and gigabytes");
+    let mut pip = Command::new(interpreter(venv));
+    pip.args(["-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]);
+    workspace.run(pip.args(["--requirement", REQUIREMENTS])).with_context(|| {
         format!(
             "installing {REQUIREMENTS} takes a package index and about 6 GB of disk; \
              `cargo xtask test --skip-python` does without"
