@@ -11,6 +11,9 @@ use crate::workspace::{Workspace, output, shell_word};
 const MODEL: &str = "examples/tiny-mixtral";
 const PROMPT: &str = "ROMEO:\n";
 
+/// Greedy text of so small a model soon repeats itself.
+const SAMPLING: &[&str] = &["--temperature", "0.8", "--top_k", "0", "--top_p", "0.95", "--random_seed", "1"];
+
 /// Builds the tool, then runs the stages into `target/demo`. The text comes last.
 pub(crate) fn demo(workspace: &Workspace) -> Result<()> {
     workspace.cargo(&["build", "--package", "mixtral"])?;
@@ -41,7 +44,8 @@ fn stages(directory: &str) -> [Vec<String>; 3] {
     let stages: [&[&str]; 3] = [
         &["convert", "--model_dir", MODEL, "--output_dir", &checkpoint, "--dtype", "bfloat16"],
         &["build", "--checkpoint_dir", &checkpoint, "--output_dir", &engine],
-        &["run", "--engine_dir", &engine, "--max_output_len", "96", "--input_text", PROMPT],
+        &[&["run", "--engine_dir", &engine, "--max_output_len", "96"][..], SAMPLING, &["--input_text", PROMPT]]
+            .concat(),
     ];
     stages.map(|words| words.iter().map(|&word| word.to_owned()).collect())
 }
