@@ -1,5 +1,8 @@
 //! The naive graph of a rank: one operation per mathematical operation, every intermediate in a buffer of its own.
 //!
+//! Weights are a rank's. Where ranks hold parts of a sum or of a row, the graph is written as if the part were the
+//! whole; the first pass places the collectives that make it so. A pipeline stage begins with `recv` and ends with `send`.
+//!
 //! The graph is itself a [`Program`] whose arena is not planned yet: passes rewrite it, and at any point between two
 //! passes it can be planned and run. That is how fused is shown to equal unfused.
 
@@ -24,6 +27,7 @@ pub fn naive(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     let program = Program {
         rank: rank.0,
         world_size: mapping.world_size(),
+        tp_size: mapping.tp_size,
         dtype: model.dtype,
         vocab_size: model.vocab_size,
         num_layers: model.num_layers,
@@ -43,8 +47,16 @@ pub fn naive(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     };
     let mut graph = Graph { model, program, num_heads: mapping.heads(model, rank).len() };
     let experts = mapping.experts(model, rank);
-    let mut hidden = graph.activation("embedded", Rows::Tokens, model.hidden_size);
-    graph.push(Op::Embed { table: TensorId::Embedding.to_string(), vocab_start: 0, out: hidden.clone() });
+    let mut hidden = if mapping.is_first_stage(rank) {
+        graph.embed(match config.embedding_shards() {
+            Some(0) => mapping.vocab(model, rank).start,
+            _ => 0,
+        })
+    } else {
+        let out = graph.activation("received", Rows::Tokens, model.hidden_size);
+        graph.push(Op::Recv { out: out.clone(), from: rank.0 - mapping.tp_size });
+        out
+    };
     for (layer, model_layer) in mapping.layers(model, rank).enumerate() {
         hidden = graph.attention(layer, &hidden);
         hidden = if model.has_router() {
@@ -53,7 +65,11 @@ pub fn naive(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
             graph.dense(layer, &hidden)
         };
     }
-    graph.logits(&hidden);
+    if mapping.is_last_stage(rank) {
+        graph.logits(&hidden);
+    } else {
+        graph.push(Op::Send { input: hidden, to: rank.0 + mapping.tp_size });
+    }
     graph.program
 }
 
@@ -82,6 +98,13 @@ impl Graph<'_> {
     /// Rows and columns of a weight seen as a matrix.
     fn weight_rows(&self, id: TensorId) -> usize {
         self.program.weight(&id.to_string()).map_or(0, Weight::rows)
+    }
+
+    fn embed(&mut self, vocab_start: usize) -> String {
+        let table = TensorId::Embedding.to_string();
+        let out = self.activation("embedded", Rows::Tokens, self.model.hidden_size);
+        self.push(Op::Embed { table, vocab_start, out: out.clone() });
+        out
     }
 
     fn norm(&mut self, id: TensorId, input: &str, name: String, rows: Rows) -> String {
@@ -198,7 +221,7 @@ impl Graph<'_> {
             expert_ids,
             expert_weights,
             experts,
-            residual: hidden.to_owned(),
+            residual: Some(hidden.to_owned()),
             out: out.clone(),
             norm: None,
         });
@@ -220,7 +243,8 @@ impl Graph<'_> {
         let last = self.activation("last_hidden", Rows::Logits, self.model.hidden_size);
         self.push(Op::GatherRows { input: hidden.to_owned(), out: last.clone() });
         let normed = self.norm(TensorId::FinalNorm, &last, "final_hidden".to_owned(), Rows::Logits);
-        let logits = self.buffer("logits", ElemType::F32, Rows::Logits, self.weight_rows(TensorId::LmHead));
+        let cols = self.program.tp_size * self.weight_rows(TensorId::LmHead);
+        let logits = self.buffer("logits", ElemType::F32, Rows::Logits, cols);
         self.push(Op::Linear {
             input: normed,
             weight: TensorId::LmHead.to_string(),

@@ -5,7 +5,7 @@ use mixtral_engine::{Limits, Program};
 use mixtral_model::Rank;
 
 use crate::graph;
-use crate::passes::PASSES;
+use crate::passes::{PASSES, place_collectives};
 
 /// The program of `rank`, fused and with its arena planned.
 #[must_use]
@@ -18,10 +18,11 @@ pub fn lower(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     program
 }
 
-/// The program of `rank` with its arena planned and nothing fused: what fusion is compared with.
+/// The program of `rank` with its collectives placed, its arena planned and nothing fused: what fusion is compared with.
 #[must_use]
 pub fn lower_unfused(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     let mut program = graph::naive(config, rank, limits);
+    place_collectives::run(&mut program);
     finish(&mut program);
     program
 }

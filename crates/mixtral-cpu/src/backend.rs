@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
-use mixtral_engine::{Backend, BackendError, Program, StepInputs, StepOutputs, Weights};
+use mixtral_engine::{Backend, BackendError, Collectives, Program, StepInputs, StepOutputs, Weights};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::cache::KvCache;
@@ -49,6 +49,7 @@ pub struct CpuBackend {
     pool: ThreadPool,
     simd: Simd,
     counts: Option<Vec<Vec<u64>>>,
+    ranks: Option<Arc<dyn Collectives>>,
 }
 
 impl CpuBackend {
@@ -90,7 +91,14 @@ impl CpuBackend {
         }
         let counts = options.count_experts.then(|| vec![vec![0; program.num_experts]; program.num_layers]);
         let work = Workspace::new()?;
-        Ok(CpuBackend { program, resolved, weights, arena, cache, work, scratch, pool, simd, counts })
+        Ok(CpuBackend { program, resolved, weights, arena, cache, work, scratch, pool, simd, counts, ranks: None })
+    }
+
+    /// Gives the backend the other ranks, which a program of several speaks to.
+    #[must_use]
+    pub fn with_ranks(mut self, ranks: Arc<dyn Collectives>) -> Self {
+        self.ranks = Some(ranks);
+        self
     }
 
     /// The program.
@@ -119,6 +127,7 @@ impl CpuBackend {
             cache: &mut self.cache,
             work: &mut self.work,
             counts: self.counts.as_deref_mut(),
+            ranks: self.ranks.as_deref(),
             outputs: StepOutputs::default(),
         };
         let pool = &self.pool;

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use mixtral_engine::{BackendError, Program, StepInputs, StepOutputs};
+use mixtral_engine::{BackendError, Collectives, Program, StepInputs, StepOutputs};
 use mixtral_model::MoeNormalization;
 
 use crate::cache::KvCache;
@@ -11,8 +11,10 @@ use crate::kernels::experts::ExpertLists;
 use crate::kernels::kv::Heads;
 use crate::kernels::linear::Workspace;
 use crate::kernels::rope::RopeTable;
-use crate::kernels::{attention, combine, elementwise, embed, experts, kv, linear, norm, rope, routing, sample};
-use crate::resolve::{BufferId, Chosen, Finish, Norm, Step};
+use crate::kernels::{
+    attention, collective, combine, elementwise, embed, experts, kv, linear, norm, rope, routing, sample,
+};
+use crate::resolve::{BufferId, Chosen, Finish, Norm, Residual, Step};
 use crate::weights::Matrix;
 
 /// Everything that the operations of one step touch.
@@ -28,10 +30,12 @@ pub(crate) struct Machine<'a> {
     pub(crate) work: &'a mut Workspace,
     /// Tokens each expert was given, if they are counted.
     pub(crate) counts: Option<&'a mut [Vec<u64>]>,
+    /// The other ranks, if there are any.
+    pub(crate) ranks: Option<&'a dyn Collectives>,
     pub(crate) outputs: StepOutputs,
 }
 
-impl Machine<'_> {
+impl<'a> Machine<'a> {
     /// Where a buffer's rows of this step are in the arena.
     fn span(&self, buffer: BufferId) -> Range<usize> {
         let buffer = &self.program.buffers[buffer];
@@ -56,6 +60,24 @@ impl Machine<'_> {
             copy.copy_from_slice(original);
         }
         Ok(())
+    }
+
+    /// The buffer `out` takes on what a sum will be added to.
+    fn begin_sum(&mut self, residual: Residual, out: BufferId) -> Result<(), BackendError> {
+        match residual {
+            Residual::InPlace => {}
+            Residual::Buffer(original) => self.copy(Some(original), out)?,
+            Residual::None => {
+                let [out] = self.carve([out])?;
+                out.fill(0);
+            }
+        }
+        Ok(())
+    }
+
+    fn ranks(&self) -> Result<&'a dyn Collectives, BackendError> {
+        self.ranks
+            .ok_or_else(|| BackendError::Other("the program speaks to other ranks, but there are none".to_owned()))
     }
 
     pub(crate) fn run(&mut self, step: &Step) -> Result<(), BackendError> {
@@ -143,13 +165,42 @@ impl Machine<'_> {
                 experts::expert_down(&ctx, self.work, input, self.weights[*weight], lists, out)?;
             }
             Step::Combine { input, chosen, experts, residual, out, norm } => {
-                self.copy(*residual, *out)?;
+                self.begin_sum(*residual, *out)?;
                 let cols = self.cols(*out);
                 let [input, ids, weights, out] = self.carve([*input, chosen.ids, chosen.weights, *out])?;
                 combine::combine(&ctx, input, ints(ids), floats(weights), experts, cols, out);
                 if let Some(norm) = norm {
                     self.norm(norm)?;
                 }
+            }
+            Step::AllReduce { input, residual, out, norm } => {
+                self.begin_sum(*residual, *out)?;
+                let (ranks, tp_size, cols) = (self.ranks()?, self.program.tp_size, self.cols(*out));
+                let [input, out] = self.carve([*input, *out])?;
+                let mut parts = vec![0; tp_size * input.len()];
+                ranks.all_gather(input, &mut parts)?;
+                collective::add_sum(&ctx, &parts, cols, matches!(residual, Residual::None), out);
+                if let Some(norm) = norm {
+                    self.norm(norm)?;
+                }
+            }
+            Step::AllGather { input, out } => {
+                let (ranks, tp_size) = (self.ranks()?, self.program.tp_size);
+                let row_bytes = self.cols(*input) * self.program.buffers[*input].dtype.size();
+                let [input, out] = self.carve([*input, *out])?;
+                let mut parts = vec![0; tp_size * input.len()];
+                ranks.all_gather(input, &mut parts)?;
+                collective::join_columns(&parts, tp_size, row_bytes, out);
+            }
+            Step::Send { input, to } => {
+                let ranks = self.ranks()?;
+                let [input] = self.carve([*input])?;
+                ranks.send(*to, input)?;
+            }
+            Step::Recv { out, from } => {
+                let ranks = self.ranks()?;
+                let [out] = self.carve([*out])?;
+                ranks.recv(*from, out)?;
             }
             Step::GatherRows { input, out } => {
                 let row_bytes = ctx.row_bytes(self.cols(*out));

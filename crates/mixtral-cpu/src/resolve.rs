@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{BackendError, Epilogue, Op, Program};
 use mixtral_model::MoeNormalization;
 
@@ -100,9 +101,27 @@ pub(crate) enum Step {
         input: BufferId,
         chosen: Chosen,
         experts: Range<usize>,
-        residual: Option<BufferId>,
+        residual: Residual,
         out: BufferId,
         norm: Option<Norm>,
+    },
+    AllReduce {
+        input: BufferId,
+        residual: Residual,
+        out: BufferId,
+        norm: Option<Norm>,
+    },
+    AllGather {
+        input: BufferId,
+        out: BufferId,
+    },
+    Send {
+        input: BufferId,
+        to: usize,
+    },
+    Recv {
+        out: BufferId,
+        from: usize,
     },
     GatherRows {
         input: BufferId,
@@ -111,6 +130,17 @@ pub(crate) enum Step {
     Sample {
         logits: BufferId,
     },
+}
+
+/// What a sum is added to.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Residual {
+    /// Nothing.
+    None,
+    /// What the output holds.
+    InPlace,
+    /// Another buffer.
+    Buffer(BufferId),
 }
 
 /// Operands of a norm.
@@ -176,7 +206,9 @@ fn check_overlap(program: &Program, index: usize, op: &Op) -> Result<(), Backend
     let in_place = match op {
         Op::Add { b, out, .. } => (b == out).then_some(out),
         Op::Linear { residual, out, .. } => (residual.as_ref() == Some(out)).then_some(out),
-        Op::Combine { residual, out, .. } => (residual == out).then_some(out),
+        Op::Combine { residual, out, .. } | Op::AllReduce { residual, out, .. } => {
+            (residual.as_ref() == Some(out)).then_some(out)
+        }
         Op::Rope { data, .. } => Some(data),
         Op::RopeWriteKv { qkv, .. } => Some(qkv),
         _ => None,
@@ -229,6 +261,23 @@ impl Resolver<'_> {
     /// `None` if the operand is the output itself.
     fn unless_in_place(&self, name: &str, out: &str) -> Result<Option<BufferId>, BackendError> {
         if name == out { Ok(None) } else { self.buffer(name).map(Some) }
+    }
+
+    fn residual(&self, residual: Option<&str>, out: &str) -> Result<Residual, BackendError> {
+        Ok(match residual {
+            None => Residual::None,
+            Some(name) if name == out => Residual::InPlace,
+            Some(name) => Residual::Buffer(self.buffer(name)?),
+        })
+    }
+
+    /// The norm of `out` that ends a fused operation.
+    fn fused_norm(&self, norm: Option<&FusedNorm>, out: &str) -> Result<Option<Norm>, BackendError> {
+        let resolve = |norm: &FusedNorm| {
+            let (input, weight) = (self.buffer(out)?, self.weight(&norm.weight)?);
+            Ok(Norm { input, weight, eps: norm.eps, out: self.buffer(&norm.out)? })
+        };
+        norm.map(resolve).transpose()
     }
 
     fn chosen(&self, ids: &str, weights: &str) -> Result<Chosen, BackendError> {
@@ -326,18 +375,19 @@ impl Resolver<'_> {
                 input: self.buffer(input)?,
                 chosen: self.chosen(expert_ids, expert_weights)?,
                 experts: experts[0]..experts[1],
-                residual: self.unless_in_place(residual, out)?,
+                residual: self.residual(residual.as_deref(), out)?,
                 out: self.buffer(out)?,
-                norm: match norm {
-                    None => None,
-                    Some(norm) => Some(Norm {
-                        input: self.buffer(out)?,
-                        weight: self.weight(&norm.weight)?,
-                        eps: norm.eps,
-                        out: self.buffer(&norm.out)?,
-                    }),
-                },
+                norm: self.fused_norm(norm.as_ref(), out)?,
             },
+            Op::AllReduce { input, residual, out, norm } => Step::AllReduce {
+                input: self.buffer(input)?,
+                residual: self.residual(residual.as_deref(), out)?,
+                out: self.buffer(out)?,
+                norm: self.fused_norm(norm.as_ref(), out)?,
+            },
+            Op::AllGather { input, out } => Step::AllGather { input: self.buffer(input)?, out: self.buffer(out)? },
+            Op::Send { input, to } => Step::Send { input: self.buffer(input)?, to: *to },
+            Op::Recv { out, from } => Step::Recv { out: self.buffer(out)?, from: *from },
             Op::GatherRows { input, out } => Step::GatherRows { input: self.buffer(input)?, out: self.buffer(out)? },
             Op::Sample { logits } => Step::Sample { logits: self.buffer(logits)? },
         })

@@ -80,6 +80,9 @@ pub enum BackendError {
         /// The value.
         value: f32,
     },
+    /// Another rank, or the way to it.
+    #[error("{0}")]
+    Peer(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// Memory that could not be had.
     #[error("{what} needs {needed} bytes, which could not be allocated; {hint}")]
     OutOfMemory {
@@ -93,6 +96,28 @@ pub enum BackendError {
     /// Anything else, said by the backend.
     #[error("{0}")]
     Other(String),
+}
+
+/// What a rank's program says to the other ranks. Every rank of a group makes the same calls in the same order; a call
+/// returns when this rank's part is done, or when the group is broken.
+pub trait Collectives: Send + Sync {
+    /// `all = mine_0 ‖ mine_1 ‖ …` over the tensor-parallel group, in ascending rank; all of one length.
+    ///
+    /// # Errors
+    /// If a rank of the group is gone.
+    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), BackendError>;
+
+    /// Sends to a rank. Does not wait for the receiver.
+    ///
+    /// # Errors
+    /// If the rank is gone.
+    fn send(&self, to: usize, bytes: &[u8]) -> Result<(), BackendError>;
+
+    /// Receives from a rank; messages of one rank arrive in order.
+    ///
+    /// # Errors
+    /// If the rank is gone, or the message is of another length.
+    fn recv(&self, from: usize, bytes: &mut [u8]) -> Result<(), BackendError>;
 }
 
 /// An interpreter of one rank's program, with its weights and cache.

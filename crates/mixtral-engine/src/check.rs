@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::memory::ALIGN;
+use crate::op::FusedNorm;
 use crate::{Buffer, ElemType, Epilogue, Limits, Op, Program, Rows, Weight};
 
 /// A program that cannot run.
@@ -127,6 +128,10 @@ impl Program {
     fn check_numbers(&self) -> Result<(), ProgramError> {
         in_range("world_size", self.world_size, 1, 4096)?;
         in_range("rank", self.rank, 0, self.world_size - 1)?;
+        in_range("tp_size", self.tp_size, 1, self.world_size)?;
+        if !self.world_size.is_multiple_of(self.tp_size) {
+            return range("tp_size", self.tp_size, &format!("a divisor of world_size {}", self.world_size));
+        }
         in_range("vocab_size", self.vocab_size, 1, MAX)?;
         in_range("num_layers", self.num_layers, 1, 1 << 14)?;
         in_range("num_experts", self.num_experts, 0, 1 << 14)?;
@@ -261,6 +266,16 @@ impl<'a> Scope<'a> {
         Ok(())
     }
 
+    /// The residual and the norm that an operation ends with.
+    fn finish(&self, residual: Option<&str>, out: &Buffer, norm: Option<&FusedNorm>) -> Result<(), String> {
+        if let Some(residual) = residual {
+            alike(self.activation(residual)?, out)?;
+        }
+        let Some(norm) = norm else { return Ok(()) };
+        self.vector(&norm.weight, out.cols)?;
+        alike(out, self.activation(&norm.out)?)
+    }
+
     fn check_op(&self, op: &Op) -> Result<(), String> {
         let kv = self.program.kv;
         match op {
@@ -382,10 +397,26 @@ impl<'a> Scope<'a> {
                 same("rows of the input", input.rows, Rows::Assignments)?;
                 same("columns of the input", input.cols, out.cols)?;
                 same("rows of the output", out.rows, Rows::Tokens)?;
-                alike(self.activation(residual)?, out)?;
-                let Some(norm) = norm else { return Ok(()) };
-                self.vector(&norm.weight, out.cols)?;
-                alike(out, self.activation(&norm.out)?)
+                self.finish(residual.as_deref(), out, norm.as_ref())
+            }
+            Op::AllReduce { input, residual, out, norm } => {
+                let (input, out) = (self.activation(input)?, self.activation(out)?);
+                alike(input, out)?;
+                self.finish(residual.as_deref(), out, norm.as_ref())
+            }
+            Op::AllGather { input, out } => {
+                let (input, out) = (self.buffer(input)?, self.buffer(out)?);
+                same("types", input.dtype, out.dtype)?;
+                same("rows", input.rows, out.rows)?;
+                same("columns of the output", out.cols, input.cols.saturating_mul(self.program.tp_size))
+            }
+            Op::Send { input: buffer, to: peer } | Op::Recv { out: buffer, from: peer } => {
+                self.buffer(buffer)?;
+                if *peer < self.program.world_size && *peer != self.program.rank {
+                    Ok(())
+                } else {
+                    Err(format!("rank {peer} is not another rank of {}", self.program.world_size))
+                }
             }
             Op::GatherRows { input, out } => {
                 let (input, out) = (self.activation(input)?, self.activation(out)?);

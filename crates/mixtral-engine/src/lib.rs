@@ -23,7 +23,7 @@ pub mod program;
 pub mod sampling;
 pub mod text;
 
-pub use backend::{Backend, BackendError, StepOutputs, WeightSource, WeightView, Weights};
+pub use backend::{Backend, BackendError, Collectives, StepOutputs, WeightSource, WeightView, Weights};
 pub use check::ProgramError;
 pub use dir::{EngineConfig, EngineDir, EngineError, EngineWriter, MappedWeights, WeightsKind};
 pub use inputs::{InputError, SampleRequest, StepInputs};

@@ -237,8 +237,8 @@ pub enum Op {
         ladder: Vec<Rung>,
     },
     /// `out[t] = round(residual[t] + Σ_j expert_weights[t][j] · input[t·k + j])`: the sum over local experts in
-    /// ascending id from +0, each term by fused multiply-add, the residual added last. With `norm`, [`Op::Norm`] of
-    /// `out` follows.
+    /// ascending id from +0, each term by fused multiply-add, the residual (if there is one) added last. With `norm`,
+    /// [`Op::Norm`] of `out` follows.
     Combine {
         /// Buffer `[T·k, H]`.
         input: String,
@@ -248,13 +248,50 @@ pub enum Op {
         expert_weights: String,
         /// Local experts `[start, end)`.
         experts: [usize; 2],
-        /// Buffer `[T, H]`; may be `out`.
-        residual: String,
+        /// Buffer `[T, H]`; may be `out`. Absent where the sum is a rank's part of one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        residual: Option<String>,
         /// Buffer `[T, H]`.
         out: String,
         /// The RMSNorm that follows.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         norm: Option<FusedNorm>,
+    },
+    /// The sum of a buffer over the ranks of the tensor-parallel group: `sum = round(Σ_r input_r)`, in f32 and in
+    /// ascending rank. Then `out = sum`, or with a residual `out = round(sum + residual)`. With `norm`, [`Op::Norm`] of
+    /// `out` follows.
+    AllReduce {
+        /// Buffer `[n, m]`: this rank's part, rounded.
+        input: String,
+        /// Buffer `[n, m]`; may be `out`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        residual: Option<String>,
+        /// Buffer `[n, m]`.
+        out: String,
+        /// The RMSNorm that follows.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        norm: Option<FusedNorm>,
+    },
+    /// `out[i] = input_0[i] ‖ input_1[i] ‖ …` over the ranks of the tensor-parallel group, in ascending rank.
+    AllGather {
+        /// Buffer `[n, m]`: this rank's columns.
+        input: String,
+        /// Buffer `[n, tp_size · m]`, of the same type.
+        out: String,
+    },
+    /// Sends a buffer's rows of this step to the same rank of the next pipeline stage.
+    Send {
+        /// Buffer `[n, m]`.
+        input: String,
+        /// The receiving rank.
+        to: usize,
+    },
+    /// Receives a buffer's rows of this step from the same rank of the stage before.
+    Recv {
+        /// Buffer `[n, m]`.
+        out: String,
+        /// The sending rank.
+        from: usize,
     },
     /// `out[l] = input[logits_indices[l]]`.
     GatherRows {
@@ -304,6 +341,10 @@ impl Op {
             Op::SiluMul { .. } => "silu_mul",
             Op::ExpertDown { .. } => "expert_down",
             Op::Combine { .. } => "combine",
+            Op::AllReduce { .. } => "all_reduce",
+            Op::AllGather { .. } => "all_gather",
+            Op::Send { .. } => "send",
+            Op::Recv { .. } => "recv",
             Op::GatherRows { .. } => "gather_rows",
             Op::Sample { .. } => "sample",
         }
@@ -313,10 +354,14 @@ impl Op {
     #[must_use]
     pub fn reads(&self) -> Vec<&str> {
         match self {
-            Op::Embed { .. } => vec![],
-            Op::Norm { input, .. } | Op::GatherRows { input, .. } | Op::SiluMul { input, .. } => vec![input],
+            Op::Embed { .. } | Op::Recv { .. } => vec![],
+            Op::Norm { input, .. }
+            | Op::GatherRows { input, .. }
+            | Op::SiluMul { input, .. }
+            | Op::AllGather { input, .. }
+            | Op::Send { input, .. } => vec![input],
             Op::Add { a, b, .. } => vec![a, b],
-            Op::Linear { input, residual, .. } => {
+            Op::Linear { input, residual, .. } | Op::AllReduce { input, residual, .. } => {
                 let mut reads = vec![input.as_str()];
                 reads.extend(residual.as_deref());
                 reads
@@ -332,7 +377,9 @@ impl Op {
                 vec![input, offsets, order]
             }
             Op::Combine { input, expert_ids, expert_weights, residual, .. } => {
-                vec![input, expert_ids, expert_weights, residual]
+                let mut reads = vec![input.as_str(), expert_ids, expert_weights];
+                reads.extend(residual.as_deref());
+                reads
             }
         }
     }
@@ -349,9 +396,11 @@ impl Op {
             | Op::ExpertGateUp { out, .. }
             | Op::SiluMul { out, .. }
             | Op::ExpertDown { out, .. }
+            | Op::AllGather { out, .. }
+            | Op::Recv { out, .. }
             | Op::GatherRows { out, .. } => vec![out],
             Op::Rope { data, .. } => vec![data],
-            Op::WriteKv { .. } | Op::Sample { .. } => vec![],
+            Op::WriteKv { .. } | Op::Sample { .. } | Op::Send { .. } => vec![],
             Op::RopeWriteKv { qkv, .. } => vec![qkv],
             Op::Softmax { probs, .. } => vec![probs],
             Op::TopK { expert_ids, expert_weights, .. } => vec![expert_ids, expert_weights],
@@ -359,7 +408,7 @@ impl Op {
             Op::Route { expert_ids, expert_weights, offsets, order, .. } => {
                 vec![expert_ids, expert_weights, offsets, order]
             }
-            Op::Combine { out, norm, .. } => {
+            Op::Combine { out, norm, .. } | Op::AllReduce { out, norm, .. } => {
                 let mut writes = vec![out.as_str()];
                 writes.extend(norm.as_ref().map(|n| n.out.as_str()));
                 writes
@@ -376,7 +425,7 @@ impl Op {
             | Op::Linear { weight, .. }
             | Op::ExpertGateUp { weight, .. }
             | Op::ExpertDown { weight, .. } => vec![weight],
-            Op::Combine { norm, .. } => norm.iter().map(|n| n.weight.as_str()).collect(),
+            Op::Combine { norm, .. } | Op::AllReduce { norm, .. } => norm.iter().map(|n| n.weight.as_str()).collect(),
             _ => vec![],
         }
     }

@@ -191,6 +191,8 @@ pub struct Program {
     pub rank: usize,
     /// Ranks of the engine.
     pub world_size: usize,
+    /// Ranks of a tensor-parallel group; this rank's group is the one that its number falls into.
+    pub tp_size: usize,
     /// Data type of the activations.
     pub dtype: DType,
     /// Vocabulary entries that can be drawn.

@@ -58,6 +58,7 @@ pub enum TextError {
 struct Header {
     rank: usize,
     world_size: usize,
+    tp_size: usize,
     dtype: DType,
     vocab_size: usize,
     num_layers: usize,
@@ -74,6 +75,7 @@ impl Program {
         let header = Header {
             rank: self.rank,
             world_size: self.world_size,
+            tp_size: self.tp_size,
             dtype: self.dtype,
             vocab_size: self.vocab_size,
             num_layers: self.num_layers,
@@ -144,6 +146,7 @@ impl Program {
         let program = Program {
             rank: header.rank,
             world_size: header.world_size,
+            tp_size: header.tp_size,
             dtype: header.dtype,
             vocab_size: header.vocab_size,
             num_layers: header.num_layers,

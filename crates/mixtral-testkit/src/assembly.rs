@@ -59,6 +59,7 @@ impl Assembly {
             program: Program {
                 rank: 0,
                 world_size: 1,
+                tp_size: 1,
                 dtype,
                 vocab_size: 29,
                 num_layers: 1,

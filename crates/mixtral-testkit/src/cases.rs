@@ -541,6 +541,7 @@ fn experts(dtype: DType) -> Vec<Case> {
                     out: a.activation("normalized", Rows::Tokens, hidden),
                 });
                 let (expert_ids, expert_weights) = (name("ids"), name("weights"));
+                let residual = Some(residual);
                 a.op(Op::Combine { input, expert_ids, expert_weights, experts: local, residual, out, norm });
                 let text = format!("combine {text} in place {in_place} norm {with_norm}");
                 let case = given(Case::new(text, a, inputs.clone())).fill("x", 1.0).fill("weights", 0.3);

@@ -162,7 +162,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
             expert_ids,
             expert_weights,
             experts: all,
-            residual: x.clone(),
+            residual: Some(x.clone()),
             out: x.clone(),
             norm: fused.then(|| norm.clone()),
         });

@@ -224,7 +224,7 @@ impl Reference<'_> {
             }
             Op::Combine { input, expert_ids, expert_weights, experts, residual, out, norm } => {
                 let cols = self.cols(out);
-                let mut values = state.floats(residual).to_vec();
+                let mut values = state.floats(residual.as_ref().expect("a residual")).to_vec();
                 for (a, (&id, weight)) in state.ints(expert_ids).iter().zip(state.floats(expert_weights)).enumerate() {
                     if (experts[0]..experts[1]).contains(&at(id)) {
                         let row = &state.floats(input)[a * cols..][..cols];
@@ -245,6 +245,10 @@ impl Reference<'_> {
                 state.set(out, values);
             }
             Op::Sample { .. } => {}
+            // What several ranks compute together is held against what one computes alone.
+            Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. } => {
+                panic!("{} has no reference of one rank", op.name())
+            }
         }
     }
 

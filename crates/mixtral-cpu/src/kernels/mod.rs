@@ -1,6 +1,7 @@
 //! One operation a file. A kernel takes slices, never names; a fused operation calls its parts' functions.
 
 pub(crate) mod attention;
+pub(crate) mod collective;
 pub(crate) mod combine;
 pub(crate) mod context;
 pub(crate) mod elementwise;
