@@ -124,6 +124,18 @@ def to_fused(tensors, config):
     return fused
 
 
+def to_stacked(consolidated, config):
+    """Mistral's older spelling, that of 8x7B: an MLP's experts below each other in one matrix, w2 transposed."""
+    stacked = {name.replace(".feed_forward.", ".block_sparse_moe."): tensor
+               for name, tensor in consolidated.items() if ".experts." not in name}
+    for layer in range(config.num_hidden_layers):
+        for part in ("w1", "w2", "w3"):
+            experts = [consolidated[f"layers.{layer}.feed_forward.experts.{expert}.{part}.weight"]
+                       for expert in range(config.num_local_experts)]
+            stacked[f"layers.{layer}.block_sparse_moe.{part}"] = torch.cat([e.T if part == "w2" else e for e in experts])
+    return stacked
+
+
 def to_consolidated(tensors, config):
     """(tensors, params.json) as Mistral publishes them.
 

@@ -21,7 +21,7 @@ import torch
 
 from check_checkpoint import LAYOUTS, Miss, check_checkpoint, layout_models
 from common import load_model, random_model, read_tensors, run_tool, save_model
-from common import to_consolidated, to_fused, write_tensors
+from common import to_consolidated, to_fused, to_stacked, write_tensors
 
 
 def old_config(directory):
@@ -55,6 +55,8 @@ def write_sources(model, config, dtype, root):
         consolidated, params = to_consolidated(tensors, config)
         add("consolidated, one file", consolidated, "consolidated", 1, {"params.json": params})
         add("consolidated, 2 shards", consolidated, "consolidated", 2, {"params.json": params})
+        if config.model_type == "mixtral":
+            add("consolidated, stacked", to_stacked(consolidated, config), "consolidated", 1, {"params.json": params})
     return sources
 
 
