@@ -3,8 +3,8 @@
 
     train_tiny_mixtral.py TEXT OUTPUT_DIR [--minutes 4] [--steps 1500] [...]
 
-The output directory is in Hugging Face's format, weights in bf16 under the names that published Mixtral checkpoints use.
-The text is cut as `perplexity_tiny_mixtral.split_text` says: the model and its tokenizer see the first 90 %, the
+The output directory is in Hugging Face's format, weights in bf16 under the names that published Mixtral checkpoints
+use. The text is cut as `perplexity_tiny_mixtral.split_text` says: the model and its tokenizer see the first 90 %, the
 checkpoint with the lowest loss on the next 5 % is kept, and the last 5 % are never looked at.
 """
 

@@ -4,10 +4,10 @@
     check_checkpoint.py HF_DIR CHECKPOINT_DIR...
     check_checkpoint.py --self-test
 
-HF_DIR has transformers' per-expert names, and each checkpoint was converted from it with `--dtype auto`. Written from the
-description of the format, and shares no code with the converter. For each rank: the file's tensor names, shapes and data
-types are exactly the expected ones. Over the ranks: every element of every Hugging Face tensor is there with its bits,
-copies agree, and padding is zero.
+HF_DIR has transformers' per-expert names, and each checkpoint was converted from it with `--dtype auto`. Written from
+the description of the format, and shares no code with the converter. For each rank: the file's tensor names, shapes
+and data types are exactly the expected ones. Over the ranks: every element of every Hugging Face tensor is there with
+its bits, copies agree, and padding is zero.
 """
 
 import argparse
@@ -119,8 +119,9 @@ def pieces(geometry, layout, rank):
             here += n
         out[p + "attention.qkv.weight"] = ([here, g.hidden], False, qkv)
         q = heads * g.head_dim
+        columns_q = slice(tp_rank * q, (tp_rank + 1) * q)
         out[p + "attention.dense.weight"] = ([g.hidden, q], False, [
-            (hf + "self_attn.o_proj.weight", (everything, slice(tp_rank * q, (tp_rank + 1) * q)), (everything, everything))])
+            (hf + "self_attn.o_proj.weight", (everything, columns_q), (everything, everything))])
         if g.mixtral:
             out[p + "mlp.router.weight"] = ([g.experts, g.hidden], True, [
                 (hf + "block_sparse_moe.gate.weight", (everything,), (everything,))])

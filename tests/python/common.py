@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
+torch.set_num_threads(1)  # the matrices here are too small to share
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -25,18 +26,19 @@ def random_model(config, seed):
     model = (MixtralForCausalLM if config.model_type == "mixtral" else MistralForCausalLM)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     # Standard deviations, times the square root of the input's width. Sharp routers make near-ties rare. Blocks that
-    # add to the residual in moderation keep it from amplifying one f32 rounding into the tolerance: two right f32
-    # implementations then differ by up to 4e-6 of the largest logit, and with full gains by up to 9e-6.
-    gains = {"gate.weight": 3.0, "o_proj.weight": 0.5, "down_proj": 0.5, "down_proj.weight": 0.5,
-             "lm_head.weight": 2.0}
+    # add to the residual in moderation keep it from amplifying f32 rounding: transformers' own code paths differ by
+    # about 1e-6 of the largest logit at most, a tenth of what parity allows.
+    gains = {"gate.weight": 3.0, "o_proj.weight": 0.5, "down_proj": 0.5, "down_proj.weight": 0.5, "lm_head.weight": 2.0}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name:
+            if name == "model.norm.weight" and config.tie_word_embeddings:
+                # Of either sign: else a tied lm_head, the embedding itself, says the last token again and again.
+                parameter.copy_(noise * 2 / math.sqrt(len(noise)))
+            elif "norm" in name:
                 parameter.copy_(1 + 0.2 * noise)
             elif "embed_tokens" in name:
-                # A tied embedding is the lm_head too, so it may not be as wide.
-                parameter.copy_(noise * (2.0 / math.sqrt(parameter.shape[-1]) if config.tie_word_embeddings else 1.0))
+                parameter.copy_(noise)
             else:
                 gain = next((g for suffix, g in gains.items() if name.endswith(suffix)), 1.0)
                 parameter.copy_(noise * gain / math.sqrt(parameter.shape[-1]))
@@ -120,6 +122,18 @@ def to_fused(tensors, config):
         fused[f"{new}.gate_up_proj"] = torch.stack([torch.cat([of(e, "w1"), of(e, "w3")]) for e in experts])
         fused[f"{new}.down_proj"] = torch.stack([of(e, "w2") for e in experts])
     return fused
+
+
+def to_stacked(consolidated, config):
+    """Mistral's older spelling, that of 8x7B: an MLP's experts below each other in one matrix, w2 transposed."""
+    stacked = {name.replace(".feed_forward.", ".block_sparse_moe."): tensor
+               for name, tensor in consolidated.items() if ".experts." not in name}
+    for layer in range(config.num_hidden_layers):
+        for part in ("w1", "w2", "w3"):
+            experts = [consolidated[f"layers.{layer}.feed_forward.experts.{expert}.{part}.weight"]
+                       for expert in range(config.num_local_experts)]
+            stacked[f"layers.{layer}.block_sparse_moe.{part}"] = torch.cat([e.T if part == "w2" else e for e in experts])
+    return stacked
 
 
 def to_consolidated(tensors, config):

@@ -4,10 +4,10 @@
     layouts.py --mixtral PATH
     layouts.py --self-test
 
-Small random models are written as transformers 4 named them, as transformers 5 fuses them and as Mistral publishes them,
-each as one file and as shards with an index. Every source is converted with `--dtype auto` to every layout of
-`check_checkpoint.LAYOUTS`. The directories must agree byte for byte (tokenizer files aside), and the checkpoint of the
-first source passes check_checkpoint.
+Small random models are written as transformers 4 named them, as transformers 5 fuses them and as Mistral publishes
+them, each as one file and as shards with an index. Every source is converted with `--dtype auto` to every layout of
+`check_checkpoint.LAYOUTS`. The directories must agree byte for byte (tokenizer files aside), and the checkpoint of
+the first source passes check_checkpoint.
 """
 
 import argparse
@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from check_checkpoint import LAYOUTS, Miss, check_checkpoint, layout_models
-from common import load_model, random_model, read_tensors, run_tool, save_model, to_consolidated, to_fused, write_tensors
+from common import load_model, random_model, read_tensors, run_tool, save_model
+from common import to_consolidated, to_fused, to_stacked, write_tensors
 
 
 def old_config(directory):
@@ -54,6 +55,8 @@ def write_sources(model, config, dtype, root):
         consolidated, params = to_consolidated(tensors, config)
         add("consolidated, one file", consolidated, "consolidated", 1, {"params.json": params})
         add("consolidated, 2 shards", consolidated, "consolidated", 2, {"params.json": params})
+        if config.model_type == "mixtral":
+            add("consolidated, stacked", to_stacked(consolidated, config), "consolidated", 1, {"params.json": params})
     return sources
 
 
