@@ -30,6 +30,11 @@ impl<'a> Context<'a> {
         Context { simd, dtype, scratch }
     }
 
+    /// Workers of the pool.
+    pub(crate) fn num_workers(&self) -> usize {
+        self.scratch.len()
+    }
+
     /// Whether a loop of so many elementary operations is shared out.
     pub(crate) fn is_parallel(&self, work: usize) -> bool {
         self.scratch.len() > 1 && work >= MIN_PARALLEL

@@ -15,8 +15,10 @@ use crate::weights::Matrix;
 
 /// Tokens of a block.
 const TOKENS: usize = 128;
-/// Weight rows of a block, and of a task.
+/// Weight rows of a block.
 const ROWS: usize = 32;
+/// Most weight rows of a streamed task: every change of task costs a microsecond or two of a thread's bandwidth.
+const STREAMED_ROWS: usize = 1024;
 /// Columns of a block of K.
 const DEPTH: usize = 1024;
 
@@ -50,18 +52,21 @@ pub(crate) fn linear(
     ctx.reserve_scratch((ROWS * DEPTH.min(padded) + TOKENS.min(inputs.len()) * ROWS * LANES).max(rows + extra))?;
     for (inputs, outs) in inputs.chunks(TOKENS).zip(outs.chunks_mut(TOKENS)) {
         let n = inputs.len();
-        work.x.reserve_floats(n * padded)?;
-        work.acc.reserve_floats(n * rows.next_multiple_of(ROWS))?;
-        let x = &mut work.x.floats_mut()[..n * padded];
-        let acc = &mut work.acc.floats_mut()[..n * rows.next_multiple_of(ROWS)];
         let streamed = n <= STREAM_COLUMNS;
+        // A few tasks a worker, so that an interrupted one holds the others up little.
+        let share = rows.div_ceil(4 * ctx.num_workers()).next_multiple_of(ROWS);
+        let task_rows = if streamed { share.min(STREAMED_ROWS) } else { ROWS };
         let depth = if streamed { padded } else { DEPTH };
+        work.x.reserve_floats(n * padded)?;
+        work.acc.reserve_floats(n * rows.next_multiple_of(task_rows))?;
+        let x = &mut work.x.floats_mut()[..n * padded];
+        let acc = &mut work.acc.floats_mut()[..n * rows.next_multiple_of(task_rows)];
         widen_inputs(ctx, inputs, weight.cols, depth, x);
         let x = &*x;
-        ctx.for_chunks(acc, ROWS * n, rows * padded * n, |task, acc| {
-            let rows = weight.rows(task * ROWS, ((task + 1) * ROWS).min(rows));
+        ctx.for_chunks(acc, task_rows * n, rows * padded * n, |task, acc| {
+            let rows = weight.rows(task * task_rows, ((task + 1) * task_rows).min(rows));
             if streamed {
-                ctx.simd.stream(rows.dtype, rows.bytes, rows.cols, x, padded, n, acc, ROWS);
+                ctx.simd.stream(rows.dtype, rows.bytes, rows.cols, x, padded, n, acc, task_rows);
             } else {
                 ctx.with_scratch(|scratch| block(ctx, rows, x, n, acc, scratch));
             }
@@ -70,8 +75,8 @@ pub(crate) fn linear(
         let finish_one = |i: usize, out: &mut [u8]| {
             ctx.with_scratch(|mut scratch| {
                 let (row, extra) = (take(&mut scratch, rows), take(&mut scratch, extra));
-                for (task, row) in row.chunks_mut(ROWS).enumerate() {
-                    row.copy_from_slice(&acc[(task * n + i) * ROWS..][..row.len()]);
+                for (task, row) in row.chunks_mut(task_rows).enumerate() {
+                    row.copy_from_slice(&acc[(task * n + i) * task_rows..][..row.len()]);
                 }
                 finish(row, out, extra);
             });

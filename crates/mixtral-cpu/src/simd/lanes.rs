@@ -28,6 +28,8 @@ pub(super) trait Lanes: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// The lanes' sum: l with l + 8, then + 4, + 2, + 1.
     unsafe fn sum(self) -> f32;
+    /// Asks for the cache line at `p`, which may lie anywhere.
+    fn prefetch(p: *const u8);
 }
 
 /// Plain Rust, for machines without the vector instructions and for comparison.
@@ -96,6 +98,9 @@ impl Lanes for Portable {
         }
         self.0[0]
     }
+
+    #[inline(always)]
+    fn prefetch(_: *const u8) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -209,6 +214,11 @@ mod x86 {
                 sum4(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)))
             }
         }
+
+        #[inline(always)]
+        fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
+        }
     }
 
     /// One register; needs AVX-512F besides what [`Avx2`] needs.
@@ -277,6 +287,11 @@ mod x86 {
                 let x = _mm256_add_ps(_mm512_castps512_ps256(self.0), high);
                 sum4(_mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x)))
             }
+        }
+
+        #[inline(always)]
+        fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) };
         }
     }
 }

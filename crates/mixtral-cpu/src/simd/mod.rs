@@ -54,7 +54,7 @@ impl Isa {
 pub(crate) struct Simd(Isa);
 
 /// Most columns that [`Simd::stream`] takes at once.
-pub(crate) const STREAM_COLUMNS: usize = 4;
+pub(crate) const STREAM_COLUMNS: usize = 8;
 
 /// Rows of [`Simd::block`] come in multiples of this.
 pub(crate) const BLOCK_ROWS: usize = 4;
@@ -75,7 +75,8 @@ macro_rules! by_dtype {
 
 /// One module of wrappers: the instruction set's vector and features, and the tile sizes that fill its registers.
 macro_rules! wrappers {
-    ($module:ident, $lanes:ty, $(#[$features:meta])?, rows: $rows:tt, columns: $columns:tt, groups: $groups:tt) => {
+    ($module:ident, $lanes:ty, $(#[$features:meta])?, stream: [$stream1:tt, $stream2:tt, $stream3:tt, $stream4:tt, $stream5:tt, $stream6:tt, $stream7:tt, $stream8:tt],
+     rows: $rows:tt, columns: $columns:tt, groups: $groups:tt) => {
         // SAFETY (of every call): the machine has the features, by the wrapper's contract; sizes are asserted.
         #[expect(clippy::undocumented_unsafe_blocks, reason = "one contract for all, stated above")]
         mod $module {
@@ -104,10 +105,14 @@ macro_rules! wrappers {
             ) {
                 unsafe {
                     match n {
-                        1 => by_dtype!(dtype, stream, $lanes, [4, 1], (w, cols, x, x_stride, out, out_stride)),
-                        2 => by_dtype!(dtype, stream, $lanes, [4, 2], (w, cols, x, x_stride, out, out_stride)),
-                        3 => by_dtype!(dtype, stream, $lanes, [4, 3], (w, cols, x, x_stride, out, out_stride)),
-                        4 => by_dtype!(dtype, stream, $lanes, [4, 4], (w, cols, x, x_stride, out, out_stride)),
+                        1 => by_dtype!(dtype, stream, $lanes, [$stream1, 1], (w, cols, x, x_stride, out, out_stride)),
+                        2 => by_dtype!(dtype, stream, $lanes, [$stream2, 2], (w, cols, x, x_stride, out, out_stride)),
+                        3 => by_dtype!(dtype, stream, $lanes, [$stream3, 3], (w, cols, x, x_stride, out, out_stride)),
+                        4 => by_dtype!(dtype, stream, $lanes, [$stream4, 4], (w, cols, x, x_stride, out, out_stride)),
+                        5 => by_dtype!(dtype, stream, $lanes, [$stream5, 5], (w, cols, x, x_stride, out, out_stride)),
+                        6 => by_dtype!(dtype, stream, $lanes, [$stream6, 6], (w, cols, x, x_stride, out, out_stride)),
+                        7 => by_dtype!(dtype, stream, $lanes, [$stream7, 7], (w, cols, x, x_stride, out, out_stride)),
+                        8 => by_dtype!(dtype, stream, $lanes, [$stream8, 8], (w, cols, x, x_stride, out, out_stride)),
                         _ => panic!("{n} columns in a stream"),
                     }
                 }
@@ -158,11 +163,11 @@ macro_rules! wrappers {
     };
 }
 
-wrappers!(portable, lanes::Portable, , rows: 2, columns: 2, groups: 1);
+wrappers!(portable, lanes::Portable, , stream: [1, 1, 1, 1, 1, 1, 1, 1], rows: 2, columns: 2, groups: 1);
 #[cfg(target_arch = "x86_64")]
-wrappers!(avx2, lanes::Avx2, #[target_feature(enable = "avx2,fma,f16c")], rows: 2, columns: 3, groups: 1);
+wrappers!(avx2, lanes::Avx2, #[target_feature(enable = "avx2,fma,f16c")], stream: [4, 2, 2, 1, 1, 1, 1, 1], rows: 2, columns: 3, groups: 1);
 #[cfg(target_arch = "x86_64")]
-wrappers!(avx512, lanes::Avx512, #[target_feature(enable = "avx512f,avx2,fma,f16c")], rows: 4, columns: 6, groups: 4);
+wrappers!(avx512, lanes::Avx512, #[target_feature(enable = "avx512f,avx2,fma,f16c")], stream: [2, 2, 2, 2, 2, 2, 2, 2], rows: 4, columns: 6, groups: 4);
 
 /// Calls the chosen set's wrapper.
 macro_rules! dispatch {

@@ -122,6 +122,7 @@ unsafe fn accumulate<L: Lanes, E: Elem, const R: usize, const C: usize>(
     x: *const f32,
     x_stride: usize,
     groups: usize,
+    prefetch: Option<usize>,
     acc: &mut [[L; C]; R],
 ) {
     // SAFETY: the caller's R rows of w and C rows of x hold `groups` groups each.
@@ -129,7 +130,11 @@ unsafe fn accumulate<L: Lanes, E: Elem, const R: usize, const C: usize>(
         for g in 0..groups {
             let mut rows = [L::splat(0.0); R];
             for r in 0..R {
-                rows[r] = E::load(w.add(r * w_stride + g * LANES * E::SIZE));
+                let row = w.add(r * w_stride + g * LANES * E::SIZE);
+                if let Some(ahead) = prefetch.filter(|_| (g * LANES * E::SIZE).is_multiple_of(64)) {
+                    L::prefetch(row.wrapping_add(ahead));
+                }
+                rows[r] = E::load(row);
             }
             for c in 0..C {
                 let column = L::load_f32(x.add(c * x_stride + g * LANES).cast());
@@ -155,7 +160,7 @@ unsafe fn stream_rows<L: Lanes, E: Elem, const R: usize, const C: usize>(
     unsafe {
         let mut acc = [[L::splat(0.0); C]; R];
         let (groups, tail) = (cols / LANES, cols % LANES);
-        accumulate::<L, E, R, C>(w, cols * E::SIZE, x, x_stride, groups, &mut acc);
+        accumulate::<L, E, R, C>(w, cols * E::SIZE, x, x_stride, groups, Some(32768), &mut acc);
         if tail > 0 {
             let start = groups * LANES;
             for r in 0..R {
@@ -222,7 +227,7 @@ unsafe fn block_columns<L: Lanes, const R: usize, const C: usize>(
                 }
             }
             let w = w.add(r0 * depth).cast();
-            accumulate::<L, F32, R, C>(w, depth * 4, x, depth, depth / LANES, &mut tile);
+            accumulate::<L, F32, R, C>(w, depth * 4, x, depth, depth / LANES, None, &mut tile);
             for r in 0..R {
                 for c in 0..C {
                     tile[r][c].store_f32(acc.add((c * rows + r0 + r) * LANES).cast());
