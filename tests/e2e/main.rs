@@ -4,6 +4,7 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
 mod generate;
+mod goldens;
 mod refusals;
 mod stages;
 mod tool;

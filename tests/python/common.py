@@ -57,7 +57,26 @@ def load_model(directory, dtype, attention="eager", experts="eager"):
     kind = json.loads((Path(directory) / "config.json").read_text())["model_type"]
     options = {"experts_implementation": experts} if kind == "mixtral" else {}
     cls = MixtralForCausalLM if kind == "mixtral" else MistralForCausalLM
-    return cls.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation=attention, **options).eval()
+    model = cls.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation=attention, **options).eval()
+    correct_inv_freq(model)
+    return model
+
+
+def correct_inv_freq(model):
+    """Sets the rotary frequencies to their correctly rounded f32 values.
+
+    They are 1 / theta^(2i/d), the power rounded to f32. torch's vectorized power is within one unit in the last place of
+    that, and for a few (theta, d), such as 1e6 and 14, it is one off. At position 300 that unit is 2e-5 of an angle, as
+    much as the whole limit on logits, so the reference takes the exact value. It may differ by that unit alone.
+    """
+    rotary, config = model.model.rotary_emb, model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+    powers = np.power(np.float64(config.rope_parameters["rope_theta"]), exponents.astype(np.float64)).astype(np.float32)
+    exact = np.float32(1) / powers
+    torch_values = rotary.inv_freq.numpy()
+    assert np.all(np.abs(torch_values - exact) <= 2 * np.spacing(exact)), "these are other frequencies"
+    rotary.inv_freq.copy_(torch.from_numpy(exact))
 
 
 def forward(model, ids):
