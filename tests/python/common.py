@@ -9,6 +9,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 
+import numpy as np
 import torch
 import transformers
 from safetensors.torch import load_file, save_file

@@ -9,7 +9,7 @@ use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_engine::{Limits, Program, SamplingParams, Weights};
 use mixtral_model::{DType, Mapping, ModelConfig, ModelFamily, MoeNormalization, Rank, TokenId};
 use mixtral_runtime::session::Geometry;
-use mixtral_runtime::{Request, Session};
+use mixtral_runtime::{Local, Request, Session};
 
 const LIMITS: Limits =
     Limits { max_batch_size: 4, max_num_tokens: 20, max_seq_len: 64, max_num_logits: 20, block_size: 16 };
@@ -34,7 +34,7 @@ fn logits(config: &CheckpointConfig, mut program: Program) -> Vec<u32> {
     let options = CpuOptions { kv_blocks: 12, threads: 2, ..CpuOptions::default() };
     let backend = CpuBackend::load(program, Weights::Dummy { seed: 5 }, options).unwrap();
     let geometry = Geometry { limits, vocab_size, gather_context_logits: true };
-    let mut session = Session::new(Box::new(backend), geometry, None);
+    let mut session = Session::new(Box::new(Local::new(Box::new(backend))), geometry, None);
     for len in [1u32, 17, 30] {
         let prompt = (0..len).map(|i| TokenId((7 * i + len) % 101)).collect();
         let request = Request {

@@ -1,11 +1,13 @@
 //! What one step computes: ragged sequences over a paged cache, decodes first.
 
+use std::borrow::Cow;
+
 use mixtral_model::TokenId;
 
 use crate::{Limits, Program, RandomKey, SamplingParams};
 
 /// The inputs of one step. All arrays are those that a GPU step reads, in its layout; dead slots are −1.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepInputs<'a> {
     /// How many of the sequences are decodes (one token each); they come first.
     pub num_decodes: usize,
@@ -30,7 +32,7 @@ pub struct StepInputs<'a> {
 }
 
 /// One draw of a next token.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct SampleRequest<'a> {
     /// Row of `logits_indices`.
     pub row: usize,
@@ -38,8 +40,8 @@ pub struct SampleRequest<'a> {
     pub params: SamplingParams,
     /// The draw's place in the random sequence.
     pub key: RandomKey,
-    /// The sequence's tokens so far, for the penalties.
-    pub tokens: &'a [TokenId],
+    /// The sequence's tokens so far, for the penalties; may be empty where there are none.
+    pub tokens: Cow<'a, [TokenId]>,
     /// How many of them were the prompt.
     pub prompt_len: usize,
     /// Tokens that may not be drawn.

@@ -7,8 +7,8 @@
 //! Reading order: [`op`] (the operations and what each one computes, to the rounding), [`program`] (buffers,
 //! weights, limits), [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
 //! offsets and the closed-form memory plan), [`inputs`] (the ragged, paged inputs of a step), [`math`],
-//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`], and [`dir`] (the
-//! engine directory).
+//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`],
+//! [`wire`] (a step on its way to other ranks), and [`dir`] (the engine directory).
 #![forbid(unsafe_code)]
 
 pub mod backend;
@@ -22,6 +22,7 @@ pub mod op;
 pub mod program;
 pub mod sampling;
 pub mod text;
+pub mod wire;
 
 pub use backend::{Backend, BackendError, Collectives, StepOutputs, WeightSource, WeightView, Weights};
 pub use check::ProgramError;
@@ -31,3 +32,4 @@ pub use op::{Epilogue, Op, Rung};
 pub use program::{Buffer, ElemType, KvLayout, Limits, Program, Rows, Weight, WeightFormat};
 pub use sampling::{RandomKey, SamplingParams};
 pub use text::TextError;
+pub use wire::WireError;

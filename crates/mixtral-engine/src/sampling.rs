@@ -47,6 +47,12 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Whether the tokens so far matter.
+    #[must_use]
+    pub fn has_penalties(&self) -> bool {
+        self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
     /// Whether the most likely token is always taken.
     #[must_use]
     pub fn is_greedy(&self) -> bool {
@@ -127,7 +133,7 @@ pub fn argmax(logits: &[f32]) -> usize {
 #[must_use]
 pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> TokenId {
     let params = &request.params;
-    penalize(logits, params, request.tokens, request.prompt_len);
+    penalize(logits, params, &request.tokens, request.prompt_len);
     let banned: BTreeSet<usize> =
         request.banned.iter().filter_map(|t| usize::try_from(t.0).ok()).filter(|&t| t < logits.len()).collect();
     if banned.len() < logits.len() {
@@ -199,7 +205,7 @@ mod tests {
     }
 
     fn request(params: SamplingParams, key: RandomKey) -> SampleRequest<'static> {
-        SampleRequest { row: 0, params, key, tokens: &[], prompt_len: 0, banned: Vec::new() }
+        SampleRequest { row: 0, params, key, tokens: (&[]).into(), prompt_len: 0, banned: Vec::new() }
     }
 
     fn frequencies(logits: &[f32], params: &SamplingParams, draws: u32) -> Vec<f64> {

@@ -2,10 +2,13 @@
 //!
 //! Reading order: [`tokenizer`] (text ↔ ids), [`request`] (what is asked for, and what may be refused), [`blocks`] (the
 //! pool of KV blocks), [`sequence`] (one request under way), [`stop`] (stop words across tokens), [`schedule`] (who
-//! computes what in the next step), [`session`] (submit, step, cancel).
+//! computes what in the next step), [`execute`] and [`ranks`] (by whom it is computed), [`session`] (submit, step,
+//! cancel).
 #![forbid(unsafe_code)]
 
 pub mod blocks;
+pub mod execute;
+pub mod ranks;
 pub mod request;
 pub mod schedule;
 pub mod sequence;
@@ -14,6 +17,7 @@ pub mod stop;
 pub mod tokenizer;
 
 pub use blocks::BlockPool;
+pub use execute::{Executor, Local};
 pub use request::{FinishReason, Refusal, Request, RequestId};
 pub use session::{Event, Session, Timing};
 pub use tokenizer::{Tokenizer, TokenizerError};

@@ -19,6 +19,8 @@ pub struct Chunk {
     pub sequence: usize,
     /// Tokens computed.
     pub num_tokens: usize,
+    /// Whether they are of the prompt.
+    pub is_prompt: bool,
     /// First of its rows of logits.
     pub first_logits_row: usize,
     /// How many rows of logits it has.
@@ -38,13 +40,20 @@ pub fn admit(queue: &mut VecDeque<Sequence>, running: &mut Vec<Sequence>, pool: 
     }
 }
 
-/// Deals the step's tokens to the running sequences. Decodes come first in the answer.
+/// Deals the step's tokens to those of the running sequences that do not wait for a token of an earlier step. Decodes
+/// come first in the answer. With `depth` steps under way at a time, a step takes its share of the sequences, so that the
+/// others find some too.
 #[must_use]
-pub fn plan(running: &[Sequence], limits: &Limits) -> Vec<Chunk> {
+pub fn plan(running: &[Sequence], limits: &Limits, depth: usize) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = Vec::new();
     let (mut tokens, mut logits, mut samples) = (limits.max_num_tokens, 0, 0);
-    let order = (0..running.len()).filter(|&i| running[i].is_decode());
-    for sequence in order.chain((0..running.len()).filter(|&i| !running[i].is_decode())) {
+    let share = running.len().div_ceil(depth);
+    let ready = || (0..running.len()).filter(|&i| !running[i].awaits_token && !running[i].cancelled);
+    let decodes = ready().filter(|&i| running[i].is_decode());
+    for sequence in decodes.chain(ready().filter(|&i| !running[i].is_decode())) {
+        if chunks.len() == share {
+            break;
+        }
         let state = &running[sequence];
         let mut num_tokens = state.num_pending().min(tokens);
         // A row of logits for the last token, or for each when those of the prompt are wanted.
@@ -61,6 +70,7 @@ pub fn plan(running: &[Sequence], limits: &Limits) -> Vec<Chunk> {
         chunks.push(Chunk {
             sequence,
             num_tokens,
+            is_prompt: !state.is_decode(),
             first_logits_row: logits,
             num_logits,
             sample: draws.then_some(samples),

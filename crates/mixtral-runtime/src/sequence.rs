@@ -26,6 +26,12 @@ pub struct Sequence {
     pub decode: DecodeState,
     /// Stop words.
     pub stop: StopMatcher,
+    /// Steps under way that compute tokens of it.
+    pub in_flight: usize,
+    /// Whether one of them draws its next token, so that nothing more can be computed before it is back.
+    pub awaits_token: bool,
+    /// Whether nobody wants it any more; it goes when its last step is back.
+    pub cancelled: bool,
     /// When it was submitted.
     pub submitted: Instant,
     /// When its first token was drawn.
@@ -43,6 +49,9 @@ impl Sequence {
             blocks: Vec::new(),
             decode: DecodeState::default(),
             stop: StopMatcher::new(&request.stop_words),
+            in_flight: 0,
+            awaits_token: false,
+            cancelled: false,
             submitted: Instant::now(),
             first_token: None,
             request,
@@ -88,7 +97,7 @@ impl Sequence {
             row,
             params,
             key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
-            tokens: &self.tokens,
+            tokens: (&self.tokens[..]).into(),
             prompt_len: self.prompt_len(),
             banned: self.banned(),
         }

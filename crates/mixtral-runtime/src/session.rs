@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mixtral_engine::{Backend, BackendError, Limits};
+use mixtral_engine::{BackendError, Limits, StepOutputs};
 use mixtral_model::TokenId;
 
 use crate::blocks::BlockPool;
+use crate::execute::Executor;
 use crate::request::{FinishReason, Refusal, Request, RequestId};
-use crate::schedule;
+use crate::schedule::{self, Chunk};
 use crate::sequence::Sequence;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
@@ -73,31 +74,51 @@ pub struct StepStats {
     pub prefill_tokens: usize,
     /// Tokens of decodes.
     pub decode_tokens: usize,
-    /// Wall time of the backend's step.
+    /// Wall time that it took; where steps overlap, since the one before was done.
     pub time: Duration,
 }
 
-/// Requests over a backend.
+/// A step under way.
+struct Flight {
+    parts: Vec<(RequestId, Chunk)>,
+    stats: StepStats,
+    started: Instant,
+}
+
+/// Requests over an executor.
 pub struct Session {
-    backend: Box<dyn Backend>,
+    executor: Box<dyn Executor>,
     tokenizer: Option<Arc<Tokenizer>>,
     geometry: Geometry,
     pool: BlockPool,
     queue: VecDeque<Sequence>,
     running: Vec<Sequence>,
+    flights: VecDeque<Flight>,
     submitted: usize,
+    /// Steps done.
     steps: u64,
     last_step: StepStats,
+    last_done: Option<Instant>,
 }
 
 impl Session {
     /// A session without requests. Without a tokenizer events carry no text and stop words have no effect.
     #[must_use]
-    pub fn new(backend: Box<dyn Backend>, geometry: Geometry, tokenizer: Option<Arc<Tokenizer>>) -> Self {
-        let pool = BlockPool::new(backend.kv_blocks());
-        let (queue, running) = (VecDeque::new(), Vec::new());
-        let last_step = StepStats::default();
-        Session { backend, tokenizer, geometry, pool, queue, running, submitted: 0, steps: 0, last_step }
+    pub fn new(executor: Box<dyn Executor>, geometry: Geometry, tokenizer: Option<Arc<Tokenizer>>) -> Self {
+        let pool = BlockPool::new(executor.kv_blocks());
+        Session {
+            executor,
+            tokenizer,
+            geometry,
+            pool,
+            queue: VecDeque::new(),
+            running: Vec::new(),
+            flights: VecDeque::new(),
+            submitted: 0,
+            steps: 0,
+            last_step: StepStats::default(),
+            last_done: None,
+        }
     }
 
     /// Queues a request.
@@ -137,16 +158,22 @@ impl Session {
         Ok(())
     }
 
-    /// Ends a request; whether it was still under way. Its blocks are free at once.
+    /// Ends a request; whether it was still under way. Its blocks are free as soon as no step is writing to them.
     pub fn cancel(&mut self, id: RequestId) -> bool {
         if let Some(at) = self.queue.iter().position(|s| s.id == id) {
             self.queue.remove(at);
             return true;
         }
-        let Some(at) = self.running.iter().position(|s| s.id == id) else { return false };
-        let sequence = self.running.remove(at);
-        self.pool.release(sequence.blocks);
+        let Some(at) = self.running.iter().position(|s| s.id == id && !s.cancelled) else { return false };
+        self.running[at].cancelled = true;
+        self.remove_cancelled();
         true
+    }
+
+    fn remove_cancelled(&mut self) {
+        for sequence in self.running.extract_if(.., |s| s.cancelled && s.in_flight == 0) {
+            self.pool.release(sequence.blocks);
+        }
     }
 
     /// Whether nothing is queued or running.
@@ -167,67 +194,106 @@ impl Session {
         self.last_step
     }
 
-    /// The backend, for its statistics.
-    #[must_use]
-    pub fn backend(&self) -> &dyn Backend {
-        &*self.backend
+    /// Tokens that each expert has been given, `[num_layers][num_experts]`.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, SessionError> {
+        self.executor.expert_counts().map_err(|source| SessionError::Backend { step: self.steps, source })
     }
 
-    /// Admits what fits, computes one step, and says what came of it. An idle session does nothing.
+    /// Admits what fits, launches as many steps as can be under way, waits for the oldest, and says what came of it. An
+    /// idle session does nothing.
     ///
     /// # Errors
     /// If the backend or the tokenizer fails.
     pub fn step(&mut self) -> Result<Vec<Event>, SessionError> {
-        let limits = self.geometry.limits;
-        schedule::admit(&mut self.queue, &mut self.running, &mut self.pool, &limits);
-        let chunks = schedule::plan(&self.running, &limits);
-        if chunks.is_empty() {
-            return Ok(Vec::new());
-        }
-        let inputs = schedule::inputs(&self.running, &chunks, &limits);
-        let started = Instant::now();
-        let outputs =
-            self.backend.step(&inputs).map_err(|source| SessionError::Backend { step: self.steps, source })?;
+        let depth = self.executor.depth();
+        while self.flights.len() < depth && self.launch(depth)? {}
+        let Some(flight) = self.flights.pop_front() else { return Ok(Vec::new()) };
+        let failed = |source| SessionError::Backend { step: self.steps, source };
+        let outputs = self.executor.collect().map_err(failed)?;
         let now = Instant::now();
+        let since = self.last_done.map_or(flight.started, |done| done.max(flight.started));
+        self.last_step = StepStats { time: now - since, ..flight.stats };
+        self.last_done = Some(now);
         self.steps += 1;
-        self.last_step = StepStats {
-            decode_tokens: inputs.num_decodes,
-            prefill_tokens: inputs.num_tokens() - inputs.num_decodes,
-            time: now - started,
-        };
-        let vocab_size = self.geometry.vocab_size;
         let mut events = Vec::new();
-        for chunk in &chunks {
-            let sequence = &mut self.running[chunk.sequence];
-            let was_prompt = !sequence.is_decode();
-            sequence.num_computed += chunk.num_tokens;
-            let rows =
-                |first: usize, count: usize| outputs.logits[first * vocab_size..(first + count) * vocab_size].to_vec();
-            let mut event = Event {
-                id: sequence.id,
-                token: None,
-                text: String::new(),
-                context_logits: Vec::new(),
-                generation_logits: Vec::new(),
-                finished: None,
-            };
-            if was_prompt && sequence.request.context_logits {
-                event.context_logits = rows(chunk.first_logits_row, chunk.num_logits);
-            }
-            if let Some(sample) = chunk.sample {
-                if sequence.request.generation_logits {
-                    event.generation_logits = rows(chunk.first_logits_row + chunk.num_logits - 1, 1);
-                }
-                accept(sequence, outputs.tokens[sample], self.tokenizer.as_deref(), now, &mut event)?;
-            }
-            if event.token.is_some() || !event.context_logits.is_empty() {
-                events.push(event);
-            }
+        for (id, chunk) in &flight.parts {
+            events.extend(self.land(*id, chunk, &outputs, now)?);
         }
         for event in events.iter().filter(|e| e.finished.is_some()) {
             self.cancel(event.id);
         }
+        self.remove_cancelled();
         Ok(events)
+    }
+
+    /// Launches a step, if there is anything to compute.
+    fn launch(&mut self, depth: usize) -> Result<bool, SessionError> {
+        let limits = self.geometry.limits;
+        schedule::admit(&mut self.queue, &mut self.running, &mut self.pool, &limits);
+        let chunks = schedule::plan(&self.running, &limits, depth);
+        if chunks.is_empty() {
+            return Ok(false);
+        }
+        let inputs = schedule::inputs(&self.running, &chunks, &limits);
+        let started = Instant::now();
+        let stats = StepStats {
+            decode_tokens: inputs.num_decodes,
+            prefill_tokens: inputs.num_tokens() - inputs.num_decodes,
+            time: Duration::ZERO,
+        };
+        let step = self.steps + self.flights.len() as u64;
+        self.executor.launch(&inputs).map_err(|source| SessionError::Backend { step, source })?;
+        let mut parts = Vec::with_capacity(chunks.len());
+        for chunk in chunks {
+            let sequence = &mut self.running[chunk.sequence];
+            sequence.num_computed += chunk.num_tokens;
+            sequence.in_flight += 1;
+            sequence.awaits_token = chunk.sample.is_some();
+            parts.push((sequence.id, chunk));
+        }
+        self.flights.push_back(Flight { parts, stats, started });
+        Ok(true)
+    }
+
+    /// What a step did for one request.
+    fn land(
+        &mut self,
+        id: RequestId,
+        chunk: &Chunk,
+        outputs: &StepOutputs,
+        now: Instant,
+    ) -> Result<Option<Event>, SessionError> {
+        let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) else { return Ok(None) };
+        sequence.in_flight -= 1;
+        if chunk.sample.is_some() {
+            sequence.awaits_token = false;
+        }
+        if sequence.cancelled {
+            return Ok(None);
+        }
+        let vocab_size = self.geometry.vocab_size;
+        let rows = |first: usize, count: usize| outputs.logits[first * vocab_size..][..count * vocab_size].to_vec();
+        let mut event = Event {
+            id,
+            token: None,
+            text: String::new(),
+            context_logits: Vec::new(),
+            generation_logits: Vec::new(),
+            finished: None,
+        };
+        if chunk.is_prompt && sequence.request.context_logits {
+            event.context_logits = rows(chunk.first_logits_row, chunk.num_logits);
+        }
+        if let Some(sample) = chunk.sample {
+            if sequence.request.generation_logits {
+                event.generation_logits = rows(chunk.first_logits_row + chunk.num_logits - 1, 1);
+            }
+            accept(sequence, outputs.tokens[sample], self.tokenizer.as_deref(), now, &mut event)?;
+        }
+        Ok((event.token.is_some() || !event.context_logits.is_empty()).then_some(event))
     }
 }
 

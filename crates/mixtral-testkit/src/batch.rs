@@ -89,7 +89,7 @@ pub fn greedy(row: usize) -> SampleRequest<'static> {
         row,
         params: SamplingParams::default(),
         key: RandomKey::default(),
-        tokens: &[],
+        tokens: (&[]).into(),
         prompt_len: 0,
         banned: Vec::new(),
     }

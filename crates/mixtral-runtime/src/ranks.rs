@@ -1,0 +1,193 @@
+//! The ranks of a job: rank 0 drives, the others follow.
+//!
+//! Rank 0 broadcasts every step as one packed block, computes its own part, and gets tokens and logits back from the
+//! first tensor-parallel rank of the last pipeline stage. It does not wait for a step's outputs before it launches the
+//! next one, so that with several stages each has a step to work on.
+
+use std::collections::VecDeque;
+
+use mixtral_comm::{CommError, Group, World};
+use mixtral_engine::{Backend, BackendError, Collectives, StepInputs, StepOutputs, WireError};
+use mixtral_model::{Mapping, Rank};
+
+use crate::execute::Executor;
+
+/// Tags of messages between two ranks.
+const ACTIVATIONS: u32 = 1;
+const OUTPUTS: u32 = 2;
+const COUNTS: u32 = 3;
+
+/// What rank 0 says to all, in the first byte of a broadcast.
+const STEP: u8 = 0;
+const COUNT: u8 = 1;
+const FINISH: u8 = 2;
+
+fn peer(error: CommError) -> BackendError {
+    BackendError::Peer(Box::new(error))
+}
+
+fn damaged(error: WireError) -> BackendError {
+    BackendError::Peer(Box::new(error))
+}
+
+/// A rank's program speaking to the others.
+pub struct RankCollectives {
+    world: World,
+    tensor_parallel: Group,
+}
+
+impl RankCollectives {
+    /// The collectives of this rank of `world`, cut by `mapping`.
+    ///
+    /// # Errors
+    /// If the groups cannot be made.
+    pub fn new(world: &World, mapping: &Mapping) -> Result<Self, BackendError> {
+        let first = world.rank() / mapping.tp_size * mapping.tp_size;
+        let members: Vec<usize> = (first..first + mapping.tp_size).collect();
+        let tensor_parallel = world.group(&members).map_err(peer)?;
+        Ok(RankCollectives { world: world.clone(), tensor_parallel })
+    }
+}
+
+impl Collectives for RankCollectives {
+    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), BackendError> {
+        self.tensor_parallel.all_gather(mine, all).map_err(peer)
+    }
+
+    fn send(&self, to: usize, bytes: &[u8]) -> Result<(), BackendError> {
+        self.world.send(to, ACTIVATIONS, bytes).map_err(peer)
+    }
+
+    fn recv(&self, from: usize, bytes: &mut [u8]) -> Result<(), BackendError> {
+        let received = self.world.recv(from, ACTIVATIONS).map_err(peer)?;
+        if received.len() != bytes.len() {
+            return Err(BackendError::Other(format!(
+                "rank {from} sent {} bytes of activations, expected {}; do all ranks run the same engine?",
+                received.len(),
+                bytes.len()
+            )));
+        }
+        bytes.copy_from_slice(&received);
+        Ok(())
+    }
+}
+
+/// The rank whose outputs count: the first of the last stage.
+fn output_rank(mapping: &Mapping) -> usize {
+    (mapping.pp_size - 1) * mapping.tp_size
+}
+
+/// Ranks that count their stage's experts: the first of each stage.
+fn counting_ranks(mapping: &Mapping) -> impl Iterator<Item = usize> {
+    let tp_size = mapping.tp_size;
+    (0..mapping.pp_size).map(move |stage| stage * tp_size)
+}
+
+/// Rank 0: launches steps on all ranks.
+pub struct Driver {
+    world: World,
+    everyone: Group,
+    mapping: Mapping,
+    backend: Box<dyn Backend>,
+    /// Steps under way; those that rank 0 finished itself with their outputs.
+    under_way: VecDeque<Option<StepOutputs>>,
+}
+
+impl Driver {
+    /// Drives the other ranks, which [`follow`].
+    ///
+    /// # Errors
+    /// If the group of all ranks cannot be made.
+    pub fn new(world: &World, mapping: Mapping, backend: Box<dyn Backend>) -> Result<Self, BackendError> {
+        let everyone = world.everyone().map_err(peer)?;
+        Ok(Driver { world: world.clone(), everyone, mapping, backend, under_way: VecDeque::new() })
+    }
+
+    fn say(&self, kind: u8, body: &[u8]) -> Result<(), BackendError> {
+        let mut message = Vec::with_capacity(1 + body.len());
+        message.push(kind);
+        message.extend_from_slice(body);
+        self.everyone.broadcast(0, &mut message).map_err(peer)
+    }
+}
+
+impl Executor for Driver {
+    fn depth(&self) -> usize {
+        self.mapping.pp_size
+    }
+
+    fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
+        self.say(STEP, &inputs.pack())?;
+        let outputs = self.backend.step(inputs)?;
+        self.under_way.push_back((output_rank(&self.mapping) == 0).then_some(outputs));
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutputs, BackendError> {
+        match self.under_way.pop_front() {
+            None => Err(BackendError::Other("no step is under way".to_owned())),
+            Some(Some(outputs)) => Ok(outputs),
+            Some(None) => {
+                let block = self.world.recv(output_rank(&self.mapping), OUTPUTS).map_err(peer)?;
+                StepOutputs::unpack(&block).map_err(damaged)
+            }
+        }
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.backend.kv_blocks()
+    }
+
+    fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, BackendError> {
+        self.say(COUNT, &[])?;
+        let mut counts = self.backend.expert_counts();
+        for rank in counting_ranks(&self.mapping).filter(|&rank| rank != 0) {
+            let block = self.world.recv(rank, COUNTS).map_err(peer)?;
+            let theirs = block.chunks_exact(8).map(|n| u64::from_le_bytes(n.try_into().unwrap_or_default()));
+            counts.iter_mut().flatten().zip(theirs).for_each(|(count, theirs)| *count += theirs);
+        }
+        Ok(counts)
+    }
+}
+
+impl Drop for Driver {
+    /// Sends the others home. Where that fails, they notice that rank 0 is gone.
+    fn drop(&mut self) {
+        let _ = self.say(FINISH, &[]);
+    }
+}
+
+/// Any other rank: computes what rank 0 launches until it is done.
+///
+/// # Errors
+/// The first failure of this rank's backend, or of another rank.
+pub fn follow(world: &World, mapping: Mapping, backend: &mut dyn Backend) -> Result<(), BackendError> {
+    let everyone = world.everyone().map_err(peer)?;
+    let has_outputs = world.rank() == output_rank(&mapping);
+    let counts = mapping.coords(Rank(world.rank())).tp_rank == 0;
+    let mut message = Vec::new();
+    loop {
+        everyone.broadcast(0, &mut message).map_err(peer)?;
+        match message.split_first() {
+            Some((&STEP, block)) => {
+                let mut inputs = StepInputs::unpack(block).map_err(damaged)?;
+                if !has_outputs {
+                    // Its twin on the output rank draws, and keeps the logits.
+                    inputs.samples.clear();
+                    inputs.return_logits = false;
+                }
+                let outputs = backend.step(&inputs)?;
+                if has_outputs {
+                    world.send(0, OUTPUTS, &outputs.pack()).map_err(peer)?;
+                }
+            }
+            Some((&COUNT, _)) if counts => {
+                let block: Vec<u8> = backend.expert_counts().iter().flatten().flat_map(|n| n.to_le_bytes()).collect();
+                world.send(0, COUNTS, &block).map_err(peer)?;
+            }
+            Some((&COUNT, _)) => {}
+            Some((&FINISH, _)) => return Ok(()),
+            _ => return Err(BackendError::Other("rank 0 said something that this version does not know".to_owned())),
+        }
+    }
+}
