@@ -25,6 +25,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mixtral-build", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine"]),
     ("mixtral-cpu", &["mixtral-model", "mixtral-engine"]),
     ("mixtral-runtime", &["mixtral-model", "mixtral-engine"]),
+    ("mixtral-comm", &[]),
     ("mixtral", PRODUCT),
     ("mixtral-testkit", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine"]),
     ("tests", PRODUCT),
@@ -41,6 +42,7 @@ const PRODUCT: &[&str] = &[
     "mixtral-build",
     "mixtral-cpu",
     "mixtral-runtime",
+    "mixtral-comm",
 ];
 
 /// Dependencies from outside that only some packages may have. Libraries have typed errors.
