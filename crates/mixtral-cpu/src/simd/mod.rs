@@ -167,7 +167,7 @@ wrappers!(portable, lanes::Portable, , stream: [1, 1, 1, 1, 1, 1, 1, 1], rows: 2
 #[cfg(target_arch = "x86_64")]
 wrappers!(avx2, lanes::Avx2, #[target_feature(enable = "avx2,fma,f16c")], stream: [4, 2, 2, 1, 1, 1, 1, 1], rows: 2, columns: 3, groups: 1);
 #[cfg(target_arch = "x86_64")]
-wrappers!(avx512, lanes::Avx512, #[target_feature(enable = "avx512f,avx2,fma,f16c")], stream: [2, 2, 2, 2, 2, 2, 2, 2], rows: 4, columns: 6, groups: 4);
+wrappers!(avx512, lanes::Avx512, #[target_feature(enable = "avx512f,avx2,fma,f16c")], stream: [1, 2, 2, 2, 2, 2, 2, 2], rows: 4, columns: 6, groups: 4);
 
 /// Calls the chosen set's wrapper.
 macro_rules! dispatch {
