@@ -8,7 +8,7 @@ use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError};
 use mixtral_engine::dir::{RankRecord, WeightsKind};
 use mixtral_engine::program::FORMAT_VERSION;
 use mixtral_engine::{EngineConfig, EngineError, EngineWriter, Limits, Program, ProgramError};
-use mixtral_model::{Mapping, Rank, Recipe};
+use mixtral_model::{Rank, Recipe};
 
 use crate::lower;
 
@@ -67,14 +67,6 @@ pub enum BuildError {
         /// The rule broken.
         source: ProgramError,
     },
-    /// Several ranks.
-    #[error("the checkpoint is cut for {world_size} ranks (tp_size {}, pp_size {}), and this version builds engines of one rank; convert with --tp-size 1 --pp-size 1", mapping.tp_size, mapping.pp_size)]
-    ManyRanks {
-        /// Ranks.
-        world_size: usize,
-        /// The mapping.
-        mapping: Mapping,
-    },
     /// More memory than the machine has.
     #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; lower --max-num-tokens (now {max_num_tokens}){}, or spread the model over more ranks",
         human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget),
@@ -107,9 +99,6 @@ use crate::explain::bytes as human;
 /// If the model cannot be lowered, or does not fit into memory.
 pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Program>, BuildError> {
     let mapping = config.mapping;
-    if mapping.world_size() > 1 {
-        return Err(BuildError::ManyRanks { world_size: mapping.world_size(), mapping });
-    }
     let mut limits = options.limits;
     limits.max_num_logits = if options.gather_context_logits {
         limits.max_num_tokens

@@ -10,17 +10,17 @@ use crate::{CommError, Group};
 /// The longest message, and the longest part of a collective.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 30;
 
-/// All ranks of a job, seen from one of them. It belongs to the rank's thread.
-#[derive(Debug)]
+/// All ranks of a job, seen from one of them. It belongs to the rank's thread; a clone is the same world.
+#[derive(Clone, Debug)]
 pub struct World {
     pub(crate) endpoint: Arc<Endpoint>,
     /// How often each list of members was made into a group, so that two groups of the same members stay apart.
-    groups: Mutex<HashMap<Vec<usize>, u64>>,
+    groups: Arc<Mutex<HashMap<Vec<usize>, u64>>>,
 }
 
 impl World {
     pub(crate) fn new(endpoint: Endpoint) -> Self {
-        Self { endpoint: Arc::new(endpoint), groups: Mutex::default() }
+        Self { endpoint: Arc::new(endpoint), groups: Arc::default() }
     }
 
     /// This rank.

@@ -40,7 +40,8 @@ impl Memory {
 
     /// Memory full of small bf16 values.
     fn new(bytes: usize, mapped: bool) -> std::io::Result<Memory> {
-        let pattern: Vec<u8> = (0..1u32 << 19).flat_map(|i| [(i * 37 % 251) as u8, 0x3c + (i % 2 * 128) as u8]).collect();
+        let pattern: Vec<u8> =
+            (0..1u32 << 19).flat_map(|i| [(i * 37 % 251) as u8, 0x3c + (i % 2 * 128) as u8]).collect();
         if mapped {
             let path = std::env::temp_dir().join(format!("mixtral-bench-{}", std::process::id()));
             let mut file = File::create(&path)?;
@@ -212,7 +213,9 @@ fn bench_attention(threads: usize, past: usize, new: usize) {
     inputs.logits_indices.truncate(1);
     let options = CpuOptions { kv_blocks: blocks, threads, ..CpuOptions::default() };
     let mut backend = CpuBackend::load(a.program, Weights::Dummy { seed: 0 }, options).expect("a backend");
-    let fill = |bytes: &mut [u8]| bytes.chunks_exact_mut(2).enumerate().for_each(|(i, b)| b.copy_from_slice(&[(i % 253) as u8, 0x3d]));
+    let fill = |bytes: &mut [u8]| {
+        bytes.chunks_exact_mut(2).enumerate().for_each(|(i, b)| b.copy_from_slice(&[(i % 253) as u8, 0x3d]))
+    };
     let (keys, values) = backend.cache_bytes_mut(0).expect("a layer");
     fill(keys);
     fill(values);

@@ -88,7 +88,11 @@ impl Reader<'_> {
         self.take(what).map(f32::from_le_bytes)
     }
 
-    fn list<T, const N: usize>(&mut self, what: &'static str, from: impl Fn([u8; N]) -> T) -> Result<Vec<T>, WireError> {
+    fn list<T, const N: usize>(
+        &mut self,
+        what: &'static str,
+        from: impl Fn([u8; N]) -> T,
+    ) -> Result<Vec<T>, WireError> {
         let len = self.usize(what)?;
         let end = len.checked_mul(N).and_then(|bytes| bytes.checked_add(self.at));
         if end.is_none_or(|end| end > self.block.len()) {

@@ -3,4 +3,5 @@
 pub mod machine;
 pub mod outputs;
 pub mod prompts;
+pub mod ranks;
 pub mod report;

@@ -5,56 +5,88 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
+use mixtral_comm::World;
 use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{EngineDir, MappedWeights, Program, Weights, WeightsKind};
+use mixtral_engine::{EngineDir, MappedWeights, Weights, WeightsKind};
 use mixtral_model::{Rank, TokenId};
+use mixtral_runtime::ranks::{Driver, RankCollectives};
 use mixtral_runtime::session::{Geometry, StepStats};
-use mixtral_runtime::{Request, Session, Tokenizer};
+use mixtral_runtime::{Executor, Local, Request, Session, Tokenizer};
 use serde_json::json;
 
 use crate::args::run::{RunArgs, RunOptions};
-use crate::run::machine;
 use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
 use crate::run::report::{Stats, expert_table};
+use crate::run::{machine, ranks};
 
 /// Iterations of `--run-profiling`, as many to warm up as to measure.
 const PROFILING_ITERATIONS: u32 = 10;
 
-/// Runs the stage.
+/// Runs the stage: all ranks of the engine as threads of this process, or the one that a launcher made it.
 pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
     check_output_paths(args)?;
     let engine = EngineDir::open(&args.engine_dir)?;
-    let world_size = engine.config().mapping.world_size();
-    if world_size > 1 {
-        bail!(
-            "{} is an engine of {world_size} ranks, and this version runs one; build it from a checkpoint of one rank",
-            args.engine_dir.display()
-        );
-    }
+    ranks::run(engine.config(), |world| match world {
+        Some(world) if world.rank() > 0 => follow(options, &engine, world),
+        world => lead(options, &engine, world),
+    })
+}
+
+/// What rank 0 tells the others before they load: blocks of the cache.
+fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
+    let Some(world) = world else { return Ok(blocks) };
+    let mut message = (blocks as u64).to_le_bytes().to_vec();
+    world.everyone()?.broadcast(0, &mut message)?;
+    let bytes = message.try_into().map_err(|_| anyhow!("rank 0 did not say how large the cache is"))?;
+    Ok(usize::try_from(u64::from_le_bytes(bytes))?)
+}
+
+/// Loads this rank's part of the engine.
+fn load(options: &RunOptions, engine: &EngineDir, world: Option<&World>, kv_blocks: usize) -> Result<CpuBackend> {
+    let rank = Rank(world.map_or(0, World::rank));
+    let weights = match engine.config().weights {
+        WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(rank)?))),
+        WeightsKind::Dummy { seed } => Weights::Dummy { seed },
+    };
+    let local_ranks = world.map_or(1, World::local_size);
+    let threads = options.args.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
+    let cpu = CpuOptions { kv_blocks, threads, count_experts: options.args.expert_stats, isa: None };
+    let backend = CpuBackend::load(engine.program(rank)?, weights, cpu)?;
+    let Some(world) = world else { return Ok(backend) };
+    let backend = backend.with_ranks(Arc::new(RankCollectives::new(world, &engine.config().mapping)?));
+    // Whoever cannot load says so before anyone computes.
+    world.everyone()?.barrier()?;
+    Ok(backend)
+}
+
+/// Every rank but 0.
+fn follow(options: &RunOptions, engine: &EngineDir, world: &World) -> Result<()> {
+    let kv_blocks = agree_on_blocks(Some(world), 0)?;
+    let mut backend = load(options, engine, Some(world), kv_blocks)?;
+    Ok(mixtral_runtime::ranks::follow(world, engine.config().mapping, &mut backend)?)
+}
+
+/// Rank 0, which alone reads prompts and writes results.
+fn lead(options: &RunOptions, engine: &EngineDir, world: Option<&World>) -> Result<()> {
+    let args = &options.args;
     let tokenizer = load_tokenizer(options)?;
     let prompts = prompts::read(options, tokenizer.as_deref())?;
     let program = engine.program(Rank(0))?;
-    let requests = requests(options, &prompts, tokenizer.as_deref(), engine.config().gather_context_logits)?;
-    let kv_blocks = kv_blocks(&program, &requests, engine.config().weights)?;
-    let weights = match engine.config().weights {
-        WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(Rank(0))?))),
-        WeightsKind::Dummy { seed } => Weights::Dummy { seed },
-    };
-    let cpu = CpuOptions {
-        kv_blocks,
-        threads: args.threads.unwrap_or_else(machine::cores),
-        count_experts: args.expert_stats,
-        isa: None,
-    };
-    let backend = CpuBackend::load(program.clone(), weights, cpu)?;
     let geometry = Geometry {
         limits: program.limits,
         vocab_size: program.vocab_size,
         gather_context_logits: engine.config().gather_context_logits,
     };
-    let mut session = Session::new(Box::new(backend), geometry, tokenizer);
+    let requests = requests(options, &prompts, tokenizer.as_deref(), geometry.gather_context_logits)?;
+    let kv_blocks = agree_on_blocks(world, kv_blocks(engine, world.map_or(1, World::local_size), &requests)?)?;
+    let backend = Box::new(load(options, engine, world, kv_blocks)?);
+    let executor: Box<dyn Executor> = match world {
+        None => Box::new(Local::new(backend)),
+        Some(world) => Box::new(Driver::new(world, engine.config().mapping, backend)?),
+    };
+    let mut session = Session::new(executor, geometry, tokenizer);
     let mut out = std::io::stdout().lock();
 
     let stream = args.streaming.then_some(args.streaming_interval);
@@ -64,7 +96,7 @@ pub fn main(options: &RunOptions) -> Result<()> {
         let bandwidth = if args.stats { machine::measure_roof().bytes_per_s } else { 0.0 };
         Stats::new(&program, &steps, &outputs, bandwidth)
     });
-    let counts = session.backend().expert_counts();
+    let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
     if args.json {
         let prompts: Vec<_> = prompts
             .iter()
@@ -74,12 +106,11 @@ pub fn main(options: &RunOptions) -> Result<()> {
                 json!({ "text": prompt.text, "ids": prompt.ids, "outputs": of_prompt })
             })
             .collect();
-        let expert_counts = args.expert_stats.then_some(&counts);
         let object = json!({
             "engine": engine.config().run_id,
             "prompts": prompts,
             "stats": stats,
-            "expert_counts": expert_counts,
+            "expert_counts": counts,
         });
         writeln!(out, "{object:#}")?;
     } else {
@@ -89,8 +120,8 @@ pub fn main(options: &RunOptions) -> Result<()> {
         if let Some(stats) = &stats {
             writeln!(out, "{stats}")?;
         }
-        if args.expert_stats {
-            write!(out, "{}", expert_table(&counts))?;
+        if let Some(counts) = &counts {
+            write!(out, "{}", expert_table(counts))?;
         }
     }
     write_files(args, &prompts, &outputs, &geometry)?;
@@ -167,26 +198,31 @@ fn requests(
     Ok(requests)
 }
 
-/// Blocks for as many of the requests at a time as the engine's batch and the memory allow; checked before anything
-/// is allocated.
-fn kv_blocks(program: &Program, requests: &[Request], weights: WeightsKind) -> Result<usize> {
-    let limits = program.limits;
+/// Blocks for as many of the requests at a time as the engine's batch and the memory of this host allow; checked before
+/// anything is allocated.
+fn kv_blocks(engine: &EngineDir, local_ranks: usize, requests: &[Request]) -> Result<usize> {
+    let limits = engine.config().limits;
     let mut needs: Vec<usize> =
         requests.iter().map(|r| limits.blocks_for(r.prompt.len().saturating_add(r.max_output_len))).collect();
     needs.sort_unstable_by(|a, b| b.cmp(a));
     let largest = needs.first().copied().unwrap_or(1).min(limits.max_blocks_per_seq()).max(1);
     let wanted = needs.iter().take(limits.max_batch_size).sum::<usize>().max(largest);
     let Some(available) = machine::available_memory() else { return Ok(wanted) };
-    let plan = program.memory_plan();
-    // Mapped weights live in the page cache; dummy ones are taken.
-    let fixed = plan.total(0) - if weights == WeightsKind::File { plan.weights } else { 0 };
-    let room = available.saturating_sub(fixed) / plan.kv_block.max(1);
+    let (mut fixed, mut block) = (0usize, 0usize);
+    for rank in engine.config().mapping.ranks().take(local_ranks) {
+        let plan = engine.program(rank)?.memory_plan();
+        // Mapped weights live in the page cache; dummy ones are taken.
+        let weights = if engine.config().weights == WeightsKind::File { 0 } else { plan.weights };
+        fixed = fixed.saturating_add(plan.total(0) - plan.weights).saturating_add(weights);
+        block = block.saturating_add(plan.kv_block);
+    }
+    let room = available.saturating_sub(fixed) / block.max(1);
     if room < largest {
         bail!(
             "the engine needs {} for {}activations and inputs and {} for the KV cache of the longest prompt, but {} of memory are available; lower --max-output-len, or build with a smaller --max-num-tokens (now {})",
             mixtral_build::explain::bytes(fixed),
-            if weights == WeightsKind::File { "" } else { "dummy weights, " },
-            mixtral_build::explain::bytes(largest.saturating_mul(plan.kv_block)),
+            if engine.config().weights == WeightsKind::File { "" } else { "dummy weights, " },
+            mixtral_build::explain::bytes(largest.saturating_mul(block)),
             mixtral_build::explain::bytes(available),
             limits.max_num_tokens,
         );
