@@ -5,6 +5,7 @@
 
 mod generate;
 mod goldens;
+mod layouts;
 mod refusals;
 mod stages;
 mod tool;

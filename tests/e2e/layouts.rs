@@ -1,0 +1,105 @@
+//! Parallelism moves nothing: every layout of ranks gives the tokens of one rank.
+
+use std::fs;
+use std::path::Path;
+
+use crate::tool::{mixtral_in, root};
+
+/// Two tiny f32 models of dummy weights: layers that do not divide over the stages, KV heads that are replicated (2 over
+/// 4 ranks), experts that do not divide over the ranks, an odd vocabulary.
+const GEOMETRIES: [(&str, u32); 2] = [
+    (
+        "--vocab_size 101 --n_layer 4 --n_head 4 --n_kv_head 2 --head_size 6 --n_embd 20 --inter_size 24 --n_positions 256 --moe_num_experts 5 --moe_top_k 2",
+        3,
+    ),
+    (
+        "--vocab_size 67 --n_layer 3 --n_head 8 --n_kv_head 4 --n_embd 32 --inter_size 40 --n_positions 256 --moe_num_experts 8 --moe_top_k 3",
+        11,
+    ),
+];
+
+/// tp × pp × {experts in slices, whole experts, both}.
+fn layouts() -> Vec<String> {
+    let mut layouts = Vec::new();
+    for tp in [1, 2, 4] {
+        for pp in [1, 2, 3] {
+            let mut experts = vec![(tp, 1)];
+            if tp > 1 {
+                experts.push((1, tp));
+            }
+            if tp == 4 {
+                experts.push((2, 2));
+            }
+            for (moe_tp, moe_ep) in experts {
+                layouts.push(format!("--tp_size {tp} --pp_size {pp} --moe_tp_size {moe_tp} --moe_ep_size {moe_ep}"));
+            }
+        }
+    }
+    layouts
+}
+
+/// 20 prompts of 1 to 39 tokens.
+fn write_prompts(path: &Path, vocab: u32) {
+    let prompt = |n: u32| (0..1 + 2 * n).map(|i| ((i * 31 + n * 17) % vocab).to_string()).collect::<Vec<_>>().join(",");
+    fs::write(path, (0..20).map(prompt).collect::<Vec<_>>().join("\n") + "\n").unwrap();
+}
+
+fn tokens(at: &Path, geometry: &str, seed: u32, layout: &str) -> String {
+    mixtral_in(at, &format!("convert --dtype f32 --output_dir c {geometry} {layout}"), &[]).ok();
+    let limits = "--max-batch-size 8 --max-num-tokens 48";
+    mixtral_in(at, &format!("build --checkpoint_dir c --output_dir e --seed {seed} {limits}"), &[]).ok();
+    mixtral_in(at, "run --engine_dir e --input_file ids.csv --max_output_len 12 --output_csv out.csv", &[]).ok();
+    fs::read_to_string(at.join("out.csv")).unwrap()
+}
+
+#[test]
+fn every_layout_gives_the_tokens_of_one_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    for (geometry, seed) in GEOMETRIES {
+        let vocab: u32 = geometry.split(' ').nth(1).unwrap().parse().unwrap();
+        write_prompts(&at.join("ids.csv"), vocab);
+        let alone = tokens(at, geometry, seed, "");
+        assert_eq!(alone.lines().count(), 20);
+        for layout in layouts() {
+            assert_eq!(tokens(at, geometry, seed, &layout), alone, "{geometry} {layout}");
+        }
+    }
+}
+
+#[test]
+fn sharded_embeddings_give_the_tokens_of_one_rank() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let (geometry, seed) = GEOMETRIES[0];
+    write_prompts(&at.join("ids.csv"), 101);
+    let alone = tokens(at, geometry, seed, "");
+    for dim in [0, 1] {
+        let layout = format!("--tp_size 4 --pp_size 2 --use_parallel_embedding --embedding_sharding_dim {dim}");
+        assert_eq!(tokens(at, geometry, seed, &layout), alone, "{layout}");
+    }
+}
+
+/// The example model, in f32 so that the ranks' sums do not decide between near-ties in 16 bit.
+#[test]
+fn the_example_model_writes_the_same_text_in_every_layout() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let model = root().join("examples/tiny-mixtral");
+    let text = |layout: &str| {
+        let convert = format!("convert --model_dir {} --output_dir c --dtype float32 {layout}", model.display());
+        mixtral_in(at, &convert, &[]).ok();
+        mixtral_in(at, "build --checkpoint_dir c --output_dir e --gemm_plugin float32", &[]).ok();
+        mixtral_in(at, "run --engine_dir e --max_output_len 32 --input_text", &["ROMEO:\n", "First Citizen:\nWe"]).ok()
+    };
+    let alone = text("");
+    for layout in [
+        "--tp_size 2",
+        "--tp_size 2 --moe_tp_mode 1",
+        "--tp_size 6 --moe_tp_size 3 --moe_ep_size 2",
+        "--pp_size 3",
+        "--tp_size 2 --pp_size 4 --moe_tp_mode 1",
+    ] {
+        assert_eq!(text(layout), alone, "{layout}");
+    }
+}
