@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use mixtral_engine::{Backend, BackendError, Collectives, Program, StepInputs, StepOutputs, Weights};
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -26,6 +27,8 @@ pub struct CpuOptions {
     pub threads: usize,
     /// Whether [`Backend::expert_counts`] counts.
     pub count_experts: bool,
+    /// Whether [`Backend::op_times`] measures.
+    pub time_ops: bool,
     /// Instruction set of the kernels; the fastest of this machine when absent. All give the same bits.
     pub isa: Option<Isa>,
 }
@@ -33,7 +36,7 @@ pub struct CpuOptions {
 impl Default for CpuOptions {
     /// One thread, one block.
     fn default() -> Self {
-        CpuOptions { kv_blocks: 1, threads: 1, count_experts: false, isa: None }
+        CpuOptions { kv_blocks: 1, threads: 1, count_experts: false, time_ops: false, isa: None }
     }
 }
 
@@ -49,6 +52,8 @@ pub struct CpuBackend {
     pool: ThreadPool,
     simd: Simd,
     counts: Option<Vec<Vec<u64>>>,
+    /// Time spent in each operation, if it is measured.
+    times: Option<Vec<Duration>>,
     ranks: Option<Arc<dyn Collectives>>,
 }
 
@@ -90,8 +95,22 @@ impl CpuBackend {
             scratch.push(Mutex::new(memory));
         }
         let counts = options.count_experts.then(|| vec![vec![0; program.num_experts]; program.num_layers]);
+        let times = options.time_ops.then(|| vec![Duration::ZERO; program.ops.len()]);
         let work = Workspace::new()?;
-        Ok(CpuBackend { program, resolved, weights, arena, cache, work, scratch, pool, simd, counts, ranks: None })
+        Ok(CpuBackend {
+            program,
+            resolved,
+            weights,
+            arena,
+            cache,
+            work,
+            scratch,
+            pool,
+            simd,
+            counts,
+            times,
+            ranks: None,
+        })
     }
 
     /// Gives the backend the other ranks, which a program of several speaks to.
@@ -130,10 +149,18 @@ impl CpuBackend {
             ranks: self.ranks.as_deref(),
             outputs: StepOutputs::default(),
         };
-        let pool = &self.pool;
+        let (pool, times) = (&self.pool, self.times.as_mut());
         contained(move || {
             pool.install(move || {
-                steps.iter().try_for_each(|step| machine.run(step))?;
+                match times {
+                    None => steps.iter().try_for_each(|step| machine.run(step))?,
+                    Some(times) => steps.iter().zip(&mut times[ops]).try_for_each(|(step, time)| {
+                        let start = Instant::now();
+                        let done = machine.run(step);
+                        *time += start.elapsed();
+                        done
+                    })?,
+                }
                 Ok(machine.outputs)
             })
         })
@@ -191,6 +218,10 @@ impl Backend for CpuBackend {
     fn expert_counts(&self) -> Vec<Vec<u64>> {
         let none = || vec![vec![0; self.program.num_experts]; self.program.num_layers];
         self.counts.clone().unwrap_or_else(none)
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        self.times.clone().unwrap_or_default()
     }
 }
 

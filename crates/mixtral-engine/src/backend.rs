@@ -1,6 +1,7 @@
 //! The trait that every interpreter of programs implements.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use mixtral_model::{DType, TokenId};
 
@@ -133,4 +134,7 @@ pub trait Backend: Send {
 
     /// Tokens that each expert has been given, `[num_layers][num_experts]`, since the backend was made.
     fn expert_counts(&self) -> Vec<Vec<u64>>;
+
+    /// Time spent in each operation of the program since the backend was made; empty unless it was asked to measure.
+    fn op_times(&self) -> Vec<Duration>;
 }

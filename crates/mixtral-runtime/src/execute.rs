@@ -1,6 +1,7 @@
 //! How a session's steps are computed: by one backend, or by the ranks of a job.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use mixtral_engine::{Backend, BackendError, StepInputs, StepOutputs};
 
@@ -29,6 +30,9 @@ pub trait Executor {
     /// # Errors
     /// A rank that is gone.
     fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, BackendError>;
+
+    /// Time that this rank spent in each operation of its program; empty unless it was asked to measure.
+    fn op_times(&self) -> Vec<Duration>;
 }
 
 /// One backend, which computes a step when it is launched.
@@ -65,5 +69,9 @@ impl Executor for Local {
 
     fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, BackendError> {
         Ok(self.backend.expert_counts())
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        self.backend.op_times()
     }
 }

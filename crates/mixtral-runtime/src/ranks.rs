@@ -5,6 +5,7 @@
 //! next one, so that with several stages each has a step to work on.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use mixtral_comm::{CommError, Group, World};
 use mixtral_engine::{Backend, BackendError, Collectives, StepInputs, StepOutputs, WireError};
@@ -147,6 +148,10 @@ impl Executor for Driver {
             counts.iter_mut().flatten().zip(theirs).for_each(|(count, theirs)| *count += theirs);
         }
         Ok(counts)
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        self.backend.op_times()
     }
 }
 

@@ -202,6 +202,12 @@ impl Session {
         self.executor.expert_counts().map_err(|source| SessionError::Backend { step: self.steps, source })
     }
 
+    /// Time that this rank spent in each operation of its program; empty unless the backend measures.
+    #[must_use]
+    pub fn op_times(&self) -> Vec<Duration> {
+        self.executor.op_times()
+    }
+
     /// Admits what fits, launches as many steps as can be under way, waits for the oldest, and says what came of it. An
     /// idle session does nothing.
     ///

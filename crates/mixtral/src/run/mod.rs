@@ -1,5 +1,6 @@
 //! The parts of `mixtral run`: prompts in, results out, and what the machine can do.
 
+pub mod job;
 pub mod machine;
 pub mod outputs;
 pub mod prompts;

@@ -42,17 +42,32 @@ pub struct Stats {
 }
 
 /// The middle one; 0 of none.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(0.0)
+pub fn median(values: Vec<f64>) -> f64 {
+    quantile(values, 0.5)
 }
 
-fn ratio(a: f64, b: f64) -> f64 {
+/// The value that a fraction of the others are below; 0 of none.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index")]
+pub fn quantile(mut values: Vec<f64>, fraction: f64) -> f64 {
+    values.sort_by(f64::total_cmp);
+    let index = (values.len() as f64 * fraction) as usize;
+    values.get(index.min(values.len().saturating_sub(1))).copied().unwrap_or(0.0)
+}
+
+/// a / b; 0 where there is nothing to divide by.
+pub fn ratio(a: f64, b: f64) -> f64 {
     if b > 0.0 { a / b } else { 0.0 }
 }
 
+/// Weight bytes that a decode step of `num_tokens` sequences reads, experts counted as hit evenly.
+pub fn decode_weight_bytes(program: &Program, num_tokens: usize) -> f64 {
+    let shape = StepShape { num_tokens, num_logits: num_tokens, context: 0 };
+    program.ops.iter().map(|op| cost(program, op, shape).weight_bytes).sum()
+}
+
+/// A count as a real number, for figures.
 #[expect(clippy::cast_precision_loss, reason = "figures for people")]
-fn f(n: usize) -> f64 {
+pub fn f(n: usize) -> f64 {
     n as f64
 }
 
@@ -70,11 +85,9 @@ impl Stats {
         // The step whose time is the median one stands for all.
         let mut by_time = decode.clone();
         by_time.sort_by_key(|s| s.time);
-        let bandwidth = by_time.get(by_time.len() / 2).map_or(0.0, |step| {
-            let shape = StepShape { num_tokens: step.decode_tokens, num_logits: step.decode_tokens, context: 0 };
-            let bytes: f64 = program.ops.iter().map(|op| cost(program, op, shape).weight_bytes).sum();
-            ratio(bytes, step.time.as_secs_f64())
-        });
+        let bandwidth = by_time
+            .get(by_time.len() / 2)
+            .map_or(0.0, |step| ratio(decode_weight_bytes(program, step.decode_tokens), step.time.as_secs_f64()));
         let mut hash = blake3::Hasher::new();
         for output in outputs {
             hash.update(output.logits_hash.finalize().as_bytes());

@@ -5,20 +5,18 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
-use mixtral_comm::World;
-use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{EngineDir, MappedWeights, Weights, WeightsKind};
-use mixtral_model::{Rank, TokenId};
-use mixtral_runtime::ranks::{Driver, RankCollectives};
+use mixtral_engine::EngineDir;
+use mixtral_model::TokenId;
 use mixtral_runtime::session::{Geometry, StepStats};
-use mixtral_runtime::{Executor, Local, Request, Session, Tokenizer};
+use mixtral_runtime::{Request, Session, Tokenizer};
 use serde_json::json;
 
 use crate::args::run::{RunArgs, RunOptions};
+use crate::run::job::{self, Job, LoadOptions};
+use crate::run::machine;
 use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
 use crate::run::report::{Stats, expert_table};
-use crate::run::{machine, ranks};
 
 /// Iterations of `--run-profiling`, as many to warm up as to measure.
 const PROFILING_ITERATIONS: u32 = 10;
@@ -28,65 +26,18 @@ pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
     check_output_paths(args)?;
     let engine = EngineDir::open(&args.engine_dir)?;
-    ranks::run(engine.config(), |world| match world {
-        Some(world) if world.rank() > 0 => follow(options, &engine, world),
-        world => lead(options, &engine, world),
-    })
-}
-
-/// What rank 0 tells the others before they load: blocks of the cache.
-fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
-    let Some(world) = world else { return Ok(blocks) };
-    let mut message = (blocks as u64).to_le_bytes().to_vec();
-    world.everyone()?.broadcast(0, &mut message)?;
-    let bytes = message.try_into().map_err(|_| anyhow!("rank 0 did not say how large the cache is"))?;
-    Ok(usize::try_from(u64::from_le_bytes(bytes))?)
-}
-
-/// Loads this rank's part of the engine.
-fn load(options: &RunOptions, engine: &EngineDir, world: Option<&World>, kv_blocks: usize) -> Result<CpuBackend> {
-    let rank = Rank(world.map_or(0, World::rank));
-    let weights = match engine.config().weights {
-        WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(rank)?))),
-        WeightsKind::Dummy { seed } => Weights::Dummy { seed },
-    };
-    let local_ranks = world.map_or(1, World::local_size);
-    let threads = options.args.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
-    let cpu = CpuOptions { kv_blocks, threads, count_experts: options.args.expert_stats, isa: None };
-    let backend = CpuBackend::load(engine.program(rank)?, weights, cpu)?;
-    let Some(world) = world else { return Ok(backend) };
-    let backend = backend.with_ranks(Arc::new(RankCollectives::new(world, &engine.config().mapping)?));
-    // Whoever cannot load says so before anyone computes.
-    world.everyone()?.barrier()?;
-    Ok(backend)
-}
-
-/// Every rank but 0.
-fn follow(options: &RunOptions, engine: &EngineDir, world: &World) -> Result<()> {
-    let kv_blocks = agree_on_blocks(Some(world), 0)?;
-    let mut backend = load(options, engine, Some(world), kv_blocks)?;
-    Ok(mixtral_runtime::ranks::follow(world, engine.config().mapping, &mut backend)?)
+    let load = LoadOptions { threads: args.threads, count_experts: args.expert_stats, time_ops: false };
+    job::run(&engine, load, |job| lead(options, &engine, job))
 }
 
 /// Rank 0, which alone reads prompts and writes results.
-fn lead(options: &RunOptions, engine: &EngineDir, world: Option<&World>) -> Result<()> {
+fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let args = &options.args;
     let tokenizer = load_tokenizer(options)?;
     let prompts = prompts::read(options, tokenizer.as_deref())?;
-    let program = engine.program(Rank(0))?;
-    let geometry = Geometry {
-        limits: program.limits,
-        vocab_size: program.vocab_size,
-        gather_context_logits: engine.config().gather_context_logits,
-    };
+    let geometry = job.geometry();
     let requests = requests(options, &prompts, tokenizer.as_deref(), geometry.gather_context_logits)?;
-    let kv_blocks = agree_on_blocks(world, kv_blocks(engine, world.map_or(1, World::local_size), &requests)?)?;
-    let backend = Box::new(load(options, engine, world, kv_blocks)?);
-    let executor: Box<dyn Executor> = match world {
-        None => Box::new(Local::new(backend)),
-        Some(world) => Box::new(Driver::new(world, engine.config().mapping, backend)?),
-    };
-    let mut session = Session::new(executor, geometry, tokenizer);
+    let mut session = job.session(&requests, tokenizer)?;
     let mut out = std::io::stdout().lock();
 
     let stream = args.streaming.then_some(args.streaming_interval);
@@ -94,7 +45,7 @@ fn lead(options: &RunOptions, engine: &EngineDir, world: Option<&World>) -> Resu
 
     let stats = (args.stats || args.json).then(|| {
         let bandwidth = if args.stats { machine::measure_roof().bytes_per_s } else { 0.0 };
-        Stats::new(&program, &steps, &outputs, bandwidth)
+        Stats::new(job.program(), &steps, &outputs, bandwidth)
     });
     let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
     if args.json {
@@ -196,38 +147,6 @@ fn requests(
         }
     }
     Ok(requests)
-}
-
-/// Blocks for as many of the requests at a time as the engine's batch and the memory of this host allow; checked before
-/// anything is allocated.
-fn kv_blocks(engine: &EngineDir, local_ranks: usize, requests: &[Request]) -> Result<usize> {
-    let limits = engine.config().limits;
-    let mut needs: Vec<usize> =
-        requests.iter().map(|r| limits.blocks_for(r.prompt.len().saturating_add(r.max_output_len))).collect();
-    needs.sort_unstable_by(|a, b| b.cmp(a));
-    let largest = needs.first().copied().unwrap_or(1).min(limits.max_blocks_per_seq()).max(1);
-    let wanted = needs.iter().take(limits.max_batch_size).sum::<usize>().max(largest);
-    let Some(available) = machine::available_memory() else { return Ok(wanted) };
-    let (mut fixed, mut block) = (0usize, 0usize);
-    for rank in engine.config().mapping.ranks().take(local_ranks) {
-        let plan = engine.program(rank)?.memory_plan();
-        // Mapped weights live in the page cache; dummy ones are taken.
-        let weights = if engine.config().weights == WeightsKind::File { 0 } else { plan.weights };
-        fixed = fixed.saturating_add(plan.total(0) - plan.weights).saturating_add(weights);
-        block = block.saturating_add(plan.kv_block);
-    }
-    let room = available.saturating_sub(fixed) / block.max(1);
-    if room < largest {
-        bail!(
-            "the engine needs {} for {}activations and inputs and {} for the KV cache of the longest prompt, but {} of memory are available; lower --max-output-len, or build with a smaller --max-num-tokens (now {})",
-            mixtral_build::explain::bytes(fixed),
-            if engine.config().weights == WeightsKind::File { "" } else { "dummy weights, " },
-            mixtral_build::explain::bytes(largest.saturating_mul(block)),
-            mixtral_build::explain::bytes(available),
-            limits.max_num_tokens,
-        );
-    }
-    Ok(wanted.min(room))
 }
 
 /// Generates all requests as one batch in flight. With `stream`, prints each output every so many tokens.
