@@ -30,6 +30,7 @@ fn main() -> ExitCode {
         Command::Convert(args) => args.validate().map(|options| stages::convert::main(&options)),
         Command::Build(args) => args.validate().map(|options| stages::build::main(&options)),
         Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
+        Command::Bench(args) => args.validate().map(|args| stages::bench::main(&args)),
         Command::Inspect(args) => Ok(stages::inspect::main(&args)),
     };
     match result {

@@ -4,6 +4,7 @@
 //! else looks at them, and flags that were renamed have their old name as an alias. Flags of the old commands that mean
 //! nothing here are taken out, with one warning.
 
+pub mod bench;
 pub mod build;
 pub mod convert;
 pub mod inspect;
@@ -35,6 +36,8 @@ pub enum Command {
     Build(build::BuildArgs),
     /// Engine and prompts → text
     Run(Box<run::RunArgs>),
+    /// How fast an engine is: decode steps, prefill, throughput
+    Bench(bench::BenchArgs),
     /// What a checkpoint or an engine holds
     Inspect(inspect::InspectArgs),
 }

@@ -16,7 +16,7 @@ pub fn cores() -> usize {
 }
 
 /// Measures read bandwidth and arithmetic rate, in about a second.
-pub fn measure_roof() -> Roof {
-    let probe = mixtral_cpu::probe::measure(cores());
+pub fn measure_roof(threads: usize) -> Roof {
+    let probe = mixtral_cpu::probe::measure(threads);
     Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s }
 }

@@ -67,7 +67,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     let mut out = std::io::stdout().lock();
     for program in &built.programs {
         if options.explain {
-            let roof = machine::measure_roof();
+            let roof = machine::measure_roof(machine::cores());
             writeln!(
                 out,
                 "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now\n{}",

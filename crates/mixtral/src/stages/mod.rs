@@ -1,5 +1,6 @@
 //! One file a subcommand: validated options in, the work done or an error out.
 
+pub mod bench;
 pub mod build;
 pub mod convert;
 pub mod inspect;

@@ -44,7 +44,11 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let (outputs, steps) = generate(&mut session, &requests, args, stream, &mut out)?;
 
     let stats = (args.stats || args.json).then(|| {
-        let bandwidth = if args.stats { machine::measure_roof().bytes_per_s } else { 0.0 };
+        let bandwidth = if args.stats {
+            machine::measure_roof(args.threads.unwrap_or_else(machine::cores)).bytes_per_s
+        } else {
+            0.0
+        };
         Stats::new(job.program(), &steps, &outputs, bandwidth)
     });
     let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
