@@ -7,5 +7,6 @@ mod generate;
 mod goldens;
 mod layouts;
 mod refusals;
+mod sessions;
 mod stages;
 mod tool;

@@ -25,8 +25,8 @@ pub struct BenchArgs {
     /// Decode steps, and prompts, before the measured ones
     #[arg(long, default_value_t = 4)]
     pub warmup: usize,
-    /// Lengths of the prompts whose prefill is measured
-    #[arg(long, num_args = 1.., value_delimiter = ',', default_values_t = [128, 512], value_parser = at_least_one)]
+    /// Lengths of the prompts whose prefill is measured [default: those of 128 and 512 that the engine takes]
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_parser = at_least_one)]
     pub prefill: Vec<usize>,
     /// Requests of the throughput measurement; 0 leaves it out
     #[arg(long, default_value_t = 0)]

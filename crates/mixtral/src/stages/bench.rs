@@ -139,7 +139,12 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         .iter()
         .map(|&n| (0..n).map(|_| numbers.request(vocab_size, args.context, output)).collect())
         .collect();
-    let prompts: Vec<Request> = args.prefill.iter().map(|&n| numbers.request(vocab_size, n, 1)).collect();
+    let lengths = if args.prefill.is_empty() {
+        [128, 512].into_iter().filter(|&n| n < limits.max_seq_len).collect()
+    } else {
+        args.prefill.clone()
+    };
+    let prompts: Vec<Request> = lengths.iter().map(|&n| numbers.request(vocab_size, n, 1)).collect();
     let many: Vec<Request> = (0..args.requests)
         .map(|_| {
             let (input, output) = (numbers.within(args.input_len), numbers.within(args.output_len));

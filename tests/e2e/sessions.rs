@@ -1,0 +1,145 @@
+//! Batching moves nothing, and leaves nothing behind: sessions over the CPU backend, with requests that come and go.
+
+use mixtral_build::lower;
+use mixtral_checkpoint::CheckpointConfig;
+use mixtral_convert::recipes;
+use mixtral_cpu::{CpuBackend, CpuOptions};
+use mixtral_engine::{Limits, RandomKey, SamplingParams, Weights};
+use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
+use mixtral_runtime::session::Geometry;
+use mixtral_runtime::{Local, Request, RequestId, Session};
+use proptest::prelude::*;
+
+const VOCAB: u32 = 61;
+
+/// A tiny model with a window, experts and grouped queries, over a cache of `kv_blocks` blocks of 16 tokens.
+fn session(dtype: DType, max_batch_size: usize, max_num_tokens: usize, kv_blocks: usize) -> Session {
+    let mut model = ModelConfig::mixtral_8x7b(dtype);
+    (model.num_layers, model.hidden_size, model.intermediate_size) = (2, 24, 20);
+    (model.num_heads, model.num_kv_heads, model.head_dim, model.vocab_size) = (4, 2, 8, VOCAB as usize);
+    model.sliding_window = Some(21);
+    let config = CheckpointConfig::new(model, Mapping::single());
+    let limits =
+        Limits { max_batch_size, max_num_tokens, max_seq_len: 128, max_num_logits: max_num_tokens, block_size: 16 };
+    let mut program = lower(&config, Rank(0), limits);
+    for recipe in recipes(&config, Rank(0), false) {
+        program.weights.iter_mut().filter(|w| w.name == recipe.name).for_each(|w| w.pieces.clone_from(&recipe.pieces));
+    }
+    let geometry = Geometry { limits, vocab_size: program.vocab_size, gather_context_logits: true };
+    let options = CpuOptions { kv_blocks, threads: 1, ..CpuOptions::default() };
+    let backend = CpuBackend::load(program, Weights::Dummy { seed: 9 }, options).unwrap();
+    Session::new(Box::new(Local::new(Box::new(backend))), geometry, None)
+}
+
+fn request(seed: u32, len: usize, output: usize) -> Request {
+    let token = |i: usize| {
+        let key = RandomKey { seed: u64::from(seed), prompt: 0, hypothesis: 0, position: u32::try_from(i).unwrap() };
+        TokenId(u32::try_from(key.bits() % u64::from(VOCAB)).unwrap())
+    };
+    Request {
+        prompt: (0..len).map(token).collect(),
+        max_output_len: output,
+        params: SamplingParams { top_k: 0, temperature: 1.3, ..SamplingParams::default() },
+        prompt_index: seed,
+        generation_logits: true,
+        context_logits: true,
+        ..Request::default()
+    }
+}
+
+/// The bits of all logits of one request, and its tokens.
+#[derive(Default, PartialEq, Debug)]
+struct Trace {
+    tokens: Vec<TokenId>,
+    context: Vec<u32>,
+    generation: Vec<u32>,
+}
+
+fn run(session: &mut Session, watched: RequestId) -> Trace {
+    let mut trace = Trace::default();
+    while !session.is_idle() {
+        for event in session.step().unwrap().into_iter().filter(|e| e.id == watched) {
+            trace.tokens.extend(event.token);
+            trace.context.extend(event.context_logits.iter().map(|x| x.to_bits()));
+            trace.generation.extend(event.generation_logits.iter().map(|x| x.to_bits()));
+        }
+    }
+    trace
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
+
+    /// Alone in one chunk; alone in chunks of any size; and among up to 63 others that join when there is room, in steps
+    /// of any size: the same bits.
+    #[test]
+    fn a_prompt_gives_the_same_bits_in_every_schedule(
+        len in 1usize..60,
+        chunk in 1usize..40,
+        max_num_tokens in 3usize..90,
+        max_batch_size in 1usize..65,
+        others in prop::collection::vec((1usize..50, 1usize..12), 0..64),
+        place in any::<prop::sample::Index>(),
+        dtype in prop::sample::select(vec![DType::F32, DType::Bf16, DType::F16]),
+    ) {
+        let watched = request(7, len, 9);
+        let mut alone = session(dtype, 1, 128, 8);
+        let id = alone.submit(watched.clone()).unwrap();
+        let expected = run(&mut alone, id);
+        prop_assert_eq!(expected.tokens.len(), 9);
+        prop_assert_eq!(expected.context.len(), len * VOCAB as usize);
+
+        let mut chunked = session(dtype, 1, chunk, 8);
+        let id = chunked.submit(watched.clone()).unwrap();
+        prop_assert!(run(&mut chunked, id) == expected, "chunks of {}", chunk);
+
+        let mut crowd = session(dtype, max_batch_size, max_num_tokens, 60);
+        let place = place.index(others.len() + 1);
+        let mut id = RequestId(0);
+        for (i, (len, output)) in others.iter().enumerate() {
+            if i == place {
+                id = crowd.submit(watched.clone()).unwrap();
+            }
+            crowd.submit(request(100 + u32::try_from(i).unwrap(), *len, *output)).unwrap();
+        }
+        if place == others.len() {
+            id = crowd.submit(watched).unwrap();
+        }
+        prop_assert!(run(&mut crowd, id) == expected, "among {} others", others.len());
+        prop_assert_eq!(crowd.free_blocks(), 60);
+    }
+}
+
+/// Requests come, finish, and are cancelled while queued, in their prompt, or while decoding.
+#[test]
+fn five_hundred_requests_with_cancellations_leave_no_block() {
+    let mut session = session(DType::F32, 9, 40, 30);
+    let mut numbers = (0u32..).map(|position| RandomKey { seed: 1, prompt: 2, hypothesis: 3, position }.bits());
+    let mut draw = |below: u64| usize::try_from(numbers.next().unwrap() % below).unwrap();
+    let (mut live, mut finished, mut cancelled) = (Vec::new(), 0, 0);
+    let mut submitted = 0;
+    while submitted < 500 || !session.is_idle() {
+        for _ in 0..draw(4) {
+            if submitted < 500 {
+                live.push(session.submit(request(submitted, 1 + draw(70), 1 + draw(20))).unwrap());
+                submitted += 1;
+            }
+        }
+        if !live.is_empty() && draw(5) == 0 {
+            let id: RequestId = live.swap_remove(draw(live.len() as u64));
+            assert!(session.cancel(id));
+            assert!(!session.cancel(id));
+            cancelled += 1;
+        }
+        for event in session.step().unwrap() {
+            assert!(live.contains(&event.id), "an event of {}, which ended", event.id);
+            if event.finished.is_some() {
+                live.retain(|id| *id != event.id);
+                finished += 1;
+            }
+        }
+    }
+    assert_eq!((finished + cancelled, live.len()), (500, 0));
+    assert!(cancelled > 50 && finished > 200, "{cancelled} cancelled, {finished} finished");
+    assert_eq!(session.free_blocks(), 30);
+}
