@@ -4,13 +4,13 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use mixtral_comm::{CommError, Launch, World, threads};
+use mixtral_comm::{CommError, JoinOptions, Launch, World, process, threads};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let ranks = std::env::args().nth(1).map_or(Ok(2), |text| text.parse())?;
     match Launch::detect(&|name| std::env::var(name).ok())? {
         Launch::Threads => drop(threads::run(ranks, measure)?),
-        Launch::Process(_) => return Err("later".into()),
+        Launch::Process(process) => process::run(&process, &JoinOptions::new([0; 32]), measure)?,
     }
     Ok(())
 }

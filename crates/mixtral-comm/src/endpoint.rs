@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::CommError;
 use crate::inbox::{Body, Inbox, Key, NoMessage};
+use crate::process::mesh::Wire;
 use crate::world::MAX_MESSAGE_BYTES;
 
 /// How to reach one rank.
@@ -11,6 +12,8 @@ use crate::world::MAX_MESSAGE_BYTES;
 pub(crate) enum Link {
     /// A thread of this process, or the rank itself: straight into its inbox.
     Memory(Arc<Inbox>),
+    /// Another process.
+    Wire(Wire),
 }
 
 /// A rank, its inbox and its links.
@@ -49,6 +52,7 @@ impl Endpoint {
                     let body = copied.get_or_insert_with(|| copy(bytes));
                     inbox.push(self.rank, key, Arc::clone(body))?;
                 }
+                Link::Wire(wire) => wire.send(key, bytes, &self.inbox)?,
             }
         }
         Ok(())

@@ -2,6 +2,8 @@
 
 use std::fmt::{self, Display};
 
+use crate::process::JoinError;
+
 /// A call on a [`World`](crate::World) or a [`Group`](crate::Group) that could not be done. The first three say that
 /// the job is over, and every later call says the same; the others are mistakes in the calling program.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -149,6 +151,8 @@ pub enum Cause<E> {
     Comm(CommError),
     /// Its thread could not be started.
     Spawn(String),
+    /// Its process did not come together with the others.
+    Join(JoinError),
 }
 
 impl<E: Display> Display for Cause<E> {
@@ -157,6 +161,7 @@ impl<E: Display> Display for Cause<E> {
             Self::Error(error) => error.fmt(f),
             Self::Panic(message) => write!(f, "panicked: {message}"),
             Self::Comm(error) => error.fmt(f),
+            Self::Join(error) => error.fmt(f),
             Self::Spawn(message) => write!(f, "its thread could not be started: {message}"),
         }
     }

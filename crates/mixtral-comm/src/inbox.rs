@@ -216,6 +216,11 @@ impl Inbox {
         self.wake_all(state);
     }
 
+    /// Why the job is over, if it is.
+    pub(crate) fn failure(&self) -> Option<CommError> {
+        self.lock().failure.clone()
+    }
+
     /// True if the sender has said that it will send no more.
     pub(crate) fn is_finished(&self, from: usize) -> bool {
         self.lock().senders[from].finished

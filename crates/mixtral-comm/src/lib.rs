@@ -3,7 +3,7 @@
 //! models; what it moves are bytes.
 //!
 //! A rank is an OS thread. All ranks are threads of one process ([`threads::run`], over shared memory), or each is the
-//! one rank of its own process (`process::run`, over TCP); [`launch::Launch::detect`] says which. Either way the
+//! one rank of its own process ([`process::run`], over TCP); [`launch::Launch::detect`] says which. Either way the
 //! rank's function is given a [`World`] and cannot tell the difference.
 //!
 //! Three promises hold for every call on a [`World`] or a [`Group`]:
@@ -13,7 +13,7 @@
 //! - Nothing is reduced here. A sum over ranks is an all-gather and then the caller's sum in rank order, so that its bits
 //!   do not depend on arrival.
 //!
-//! Reading order: [`launch`], [`world`], [`group`], [`error`], [`threads`], `process`; beneath them `inbox` (where
+//! Reading order: [`launch`], [`world`], [`group`], [`error`], [`threads`], [`process`]; beneath them `inbox` (where
 //! messages wait) and `endpoint` (how they get there).
 #![forbid(unsafe_code)]
 
@@ -23,6 +23,7 @@ pub mod world;
 pub mod group;
 
 pub mod error;
+pub mod process;
 pub mod threads;
 
 mod endpoint;
@@ -31,4 +32,5 @@ mod inbox;
 pub use error::{Cause, CommError, Death, RankFailure};
 pub use group::Group;
 pub use launch::{Launch, LaunchError};
+pub use process::{JoinError, JoinOptions};
 pub use world::World;

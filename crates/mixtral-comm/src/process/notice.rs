@@ -1,0 +1,290 @@
+//! How the ranks of one host find rank 0: a notice with its port and a secret, in a file that only its user can read.
+//! It is there only while the ranks assemble.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::OFlags;
+use rustix::process::Pid;
+
+use crate::world::host_name;
+
+const FIRST_LINE: &str = "mixtral rendezvous 1";
+
+/// A notice is some 200 bytes.
+const MAX_BYTES: u64 = 4096;
+
+/// What rank 0 publishes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Notice {
+    /// Rank 0's process, and when it started: process ids are used again.
+    pub(crate) pid: u32,
+    started: u64,
+    /// The host and its network, for a file in a folder that several hosts or containers share.
+    pub(crate) machine: String,
+    /// Where rank 0 listens, on the loopback.
+    pub(crate) port: u16,
+    pub(crate) secret: [u8; 32],
+}
+
+/// What a rank finds at the place of the notice.
+#[derive(Debug)]
+pub(crate) enum Found {
+    /// Rank 0 has not published, or what is there was left behind by a process that is gone.
+    Nothing,
+    /// A live process's notice.
+    Notice(Notice),
+    /// Something that is no notice of this user.
+    Foreign(&'static str),
+}
+
+/// Why a notice cannot be published.
+#[derive(Debug)]
+pub(crate) enum NotPublished {
+    /// The live process that has published one for the same job.
+    Busy(u32),
+    Foreign(&'static str),
+    Io(io::Error),
+}
+
+/// The published notice; removed when dropped.
+#[derive(Debug)]
+pub(crate) struct Published(PathBuf);
+
+impl Drop for Published {
+    fn drop(&mut self) {
+        // If it is gone already, so much the better.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Where the notice of a job is.
+pub(crate) fn path(directory: &Path, job: &str) -> PathBuf {
+    let user = rustix::process::getuid().as_raw();
+    let plain = job.len() <= 64 && job.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte));
+    let job = if plain { job.to_owned() } else { blake3::hash(job.as_bytes()).to_hex()[..32].to_owned() };
+    directory.join(format!("mixtral-{user}-{job}.rendezvous"))
+}
+
+/// This host and its network, as [`Notice::machine`] has it.
+pub(crate) fn machine() -> String {
+    let network = fs::read_link("/proc/self/ns/net").unwrap_or_default();
+    format!("{} {}", host_name().replace(char::is_whitespace, "_"), network.display()).trim().to_owned()
+}
+
+impl Notice {
+    pub(crate) fn new(port: u16, secret: [u8; 32]) -> Self {
+        let pid = std::process::id();
+        Self { pid, started: started(pid).unwrap_or(0), machine: machine(), port, secret }
+    }
+
+    /// Puts the notice at `path`, in place of one that was left behind.
+    pub(crate) fn publish(&self, path: &Path) -> Result<Published, NotPublished> {
+        let mut draft = path.as_os_str().to_owned();
+        draft.push(format!(".{}", self.pid));
+        let draft = Published(draft.into());
+        // A draft of this process id can only be left behind.
+        let _ = fs::remove_file(&draft.0);
+        self.write(&draft.0).map_err(NotPublished::Io)?;
+        for _ in 0..8 {
+            // A link, unlike a rename, fails if another process was faster.
+            match fs::hard_link(&draft.0, path) {
+                Ok(()) => return Ok(Published(path.to_owned())),
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(NotPublished::Io(error)),
+            }
+            match find(path).map_err(NotPublished::Io)? {
+                Found::Notice(notice) => return Err(NotPublished::Busy(notice.pid)),
+                Found::Foreign(what) => return Err(NotPublished::Foreign(what)),
+                Found::Nothing => match fs::remove_file(path) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(NotPublished::Io(error)),
+                    _ => {}
+                },
+            }
+        }
+        Err(NotPublished::Foreign("made again and again by another process"))
+    }
+
+    fn write(&self, path: &Path) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+        file.write_all(self.to_text().as_bytes())
+    }
+
+    fn to_text(&self) -> String {
+        let secret = blake3::Hash::from_bytes(self.secret).to_hex();
+        let Self { pid, started, machine, port, .. } = self;
+        format!("{FIRST_LINE}\npid {pid}\nstarted {started}\nmachine {machine}\nport {port}\nsecret {secret}\n")
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut lines = text.lines();
+        let mut value = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
+        value(FIRST_LINE.split_once(' ')?.0).filter(|rest| FIRST_LINE.ends_with(rest))?;
+        let notice = Self {
+            pid: value("pid")?.parse().ok()?,
+            started: value("started")?.parse().ok()?,
+            machine: value("machine")?.to_owned(),
+            port: value("port")?.parse().ok()?,
+            secret: *blake3::Hash::from_hex(value("secret")?).ok()?.as_bytes(),
+        };
+        // The form is exact, so that a half-written or edited notice is none.
+        (notice.to_text() == text).then_some(notice)
+    }
+
+    /// True if the process that published it runs no more. Of another machine's process nothing is known.
+    fn is_stale(&self) -> bool {
+        self.machine == machine() && !is_alive(self.pid, self.started)
+    }
+}
+
+/// Looks for a notice.
+pub(crate) fn find(path: &Path) -> io::Result<Found> {
+    let flags = i32::try_from((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits()).unwrap_or(0);
+    let file = match OpenOptions::new().read(true).custom_flags(flags).open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Nothing),
+        Err(error) => return Err(error),
+    };
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Ok(Found::Foreign("not a plain file"));
+    }
+    if meta.uid() != rustix::process::getuid().as_raw() {
+        return Ok(Found::Foreign("another user's"));
+    }
+    if meta.mode() & 0o077 != 0 {
+        return Ok(Found::Foreign("readable by other users"));
+    }
+    Ok(match read(file).ok().as_deref().and_then(Notice::parse) {
+        None => Found::Foreign("not a rendezvous file"),
+        Some(notice) if notice.is_stale() => Found::Nothing,
+        Some(notice) => Found::Notice(notice),
+    })
+}
+
+/// Removes the notice of a process that died before it could, so that nothing is left behind.
+pub(crate) fn remove_if_stale(path: &Path) {
+    if path.exists() && matches!(find(path), Ok(Found::Nothing)) {
+        let _ = fs::remove_file(path);
+    }
+}
+
+fn read(file: File) -> io::Result<String> {
+    let mut text = String::new();
+    file.take(MAX_BYTES).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+fn is_alive(pid: u32, started_then: u64) -> bool {
+    let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return false };
+    // Not being allowed to signal it means that it is there.
+    let there = rustix::process::test_kill_process(id) != Err(rustix::io::Errno::SRCH);
+    there && stat(pid).is_none_or(|(state, started)| started == started_then && !matches!(state, "Z" | "X"))
+}
+
+fn started(pid: u32) -> Option<u64> {
+    stat(pid).map(|(_, started)| started)
+}
+
+/// A process's state ("Z" is dead but not yet collected) and when it started, in ticks since the host did; none where
+/// the system does not say.
+fn stat(pid: u32) -> Option<(&'static str, u64)> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The second field is the program's name in parentheses, and may hold anything; these are the third and the 22nd.
+    let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace();
+    let state = match fields.next()? {
+        "Z" => "Z",
+        "X" => "X",
+        _ => "alive",
+    };
+    Some((state, fields.nth(18)?.parse().ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn notice() -> Notice {
+        Notice::new(4321, [0xAB; 32])
+    }
+
+    #[test]
+    fn a_notice_is_private_and_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = path(folder.path(), "job-1");
+        assert!(matches!(find(&path).unwrap(), Found::Nothing));
+        let published = notice().publish(&path).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+        assert!(matches!(find(&path).unwrap(), Found::Notice(found) if found == notice()));
+        // The draft is gone, and a second job of this name is refused.
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        assert!(matches!(notice().publish(&path), Err(NotPublished::Busy(pid)) if pid == std::process::id()));
+        drop(published);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_dead_processs_notice_is_replaced() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = path(folder.path(), "job-1");
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        child.wait().unwrap();
+        for stale in [
+            Notice { pid: child.id(), ..notice() },
+            // This very process id, of an earlier process.
+            Notice { started: notice().started + 1, ..notice() },
+        ] {
+            stale.write(&path).unwrap();
+            assert!(matches!(find(&path).unwrap(), Found::Nothing));
+            let published = notice().publish(&path).unwrap();
+            assert!(matches!(find(&path).unwrap(), Found::Notice(found) if found == notice()));
+            drop(published);
+            stale.write(&path).unwrap();
+            remove_if_stale(&path);
+            assert!(!path.exists());
+        }
+        // A notice of another machine may be alive.
+        let other = Notice { machine: "node9 net:[1]".to_owned(), pid: child.id(), ..notice() };
+        other.write(&path).unwrap();
+        assert!(matches!(find(&path).unwrap(), Found::Notice(found) if found == other));
+    }
+
+    #[test]
+    fn what_is_no_notice_of_ours_is_not_believed() {
+        let folder = tempfile::tempdir().unwrap();
+        let foreign = |path: &Path| match find(path).unwrap() {
+            Found::Foreign(what) => what,
+            other => panic!("{other:?}"),
+        };
+        let path = path(folder.path(), "job-1");
+        notice().write(&path).unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+        assert_eq!(foreign(&path), "readable by other users");
+        assert!(matches!(notice().publish(&path), Err(NotPublished::Foreign("readable by other users"))));
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        assert!(find(&link).is_err());
+        let text = notice().to_text();
+        for end in 0..text.len() {
+            assert_eq!(Notice::parse(&text[..end]), None, "{end}");
+        }
+        assert_eq!(Notice::parse(&format!("{text} ")), None);
+        assert_eq!(Notice::parse(&text.replace("port 4321", "port 70000")), None);
+        assert_eq!(Notice::parse(&text), Some(notice()));
+    }
+
+    #[test]
+    fn job_names_are_made_fit_for_a_file() {
+        let name = |job: &str| path(Path::new("/x"), job).file_name().unwrap().to_string_lossy().into_owned();
+        let user = rustix::process::getuid().as_raw();
+        assert_eq!(name("slurm-77.2"), format!("mixtral-{user}-slurm-77.2.rendezvous"));
+        for odd in ["../../etc/passwd", "a b", &"x".repeat(300)] {
+            assert_eq!(name(odd).len(), format!("mixtral-{user}-.rendezvous").len() + 32, "{odd}");
+        }
+        assert_ne!(name("a b"), name("a c"));
+    }
+}
