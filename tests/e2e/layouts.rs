@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::tool::{mixtral_in, root};
+use crate::tool::{has_mpirun, mixtral_in, mpirun_in, root};
 
 /// Two tiny f32 models of dummy weights: layers that do not divide over the stages, KV heads that are replicated (2 over
 /// 4 ranks), experts that do not divide over the ranks, an odd vocabulary.
@@ -38,12 +38,20 @@ fn layouts() -> Vec<String> {
     layouts
 }
 
+/// tp_size · pp_size.
+fn world_size(layout: &str) -> usize {
+    let mut words = layout.split(' ');
+    let mut size = |flag| words.find(|w| *w == flag).and_then(|_| words.next()).unwrap().parse::<usize>().unwrap();
+    size("--tp_size") * size("--pp_size")
+}
+
 /// 20 prompts of 1 to 39 tokens.
 fn write_prompts(path: &Path, vocab: u32) {
     let prompt = |n: u32| (0..1 + 2 * n).map(|i| ((i * 31 + n * 17) % vocab).to_string()).collect::<Vec<_>>().join(",");
     fs::write(path, (0..20).map(prompt).collect::<Vec<_>>().join("\n") + "\n").unwrap();
 }
 
+/// Builds the engine of a layout in `e`, and what its ranks generate as threads of one process.
 fn tokens(at: &Path, geometry: &str, seed: u32, layout: &str) -> String {
     mixtral_in(at, &format!("convert --dtype f32 --output_dir c {geometry} {layout}"), &[]).ok();
     let limits = "--max-batch-size 8 --max-num-tokens 48";
@@ -63,6 +71,13 @@ fn every_layout_gives_the_tokens_of_one_rank() {
         assert_eq!(alone.lines().count(), 20);
         for layout in layouts() {
             assert_eq!(tokens(at, geometry, seed, &layout), alone, "{geometry} {layout}");
+            if has_mpirun() {
+                let ranks = world_size(&layout);
+                let run = "run --engine_dir e --input_file ids.csv --max_output_len 12 --output_csv mpi.csv";
+                mpirun_in(at, ranks, run).ok();
+                assert_eq!(fs::read_to_string(at.join("mpi.csv")).unwrap(), alone, "mpirun: {geometry} {layout}");
+                fs::remove_file(at.join("mpi.csv")).unwrap();
+            }
         }
     }
 }

@@ -50,6 +50,36 @@ pub fn mixtral_in(dir: &Path, line: &str, more: &[&str]) -> Said {
         .env_remove("RUST_BACKTRACE")
         .output()
         .expect("the binary starts");
+    said(output)
+}
+
+/// Whether Open MPI's mpirun is there; says so once if not.
+pub fn has_mpirun() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    *FOUND.get_or_init(|| {
+        let found = Command::new("mpirun").arg("--version").output().is_ok_and(|o| o.status.success());
+        if !found {
+            println!("skipped: what needs mpirun, which is not installed (cargo xtask test installs it)");
+        }
+        found
+    })
+}
+
+/// Runs `mpirun -n RANKS mixtral` with the words of `line` in `dir`.
+pub fn mpirun_in(dir: &Path, ranks: usize, line: &str) -> Said {
+    let output = Command::new("mpirun")
+        // More ranks than cores, and root in a container, are both fine here.
+        .args(["--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-n", &ranks.to_string()])
+        .arg(binary())
+        .args(line.split_whitespace())
+        .current_dir(dir)
+        .env_remove("RUST_BACKTRACE")
+        .output()
+        .expect("mpirun starts");
+    said(output)
+}
+
+fn said(output: std::process::Output) -> Said {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the tool prints UTF-8");
     Said { out: text(output.stdout), err: text(output.stderr), code: output.status.code().unwrap_or(-1) }
 }

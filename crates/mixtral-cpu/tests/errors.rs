@@ -7,7 +7,7 @@ use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::batch;
 use mixtral_testkit::decoder::{self, Geometry};
 
-const OPTIONS: CpuOptions = CpuOptions { kv_blocks: 20, threads: 2, count_experts: false, isa: None };
+const OPTIONS: CpuOptions = CpuOptions { kv_blocks: 20, threads: 2, count_experts: false, time_ops: false, isa: None };
 
 fn small() -> Program {
     decoder::program(&Geometry::small(DType::F32), true)
