@@ -29,11 +29,23 @@ impl Need {
 }
 
 /// All needs, in the order in which they are met.
-pub(crate) const NEEDS: &[Need] = &[Need {
-    name: "a Python with the packages of tests/python/requirements.txt",
-    is_met: |workspace| Ok(venv_is_current(&venv(workspace), &requirements(workspace)?)),
-    install: |workspace| install_venv(workspace, &venv(workspace), &requirements(workspace)?),
-}];
+pub(crate) const NEEDS: &[Need] = &[
+    Need {
+        name: "a Python with the packages of tests/python/requirements.txt",
+        is_met: |workspace| Ok(venv_is_current(&venv(workspace), &requirements(workspace)?)),
+        install: |workspace| install_venv(workspace, &venv(workspace), &requirements(workspace)?),
+    },
+    Need {
+        name: "mpirun",
+        is_met: |_| Ok(Command::new("mpirun").arg("--version").output().is_ok_and(|out| out.status.success())),
+        install: |_| apt_install(&["openmpi-bin"]),
+    },
+    Need {
+        name: "ip, which makes network namespaces",
+        is_met: |_| Ok(Command::new("ip").arg("-V").output().is_ok_and(|out| out.status.success())),
+        install: |_| apt_install(&["iproute2"]),
+    },
+];
 
 const REQUIREMENTS: &str = "tests/python/requirements.txt";
 
