@@ -19,6 +19,11 @@ use mixtral_testkit::batch::{self, Part};
 
 const DTYPE: DType = DType::Bf16;
 
+/// A byte that differs from its neighbours'.
+fn byte(i: usize) -> u8 {
+    u8::try_from(i % 251).unwrap_or_default()
+}
+
 /// Weights of one shape, one after another in memory.
 struct Rotation {
     memory: Memory,
@@ -40,7 +45,7 @@ impl Memory {
 
     /// Memory full of small bf16 values.
     fn new(bytes: usize, mapped: bool) -> std::io::Result<Memory> {
-        let pattern: Vec<u8> = (0..1u32 << 19).flat_map(|i| [(i * 37 % 251) as u8, 0x3c + (i % 2 * 128) as u8]).collect();
+        let pattern: Vec<u8> = (0..1 << 19).flat_map(|i| [byte(i * 37), [0x3c, 0xbc][i % 2]]).collect();
         if mapped {
             let path = std::env::temp_dir().join(format!("mixtral-bench-{}", std::process::id()));
             let mut file = File::create(&path)?;
@@ -174,7 +179,7 @@ fn bench_linear(rotation: &Arc<Rotation>, threads: usize, bandwidth: Time, steps
     let options = CpuOptions { kv_blocks: blocks, threads, ..CpuOptions::default() };
     let program = linears(most, rotation.shape, count);
     let mut backend = CpuBackend::load(program.clone(), Weights::Source(rotation.clone()), options).expect("a backend");
-    let x: Vec<u8> = (0..most * cols).flat_map(|i| [(i % 249) as u8, 0x3c]).collect();
+    let x: Vec<u8> = (0..most * cols).flat_map(|i| [byte(i), 0x3c]).collect();
     backend.write_buffer("x", &x).expect("a buffer");
     for &n in steps {
         let inputs = prompt(&program, n, blocks);
@@ -212,7 +217,8 @@ fn bench_attention(threads: usize, past: usize, new: usize) {
     inputs.logits_indices.truncate(1);
     let options = CpuOptions { kv_blocks: blocks, threads, ..CpuOptions::default() };
     let mut backend = CpuBackend::load(a.program, Weights::Dummy { seed: 0 }, options).expect("a backend");
-    let fill = |bytes: &mut [u8]| bytes.chunks_exact_mut(2).enumerate().for_each(|(i, b)| b.copy_from_slice(&[(i % 253) as u8, 0x3d]));
+    let fill =
+        |bytes: &mut [u8]| bytes.chunks_exact_mut(2).enumerate().for_each(|(i, b)| b.copy_from_slice(&[byte(i), 0x3d]));
     let (keys, values) = backend.cache_bytes_mut(0).expect("a layer");
     fill(keys);
     fill(values);

@@ -38,8 +38,8 @@ fn run(backend: &mut CpuBackend, sequences: &[Sequence], steps: &[Vec<(usize, us
         let outputs = backend.step(&inputs).unwrap();
         let mut rows = outputs.logits.chunks(vocab_size);
         for &(s, past, new) in step {
-            for position in past..past + new {
-                logits[s][position] = rows.next().unwrap().iter().map(|x| x.to_bits()).collect();
+            for logits in &mut logits[s][past..past + new] {
+                *logits = rows.next().unwrap().iter().map(|x| x.to_bits()).collect();
             }
         }
         // What a step leaves in the arena means nothing to the next.
