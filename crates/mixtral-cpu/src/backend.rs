@@ -233,3 +233,20 @@ fn contained<T>(f: impl FnOnce() -> Result<T, BackendError>) -> Result<T, Backen
         Err(BackendError::Other(format!("the CPU backend failed: {text}; this is a bug, please report it")))
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_on_any_worker_is_an_error() {
+        let pool = ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+        let result: Result<(), BackendError> = contained(|| {
+            pool.broadcast(|worker| assert_ne!(worker.index(), 1, "worker 1 gives up"));
+            Ok(())
+        });
+        let message = result.unwrap_err().to_string();
+        assert!(message.starts_with("the CPU backend failed: ") && message.contains("worker 1 gives up"), "{message}");
+        assert!(matches!(contained(|| Ok(7)), Ok(7)));
+    }
+}

@@ -5,30 +5,45 @@ use std::time::Instant;
 use crate::memory::Memory;
 use crate::simd::{LANES, Simd};
 
-/// Bytes read, far more than any cache holds.
-const READ_BYTES: usize = 1 << 30;
-
 /// Rounds; the best counts, since other work on the machine only ever slows one down.
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 5;
 
 // The arithmetic: 20 KB of operands, at home in the first cache.
 const ROWS: usize = 16;
 const TOKENS: usize = 24;
 const DEPTH: usize = 128;
 
+/// Bytes that are enough to look at a machine in passing: far more than most caches hold.
+pub const QUICK: usize = 1 << 30;
+
+/// Bytes for a figure to be reported.
+pub const THOROUGH: usize = 4 << 30;
+
 /// A machine's ceilings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Probe {
-    /// Bytes read from memory in a second by all threads together.
+    /// Bytes read from memory in a second by all threads together: the best of five sums over anonymous memory in huge
+    /// pages, each thread over a contiguous part. 0 if there is not enough memory.
     pub read_bytes_per_s: f64,
     /// Floating-point operations in a second by all threads together, in the dot tiles, operands cached.
     pub flops_per_s: f64,
 }
 
-/// Measures with `threads` threads, in about a second. A figure that cannot be had (no memory) is 0.
+impl Probe {
+    /// The better of two, figure by figure: of measurements before and after something.
+    #[must_use]
+    pub fn max(self, other: Probe) -> Probe {
+        Probe {
+            read_bytes_per_s: self.read_bytes_per_s.max(other.read_bytes_per_s),
+            flops_per_s: self.flops_per_s.max(other.flops_per_s),
+        }
+    }
+}
+
+/// Measures with `threads` threads, reading `bytes`.
 #[must_use]
-pub fn measure(threads: usize) -> Probe {
-    Probe { read_bytes_per_s: read(threads).unwrap_or(0.0), flops_per_s: arithmetic(threads) }
+pub fn measure(threads: usize, bytes: usize) -> Probe {
+    Probe { read_bytes_per_s: read(threads, bytes).unwrap_or(0.0), flops_per_s: arithmetic(threads) }
 }
 
 /// The best of some rounds of `work` on every thread, as amounts a second.
@@ -47,16 +62,16 @@ fn best(threads: usize, amount: f64, work: impl Fn(usize) + Sync) -> f64 {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rate")]
-fn read(threads: usize) -> Option<f64> {
-    let mut memory = Memory::new("the bandwidth probe", Some(READ_BYTES), "").ok()?;
+fn read(threads: usize, bytes: usize) -> Option<f64> {
+    let simd = Simd::detect();
+    let mut memory = Memory::new("the bandwidth probe", Some(bytes), "").ok()?;
     let words: &mut [u64] = bytemuck::cast_slice_mut(memory.bytes_mut());
     // Untouched pages are all one page of zeros: write each.
     words.iter_mut().step_by(512).for_each(|w| *w = 1);
     let words: &[u64] = words;
     let share = words.len() / threads;
     let sum = |thread: usize| {
-        let sum = words[thread * share..][..share].iter().fold(0u64, |sum, w| sum.wrapping_add(*w));
-        std::hint::black_box(sum);
+        std::hint::black_box(simd.sum_words(&words[thread * share..][..share]));
     };
     Some(best(threads, (share * threads * 8) as f64, sum))
 }

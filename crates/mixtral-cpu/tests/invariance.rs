@@ -12,7 +12,7 @@ const KV_BLOCKS: usize = 64;
 
 /// A loaded decoder whose arena and cache are full of NaN.
 fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
-    let options = CpuOptions { kv_blocks: KV_BLOCKS, threads, count_experts: true, isa };
+    let options = CpuOptions { kv_blocks: KV_BLOCKS, threads, count_experts: true, isa, ..CpuOptions::default() };
     let program = decoder::program(geometry, fused);
     let mut backend = CpuBackend::load(program, Weights::Dummy { seed: 5 }, options).unwrap();
     poison(backend.arena_mut());
@@ -38,8 +38,8 @@ fn run(backend: &mut CpuBackend, sequences: &[Sequence], steps: &[Vec<(usize, us
         let outputs = backend.step(&inputs).unwrap();
         let mut rows = outputs.logits.chunks(vocab_size);
         for &(s, past, new) in step {
-            for position in past..past + new {
-                logits[s][position] = rows.next().unwrap().iter().map(|x| x.to_bits()).collect();
+            for logits in &mut logits[s][past..past + new] {
+                *logits = rows.next().unwrap().iter().map(|x| x.to_bits()).collect();
             }
         }
         // What a step leaves in the arena means nothing to the next.

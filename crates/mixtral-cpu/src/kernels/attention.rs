@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::context::{Context, index};
 use crate::cache::KvView;
 use crate::memory::take;
-use crate::simd::{LANES, WEIGHTED_ROWS};
+use crate::simd::{BLOCK_ROWS, LANES, WEIGHTED_ROWS};
 
 /// Query rows of a task, if the group of heads is not larger: they share each widened block of keys and values.
 const QUERY_ROWS: usize = 24;
@@ -139,17 +139,16 @@ impl Tile<'_> {
         let scores = take(&mut scratch, rows * len);
         let acc = take(&mut scratch, rows * padded);
 
-        for (row, q) in q.chunks_exact_mut(padded).enumerate() {
+        for row in 0..rows {
             let head = task.kv_head * group + row % group;
             let first = row / group * query_stride + ctx.row_bytes(head * head_dim);
-            ctx.simd.widen(ctx.dtype, &queries[first..][..ctx.row_bytes(head_dim)], &mut q[..head_dim]);
-            q[head_dim..].fill(-0.0);
+            ctx.simd.pack_column(ctx.dtype, &queries[first..][..ctx.row_bytes(head_dim)], row, rows, padded, q);
         }
 
         #[expect(clippy::cast_precision_loss, reason = "the contract's f32 constant")]
         let scale = 1.0 / (head_dim as f32).sqrt();
         for keys in self.key_blocks(&span) {
-            let n = self.widen_block(self.keys, task.kv_head, &keys, block);
+            let n = self.pack_keys(task.kv_head, &keys, block);
             let lanes = &mut lanes[..rows * n * LANES];
             lanes.fill(0.0);
             ctx.simd.block(block, n, q, rows, padded, lanes);
@@ -170,7 +169,7 @@ impl Tile<'_> {
 
         acc.fill(0.0);
         for keys in self.key_blocks(&span) {
-            self.widen_block(self.values, task.kv_head, &keys, block);
+            self.widen_values(task.kv_head, &keys, block);
             for first in (0..rows).step_by(WEIGHTED_ROWS) {
                 let tile = first..(first + WEIGHTED_ROWS).min(rows);
                 self.add_values(tile, &visible, &span, &keys, scores, block, acc);
@@ -199,21 +198,29 @@ impl Tile<'_> {
         })
     }
 
-    /// Widens the keys or values of a piece to `[n, padded]`, and returns n rounded up to whole tiles of rows.
-    fn widen_block(&self, cache: KvView<'_>, kv_head: usize, keys: &Range<usize>, out: &mut [f32]) -> usize {
-        let (head_dim, size) = (self.shape.head_dim, cache.shape.block_size);
-        let block = index(self.blocks[keys.start / size]);
-        let bytes = cache.rows(block, kv_head, keys.start % size, keys.len());
-        if head_dim == self.shape.padded {
-            self.ctx.simd.widen(cache.shape.dtype, bytes, &mut out[..keys.len() * head_dim]);
-        } else {
-            let rows = bytes.chunks_exact(head_dim * cache.shape.dtype.size());
-            for (row, out) in rows.zip(out.chunks_exact_mut(self.shape.padded)) {
-                self.ctx.simd.widen(cache.shape.dtype, row, &mut out[..head_dim]);
-                out[head_dim..].fill(0.0);
-            }
+    /// The vectors of a piece in the cache, `[n, head_dim]`.
+    fn vectors<'a>(&self, cache: KvView<'a>, kv_head: usize, keys: &Range<usize>) -> std::slice::ChunksExact<'a, u8> {
+        let size = cache.shape.block_size;
+        let rows = cache.rows(index(self.blocks[keys.start / size]), kv_head, keys.start % size, keys.len());
+        rows.chunks_exact(self.shape.head_dim * cache.shape.dtype.size())
+    }
+
+    /// Packs the keys of a piece as rows, and returns how many they are when rounded up to whole tiles.
+    fn pack_keys(&self, kv_head: usize, keys: &Range<usize>, panel: &mut [f32]) -> usize {
+        for (row, key) in self.vectors(self.keys, kv_head, keys).enumerate() {
+            self.ctx.simd.pack_row(self.keys.shape.dtype, key, row, self.shape.padded, panel);
         }
-        keys.len().next_multiple_of(crate::simd::BLOCK_ROWS)
+        keys.len().next_multiple_of(BLOCK_ROWS)
+    }
+
+    /// Widens the values of a piece to `[n, padded]`.
+    fn widen_values(&self, kv_head: usize, keys: &Range<usize>, out: &mut [f32]) {
+        let values = self.vectors(self.values, kv_head, keys);
+        for (value, out) in values.zip(out.chunks_exact_mut(self.shape.padded)) {
+            let (head, padding) = out.split_at_mut(self.shape.head_dim);
+            self.ctx.simd.widen(self.values.shape.dtype, value, head);
+            padding.fill(0.0);
+        }
     }
 
     /// Adds the piece's weighted values to a tile of rows: what all of them see at once, what only some see row by

@@ -14,17 +14,17 @@ use crate::simd::{BLOCK_ROWS, LANES, STREAM_COLUMNS};
 use crate::weights::Matrix;
 
 /// Tokens of a block.
-const TOKENS: usize = 128;
+const TOKENS: usize = 192;
 /// Weight rows of a block.
 const ROWS: usize = 32;
 /// Most weight rows of a streamed task: every change of task costs a microsecond or two of a thread's bandwidth.
 const STREAMED_ROWS: usize = 1024;
 /// Columns of a block of K.
-const DEPTH: usize = 1024;
+const DEPTH: usize = 512;
 
 /// Memory of a product that all workers share.
 pub(crate) struct Workspace {
-    /// Widened activations, `[block of K][token][column of the block]`.
+    /// Widened activations: `[token][column]` for streams, packed block by block of K else.
     x: Memory,
     /// Accumulators, `[task][token][row of the task]`.
     acc: Memory,
@@ -56,12 +56,15 @@ pub(crate) fn linear(
         // A few tasks a worker, so that an interrupted one holds the others up little.
         let share = rows.div_ceil(4 * ctx.num_workers()).next_multiple_of(ROWS);
         let task_rows = if streamed { share.min(STREAMED_ROWS) } else { ROWS };
-        let depth = if streamed { padded } else { DEPTH };
         work.x.reserve_floats(n * padded)?;
         work.acc.reserve_floats(n * rows.next_multiple_of(task_rows))?;
         let x = &mut work.x.floats_mut()[..n * padded];
         let acc = &mut work.acc.floats_mut()[..n * rows.next_multiple_of(task_rows)];
-        widen_inputs(ctx, inputs, weight.cols, depth, x);
+        if streamed {
+            widen_inputs(ctx, inputs, weight.cols, x);
+        } else {
+            pack_inputs(ctx, inputs, weight.cols, x);
+        }
         let x = &*x;
         ctx.for_chunks(acc, task_rows * n, rows * padded * n, |task, acc| {
             let rows = weight.rows(task * task_rows, ((task + 1) * task_rows).min(rows));
@@ -90,16 +93,23 @@ pub(crate) fn linear(
     Ok(())
 }
 
-/// `x[block][token][column] = inputs[token]`, widened; padded with −0, which adds nothing to any accumulator.
-fn widen_inputs(ctx: &Context<'_>, inputs: &[&[u8]], cols: usize, depth: usize, x: &mut [f32]) {
+/// `x[token][column]`, widened; padded with −0, which adds nothing to any accumulator.
+fn widen_inputs(ctx: &Context<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
+    let padded = cols.next_multiple_of(LANES);
+    ctx.for_chunks(x, padded, inputs.len() * padded, |token, x| {
+        ctx.simd.widen(ctx.dtype, inputs[token], &mut x[..cols]);
+        x[cols..].fill(-0.0);
+    });
+}
+
+/// The same, packed, one block of K after another.
+fn pack_inputs(ctx: &Context<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
     let (n, padded, size) = (inputs.len(), cols.next_multiple_of(LANES), ctx.dtype.size());
-    ctx.for_chunks(x, n * depth, n * padded, |block, x| {
-        let start = block * depth;
-        let (end, depth) = ((start + depth).min(cols), depth.min(padded - start));
-        for (input, x) in inputs.iter().zip(x.chunks_exact_mut(depth)) {
-            let (values, padding) = x.split_at_mut(end - start);
-            ctx.simd.widen(ctx.dtype, &input[start * size..end * size], values);
-            padding.fill(-0.0);
+    ctx.for_chunks(x, n * DEPTH, n * padded, |block, x| {
+        let start = block * DEPTH;
+        let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
+        for (token, input) in inputs.iter().enumerate() {
+            ctx.simd.pack_column(ctx.dtype, &input[start * size..end * size], token, n, depth, x);
         }
     });
 }
@@ -113,10 +123,8 @@ fn block(ctx: &Context<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f3
     acc.fill(0.0);
     for start in (0..cols).step_by(DEPTH) {
         let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
-        for (row, w) in rows.bytes.chunks_exact(cols * size).zip(w.chunks_exact_mut(depth)) {
-            let (values, padding) = w.split_at_mut(end - start);
-            ctx.simd.widen(rows.dtype, &row[start * size..end * size], values);
-            padding.fill(0.0);
+        for (r, row) in rows.bytes.chunks_exact(cols * size).enumerate() {
+            ctx.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
         }
         // Rows past the last are whatever lies there; their accumulators are not read.
         ctx.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);

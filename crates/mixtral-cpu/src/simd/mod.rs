@@ -56,7 +56,7 @@ pub(crate) struct Simd(Isa);
 /// Most columns that [`Simd::stream`] takes at once.
 pub(crate) const STREAM_COLUMNS: usize = 8;
 
-/// Rows of [`Simd::block`] come in multiples of this.
+/// Rows of [`Simd::block`] come in multiples of this, whatever the instruction set.
 pub(crate) const BLOCK_ROWS: usize = 4;
 
 /// Most rows that [`Simd::weighted_rows`] takes at once.
@@ -84,9 +84,16 @@ macro_rules! wrappers {
 
             use super::{lanes, tiles};
 
+            pub(super) const TILE: (usize, usize) = ($rows, $columns);
+
             $(#[$features])?
             pub(super) unsafe fn widen(dtype: DType, src: &[u8], dst: &mut [f32]) {
                 unsafe { by_dtype!(dtype, widen, $lanes, [], (src, dst)) }
+            }
+
+            $(#[$features])?
+            pub(super) unsafe fn pack(dtype: DType, src: &[u8], dst: &mut [f32], stride: usize, padding: f32) {
+                unsafe { by_dtype!(dtype, pack, $lanes, [], (src, dst, stride, padding)) }
             }
 
             $(#[$features])?
@@ -143,6 +150,11 @@ macro_rules! wrappers {
                         _ => panic!("{rows} weighted rows"),
                     }
                 }
+            }
+
+            $(#[$features])?
+            pub(super) unsafe fn sum_words(words: &[u64]) -> u64 {
+                tiles::sum_words(words)
             }
 
             $(#[$features])?
@@ -230,8 +242,61 @@ impl Simd {
         dispatch!(self, stream(dtype, w, cols, x, x_stride, n, out, out_stride));
     }
 
-    /// `acc[t][r] += w[r] · x[t]` lane by lane: one block of `depth` columns (a multiple of 16). `w` is
-    /// `[rows, depth]`, rows a multiple of [`BLOCK_ROWS`]; `x` `[tokens, depth]`; `acc` `[tokens, rows, 16]`.
+    /// Rows and columns of a tile of [`Simd::block`].
+    fn tile(self) -> (usize, usize) {
+        match self.0 {
+            Isa::Portable => portable::TILE,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::TILE,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::TILE,
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => portable::TILE,
+        }
+    }
+
+    /// Puts a row of weights, widened, into its place among the `rows` rows that [`Simd::block`] reads. `rows` is a
+    /// multiple of [`BLOCK_ROWS`], and `panel` `rows · depth` long.
+    pub(crate) fn pack_row(self, dtype: DType, src: &[u8], row: usize, depth: usize, panel: &mut [f32]) {
+        let (height, _) = self.tile();
+        self.pack(dtype, src, row, height, height, depth, 0.0, panel);
+    }
+
+    /// Puts a token's activations, widened, into their place among the `tokens` columns that [`Simd::block`] reads.
+    /// `panel` is `tokens · depth` long.
+    pub(crate) fn pack_column(
+        self,
+        dtype: DType,
+        src: &[u8],
+        token: usize,
+        tokens: usize,
+        depth: usize,
+        panel: &mut [f32],
+    ) {
+        let (_, width) = self.tile();
+        let width_here = width.min(tokens - token / width * width);
+        // Minus zero times the rows' zero is −0, which leaves every accumulator as it is, +0 and −0 among them.
+        self.pack(dtype, src, token, width, width_here, depth, -0.0, panel);
+    }
+
+    fn pack(
+        self,
+        dtype: DType,
+        src: &[u8],
+        index: usize,
+        tile: usize,
+        tile_here: usize,
+        depth: usize,
+        padding: f32,
+        panel: &mut [f32],
+    ) {
+        let first = index / tile * tile * depth + index % tile * LANES;
+        dispatch!(self, pack(dtype, src, &mut panel[first..], tile_here * LANES, padding));
+    }
+
+    /// `acc[t][r] += w[r] · x[t]` lane by lane: one block of `depth` columns (a multiple of 16). `w` holds `rows` packed
+    /// rows (a multiple of [`BLOCK_ROWS`]), `x` packed columns; `acc` is `[tokens, rows, 16]`. Packed operands are read
+    /// in order, one stream each.
     pub(crate) fn block(self, w: &[f32], rows: usize, x: &[f32], tokens: usize, depth: usize, acc: &mut [f32]) {
         dispatch!(self, block(w, rows, x, tokens, depth, acc));
     }
@@ -254,6 +319,11 @@ impl Simd {
         acc: &mut [f32],
     ) {
         dispatch!(self, weighted_rows(p, p_stride, rows, n, v, width, acc));
+    }
+
+    /// The sum of all words, modulo 2^64: what memory bandwidth is measured with.
+    pub(crate) fn sum_words(self, words: &[u64]) -> u64 {
+        dispatch!(self, sum_words(words))
     }
 
     /// The largest element, −∞ for none; NaNs are passed over.

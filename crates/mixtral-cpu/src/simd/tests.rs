@@ -79,17 +79,22 @@ fn blocked_dots_are_the_contracts_wherever_they_lie_in_a_tile() {
             let rows = 2 * BLOCK_ROWS;
             let (w, x) = (values(3, rows * cols), values(4, n * cols));
             let expected: Vec<f32> = x.chunks(cols).flat_map(|x| w.chunks(cols).map(move |w| dot(x, w))).collect();
-            let (wide_w, wide_x) = (pad(&w, cols, 0.0), pad(&x, cols, -0.0));
+            let (bytes_w, bytes_x) = (to_bytes(DType::F32, &w), to_bytes(DType::F32, &x));
             let padded = cols.next_multiple_of(LANES);
             for (isa, simd) in sets() {
                 // K in two blocks, cut at any group.
-                for cut in [0, 16, padded / 2 / LANES * LANES, padded] {
-                    let part = |x: &[f32], from: usize, to: usize| -> Vec<f32> {
-                        x.chunks(padded).flat_map(|row| row[from..to].to_vec()).collect()
-                    };
+                for cut in [0, 16, padded / 2 / LANES * LANES, padded].map(|cut| cut.min(padded)) {
                     let mut acc = vec![0.0; n * rows * LANES];
-                    for (from, to) in [(0, cut.min(padded)), (cut.min(padded), padded)] {
-                        simd.block(&part(&wide_w, from, to), rows, &part(&wide_x, from, to), n, to - from, &mut acc);
+                    for (from, to) in [(0, cut), (cut, padded)].into_iter().filter(|(from, to)| from < to) {
+                        let (depth, end) = (to - from, to.min(cols));
+                        let (mut panel_w, mut panel_x) = (vec![f32::NAN; rows * depth], vec![f32::NAN; n * depth]);
+                        for (r, row) in bytes_w.chunks(4 * cols).enumerate() {
+                            simd.pack_row(DType::F32, &row[4 * from.min(end)..4 * end], r, depth, &mut panel_w);
+                        }
+                        for (t, row) in bytes_x.chunks(4 * cols).enumerate() {
+                            simd.pack_column(DType::F32, &row[4 * from.min(end)..4 * end], t, n, depth, &mut panel_x);
+                        }
+                        simd.block(&panel_w, rows, &panel_x, n, depth, &mut acc);
                     }
                     let mut out = vec![f32::NAN; n * rows];
                     simd.reduce(&acc, &mut out);
@@ -105,14 +110,17 @@ fn padding_keeps_the_sign_of_zero() {
     // Lane 0 underflows to −0, the others stay +0 or −0 by the same rule: padding may not turn it into +0.
     let (w, x) = (vec![-1e-30f32; 17], vec![1e-30f32; 17]);
     let expected = dot(&x, &w);
-    let (wide_w, wide_x) = (pad(&w, 17, 0.0), pad(&x, 17, -0.0));
+    let (bytes_w, bytes_x) = (to_bytes(DType::F32, &w), to_bytes(DType::F32, &x));
+    let wide_x = pad(&x, 17, -0.0);
     for (isa, simd) in sets() {
         let mut out = [0f32; 1];
-        simd.stream(DType::F32, &to_bytes(DType::F32, &w), 17, &wide_x, 32, 1, &mut out, 1);
+        simd.stream(DType::F32, &bytes_w, 17, &wide_x, 32, 1, &mut out, 1);
         assert_eq!(out[0].to_bits(), expected.to_bits(), "{isa:?}");
         let mut acc = vec![0.0; BLOCK_ROWS * LANES];
-        let four: Vec<f32> = wide_w.repeat(BLOCK_ROWS);
-        simd.block(&four, BLOCK_ROWS, &wide_x, 1, 32, &mut acc);
+        let (mut panel_w, mut panel_x) = (vec![f32::NAN; BLOCK_ROWS * 32], vec![f32::NAN; 32]);
+        (0..BLOCK_ROWS).for_each(|row| simd.pack_row(DType::F32, &bytes_w, row, 32, &mut panel_w));
+        simd.pack_column(DType::F32, &bytes_x, 0, 1, 32, &mut panel_x);
+        simd.block(&panel_w, BLOCK_ROWS, &panel_x, 1, 32, &mut acc);
         simd.reduce(&acc, &mut out);
         assert_eq!(out[0].to_bits(), expected.to_bits(), "{isa:?}");
     }

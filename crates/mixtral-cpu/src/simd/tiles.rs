@@ -70,6 +70,28 @@ pub(super) unsafe fn widen<L: Lanes, E: Elem>(src: &[u8], dst: &mut [f32]) {
     }
 }
 
+/// Group g of `src`, widened, goes to `dst[g · stride..]`; what the last group lacks is `padding`.
+#[inline(always)]
+pub(super) unsafe fn pack<L: Lanes, E: Elem>(src: &[u8], dst: &mut [f32], stride: usize, padding: f32) {
+    let n = src.len() / E::SIZE;
+    let (groups, tail) = (n / LANES, n % LANES);
+    assert!(n == 0 || dst.len() >= (n.div_ceil(LANES) - 1) * stride + LANES);
+    // SAFETY: the assert covers every group of dst; the partial group of src goes through a buffer of sixteen.
+    unsafe {
+        let dst = dst.as_mut_ptr();
+        for g in 0..groups {
+            E::load::<L>(src.as_ptr().add(g * LANES * E::SIZE)).store_f32(dst.add(g * stride).cast());
+        }
+        if tail > 0 {
+            let last = dst.add(groups * stride);
+            load_partial::<L, E>(src.as_ptr().add(groups * LANES * E::SIZE), tail).store_f32(last.cast());
+            for lane in tail..LANES {
+                *last.add(lane) = padding;
+            }
+        }
+    }
+}
+
 /// `dst[i] = src[i]`, rounded to nearest even.
 #[inline(always)]
 pub(super) unsafe fn narrow<L: Lanes, E: Elem>(src: &[f32], dst: &mut [u8]) {
@@ -122,7 +144,6 @@ unsafe fn accumulate<L: Lanes, E: Elem, const R: usize, const C: usize>(
     x: *const f32,
     x_stride: usize,
     groups: usize,
-    prefetch: Option<usize>,
     acc: &mut [[L; C]; R],
 ) {
     // SAFETY: the caller's R rows of w and C rows of x hold `groups` groups each.
@@ -131,8 +152,8 @@ unsafe fn accumulate<L: Lanes, E: Elem, const R: usize, const C: usize>(
             let mut rows = [L::splat(0.0); R];
             for r in 0..R {
                 let row = w.add(r * w_stride + g * LANES * E::SIZE);
-                if let Some(ahead) = prefetch.filter(|_| (g * LANES * E::SIZE).is_multiple_of(64)) {
-                    L::prefetch(row.wrapping_add(ahead));
+                if (g * LANES * E::SIZE).is_multiple_of(64) {
+                    L::prefetch(row.wrapping_add(PREFETCH));
                 }
                 rows[r] = E::load(row);
             }
@@ -164,7 +185,7 @@ unsafe fn stream_rows<L: Lanes, E: Elem, const R: usize, const C: usize>(
     unsafe {
         let mut acc = [[L::splat(0.0); C]; R];
         let (groups, tail) = (cols / LANES, cols % LANES);
-        accumulate::<L, E, R, C>(w, cols * E::SIZE, x, x_stride, groups, Some(PREFETCH), &mut acc);
+        accumulate::<L, E, R, C>(w, cols * E::SIZE, x, x_stride, groups, &mut acc);
         if tail > 0 {
             let start = groups * LANES;
             for r in 0..R {
@@ -230,8 +251,20 @@ unsafe fn block_columns<L: Lanes, const R: usize, const C: usize>(
                     tile[r][c] = L::load_f32(acc.add((c * rows + r0 + r) * LANES).cast());
                 }
             }
-            let w = w.add(r0 * depth).cast();
-            accumulate::<L, F32, R, C>(w, depth * 4, x, depth, depth / LANES, None, &mut tile);
+            let (mut w, mut x) = (w.add(r0 * depth), x);
+            for _ in 0..depth / LANES {
+                let mut group = [L::splat(0.0); R];
+                for r in 0..R {
+                    group[r] = L::load_f32(w.add(r * LANES).cast());
+                }
+                for c in 0..C {
+                    let column = L::load_f32(x.add(c * LANES).cast());
+                    for r in 0..R {
+                        tile[r][c] = tile[r][c].fma(group[r], column);
+                    }
+                }
+                (w, x) = (w.add(R * LANES), x.add(C * LANES));
+            }
             for r in 0..R {
                 for c in 0..C {
                     tile[r][c].store_f32(acc.add((c * rows + r0 + r) * LANES).cast());
@@ -242,8 +275,9 @@ unsafe fn block_columns<L: Lanes, const R: usize, const C: usize>(
     }
 }
 
-/// `acc[t][r] += w[r] · x[t]` lane by lane: one block of K. `w` is `[rows, depth]` with `rows` a multiple of R, `x`
-/// `[tokens, depth]`, `acc` `[tokens, rows, 16]`. Tiles are R × C, C at most 6.
+/// `acc[t][r] += w[r] · x[t]` lane by lane: one block of K. `w` is `[rows / R][group][R][16]` with `rows` a multiple
+/// of R, `x` `[tokens / C][group][C][16]` with as many columns as are left in its last tile, `acc` `[tokens, rows, 16]`.
+/// C is at most 6.
 #[inline(always)]
 pub(super) unsafe fn block<L: Lanes, const R: usize, const C: usize>(
     w: &[f32],
@@ -355,6 +389,19 @@ pub(super) unsafe fn weighted_rows<L: Lanes, const C: usize, const D: usize>(
             i += LANES;
         }
     }
+}
+
+/// The sum of all words, modulo 2^64: reads memory and does little else.
+#[inline(always)]
+pub(super) fn sum_words(words: &[u64]) -> u64 {
+    let mut lanes = [0u64; 2 * LANES];
+    let mut groups = words.chunks_exact(2 * LANES);
+    for group in &mut groups {
+        for l in 0..2 * LANES {
+            lanes[l] = lanes[l].wrapping_add(group[l]);
+        }
+    }
+    lanes.iter().chain(groups.remainder()).fold(0, |sum, word| sum.wrapping_add(*word))
 }
 
 /// The largest element, −∞ for none; NaNs are passed over.

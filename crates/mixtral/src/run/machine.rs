@@ -1,6 +1,7 @@
 //! What this machine has and can do.
 
 use mixtral_build::Roof;
+use mixtral_cpu::probe::{self, Probe};
 
 /// Bytes of memory that can be taken without swapping; `None` where the system does not say.
 pub fn available_memory() -> Option<usize> {
@@ -17,6 +18,10 @@ pub fn cores() -> usize {
 
 /// Measures read bandwidth and arithmetic rate, in about a second.
 pub fn measure_roof(threads: usize) -> Roof {
-    let probe = mixtral_cpu::probe::measure(threads);
+    roof(probe::measure(threads, probe::QUICK))
+}
+
+/// The ceilings of a probe.
+pub fn roof(probe: Probe) -> Roof {
     Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s }
 }

@@ -4,9 +4,11 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use mixtral_build::Roof;
 use mixtral_build::cost::{StepShape, cost};
+use mixtral_cpu::probe;
 use mixtral_engine::text::op_text;
-use mixtral_engine::{EngineDir, RandomKey, SamplingParams};
+use mixtral_engine::{EngineDir, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
 use mixtral_runtime::{Request, Session};
@@ -160,10 +162,11 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     let all: Vec<Request> = batches.iter().flatten().chain(&prompts).chain(&many).cloned().collect();
     let mut session = job.session(&all, None)?;
     let threads = args.threads.unwrap_or_else(machine::cores);
-    let roof = machine::measure_roof(threads);
+    // The machine's own rates, before and after what is measured against them.
+    let before = probe::measure(threads, probe::THOROUGH);
     let program = job.program();
 
-    let mut decode = Vec::new();
+    let mut decode_steps = Vec::new();
     for batch in &batches {
         let steps = run_batch(&mut session, batch)?;
         let steps: Vec<f64> = steps
@@ -172,21 +175,10 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
             .skip(args.warmup)
             .map(|s| s.time.as_secs_f64())
             .collect();
-        let typical = median(steps.clone());
-        let bandwidth = ratio(decode_weight_bytes(program, batch.len()), typical);
-        decode.push(Decode {
-            batch_size: batch.len(),
-            steps: steps.len(),
-            median_ms: 1e3 * typical,
-            p99_ms: 1e3 * quantile(steps.clone(), 0.99),
-            min_ms: 1e3 * quantile(steps, 0.0),
-            tokens_per_s: ratio(f(batch.len()), typical),
-            weight_gb_per_s: bandwidth / 1e9,
-            bandwidth_percent: 100.0 * ratio(bandwidth, roof.bytes_per_s),
-        });
+        decode_steps.push((batch.len(), steps));
     }
 
-    let mut prefill = Vec::new();
+    let mut prefill_times = Vec::new();
     for prompt in &prompts {
         let mut times = Vec::new();
         for round in 0..args.warmup.min(1) + 3 {
@@ -195,21 +187,13 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
                 times.push(steps.iter().map(|s| s.time).sum::<Duration>().as_secs_f64());
             }
         }
-        let tokens = prompt.prompt.len();
-        let shape = StepShape { num_tokens: tokens, num_logits: 1, context: tokens / 2 + 1 };
-        let flops: f64 = program.ops.iter().map(|op| cost(program, op, shape).flops).sum();
-        let typical = median(times.clone());
-        prefill.push(Prefill {
-            tokens,
-            median_ms: 1e3 * typical,
-            min_ms: 1e3 * quantile(times, 0.0),
-            tokens_per_s: ratio(f(tokens), typical),
-            gflop_per_s: ratio(flops, typical) / 1e9,
-            compute_percent: 100.0 * ratio(ratio(flops, typical), roof.flops_per_s),
-        });
+        prefill_times.push((prompt.prompt.len(), times));
     }
 
     let throughput = (!many.is_empty()).then(|| throughput(&mut session, args, &many, &mut numbers)).transpose()?;
+    let roof = machine::roof(before.max(probe::measure(threads, probe::THOROUGH)));
+    let decode = decode_steps.into_iter().map(|(n, steps)| Decode::new(program, roof, n, steps)).collect();
+    let prefill = prefill_times.into_iter().map(|(n, times)| Prefill::new(program, roof, n, times)).collect();
     let times: Vec<f64> = session.op_times().iter().map(Duration::as_secs_f64).collect();
     let total: f64 = times.iter().sum();
     let per_op = program
@@ -228,6 +212,39 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         throughput,
         per_op,
     })
+}
+
+impl Decode {
+    fn new(program: &Program, roof: Roof, batch_size: usize, steps: Vec<f64>) -> Self {
+        let typical = median(steps.clone());
+        let bandwidth = ratio(decode_weight_bytes(program, batch_size), typical);
+        Decode {
+            batch_size,
+            steps: steps.len(),
+            median_ms: 1e3 * typical,
+            p99_ms: 1e3 * quantile(steps.clone(), 0.99),
+            min_ms: 1e3 * quantile(steps, 0.0),
+            tokens_per_s: ratio(f(batch_size), typical),
+            weight_gb_per_s: bandwidth / 1e9,
+            bandwidth_percent: 100.0 * ratio(bandwidth, roof.bytes_per_s),
+        }
+    }
+}
+
+impl Prefill {
+    fn new(program: &Program, roof: Roof, tokens: usize, times: Vec<f64>) -> Self {
+        let shape = StepShape { num_tokens: tokens, num_logits: 1, context: tokens / 2 + 1 };
+        let flops: f64 = program.ops.iter().map(|op| cost(program, op, shape).flops).sum();
+        let typical = median(times.clone());
+        Prefill {
+            tokens,
+            median_ms: 1e3 * typical,
+            min_ms: 1e3 * quantile(times, 0.0),
+            tokens_per_s: ratio(f(tokens), typical),
+            gflop_per_s: ratio(flops, typical) / 1e9,
+            compute_percent: 100.0 * ratio(ratio(flops, typical), roof.flops_per_s),
+        }
+    }
 }
 
 /// Answers requests together; the steps it took.
