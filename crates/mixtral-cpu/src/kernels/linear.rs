@@ -17,7 +17,7 @@ use crate::weights::Matrix;
 const TOKENS: usize = 192;
 /// Weight rows of a block.
 const ROWS: usize = 32;
-/// Most weight rows of a streamed task: every change of task costs a microsecond or two of a thread's bandwidth.
+/// Most weight rows of a streamed task.
 const STREAMED_ROWS: usize = 1024;
 /// Columns of a block of K.
 const DEPTH: usize = 512;
