@@ -19,7 +19,13 @@ fn refused(dir: &Path, said: Said, code: i32) -> String {
         line.split_inclusive(|c: char| !c.is_ascii_alphanumeric())
             .map(|word| {
                 let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
-                if hashes(bare) { word.replace(bare, "HASH") } else { word.to_owned() }
+                let is_file_size =
+                    bare.len() >= 5 && bare.chars().all(|c| c.is_ascii_digit()) && line.contains(" bytes");
+                match bare {
+                    _ if hashes(bare) => word.replace(bare, "HASH"),
+                    _ if is_file_size => word.replace(bare, "SIZE"),
+                    _ => word.to_owned(),
+                }
             })
             .collect::<String>()
     });
