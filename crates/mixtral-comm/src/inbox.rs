@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::CommError;
@@ -12,8 +13,8 @@ use crate::CommError;
 /// and a sender whose message is being waited for always passes, so that the limit cannot lock two ranks up.
 const MAX_WAITING_BYTES: usize = 256 << 20;
 
-/// How long a wait between threads looks before it parks. Waking a parked thread costs some 50 µs on a virtual
-/// machine, which a collective of two ranks in step need not pay.
+/// How long a wait looks, yielding its core, before it parks. Waking a parked thread costs up to 50 µs on a virtual
+/// machine, which a collective of ranks in step need not pay.
 const LOOK: Duration = Duration::from_micros(30);
 
 /// What a message is for. A receiver asks for exactly one key.
@@ -62,8 +63,6 @@ pub(crate) struct Inbox {
     taken: Condvar,
     /// Counts changes, so that a waiting rank can look without the lock.
     changes: AtomicU64,
-    /// How long to look before parking.
-    look: Duration,
 }
 
 struct State {
@@ -98,8 +97,8 @@ pub(crate) enum NoMessage {
 }
 
 impl Inbox {
-    /// An empty inbox. `may_look` if there are cores enough to look for a moment instead of parking at once.
-    pub(crate) fn new(world_size: usize, may_look: bool) -> Self {
+    /// An empty inbox.
+    pub(crate) fn new(world_size: usize) -> Self {
         Self {
             state: Mutex::new(State {
                 senders: std::iter::repeat_with(Sender::default).take(world_size).collect(),
@@ -109,7 +108,6 @@ impl Inbox {
             arrived: Condvar::new(),
             taken: Condvar::new(),
             changes: AtomicU64::new(0),
-            look: if may_look { LOOK } else { Duration::ZERO },
         }
     }
 
@@ -152,7 +150,7 @@ impl Inbox {
 
     /// Takes the oldest message of `from` with this key, after waiting for it.
     pub(crate) fn take(&self, from: usize, key: Key) -> Result<Body, NoMessage> {
-        let mut looked = self.look.is_zero();
+        let mut looked = false;
         let mut state = self.lock();
         loop {
             if let Some(failure) = &state.failure {
@@ -194,7 +192,8 @@ impl Inbox {
                 }
                 std::hint::spin_loop();
             }
-            if start.elapsed() > self.look {
+            thread::yield_now();
+            if start.elapsed() > LOOK {
                 return false;
             }
         }

@@ -19,8 +19,7 @@ where
     E: Display + Send,
 {
     let hosts: Arc<[String]> = vec![host_name(); world_size].into();
-    let may_look = thread::available_parallelism().is_ok_and(|cores| world_size <= cores.get());
-    let inboxes: Vec<_> = (0..world_size).map(|_| Arc::new(Inbox::new(world_size, may_look))).collect();
+    let inboxes: Vec<_> = (0..world_size).map(|_| Arc::new(Inbox::new(world_size))).collect();
     let first_failure = Mutex::new(None);
 
     let fail = |rank: usize, cause: Cause<E>| {

@@ -343,8 +343,10 @@ fn guest(mut start: Start<'_>, path: &Path) -> Result<Assembled, JoinError> {
                     }
                 }
             }
-            // If rank 0 was killed, its notice is still there.
-            notice::remove_if_stale(path);
+            if let JoinError::HostEnded { .. } = error {
+                // If rank 0 was killed, its notice is still there.
+                notice::remove_stale(path, Duration::from_secs(1));
+            }
             Err(error)
         }
     }

@@ -40,7 +40,7 @@ pub use error::JoinError;
 pub struct JoinOptions {
     /// What every rank must present alike: the engine's run id.
     pub identity: [u8; 32],
-    /// Where the rendezvous file is: the user's runtime folder, or else the folder for temporary files.
+    /// Where the rendezvous file is: the user's runtime folder (`XDG_RUNTIME_DIR`), or else the folder for temporary files.
     pub directory: PathBuf,
     /// How long rank 0 waits for the others, and they for it: 60 s.
     pub start_limit: Duration,
@@ -88,10 +88,7 @@ pub fn run<T, E: Display>(
     let failure = |cause| RankFailure { rank: process.rank, host: host_name(), cause };
     let (world, watch) = match assemble::assemble(process, options).and_then(|all| watch::start(all, options)) {
         Ok(joined) => joined,
-        Err(error) => {
-            signals::ignore();
-            return Err(failure(Cause::Join(error)));
-        }
+        Err(error) => return Err(failure(Cause::Join(error))),
     };
     match catch_unwind(AssertUnwindSafe(|| rank_main(&world))) {
         Ok(Ok(value)) => match watch.finish(&world) {

@@ -5,6 +5,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::OFlags;
 use rustix::process::Pid;
@@ -164,10 +166,18 @@ pub(crate) fn find(path: &Path) -> io::Result<Found> {
     })
 }
 
-/// Removes the notice of a process that died before it could, so that nothing is left behind.
-pub(crate) fn remove_if_stale(path: &Path) {
-    if path.exists() && matches!(find(path), Ok(Found::Nothing)) {
-        let _ = fs::remove_file(path);
+/// Removes the notice of a process that died before it could, so that nothing is left behind. A process's connections
+/// close a little before it counts as dead, so this looks again for up to `patience`.
+pub(crate) fn remove_stale(path: &Path, patience: Duration) {
+    let deadline = Instant::now() + patience;
+    while path.exists() {
+        if matches!(find(path), Ok(Found::Nothing)) {
+            let _ = fs::remove_file(path);
+        } else if Instant::now() >= deadline {
+            return;
+        } else {
+            thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -244,7 +254,7 @@ mod tests {
             assert!(matches!(find(&path).unwrap(), Found::Notice(found) if found == notice()));
             drop(published);
             stale.write(&path).unwrap();
-            remove_if_stale(&path);
+            remove_stale(&path, Duration::ZERO);
             assert!(!path.exists());
         }
         // A notice of another machine may be alive.

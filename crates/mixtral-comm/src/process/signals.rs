@@ -11,8 +11,9 @@ use signal_hook::low_level::emulate_default_handler;
 
 use super::door::Event;
 
-/// Whom to tell. A signal is told once; without anyone to tell, or the second time, it does what it does by default, so
-/// that a process that does not get to its end can still be ended.
+/// Whom to tell. A signal is told once; the second time, or after the job has ended well, it does what it does by
+/// default, so that a process that does not get to its end can still be ended. A job that failed still takes one in
+/// silence: its processes are on their way out, and often a launcher signals all that it sees.
 static LISTENER: Mutex<Listener> = Mutex::new(Listener { started: false, events: None });
 
 struct Listener {
@@ -33,14 +34,15 @@ pub(crate) fn listen(events: Sender<Event>) -> io::Result<()> {
 }
 
 /// From now on signals do what they do by default.
-pub(crate) fn ignore() {
+pub(crate) fn release() {
     LISTENER.lock().unwrap_or_else(PoisonError::into_inner).events = None;
 }
 
 fn tell(signal: i32) {
-    let events = LISTENER.lock().unwrap_or_else(PoisonError::into_inner).events.take();
-    if events.is_none_or(|events| events.send(Event::Signal(signal)).is_err()) {
+    match LISTENER.lock().unwrap_or_else(PoisonError::into_inner).events.take() {
+        // Of a job that has failed, nobody receives it.
+        Some(events) => drop(events.send(Event::Signal(signal))),
         // The signals listened for have defaults that end the process, so this does not return.
-        let _ = emulate_default_handler(signal);
+        None => drop(emulate_default_handler(signal)),
     }
 }

@@ -54,7 +54,7 @@ impl Watch {
 pub(super) fn start(all: Assembled, options: &JoinOptions) -> Result<(World, Watch), JoinError> {
     let Assembled { rank, members, control, mesh, sender, events } = all;
     let io = |error: std::io::Error| JoinError::io("setting up the connections")(error);
-    let inbox = Arc::new(Inbox::new(members.len(), false));
+    let inbox = Arc::new(Inbox::new(members.len()));
     let hosts = members.iter().map(|member| member.host.clone()).collect();
     let mut links = Vec::with_capacity(members.len());
     let mut streams = Vec::with_capacity(members.len());
@@ -127,14 +127,16 @@ impl Peer {
 impl Watcher {
     fn run(mut self, inbox: &Inbox, mesh: &[TcpStream]) {
         match self.watch() {
-            Ok(()) => inbox.conclude(),
+            Ok(()) => {
+                signals::release();
+                inbox.conclude();
+            }
             Err(failure) => {
                 inbox.fail(failure);
                 // Wakes a rank that waits for room to send.
                 mesh.iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
             }
         }
-        signals::ignore();
         self.peers.iter().for_each(|peer| drop(peer.stream.shutdown(Shutdown::Both)));
     }
 
