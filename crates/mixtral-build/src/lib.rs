@@ -1,9 +1,9 @@
 //! From a checkpoint to an engine: the naive graph of each rank, the passes over it, the memory plan, and the
 //! engine directory. Knows the model and the checkpoint's tensor names; knows no driver and no runtime.
 //!
-//! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`lower`] (graph →
-//! passes → planned program), [`build`] (directories), [`cost`] (bytes and FLOPs of an operation), [`explain`] and
-//! [`dot`] (the program for people).
+//! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`mod@lower`] (graph →
+//! passes → planned program), [`mod@build`] (directories), [`mod@cost`] (bytes and FLOPs of an operation),
+//! [`mod@explain`] and [`mod@dot`] (the program for people).
 #![forbid(unsafe_code)]
 
 pub mod build;
