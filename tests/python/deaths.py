@@ -1,0 +1,103 @@
+#!/usr/bin/env python3
+"""Ranks that die or stop in mid-generation, and what becomes of the others.
+
+    deaths.py --mixtral PATH [--kills 20] [--stops 20] [--seed N]
+
+Starts three ranks as processes (RANK and WORLD_SIZE) on an engine of dummy weights that is busy for long, and while they
+generate kills (-9) or stops (-STOP) one of them, drawn at random. Every survivor must end with exit code 1 within 10 s of a
+kill and 60 s of a stop, naming the rank, and nothing may be left behind. Prints the longest wait; exits 1 on a miss.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import random
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+RANKS = 3
+GEOMETRY = ("--vocab_size 512 --n_layer 6 --n_head 6 --n_kv_head 3 --n_embd 384 --inter_size 768 --n_positions 4096 "
+            "--moe_num_experts 6 --moe_top_k 2 --dtype f32 --tp_size 3").split()
+
+
+def prepare(binary, directory):
+    run = lambda *args: subprocess.run([binary, *args], cwd=directory, check=True, capture_output=True)
+    run("convert", *GEOMETRY)
+    run("build", "--max-seq-len", "4096")
+    (directory / "ids.csv").write_text("\n".join("1,2,3" for _ in range(64)))
+
+
+def one(binary, directory, how, rank, delay, job):
+    """(seconds the slowest survivor took, problems) of one run in which `rank` gets the signal `how` after `delay`."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}
+    environment.update(WORLD_SIZE=str(RANKS), MASTER_PORT=str(job), MASTER_ADDR="127.0.0.1", TMPDIR=str(directory / "tmp"),
+                       MIXTRAL_SECRET="deaths")
+    environment.pop("XDG_RUNTIME_DIR", None)
+    command = [binary, "run", "--input_file", "ids.csv", "--max_output_len", "4000", "--end_id", "-1", "--streaming",
+               "--streaming-interval", "50"]
+    processes = [subprocess.Popen(command, cwd=directory, env=environment | {"RANK": str(r)}, text=True,
+                                  stdout=subprocess.DEVNULL if r else subprocess.PIPE, stderr=subprocess.PIPE)
+                 for r in range(RANKS)]
+    # Rank 0 prints when tokens come: they are generating.
+    processes[0].stdout.readline()
+    time.sleep(delay)
+    os.kill(processes[rank].pid, how)
+    start = time.monotonic()
+    limit = 10 if how == signal.SIGKILL else 60
+    problems, waited = [], 0.0
+    for survivor in (r for r in range(RANKS) if r != rank):
+        try:
+            # communicate() reads on, so that nobody waits for a full pipe.
+            _, said = processes[survivor].communicate(timeout=max(0.1, limit - (time.monotonic() - start)))
+        except subprocess.TimeoutExpired:
+            problems.append(f"rank {survivor} is still there {limit} s after rank {rank} got {how.name}")
+            continue
+        waited = max(waited, time.monotonic() - start)
+        if processes[survivor].returncode != 1:
+            problems.append(f"rank {survivor} ended with {processes[survivor].returncode}")
+        if f"rank {rank} " not in said:
+            problems.append(f"rank {survivor} does not name rank {rank}: {said!r}")
+    for process in processes:
+        process.kill()
+        process.communicate()
+    return waited, problems
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixtral", required=True, type=Path)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--stops", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 30))
+    args = parser.parse_args()
+    print(f"seed {args.seed}")
+    rng = random.Random(args.seed)
+    failed = False
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch)
+        (directory / "tmp").mkdir()
+        binary = str(args.mixtral.resolve())
+        prepare(binary, directory)
+        # A stopped job waits more than it works, so several can wait at a time.
+        for how, count, at_once in (signal.SIGKILL, args.kills, 1), (signal.SIGSTOP, args.stops, 5):
+            draws = [(rng.randrange(RANKS), rng.uniform(0, 1), 29600 + i) for i in range(count)]
+            with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+                results = list(pool.map(lambda d: one(binary, directory, how, *d), draws))
+            problems = [p for _, found in results for p in found]
+            left = sorted(path.name for path in (directory / "tmp").iterdir())
+            if left:
+                problems.append(f"left behind: {left}")
+            longest = max((waited for waited, _ in results), default=0.0)
+            print(f"{how.name}: {count} runs, the slowest survivor took {longest:.1f} s, {len(problems)} problems")
+            print("".join(f"  {problem}\n" for problem in problems), end="", flush=True)
+            failed |= bool(problems)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
