@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Ranks that die or stop in mid-generation, and what becomes of the others.
 
-    deaths.py --mixtral PATH [--kills 20] [--stops 20] [--seed N]
+    deaths.py --mixtral PATH [--kills 20] [--stops 20] [--mpirun 20] [--seed N]
 
 Starts three ranks as processes (RANK and WORLD_SIZE) on an engine of dummy weights that is busy for long, and while they
 generate kills (-9) or stops (-STOP) one of them, drawn at random. Every survivor must end with exit code 1 within 10 s of a
-kill and 60 s of a stop, naming the rank, and nothing may be left behind. Prints the longest wait; exits 1 on a miss.
+kill and 60 s of a stop, naming the rank, and nothing may be left behind. Under mpirun, whose job a kill ends, the job must be
+over with a code that is not 0 within 10 s. Prints the longest wait; exits 1 on a miss.
 """
 
 import argparse
@@ -68,11 +69,36 @@ def one(binary, directory, how, rank, delay, job):
     return waited, problems
 
 
+def one_of_mpirun(binary, directory, rank, delay):
+    """The same for a job of mpirun's, killed in one of its processes."""
+    command = ["mpirun", "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-n", str(RANKS), binary, "run",
+               "--input_file", "ids.csv", "--max_output_len", "4000", "--end_id", "-1", "--streaming"]
+    job = subprocess.Popen(command, cwd=directory, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           env=os.environ | {"TMPDIR": str(directory / "tmp")})
+    job.stdout.readline()
+    time.sleep(delay)
+    ranks = {}
+    for process in subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split():
+        variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        ranks |= {int(v.split(b"=")[1]): int(process) for v in variables if v.startswith(b"OMPI_COMM_WORLD_RANK=")}
+    os.kill(ranks[rank], signal.SIGKILL)
+    start = time.monotonic()
+    try:
+        job.communicate(timeout=10)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        return 10.0, [f"the job is still there 10 s after rank {rank} was killed"]
+    problems = [] if job.returncode else ["the job ended with 0"]
+    problems += [f"rank {r} is still there" for r, process in ranks.items() if Path(f"/proc/{process}/exe").exists()]
+    return time.monotonic() - start, problems
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", required=True, type=Path)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stops", type=int, default=20)
+    parser.add_argument("--mpirun", type=int, default=20)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 30))
     args = parser.parse_args()
     print(f"seed {args.seed}")
@@ -96,6 +122,12 @@ def main():
             print(f"{how.name}: {count} runs, the slowest survivor took {longest:.1f} s, {len(problems)} problems")
             print("".join(f"  {problem}\n" for problem in problems), end="", flush=True)
             failed |= bool(problems)
+        results = [one_of_mpirun(binary, directory, rng.randrange(RANKS), rng.uniform(0, 1)) for _ in range(args.mpirun)]
+        problems = [p for _, found in results for p in found]
+        longest = max((waited for waited, _ in results), default=0.0)
+        print(f"mpirun: {args.mpirun} kills, the slowest job took {longest:.1f} s, {len(problems)} problems")
+        print("".join(f"  {problem}\n" for problem in problems), end="")
+        failed |= bool(problems)
     sys.exit(failed)
 
 

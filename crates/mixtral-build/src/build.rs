@@ -1,7 +1,7 @@
 //! From a checkpoint directory (or a geometry alone) to an engine directory.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mixtral_checkpoint::names::is_tokenizer_file;
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError};
@@ -34,6 +34,8 @@ pub struct BuildOptions {
     pub gather_context_logits: bool,
     /// Other options, recorded in the engine's config.
     pub recorded: BTreeMap<String, String>,
+    /// Ranks written at a time.
+    pub workers: usize,
     /// Bytes that a rank's weights, activations and inputs may need at most; checked before anything is written.
     pub memory_budget: Option<usize>,
 }
@@ -142,27 +144,21 @@ pub fn build(
 ) -> Result<Built, BuildError> {
     let mut programs = plan(config, options)?;
     let writer = EngineWriter::create(output_dir)?;
-    let mut ranks: Vec<RankRecord> = Vec::new();
-    for program in &mut programs {
-        let rank = Rank(program.rank);
-        let file: Option<PathBuf> = match weights {
-            WeightsFrom::Checkpoint(checkpoint) => {
-                // Opened for its checks only: header, shapes and run id.
-                checkpoint.rank(rank)?;
-                Some(checkpoint.rank_path(rank))
-            }
-            WeightsFrom::Dummy { recipes, .. } => {
-                for recipe in recipes(rank) {
-                    if let Some(weight) = program.weights.iter_mut().find(|w| w.name == recipe.name) {
-                        weight.pieces = recipe.pieces;
-                    }
+    if let WeightsFrom::Dummy { recipes, .. } = weights {
+        for program in &mut programs {
+            for recipe in recipes(Rank(program.rank)) {
+                if let Some(weight) = program.weights.iter_mut().find(|w| w.name == recipe.name) {
+                    weight.pieces = recipe.pieces;
                 }
-                None
             }
-        };
-        ranks.push(writer.rank(program, file.as_deref())?);
+        }
     }
-    if let WeightsFrom::Checkpoint(checkpoint) = weights {
+    let checkpoint = match weights {
+        WeightsFrom::Checkpoint(checkpoint) => Some(*checkpoint),
+        WeightsFrom::Dummy { .. } => None,
+    };
+    let ranks = write_ranks(&writer, &programs, checkpoint, options.workers)?;
+    if let Some(checkpoint) = checkpoint {
         copy_tokenizer(checkpoint.dir(), &writer)?;
     }
     let engine = EngineConfig {
@@ -183,6 +179,33 @@ pub fn build(
         ranks,
     };
     Ok(Built { config: writer.finish(engine)?, programs })
+}
+
+/// Writes every rank's files, `workers` at a time: weights that cannot be linked are copied, which takes its time.
+fn write_ranks(
+    writer: &EngineWriter,
+    programs: &[Program],
+    checkpoint: Option<&Checkpoint>,
+    workers: usize,
+) -> Result<Vec<RankRecord>, BuildError> {
+    let write = |program: &Program| -> Result<RankRecord, BuildError> {
+        let rank = Rank(program.rank);
+        // Opened for its checks only: header, shapes and run id.
+        checkpoint.map(|c| c.rank(rank)).transpose()?;
+        Ok(writer.rank(program, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
+    };
+    let share = programs.len().div_ceil(workers.max(1));
+    std::thread::scope(|scope| {
+        let shares = programs.chunks(share.max(1));
+        let threads: Vec<_> =
+            shares.map(|share| scope.spawn(move || share.iter().map(write).collect::<Result<Vec<_>, _>>())).collect();
+        let mut ranks = Vec::with_capacity(programs.len());
+        for thread in threads {
+            // A panic there goes on here.
+            ranks.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
+        }
+        Ok(ranks)
+    })
 }
 
 fn copy_tokenizer(from: &Path, writer: &EngineWriter) -> Result<(), BuildError> {

@@ -78,6 +78,9 @@ pub struct BuildArgs {
     /// The logits of generated tokens are always available
     #[arg(long, hide = true)]
     pub gather_generation_logits: bool,
+    /// Measure kernel candidates on this GPU
+    #[arg(long)]
+    pub tune: bool,
     /// Print the program with bytes, FLOPs and predicted time of each operation
     #[arg(long)]
     pub explain: bool,
@@ -119,6 +122,8 @@ pub struct BuildOptions {
     pub mapping: Mapping,
     /// Where the engine goes.
     pub output_dir: PathBuf,
+    /// Ranks written at a time.
+    pub workers: usize,
     /// The limits; `max_seq_len` 0 stands for the model's.
     pub limits: Limits,
     /// Whether context logits are gathered.
@@ -138,6 +143,9 @@ impl BuildArgs {
     pub fn validate(self) -> Result<BuildOptions, Usage> {
         if self.backend == Backend::Cuda || !self.arch.is_empty() {
             usage!("this version builds engines for the CPU only; leave out --arch and use --backend cpu (or auto)");
+        }
+        if self.tune {
+            usage!("--tune measures GPU kernels, and this version builds engines for the CPU only; leave it out");
         }
         if self.max_beam_width > 1 {
             usage!(
@@ -196,6 +204,7 @@ impl BuildArgs {
             seed: self.seed,
             mapping: mapping(&self.parallel)?,
             output_dir: self.output_dir,
+            workers: self.workers,
             limits: Limits {
                 max_batch_size: self.max_batch_size,
                 max_num_tokens: self.max_num_tokens,

@@ -276,11 +276,13 @@ fn throughput(
         arrivals.push(at);
     }
     let start = Instant::now();
-    let (mut next, mut finished) = (0, Vec::new());
+    let (mut next, mut first_id, mut finished) = (0, None, Vec::new());
     while finished.len() < requests.len() {
         let now = start.elapsed().as_secs_f64();
         while next < requests.len() && arrivals[next] <= now && (!args.sequential || session.is_idle()) {
-            session.submit(requests[next].clone()).context("the engine does not take what is to be measured")?;
+            let id =
+                session.submit(requests[next].clone()).context("the engine does not take what is to be measured")?;
+            first_id.get_or_insert(id.0);
             next += 1;
         }
         if session.is_idle() {
@@ -288,17 +290,22 @@ fn throughput(
             std::thread::sleep(Duration::from_secs_f64(wait));
             continue;
         }
-        finished.extend(session.step()?.into_iter().filter_map(|event| event.finished));
+        let ended = session.step()?.into_iter().filter_map(|event| Some((event.id.0, event.finished?.1)));
+        finished.extend(ended);
     }
     let seconds = start.elapsed().as_secs_f64();
     let output_tokens: usize = requests.iter().map(|r| r.max_output_len).sum();
     let prompt_tokens: usize = requests.iter().map(|r| r.prompt.len()).sum();
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     let first: Vec<f64> = finished.iter().map(|(_, t)| ms(t.first_token)).collect();
-    // Outputs of one token have no time between tokens.
-    let mean_output = f(output_tokens) / f(requests.len());
-    let between: Vec<f64> =
-        finished.iter().map(|(_, t)| ms(t.total - t.first_token) / (mean_output - 1.0).max(1.0)).collect();
+    let first_id = first_id.unwrap_or(0);
+    // Between the first token and the last; outputs of one token have no time between tokens.
+    let between: Vec<f64> = finished
+        .iter()
+        .map(|(id, timing)| (requests[id - first_id].max_output_len, timing))
+        .filter(|(tokens, _)| *tokens > 1)
+        .map(|(tokens, timing)| ms(timing.total - timing.first_token) / f(tokens - 1))
+        .collect();
     Ok(Throughput {
         requests: requests.len(),
         sequential: args.sequential,

@@ -55,6 +55,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         limits,
         gather_context_logits: options.gather_context_logits,
         recorded: options.recorded.clone(),
+        workers: options.workers,
         memory_budget: budget.filter(|_| is_dummy),
     };
     let built = mixtral_build::build(&config, &weights, &build, &options.output_dir)?;
