@@ -15,6 +15,8 @@ pub(crate) struct Context<'a> {
     pub(crate) simd: Simd,
     /// Data type of the activations.
     pub(crate) dtype: DType,
+    /// Whether this work is one worker's share already, and is not shared out again.
+    alone: bool,
     /// Scratch of each worker: at least [`ROW_SCRATCH`] times the widest row.
     scratch: &'a [Mutex<Memory>],
 }
@@ -27,7 +29,12 @@ const MIN_PARALLEL: usize = 1 << 15;
 
 impl<'a> Context<'a> {
     pub(crate) fn new(simd: Simd, dtype: DType, scratch: &'a [Mutex<Memory>]) -> Self {
-        Context { simd, dtype, scratch }
+        Context { simd, dtype, alone: false, scratch }
+    }
+
+    /// The worker that this runs on.
+    fn worker(&self) -> usize {
+        rayon::current_thread_index().unwrap_or(0) % self.scratch.len()
     }
 
     /// Workers of the pool.
@@ -35,22 +42,27 @@ impl<'a> Context<'a> {
         self.scratch.len()
     }
 
-    /// Whether a loop of so many elementary operations is shared out.
-    pub(crate) fn is_parallel(&self, work: usize) -> bool {
-        self.scratch.len() > 1 && work >= MIN_PARALLEL
+    /// The same, for work that is one worker's share.
+    pub(crate) fn alone(self) -> Self {
+        Context { alone: true, ..self }
     }
 
-    /// Makes room for `floats` f32 in every worker's scratch.
+    /// Whether a loop of so many elementary operations is shared out.
+    pub(crate) fn is_parallel(&self, work: usize) -> bool {
+        !self.alone && self.scratch.len() > 1 && work >= MIN_PARALLEL
+    }
+
+    /// Makes room for `floats` f32 in the scratch of every worker that will need it.
     pub(crate) fn reserve_scratch(&self, floats: usize) -> Result<(), BackendError> {
-        self.scratch
+        let workers = if self.alone { std::slice::from_ref(&self.scratch[self.worker()]) } else { self.scratch };
+        workers
             .iter()
             .try_for_each(|scratch| scratch.lock().unwrap_or_else(PoisonError::into_inner).reserve_floats(floats))
     }
 
     /// Runs `f` with this worker's scratch. `f` must not share out work of its own.
     pub(crate) fn with_scratch<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> R {
-        let index = rayon::current_thread_index().unwrap_or(0) % self.scratch.len();
-        let mut scratch = self.scratch[index].lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = self.scratch[self.worker()].lock().unwrap_or_else(PoisonError::into_inner);
         f(scratch.floats_mut())
     }
 

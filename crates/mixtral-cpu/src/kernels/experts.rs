@@ -1,6 +1,7 @@
 //! `expert_gate_up` and `expert_down`: one linear an expert, over the tokens that were sent to it.
 
 use mixtral_engine::BackendError;
+use rayon::prelude::*;
 
 use super::context::{Context, index};
 use super::elementwise::silu_mul_row;
@@ -31,6 +32,41 @@ impl<'a> ExpertLists<'a> {
     }
 }
 
+/// One expert's product: its weight, its tokens, and where they go.
+struct Product<'a> {
+    weight: Matrix<'a>,
+    inputs: Vec<&'a [u8]>,
+    outs: Vec<&'a mut [u8]>,
+}
+
+/// Elements of an expert's matrix up to which whole experts are dealt to workers. Cutting so small a product over the
+/// workers costs more than it saves; a larger one is better streamed by all of them.
+const SMALL: usize = 1 << 19;
+
+/// All products of an operation, each row finished by `finish`.
+fn multiply(
+    ctx: &Context<'_>,
+    work: &mut Workspace,
+    mut products: Vec<Product<'_>>,
+    finish: impl Fn(&mut [f32], &mut [u8]) + Sync,
+) -> Result<(), BackendError> {
+    products.retain(|p| !p.inputs.is_empty());
+    let one = |ctx: &Context<'_>, work: &mut Workspace, mut p: Product<'_>| {
+        linear(ctx, work, p.weight, &p.inputs, &mut p.outs, 0, |acc, out, _| finish(acc, out))
+    };
+    let elements = |p: &Product<'_>| p.weight.num_rows() * p.weight.cols;
+    let work_in_all = products.iter().map(|p| elements(p) * p.inputs.len()).sum();
+    let is_small = products.iter().all(|p| elements(p) <= SMALL);
+    if products.len() > 1 && is_small && ctx.is_parallel(work_in_all) {
+        // The longest first, so that the last one to finish is short.
+        products.sort_by_key(|p| std::cmp::Reverse(p.inputs.len()));
+        let spaces = work.apart(products.len())?;
+        products.into_par_iter().zip(spaces).with_max_len(1).try_for_each(|(p, work)| one(&ctx.alone(), work, p))
+    } else {
+        products.into_iter().try_for_each(|p| one(ctx, work, p))
+    }
+}
+
 /// Row p of `out` is token `order[p] / top_k` by its expert's rows, up ‖ gate; `silu_mul` joins the halves.
 pub(crate) fn expert_gate_up(
     ctx: &Context<'_>,
@@ -46,20 +82,27 @@ pub(crate) fn expert_gate_up(
     let rows = weight.num_rows() / experts.len();
     let in_bytes = ctx.row_bytes(weight.cols);
     let out_bytes = ctx.row_bytes(if silu_mul { rows / 2 } else { rows });
-    for (e, (start, list)) in experts.into_iter().enumerate() {
-        let inputs: Vec<&[u8]> = list.iter().map(|&a| &input[index(a) / top_k * in_bytes..][..in_bytes]).collect();
-        let outs = &mut out[start * out_bytes..][..list.len() * out_bytes];
-        let mut outs: Vec<&mut [u8]> = outs.chunks_exact_mut(out_bytes).collect();
-        linear(ctx, work, weight.rows(e * rows, (e + 1) * rows), &inputs, &mut outs, 0, |acc, out, _| {
-            if silu_mul {
-                ctx.simd.round(ctx.dtype, acc);
-                silu_mul_row(ctx, acc, out);
-            } else {
-                store(ctx, acc, out);
-            }
-        })?;
+    let mut products = Vec::with_capacity(experts.len());
+    // The lists lie one after another, and so do their rows.
+    let first = experts.first().map_or(0, |(start, _)| *start);
+    let mut rest = &mut out[first * out_bytes..];
+    for (e, (_, list)) in experts.into_iter().enumerate() {
+        let (outs, others) = rest.split_at_mut(list.len() * out_bytes);
+        rest = others;
+        products.push(Product {
+            weight: weight.rows(e * rows, (e + 1) * rows),
+            inputs: list.iter().map(|&a| &input[index(a) / top_k * in_bytes..][..in_bytes]).collect(),
+            outs: outs.chunks_exact_mut(out_bytes).collect(),
+        });
     }
-    Ok(())
+    multiply(ctx, work, products, |acc, out| {
+        if silu_mul {
+            ctx.simd.round(ctx.dtype, acc);
+            silu_mul_row(ctx, acc, out);
+        } else {
+            store(ctx, acc, out);
+        }
+    })
 }
 
 /// Row `order[p]` of `out` is row p of `input` by its expert's rows.
@@ -75,14 +118,14 @@ pub(crate) fn expert_down(
     let rows = weight.num_rows() / experts.len();
     let (in_bytes, out_bytes) = (ctx.row_bytes(weight.cols), ctx.row_bytes(rows));
     let mut free: Vec<Option<&mut [u8]>> = out.chunks_exact_mut(out_bytes).map(Some).collect();
+    let mut products = Vec::with_capacity(experts.len());
     for (e, (start, list)) in experts.into_iter().enumerate() {
-        let inputs: Vec<&[u8]> = input[start * in_bytes..][..list.len() * in_bytes].chunks_exact(in_bytes).collect();
         let outs: Option<Vec<&mut [u8]>> = list.iter().map(|&a| free[index(a)].take()).collect();
-        let mut outs =
-            outs.ok_or_else(|| BackendError::Other("the expert lists name an assignment twice".to_owned()))?;
-        linear(ctx, work, weight.rows(e * rows, (e + 1) * rows), &inputs, &mut outs, 0, |acc, out, _| {
-            store(ctx, acc, out);
-        })?;
+        products.push(Product {
+            weight: weight.rows(e * rows, (e + 1) * rows),
+            inputs: input[start * in_bytes..][..list.len() * in_bytes].chunks_exact(in_bytes).collect(),
+            outs: outs.ok_or_else(|| BackendError::Other("the expert lists name an assignment twice".to_owned()))?,
+        });
     }
-    Ok(())
+    multiply(ctx, work, products, |acc, out| store(ctx, acc, out))
 }

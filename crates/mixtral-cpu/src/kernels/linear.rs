@@ -28,11 +28,21 @@ pub(crate) struct Workspace {
     x: Memory,
     /// Accumulators, `[task][token][row of the task]`.
     acc: Memory,
+    /// The same for products that are computed beside each other.
+    apart: Vec<Workspace>,
 }
 
 impl Workspace {
     pub(crate) fn new() -> Result<Workspace, BackendError> {
-        Ok(Workspace { x: Memory::empty()?, acc: Memory::empty()? })
+        Ok(Workspace { x: Memory::empty()?, acc: Memory::empty()?, apart: Vec::new() })
+    }
+
+    /// Memory for `count` products beside each other.
+    pub(crate) fn apart(&mut self, count: usize) -> Result<&mut [Workspace], BackendError> {
+        while self.apart.len() < count {
+            self.apart.push(Workspace::new()?);
+        }
+        Ok(&mut self.apart[..count])
     }
 }
 
