@@ -40,7 +40,7 @@ pub fn run(engine: &EngineConfig, rank_main: impl Fn(Option<&World>) -> Result<(
             }
             // What every rank must present alike: the engine.
             let identity = *blake3::hash(engine.run_id.as_bytes()).as_bytes();
-            process::run(&process, &JoinOptions::new(identity), rank_of).map_err(|failure| anyhow!("{failure}"))
+            process::run(&process, &JoinOptions::new(identity), rank_of).map_err(|failure| anyhow!("{}", failure.cause))
         }
     }
 }
