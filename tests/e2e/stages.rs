@@ -98,6 +98,34 @@ fn dummy_weights_need_no_model() {
 }
 
 #[test]
+fn bench_measures_every_kind_of_step() {
+    let dir = example_engine("--dtype auto --tp_size 2", "--max-batch-size 3");
+    let flags = "--quick --batch-size 1,3 --steps 3 --warmup 1 --context 5 --prefill 8 --requests 7 --input-len 2-6 \
+                 --output-len 1-4 --arrival-rate 2000 --per-op --json";
+    let said = mixtral_in(dir.path(), &format!("bench {flags}"), &[]).ok();
+    let value: Value = serde_json::from_str(&said).unwrap();
+    let figure = |path: &str| value.pointer(path).and_then(Value::as_f64).unwrap_or_else(|| panic!("{path} in {said}"));
+    for path in [
+        "/read_gb_per_s",
+        "/gflop_per_s",
+        "/decode/0/median_ms",
+        "/decode/1/tokens_per_s",
+        "/decode/1/bandwidth_percent",
+        "/prefill/0/tokens_per_s",
+        "/throughput/output_tokens_per_s",
+        "/throughput/first_token_ms_p99",
+        "/throughput/per_token_ms_median",
+    ] {
+        assert!(figure(path) > 0.0, "{path}");
+    }
+    assert_eq!((figure("/decode/1/batch_size"), figure("/decode/1/steps")), (3.0, 3.0));
+    let ops = value["per_op"].as_array().unwrap();
+    assert!(ops.iter().any(|op| op["op"].as_str().unwrap().starts_with("op all_reduce ")));
+    let percent: f64 = ops.iter().map(|op| op["percent"].as_f64().unwrap()).sum();
+    assert!((percent - 100.0).abs() < 1e-6);
+}
+
+#[test]
 fn explain_and_graph_show_the_program() {
     let dir = example_engine("--dtype auto", "--explain --graph program.dot");
     let dot = std::fs::read_to_string(dir.path().join("program.dot")).unwrap();

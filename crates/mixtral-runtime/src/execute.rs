@@ -6,7 +6,7 @@ use std::time::Duration;
 use mixtral_engine::{Backend, BackendError, StepInputs, StepOutputs};
 
 /// Computes steps, in the order in which they are launched.
-pub trait Executor {
+pub trait Executor: Send {
     /// Steps that can be under way at a time: the stages of a pipeline.
     fn depth(&self) -> usize;
 

@@ -49,6 +49,9 @@ pub struct BenchArgs {
     /// Time each operation of the program
     #[arg(long)]
     pub per_op: bool,
+    /// Measure the machine's own rates over 1 GB in a second, not over 4 GB
+    #[arg(long)]
+    pub quick: bool,
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

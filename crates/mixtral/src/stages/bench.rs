@@ -163,7 +163,8 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     let mut session = job.session(&all, None)?;
     let threads = args.threads.unwrap_or_else(machine::cores);
     // The machine's own rates, before and after what is measured against them.
-    let before = probe::measure(threads, probe::THOROUGH);
+    let probe_bytes = if args.quick { probe::QUICK } else { probe::THOROUGH };
+    let before = probe::measure(threads, probe_bytes);
     let program = job.program();
 
     let mut decode_steps = Vec::new();
@@ -191,7 +192,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     }
 
     let throughput = (!many.is_empty()).then(|| throughput(&mut session, args, &many, &mut numbers)).transpose()?;
-    let roof = machine::roof(before.max(probe::measure(threads, probe::THOROUGH)));
+    let roof = machine::roof(before.max(probe::measure(threads, probe_bytes)));
     let decode = decode_steps.into_iter().map(|(n, steps)| Decode::new(program, roof, n, steps)).collect();
     let prefill = prefill_times.into_iter().map(|(n, times)| Prefill::new(program, roof, n, times)).collect();
     let times: Vec<f64> = session.op_times().iter().map(Duration::as_secs_f64).collect();

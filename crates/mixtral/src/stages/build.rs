@@ -66,19 +66,21 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
     }
     let mut out = std::io::stdout().lock();
+    let roof = options.explain.then(|| machine::measure_roof(machine::cores()));
+    if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
+        writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
+    }
     for program in &built.programs {
         if options.explain {
-            let roof = machine::measure_roof(machine::cores());
-            writeln!(
-                out,
-                "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now\n{}",
-                roof.bytes_per_s / 1e9,
-                roof.flops_per_s / 1e9,
-                explain(program, Some(Roof { ..roof }))
-            )?;
+            writeln!(out, "{}", explain(program, roof))?;
         }
         if let Some(path) = &options.graph {
-            write_graph(path, &dot::dot(program))?;
+            // One file a rank, where there are several.
+            let path = match built.programs.len() {
+                1 => path.clone(),
+                _ => path.with_extension(format!("rank{}.dot", program.rank)),
+            };
+            write_graph(&path, &dot::dot(program))?;
         }
         let memory = program.memory_plan();
         eprintln!(
