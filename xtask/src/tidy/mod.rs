@@ -22,8 +22,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mixtral-checkpoint", &["mixtral-model"]),
     ("mixtral-convert", &["mixtral-model", "mixtral-checkpoint"]),
     ("mixtral-engine", &["mixtral-model", "mixtral-checkpoint"]),
-    ("mixtral-build", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine"]),
+    ("mixtral-build", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine", "mixtral-kernels"]),
     ("mixtral-cpu", &["mixtral-model", "mixtral-engine"]),
+    ("mixtral-kernels", &["mixtral-model", "mixtral-engine"]),
     ("mixtral-comm", &[]),
     ("mixtral-runtime", &["mixtral-model", "mixtral-engine", "mixtral-comm"]),
     ("mixtral", PRODUCT),
@@ -41,6 +42,7 @@ const PRODUCT: &[&str] = &[
     "mixtral-engine",
     "mixtral-build",
     "mixtral-cpu",
+    "mixtral-kernels",
     "mixtral-runtime",
     "mixtral-comm",
 ];

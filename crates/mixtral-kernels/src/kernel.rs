@@ -1,0 +1,18 @@
+//! One instantiation of a kernel template: what NVRTC is asked to compile.
+
+use crate::Family;
+
+/// A `__global__` template with all its arguments given.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Kernel {
+    /// The header that defines it, below `kernels/`.
+    pub header: &'static str,
+    /// Its name expression: what is instantiated, e.g. `norm::rms_norm<bf16_t, 4096>`.
+    pub symbol: String,
+    /// Threads of a CTA.
+    pub threads: u32,
+    /// Bytes of dynamic shared memory.
+    pub shared_bytes: u32,
+    /// The least family whose architectures can run it: a portable kernel is also compiled for Hopper.
+    pub family: Family,
+}

@@ -1,0 +1,101 @@
+//! A kernel with its grid and parameters, symbolic in everything that is known only when a program is loaded or a step
+//! begins. One [`Arg`] is one parameter of the `__global__` function, in order.
+
+use mixtral_engine::ElemType;
+
+use crate::Kernel;
+use crate::step_block::Array;
+
+/// A parameter.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Arg {
+    /// Pointer to a buffer of the arena: index in the program's buffers.
+    Buffer(usize),
+    /// Pointer into a weight: index in the program's weights, and bytes from its start.
+    Weight {
+        /// Index in the program's weights.
+        index: usize,
+        /// Bytes from its start.
+        offset: usize,
+    },
+    /// Pointer to a layer's keys `[blocks, num_kv_heads, block_size, head_dim]`.
+    Keys(usize),
+    /// Pointer to a layer's values, as the keys.
+    Values(usize),
+    /// Pointer to an array of the step block.
+    Step(Array),
+    /// Pointer into the scratch memory: bytes from its start. Zero when the program is loaded, never cleared after.
+    Scratch(usize),
+    /// Pointer to a layer's `u64[num_experts]` token counts, or null when they are not counted.
+    ExpertCounts(usize),
+    /// A 32-bit integer.
+    I32(i32),
+    /// A 32-bit float.
+    F32(f32),
+    /// A `const __grid_constant__ TensorMap`, encoded when the program is loaded.
+    TensorMap(TensorMap),
+}
+
+/// A TMA descriptor: tiled, zero fill outside, 128-byte L2 promotion.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TensorMap {
+    /// What it points at: a buffer, a weight, keys, values or scratch.
+    pub base: Box<Arg>,
+    /// Element type.
+    pub dtype: ElemType,
+    /// Elements of each dimension, innermost first.
+    pub dims: Vec<u64>,
+    /// Bytes between elements of each dimension but the innermost.
+    pub strides: Vec<u64>,
+    /// Elements of a box in each dimension.
+    pub tile: Vec<u32>,
+    /// Bytes of the shared-memory swizzle: 128, 64, 32, or 0 for none.
+    pub swizzle: u32,
+}
+
+/// How many CTAs, as a function of the step: of its token count when launched singly, of the rung when captured. Kernels
+/// read the true counts from the step block's header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Grid {
+    /// Always so many.
+    Fixed(u32),
+    /// One for every `per` tokens, times `times`.
+    Tokens {
+        /// Tokens of a CTA.
+        per: u32,
+        /// CTAs for each.
+        times: u32,
+    },
+    /// One for every `per` rows of logits, times `times`.
+    Logits {
+        /// Rows of a CTA.
+        per: u32,
+        /// CTAs for each.
+        times: u32,
+    },
+    /// Persistent: `per_sm` for each multiprocessor, but at most `items` (where that is known).
+    Persistent {
+        /// CTAs that fit on a multiprocessor.
+        per_sm: u32,
+        /// Work items, if they do not depend on the step.
+        items: Option<u32>,
+    },
+}
+
+/// One kernel launch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Launch {
+    /// What runs.
+    pub kernel: Kernel,
+    /// How many CTAs, in x; y and z are 1.
+    pub grid: Grid,
+    /// CTAs of a cluster in x; 1 is none. Divides the grid.
+    pub cluster: u32,
+    /// Its parameters.
+    pub args: Vec<Arg>,
+    /// Index of the first operation that it computes (part of), for timing by operation.
+    pub op: usize,
+    /// Whether it may start while its predecessor still runs. The kernel waits (`griddepcontrol.wait`) before it reads what
+    /// another kernel writes, before it writes, and before it exits, on every path.
+    pub overlaps: bool,
+}

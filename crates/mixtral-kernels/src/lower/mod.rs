@@ -1,0 +1,201 @@
+//! A program's operations → launches, for every regime that a step can be in. One file a kind of operation.
+
+mod attention;
+mod elementwise;
+mod linear;
+mod moe;
+mod sample;
+
+use std::collections::BTreeSet;
+
+use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
+use mixtral_model::DType;
+
+use crate::{Arg, Family, Kernel, Launch, Scratch};
+
+/// What a program is lowered for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Target {
+    /// The kernels that may be used.
+    pub family: Family,
+}
+
+/// What a step can be, as far as launches depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Regime {
+    /// Tokens at most.
+    pub max_tokens: usize,
+    /// Whether the step is decodes alone, one token, one row of logits and one sample each. Such a regime is captured as a graph
+    /// and replayed for up to `max_tokens` sequences: grids are those of `max_tokens`.
+    pub decodes: bool,
+}
+
+/// Every regime's launches, in the order in which they run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    /// Ascending by tokens, decodes and others apart.
+    pub regimes: Vec<(Regime, Vec<Launch>)>,
+    /// Where the workspaces lie.
+    pub scratch: Scratch,
+}
+
+/// A program that has no kernels.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LowerError {
+    /// An operation without a CUDA kernel.
+    #[error("operation `{op}` has no CUDA kernel: {reason}")]
+    Unsupported {
+        /// Its name.
+        op: &'static str,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// A name that the program does not define.
+    #[error("operation `{op}` names `{name}`, which the program does not have")]
+    Missing {
+        /// The operation.
+        op: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A plan that cannot be read.
+    #[error(transparent)]
+    Plan(#[from] crate::plan::PlanError),
+}
+
+/// Token counts at which kernels change.
+pub const RUNGS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+
+impl Schedule {
+    /// Lowers a program that passed its check.
+    ///
+    /// # Errors
+    /// An operation that has no kernel.
+    pub fn new(program: &Program, target: Target) -> Result<Schedule, LowerError> {
+        let scratch = Scratch::new(program);
+        let limits = program.limits;
+        let batch = limits.max_batch_size.min(limits.max_num_logits).min(limits.max_num_tokens);
+        let rungs_to = |most: usize| {
+            let below = RUNGS.iter().copied().filter(move |&r| r < most);
+            below.chain(if most <= RUNGS[8] { Some(most) } else { None })
+        };
+        let decodes = rungs_to(batch).map(|max_tokens| Regime { max_tokens, decodes: true });
+        // Below eight tokens no kernel changes.
+        let mixed = rungs_to(limits.max_num_tokens).filter(|&r| r >= 8 || r == limits.max_num_tokens);
+        let mixed = mixed.chain((limits.max_num_tokens > RUNGS[8]).then_some(limits.max_num_tokens));
+        let mixed = mixed.map(|max_tokens| Regime { max_tokens, decodes: false });
+        let regimes = decodes
+            .chain(mixed)
+            .map(|regime| {
+                let context = Context { program, target, regime, scratch: &scratch };
+                Ok((regime, context.launches()?))
+            })
+            .collect::<Result<_, LowerError>>()?;
+        Ok(Schedule { regimes, scratch })
+    }
+
+    /// Everything that has to be compiled.
+    #[must_use]
+    pub fn kernels(&self) -> BTreeSet<&Kernel> {
+        self.regimes.iter().flat_map(|(_, launches)| launches).map(|l| &l.kernel).collect()
+    }
+
+    /// The launches of a step of `tokens` tokens.
+    #[must_use]
+    pub fn for_step(&self, tokens: usize, decodes: bool) -> Option<&(Regime, Vec<Launch>)> {
+        let fits = |r: &Regime| r.max_tokens >= tokens;
+        let exact = self.regimes.iter().find(|(r, _)| r.decodes == decodes && fits(r));
+        exact.or_else(|| self.regimes.iter().find(|(r, _)| !r.decodes && fits(r)))
+    }
+}
+
+/// What lowering one operation can see.
+pub(crate) struct Context<'a> {
+    pub(crate) program: &'a Program,
+    pub(crate) target: Target,
+    pub(crate) regime: Regime,
+    pub(crate) scratch: &'a Scratch,
+}
+
+impl Context<'_> {
+    fn launches(&self) -> Result<Vec<Launch>, LowerError> {
+        let ops = &self.program.ops;
+        let (mut launches, mut index) = (Vec::new(), 0);
+        while index < ops.len() {
+            let (taken, mut some) = self.lower(&ops[index..])?;
+            some.iter_mut().for_each(|launch| launch.op = index);
+            launches.extend(some);
+            index += taken;
+        }
+        Ok(launches)
+    }
+
+    /// The launches of the first operation, or of the first few where one kernel computes them; and how many those are.
+    fn lower(&self, ops: &[Op]) -> Result<(usize, Vec<Launch>), LowerError> {
+        if let Some(launches) = moe::norm_router_route(self, ops)? {
+            return Ok((3, launches));
+        }
+        let launches = match &ops[0] {
+            op @ (Op::Linear { .. } | Op::ExpertGateUp { .. } | Op::ExpertDown { .. }) => linear::lower(self, op)?,
+            op @ (Op::Attention { .. } | Op::Rope { .. } | Op::WriteKv { .. } | Op::RopeWriteKv { .. }) => {
+                attention::lower(self, op)?
+            }
+            op @ (Op::Softmax { .. }
+            | Op::TopK { .. }
+            | Op::ExpertSort { .. }
+            | Op::Route { .. }
+            | Op::Combine { .. }) => moe::lower(self, op)?,
+            op @ (Op::Embed { .. }
+            | Op::Norm { .. }
+            | Op::Add { .. }
+            | Op::SiluMul { .. }
+            | Op::GatherRows { .. }) => elementwise::lower(self, op)?,
+            op @ Op::Sample { .. } => sample::lower(self, op)?,
+            op @ (Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. }) => {
+                return Err(LowerError::Unsupported {
+                    op: op.name(),
+                    reason: "the CUDA backend runs engines of one rank; build with --tp-size 1 --pp-size 1, or for the CPU"
+                        .to_owned(),
+                });
+            }
+        };
+        Ok((1, launches))
+    }
+
+    /// A buffer's index and description.
+    pub(crate) fn buffer(&self, op: &Op, name: &str) -> Result<(usize, &Buffer), LowerError> {
+        let found = self.program.buffers.iter().enumerate().find(|(_, b)| b.name == name);
+        found.ok_or_else(|| LowerError::Missing { op: op.name(), name: name.to_owned() })
+    }
+
+    /// A pointer to a buffer.
+    pub(crate) fn at(&self, op: &Op, name: &str) -> Result<Arg, LowerError> {
+        Ok(Arg::Buffer(self.buffer(op, name)?.0))
+    }
+
+    /// A weight's index and description.
+    pub(crate) fn weight(&self, op: &Op, name: &str) -> Result<(usize, &Weight), LowerError> {
+        let found = self.program.weights.iter().enumerate().find(|(_, w)| w.name == name);
+        found.ok_or_else(|| LowerError::Missing { op: op.name(), name: name.to_owned() })
+    }
+
+    /// A pointer to a weight.
+    pub(crate) fn weight_at(&self, op: &Op, name: &str) -> Result<Arg, LowerError> {
+        Ok(Arg::Weight { index: self.weight(op, name)?.0, offset: 0 })
+    }
+}
+
+/// The name of an element type in `kernels/base/types.cuh`.
+pub(crate) fn type_name(dtype: impl Into<ElemType>) -> &'static str {
+    match dtype.into() {
+        ElemType::F32 => "float",
+        ElemType::F16 => "f16_t",
+        ElemType::Bf16 => "bf16_t",
+        ElemType::I32 => "int",
+    }
+}
+
+/// Whether a model of that type computes on tensor cores.
+pub(crate) fn is_16_bit(dtype: DType) -> bool {
+    matches!(dtype, DType::F16 | DType::Bf16)
+}

@@ -1,0 +1,100 @@
+//! The kernel plans of linears, dense and by expert: what a rung of a ladder names. Rows are output features (the M side of
+//! the tensor cores' products), columns are tokens.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// How a linear is computed for token counts up to a rung's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LinearPlan {
+    /// Plain multiply-add in f32, any type and shape.
+    Simt,
+    /// cp.async and mma.sync: tiles of `rows` by `cols`.
+    Mma {
+        /// Rows of a tile: a multiple of 16.
+        rows: u32,
+        /// Columns of a tile: a multiple of 8.
+        cols: u32,
+    },
+    /// TMA and wgmma: `warpgroups` consumers, each with `per_warpgroup` blocks of 64 rows.
+    Wgmma {
+        /// Rows that a tile loads and stores: at most 64 · warpgroups · per_warpgroup.
+        rows: u32,
+        /// Columns of a tile at most; a tile of fewer tokens runs narrower instructions.
+        cols: u32,
+        /// Elements of K in a stage: a multiple of 64.
+        depth: u32,
+        /// Stages of the ring.
+        stages: u32,
+        /// Consumer warpgroups.
+        warpgroups: u32,
+    },
+}
+
+/// Not a plan's text.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("`{0}` is not a kernel plan; this engine is of another version, build it again")]
+pub struct PlanError(pub String);
+
+impl fmt::Display for LinearPlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            LinearPlan::Simt => write!(f, "simt"),
+            LinearPlan::Mma { rows, cols } => write!(f, "mma {rows}x{cols}"),
+            LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups } => {
+                write!(f, "wgmma {rows}x{cols} k{depth} s{stages} w{warpgroups}")
+            }
+        }
+    }
+}
+
+impl FromStr for LinearPlan {
+    type Err = PlanError;
+
+    fn from_str(text: &str) -> Result<Self, PlanError> {
+        let error = || PlanError(text.to_owned());
+        let mut words = text.split(' ');
+        let kind = words.next().ok_or_else(error)?;
+        let tile = |word: Option<&str>| -> Result<(u32, u32), PlanError> {
+            let (rows, cols) = word.and_then(|w| w.split_once('x')).ok_or_else(error)?;
+            Ok((rows.parse().map_err(|_| error())?, cols.parse().map_err(|_| error())?))
+        };
+        let number = |word: Option<&str>, prefix: char| -> Result<u32, PlanError> {
+            word.and_then(|w| w.strip_prefix(prefix)).and_then(|w| w.parse().ok()).ok_or_else(error)
+        };
+        let plan = match kind {
+            "simt" => LinearPlan::Simt,
+            "mma" => {
+                let (rows, cols) = tile(words.next())?;
+                LinearPlan::Mma { rows, cols }
+            }
+            "wgmma" => {
+                let (rows, cols) = tile(words.next())?;
+                let (depth, stages) = (number(words.next(), 'k')?, number(words.next(), 's')?);
+                LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups: number(words.next(), 'w')? }
+            }
+            _ => return Err(error()),
+        };
+        if words.next().is_some() { Err(error()) } else { Ok(plan) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_is_read_back() {
+        let plans = [
+            LinearPlan::Simt,
+            LinearPlan::Mma { rows: 64, cols: 32 },
+            LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1 },
+        ];
+        for plan in plans {
+            assert_eq!(plan.to_string().parse(), Ok(plan));
+        }
+        for text in ["", "mma", "mma 64", "simt 3", "wgmma 64x8 k128 s5", "wgmma 64x8 k128 s5 w1 x"] {
+            assert!(text.parse::<LinearPlan>().is_err(), "{text}");
+        }
+    }
+}

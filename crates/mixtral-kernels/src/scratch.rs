@@ -1,0 +1,60 @@
+//! Workspaces between the kernels of one operation, carved out of one allocation whose size follows from the program's
+//! limits. It is zero when the program is loaded and never cleared after: counters in it reset themselves.
+
+use mixtral_engine::Program;
+
+use crate::step_block::DECODE_SPLIT;
+
+/// Where the workspaces lie, in bytes from the scratch memory's start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Scratch {
+    /// Partial results of decode attention: f32 `[S, splits, num_heads, head_dim + 2]` (output, maximum, sum).
+    pub attention_partials: usize,
+    /// How many splits of a sequence and KV head are done: i32 `[S, num_kv_heads]`.
+    pub attention_tickets: usize,
+    /// Tokens by expert: `[T · top_k, hidden]` of the program's type; as wide as the widest expert input.
+    pub permuted: usize,
+    /// Draws: f32 `[L, vocab]` adjusted logits.
+    pub sampling: usize,
+    /// A few counters for whoever needs them: i32 `[1024]`.
+    pub counters: usize,
+    /// Bytes in all.
+    pub bytes: usize,
+}
+
+impl Scratch {
+    /// The scratch memory of a program.
+    #[must_use]
+    pub fn new(program: &Program) -> Self {
+        use mixtral_engine::Op;
+        let (l, kv) = (program.limits, program.kv);
+        let heads = program
+            .ops
+            .iter()
+            .map(|op| if let Op::Attention { num_heads, .. } = op { *num_heads } else { 0 })
+            .max()
+            .unwrap_or(0);
+        let cols = |name: &str| program.buffer(name).map_or(0, |b| b.cols);
+        let hidden = program
+            .ops
+            .iter()
+            .map(|op| if let Op::ExpertGateUp { input, .. } = op { cols(input) } else { 0 })
+            .max()
+            .unwrap_or(0);
+        let drawn = program.ops.iter().map(|op| if let Op::Sample { logits } = op { cols(logits) } else { 0 });
+        let drawn = drawn.max().unwrap_or(0);
+        let mut bytes = 0usize;
+        let mut region = |size: usize| {
+            let offset = bytes;
+            bytes += size.next_multiple_of(1024);
+            offset
+        };
+        let splits = l.max_seq_len.div_ceil(DECODE_SPLIT);
+        let attention_partials = region(4 * l.max_batch_size * splits * heads * (kv.head_dim + 2));
+        let attention_tickets = region(4 * l.max_batch_size * kv.num_kv_heads);
+        let permuted = region(l.max_num_tokens * program.top_k * hidden * program.dtype.size());
+        let sampling = region(4 * l.max_num_logits.max(l.max_batch_size) * drawn);
+        let counters = region(4096);
+        Scratch { attention_partials, attention_tickets, permuted, sampling, counters, bytes }
+    }
+}

@@ -1,0 +1,191 @@
+//! A step's inputs as the device sees them: one block of memory, so that a captured graph replays without host work. Its
+//! arrays lie at offsets that depend on the limits alone; `kernels/base/step.cuh` holds the same structures.
+//!
+//! A step uploads the block's prefix up to the last row of its block table, and its adjustments if it has any.
+
+use mixtral_engine::Program;
+
+/// Sequence tokens of one split of decode attention. Fixed: a sequence's bits may not depend on what else is in the step.
+pub const DECODE_SPLIT: usize = 256;
+
+/// Query tokens of one tile of prefill attention. A tile starts at a multiple of it *in its chunk*.
+pub const PREFILL_TILE: usize = 64;
+
+/// The arrays of the block, in order. Element types are 32-bit integers unless said otherwise.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Array {
+    /// [`Header`].
+    Header,
+    /// Token ids `[T]`.
+    TokenIds,
+    /// Positions `[T]`.
+    Positions,
+    /// Cache slots `[T]`, −1 for none.
+    SlotMapping,
+    /// Where each sequence's tokens start, `[S + 1]`.
+    CuQueryLens,
+    /// Tokens of each sequence, this step's included, `[S]`.
+    SeqLens,
+    /// Tokens whose logits are wanted, `[L]`.
+    LogitsIndices,
+    /// Work of decode attention, `[n][2]`: sequence, split. A sequence's splits lie together, ascending.
+    DecodeItems,
+    /// Work of prefill attention, `[n][2]`: sequence, first query token of the tile within the chunk. Longest first.
+    PrefillItems,
+    /// [`Sample`]s, `[samples]`.
+    Samples,
+    /// What was drawn: [`Drawn`], `[samples]`. Written by the device.
+    Drawn,
+    /// Blocks of each sequence `[S, max_blocks_per_seq]`, padded with −1.
+    BlockTable,
+    /// [`Adjustment`]s of all samples, one sample's together.
+    Adjustments,
+}
+
+/// Counts of the step, 16 integers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// Tokens.
+    pub num_tokens: i32,
+    /// Sequences.
+    pub num_seqs: i32,
+    /// Of those, decodes; they come first.
+    pub num_decodes: i32,
+    /// Rows of logits.
+    pub num_logits: i32,
+    /// Samples.
+    pub num_samples: i32,
+    /// Items of decode attention.
+    pub num_decode_items: i32,
+    /// Items of prefill attention.
+    pub num_prefill_items: i32,
+    /// Zero.
+    pub reserved: [i32; 9],
+}
+
+/// One draw: `SampleRequest` in the numbers that the draw needs.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Sample {
+    /// The random bits of its key.
+    pub bits: u64,
+    /// Weights below it are dropped: `round(2^40 · min_p)`; 0 is off.
+    pub min_weight: u64,
+    /// Row of logits.
+    pub row: i32,
+    /// Candidates by rank; 1 is greedy (also for temperature 0), 0 is off.
+    pub top_k: i32,
+    /// `floor(2^24 · top_p)`; 0 is off.
+    pub top_p: u32,
+    /// The logits' divisor.
+    pub temperature: f32,
+    /// As in `SamplingParams`; 1 is off.
+    pub repetition_penalty: f32,
+    /// As in `SamplingParams`; 0 is off.
+    pub presence_penalty: f32,
+    /// As in `SamplingParams`; 0 is off.
+    pub frequency_penalty: f32,
+    /// Its first adjustment.
+    pub first_adjustment: i32,
+    /// Its adjustments.
+    pub num_adjustments: i32,
+    /// Zero.
+    pub reserved: i32,
+}
+
+/// One token whose logit a draw changes; no token has two of one sample.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Adjustment {
+    /// The token.
+    pub token: i32,
+    /// How often it is in the output, with [`Adjustment::SEEN`] if it is in prompt or output and [`Adjustment::BANNED`] if it
+    /// may not be drawn. The host leaves bans out that would leave no token.
+    pub code: i32,
+}
+
+impl Adjustment {
+    /// In the prompt or the output.
+    pub const SEEN: i32 = 1 << 29;
+    /// May not be drawn.
+    pub const BANNED: i32 = 1 << 30;
+}
+
+/// What a draw gave.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Drawn {
+    /// The token.
+    pub token: i32,
+    /// The first id (below the vocabulary's size) whose logit was not finite, or −1.
+    pub bad_token: i32,
+    /// Its value.
+    pub bad_value: f32,
+    /// Zero.
+    pub reserved: i32,
+}
+
+/// Where the arrays lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StepBlock {
+    offsets: Vec<(Array, usize, usize)>,
+    bytes: usize,
+}
+
+/// Alignment of the arrays, in bytes.
+const ALIGN: usize = 128;
+
+impl StepBlock {
+    /// The block of a program.
+    #[must_use]
+    pub fn new(program: &Program) -> Self {
+        let l = program.limits;
+        let (t, s, logits) = (l.max_num_tokens, l.max_batch_size, l.max_num_logits);
+        let splits = l.max_seq_len.div_ceil(DECODE_SPLIT);
+        let sizes = [
+            (Array::Header, size_of::<Header>()),
+            (Array::TokenIds, 4 * t),
+            (Array::Positions, 4 * t),
+            (Array::SlotMapping, 4 * t),
+            (Array::CuQueryLens, 4 * (s + 1)),
+            (Array::SeqLens, 4 * s),
+            (Array::LogitsIndices, 4 * logits),
+            (Array::DecodeItems, 8 * s * splits),
+            (Array::PrefillItems, 8 * (s + t.div_ceil(PREFILL_TILE))),
+            (Array::Samples, size_of::<Sample>() * s.max(logits)),
+            (Array::Drawn, size_of::<Drawn>() * s.max(logits)),
+            (Array::BlockTable, 4 * s * l.max_blocks_per_seq()),
+            // A token a position, and as many bans.
+            (Array::Adjustments, size_of::<Adjustment>() * 2 * s * l.max_seq_len),
+        ];
+        let mut bytes = 0;
+        let offsets = sizes
+            .iter()
+            .map(|&(array, size)| {
+                let offset = bytes;
+                bytes = (bytes + size).next_multiple_of(ALIGN);
+                (array, offset, size)
+            })
+            .collect();
+        StepBlock { offsets, bytes }
+    }
+
+    /// Bytes from the block's start to an array's.
+    #[must_use]
+    pub fn offset(&self, array: Array) -> usize {
+        self.offsets[array as usize].1
+    }
+
+    /// Bytes that an array can hold.
+    #[must_use]
+    pub fn capacity(&self, array: Array) -> usize {
+        self.offsets[array as usize].2
+    }
+
+    /// Bytes of the block.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+}

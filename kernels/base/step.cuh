@@ -1,0 +1,56 @@
+// A step's inputs: the structures of `mixtral_kernels::step_block`, field by field.
+#pragma once
+
+#include "base/types.cuh"
+
+namespace step {
+
+// Sequence tokens of one split of decode attention.
+constexpr int DECODE_SPLIT = 256;
+// Query tokens of one tile of prefill attention.
+constexpr int PREFILL_TILE = 64;
+
+struct Header {
+    i32 num_tokens;
+    i32 num_seqs;
+    i32 num_decodes;
+    i32 num_logits;
+    i32 num_samples;
+    i32 num_decode_items;
+    i32 num_prefill_items;
+    i32 reserved[9];
+};
+
+struct Sample {
+    u64 bits;
+    u64 min_weight;
+    i32 row;
+    i32 top_k;
+    u32 top_p;
+    float temperature;
+    float repetition_penalty;
+    float presence_penalty;
+    float frequency_penalty;
+    i32 first_adjustment;
+    i32 num_adjustments;
+    i32 reserved;
+};
+
+struct Adjustment {
+    i32 token;
+    i32 code;
+};
+
+constexpr i32 SEEN = 1 << 29;
+constexpr i32 BANNED = 1 << 30;
+
+struct Drawn {
+    i32 token;
+    i32 bad_token;
+    float bad_value;
+    i32 reserved;
+};
+
+static_assert(sizeof(Header) == 64 && sizeof(Sample) == 56 && sizeof(Drawn) == 16, "as the host writes them");
+
+}  // namespace step

@@ -1,0 +1,59 @@
+// Integer and 16-bit float types, and conversions between them and f32 (nearest, ties to even).
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i32 = int;
+using i64 = long long;
+
+// IEEE binary16.
+struct f16_t {
+    u16 bits;
+};
+
+// The upper half of binary32.
+struct bf16_t {
+    u16 bits;
+};
+
+static_assert(sizeof(f16_t) == 2 && sizeof(bf16_t) == 2 && sizeof(u64) == 8, "types have the sizes their names say");
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+
+__device__ __forceinline__ float to_float(f16_t x) {
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x.bits));
+    return f;
+}
+
+__device__ __forceinline__ float to_float(bf16_t x) { return __uint_as_float(static_cast<u32>(x.bits) << 16); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+    return x;
+}
+
+template <>
+__device__ __forceinline__ f16_t from_float<f16_t>(float x) {
+    f16_t h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+    return h;
+}
+
+template <>
+__device__ __forceinline__ bf16_t from_float<bf16_t>(float x) {
+    bf16_t h;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+    return h;
+}
+
+// x rounded to T, as f32.
+template <typename T>
+__device__ __forceinline__ float rounded(float x) {
+    return to_float(from_float<T>(x));
+}
