@@ -3,6 +3,7 @@
 #pragma once
 
 #include "base/types.cuh"
+#include "ptx/mma.cuh"
 
 namespace epilogue {
 
@@ -23,20 +24,12 @@ struct Tile {
     }
 };
 
-__device__ __forceinline__ u32 packed(u16 low, u16 high) { return low | static_cast<u32>(high) << 16; }
-
-// Two accumulators, rounded.
-template <typename T>
-__device__ __forceinline__ u32 packed(float low, float high) {
-    return packed(from_float<T>(low).bits, from_float<T>(high).bits);
-}
-
 // round(a + b), two elements at a time.
 template <typename T>
 __device__ __forceinline__ u32 sum(u32 a, u32 b) {
     const float low = to_float(T{static_cast<u16>(a)}) + to_float(T{static_cast<u16>(b)});
     const float high = to_float(T{static_cast<u16>(a >> 16)}) + to_float(T{static_cast<u16>(b >> 16)});
-    return packed<T>(low, high);
+    return ptx::pack<T>(low, high);
 }
 
 // Moves the tile's first `cols` tokens: token `col` goes to row `destinations[col]` of `out` (none if negative), columns

@@ -52,7 +52,7 @@ __device__ __forceinline__ void copy_piece(u8* tile, int row, int piece, const t
     const int first = k + piece * 8;
     if constexpr (C::VECTORS) {
         const bool valid = source != nullptr && first < C::K;
-        ptx::cp_async_16(ptx::shared_address(to), valid ? source + first : nullptr, valid);
+        ptx::cp_async_16(ptx::shared_address(to), valid ? source + first : source, valid);
     } else {
         alignas(16) u16 values[8];
 #pragma unroll
@@ -84,7 +84,7 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
     };
     for (int s = 0; s < C::STAGES - 1; s++) copy(s);
     for (int k = 0; k < C::K_BLOCKS; k++) {
-        ptx::cp_async_wait<C::STAGES - 2>();
+        ptx::cp_async_wait_group<C::STAGES - 2>();
         __syncthreads();
         copy(k + C::STAGES - 1);
         const u32 a_tile = ptx::shared_address(shared + k % C::STAGES * C::STAGE), b_tile = a_tile + C::ROWS * 128;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
             }
         }
     }
-    ptx::cp_async_wait<0>();
+    ptx::cp_async_wait_group<0>();
 #pragma unroll
     for (int m = 0; m < C::BLOCKS; m++) {
         const int block = warp * C::BLOCKS + m;

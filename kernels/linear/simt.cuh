@@ -99,8 +99,9 @@ __global__ void __launch_bounds__(C::THREADS)
     sched::Tile tile;
     for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
         if (threadIdx.x < C::COLS) {
-            shared.map[threadIdx.x] = tile.first + threadIdx.x;
-            shared.sources[threadIdx.x] = threadIdx.x < tile.count ? tile.first + threadIdx.x : -1;
+            const int i = threadIdx.x;
+            shared.map[i] = tile.first + i;
+            shared.sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
         const auto weight_row = [&](int row) -> const typename C::W* {

@@ -13,6 +13,7 @@
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
@@ -168,7 +169,7 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
                     const float low = math::silu(rounded<T>(v[2])) * rounded<T>(v[0]);
                     const float high = math::silu(rounded<T>(v[3])) * rounded<T>(v[1]);
                     ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, m * 4 + warp),
-                                            epilogue::packed<T>(low, high));
+                                            ptx::pack<T>(low, high));
                 }
             }
             ptx::sync_threads(1 + warpgroup, 128);
@@ -185,7 +186,7 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
                     if (c * 8 >= tile.count) break;
                     const float* v = &d[m][c * 4];
                     ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, warp * 2 + lane / 8 % 2),
-                                            epilogue::packed<T>(v[0], v[1]), epilogue::packed<T>(v[2], v[3]));
+                                            ptx::pack<T>(v[0], v[1]), ptx::pack<T>(v[2], v[3]));
                 }
                 ptx::sync_threads(1 + warpgroup, 128);
                 const int row0 = first + (warpgroup * C::BLOCKS + m) * 64;
