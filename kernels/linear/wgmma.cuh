@@ -92,12 +92,17 @@ template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
     const bool signals = threadIdx.x % 32 == 0;
     int previous = 0;
+    const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
 #pragma unroll
-    for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
+    for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
+        wgmma::pin(d[m]);
+    }
     for (int k = 0; k < C::K_BLOCKS; k++) {
         mbarrier::wait(ring.full(), ring.phase);
-        const u64 a = wgmma::descriptor(ring.a() + (C::ROWS > 64 ? warpgroup * C::BLOCKS * 8192 : 0));
-        const u64 b = wgmma::descriptor(ring.b());
+        const u32 tile = wgmma::descriptor(ring.a());
+        const u32 a = tile + (C::ROWS > 64 ? first_row * 8 : 0), b = tile + (C::A_BYTES >> 4);
         wgmma::fence();
 #pragma unroll
         for (int i = 0; i < C::DEPTH / 16; i++) {
@@ -105,7 +110,7 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
 #pragma unroll
             for (int m = 0; m < C::BLOCKS; m++) {
                 wgmma::Product<typename C::T, N>::run(d[m], a + ((atom * C::A_ATOM + m * 8192) >> 4) + within,
-                                                      b + ((atom * C::B_ATOM) >> 4) + within, k | i);
+                                                      b + ((atom * C::B_ATOM) >> 4) + within);
             }
         }
         wgmma::commit();
