@@ -12,7 +12,6 @@
 #include "base/step.cuh"
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
-#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
@@ -22,8 +21,8 @@
 
 namespace linear {
 
-template <typename Element, int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPGROUPS_, int CLUSTER_, int OUTPUTS_, int K_,
-          int KIND_, int SHARED_>
+template <typename Element, int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPGROUPS_, int OUTPUTS_, int K_, int KIND_,
+          int SHARED_>
 struct Config {
     using T = Element;
     static constexpr int ROWS = ROWS_;              // weight rows of a tile
@@ -31,7 +30,6 @@ struct Config {
     static constexpr int DEPTH = DEPTH_;            // elements of K in a stage
     static constexpr int STAGES = STAGES_;
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
-    static constexpr int CLUSTER = CLUSTER_;        // CTAs that share a tile of tokens, for as many tiles of rows
     static constexpr int OUTPUTS = OUTPUTS_;        // columns of the output: features, after silu·mul if there is one
     static constexpr int K = K_;
     static constexpr int KIND = KIND_;              // epilogue::Kind
@@ -48,8 +46,6 @@ struct Config {
     static constexpr int A_ATOM = ROWS * 128, B_ATOM = COLS * 128;
     static constexpr int A_BYTES = ATOMS * A_ATOM, B_BYTES = ATOMS * B_ATOM;
     static constexpr int STAGE = A_BYTES + B_BYTES;
-    // Rows of the tiles of rows, in clusters.
-    static constexpr int CLUSTER_ROWS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
     // Outputs and tokens that a warpgroup moves at a time.
     static constexpr int MOVED = SILU ? 32 * BLOCKS : 64;
     static constexpr int MOVED_COLS = COLS < 64 ? COLS : 64;
@@ -95,13 +91,8 @@ struct Ring {
 template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
     const int lane = threadIdx.x % 32;
-    // Every warp tells every producer that fills its shared memory.
     const auto release = [&](int stage) {
-        if constexpr (C::CLUSTER == 1) {
-            if (lane == 0) mbarrier::arrive(ring.empty(stage));
-        } else {
-            if (lane < C::CLUSTER) mbarrier::arrive(ring.empty(stage), lane);
-        }
+        if (lane == 0) mbarrier::arrive(ring.empty(stage));
     };
     const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
 #pragma unroll
@@ -223,33 +214,12 @@ __device__ __forceinline__ u8* begin() {
         const Ring<C> ring{ptx::shared_address(shared)};
         for (int s = 0; s < C::STAGES; s++) {
             mbarrier::init(ring.base + C::BARRIERS_AT + s * 8, 1);
-            mbarrier::init(ring.empty(s), C::WARPGROUPS * 4 * C::CLUSTER);
+            mbarrier::init(ring.empty(s), C::WARPGROUPS * 4);
         }
         mbarrier::fence_init();
     }
-    if constexpr (C::CLUSTER > 1) {
-        cluster::sync();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
     return shared;
-}
-
-// A CTA may not exit while others of its cluster write to its shared memory.
-template <typename C>
-__device__ __forceinline__ void end() {
-    if constexpr (C::CLUSTER > 1) {
-        __syncwarp();
-        cluster::sync();
-    }
-}
-
-// A tile of the cluster's schedule is CLUSTER tiles of rows; each CTA has its own.
-template <typename C, typename Tiles>
-__device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& tile) {
-    const bool found = tiles.at(index, tile);
-    if constexpr (C::CLUSTER > 1) tile.row = tile.row * C::CLUSTER + cluster::rank();
-    return found;
 }
 
 // The producer: one thread. With EARLY the first tile's weights are under way before the kernels before this one are done; the
@@ -263,9 +233,9 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
         for (int i = 0; i < C::ATOMS; i++) load_weights(a + i * C::A_ATOM, full, k * C::DEPTH + i * 64, tile);
     };
     sched::Tile tile;
-    int index = blockIdx.x / C::CLUSTER, early = 0;
+    int index = blockIdx.x, early = 0;
     if constexpr (EARLY) {
-        if (tile_at<C>(tiles, index, tile)) {
+        if (tiles.at(index, tile)) {
             early = min(C::STAGES, C::K_BLOCKS);
             for (int k = 0; k < early; k++) {
                 begin_stage(ring.base + k * C::STAGE, ring.base + C::BARRIERS_AT + k * 8, k, tile);
@@ -273,32 +243,20 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
         }
     }
     pdl::wait();
-    for (; tile_at<C>(tiles, index, tile); index += gridDim.x / C::CLUSTER) {
+    for (; tiles.at(index, tile); index += gridDim.x) {
         for (int k = 0; k < C::K_BLOCKS; k++) {
             if (early > 0) {
                 early--;
             } else {
-                if constexpr (C::CLUSTER > 1) {
-                    mbarrier::wait_cluster(ring.empty(ring.stage), ring.phase ^ 1);
-                } else {
-                    mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
-                }
+                mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
                 begin_stage(ring.a(), ring.full(), k, tile);
             }
 #pragma unroll
             for (int i = 0; i < C::ATOMS; i++) {
                 const int column = k * C::DEPTH + i * 64;
-                const u32 to = ring.b() + i * C::B_ATOM;
-                if constexpr (C::CLUSTER > 1) {
-                    for (int box = cluster::rank(); box < boxes(tile); box += C::CLUSTER) {
-                        tma::load_multicast(to + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST,
-                                            (1 << C::CLUSTER) - 1, column, tile.first + box * C::BOX);
-                    }
-                } else {
-                    for (int box = 0; box < boxes(tile); box++) {
-                        tma::load(to + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST, column,
-                                  tile.first + box * C::BOX);
-                    }
+                for (int box = 0; box < boxes(tile); box++) {
+                    tma::load(ring.b() + i * C::B_ATOM + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST, column,
+                              tile.first + box * C::BOX);
                 }
             }
             ring.advance();
@@ -317,12 +275,12 @@ __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, 
     constexpr int EACH = (C::COLS + 127) / 128;
     float d[C::BLOCKS][C::COLS / 2];
     sched::Tile tile, next;
-    int index = blockIdx.x / C::CLUSTER;
-    for (bool more = tile_at<C>(tiles, index, tile); more; tile = next) {
+    int index = blockIdx.x;
+    for (bool more = tiles.at(index, tile); more; tile = next) {
         int fetched[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) fetched[i] = fetch(tile, thread + i * 128);
-        more = tile_at<C>(tiles, index += gridDim.x / C::CLUSTER, next);
+        more = tiles.at(index += gridDim.x, next);
         multiply<C>(ring, warpgroup, tile.count, d);
         for (int i = thread; i < C::COLS; i += 128) map[i] = -1;
         ptx::sync_threads(1 + warpgroup, 128);
@@ -359,7 +317,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     pdl::launch_dependents();
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
-    const sched::Dense<C::CLUSTER_ROWS, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
+    const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
         if (threadIdx.x == C::WARPGROUPS * 128) {
@@ -380,7 +338,6 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                 if (column < tile.count) map[column] = tile.first + column;
             });
     }
-    end<C>();
 }
 
 // How an expert's tokens are found, and where its results go.
@@ -401,7 +358,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
             const int* offsets, const int* order, typename C::T* out) {
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
-    const sched::ByExpert<EXPERTS, C::CLUSTER_ROWS, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
+    const sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
         if (threadIdx.x == C::WARPGROUPS * 128) {
@@ -417,7 +374,6 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         } else {
             pdl::wait();
         }
-        pdl::launch_dependents();
     } else {
         take_registers<C>();
         pdl::wait();
@@ -445,7 +401,6 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                 }
             });
     }
-    end<C>();
 }
 
 }  // namespace linear

@@ -12,10 +12,11 @@ struct Tile {
     int count;   // columns
 };
 
-// Tile `index` of rows × columns: bands of 16 column tiles, in a band row by row, so that tiles computed at a time share both
-// operands in L2.
+// Tile `index` of rows × columns: bands of 2048 columns, in a band row by row. Tiles computed at a time then form a square, and a
+// band's tokens (17 MB of 4096 16-bit elements) stay in L2 while weights stream past them.
+template <int COLS>
 __device__ __forceinline__ void locate(int index, int row_tiles, int col_tiles, int& row, int& col) {
-    constexpr int BAND = 16;
+    constexpr int BAND = 2048 / COLS;
     const int band = index / (BAND * row_tiles);
     const int width = min(BAND, col_tiles - band * BAND);
     const int within = index - band * BAND * row_tiles;
@@ -32,7 +33,7 @@ struct Dense {
         const int col_tiles = (columns + COLS - 1) / COLS;
         if (index >= ROW_TILES * col_tiles) return false;
         int col;
-        locate(index, ROW_TILES, col_tiles, tile.row, col);
+        locate<COLS>(index, ROW_TILES, col_tiles, tile.row, col);
         tile.expert = 0;
         tile.first = col * COLS;
         tile.count = min(COLS, columns - tile.first);
@@ -57,7 +58,7 @@ struct ByExpert {
             const int col_tiles = EVERY ? (count > 0) : (count + COLS - 1) / COLS;
             if (index < before + ROW_TILES * col_tiles) {
                 int col;
-                locate(index - before, ROW_TILES, col_tiles, tile.row, col);
+                locate<COLS>(index - before, ROW_TILES, col_tiles, tile.row, col);
                 tile.expert = expert;
                 tile.first = EVERY ? 0 : first + col * COLS;
                 tile.count = EVERY ? tokens : min(COLS, count - col * COLS);

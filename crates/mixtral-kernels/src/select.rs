@@ -49,10 +49,9 @@ impl LinearShape {
     }
 }
 
-/// Bytes of the ring of a kernel that leaves room for its successor on the multiprocessor.
-const SHARED_RING: u32 = 96 << 10;
-/// Bytes of the ring of a kernel that has the multiprocessor for itself.
-const WHOLE_RING: u32 = 184 << 10;
+/// Bytes of a kernel's ring: more than half of a multiprocessor's shared memory, so that no two CTAs of a kernel meet on one. Their
+/// work is dealt beforehand, and two that share a multiprocessor finish last by far.
+const RING: u32 = 184 << 10;
 
 /// The plan for up to `tokens` tokens.
 #[must_use]
@@ -70,25 +69,25 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         };
         return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
     }
-    let ring = |rows: u32, cols: u32, depth: u32, bytes: u32, warpgroups: u32| LinearPlan::Wgmma {
+    let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| LinearPlan::Wgmma {
         rows,
         cols,
         depth,
-        stages: (bytes / ((rows + cols) * depth * 2)).clamp(3, 12),
+        stages: (RING / ((rows + cols) * depth * 2)).clamp(3, 12),
         warpgroups,
     };
     match (tokens, shape.grouped) {
         (0..=16, grouped) => {
             let cols = if tokens <= 8 { 8 } else { 16 };
-            ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, SHARED_RING, 1)
+            ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
         }
-        (17..=32, true) => ring(64, 32, 128, WHOLE_RING, 1),
-        (33..=64, true) => ring(128, 64, 64, WHOLE_RING, 2),
-        (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, WHOLE_RING, 1),
-        (65..=256, true) => ring(128, 128, 64, WHOLE_RING, 2),
-        (65..=256, false) => ring(64, 128, 64, WHOLE_RING, 1),
-        // Two warpgroups of 128 rows: their accumulators fill the register file.
-        _ => LinearPlan::Wgmma { rows: 256, cols: 128, depth: 64, stages: 4, warpgroups: 2 },
+        (17..=32, true) => ring(64, 32, 128, 1),
+        (33..=64, true) => ring(128, 64, 64, 2),
+        (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
+        (65..=256, true) => ring(128, 128, 64, 2),
+        (65..=256, false) => ring(64, 128, 64, 1),
+        // Two warpgroups of 64 × 256: their accumulators fill the register file.
+        _ => LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2 },
     }
 }
 

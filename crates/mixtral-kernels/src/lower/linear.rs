@@ -56,8 +56,8 @@ impl Tiling {
         let ring = stages * (rows * depth * 2 + token_bytes);
         let moved = match kind {
             Kind::F32 => 0,
-            Kind::SiluMul => 32 * blocks * cols * 2,
-            _ => 64 * cols * 2,
+            Kind::SiluMul => 32 * blocks * cols.min(64) * 2,
+            _ => 64 * cols.min(64) * 2,
         };
         let overread = if rows < 64 { (64 - rows) * 128 } else { 0 };
         let skipped = if overread > warpgroups * moved + token_bytes { overread } else { 0 };
