@@ -158,9 +158,7 @@ pub fn build(
         WeightsFrom::Dummy { .. } => None,
     };
     let ranks = write_ranks(&writer, &programs, checkpoint, options.workers)?;
-    if let Some(checkpoint) = checkpoint {
-        copy_tokenizer(checkpoint.dir(), &writer)?;
-    }
+    let files = checkpoint.map_or(Ok(BTreeMap::new()), |checkpoint| copy_tokenizer(checkpoint, &writer))?;
     let engine = EngineConfig {
         mixtral_engine_format: FORMAT_VERSION,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -176,6 +174,7 @@ pub fn build(
             WeightsFrom::Checkpoint(_) => WeightsKind::File,
             WeightsFrom::Dummy { seed, .. } => WeightsKind::Dummy { seed: *seed },
         },
+        files,
         ranks,
     };
     Ok(Built { config: writer.finish(engine)?, programs })
@@ -208,14 +207,18 @@ fn write_ranks(
     })
 }
 
-fn copy_tokenizer(from: &Path, writer: &EngineWriter) -> Result<(), BuildError> {
+/// Copies the tokenizer's files and gives their hashes, which are those that the checkpoint knows, if it does.
+fn copy_tokenizer(checkpoint: &Checkpoint, writer: &EngineWriter) -> Result<BTreeMap<String, String>, BuildError> {
+    let (from, known) = (checkpoint.dir(), &checkpoint.config().files);
     let io = |source| EngineError::Io { path: from.to_owned(), source };
+    let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(from).map_err(io)? {
         let entry = entry.map_err(io)?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if is_tokenizer_file(&name) {
-            writer.copy_in(&name, &entry.path())?;
+            let hash = writer.copy_in(&name, &entry.path(), known.get(&name))?;
+            files.insert(name, hash.to_string());
         }
     }
-    Ok(())
+    Ok(files)
 }

@@ -5,28 +5,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
-use mixtral_checkpoint::{RankWriter, TensorWriter};
+use mixtral_checkpoint::{Progress, RankWriter, TensorWriter};
 use mixtral_model::{DType, Piece, Recipe};
 
 use crate::error::ConvertError;
 use crate::number::{convert_elements, first_refused};
 use crate::source::{Located, Source};
-
-/// Someone who wants to know how far the conversion is. Called from several threads.
-pub trait Progress: Sync {
-    /// `total` bytes will be written.
-    fn start(&self, total: u64) {
-        let _ = total;
-    }
-
-    /// `bytes` more have been.
-    fn advance(&self, bytes: u64) {
-        let _ = bytes;
-    }
-}
-
-/// Nobody.
-impl Progress for () {}
 
 /// The buffers of one worker.
 #[derive(Debug, Default)]

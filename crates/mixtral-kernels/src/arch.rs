@@ -32,6 +32,17 @@ impl Arch {
     pub fn family(self) -> Family {
         if self == Arch::SM_90A { Family::Hopper } else { Family::Portable }
     }
+
+    /// Bytes of shared memory that a CTA can have.
+    #[must_use]
+    pub fn max_shared_bytes(self) -> u32 {
+        1024 * match self.capability {
+            80 | 87 => 163,
+            90 | 100 | 103 => 227,
+            // 8.6, 8.9 and 12.0.
+            _ => 99,
+        }
+    }
 }
 
 /// Not an architecture's name.

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// Seconds between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Progress of a conversion, in bytes.
+/// Progress in bytes.
 pub struct Bytes {
     bar: ProgressBar,
     /// When the next plain line is due; `None` on a terminal.
@@ -34,7 +34,7 @@ impl Bytes {
     }
 }
 
-impl mixtral_convert::Progress for Bytes {
+impl mixtral_checkpoint::Progress for Bytes {
     fn start(&self, total: u64) {
         self.bar.set_length(total);
     }

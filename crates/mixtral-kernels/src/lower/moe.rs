@@ -11,3 +11,8 @@ pub(super) fn lower(_context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, Lowe
 pub(super) fn norm_router_route(_context: &Context<'_>, _ops: &[Op]) -> Result<Option<Vec<Launch>>, LowerError> {
     Ok(None)
 }
+
+/// Copies tokens into the order by expert.
+pub(super) fn permute(_context: &Context<'_>, op: &Op) -> Result<Launch, LowerError> {
+    Err(LowerError::Unsupported { op: op.name(), reason: "not written yet".to_owned() })
+}

@@ -1,0 +1,25 @@
+// cp.async: 16 bytes from global to shared memory past the registers and L1.
+#pragma once
+
+#include "base/types.cuh"
+#include "ptx/shared.cuh"
+
+namespace ptx {
+
+// Copies 16 bytes, or stores 16 zeros without reading `global` unless `valid`. Both addresses are multiples of 16.
+__device__ __forceinline__ void cp_async_16(u32 shared, const void* global, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(__cvta_generic_to_global(global)),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// Ends the group of this thread's copies since the last one.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Returns when all but the last N of this thread's groups have arrived.
+template <int N>
+__device__ __forceinline__ void cp_async_wait_group() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+}  // namespace ptx
