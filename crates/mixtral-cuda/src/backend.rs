@@ -193,7 +193,12 @@ impl CudaBackend {
         self.steps += 1;
         self.execute(ops.clone(), inputs, written).map_err(|error| {
             let error = error.in_step(step, || {
-                format!("{} tokens of {} sequences, {} decodes", inputs.num_tokens(), inputs.num_seqs(), inputs.num_decodes)
+                format!(
+                    "{} tokens of {} sequences, {} decodes",
+                    inputs.num_tokens(),
+                    inputs.num_seqs(),
+                    inputs.num_decodes
+                )
             });
             if let CudaError::Fault { .. } = error {
                 self.lost = Some(error.clone());
@@ -255,7 +260,9 @@ impl CudaBackend {
             let token = u32::try_from(drawn.token).ok().filter(|&t| (t as usize) < self.program.vocab_size);
             let wrong = || {
                 let token = drawn.token;
-                BackendError::Other(format!("the GPU drew token {token}, which there is not; this is a bug, please report it"))
+                BackendError::Other(format!(
+                    "the GPU drew token {token}, which there is not; this is a bug, please report it"
+                ))
             };
             outputs.tokens.push(TokenId(token.ok_or_else(wrong)?));
         }
@@ -455,8 +462,8 @@ mod tests {
 
     #[test]
     fn a_step_takes_the_smallest_regime_that_fits() {
-        let regimes = [(1, true), (4, true), (8, false), (64, false)]
-            .map(|(max_tokens, decodes)| Regime { max_tokens, decodes });
+        let regimes =
+            [(1, true), (4, true), (8, false), (64, false)].map(|(max_tokens, decodes)| Regime { max_tokens, decodes });
         let index = |tokens, decodes| choose(regimes.into_iter(), tokens, decodes);
         assert_eq!(index(1, true), Some(0));
         assert_eq!(index(3, true), Some(1));

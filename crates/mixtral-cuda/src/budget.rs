@@ -60,7 +60,12 @@ impl Needs {
         let (least, blocks, fraction) = match wanted {
             KvBlocks::Exactly(blocks) => (blocks, blocks.min(left / block), None),
             KvBlocks::Fraction { of_free, at_least, at_most } => {
-                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a part of memory")]
+                #[expect(
+                    clippy::cast_possible_truncation,
+                    clippy::cast_sign_loss,
+                    clippy::cast_precision_loss,
+                    reason = "a part of memory"
+                )]
                 let part = (left as f64 * f64::from(of_free)) as usize;
                 (at_least, (part / block).min(at_most), Some(of_free))
             }
@@ -98,6 +103,8 @@ impl Needs {
         }
         // Activations and workspaces grow with the tokens of a step.
         let by_tokens = self.arena + self.scratch;
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of memory")]
+        let kv = (kv as f64 / f64::from(fraction.unwrap_or(1.0)).max(0.01)).ceil() as usize;
         let room = free.saturating_sub(self.weights + self.inputs + RESERVE + kv);
         let tokens = room / by_tokens.div_ceil(self.max_num_tokens.max(1)).max(1);
         if tokens >= 64 {
@@ -125,15 +132,21 @@ mod tests {
     const GB: usize = 1_000_000_000;
 
     fn needs() -> Needs {
-        Needs { weights: 90 * GB, arena: 2 * GB, scratch: GB, inputs: GB / 10, kv_block: GB / 100, max_num_tokens: 8192 }
+        Needs {
+            weights: 90 * GB,
+            arena: 2 * GB,
+            scratch: GB,
+            inputs: GB / 10,
+            kv_block: GB / 100,
+            max_num_tokens: 8192,
+        }
     }
 
     #[test]
     fn the_cache_takes_its_part_of_what_is_left() {
         let free = 90 * GB + 2 * GB + GB + GB / 10 + RESERVE + 10 * GB;
-        let blocks = |of_free, at_least, at_most| {
-            needs().kv_blocks(free, KvBlocks::Fraction { of_free, at_least, at_most })
-        };
+        let blocks =
+            |of_free, at_least, at_most| needs().kv_blocks(free, KvBlocks::Fraction { of_free, at_least, at_most });
         assert_eq!(blocks(0.5, 1, 10_000), Ok(500));
         assert_eq!(blocks(1.0, 1, 10_000), Ok(1000));
         assert_eq!(blocks(0.9, 1, 30), Ok(30));
@@ -146,9 +159,8 @@ mod tests {
     fn too_little_memory_says_what_would_fit() {
         let message = |free, wanted| needs().kv_blocks(free, wanted).unwrap_err().to_string();
         let part = KvBlocks::Fraction { of_free: 0.5, at_least: 600, at_most: 10_000 };
-        insta::assert_snapshot!(message(104 * GB, part), @"");
-        insta::assert_snapshot!(message(98 * GB, part), @"");
-        insta::assert_snapshot!(message(80 * GB, part), @"");
-        insta::assert_snapshot!(message(98 * GB, KvBlocks::Exactly(600)), @"");
+        insta::assert_snapshot!(message(104 * GB, part), @"the engine needs 99.37 GB on the GPU: 90.00 GB for weights, 2.00 GB for activations, 1.00 GB for workspaces, 100.0 MB for inputs, 268.4 MB for the driver, and 6.00 GB for 600 blocks of KV cache; 104.00 GB are free; raise --kv-cache-free-gpu-mem-fraction from 0.5 to 0.57, or ask for shorter prompts and outputs");
+        insta::assert_snapshot!(message(80 * GB, part), @"the engine needs 99.37 GB on the GPU: 90.00 GB for weights, 2.00 GB for activations, 1.00 GB for workspaces, 100.0 MB for inputs, 268.4 MB for the driver, and 6.00 GB for 600 blocks of KV cache; 80.00 GB are free; free the GPU of other programs, use one with more memory, or run with --backend cpu");
+        insta::assert_snapshot!(message(98 * GB, KvBlocks::Exactly(600)), @"the engine needs 99.37 GB on the GPU: 90.00 GB for weights, 2.00 GB for activations, 1.00 GB for workspaces, 100.0 MB for inputs, 268.4 MB for the driver, and 6.00 GB for 600 blocks of KV cache; 98.00 GB are free; build the engine with --max-num-tokens 4416 (now 8192), or ask for shorter prompts and outputs");
     }
 }

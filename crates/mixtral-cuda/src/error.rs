@@ -20,7 +20,9 @@ pub enum CudaError {
         symbol: &'static str,
     },
     /// A driver without a GPU.
-    #[error("the NVIDIA driver sees no GPU ({detail}); check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --backend cpu")]
+    #[error(
+        "the NVIDIA driver sees no GPU ({detail}); check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --backend cpu"
+    )]
     NoDevice {
         /// What the driver said.
         detail: String,

@@ -84,15 +84,12 @@ impl<'a> Functions<'a> {
         if let Some(function) = self.functions.get(kernel) {
             return Ok(function.clone());
         }
-        let missing =
-            || CudaError::MissingKernel { symbol: kernel.symbol.clone(), arch: self.target.to_owned() };
+        let missing = || CudaError::MissingKernel { symbol: kernel.symbol.clone(), arch: self.target.to_owned() };
         let image = self.images.find(kernel).ok_or_else(missing)?;
         let key = (image.bytes.as_ptr(), image.bytes.len());
         let module = match self.modules.entry(key) {
             std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(Module::load(self.context, image.bytes)?)
-            }
+            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Module::load(self.context, image.bytes)?),
         };
         let function = module.function(image.entry, kernel.threads, kernel.shared_bytes)?;
         self.functions.insert(kernel.clone(), function.clone());
@@ -197,7 +194,8 @@ impl Sequence {
         functions: &mut Functions<'_>,
         addresses: &Addresses,
     ) -> Result<Sequence, CudaError> {
-        let launches = launches.iter().map(|launch| Prepared::new(launch, functions, addresses)).collect::<Result<_, _>>()?;
+        let launches =
+            launches.iter().map(|launch| Prepared::new(launch, functions, addresses)).collect::<Result<_, _>>()?;
         Ok(Sequence { launches, graph: None })
     }
 

@@ -124,7 +124,11 @@ fn samples(program: &Program, inputs: &StepInputs<'_>) -> (Vec<Sample>, Vec<Adju
 
 /// Temperature, top-k, top-p and min-p in the integers of [`mixtral_engine::sampling`]. Filters that leave nothing, or nothing
 /// but the most likely token, are greedy.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the casts of the definition, which saturate")]
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the casts of the definition, which saturate"
+)]
 fn filters(vocab_size: usize, request: &SampleRequest<'_>) -> Sample {
     let params = &request.params;
     let greedy = Sample { top_k: 1, temperature: 1.0, ..Sample::default() };
@@ -188,8 +192,7 @@ fn bytes_of_header(header: &Header) -> Vec<u8> {
         num_prefill_items,
         reserved,
     } = *header;
-    let counts =
-        [num_tokens, num_seqs, num_decodes, num_logits, num_samples, num_decode_items, num_prefill_items];
+    let counts = [num_tokens, num_seqs, num_decodes, num_logits, num_samples, num_decode_items, num_prefill_items];
     ints(counts.into_iter().chain(reserved))
 }
 
@@ -200,9 +203,7 @@ fn bytes_of_sample(sample: &Sample) -> Vec<u8> {
     bytes.extend(sample.row.to_le_bytes());
     bytes.extend(sample.top_k.to_le_bytes());
     bytes.extend(sample.top_p.to_le_bytes());
-    for value in
-        [sample.temperature, sample.repetition_penalty, sample.presence_penalty, sample.frequency_penalty]
-    {
+    for value in [sample.temperature, sample.repetition_penalty, sample.presence_penalty, sample.frequency_penalty] {
         bytes.extend(value.to_le_bytes());
     }
     bytes.extend(ints([sample.first_adjustment, sample.num_adjustments, sample.reserved]));

@@ -74,7 +74,9 @@ pub(crate) fn upload(
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let joined = workers.into_iter().map(|worker| {
-            worker.join().unwrap_or_else(|_| Err(CudaError::Unsupported("a thread that copies weights failed".to_owned())))
+            worker
+                .join()
+                .unwrap_or_else(|_| Err(CudaError::Unsupported("a thread that copies weights failed".to_owned())))
         });
         joined.collect::<Result<(), CudaError>>()
     })?;

@@ -19,10 +19,7 @@ unsafe impl Send for Graph {}
 
 impl Graph {
     /// Records what `work` puts into the stream. Programmatic edges stay programmatic.
-    pub(crate) fn capture(
-        stream: &Stream,
-        work: impl FnOnce() -> Result<(), CudaError>,
-    ) -> Result<Graph, CudaError> {
+    pub(crate) fn capture(stream: &Stream, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
         let context = stream.context();
         context.bind()?;
         let api = api()?;

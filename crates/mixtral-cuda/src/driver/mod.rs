@@ -11,9 +11,9 @@ mod stream;
 mod tensor_map;
 
 pub(crate) use api::api;
+pub(crate) use context::Context;
 pub use context::Device;
 pub use context::devices;
-pub(crate) use context::Context;
 pub(crate) use graph::Graph;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use module::{Config, Function, MAX_PARAMS, Module, Param};

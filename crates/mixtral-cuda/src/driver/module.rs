@@ -103,7 +103,7 @@ impl Module {
             // SAFETY: the function is live.
             api.check("cuFuncLoad", unsafe { load(handle) })?;
         }
-        Ok(Function { handle, module: Arc::clone(&self.0) })
+        Ok(Function { handle, _module: Arc::clone(&self.0) })
     }
 }
 
@@ -121,7 +121,8 @@ impl Drop for Loaded {
 #[derive(Clone)]
 pub(crate) struct Function {
     handle: CUfunction,
-    module: Arc<Loaded>,
+    /// Loaded for as long as one of its functions lives.
+    _module: Arc<Loaded>,
 }
 
 // SAFETY: the driver's calls on functions may come from any thread.
@@ -169,19 +170,18 @@ impl Function {
             };
             *pointer = value.cast_mut();
         }
-        let mut attributes = [attribute(LaunchAttribute::CU_LAUNCH_ATTRIBUTE_IGNORE); 2];
-        let mut count = 0;
+        let mut attributes = Vec::with_capacity(2);
         if config.cluster > 1 {
-            attributes[count] = attribute(LaunchAttribute::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
-            attributes[count].value.clusterDim.x = config.cluster;
-            attributes[count].value.clusterDim.y = 1;
-            attributes[count].value.clusterDim.z = 1;
-            count += 1;
+            let mut cluster = attribute(LaunchAttribute::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
+            cluster.value.clusterDim.x = config.cluster;
+            cluster.value.clusterDim.y = 1;
+            cluster.value.clusterDim.z = 1;
+            attributes.push(cluster);
         }
         if config.overlaps {
-            attributes[count] = attribute(LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
-            attributes[count].value.programmaticStreamSerializationAllowed = 1;
-            count += 1;
+            let mut overlaps = attribute(LaunchAttribute::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
+            overlaps.value.programmaticStreamSerializationAllowed = 1;
+            attributes.push(overlaps);
         }
         let launch = CUlaunchConfig {
             gridDimX: config.grid,
@@ -193,18 +193,13 @@ impl Function {
             sharedMemBytes: config.shared_bytes,
             hStream: stream.handle,
             attrs: attributes.as_mut_ptr(),
-            numAttrs: if count == 0 { 0 } else { u32::try_from(count).unwrap_or(0) },
+            numAttrs: u32::try_from(attributes.len()).unwrap_or(0),
         };
         // SAFETY: the configuration and the values live until the call returns, which copies them; the rest is the caller's.
         let code = unsafe {
             (api.cuLaunchKernelEx)(&raw const launch, self.handle, pointers.as_mut_ptr(), std::ptr::null_mut())
         };
         api.check("cuLaunchKernelEx", code)
-    }
-
-    /// The context that it belongs to.
-    pub(crate) fn context(&self) -> &Context {
-        &self.module.context
     }
 }
 

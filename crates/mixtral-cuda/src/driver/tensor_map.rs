@@ -58,7 +58,8 @@ pub(crate) fn encode(map: &TensorMap, address: u64) -> Result<CUtensorMap, CudaE
             Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE as u32,
         )
     };
-    api.check("cuTensorMapEncodeTiled", code)
-        .map_err(|error| CudaError::Unsupported(format!("{error}, for {map:?} at {address:#x}; this is a bug, please report it")))?;
+    api.check("cuTensorMapEncodeTiled", code).map_err(|error| {
+        CudaError::Unsupported(format!("{error}, for {map:?} at {address:#x}; this is a bug, please report it"))
+    })?;
     Ok(encoded)
 }

@@ -182,8 +182,7 @@ fn adjustments_are_one_a_token_with_its_count() {
     let all = |params: SamplingParams, banned: &[u32]| {
         let mut adjustments = vec![Adjustment { token: 9, code: 9 }];
         let banned = banned.iter().map(|&t| TokenId(t)).collect();
-        let request =
-            SampleRequest { tokens: tokens.clone().into(), prompt_len: 2, banned, ..request(params) };
+        let request = SampleRequest { tokens: tokens.clone().into(), prompt_len: 2, banned, ..request(params) };
         adjust(29, &request, &mut adjustments);
         assert_eq!(adjustments.remove(0), Adjustment { token: 9, code: 9 });
         adjustments.into_iter().map(|a| (a.token, a.code)).collect::<Vec<_>>()

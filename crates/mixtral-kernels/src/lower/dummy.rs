@@ -1,5 +1,7 @@
 //! Dummy weights, generated on the device: the bits of [`mixtral_engine::dummy`].
 
+use std::collections::BTreeSet;
+
 use mixtral_engine::{Program, dummy};
 use mixtral_model::DType;
 
@@ -16,6 +18,12 @@ pub fn kernel(dtype: DType) -> Kernel {
         shared_bytes: 0,
         family: Family::Portable,
     }
+}
+
+/// The kernels that fill a program's weights; none if they come from a file.
+#[must_use]
+pub fn kernels(program: &Program) -> BTreeSet<Kernel> {
+    program.weights.iter().filter(|weight| !weight.pieces.is_empty()).map(|weight| kernel(weight.dtype)).collect()
 }
 
 /// The launches that fill a program's weights, one a piece. What no piece covers stays as it is, which has to be zero.

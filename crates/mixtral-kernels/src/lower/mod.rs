@@ -147,17 +147,16 @@ impl Context<'_> {
             | Op::ExpertSort { .. }
             | Op::Route { .. }
             | Op::Combine { .. }) => moe::lower(self, op)?,
-            op @ (Op::Embed { .. }
-            | Op::Norm { .. }
-            | Op::Add { .. }
-            | Op::SiluMul { .. }
-            | Op::GatherRows { .. }) => elementwise::lower(self, op)?,
+            op @ (Op::Embed { .. } | Op::Norm { .. } | Op::Add { .. } | Op::SiluMul { .. } | Op::GatherRows { .. }) => {
+                elementwise::lower(self, op)?
+            }
             op @ Op::Sample { .. } => sample::lower(self, op)?,
             op @ (Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. }) => {
                 return Err(LowerError::Unsupported {
                     op: op.name(),
-                    reason: "the CUDA backend runs engines of one rank; build with --tp-size 1 --pp-size 1, or for the CPU"
-                        .to_owned(),
+                    reason:
+                        "the CUDA backend runs engines of one rank; build with --tp-size 1 --pp-size 1, or for the CPU"
+                            .to_owned(),
                 });
             }
         };
