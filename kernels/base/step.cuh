@@ -51,6 +51,17 @@ struct Drawn {
     i32 reserved;
 };
 
+// What the rows of a buffer are counted by.
+enum class Rows { TOKENS, LOGITS, ONE };
+
+// Rows of a buffer of `times` for each.
+template <Rows ROWS>
+__device__ __forceinline__ i32 num_rows(const Header* header, i32 times = 1) {
+    if constexpr (ROWS == Rows::TOKENS) return header->num_tokens * times;
+    if constexpr (ROWS == Rows::LOGITS) return header->num_logits * times;
+    return times;
+}
+
 static_assert(sizeof(Header) == 64 && sizeof(Sample) == 56 && sizeof(Drawn) == 16, "as the host writes them");
 
 }  // namespace step

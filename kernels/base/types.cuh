@@ -57,3 +57,37 @@ template <typename T>
 __device__ __forceinline__ float rounded(float x) {
     return to_float(from_float<T>(x));
 }
+
+// Two floats rounded to T in one register, `low` in the lower half.
+template <typename T>
+__device__ __forceinline__ u32 pack(float low, float high);
+
+template <>
+__device__ __forceinline__ u32 pack<f16_t>(float low, float high) {
+    u32 r;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+template <>
+__device__ __forceinline__ u32 pack<bf16_t>(float low, float high) {
+    u32 r;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));
+    return r;
+}
+
+// The two elements of a register.
+template <typename T>
+__device__ __forceinline__ float low_of(u32 pair) {
+    return to_float(T{static_cast<u16>(pair)});
+}
+
+template <typename T>
+__device__ __forceinline__ float high_of(u32 pair) {
+    return to_float(T{static_cast<u16>(pair >> 16)});
+}
+
+template <>
+__device__ __forceinline__ float high_of<bf16_t>(u32 pair) {
+    return __uint_as_float(pair & 0xffff0000u);
+}

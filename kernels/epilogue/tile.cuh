@@ -3,7 +3,6 @@
 #pragma once
 
 #include "base/types.cuh"
-#include "ptx/mma.cuh"
 
 namespace epilogue {
 
@@ -29,7 +28,7 @@ template <typename T>
 __device__ __forceinline__ u32 sum(u32 a, u32 b) {
     const float low = to_float(T{static_cast<u16>(a)}) + to_float(T{static_cast<u16>(b)});
     const float high = to_float(T{static_cast<u16>(a >> 16)}) + to_float(T{static_cast<u16>(b >> 16)});
-    return ptx::pack<T>(low, high);
+    return pack<T>(low, high);
 }
 
 // Moves the tile's first `cols` tokens: token `col` goes to row `destinations[col]` of `out` (none if negative), columns

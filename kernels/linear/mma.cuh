@@ -172,11 +172,11 @@ template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS)
     mma_grouped(const typename C::T* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                 const int* order, typename C::T* out) {
-    pdl::launch_dependents();
     extern __shared__ __align__(128) u8 dynamic_shared[];
     int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
     int* sources = map + C::COLS;
     pdl::wait();
+    pdl::launch_dependents();  // only now: expert_down relies on it (wgmma.cuh)
     sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, false> tiles{offsets, header->num_tokens};
     sched::Tile tile;
     for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {

@@ -117,9 +117,9 @@ template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS)
     simt_grouped(const typename C::W* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                  const int* order, typename C::T* out) {
-    pdl::launch_dependents();
     __shared__ SimtShared<C> shared;
     pdl::wait();
+    pdl::launch_dependents();  // only now: expert_down relies on it (wgmma.cuh)
     sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, false> tiles{offsets, header->num_tokens};
     sched::Tile tile;
     for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {

@@ -92,12 +92,17 @@ template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
     const bool signals = threadIdx.x % 32 == 0;
     int previous = 0;
+    const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
 #pragma unroll
-    for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
+    for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
+        wgmma::pin(d[m]);
+    }
     for (int k = 0; k < C::K_BLOCKS; k++) {
         mbarrier::wait(ring.full(), ring.phase);
-        const u64 a = wgmma::descriptor(ring.a() + (C::ROWS > 64 ? warpgroup * C::BLOCKS * 8192 : 0));
-        const u64 b = wgmma::descriptor(ring.b());
+        const u32 tile = wgmma::descriptor(ring.a());
+        const u32 a = tile + (C::ROWS > 64 ? first_row * 8 : 0), b = tile + (C::A_BYTES >> 4);
         wgmma::fence();
 #pragma unroll
         for (int i = 0; i < C::DEPTH / 16; i++) {
@@ -105,7 +110,7 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
 #pragma unroll
             for (int m = 0; m < C::BLOCKS; m++) {
                 wgmma::Product<typename C::T, N>::run(d[m], a + ((atom * C::A_ATOM + m * 8192) >> 4) + within,
-                                                      b + ((atom * C::B_ATOM) >> 4) + within, k | i);
+                                                      b + ((atom * C::B_ATOM) >> 4) + within);
             }
         }
         wgmma::commit();
@@ -122,10 +127,52 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
     if (signals) mbarrier::arrive(ring.empty(previous));
 }
 
+// As `multiply`, with A through registers: a product of few columns whose A lies in shared memory takes 72 cycles whatever its width,
+// one whose A lies in registers does not.
+template <typename C, int N>
+__device__ __forceinline__ void multiply_by_registers(Ring<C>& ring, float (&d)[C::COLS / 2]) {
+    static_assert(C::WARPGROUPS == 1 && C::BLOCKS == 1, "one block of rows");
+    constexpr int STEPS = C::DEPTH / 16;
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const bool signals = lane == 0;
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) d[i] = 0.0f;
+    wgmma::pin(d);
+    u32 a[2][STEPS][4];
+    int previous = 0;
+#pragma unroll 2
+    for (int k = 0; k < C::K_BLOCKS; k++) {
+        mbarrier::wait(ring.full(), ring.phase);
+        const u32 b = wgmma::descriptor(ring.b());
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            const u32 atom = ring.a() + i / 4 * C::A_ATOM;
+            ptx::ldmatrix_x4(a[k % 2][i], atom + row * 128 + (((i % 4 * 2 + lane / 16) ^ (row & 7)) << 4));
+        }
+        wgmma::fence();
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            wgmma::RegisterProduct<typename C::T, N>::run(d, a[k % 2][i], b + ((i / 4 * C::B_ATOM) >> 4) + i % 4 * 2);
+        }
+        wgmma::commit();
+        if (k > 0) {
+            wgmma::wait<1>();
+            if (signals) mbarrier::arrive(ring.empty(previous));
+        }
+        previous = ring.stage;
+        ring.advance();
+    }
+    wgmma::wait<0>();
+    wgmma::pin(d);
+    if (signals) mbarrier::arrive(ring.empty(previous));
+}
+
 // The narrowest of four widths that holds `count` columns.
 template <typename C>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, int count, float (&d)[C::BLOCKS][C::COLS / 2]) {
-    if constexpr (C::BOX == C::COLS) {
+    if constexpr (C::WARPGROUPS == 1 && C::BLOCKS == 1 && C::COLS <= 16) {
+        multiply_by_registers<C, C::COLS>(ring, d[0]);
+    } else if constexpr (C::BOX == C::COLS) {
         multiply<C, C::COLS>(ring, warpgroup, d);
     } else {
         switch ((count + C::BOX - 1) / C::BOX) {
@@ -169,7 +216,7 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
                     const float low = math::silu(rounded<T>(v[2])) * rounded<T>(v[0]);
                     const float high = math::silu(rounded<T>(v[3])) * rounded<T>(v[1]);
                     ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, m * 4 + warp),
-                                            ptx::pack<T>(low, high));
+                                            pack<T>(low, high));
                 }
             }
             ptx::sync_threads(1 + warpgroup, 128);
@@ -186,7 +233,7 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
                     if (c * 8 >= tile.count) break;
                     const float* v = &d[m][c * 4];
                     ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, warp * 2 + lane / 8 % 2),
-                                            ptx::pack<T>(v[0], v[1]), ptx::pack<T>(v[2], v[3]));
+                                            pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
                 }
                 ptx::sync_threads(1 + warpgroup, 128);
                 const int row0 = first + (warpgroup * C::BLOCKS + m) * 64;
@@ -315,42 +362,71 @@ enum Source {
     Down = 2,      // expert_down: rows by expert [T·k][K]; results by assignment
 };
 
-// Linear of each token by its experts. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
+// Linear of each token by its experts. Lets its successor start only once it has waited itself: see `EARLY`. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
 // [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; tokens as `dense`.
 template <typename C, int EXPERTS, int TOP_K, int SOURCE>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
             const int* offsets, const int* order, typename C::T* out) {
     using Tiles = sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, SOURCE == Every>;
-    pdl::launch_dependents();
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
     sched::Tile tile;
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
-        pdl::wait();
-        if (threadIdx.x != C::WARPGROUPS * 128) return;
+        if (threadIdx.x != C::WARPGROUPS * 128) {
+            pdl::wait();
+            pdl::launch_dependents();
+            return;
+        }
         tma::prefetch(weight);
         tma::prefetch(tokens);
+        const auto load_weights = [&](u32 a, u32 full, int k) {
+#pragma unroll
+            for (int i = 0; i < C::ATOMS; i++) {
+                const int column = k * C::DEPTH + i * 64;
+                if constexpr (C::SILU) {
+                    tma::load(a + i * C::A_ATOM, weight, full, weight_policy<C>(), column, 0, 0,
+                              tile.row * (C::ROWS / 16), tile.expert);
+                } else {
+                    tma::load(a + i * C::A_ATOM, weight, full, weight_policy<C>(), column, tile.row * C::ROWS, tile.expert);
+                }
+            }
+        };
+        const auto bytes = [&](int boxes) { return C::A_BYTES + C::ATOMS * boxes * C::BOX * 128; };
+        // The expert lists are older than the kernel before this one, which let this one start only after it had waited itself: so
+        // the first tile's weights can be under way before that kernel's results are there.
+        constexpr int EARLY = SOURCE == Down && C::COLS <= 16 ? (C::STAGES < C::K_BLOCKS ? C::STAGES : C::K_BLOCKS) : 0;
+        int early = 0;
+        if constexpr (EARLY == 0) pdl::wait();
         Tiles tiles{offsets, header->num_tokens};
+        if constexpr (EARLY > 0) {
+            if (tiles.at(blockIdx.x, tile)) {
+                early = EARLY;
+                for (int k = 0; k < early; k++) {
+                    const u32 full = ring.base + C::BARRIERS_AT + k * 8;
+                    mbarrier::arrive_expect(full, bytes((tile.count + C::BOX - 1) / C::BOX));
+                    load_weights(ring.base + k * C::STAGE, full, k);
+                }
+            }
+            pdl::wait();
+        }
+        pdl::launch_dependents();
         for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
             const int boxes = (tile.count + C::BOX - 1) / C::BOX;
             for (int k = 0; k < C::K_BLOCKS; k++) {
-                mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
-                mbarrier::arrive_expect(ring.full(), C::A_BYTES + C::ATOMS * boxes * C::BOX * 128);
+                if (early > 0) {
+                    early--;
+                } else {
+                    mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
+                    mbarrier::arrive_expect(ring.full(), bytes(boxes));
+                    load_weights(ring.a(), ring.full(), k);
+                }
 #pragma unroll
                 for (int i = 0; i < C::ATOMS; i++) {
-                    const int column = k * C::DEPTH + i * 64;
-                    if constexpr (C::SILU) {
-                        tma::load(ring.a() + i * C::A_ATOM, weight, ring.full(), weight_policy<C>(), column, 0, 0,
-                                  tile.row * (C::ROWS / 16), tile.expert);
-                    } else {
-                        tma::load(ring.a() + i * C::A_ATOM, weight, ring.full(), weight_policy<C>(), column,
-                                  tile.row * C::ROWS, tile.expert);
-                    }
                     for (int box = 0; box < boxes; box++) {
                         tma::load(ring.b() + i * C::B_ATOM + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST,
-                                  column, tile.first + box * C::BOX);
+                                  k * C::DEPTH + i * 64, tile.first + box * C::BOX);
                     }
                 }
                 ring.advance();
@@ -362,6 +438,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
         int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
         pdl::wait();
+        pdl::launch_dependents();
         Tiles tiles{offsets, header->num_tokens};
         float d[C::BLOCKS][C::COLS / 2];
         for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {

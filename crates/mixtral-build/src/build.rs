@@ -191,7 +191,7 @@ fn write_ranks(
         let rank = Rank(program.rank);
         // Opened for its checks only: header, shapes and run id.
         checkpoint.map(|c| c.rank(rank)).transpose()?;
-        Ok(writer.rank(program, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
+        Ok(writer.rank(program, &BTreeMap::new(), checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
     };
     let share = programs.len().div_ceil(workers.max(1));
     std::thread::scope(|scope| {

@@ -83,7 +83,7 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, SHARED_RING, 1)
         }
         (17..=32, true) => ring(64, 32, 128, WHOLE_RING, 1),
-        (33..=64, true) => ring(128, 64, 128, WHOLE_RING, 1),
+        (33..=64, true) => ring(128, 64, 64, WHOLE_RING, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, WHOLE_RING, 1),
         (65..=256, true) => ring(128, 128, 64, WHOLE_RING, 2),
         (65..=256, false) => ring(64, 128, 64, WHOLE_RING, 1),

@@ -1,0 +1,180 @@
+// Op: rope, write_kv, rope_write_kv, and the table of angles that they share. CPU twin: kernels/rope.rs, kernels/kv.rs.
+// Regime: any number of tokens.
+// Tile: a token.
+// Grid: a CTA a token; `angles`: a thread a token and frequency.
+// Numerics: the contract's, to the bit, but for sine and cosine in f64, which may differ from the CPU's by a unit in the last place
+//   of f64 and so rarely of f32.
+// Requires: 2^20 positions at most.
+// Traffic: each row read and written once; the table is 4 · head_dim bytes a token, shared by the layers of a step.
+// Measured: not yet.
+#pragma once
+
+#include "base/step.cuh"
+#include "base/vector.cuh"
+#include "ptx/pdl.cuh"
+
+namespace attention {
+
+// Sine and cosine of |x| < 2^20 within about a unit in the last place. The argument is reduced by π/2 in three parts, each
+// remainder exact or rounded once; then Taylor polynomials on |r| ≤ π/4.
+__device__ __forceinline__ void sine_cosine(double x, double& sine, double& cosine) {
+    const double n = rint(x * 0.63661977236758134308);
+    double r = __fma_rn(-n, 1.57079632679489655800, x);
+    r = __fma_rn(-n, 6.12323399573676603587e-17, r);
+    const double s = r * r;
+    double p = 1.0 / 355687428096000.0;
+    p = __fma_rn(-p, s, 1.0 / 1307674368000.0);
+    p = __fma_rn(-p, s, 1.0 / 6227020800.0);
+    p = __fma_rn(-p, s, 1.0 / 39916800.0);
+    p = __fma_rn(-p, s, 1.0 / 362880.0);
+    p = __fma_rn(-p, s, 1.0 / 5040.0);
+    p = __fma_rn(-p, s, 1.0 / 120.0);
+    p = __fma_rn(-p, s, 1.0 / 6.0);
+    const double sin_r = __fma_rn(-p * s, r, r);
+    double q = 1.0 / 20922789888000.0;
+    q = __fma_rn(-q, s, 1.0 / 87178291200.0);
+    q = __fma_rn(-q, s, 1.0 / 479001600.0);
+    q = __fma_rn(-q, s, 1.0 / 3628800.0);
+    q = __fma_rn(-q, s, 1.0 / 40320.0);
+    q = __fma_rn(-q, s, 1.0 / 720.0);
+    q = __fma_rn(-q, s, 1.0 / 24.0);
+    q = __fma_rn(-q, s, 0.5);
+    const double cos_r = __fma_rn(-q, s, 1.0);
+    const int quadrant = static_cast<int>(n) & 3;
+    sine = quadrant & 1 ? cos_r : sin_r;
+    cosine = quadrant & 1 ? sin_r : cos_r;
+    if (quadrant & 2) sine = -sine;
+    if ((quadrant + 1) & 2) cosine = -cosine;
+}
+
+// The bits of f32 constants, as an array.
+template <u32... BITS>
+struct Floats {
+    static constexpr int COUNT = sizeof...(BITS);
+    static __device__ __forceinline__ float at(int index) {
+        constexpr u32 bits[COUNT] = {BITS...};
+        return __uint_as_float(bits[index]);
+    }
+};
+
+// table[t][i] = (cosine, sine) of positions[t] · frequency i; FREQUENCIES are the bits of the contract's inverse frequencies.
+template <u32... FREQUENCIES>
+__global__ void __launch_bounds__(256) angles(const step::Header* header, const i32* positions, float2* table) {
+    pdl::launch_dependents();
+    pdl::wait();
+    using Frequencies = Floats<FREQUENCIES...>;
+    const int index = blockIdx.x * 256 + threadIdx.x;
+    const int token = index / Frequencies::COUNT;
+    if (token >= header->num_tokens) return;
+    const float angle = __fmul_rn(static_cast<float>(positions[token]), Frequencies::at(index % Frequencies::COUNT));
+    double sine, cosine;
+    sine_cosine(angle, sine, cosine);
+    table[index] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
+}
+
+// Rotates the first n of eight pairs; x are elements i, i + 1 … of a head and y those HEAD_DIM / 2 after them.
+__device__ __forceinline__ void rotate(float (&x)[VECTOR], float (&y)[VECTOR], const float2* angles, int n) {
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+        const float2 angle = i < n ? angles[i] : make_float2(1.0f, 0.0f);
+        const float a = x[i], b = y[i];
+        x[i] = __fsub_rn(__fmul_rn(a, angle.x), __fmul_rn(b, angle.y));
+        y[i] = __fadd_rn(__fmul_rn(b, angle.x), __fmul_rn(a, angle.y));
+    }
+}
+
+// Where the vector of a slot and head begins in keys or values [blocks, heads, block, HEAD_DIM].
+template <int NUM_HEADS, int BLOCK_SIZE, int HEAD_DIM>
+__device__ __forceinline__ i64 cache_offset(i32 slot, int head) {
+    return ((static_cast<i64>(slot / BLOCK_SIZE) * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
+}
+
+// Rotates the first NUM_HEADS heads of rows of `cols`, in place.
+template <typename T, int NUM_HEADS, int HEAD_DIM, int THREADS>
+__global__ void __launch_bounds__(THREADS) rope(const step::Header* header, const float2* table, T* data, i32 cols) {
+    pdl::launch_dependents();
+    pdl::wait();
+    const i64 token = blockIdx.x;
+    if (token >= header->num_tokens) return;
+    constexpr int HALF = HEAD_DIM / 2, PER_HEAD = ceil_div(HALF, VECTOR);
+    constexpr bool ALIGNED = whole_vectors(HALF);
+    const bool aligned = ALIGNED && whole_vectors(cols);
+    for (int index = threadIdx.x; index < NUM_HEADS * PER_HEAD; index += THREADS) {
+        const int i = index % PER_HEAD * VECTOR, n = HALF - i;
+        T* at = data + token * cols + index / PER_HEAD * HEAD_DIM + i;
+        float x[VECTOR], y[VECTOR];
+        if (aligned) {
+            load<ALIGNED>(x, at, n);
+            load<ALIGNED>(y, at + HALF, n);
+        } else {
+            load<false>(x, at, n);
+            load<false>(y, at + HALF, n);
+        }
+        rotate(x, y, table + token * HALF + i, n);
+        if (aligned) {
+            store<ALIGNED>(at, x, n);
+            store<ALIGNED>(at + HALF, y, n);
+        } else {
+            store<false>(at, x, n);
+            store<false>(at + HALF, y, n);
+        }
+    }
+}
+
+// keys[slot[t]] = key[t], values likewise; a slot of −1 writes nothing.
+template <typename T, int NUM_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    write_kv(const step::Header* header, const i32* slots, const T* key, const T* value, T* keys, T* values) {
+    pdl::launch_dependents();
+    pdl::wait();
+    const i64 token = blockIdx.x;
+    if (token >= header->num_tokens) return;
+    const i32 slot = slots[token];
+    if (slot < 0) return;
+    constexpr int PER_HEAD = ceil_div(HEAD_DIM, VECTOR);
+    for (int index = threadIdx.x; index < NUM_HEADS * PER_HEAD; index += THREADS) {
+        const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR;
+        const i64 to = cache_offset<NUM_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head) + i;
+        const i64 from = (token * NUM_HEADS + head) * HEAD_DIM + i;
+        copy<whole_vectors(HEAD_DIM)>(keys + to, key + from, HEAD_DIM - i);
+        copy<whole_vectors(HEAD_DIM)>(values + to, value + from, HEAD_DIM - i);
+    }
+}
+
+// Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache.
+template <typename T, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, T* keys, T* values) {
+    pdl::launch_dependents();
+    pdl::wait();
+    const i64 token = blockIdx.x;
+    if (token >= header->num_tokens) return;
+    constexpr int HALF = HEAD_DIM / 2, PER_HEAD = ceil_div(HALF, VECTOR);
+    constexpr int ROTATED = (NUM_HEADS + KV_HEADS) * PER_HEAD, ALL = ROTATED + KV_HEADS * PER_HEAD;
+    constexpr bool ALIGNED = whole_vectors(HALF);
+    const i32 slot = slots[token];
+    T* row = qkv + token * (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM;
+    for (int index = threadIdx.x; index < ALL; index += THREADS) {
+        const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR, n = HALF - i;
+        T* at = row + head * HEAD_DIM + i;
+        if (head < NUM_HEADS + KV_HEADS) {
+            T* to = at;
+            if (head >= NUM_HEADS) {
+                if (slot < 0) continue;
+                to = keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS) + i;
+            }
+            float x[VECTOR], y[VECTOR];
+            load<ALIGNED>(x, at, n);
+            load<ALIGNED>(y, at + HALF, n);
+            rotate(x, y, table + token * HALF + i, n);
+            store<ALIGNED>(to, x, n);
+            store<ALIGNED>(to + HALF, y, n);
+        } else if (slot >= 0) {
+            T* to = values + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS - KV_HEADS) + i;
+            copy<ALIGNED>(to, at, n);
+            copy<ALIGNED>(to + HALF, at + HALF, n);
+        }
+    }
+}
+
+}  // namespace attention

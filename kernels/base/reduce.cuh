@@ -1,0 +1,27 @@
+// Sums in a fixed order: the bits depend on the number of threads alone.
+#pragma once
+
+#include "base/types.cuh"
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+
+// The sum over a warp, the same bits in every lane.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
+// The sum over a CTA, the same bits in every thread. `shared` holds a float a warp and is free again after the caller's next
+// barrier.
+template <int THREADS>
+__device__ __forceinline__ float block_sum(float x, float* shared) {
+    static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");
+    constexpr int WARPS = THREADS / 32;
+    x = warp_sum(x);
+    if constexpr (WARPS == 1) return x;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (lane == 0) shared[warp] = x;
+    __syncthreads();
+    return warp_sum(lane < WARPS ? shared[lane] : 0.0f);
+}

@@ -1,0 +1,48 @@
+// Op: embed, gather_rows. CPU twin: kernels/embed.rs.
+// Regime: any number of rows.
+// Tile: a row.
+// Grid: a CTA a row of the output.
+// Numerics: copies; a table of another type is rounded to T once.
+// Requires: nothing; rows of whole vectors are accessed by 16 bytes.
+// Traffic: each row read and written once.
+// Measured: not yet.
+#pragma once
+
+#include "base/step.cuh"
+#include "base/vector.cuh"
+#include "ptx/pdl.cuh"
+
+namespace embed {
+
+// out[t] = table[token_ids[t] − vocab_start]; zeros for tokens outside of the table's `num_rows`.
+template <typename T, typename W, int COLS, int THREADS>
+__global__ void __launch_bounds__(THREADS)
+    embed(const step::Header* header, const i32* token_ids, const W* table, i32 vocab_start, i32 num_rows, T* out) {
+    pdl::launch_dependents();
+    pdl::wait();
+    const i64 token = blockIdx.x;
+    if (token >= header->num_tokens) return;
+    const i64 row = token_ids[token] - vocab_start;
+    const bool inside = row >= 0 && row < num_rows;
+    constexpr bool ALIGNED = whole_vectors(COLS);
+    for (int column = threadIdx.x * VECTOR; column < COLS; column += THREADS * VECTOR) {
+        float x[VECTOR] = {};
+        if (inside) load<ALIGNED>(x, table + row * COLS + column, COLS - column);
+        store<ALIGNED>(out + token * COLS + column, x, COLS - column);
+    }
+}
+
+// out[l] = input[indices[l]].
+template <typename T, int COLS, int THREADS>
+__global__ void __launch_bounds__(THREADS) gather_rows(const step::Header* header, const i32* indices, const T* input, T* out) {
+    pdl::launch_dependents();
+    pdl::wait();
+    const i64 to = blockIdx.x;
+    if (to >= header->num_logits) return;
+    const i64 from = indices[to];
+    for (int column = threadIdx.x * VECTOR; column < COLS; column += THREADS * VECTOR) {
+        copy<whole_vectors(COLS)>(out + to * COLS + column, input + from * COLS + column, COLS - column);
+    }
+}
+
+}  // namespace embed

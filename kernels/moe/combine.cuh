@@ -1,0 +1,63 @@
+// Op: combine, with or without the norm that follows. CPU twin: kernels/combine.rs.
+// Regime: any number of tokens.
+// Tile: a row, in registers.
+// Grid: a CTA a token.
+// Numerics: the contract's, to the bit: experts ascending by fused multiply-add from +0, the residual last, one rounding. The norm
+//   is that of rms::norm, to the bit.
+// Requires: nothing; rows of whole vectors are accessed by 16 bytes.
+// Traffic: TOP_K + 1 rows read, one written (two with the norm).
+// Measured: not yet.
+#pragma once
+
+#include "base/step.cuh"
+#include "norm/row.cuh"
+#include "ptx/pdl.cuh"
+
+namespace moe {
+
+// Of the experts, [FIRST, LAST) are local; with ALL every one is. `residual` may be `out`; `weight`, `eps` and `normalized` are
+// those of the norm.
+template <typename T, typename W, int COLS, int TOP_K, int FIRST, int LAST, bool ALL, bool RESIDUAL, bool NORM>
+__global__ void __launch_bounds__(rms::threads(COLS))
+    combine(const step::Header* header, const T* input, const i32* expert_ids, const float* expert_weights, const T* residual,
+            T* out, const W* weight, float eps, T* normalized) {
+    pdl::launch_dependents();
+    __shared__ float shared[32];
+    using Row = rms::Row<COLS>;
+    Row scale, base, x, sum = {};
+    if constexpr (NORM) scale.load(weight);
+    pdl::wait();
+    const i64 token = blockIdx.x;
+    if (token >= header->num_tokens) return;
+    if constexpr (RESIDUAL) base.load(residual + token * COLS);
+#pragma unroll
+    for (int j = 0; j < TOP_K; ++j) {
+        const i64 row = token * TOP_K + j;
+        if constexpr (!ALL) {
+            const i32 id = expert_ids[row];
+            if (id < FIRST || id >= LAST) continue;
+        }
+        x.load(input + row * COLS);
+        const float by = expert_weights[row];
+#pragma unroll
+        for (int v = 0; v < Row::VECTORS; ++v) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) sum.at[v][i] = __fmaf_rn(by, x.at[v][i], sum.at[v][i]);
+        }
+    }
+#pragma unroll
+    for (int v = 0; v < Row::VECTORS; ++v) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) {
+            if constexpr (RESIDUAL) sum.at[v][i] = __fadd_rn(sum.at[v][i], base.at[v][i]);
+            sum.at[v][i] = rounded<T>(sum.at[v][i]);
+        }
+    }
+    sum.store(out + token * COLS);
+    if constexpr (NORM) {
+        sum.template normalize<T>(scale, eps, shared);
+        sum.store(normalized + token * COLS);
+    }
+}
+
+}  // namespace moe

@@ -1,0 +1,34 @@
+// Op: norm. CPU twin: kernels/norm.rs.
+// Regime: any number of rows.
+// Tile: a row, in registers.
+// Grid: a CTA a row.
+// Numerics: the sum of squares by fused multiply-add in a thread, then over lanes and warps by trees; the order depends on COLS
+//   alone. Both roundings of the contract.
+// Requires: nothing; rows of whole vectors (COLS % 8 = 0) are accessed by 16 bytes.
+// Traffic: each row read and written once.
+// Measured: not yet.
+#pragma once
+
+#include "base/step.cuh"
+#include "norm/row.cuh"
+#include "ptx/pdl.cuh"
+
+namespace rms {
+
+// W is the weight's type; a buffer has `times` rows for each of ROWS.
+template <typename T, typename W, int COLS, step::Rows ROWS>
+__global__ void __launch_bounds__(threads(COLS))
+    norm(const step::Header* header, i32 times, const T* input, const W* weight, float eps, T* out) {
+    pdl::launch_dependents();
+    __shared__ float shared[32];
+    Row<COLS> scale, x;
+    scale.load(weight);
+    pdl::wait();
+    const i64 row = blockIdx.x;
+    if (row >= step::num_rows<ROWS>(header, times)) return;
+    x.load(input + row * COLS);
+    x.template normalize<T>(scale, eps, shared);
+    x.store(out + row * COLS);
+}
+
+}  // namespace rms
