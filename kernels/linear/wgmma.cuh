@@ -13,7 +13,6 @@
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/mma.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
@@ -127,52 +126,10 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
     if (signals) mbarrier::arrive(ring.empty(previous));
 }
 
-// As `multiply`, with A through registers: a product of few columns whose A lies in shared memory takes 72 cycles whatever its width,
-// one whose A lies in registers does not.
-template <typename C, int N>
-__device__ __forceinline__ void multiply_by_registers(Ring<C>& ring, float (&d)[C::COLS / 2]) {
-    static_assert(C::WARPGROUPS == 1 && C::BLOCKS == 1, "one block of rows");
-    constexpr int STEPS = C::DEPTH / 16;
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
-    const bool signals = lane == 0;
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) d[i] = 0.0f;
-    wgmma::pin(d);
-    u32 a[2][STEPS][4];
-    int previous = 0;
-#pragma unroll 2
-    for (int k = 0; k < C::K_BLOCKS; k++) {
-        mbarrier::wait(ring.full(), ring.phase);
-        const u32 b = wgmma::descriptor(ring.b());
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            const u32 atom = ring.a() + i / 4 * C::A_ATOM;
-            ptx::ldmatrix_x4(a[k % 2][i], atom + row * 128 + (((i % 4 * 2 + lane / 16) ^ (row & 7)) << 4));
-        }
-        wgmma::fence();
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            wgmma::RegisterProduct<typename C::T, N>::run(d, a[k % 2][i], b + ((i / 4 * C::B_ATOM) >> 4) + i % 4 * 2);
-        }
-        wgmma::commit();
-        if (k > 0) {
-            wgmma::wait<1>();
-            if (signals) mbarrier::arrive(ring.empty(previous));
-        }
-        previous = ring.stage;
-        ring.advance();
-    }
-    wgmma::wait<0>();
-    wgmma::pin(d);
-    if (signals) mbarrier::arrive(ring.empty(previous));
-}
-
 // The narrowest of four widths that holds `count` columns.
 template <typename C>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, int count, float (&d)[C::BLOCKS][C::COLS / 2]) {
-    if constexpr (C::WARPGROUPS == 1 && C::BLOCKS == 1 && C::COLS <= 16) {
-        multiply_by_registers<C, C::COLS>(ring, d[0]);
-    } else if constexpr (C::BOX == C::COLS) {
+    if constexpr (C::BOX == C::COLS) {
         multiply<C, C::COLS>(ring, warpgroup, d);
     } else {
         switch ((count + C::BOX - 1) / C::BOX) {
@@ -441,17 +398,24 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         pdl::launch_dependents();
         Tiles tiles{offsets, header->num_tokens};
         float d[C::BLOCKS][C::COLS / 2];
-        for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
+        int index = blockIdx.x;
+        sched::Tile next;
+        for (bool more = tiles.at(index, tile); more; tile = next) {
+            // What the epilogue needs from global memory is asked for before the products.
+            const int first = SOURCE == Every ? offsets[tile.expert] : tile.first;
+            const int own = SOURCE == Every ? offsets[tile.expert + 1] - first : tile.count;
+            const int position = first + thread;
+            const int assignment = SOURCE != Permuted && thread < own ? order[position] : 0;
+            more = tiles.at(index += gridDim.x, next);
+            multiply<C>(ring, warpgroup, tile.count, d);
             if constexpr (SOURCE == Every) {
                 if (thread < C::COLS) map[thread] = -1;
                 ptx::sync_threads(1 + warpgroup, 128);
-                const int position = offsets[tile.expert] + thread;
-                if (position < offsets[tile.expert + 1]) map[order[position] / TOP_K] = position;
-            } else if (thread < tile.count) {
-                map[thread] = SOURCE == Down ? order[tile.first + thread] : tile.first + thread;
+                if (thread < own) map[assignment / TOP_K] = position;
+            } else if (thread < own) {
+                map[thread] = SOURCE == Down ? assignment : position;
             }
             ptx::sync_threads(1 + warpgroup, 128);
-            multiply<C>(ring, warpgroup, tile.count, d);
             finish<C>(moved, map, warpgroup, tile, d, out, static_cast<const typename C::T*>(nullptr));
         }
     }
