@@ -289,43 +289,4 @@ PRODUCT_256(bf16_t, "bf16")
 PRODUCT_256(f16_t, "f16")
 #undef PRODUCT_256
 
-// As `Product`, with A in registers: a[i] as the fragment of mma.sync (`ptx::mma`), a warp for each 16 of the 64 rows. The registers may
-// not change before the product has completed.
-template <typename T, int N>
-struct RegisterProduct;
-
-#define PRODUCT_8(TYPE, SUFFIX) \
-    template <> \
-    struct RegisterProduct<TYPE, 8> { \
-        template <int R> \
-        __device__ __forceinline__ static void run(float (&d)[R], const u32 (&a)[4], u32 b) { \
-            asm volatile( \
-                "{.reg .b64 b; mov.b64 b, {%8, 0x40000040}; " \
-                "wgmma.mma_async.sync.aligned.m64n8k16.f32." SUFFIX "." SUFFIX " {%0, %1, %2, %3}, " \
-                "{%4, %5, %6, %7}, b, 1, 1, 1, 0;}" \
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) \
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)); \
-        } \
-    };
-PRODUCT_8(bf16_t, "bf16")
-PRODUCT_8(f16_t, "f16")
-#undef PRODUCT_8
-
-#define PRODUCT_16(TYPE, SUFFIX) \
-    template <> \
-    struct RegisterProduct<TYPE, 16> { \
-        template <int R> \
-        __device__ __forceinline__ static void run(float (&d)[R], const u32 (&a)[4], u32 b) { \
-            asm volatile( \
-                "{.reg .b64 b; mov.b64 b, {%12, 0x40000040}; " \
-                "wgmma.mma_async.sync.aligned.m64n16k16.f32." SUFFIX "." SUFFIX " {%0, %1, %2, %3, %4, %5, %6, %7}, " \
-                "{%8, %9, %10, %11}, b, 1, 1, 1, 0;}" \
-                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]) \
-                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)); \
-        } \
-    };
-PRODUCT_16(bf16_t, "bf16")
-PRODUCT_16(f16_t, "f16")
-#undef PRODUCT_16
-
 }  // namespace wgmma
