@@ -119,7 +119,7 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
                 const float* v = d[m][c];
                 if constexpr (C::SILU) {
                     const int row = tile.row * C::OUT_ROWS + block * 8 + lane / 4;
-                    const float value = math::silu(rounded<T>(v[half + 2])) * rounded<T>(v[half]);
+                    const float value = math::silu_approximate(rounded<T>(v[half + 2])) * rounded<T>(v[half]);
                     if (row < C::OUTPUTS) to[row] = from_float<Out>(value);
                 } else {
 #pragma unroll

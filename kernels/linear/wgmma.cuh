@@ -12,6 +12,7 @@
 #include "base/step.cuh"
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
@@ -21,8 +22,8 @@
 
 namespace linear {
 
-template <typename Element, int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPGROUPS_, int OUTPUTS_, int K_, int KIND_,
-          int SHARED_>
+template <typename Element, int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPGROUPS_, int CLUSTER_, int OUTPUTS_, int K_,
+          int KIND_, int SHARED_>
 struct Config {
     using T = Element;
     static constexpr int ROWS = ROWS_;              // weight rows of a tile
@@ -30,6 +31,7 @@ struct Config {
     static constexpr int DEPTH = DEPTH_;            // elements of K in a stage
     static constexpr int STAGES = STAGES_;
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
+    static constexpr int CLUSTER = CLUSTER_;        // CTAs that share a tile of tokens, for as many tiles of rows
     static constexpr int OUTPUTS = OUTPUTS_;        // columns of the output: features, after silu·mul if there is one
     static constexpr int K = K_;
     static constexpr int KIND = KIND_;              // epilogue::Kind
@@ -46,9 +48,12 @@ struct Config {
     static constexpr int A_ATOM = ROWS * 128, B_ATOM = COLS * 128;
     static constexpr int A_BYTES = ATOMS * A_ATOM, B_BYTES = ATOMS * B_ATOM;
     static constexpr int STAGE = A_BYTES + B_BYTES;
-    // Outputs that a warpgroup moves at a time.
+    // Rows of the tiles of rows, in clusters.
+    static constexpr int CLUSTER_ROWS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
+    // Outputs and tokens that a warpgroup moves at a time.
     static constexpr int MOVED = SILU ? 32 * BLOCKS : 64;
-    static constexpr int MOVED_BYTES = KIND == epilogue::F32 ? 0 : epilogue::Tile<MOVED, COLS>::BYTES;
+    static constexpr int MOVED_COLS = COLS < 64 ? COLS : 64;
+    static constexpr int MOVED_BYTES = KIND == epilogue::F32 ? 0 : epilogue::Tile<MOVED, MOVED_COLS>::BYTES;
     static constexpr int RING = STAGES * STAGE;
     // Where rows of a tile end before 64, products read on behind them: what they read is dropped.
     static constexpr int OVERREAD = ROWS < 64 ? (64 - ROWS) * 128 : 0;
@@ -62,7 +67,7 @@ struct Config {
     static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
 
     static_assert(ROWS % 16 == 0 && (ROWS <= 64 || ROWS % (64 * WARPGROUPS) == 0), "whole blocks of 64 rows");
-    static_assert(COLS % 8 == 0 && DEPTH % 64 == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
+    static_assert(COLS % 8 == 0 && (COLS <= 64 || COLS % 64 == 0) && DEPTH % 64 == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
     static_assert(MOVED == 32 || MOVED == 64, "as epilogue::Tile");
     static_assert(SHARED <= 232448, "shared memory of a CTA");
 };
@@ -89,8 +94,15 @@ struct Ring {
 // One tile's products, in columns of N.
 template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
-    const bool signals = threadIdx.x % 32 == 0;
-    int previous = 0;
+    const int lane = threadIdx.x % 32;
+    // Every warp tells every producer that fills its shared memory.
+    const auto release = [&](int stage) {
+        if constexpr (C::CLUSTER == 1) {
+            if (lane == 0) mbarrier::arrive(ring.empty(stage));
+        } else {
+            if (lane < C::CLUSTER) mbarrier::arrive(ring.empty(stage), lane);
+        }
+    };
     const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
 #pragma unroll
     for (int m = 0; m < C::BLOCKS; m++) {
@@ -98,6 +110,7 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
         for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
         wgmma::pin(d[m]);
     }
+    int previous = 0;
     for (int k = 0; k < C::K_BLOCKS; k++) {
         mbarrier::wait(ring.full(), ring.phase);
         const u32 tile = wgmma::descriptor(ring.a());
@@ -115,7 +128,7 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
         wgmma::commit();
         if (k > 0) {
             wgmma::wait<1>();
-            if (signals) mbarrier::arrive(ring.empty(previous));
+            release(previous);
         }
         previous = ring.stage;
         ring.advance();
@@ -123,7 +136,7 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
     wgmma::wait<0>();
 #pragma unroll
     for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
-    if (signals) mbarrier::arrive(ring.empty(previous));
+    release(previous);
 }
 
 // The narrowest of four widths that holds `count` columns.
@@ -141,62 +154,60 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, int count
     }
 }
 
-// A tile's accumulators to where they belong. `thread` is the thread of the warpgroup, `map` the columns' rows of `out`.
+// A tile's accumulators to where they belong; `map` has the row of `out` of every column.
 template <typename C, typename Out>
 __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup, const sched::Tile& tile,
                                        const float (&d)[C::BLOCKS][C::COLS / 2], Out* out, const Out* residual) {
     using T = typename C::T;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const int first = tile.row * C::OUT_ROWS;
     if constexpr (C::KIND == epilogue::F32) {
 #pragma unroll
         for (int m = 0; m < C::BLOCKS; m++) {
-            const int row = tile.row * C::ROWS + (warpgroup * C::BLOCKS + m) * 64 + warp * 16 + lane / 4;
+            const int row = first + (warpgroup * C::BLOCKS + m) * 64 + warp * 16 + lane / 4;
 #pragma unroll
             for (int i = 0; i < C::COLS / 2; i++) {
                 const int col = i / 4 * 8 + lane % 4 * 2 + i % 2, r = row + i % 4 / 2 * 8;
-                if (col < tile.count && r < C::OUTPUTS && r < (tile.row + 1) * C::ROWS) {
+                if (col < tile.count && r < C::OUTPUTS && r < first + C::ROWS) {
                     out[static_cast<i64>(map[col]) * C::OUTPUTS + r] = d[m][i];
                 }
             }
         }
     } else {
-        using Layout = epilogue::Tile<C::MOVED, C::COLS>;
+        using Layout = epilogue::Tile<C::MOVED, C::MOVED_COLS>;
         const u32 base = ptx::shared_address(moved);
-        const int first = tile.row * C::OUT_ROWS;
-        if constexpr (C::SILU) {
+        const int limit = min(C::OUTPUTS, first + C::OUT_ROWS);
+        // With silu·mul all blocks move at a time, else one after another.
+        constexpr int ROUNDS = C::SILU ? 1 : C::BLOCKS;
 #pragma unroll
-            for (int m = 0; m < C::BLOCKS; m++) {
+        for (int round = 0; round < ROUNDS; round++) {
 #pragma unroll
-                for (int c = 0; c < C::COLS / 8; c++) {
-                    if (c * 8 >= tile.count) break;
-                    const float* v = &d[m][c * 4];
-                    const float low = math::silu(rounded<T>(v[2])) * rounded<T>(v[0]);
-                    const float high = math::silu(rounded<T>(v[3])) * rounded<T>(v[1]);
-                    ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, m * 4 + warp),
-                                            pack<T>(low, high));
-                }
-            }
-            ptx::sync_threads(1 + warpgroup, 128);
-            const int row0 = first + warpgroup * C::BLOCKS * 32;
-            const int limit = min(C::OUTPUTS, first + C::OUT_ROWS);
-            epilogue::store<T, C::MOVED, C::COLS, false, 128>(moved, thread, tile.count, map, row0, limit, out, residual,
-                                                              C::OUTPUTS);
-            ptx::sync_threads(1 + warpgroup, 128);
-        } else {
+            for (int first_col = 0; first_col < C::COLS; first_col += C::MOVED_COLS) {
+                if (first_col >= tile.count) break;
+                const int cols = min(C::MOVED_COLS, tile.count - first_col);
 #pragma unroll
-            for (int m = 0; m < C::BLOCKS; m++) {
+                for (int c = 0; c < C::MOVED_COLS / 8; c++) {
+                    if (c * 8 >= cols) break;
+                    const int at = (first_col + c * 8) / 2;
+                    if constexpr (C::SILU) {
 #pragma unroll
-                for (int c = 0; c < C::COLS / 8; c++) {
-                    if (c * 8 >= tile.count) break;
-                    const float* v = &d[m][c * 4];
-                    ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, warp * 2 + lane / 8 % 2),
-                                            pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
+                        for (int m = 0; m < C::BLOCKS; m++) {
+                            const float* v = &d[m][at];
+                            const float low = math::silu_approximate(rounded<T>(v[2])) * rounded<T>(v[0]);
+                            const float high = math::silu_approximate(rounded<T>(v[3])) * rounded<T>(v[1]);
+                            ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, m * 4 + warp),
+                                                    pack<T>(low, high));
+                        }
+                    } else {
+                        const float* v = &d[round][at];
+                        ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, warp * 2 + lane / 8 % 2),
+                                                pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
+                    }
                 }
                 ptx::sync_threads(1 + warpgroup, 128);
-                const int row0 = first + (warpgroup * C::BLOCKS + m) * 64;
-                const int limit = min(C::OUTPUTS, first + C::OUT_ROWS);
-                epilogue::store<T, C::MOVED, C::COLS, C::KIND == epilogue::Residual, 128>(
-                    moved, thread, tile.count, map, row0, limit, out, residual, C::OUTPUTS);
+                const int row0 = first + (warpgroup * C::BLOCKS + round) * (C::SILU ? 32 : 64);
+                epilogue::store<T, C::MOVED, C::MOVED_COLS, C::KIND == epilogue::Residual, 128>(
+                    moved, thread, cols, map + first_col, row0, limit, out, residual, C::OUTPUTS);
                 ptx::sync_threads(1 + warpgroup, 128);
             }
         }
@@ -212,12 +223,115 @@ __device__ __forceinline__ u8* begin() {
         const Ring<C> ring{ptx::shared_address(shared)};
         for (int s = 0; s < C::STAGES; s++) {
             mbarrier::init(ring.base + C::BARRIERS_AT + s * 8, 1);
-            mbarrier::init(ring.empty(s), C::WARPGROUPS * 4);
+            mbarrier::init(ring.empty(s), C::WARPGROUPS * 4 * C::CLUSTER);
         }
         mbarrier::fence_init();
     }
-    __syncthreads();
+    if constexpr (C::CLUSTER > 1) {
+        cluster::sync();
+    } else {
+        __syncthreads();
+    }
     return shared;
+}
+
+// A CTA may not exit while others of its cluster write to its shared memory.
+template <typename C>
+__device__ __forceinline__ void end() {
+    if constexpr (C::CLUSTER > 1) {
+        __syncwarp();
+        cluster::sync();
+    }
+}
+
+// A tile of the cluster's schedule is CLUSTER tiles of rows; each CTA has its own.
+template <typename C, typename Tiles>
+__device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& tile) {
+    const bool found = tiles.at(index, tile);
+    if constexpr (C::CLUSTER > 1) tile.row = tile.row * C::CLUSTER + cluster::rank();
+    return found;
+}
+
+// The producer: one thread. With EARLY the first tile's weights are under way before the kernels before this one are done; the
+// schedule may be known by then. `load_weights(shared, barrier, column, tile)` starts one atom's copy.
+template <typename C, bool EARLY, typename Tiles, typename LoadWeights>
+__device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& tokens, LoadWeights load_weights) {
+    const auto boxes = [](const sched::Tile& tile) { return (tile.count + C::BOX - 1) / C::BOX; };
+    const auto begin_stage = [&](u32 a, u32 full, int k, const sched::Tile& tile) {
+        mbarrier::arrive_expect(full, C::A_BYTES + C::ATOMS * boxes(tile) * C::BOX * 128);
+#pragma unroll
+        for (int i = 0; i < C::ATOMS; i++) load_weights(a + i * C::A_ATOM, full, k * C::DEPTH + i * 64, tile);
+    };
+    sched::Tile tile;
+    int index = blockIdx.x / C::CLUSTER, early = 0;
+    if constexpr (EARLY) {
+        if (tile_at<C>(tiles, index, tile)) {
+            early = min(C::STAGES, C::K_BLOCKS);
+            for (int k = 0; k < early; k++) {
+                begin_stage(ring.base + k * C::STAGE, ring.base + C::BARRIERS_AT + k * 8, k, tile);
+            }
+        }
+    }
+    pdl::wait();
+    for (; tile_at<C>(tiles, index, tile); index += gridDim.x / C::CLUSTER) {
+        for (int k = 0; k < C::K_BLOCKS; k++) {
+            if (early > 0) {
+                early--;
+            } else {
+                if constexpr (C::CLUSTER > 1) {
+                    mbarrier::wait_cluster(ring.empty(ring.stage), ring.phase ^ 1);
+                } else {
+                    mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
+                }
+                begin_stage(ring.a(), ring.full(), k, tile);
+            }
+#pragma unroll
+            for (int i = 0; i < C::ATOMS; i++) {
+                const int column = k * C::DEPTH + i * 64;
+                const u32 to = ring.b() + i * C::B_ATOM;
+                if constexpr (C::CLUSTER > 1) {
+                    for (int box = cluster::rank(); box < boxes(tile); box += C::CLUSTER) {
+                        tma::load_multicast(to + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST,
+                                            (1 << C::CLUSTER) - 1, column, tile.first + box * C::BOX);
+                    }
+                } else {
+                    for (int box = 0; box < boxes(tile); box++) {
+                        tma::load(to + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST, column,
+                                  tile.first + box * C::BOX);
+                    }
+                }
+            }
+            ring.advance();
+        }
+    }
+}
+
+// The consumers. `fetch(tile, column)` asks for what `place(map, tile, column, fetched)` then makes the column's row of `out`;
+// between the two are the products.
+template <typename C, typename Out, typename Tiles, typename Fetch, typename Place>
+__device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, Out* out, const Out* residual, Fetch fetch,
+                                        Place place) {
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+    u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
+    int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
+    constexpr int EACH = (C::COLS + 127) / 128;
+    float d[C::BLOCKS][C::COLS / 2];
+    sched::Tile tile, next;
+    int index = blockIdx.x / C::CLUSTER;
+    for (bool more = tile_at<C>(tiles, index, tile); more; tile = next) {
+        int fetched[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) fetched[i] = fetch(tile, thread + i * 128);
+        more = tile_at<C>(tiles, index += gridDim.x / C::CLUSTER, next);
+        multiply<C>(ring, warpgroup, tile.count, d);
+        for (int i = thread; i < C::COLS; i += 128) map[i] = -1;
+        ptx::sync_threads(1 + warpgroup, 128);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) place(map, tile, thread + i * 128, fetched[i]);
+        ptx::sync_threads(1 + warpgroup, 128);
+        finish<C>(moved, map, warpgroup, tile, d, out, residual);
+        if constexpr (C::KIND == epilogue::F32) ptx::sync_threads(1 + warpgroup, 128);
+    }
 }
 
 template <typename C>
@@ -236,8 +350,8 @@ __device__ __forceinline__ constexpr u64 weight_policy() {
     return C::COLS >= 128 ? tma::EVICT_NORMAL : tma::EVICT_FIRST;
 }
 
-// Dense linear. `logits` says whether its columns are the step's rows of logits or its tokens. Maps: weight [OUTPUTS][K] in boxes of
-// ROWS × 64, tokens [·][K] in boxes of BOX × 64.
+// Dense linear. `LOGITS` says whether its columns are the step's rows of logits or its tokens. Maps: weight [OUTPUTS][K] in boxes of
+// ROWS × 64, tokens [·][K] in boxes of BOX × 64. (The header is older than any kernel of the step.)
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, 1)
     dense(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
@@ -245,71 +359,28 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     pdl::launch_dependents();
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
-    sched::Tile tile;
+    const sched::Dense<C::CLUSTER_ROWS, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
-        if (threadIdx.x != C::WARPGROUPS * 128) {
+        if (threadIdx.x == C::WARPGROUPS * 128) {
+            tma::prefetch(weight);
+            tma::prefetch(tokens);
+            produce<C, true>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
+                tma::load(to, weight, full, weight_policy<C>(), column, tile.row * C::ROWS);
+            });
+        } else {
             pdl::wait();
-            return;
-        }
-        tma::prefetch(weight);
-        tma::prefetch(tokens);
-        // The first tile's weights do not depend on what runs before, and with one tile of columns its place is known. (There may
-        // be no logits at all, and what was begun must be waited for.)
-        constexpr int EARLY = C::COLS < 128 && !LOGITS ? (C::STAGES < C::K_BLOCKS ? C::STAGES : C::K_BLOCKS) : 0;
-        const int early = blockIdx.x < C::ROW_TILES ? EARLY : 0;
-        for (int k = 0; k < early; k++) {
-            const u32 full = ring.base + C::BARRIERS_AT + k * 8, a = ring.base + k * C::STAGE;
-            mbarrier::arrive_expect(full, C::STAGE);
-#pragma unroll
-            for (int i = 0; i < C::ATOMS; i++) {
-                tma::load(a + i * C::A_ATOM, weight, full, weight_policy<C>(), k * C::DEPTH + i * 64,
-                          blockIdx.x * C::ROWS);
-            }
-        }
-        pdl::wait();
-        const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
-        int left = early;
-        for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
-            for (int k = 0; k < C::K_BLOCKS; k++) {
-                if (left > 0) {
-                    left--;
-                } else {
-                    mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
-                    mbarrier::arrive_expect(ring.full(), C::STAGE);
-#pragma unroll
-                    for (int i = 0; i < C::ATOMS; i++) {
-                        tma::load(ring.a() + i * C::A_ATOM, weight, ring.full(), weight_policy<C>(), k * C::DEPTH + i * 64,
-                                  tile.row * C::ROWS);
-                    }
-                }
-#pragma unroll
-                for (int i = 0; i < C::ATOMS; i++) {
-#pragma unroll
-                    for (int box = 0; box < C::COLS / C::BOX; box++) {
-                        tma::load(ring.b() + i * C::B_ATOM + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST,
-                                  k * C::DEPTH + i * 64, tile.first + box * C::BOX);
-                    }
-                }
-                ring.advance();
-            }
         }
     } else {
         take_registers<C>();
-        const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-        u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
-        int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
         pdl::wait();
-        const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
-        float d[C::BLOCKS][C::COLS / 2];
-        for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
-            if (thread < C::COLS) map[thread] = tile.first + thread;
-            ptx::sync_threads(1 + warpgroup, 128);
-            multiply<C>(ring, warpgroup, tile.count, d);
-            finish<C>(moved, map, warpgroup, tile, d, out, residual);
-            if constexpr (C::KIND == epilogue::F32) ptx::sync_threads(1 + warpgroup, 128);
-        }
+        consume<C>(
+            ring, shared, tiles, out, residual, [](const sched::Tile&, int) { return 0; },
+            [](int* map, const sched::Tile& tile, int column, int) {
+                if (column < tile.count) map[column] = tile.first + column;
+            });
     }
+    end<C>();
 }
 
 // How an expert's tokens are found, and where its results go.
@@ -319,106 +390,62 @@ enum Source {
     Down = 2,      // expert_down: rows by expert [T·k][K]; results by assignment
 };
 
-// Linear of each token by its experts. Lets its successor start only once it has waited itself: see `EARLY`. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
+// Linear of each token by its experts. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
 // [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; tokens as `dense`.
+//
+// It lets its successor start only once it has waited itself. So when expert_down starts, the lists are older than expert_gate_up, and
+// its weights can be under way while that still computes.
 template <typename C, int EXPERTS, int TOP_K, int SOURCE>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
             const int* offsets, const int* order, typename C::T* out) {
-    using Tiles = sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, SOURCE == Every>;
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
-    sched::Tile tile;
+    const sched::ByExpert<EXPERTS, C::CLUSTER_ROWS, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
-        if (threadIdx.x != C::WARPGROUPS * 128) {
-            pdl::wait();
-            pdl::launch_dependents();
-            return;
-        }
-        tma::prefetch(weight);
-        tma::prefetch(tokens);
-        const auto load_weights = [&](u32 a, u32 full, int k) {
-#pragma unroll
-            for (int i = 0; i < C::ATOMS; i++) {
-                const int column = k * C::DEPTH + i * 64;
+        if (threadIdx.x == C::WARPGROUPS * 128) {
+            tma::prefetch(weight);
+            tma::prefetch(tokens);
+            produce<C, SOURCE == Down>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
                 if constexpr (C::SILU) {
-                    tma::load(a + i * C::A_ATOM, weight, full, weight_policy<C>(), column, 0, 0,
-                              tile.row * (C::ROWS / 16), tile.expert);
+                    tma::load(to, weight, full, weight_policy<C>(), column, 0, 0, tile.row * (C::ROWS / 16), tile.expert);
                 } else {
-                    tma::load(a + i * C::A_ATOM, weight, full, weight_policy<C>(), column, tile.row * C::ROWS, tile.expert);
+                    tma::load(to, weight, full, weight_policy<C>(), column, tile.row * C::ROWS, tile.expert);
                 }
-            }
-        };
-        const auto bytes = [&](int boxes) { return C::A_BYTES + C::ATOMS * boxes * C::BOX * 128; };
-        // The expert lists are older than the kernel before this one, which let this one start only after it had waited itself: so
-        // the first tile's weights can be under way before that kernel's results are there.
-        constexpr int EARLY = SOURCE == Down && C::COLS <= 16 ? (C::STAGES < C::K_BLOCKS ? C::STAGES : C::K_BLOCKS) : 0;
-        int early = 0;
-        if constexpr (EARLY == 0) pdl::wait();
-        Tiles tiles{offsets, header->num_tokens};
-        if constexpr (EARLY > 0) {
-            if (tiles.at(blockIdx.x, tile)) {
-                early = EARLY;
-                for (int k = 0; k < early; k++) {
-                    const u32 full = ring.base + C::BARRIERS_AT + k * 8;
-                    mbarrier::arrive_expect(full, bytes((tile.count + C::BOX - 1) / C::BOX));
-                    load_weights(ring.base + k * C::STAGE, full, k);
-                }
-            }
+            });
+        } else {
             pdl::wait();
         }
         pdl::launch_dependents();
-        for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
-            const int boxes = (tile.count + C::BOX - 1) / C::BOX;
-            for (int k = 0; k < C::K_BLOCKS; k++) {
-                if (early > 0) {
-                    early--;
-                } else {
-                    mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
-                    mbarrier::arrive_expect(ring.full(), bytes(boxes));
-                    load_weights(ring.a(), ring.full(), k);
-                }
-#pragma unroll
-                for (int i = 0; i < C::ATOMS; i++) {
-                    for (int box = 0; box < boxes; box++) {
-                        tma::load(ring.b() + i * C::B_ATOM + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST,
-                                  k * C::DEPTH + i * 64, tile.first + box * C::BOX);
-                    }
-                }
-                ring.advance();
-            }
-        }
     } else {
         take_registers<C>();
-        const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
-        u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
-        int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
         pdl::wait();
         pdl::launch_dependents();
-        Tiles tiles{offsets, header->num_tokens};
-        float d[C::BLOCKS][C::COLS / 2];
-        int index = blockIdx.x;
-        sched::Tile next;
-        for (bool more = tiles.at(index, tile); more; tile = next) {
-            // What the epilogue needs from global memory is asked for before the products.
-            const int first = SOURCE == Every ? offsets[tile.expert] : tile.first;
-            const int own = SOURCE == Every ? offsets[tile.expert + 1] - first : tile.count;
-            const int position = first + thread;
-            const int assignment = SOURCE != Permuted && thread < own ? order[position] : 0;
-            more = tiles.at(index += gridDim.x, next);
-            multiply<C>(ring, warpgroup, tile.count, d);
-            if constexpr (SOURCE == Every) {
-                if (thread < C::COLS) map[thread] = -1;
-                ptx::sync_threads(1 + warpgroup, 128);
-                if (thread < own) map[assignment / TOP_K] = position;
-            } else if (thread < own) {
-                map[thread] = SOURCE == Down ? assignment : position;
-            }
-            ptx::sync_threads(1 + warpgroup, 128);
-            finish<C>(moved, map, warpgroup, tile, d, out, static_cast<const typename C::T*>(nullptr));
-        }
+        // The first of the expert's positions in the order, and how many there are, of this tile.
+        const auto span = [&](const sched::Tile& tile, int& first, int& count) {
+            first = SOURCE == Every ? offsets[tile.expert] : tile.first;
+            count = SOURCE == Every ? offsets[tile.expert + 1] - first : tile.count;
+        };
+        consume<C>(
+            ring, shared, tiles, out, static_cast<const typename C::T*>(nullptr),
+            [&](const sched::Tile& tile, int column) {
+                int first, count;
+                span(tile, first, count);
+                return SOURCE != Permuted && column < count ? order[first + column] : 0;
+            },
+            [&](int* map, const sched::Tile& tile, int column, int assignment) {
+                int first, count;
+                span(tile, first, count);
+                if (column >= count) return;
+                if constexpr (SOURCE == Every) {
+                    map[assignment / TOP_K] = first + column;
+                } else {
+                    map[column] = SOURCE == Down ? assignment : first + column;
+                }
+            });
     }
+    end<C>();
 }
 
 }  // namespace linear

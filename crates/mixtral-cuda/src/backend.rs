@@ -6,13 +6,12 @@ use std::time::Duration;
 use mixtral_engine::{Backend, BackendError, Op, Program, StepInputs, StepOutputs, Weights};
 use mixtral_kernels::lower::dummy;
 use mixtral_kernels::step_block::{Array, Drawn};
-use mixtral_kernels::{Regime, Schedule, StepBlock, Target};
+use mixtral_kernels::{KernelImages, Regime, Schedule, StepBlock, Target};
 use mixtral_model::TokenId;
 
 use crate::budget::{KvBlocks, Needs};
 use crate::driver::{Context, Device, DeviceMemory, Pinned, Stream};
 use crate::execute::{Addresses, Functions, Sequence, Shape, Timer};
-use crate::images::Images;
 use crate::{CudaError, inputs, weights};
 
 /// How a program is loaded.
@@ -44,16 +43,6 @@ impl Default for CudaOptions {
             overlap: true,
         }
     }
-}
-
-/// Compiled kernels, and what a program has to be lowered for so that they are the ones it needs.
-pub struct Kernels<'a> {
-    /// What they were lowered for.
-    pub target: Target,
-    /// What they were compiled for, as `sm_90a`.
-    pub arch: String,
-    /// The kernels.
-    pub images: &'a dyn Images,
 }
 
 /// The least compute capability whose kernels can overlap.
@@ -88,7 +77,7 @@ struct Memory {
 }
 
 impl CudaBackend {
-    /// Loads a program that passed [`Program::check`]: loads its kernels, allocates everything, brings its weights onto the
+    /// Loads a program that passed [`Program::check`], with `images` that the GPU runs: loads its kernels, allocates everything, brings its weights onto the
     /// device, and captures its graphs.
     ///
     /// # Errors
@@ -97,17 +86,18 @@ impl CudaBackend {
     pub fn load(
         program: Program,
         source: &Weights,
-        kernels: &Kernels<'_>,
+        images: &KernelImages,
         options: CudaOptions,
     ) -> Result<CudaBackend, BackendError> {
         program.check().map_err(|e| BackendError::Other(e.to_string()))?;
-        let schedule = Schedule::new(&program, kernels.target).map_err(|e| BackendError::Other(e.to_string()))?;
+        let schedule = Schedule::new(&program, Target { family: images.code.family() })
+            .map_err(|e| BackendError::Other(e.to_string()))?;
         let context = Context::new(options.device)?;
         let stream = Stream::new(&context)?;
         let block = StepBlock::new(&program);
 
         // Kernels come before the memory is counted: they take some, too.
-        let mut functions = Functions::new(kernels.images, &context, &kernels.arch);
+        let mut functions = Functions::new(images, &context);
         for kernel in schedule.kernels() {
             functions.get(kernel)?;
         }

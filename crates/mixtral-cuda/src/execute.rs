@@ -6,11 +6,10 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::time::Duration;
 
-use mixtral_kernels::{Arg, Grid, Kernel, Launch, Regime, StepBlock};
+use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, Regime, StepBlock};
 
 use crate::CudaError;
 use crate::driver::{Config, Context, Event, Function, Graph, MAX_PARAMS, Module, Param, Stream, encode};
-use crate::images::Images;
 
 /// Where everything lies on the device.
 #[derive(Clone, Debug)]
@@ -64,35 +63,28 @@ fn launch_error(symbol: &str, problem: impl Into<String>) -> CudaError {
     CudaError::Launch { symbol: symbol.to_owned(), problem: problem.into() }
 }
 
-/// The kernels of a program, loaded once each.
+/// The kernels of a program, each loaded when it is first asked for.
 pub(crate) struct Functions<'a> {
-    images: &'a dyn Images,
+    images: &'a KernelImages,
     context: &'a Context,
-    /// Images are told apart by where they lie.
-    modules: HashMap<(*const u8, usize), Module>,
-    functions: HashMap<Kernel, Function>,
-    /// What the images are for, in messages.
-    target: &'a str,
+    loaded: HashMap<Kernel, Function>,
 }
 
 impl<'a> Functions<'a> {
-    pub(crate) fn new(images: &'a dyn Images, context: &'a Context, target: &'a str) -> Self {
-        Functions { images, context, modules: HashMap::new(), functions: HashMap::new(), target }
+    pub(crate) fn new(images: &'a KernelImages, context: &'a Context) -> Self {
+        Functions { images, context, loaded: HashMap::new() }
     }
 
     pub(crate) fn get(&mut self, kernel: &Kernel) -> Result<Function, CudaError> {
-        if let Some(function) = self.functions.get(kernel) {
+        if let Some(function) = self.loaded.get(kernel) {
             return Ok(function.clone());
         }
-        let missing = || CudaError::MissingKernel { symbol: kernel.symbol.clone(), arch: self.target.to_owned() };
+        let (symbol, code) = (&kernel.symbol, self.images.code);
+        let missing = || CudaError::MissingKernel { symbol: symbol.clone(), arch: code.to_string() };
         let image = self.images.find(kernel).ok_or_else(missing)?;
-        let key = (image.bytes.as_ptr(), image.bytes.len());
-        let module = match self.modules.entry(key) {
-            std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-            std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Module::load(self.context, image.bytes)?),
-        };
-        let function = module.function(image.entry, kernel.threads, kernel.shared_bytes)?;
-        self.functions.insert(kernel.clone(), function.clone());
+        let module = Module::load(self.context, &image.code)?;
+        let function = module.function(symbol, &image.entry, kernel.threads, kernel.shared_bytes)?;
+        self.loaded.insert(kernel.clone(), function.clone());
         Ok(function)
     }
 }

@@ -5,7 +5,7 @@
 //! uploads one block of inputs, launches, and waits once. The driver is found at run time; a machine without one gets an
 //! error, not a panic.
 //!
-//! Reading order: [`backend`] (loading and stepping), [`images`] (where compiled kernels come from), [`budget`] (memory, before
+//! Reading order: [`backend`] (loading and stepping), [`images`] (which compiled kernels a GPU runs), [`budget`] (memory, before
 //! any is allocated), `inputs` (a step as the device reads it), `weights` (onto the device), `execute` (launches and graphs),
 //! and underneath `driver` (libcuda) and [`error`].
 #![deny(unsafe_code)]
@@ -19,8 +19,8 @@ pub mod images;
 mod inputs;
 mod weights;
 
-pub use backend::{CudaBackend, CudaOptions, Kernels};
+pub use backend::{CudaBackend, CudaOptions};
 pub use budget::KvBlocks;
 pub use driver::{Device, devices};
 pub use error::CudaError;
-pub use images::{Image, Images};
+pub use images::choose;

@@ -1,7 +1,7 @@
 //! Devices and their primary contexts.
 
 use std::ffi::c_int;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice_attribute_enum as Attribute};
 
@@ -72,13 +72,13 @@ fn describe(ordinal: c_int) -> Result<Device, CudaError> {
     })
 }
 
-/// A device's primary context, held until the last clone is dropped.
+/// A device's primary context. It is retained once and kept for as long as the process lives: making one takes a tenth of a
+/// second, and one that is lost cannot be made anew.
 #[derive(Clone)]
 pub(crate) struct Context(Arc<Primary>);
 
 struct Primary {
     device: Device,
-    handle: c_int,
     context: CUcontext,
 }
 
@@ -88,8 +88,20 @@ unsafe impl Send for Primary {}
 unsafe impl Sync for Primary {}
 
 impl Context {
-    /// Retains the context of a device.
+    /// The context of a device.
     pub(crate) fn new(ordinal: usize) -> Result<Context, CudaError> {
+        static KEPT: Mutex<Vec<Context>> = Mutex::new(Vec::new());
+        let mut kept = KEPT.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(context) = kept.iter().find(|c| c.device().ordinal == ordinal) {
+            context.bind()?;
+            return Ok(context.clone());
+        }
+        let context = Context::retain(ordinal)?;
+        kept.push(context.clone());
+        Ok(context)
+    }
+
+    fn retain(ordinal: usize) -> Result<Context, CudaError> {
         let mut found = devices()?;
         if ordinal >= found.len() {
             return Err(CudaError::NoSuchDevice { ordinal, count: found.len() });
@@ -104,7 +116,7 @@ impl Context {
             api.check("cuDeviceGet", (api.cuDeviceGet)(&raw mut handle, ordinal))?;
             api.check("cuDevicePrimaryCtxRetain", (api.cuDevicePrimaryCtxRetain)(&raw mut context, handle))?;
         }
-        let context = Context(Arc::new(Primary { device, handle, context }));
+        let context = Context(Arc::new(Primary { device, context }));
         context.bind()?;
         Ok(context)
     }
@@ -129,14 +141,5 @@ impl Context {
         // SAFETY: two sizes are written.
         api.check("cuMemGetInfo", unsafe { (api.cuMemGetInfo_v2)(&raw mut free, &raw mut total) })?;
         Ok(free)
-    }
-}
-
-impl Drop for Primary {
-    fn drop(&mut self) {
-        if let Ok(api) = api() {
-            // SAFETY: it was retained once.
-            unsafe { (api.cuDevicePrimaryCtxRelease_v2)(self.handle) };
-        }
     }
 }

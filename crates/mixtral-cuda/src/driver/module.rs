@@ -11,6 +11,7 @@ use cudarc::driver::sys::{
 use super::{Context, Stream, api};
 use crate::CudaError;
 use crate::error::BAD_IMAGE;
+use crate::images::arch_of;
 
 /// Parameters that a kernel may have.
 pub(crate) const MAX_PARAMS: usize = 32;
@@ -62,7 +63,13 @@ impl Module {
     }
 
     /// A kernel of the image, ready to be launched with so many threads and so much dynamic shared memory.
-    pub(crate) fn function(&self, entry: &str, threads: u32, shared_bytes: u32) -> Result<Function, CudaError> {
+    pub(crate) fn function(
+        &self,
+        symbol: &str,
+        entry: &str,
+        threads: u32,
+        shared_bytes: u32,
+    ) -> Result<Function, CudaError> {
         let context = &self.0.context;
         context.bind()?;
         let api = api()?;
@@ -78,11 +85,7 @@ impl Module {
             api.check("cuFuncGetAttribute", code)?;
             Ok(u32::try_from(value).unwrap_or(0))
         };
-        let unfit = |problem| CudaError::Unfit {
-            symbol: entry.to_owned(),
-            problem,
-            arch: format!("sm_{}", context.device().capability),
-        };
+        let unfit = |problem| CudaError::Unfit { symbol: symbol.to_owned(), problem, arch: arch_of(context.device()) };
         let most = attribute(Attribute::CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?;
         if threads > most {
             return Err(unfit(format!("it has {threads} threads a CTA, of which its registers allow {most}")));
