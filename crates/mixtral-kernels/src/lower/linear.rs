@@ -254,7 +254,9 @@ impl<'a> Linear<'a> {
         } else if every {
             (0, self.token_map(Arg::Buffer(self.input), Rows::Tokens, cols))
         } else {
-            launches.push(moe::permute(self.context, self.op)?);
+            if let Op::ExpertGateUp { input, offsets, order, .. } = self.op {
+                launches.push(moe::permute(self.context, self.op, (input, self.experts()), (offsets, order))?);
+            }
             (1, self.token_map(Arg::Scratch(self.context.scratch.permuted), Rows::Assignments, cols))
         };
         let (experts, top_k) = (self.experts(), self.context.program.top_k);

@@ -189,7 +189,6 @@ pub(super) fn norm_router_route(context: &Context<'_>, ops: &[Op]) -> Result<Opt
 
 /// Tokens in expert order: row p of the scratch region is row `order[p] / k` of `input`, for the assignments of local experts.
 /// Launched before a linear that wants its tokens in consecutive rows.
-#[allow(dead_code, reason = "for the linears of long steps")]
 pub(super) fn permute(
     context: &Context<'_>,
     op: &Op,
@@ -207,9 +206,4 @@ pub(super) fn permute(
         Arg::Scratch(context.scratch.permuted),
     ];
     Ok(launch(portable(ROUTE, symbol, threads), Grid::Tokens { per: 1, times: count(k) }, args))
-}
-
-/// Copies tokens into the order by expert.
-pub(super) fn permute(_context: &Context<'_>, op: &Op) -> Result<Launch, LowerError> {
-    Err(LowerError::Unsupported { op: op.name(), reason: "not written yet".to_owned() })
 }
