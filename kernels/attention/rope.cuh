@@ -49,37 +49,44 @@ __device__ __forceinline__ void sine_cosine(double x, double& sine, double& cosi
 
 // The bits of f32 constants, as an array.
 template <u32... BITS>
-struct Floats {
-    static constexpr int COUNT = sizeof...(BITS);
-    static __device__ __forceinline__ float at(int index) {
-        constexpr u32 bits[COUNT] = {BITS...};
-        return __uint_as_float(bits[index]);
-    }
-};
+__constant__ const u32 CONSTANTS[sizeof...(BITS)] = {BITS...};
 
 // table[t][i] = (cosine, sine) of positions[t] · frequency i; FREQUENCIES are the bits of the contract's inverse frequencies.
 template <u32... FREQUENCIES>
 __global__ void __launch_bounds__(256) angles(const step::Header* header, const i32* positions, float2* table) {
     pdl::launch_dependents();
     pdl::wait();
-    using Frequencies = Floats<FREQUENCIES...>;
+    constexpr int COUNT = sizeof...(FREQUENCIES);
     const int index = blockIdx.x * 256 + threadIdx.x;
-    const int token = index / Frequencies::COUNT;
+    const int token = index / COUNT;
     if (token >= header->num_tokens) return;
-    const float angle = __fmul_rn(static_cast<float>(positions[token]), Frequencies::at(index % Frequencies::COUNT));
+    const float frequency = __uint_as_float(CONSTANTS<FREQUENCIES...>[index % COUNT]);
+    const float angle = __fmul_rn(static_cast<float>(positions[token]), frequency);
     double sine, cosine;
     sine_cosine(angle, sine, cosine);
     table[index] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
 }
 
 // Rotates the first n of eight pairs; x are elements i, i + 1 … of a head and y those HEAD_DIM / 2 after them.
+template <bool ALIGNED>
 __device__ __forceinline__ void rotate(float (&x)[VECTOR], float (&y)[VECTOR], const float2* angles, int n) {
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) {
-        const float2 angle = i < n ? angles[i] : make_float2(1.0f, 0.0f);
-        const float a = x[i], b = y[i];
-        x[i] = __fsub_rn(__fmul_rn(a, angle.x), __fmul_rn(b, angle.y));
-        y[i] = __fadd_rn(__fmul_rn(b, angle.x), __fmul_rn(a, angle.y));
+    for (int i = 0; i < VECTOR; i += 2) {
+        float4 angle;
+        if constexpr (ALIGNED) {
+            angle = reinterpret_cast<const float4*>(angles)[i / 2];
+        } else {
+            const float2 first = i < n ? angles[i] : make_float2(1.0f, 0.0f);
+            const float2 second = i + 1 < n ? angles[i + 1] : make_float2(1.0f, 0.0f);
+            angle = make_float4(first.x, first.y, second.x, second.y);
+        }
+        const float cosine[2] = {angle.x, angle.z}, sine[2] = {angle.y, angle.w};
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float a = x[i + j], b = y[i + j];
+            x[i + j] = __fsub_rn(__fmul_rn(a, cosine[j]), __fmul_rn(b, sine[j]));
+            y[i + j] = __fadd_rn(__fmul_rn(b, cosine[j]), __fmul_rn(a, sine[j]));
+        }
     }
 }
 
@@ -89,35 +96,25 @@ __device__ __forceinline__ i64 cache_offset(i32 slot, int head) {
     return ((static_cast<i64>(slot / BLOCK_SIZE) * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
 }
 
-// Rotates the first NUM_HEADS heads of rows of `cols`, in place.
-template <typename T, int NUM_HEADS, int HEAD_DIM, int THREADS>
-__global__ void __launch_bounds__(THREADS) rope(const step::Header* header, const float2* table, T* data, i32 cols) {
+// Rotates the first NUM_HEADS heads of rows of COLS, in place.
+template <typename T, int COLS, int NUM_HEADS, int HEAD_DIM, int THREADS>
+__global__ void __launch_bounds__(THREADS) rope(const step::Header* header, const float2* table, T* data) {
     pdl::launch_dependents();
-    pdl::wait();
     const i64 token = blockIdx.x;
-    if (token >= header->num_tokens) return;
+    const bool idle = token >= header->num_tokens;
+    pdl::wait();
+    if (idle) return;
     constexpr int HALF = HEAD_DIM / 2, PER_HEAD = ceil_div(HALF, VECTOR);
-    constexpr bool ALIGNED = whole_vectors(HALF);
-    const bool aligned = ALIGNED && whole_vectors(cols);
+    constexpr bool ALIGNED = whole_vectors(HALF) && whole_vectors(COLS);
     for (int index = threadIdx.x; index < NUM_HEADS * PER_HEAD; index += THREADS) {
         const int i = index % PER_HEAD * VECTOR, n = HALF - i;
-        T* at = data + token * cols + index / PER_HEAD * HEAD_DIM + i;
+        T* at = data + token * COLS + index / PER_HEAD * HEAD_DIM + i;
         float x[VECTOR], y[VECTOR];
-        if (aligned) {
-            load<ALIGNED>(x, at, n);
-            load<ALIGNED>(y, at + HALF, n);
-        } else {
-            load<false>(x, at, n);
-            load<false>(y, at + HALF, n);
-        }
-        rotate(x, y, table + token * HALF + i, n);
-        if (aligned) {
-            store<ALIGNED>(at, x, n);
-            store<ALIGNED>(at + HALF, y, n);
-        } else {
-            store<false>(at, x, n);
-            store<false>(at + HALF, y, n);
-        }
+        load<ALIGNED>(x, at, n);
+        load<ALIGNED>(y, at + HALF, n);
+        rotate<ALIGNED>(x, y, table + token * HALF + i, n);
+        store<ALIGNED>(at, x, n);
+        store<ALIGNED>(at + HALF, y, n);
     }
 }
 
@@ -126,9 +123,10 @@ template <typename T, int NUM_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
 __global__ void __launch_bounds__(THREADS)
     write_kv(const step::Header* header, const i32* slots, const T* key, const T* value, T* keys, T* values) {
     pdl::launch_dependents();
-    pdl::wait();
     const i64 token = blockIdx.x;
-    if (token >= header->num_tokens) return;
+    const bool idle = token >= header->num_tokens;
+    pdl::wait();
+    if (idle) return;
     const i32 slot = slots[token];
     if (slot < 0) return;
     constexpr int PER_HEAD = ceil_div(HEAD_DIM, VECTOR);
@@ -146,9 +144,10 @@ template <typename T, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE,
 __global__ void __launch_bounds__(THREADS)
     rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, T* keys, T* values) {
     pdl::launch_dependents();
-    pdl::wait();
     const i64 token = blockIdx.x;
-    if (token >= header->num_tokens) return;
+    const bool idle = token >= header->num_tokens;
+    pdl::wait();
+    if (idle) return;
     constexpr int HALF = HEAD_DIM / 2, PER_HEAD = ceil_div(HALF, VECTOR);
     constexpr int ROTATED = (NUM_HEADS + KV_HEADS) * PER_HEAD, ALL = ROTATED + KV_HEADS * PER_HEAD;
     constexpr bool ALIGNED = whole_vectors(HALF);
@@ -166,7 +165,7 @@ __global__ void __launch_bounds__(THREADS)
             float x[VECTOR], y[VECTOR];
             load<ALIGNED>(x, at, n);
             load<ALIGNED>(y, at + HALF, n);
-            rotate(x, y, table + token * HALF + i, n);
+            rotate<ALIGNED>(x, y, table + token * HALF + i, n);
             store<ALIGNED>(to, x, n);
             store<ALIGNED>(to + HALF, y, n);
         } else if (slot >= 0) {

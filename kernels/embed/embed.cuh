@@ -19,9 +19,10 @@ template <typename T, typename W, int COLS, int THREADS>
 __global__ void __launch_bounds__(THREADS)
     embed(const step::Header* header, const i32* token_ids, const W* table, i32 vocab_start, i32 num_rows, T* out) {
     pdl::launch_dependents();
-    pdl::wait();
     const i64 token = blockIdx.x;
-    if (token >= header->num_tokens) return;
+    const bool idle = token >= header->num_tokens;
+    pdl::wait();
+    if (idle) return;
     const i64 row = token_ids[token] - vocab_start;
     const bool inside = row >= 0 && row < num_rows;
     constexpr bool ALIGNED = whole_vectors(COLS);

@@ -26,9 +26,10 @@ __global__ void __launch_bounds__(rms::threads(COLS))
     using Row = rms::Row<COLS>;
     Row scale, base, x, sum = {};
     if constexpr (NORM) scale.load(weight);
-    pdl::wait();
     const i64 token = blockIdx.x;
-    if (token >= header->num_tokens) return;
+    const bool idle = token >= header->num_tokens;
+    pdl::wait();
+    if (idle) return;
     if constexpr (RESIDUAL) base.load(residual + token * COLS);
 #pragma unroll
     for (int j = 0; j < TOP_K; ++j) {

@@ -23,9 +23,10 @@ __global__ void __launch_bounds__(threads(COLS))
     __shared__ float shared[32];
     Row<COLS> scale, x;
     scale.load(weight);
-    pdl::wait();
     const i64 row = blockIdx.x;
-    if (row >= step::num_rows<ROWS>(header, times)) return;
+    const bool idle = row >= step::num_rows<ROWS>(header, times);
+    pdl::wait();
+    if (idle) return;
     x.load(input + row * COLS);
     x.template normalize<T>(scale, eps, shared);
     x.store(out + row * COLS);

@@ -1,4 +1,4 @@
-// cp.async: 16 bytes from global to shared memory past the registers and L1.
+// cp.async (16 bytes from global to shared memory past the registers and L1) and prefetches.
 #pragma once
 
 #include "base/types.cuh"
@@ -20,6 +20,11 @@ __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commi
 template <int N>
 __device__ __forceinline__ void cp_async_wait_group() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Asks for the 128-byte line of an address to be brought to L2.
+__device__ __forceinline__ void prefetch_l2(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }
 
 }  // namespace ptx

@@ -1,7 +1,8 @@
 //! The engine directory: `config.json`, and a rank's `rank{r}.engine` and `rank{r}.weights.safetensors`.
 //!
-//! `rank{r}.engine` is a safetensors file of U8 tensors; `program` is the program's text. The weights are the
-//! checkpoint's own rank file, by hard link where the filesystem allows.
+//! `rank{r}.engine` is a safetensors file of U8 tensors; `program` is the program's text, and the others are images: bytes
+//! that one backend or another understands, such as compiled kernels. The weights are the checkpoint's own rank file, by hard link where the
+//! filesystem allows.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -243,8 +244,8 @@ pub const OWNERSHIP: Ownership = Ownership {
 /// The name of the tensor that holds the program's text.
 const PROGRAM: &str = "program";
 
-/// An engine config or program text larger than this is refused.
-const MAX_TEXT_BYTES: u64 = 256 << 20;
+/// An engine config, program text or image larger than this is refused.
+const MAX_TENSOR_BYTES: u64 = 256 << 20;
 
 /// An engine directory.
 #[derive(Clone, Debug)]
@@ -269,8 +270,8 @@ impl EngineDir {
         let io = |source| EngineError::Io { path: path.clone(), source };
         let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
         let len = fs::metadata(&path).map_err(io)?.len();
-        if len > MAX_TEXT_BYTES {
-            return Err(damaged(format!("{len} bytes, expected at most {MAX_TEXT_BYTES}")));
+        if len > MAX_TENSOR_BYTES {
+            return Err(damaged(format!("{len} bytes, expected at most {MAX_TENSOR_BYTES}")));
         }
         let text = fs::read(&path).map_err(io)?;
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
@@ -327,26 +328,8 @@ impl EngineDir {
     /// # Errors
     /// If its file is missing, damaged, or of another engine.
     pub fn program(&self, rank: Rank) -> Result<Program, EngineError> {
-        let record = self.record(rank)?;
-        let path = self.dir.join(engine_file_name(rank));
-        let io = |source| EngineError::Io { path: path.clone(), source };
-        let file = File::open(&path).map_err(io)?;
-        let header = Header::read(&file, &path)?;
-        same_hash(&path, "the header", &record.engine_header_blake3, header.blake3)?;
+        let (path, text) = self.tensor(rank, PROGRAM, "the program")?;
         let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
-        let entry = header
-            .tensors
-            .iter()
-            .find(|t| t.name == PROGRAM)
-            .ok_or_else(|| damaged(format!("it has no `{PROGRAM}` tensor")))?;
-        let len = entry.num_bytes();
-        if len > MAX_TEXT_BYTES {
-            return Err(damaged(format!("a program of {len} bytes, expected at most {MAX_TEXT_BYTES}")));
-        }
-        let mut text = vec![0; usize::try_from(len).map_err(|e| damaged(e.to_string()))?];
-        file.read_exact_at(&mut text, entry.start).map_err(io)?;
-        let expected = record.engine_blake3.get(PROGRAM).map_or("none", String::as_str);
-        same_hash(&path, "the program", expected, blake3::hash(&text))?;
         let text = String::from_utf8(text).map_err(|e| damaged(e.to_string()))?;
         let program = Program::parse(&text).map_err(|source| EngineError::Program { path: path.clone(), source })?;
         if (program.rank, program.world_size) != (rank.0, self.config.ranks.len()) {
@@ -357,6 +340,44 @@ impl EngineDir {
             });
         }
         Ok(program)
+    }
+
+    /// Names of what the engine of `rank` holds beside its program, for backends to know the meaning of.
+    ///
+    /// # Errors
+    /// If the engine has no such rank.
+    pub fn images(&self, rank: Rank) -> Result<Vec<&str>, EngineError> {
+        Ok(self.record(rank)?.engine_blake3.keys().map(String::as_str).filter(|name| *name != PROGRAM).collect())
+    }
+
+    /// Reads and checks one of them.
+    ///
+    /// # Errors
+    /// If its file is missing, damaged, or of another engine, or has nothing of that name.
+    pub fn image(&self, rank: Rank, name: &str) -> Result<Vec<u8>, EngineError> {
+        Ok(self.tensor(rank, name, "an image")?.1)
+    }
+
+    /// The bytes of a tensor of `rank{r}.engine`, and the file's path.
+    fn tensor(&self, rank: Rank, name: &str, what: &'static str) -> Result<(PathBuf, Vec<u8>), EngineError> {
+        let record = self.record(rank)?;
+        let path = self.dir.join(engine_file_name(rank));
+        let io = |source| EngineError::Io { path: path.clone(), source };
+        let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
+        let file = File::open(&path).map_err(io)?;
+        let header = Header::read(&file, &path)?;
+        same_hash(&path, "the header", &record.engine_header_blake3, header.blake3)?;
+        let entry = header.tensors.iter().find(|t| t.name == name);
+        let entry = entry.ok_or_else(|| damaged(format!("it has no `{name}` tensor")))?;
+        let len = entry.num_bytes();
+        if len > MAX_TENSOR_BYTES {
+            return Err(damaged(format!("`{name}` has {len} bytes, expected at most {MAX_TENSOR_BYTES}")));
+        }
+        let mut bytes = vec![0; usize::try_from(len).map_err(|e| damaged(e.to_string()))?];
+        file.read_exact_at(&mut bytes, entry.start).map_err(io)?;
+        let expected = record.engine_blake3.get(name).map_or("none", String::as_str);
+        same_hash(&path, what, expected, blake3::hash(&bytes))?;
+        Ok((path, bytes))
     }
 
     /// Maps the weight file of `rank`, its length and header checked against the config.
@@ -459,28 +480,37 @@ impl EngineWriter {
         Ok(EngineWriter { staged: StagedDir::begin(dir, OWNERSHIP)? })
     }
 
-    /// Writes the program of a rank and takes in its weight file, if there is one.
+    /// Writes the program of a rank and the named images beside it, and takes in its weight file, if there is one.
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn rank(&self, program: &Program, weights: Option<&Path>) -> Result<RankRecord, EngineError> {
+    pub fn rank(
+        &self,
+        program: &Program,
+        images: &BTreeMap<String, Vec<u8>>,
+        weights: Option<&Path>,
+    ) -> Result<RankRecord, EngineError> {
         let rank = Rank(program.rank);
         let text = program.to_text();
         let path = self.staged.path(&engine_file_name(rank));
         let failed = |source| EngineError::Write(StagedError::Io { action: "write", path: path.clone(), source });
-        let tensor = TensorView::new(Dtype::U8, vec![text.len()], text.as_bytes())
-            .map_err(|e| failed(std::io::Error::other(e)))?;
-        let bytes = safetensors::serialize([(PROGRAM, tensor)], None).map_err(|e| failed(std::io::Error::other(e)))?;
+        let other = |e| failed(std::io::Error::other(e));
+        let images = images.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
+        let tensors: Vec<(&str, &[u8])> = images.chain([(PROGRAM, text.as_bytes())]).collect();
+        let views =
+            tensors.iter().map(|(name, bytes)| Ok((*name, TensorView::new(Dtype::U8, vec![bytes.len()], bytes)?)));
+        let views: Vec<_> = views.collect::<Result<_, _>>().map_err(other)?;
+        let bytes = safetensors::serialize(views, None).map_err(other)?;
         let write = || {
             fs::write(&path, &bytes)?;
             let file = File::open(&path)?;
             file.sync_all().map(|()| file)
         };
         let file = write().map_err(failed)?;
-        let hash = blake3::hash(text.as_bytes()).to_string();
+        let hashes = tensors.iter().map(|(name, bytes)| ((*name).to_owned(), blake3::hash(bytes).to_string()));
         let mut record = RankRecord {
             engine_header_blake3: Header::read(&file, &path)?.blake3.to_string(),
-            engine_blake3: BTreeMap::from([(PROGRAM.to_owned(), hash)]),
+            engine_blake3: hashes.collect(),
             weights_bytes: 0,
             weights_header_blake3: String::new(),
         };

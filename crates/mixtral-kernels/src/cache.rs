@@ -30,12 +30,13 @@ impl Cache {
         Cache { folder, warning: Mutex::new(None) }
     }
 
-    /// Where the environment says: `MIXTRAL_KERNEL_CACHE`, else `mixtral/kernels` in `XDG_CACHE_HOME` or `~/.cache`.
+    /// Where the environment says that it is: `MIXTRAL_KERNEL_CACHE`, else `mixtral/kernels` in `XDG_CACHE_HOME` or
+    /// `~/.cache`.
     #[must_use]
-    pub fn from_environment() -> Option<Self> {
+    pub fn folder_from_environment() -> Option<PathBuf> {
         let path = |name| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
         let caches = || path("XDG_CACHE_HOME").or_else(|| Some(path("HOME")?.join(".cache")));
-        path(CACHE_VARIABLE).or_else(|| Some(caches()?.join("mixtral/kernels"))).map(Cache::new)
+        path(CACHE_VARIABLE).or_else(|| Some(caches()?.join("mixtral/kernels")))
     }
 
     /// What went wrong, if anything did: compiled kernels are right all the same.

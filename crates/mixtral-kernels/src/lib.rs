@@ -5,17 +5,20 @@
 //! for which shape and token count), [`kernel`] (one instantiation of a template), [`launch`] (a kernel with its grid and
 //! parameters), [`step_block`] (a step's inputs as the device sees them), [`scratch`] (workspaces between kernels), [`lower`]
 //! (a program's operations → launches); then [`source`] (the embedded headers), [`locate`] and [`nvrtc`] (the compiler's
-//! library), [`resources`] (what a compiled kernel takes, and its defects), [`compile`] (one kernel), [`cache`] and [`batch`] (many).
+//! library), [`resources`] (what a compiled kernel takes, and its defects), [`compile`] (one kernel), [`cache`] and [`batch`]
+//! (many), [`needed`] (which ones), [`images`] (how an engine holds them).
 #![deny(unsafe_code)]
 
 pub mod arch;
 pub mod batch;
 pub mod cache;
 pub mod compile;
+pub mod images;
 pub mod kernel;
 pub mod launch;
 pub mod locate;
 pub mod lower;
+pub mod needed;
 pub mod nvrtc;
 pub mod plan;
 pub mod resources;
@@ -28,6 +31,7 @@ pub use arch::{Arch, Family};
 pub use batch::{Batch, compile_all};
 pub use cache::Cache;
 pub use compile::{Code, CompileError, Compiled, Compiler};
+pub use images::{ImagesError, KernelImage, KernelImages};
 pub use kernel::Kernel;
 pub use launch::{Arg, Grid, Launch, TensorMap};
 pub use locate::Search;

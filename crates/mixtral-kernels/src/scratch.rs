@@ -3,6 +3,7 @@
 
 use mixtral_engine::Program;
 
+use crate::lower::CHUNK;
 use crate::step_block::DECODE_SPLIT;
 
 /// Where the workspaces lie, in bytes from the scratch memory's start.
@@ -10,10 +11,14 @@ use crate::step_block::DECODE_SPLIT;
 pub struct Scratch {
     /// Partial results of decode attention: f32 `[S, splits, num_heads, head_dim + 2]` (output, maximum, sum).
     pub attention_partials: usize,
-    /// How many splits of a sequence and KV head are done: i32 `[S, num_kv_heads]`.
+    /// How many splits of a sequence and group of heads are done: i32 `[S, num_heads]`.
     pub attention_tickets: usize,
     /// Tokens by expert: `[T · top_k, hidden]` of the program's type; as wide as the widest expert input.
     pub permuted: usize,
+    /// Assignments of each chunk for each local expert: i32 `[chunks, experts]`.
+    pub chunk_sizes: usize,
+    /// Cosines and sines of the step's positions: f32 pairs `[T, head_dim / 2]`.
+    pub angles: usize,
     /// Draws: f32 `[L, vocab]` adjusted logits.
     pub sampling: usize,
     /// A few counters for whoever needs them: i32 `[1024]`.
@@ -51,10 +56,13 @@ impl Scratch {
         };
         let splits = l.max_seq_len.div_ceil(DECODE_SPLIT);
         let attention_partials = region(4 * l.max_batch_size * splits * heads * (kv.head_dim + 2));
-        let attention_tickets = region(4 * l.max_batch_size * kv.num_kv_heads);
+        let attention_tickets = region(4 * l.max_batch_size * heads);
         let permuted = region(l.max_num_tokens * program.top_k * hidden * program.dtype.size());
+        let chunks = (l.max_num_tokens * program.top_k).div_ceil(CHUNK);
+        let chunk_sizes = region(4 * chunks * program.num_experts);
+        let angles = region(8 * l.max_num_tokens * (kv.head_dim / 2));
         let sampling = region(4 * l.max_num_logits.max(l.max_batch_size) * drawn);
         let counters = region(4096);
-        Scratch { attention_partials, attention_tickets, permuted, sampling, counters, bytes }
+        Scratch { attention_partials, attention_tickets, permuted, chunk_sizes, angles, sampling, counters, bytes }
     }
 }

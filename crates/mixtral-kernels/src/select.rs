@@ -140,7 +140,10 @@ mod tests {
         let even = LinearShape { depth: 104, ..shape };
         assert!(matches!(plan(&even, 1, Family::Hopper), LinearPlan::Wgmma { .. }));
         assert!(matches!(plan(&LinearShape { rows: 65, ..even }, 1, Family::Hopper), LinearPlan::Mma { .. }));
-        assert!(matches!(plan(&LinearShape { rows: 72, silu_mul: true, ..even }, 1, Family::Hopper), LinearPlan::Mma { .. }));
+        assert!(matches!(
+            plan(&LinearShape { rows: 72, silu_mul: true, ..even }, 1, Family::Hopper),
+            LinearPlan::Mma { .. }
+        ));
         assert_eq!(plan(&LinearShape { weight: ElemType::F32, ..even }, 1, Family::Hopper), LinearPlan::Simt);
     }
 }

@@ -57,3 +57,31 @@ impl mixtral_checkpoint::Progress for Bytes {
         }
     }
 }
+
+/// Progress of kernels that are compiled.
+pub struct Kernels {
+    bar: ProgressBar,
+}
+
+impl Kernels {
+    /// None of none.
+    pub fn new() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{pos} of {len} kernels [{wide_bar}] {eta} left") {
+            bar.set_style(style);
+        }
+        Kernels { bar }
+    }
+
+    /// `done` of `total` are compiled.
+    pub fn advance(&self, done: usize, total: usize) {
+        self.bar.set_length(total as u64);
+        self.bar.set_position(done as u64);
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
+    }
+}

@@ -156,7 +156,14 @@ impl<'a> Linear<'a> {
     }
 
     /// The tensor-core kernel of any shape, or the plain one.
-    fn portable(&self, kernel: &'static str, header: &'static str, config: String, shared: u32, tile: [u32; 2]) -> Launch {
+    fn portable(
+        &self,
+        kernel: &'static str,
+        header: &'static str,
+        config: String,
+        shared: u32,
+        tile: [u32; 2],
+    ) -> Launch {
         let (symbol, mut args) = match self.lists {
             None => (
                 format!("linear::{kernel}_dense<{config}, {}, {}>", self.logits, self.out_type()),
@@ -247,13 +254,14 @@ impl<'a> Linear<'a> {
         } else if every {
             (0, self.token_map(Arg::Buffer(self.input), Rows::Tokens, cols))
         } else {
-            launches.push(moe::permute(self.context, self.op)?);
+            if let Op::ExpertGateUp { input, offsets, order, .. } = self.op {
+                launches.push(moe::permute(self.context, self.op, (input, self.experts()), (offsets, order))?);
+            }
             (1, self.token_map(Arg::Scratch(self.context.scratch.permuted), Rows::Assignments, cols))
         };
         let (experts, top_k) = (self.experts(), self.context.program.top_k);
         let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
-        let args =
-            vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out)];
+        let args = vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out)];
         launches.push(self.launch(kernel(symbol), 1, None, args));
         Ok(launches)
     }

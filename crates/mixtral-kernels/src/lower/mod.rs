@@ -1,17 +1,21 @@
 //! A program's operations → launches, for every regime that a step can be in. One file a kind of operation.
 
 mod attention;
+pub mod dummy;
 mod elementwise;
 mod linear;
 mod moe;
+pub mod probe;
 mod sample;
+
+pub(crate) use moe::CHUNK;
 
 use std::collections::BTreeSet;
 
 use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
 use mixtral_model::DType;
 
-use crate::{Arg, Family, Kernel, Launch, Scratch};
+use crate::{Arg, Family, Grid, Kernel, Launch, Scratch};
 
 /// What a program is lowered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -145,17 +149,16 @@ impl Context<'_> {
             | Op::ExpertSort { .. }
             | Op::Route { .. }
             | Op::Combine { .. }) => moe::lower(self, op)?,
-            op @ (Op::Embed { .. }
-            | Op::Norm { .. }
-            | Op::Add { .. }
-            | Op::SiluMul { .. }
-            | Op::GatherRows { .. }) => elementwise::lower(self, op)?,
+            op @ (Op::Embed { .. } | Op::Norm { .. } | Op::Add { .. } | Op::SiluMul { .. } | Op::GatherRows { .. }) => {
+                elementwise::lower(self, op)?
+            }
             op @ Op::Sample { .. } => sample::lower(self, op)?,
             op @ (Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. }) => {
                 return Err(LowerError::Unsupported {
                     op: op.name(),
-                    reason: "the CUDA backend runs engines of one rank; build with --tp-size 1 --pp-size 1, or for the CPU"
-                        .to_owned(),
+                    reason:
+                        "the CUDA backend runs engines of one rank; build with --tp-size 1 --pp-size 1, or for the CPU"
+                            .to_owned(),
                 });
             }
         };
@@ -183,6 +186,26 @@ impl Context<'_> {
     pub(crate) fn weight_at(&self, op: &Op, name: &str) -> Result<Arg, LowerError> {
         Ok(Arg::Weight { index: self.weight(op, name)?.0, offset: 0 })
     }
+}
+
+/// A portable kernel without dynamic shared memory.
+pub(crate) fn portable(header: &'static str, symbol: String, threads: usize) -> Kernel {
+    Kernel { header, symbol, threads: count(threads), shared_bytes: 0, family: Family::Portable }
+}
+
+/// A launch that may overlap its predecessor. The operation is filled in by the caller.
+pub(crate) fn launch(kernel: Kernel, grid: Grid, args: Vec<Arg>) -> Launch {
+    Launch { kernel, grid, cluster: 1, args, op: 0, overlaps: true }
+}
+
+/// A size as kernels and grids count; sizes of programs that passed their check fit.
+pub(crate) fn count(size: usize) -> u32 {
+    u32::try_from(size).unwrap_or(u32::MAX)
+}
+
+/// A size as a parameter of a kernel.
+pub(crate) fn int(size: usize) -> Arg {
+    Arg::I32(i32::try_from(size).unwrap_or(i32::MAX))
 }
 
 /// The name of an element type in `kernels/base/types.cuh`.
