@@ -158,6 +158,7 @@ impl StagedDir {
         let path = self.path(name);
         let mut source = File::open(from).map_err(failed("read", from))?;
         let mut target = File::create(&path).map_err(failed("create", &path))?;
+        let expected = source.metadata().map_err(failed("read", from))?.len();
         let mut hasher = blake3::Hasher::new();
         let mut buffer = vec![0; 1 << 20];
         loop {
@@ -170,6 +171,10 @@ impl StagedDir {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(failed("read", from)(error)),
             }
+        }
+        if hasher.count() != expected {
+            let what = format!("it had {expected} bytes when it was opened, and {} were read", hasher.count());
+            return Err(failed("read", from)(io::Error::other(what)));
         }
         target.sync_all().map_err(failed("write", &path))?;
         Ok(hasher.finalize())

@@ -32,6 +32,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mixtral-testkit", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine"]),
     ("tests", PRODUCT),
     ("benches", PRODUCT),
+    ("fuzz", PRODUCT),
     ("xtask", &[]),
 ];
 
@@ -50,7 +51,7 @@ const PRODUCT: &[&str] = &[
 ];
 
 /// Dependencies from outside that only some packages may have. Libraries have typed errors.
-const RESTRICTED: &[(&str, &[&str])] = &[("anyhow", &["mixtral", "xtask"])];
+const RESTRICTED: &[(&str, &[&str])] = &[("anyhow", &["mixtral", "fuzz", "xtask"])];
 
 /// The files and folders that may hold unsafe code. Their crates deny it elsewhere, all others forbid it.
 const UNSAFE: &[&str] = &[
@@ -85,10 +86,10 @@ const CODE_MAP: &str = "ARCHITECTURE.md";
 const MAX_CODE_MAP_LINES: usize = 300;
 
 /// The folders of the workspace. Nothing else in a working copy is looked at, so stray files cannot fail the check.
-const FOLDERS: &[&str] = &["crates", "kernels", "xtask", "examples", "tests", "benches", "docs"];
+const FOLDERS: &[&str] = &["crates", "kernels", "xtask", "examples", "fuzz", "tests", "benches", "docs"];
 
 /// Folders inside those that hold what was generated.
-const GENERATED: &[&str] = &["target", "__pycache__", "tllm_checkpoint", "engine_outputs"];
+const GENERATED: &[&str] = &["target", "corpus", "__pycache__", "tllm_checkpoint", "engine_outputs"];
 
 /// Files that count as source.
 const SOURCES: &[&str] = &["rs", "py", "cu", "cuh", "h", "toml"];

@@ -3,6 +3,7 @@
 pub mod job;
 pub mod machine;
 pub mod outputs;
+pub mod prompt_files;
 pub mod prompts;
 pub mod ranks;
 pub mod report;
