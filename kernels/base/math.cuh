@@ -5,6 +5,8 @@
 
 namespace math {
 
+__device__ __forceinline__ float minus_infinity() { return __int_as_float(0xff800000); }
+
 // e^x: 0 below -87, infinity above 88, NaN for NaN.
 __device__ __forceinline__ float exp(float x) {
     constexpr float LOG2_E = 1.44269504088896340736f;

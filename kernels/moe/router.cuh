@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(rms::threads(COLS))
                 for (int from = 0; from < WARPS; ++from) {
                     if (expert < EXPERTS) sum = __fadd_rn(sum, partial[from][expert]);
                 }
-                values.at[n] = expert < EXPERTS ? sum : __int_as_float(0xff800000);
+                values.at[n] = expert < EXPERTS ? sum : math::minus_infinity();
             }
             values.store(logits + token * EXPERTS);
             if constexpr (CHOOSE) {

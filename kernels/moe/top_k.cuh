@@ -18,7 +18,7 @@ struct Values {
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) {
             const int expert = n * 32 + threadIdx.x % 32;
-            at[n] = expert < EXPERTS ? row[expert] : __int_as_float(0xff800000);
+            at[n] = expert < EXPERTS ? row[expert] : math::minus_infinity();
         }
     }
 
@@ -34,7 +34,7 @@ struct Values {
 // exp(x − max) divided by the sum in ascending order.
 template <int EXPERTS>
 __device__ __forceinline__ void softmax_by_warp(Values<EXPERTS>& x) {
-    float max = __int_as_float(0xff800000);
+    float max = math::minus_infinity();
 #pragma unroll
     for (int n = 0; n < x.COUNT; ++n) max = fmaxf(max, x.at[n]);
 #pragma unroll

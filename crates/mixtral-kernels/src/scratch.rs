@@ -9,7 +9,7 @@ use crate::step_block::DECODE_SPLIT;
 /// Where the workspaces lie, in bytes from the scratch memory's start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Scratch {
-    /// Partial results of decode attention: f32 `[S, splits, num_heads, head_dim + 2]` (output, maximum, sum).
+    /// Partial results of decode attention: f32 `[S, splits, num_heads, head_dim + 4]` (output, maximum, sum, padding).
     pub attention_partials: usize,
     /// How many splits of a sequence and group of heads are done: i32 `[S, num_heads]`.
     pub attention_tickets: usize,
@@ -55,7 +55,7 @@ impl Scratch {
             offset
         };
         let splits = l.max_seq_len.div_ceil(DECODE_SPLIT);
-        let attention_partials = region(4 * l.max_batch_size * splits * heads * (kv.head_dim + 2));
+        let attention_partials = region(4 * l.max_batch_size * splits * heads * (kv.head_dim + 4));
         let attention_tickets = region(4 * l.max_batch_size * heads);
         let permuted = region(l.max_num_tokens * program.top_k * hidden * program.dtype.size());
         let chunks = (l.max_num_tokens * program.top_k).div_ceil(CHUNK);

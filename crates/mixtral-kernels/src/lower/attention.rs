@@ -1,8 +1,186 @@
-use mixtral_engine::Op;
+//! `attention`, `rope`, `write_kv`, `rope_write_kv`.
 
-use super::{Context, LowerError};
-use crate::Launch;
+use mixtral_engine::{KvLayout, Op};
 
-pub(super) fn lower(_context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
-    Err(LowerError::Unsupported { op: op.name(), reason: "not written yet".to_owned() })
+use super::elementwise::{VECTOR, threads_for};
+use super::{Context, LowerError, count, int, is_16_bit, launch, portable, type_name};
+use crate::step_block::{Array, DECODE_SPLIT, PREFILL_TILE};
+use crate::{Arg, Family, Grid, Kernel, Launch};
+
+/// Threads of a CTA of every attention kernel.
+const THREADS: usize = 128;
+/// Tokens of a tile of keys and values: `attention::TILE`.
+const TILE: usize = 64;
+/// Whether prefill multiplies the values by probabilities in two 16-bit parts, as decode does, or by one rounded part, which is half
+/// the products and 256 (bf16) or 32 (f16) times the error.
+const EXACT_PREFILL: bool = true;
+/// Threads of a rope kernel at most: one for each piece of a token of a large model.
+const ROPE_THREADS: usize = 512;
+
+const ROPE: &str = "attention/rope.cuh";
+
+pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
+    let kv = context.program.kv;
+    if kv.dtype != context.program.dtype {
+        let reason =
+            format!("a cache of {} for a model of {}; only equal types have kernels", kv.dtype, context.program.dtype);
+        return Err(LowerError::Unsupported { op: op.name(), reason });
+    }
+    match op {
+        Op::Attention { query, num_heads, window, layer, out } => {
+            attention(context, op, (query, out), *num_heads, *window, *layer)
+        }
+        Op::Rope { data, num_heads, theta } => {
+            let (_, buffer) = context.buffer(op, data)?;
+            let threads = threads_for(num_heads * (kv.head_dim / 2).div_ceil(VECTOR), ROPE_THREADS);
+            let dtype = type_name(kv.dtype);
+            let symbol = format!("attention::rope<{dtype}, {}, {num_heads}, {}, {threads}>", buffer.cols, kv.head_dim);
+            let args = vec![Arg::Step(Array::Header), Arg::Scratch(context.scratch.angles), context.at(op, data)?];
+            Ok(with_angles(context, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
+        }
+        Op::WriteKv { key, value, layer } => {
+            let threads = threads_for(kv.num_kv_heads * kv.head_dim.div_ceil(VECTOR), ROPE_THREADS);
+            let symbol = format!(
+                "attention::write_kv<{}, {}, {}, {}, {threads}>",
+                type_name(kv.dtype),
+                kv.num_kv_heads,
+                kv.head_dim,
+                context.program.limits.block_size
+            );
+            let args = vec![
+                Arg::Step(Array::Header),
+                Arg::Step(Array::SlotMapping),
+                context.at(op, key)?,
+                context.at(op, value)?,
+                Arg::Keys(*layer),
+                Arg::Values(*layer),
+            ];
+            Ok(vec![launch(portable(ROPE, symbol, threads), TOKEN, args)])
+        }
+        Op::RopeWriteKv { qkv, num_heads, theta, layer } => {
+            let pieces = (num_heads + 2 * kv.num_kv_heads) * (kv.head_dim / 2).div_ceil(VECTOR);
+            let threads = threads_for(pieces, ROPE_THREADS);
+            let symbol = format!(
+                "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}>",
+                type_name(kv.dtype),
+                kv.num_kv_heads,
+                kv.head_dim,
+                context.program.limits.block_size
+            );
+            let args = vec![
+                Arg::Step(Array::Header),
+                Arg::Step(Array::SlotMapping),
+                Arg::Scratch(context.scratch.angles),
+                context.at(op, qkv)?,
+                Arg::Keys(*layer),
+                Arg::Values(*layer),
+            ];
+            Ok(with_angles(context, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
+        }
+        _ => Err(LowerError::Unsupported { op: op.name(), reason: "not an operation of attention".to_owned() }),
+    }
+}
+
+/// A CTA a token.
+const TOKEN: Grid = Grid::Tokens { per: 1, times: 1 };
+
+/// Puts the table of angles before the first of the program's rotations, and before one whose base is not that of the last.
+fn with_angles(context: &Context<'_>, op: &Op, theta: f64, rotation: Launch) -> Vec<Launch> {
+    let base = |op: &Op| match op {
+        Op::Rope { theta, .. } | Op::RopeWriteKv { theta, .. } => Some(*theta),
+        _ => None,
+    };
+    let earlier = context.program.ops.iter().take_while(|other| !std::ptr::eq(*other, op));
+    if earlier.filter_map(base).last() == Some(theta) {
+        return vec![rotation];
+    }
+    let half = context.program.kv.head_dim / 2;
+    let constants: Vec<String> =
+        frequencies(theta, context.program.kv.head_dim).map(|f| format!("{}u", f.to_bits())).collect();
+    let kernel = portable(ROPE, format!("attention::angles<{}>", constants.join(", ")), 256);
+    // 256 threads of a token and frequency each.
+    let grid = match 256 / half {
+        0 => Grid::Tokens { per: 1, times: count(half.div_ceil(256)) },
+        per => Grid::Tokens { per: count(per), times: 1 },
+    };
+    let args = vec![Arg::Step(Array::Header), Arg::Step(Array::Positions), Arg::Scratch(context.scratch.angles)];
+    vec![launch(kernel, grid, args), rotation]
+}
+
+/// The contract's inverse frequencies, computed as the CPU backend does.
+#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "the contract's roundings to f32")]
+fn frequencies(theta: f64, head_dim: usize) -> impl Iterator<Item = f32> {
+    (0..head_dim / 2).map(move |i| 1.0 / theta.powf(f64::from((2 * i) as f32 / head_dim as f32)) as f32)
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "a scale in f32")]
+fn attention(
+    context: &Context<'_>,
+    op: &Op,
+    (query, out): (&str, &str),
+    heads: usize,
+    window: Option<usize>,
+    layer: usize,
+) -> Result<Vec<Launch>, LowerError> {
+    let (kv, limits) = (context.program.kv, context.program.limits);
+    let (_, buffer) = context.buffer(op, query)?;
+    let KvLayout { num_kv_heads: kv_heads, head_dim, .. } = kv;
+    let shape = format!(
+        "{}, {}, {heads}, {kv_heads}, {head_dim}, {}, {}",
+        type_name(kv.dtype),
+        buffer.cols,
+        limits.block_size,
+        window.unwrap_or(0)
+    );
+    let table = [Arg::Step(Array::BlockTable), int(limits.max_blocks_per_seq())];
+    let scale = 1.0 / (head_dim as f64).sqrt();
+    let operands = |scale: f64| -> Result<[Arg; 5], LowerError> {
+        let (query, out) = (context.at(op, query)?, context.at(op, out)?);
+        Ok([query, Arg::Keys(layer), Arg::Values(layer), Arg::F32(scale as f32), out])
+    };
+    if !is_16_bit(kv.dtype) || !head_dim.is_multiple_of(16) || head_dim > 128 || !buffer.cols.is_multiple_of(VECTOR) {
+        let steps = [Array::Header, Array::Positions, Array::CuQueryLens].map(Arg::Step);
+        let args = steps.into_iter().chain(table).chain(operands(scale)?).collect();
+        let kernel = portable("attention/simt.cuh", format!("attention::simt<{shape}>"), THREADS);
+        return Ok(vec![launch(kernel, Grid::Tokens { per: 1, times: count(heads) }, args)]);
+    }
+    // Scores are taken to the base of 2.
+    let scale = scale * std::f64::consts::LOG2_E;
+    let mut launches = vec![];
+    let grid = Grid::Persistent { per_sm: 2, items: None };
+    // Rows of a tile, and of the queries, in shared memory: `attention::Rows`.
+    let row = 2 * head_dim + if head_dim.is_multiple_of(64) { 0 } else { 16 };
+
+    let group = heads / kv_heads;
+    let stages = if context.target.family == Family::Hopper { 3 } else { 2 };
+    let sums = 4 * group.min(16) * (head_dim + 8) * 4;
+    let kernel = Kernel {
+        shared_bytes: count(stages * 2 * TILE * row + sums),
+        ..portable("attention/decode_paged.cuh", format!("attention::decode_paged<{shape}, {stages}>"), THREADS)
+    };
+    let steps = [Array::Header, Array::DecodeItems, Array::SeqLens].map(Arg::Step);
+    let scratch = [
+        Arg::Scratch(context.scratch.attention_partials),
+        int(limits.max_seq_len.div_ceil(DECODE_SPLIT)),
+        Arg::Scratch(context.scratch.attention_tickets),
+    ];
+    let args = steps.into_iter().chain(table.clone()).chain(operands(scale)?).chain(scratch).collect();
+    launches.push(launch(kernel, grid, args));
+
+    if !context.regime.decodes {
+        // Heads of a group that a CTA takes together.
+        let pack = if group.is_multiple_of(2) { 2 } else { 1 };
+        let kernel = Kernel {
+            shared_bytes: count((pack * PREFILL_TILE + 4 * TILE) * row),
+            ..portable(
+                "attention/prefill_paged.cuh",
+                format!("attention::prefill_paged<{shape}, {pack}, {EXACT_PREFILL}>"),
+                THREADS,
+            )
+        };
+        let steps = [Array::Header, Array::PrefillItems, Array::CuQueryLens, Array::SeqLens].map(Arg::Step);
+        let args = steps.into_iter().chain(table).chain(operands(scale)?).collect();
+        launches.push(launch(kernel, grid, args));
+    }
+    Ok(launches)
 }

@@ -1,0 +1,229 @@
+// Op: attention of the sequences that are no decodes. CPU twin: kernels/attention.rs.
+// Regime: any chunk and context; 16-bit types.
+// Tile: 64 query tokens of PACK heads that share a KV head, by four warps of 16 · PACK rows; keys and values by tiles of 64 tokens,
+//   two in shared memory.
+// Grid: persistent over (tile of queries, heads); the host lists the longest tiles first.
+// Numerics: scores in f32 by tensor cores; online softmax in base 2 over 32 tokens at a time, at multiples of 32, ascending, so a row's bits do not
+//   depend on the chunking. With EXACT a probability enters the product with the values as the sum of two 16-bit parts; without, it
+//   is rounded to T (its sum is not).
+// Requires: D a multiple of 16, 128 at most; rows of the query (COLS elements) that are whole 16-byte pieces.
+// Traffic: keys and values once for each tile of queries and PACK heads, from L2 for all but the first.
+// Measured: not yet.
+#pragma once
+
+#include "attention/tile.cuh"
+#include "base/math.cuh"
+#include "base/reduce.cuh"
+#include "base/step.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/pdl.cuh"
+
+namespace attention {
+
+constexpr int PREFILL_THREADS = 128;
+// Tokens of a tile whose scores are in registers at a time.
+constexpr int PART = 32;
+
+template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int PACK, bool EXACT>
+__global__ void __launch_bounds__(PREFILL_THREADS, 2)
+    prefill_paged(const step::Header* header, const int2* items, const i32* cu_query_lens, const i32* seq_lens,
+                  const i32* block_table, i32 table_width, const T* query, const T* keys, const T* values,
+                  float scale, T* out) {
+    pdl::launch_dependents();
+    static_assert(step::PREFILL_TILE == 64 && (PACK == 1 || PACK == 2) && HEADS / KV_HEADS % PACK == 0, "rows of four warps");
+    using Kv = Cache<T, KV_HEADS, D, BLOCK_SIZE>;
+    constexpr int STEPS = D / 16, PIECES = D / VECTOR, PER_ITEM = HEADS / PACK, STAGE = 2 * Kv::BYTES;
+    constexpr int QUERY_BYTES = PACK * step::PREFILL_TILE * Rows<D>::STRIDE;
+    extern __shared__ __align__(128) unsigned char memory[];
+    const u32 queries = ptx::shared_address(memory), ring = queries + QUERY_BYTES;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // The warp's first row of the CTA's, and that row's token in the tile.
+    const int first_row = warp * 16 * PACK, first_token = first_row % step::PREFILL_TILE;
+    const int num_works = header->num_prefill_items * PER_ITEM;
+    const u32 q_lane = queries + Rows<D>::at(first_row + lane % 16, lane / 16);
+    const Kv cache = {keys, values};
+    pdl::wait();
+
+    for (int work = blockIdx.x; work < num_works; work += gridDim.x) {
+        const int2 item = items[work / PER_ITEM];
+        const int head = work % PER_ITEM * PACK;
+        const int chunk = cu_query_lens[item.x], chunk_len = cu_query_lens[item.x + 1] - chunk, first_query = chunk + item.y;
+        // Position of the tile's first query, and past its last.
+        const int position = seq_lens[item.x] - chunk_len + item.y;
+        const int num_queries = chunk_len - item.y < step::PREFILL_TILE ? chunk_len - item.y : step::PREFILL_TILE;
+        const int end = position + num_queries;
+        const auto load = [&](int tile) {
+            const i32* blocks = block_table + static_cast<i64>(item.x) * table_width;
+            cache.template load<PREFILL_THREADS>(ring + tile % 2 * STAGE, blocks, head / (HEADS / KV_HEADS), tile,
+                                                 first_visible<WINDOW>(position), end);
+            ptx::cp_async_commit();
+        };
+
+        // What the work item before left in shared memory is no longer read.
+        __syncthreads();
+        const Pieces<D, PREFILL_THREADS> own;
+        const T* own_queries = query + static_cast<i64>(first_query + own.row) * COLS + head * D + own.column;
+#pragma unroll
+        for (int m = 0; m < PACK; ++m) {
+            own.template each<step::PREFILL_TILE>([&](int rows) {
+                const u32 to = queries + m * step::PREFILL_TILE * Rows<D>::STRIDE + own.at(rows);
+                ptx::cp_async_16(to, own_queries + static_cast<i64>(rows) * COLS + m * D, own.row + rows < end - position);
+            });
+        }
+        const int first_tile = first_visible<WINDOW>(position) / TILE;
+        load(first_tile);
+
+        float o[PACK][2 * STEPS][4] = {};
+        float max[PACK][2], total[PACK][2] = {};
+#pragma unroll
+        for (int m = 0; m < PACK; ++m) max[m][0] = max[m][1] = math::minus_infinity();
+        for (int tile = first_tile; tile * TILE < end; ++tile) {
+            ptx::cp_async_wait_group<0>();
+            __syncthreads();
+            if (tile * TILE + TILE < end) load(tile + 1);
+            // Positions of the warp's first and last row.
+            const int lowest = position + first_token, highest = lowest + 16 * PACK - 1;
+#pragma unroll 1
+            for (int part = 0; part < TILE; part += PART) {
+                const int first = tile * TILE + part;
+                // What none of the warp's rows sees would change nothing.
+                if (first > highest || first + PART <= first_visible<WINDOW>(lowest)) continue;
+                const u32 shared = ring + tile % 2 * STAGE + part * Rows<D>::STRIDE;
+                const u32 k_lane = shared + Rows<D>::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+                const u32 v_lane = shared + Kv::BYTES + Rows<D>::at(lane % 16, lane / 16);
+
+                float s[PACK][PART / 8][4] = {};
+#pragma unroll
+                for (int k = 0; k < STEPS; ++k) {
+                    u32 q[PACK][4];
+#pragma unroll
+                    for (int m = 0; m < PACK; ++m) {
+                        ptx::ldmatrix_x4(q[m], Rows<D>::step(q_lane, k) + m * 16 * Rows<D>::STRIDE);
+                    }
+#pragma unroll
+                    for (int n = 0; n < PART / 8; n += 2) {
+                        u32 b[4];
+                        ptx::ldmatrix_x4(b, Rows<D>::step(k_lane, k) + n * 8 * Rows<D>::STRIDE);
+#pragma unroll
+                        for (int m = 0; m < PACK; ++m) {
+                            ptx::mma<T>(s[m][n], q[m], {b[0], b[1]});
+                            ptx::mma<T>(s[m][n + 1], q[m], {b[2], b[3]});
+                        }
+                    }
+                }
+                if (first + PART - 1 > lowest || first < first_visible<WINDOW>(highest)) {
+#pragma unroll
+                    for (int m = 0; m < PACK; ++m) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const int at = lowest + m * 16 + lane / 4 + i / 2 * 8;
+#pragma unroll
+                            for (int n = 0; n < PART / 8; ++n) {
+                                const int token = first + n * 8 + lane % 4 * 2 + i % 2;
+                                if (token > at || token < first_visible<WINDOW>(at)) s[m][n][i] = math::minus_infinity();
+                            }
+                        }
+                    }
+                }
+                float keep[PACK][2];
+#pragma unroll
+                for (int m = 0; m < PACK; ++m) {
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        float top = s[m][0][2 * half];
+#pragma unroll
+                        for (int n = 0; n < PART / 8; ++n) top = fmaxf(top, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+                        top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
+                        top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)) * scale;
+                        top = fmaxf(top, max[m][half]);
+                        // A row that has seen nothing yet stays as it is.
+                        const float from = top == math::minus_infinity() ? 0.0f : top;
+                        keep[m][half] = math::exp2_approximate(max[m][half] - from);
+                        max[m][half] = top;
+                        float sum = 0.0f;
+#pragma unroll
+                        for (int n = 0; n < PART / 8; ++n) {
+#pragma unroll
+                            for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                                s[m][n][i] = math::exp2_approximate(__fmaf_rn(s[m][n][i], scale, -from));
+                                sum += s[m][n][i];
+                            }
+                        }
+                        total[m][half] = __fmaf_rn(total[m][half], keep[m][half], sum);
+                    }
+                }
+                bool same = true;
+#pragma unroll
+                for (int m = 0; m < PACK; ++m) same = same && keep[m][0] == 1.0f && keep[m][1] == 1.0f;
+                // Most maxima are found early; times 1 changes nothing.
+                if (!__all_sync(ALL_LANES, same)) {
+#pragma unroll
+                    for (int m = 0; m < PACK; ++m) {
+#pragma unroll
+                        for (int n = 0; n < 2 * STEPS; ++n) {
+#pragma unroll
+                            for (int i = 0; i < 4; ++i) o[m][n][i] *= keep[m][i / 2];
+                        }
+                    }
+                }
+#pragma unroll
+                for (int k = 0; k < PART / 16; ++k) {
+                    u32 high[PACK][4], low[PACK][4];
+#pragma unroll
+                    for (int m = 0; m < PACK; ++m) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const float* p = s[m][2 * k + i / 2] + i % 2 * 2;
+                            high[m][i] = pack<T>(p[0], p[1]);
+                            if constexpr (EXACT) {
+                                low[m][i] = pack<T>(p[0] - low_of<T>(high[m][i]), p[1] - high_of<T>(high[m][i]));
+                            }
+                        }
+                    }
+#pragma unroll
+                    for (int n = 0; n < STEPS; ++n) {
+                        u32 b[4];
+                        ptx::ldmatrix_x4_trans(b, Rows<D>::step(v_lane, n) + k * 16 * Rows<D>::STRIDE);
+#pragma unroll
+                        for (int m = 0; m < PACK; ++m) {
+                            ptx::mma<T>(o[m][2 * n], high[m], {b[0], b[1]});
+                            ptx::mma<T>(o[m][2 * n + 1], high[m], {b[2], b[3]});
+                            if constexpr (EXACT) {
+                                ptx::mma<T>(o[m][2 * n], low[m], {b[0], b[1]});
+                                ptx::mma<T>(o[m][2 * n + 1], low[m], {b[2], b[3]});
+                            }
+                        }
+                    }
+                }
+            }
+        }
+
+        // Each warp puts its rows where its queries were, then stores them by whole pieces.
+        __syncwarp();
+#pragma unroll
+        for (int m = 0; m < PACK; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float sum = total[m][half];
+                sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+                sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+                const float by = 1.0f / sum;
+                const int row = first_row + m * 16 + lane / 4 + half * 8;
+#pragma unroll
+                for (int n = 0; n < 2 * STEPS; ++n) {
+                    *reinterpret_cast<u32*>(memory + Rows<D>::at(row, n) + lane % 4 * 4) =
+                        pack<T>(o[m][n][2 * half] * by, o[m][n][2 * half + 1] * by);
+                }
+            }
+        }
+        __syncwarp();
+        for (int i = lane; i < 16 * PACK * PIECES; i += 32) {
+            const int row = first_row + i / PIECES, piece = i % PIECES, token = row % step::PREFILL_TILE;
+            if (token >= end - position) continue;
+            T* to = out + static_cast<i64>(first_query + token) * (HEADS * D) + (head + row / step::PREFILL_TILE) * D + piece * VECTOR;
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(memory + Rows<D>::at(row, piece));
+        }
+    }
+}
+
+}  // namespace attention

@@ -1,0 +1,106 @@
+// Tiles of keys and values, 64 tokens at a multiple of 64 in the sequence: from the paged cache to shared memory.
+#pragma once
+
+#include "base/vector.cuh"
+#include "ptx/cp_async.cuh"
+
+namespace attention {
+
+// Tokens of a tile.
+constexpr int TILE = 64;
+
+// Rows of D 16-bit elements in shared memory, laid out so that the 8 rows of a matrix of ldmatrix lie in different banks: by
+// exchanging 16-byte pieces where a row is a multiple of 128 bytes, else by a piece of padding.
+template <int D>
+struct Rows {
+    static_assert(D % 16 == 0, "whole k-steps");
+    static constexpr bool EXCHANGE = D % 64 == 0;
+    static constexpr int STRIDE = EXCHANGE ? 2 * D : 2 * D + 16;
+
+    // Bytes from the first row to piece `piece` (8 elements) of a row.
+    static __device__ __forceinline__ u32 at(int row, int piece) {
+        return row * STRIDE + (EXCHANGE ? piece ^ (row & 7) : piece) * 16;
+    }
+
+    // The address 2 · k pieces after that of a row's piece 0 or 1. Rows begin at a multiple of 128 bytes where pieces are exchanged.
+    static __device__ __forceinline__ u32 step(u32 address, int k) {
+        return EXCHANGE ? (address ^ (2 * k & 7) * 16) + (2 * k & ~7) * 16 : address + 32 * k;
+    }
+};
+
+// How THREADS deal rows of D elements among them, 16 bytes at a time: a thread takes the same piece of every so many rows.
+template <int D, int THREADS>
+struct Pieces {
+    static constexpr int PIECES = D / VECTOR, STEP = THREADS / PIECES;
+    static constexpr bool ALL = THREADS % PIECES == 0;
+
+    // The thread's first row and column.
+    int row, column;
+    u32 first;
+
+    __device__ __forceinline__ Pieces() {
+        row = threadIdx.x / PIECES;
+        column = threadIdx.x % PIECES * VECTOR;
+        first = Rows<D>::at(row, threadIdx.x % PIECES);
+    }
+
+    // Where in shared memory its piece of a row lies that is so many rows after its first.
+    __device__ __forceinline__ u32 at(int rows) const {
+        constexpr bool LINEAR = !Rows<D>::EXCHANGE || STEP % 8 == 0;
+        return LINEAR ? first + rows * Rows<D>::STRIDE : Rows<D>::at(row + rows, threadIdx.x % PIECES);
+    }
+
+    // Calls f(rows after the first) for each of its rows among COUNT, UNROLL of them side by side.
+    template <int COUNT, int UNROLL = COUNT, typename F>
+    __device__ __forceinline__ void each(F f) const {
+        if (!ALL && row >= STEP) return;
+#pragma unroll UNROLL
+        for (int rows = 0; rows < COUNT; rows += STEP) {
+            if (COUNT % STEP == 0 || row + rows < COUNT) f(rows);
+        }
+    }
+};
+
+// The cache of a layer, keys or values [blocks, KV_HEADS, BLOCK_SIZE, D], as one sequence's KV head sees it.
+template <typename T, int KV_HEADS, int D, int BLOCK_SIZE>
+struct Cache {
+    static constexpr int BYTES = TILE * Rows<D>::STRIDE;
+
+    const T* keys;
+    const T* values;
+
+    // Copies a tile by all THREADS of the CTA: keys at `shared`, values BYTES after them. Tokens outside [first, end) are zero;
+    // neither they nor their blocks are touched.
+    template <int THREADS>
+    __device__ __forceinline__ void load(u32 shared, const i32* blocks, int head, int tile, int first, int end) const {
+        // A tile inside of one block has one entry of the table.
+        constexpr bool ONE_BLOCK = BLOCK_SIZE % TILE == 0;
+        const Pieces<D, THREADS> own;
+        const int token = tile * TILE + own.row;
+        i64 offset = 0;
+        if constexpr (ONE_BLOCK) {
+            const i64 block = blocks[tile * TILE / BLOCK_SIZE];
+            offset = ((block * KV_HEADS + head) * BLOCK_SIZE + tile * TILE % BLOCK_SIZE + own.row) * D + own.column;
+        }
+        // (Entries of the table are looked up two at a time: more would not fit in registers beside a prefill's sums.)
+        own.template each<TILE, ONE_BLOCK ? TILE : 2>([&](int rows) {
+            const bool valid = token + rows >= first && token + rows < end;
+            i64 from = offset + rows * D;
+            if constexpr (!ONE_BLOCK) {
+                const i64 block = valid ? blocks[(token + rows) / BLOCK_SIZE] : 0;
+                from = ((block * KV_HEADS + head) * BLOCK_SIZE + (token + rows) % BLOCK_SIZE) * D + own.column;
+            }
+            const u32 to = shared + own.at(rows);
+            ptx::cp_async_16(to, keys + from, valid);
+            ptx::cp_async_16(to + BYTES, values + from, valid);
+        });
+    }
+};
+
+// The first token that the query at a position sees.
+template <int WINDOW>
+__device__ __forceinline__ int first_visible(int position) {
+    return WINDOW > 0 && position >= WINDOW ? position - WINDOW + 1 : 0;
+}
+
+}  // namespace attention
