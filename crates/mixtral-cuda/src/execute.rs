@@ -9,7 +9,7 @@ use std::time::Duration;
 use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, Regime, StepBlock};
 
 use crate::CudaError;
-use crate::driver::{Config, Context, Event, Function, Graph, MAX_PARAMS, Module, Param, Stream, encode};
+use crate::driver::{Config, Context, DeviceMemory, Event, Function, Graph, MAX_PARAMS, Module, Param, Stream, encode};
 
 /// Where everything lies on the device.
 #[derive(Clone, Debug)]
@@ -87,6 +87,21 @@ impl<'a> Functions<'a> {
         self.loaded.insert(kernel.clone(), function.clone());
         Ok(function)
     }
+}
+
+/// Launches the kernel that reads all of `memory`, with its parameters `data, count, out`.
+pub(crate) fn read_words(
+    function: &Function,
+    stream: &Stream,
+    config: Config,
+    memory: &DeviceMemory,
+    out: &DeviceMemory,
+) -> Result<(), CudaError> {
+    let words = (memory.len() / 16) as u64;
+    let params = [memory.address(), words, out.address()].map(Param::Word);
+    // SAFETY: the parameters are those of `probe::read`, which reads so many 16-byte words and writes one integer. Memory is
+    // freed after the driver has waited for what uses it.
+    unsafe { function.launch(stream, config, &params) }
 }
 
 /// A step, as far as grids depend on it.

@@ -6,7 +6,7 @@
 //! error, not a panic.
 //!
 //! Reading order: [`backend`] (loading and stepping), [`images`] (which compiled kernels a GPU runs), [`budget`] (memory, before
-//! any is allocated), `inputs` (a step as the device reads it), `weights` (onto the device), `execute` (launches and graphs),
+//! any is allocated), `inputs` (a step as the device reads it), `weights` (onto the device), `execute` (launches and graphs), [`probe`] (a GPU's ceilings),
 //! and underneath `driver` (libcuda) and [`error`].
 #![deny(unsafe_code)]
 
@@ -17,6 +17,7 @@ pub mod error;
 mod execute;
 pub mod images;
 mod inputs;
+pub mod probe;
 mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};

@@ -4,6 +4,7 @@ pub mod job;
 pub mod machine;
 pub mod outputs;
 pub mod prompt_files;
+pub mod per_op;
 pub mod prompts;
 pub mod ranks;
 pub mod report;
