@@ -197,7 +197,7 @@ fn use_program(program: &Program) {
     assert_eq!(&again, program);
     let _ = program.memory_plan().total(1 << 20);
     let _ = program.lifetimes();
-    let _ = mixtral_build::explain::explain(program, None, &[]);
+    let _ = mixtral_build::explain::explain(program, &[], None);
     let _ = mixtral_build::dot::dot(program);
 }
 
@@ -216,6 +216,7 @@ fn small_program() -> &'static Program {
             recorded: BTreeMap::new(),
             workers: 1,
             memory_budget: None,
+            kernels: None,
         };
         let programs = plan(&CheckpointConfig::new(model, Mapping::single()), &options);
         programs.expect("a small model is built").remove(0)

@@ -55,7 +55,7 @@ impl Machine {
             }
         }
         let wanted: Vec<Kernel> = wanted.into_iter().collect();
-        let cache = Cache::from_environment();
+        let cache = Cache::folder_from_environment().map(Cache::new);
         let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
         let work = || {
             while let Some(kernel) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
