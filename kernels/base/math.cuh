@@ -42,4 +42,11 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return y;
 }
 
+// silu to a few units in the last place of f32, in six instructions: for results that are rounded to 16 bits.
+__device__ __forceinline__ float silu_approximate(float x) {
+    float reciprocal;
+    asm("rcp.approx.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + exp2_approximate(-1.4426950408889634f * x)));
+    return x * reciprocal;
+}
+
 }  // namespace math

@@ -2,13 +2,9 @@
 #pragma once
 
 #include "base/types.cuh"
+#include "ptx/shared.cuh"
 
 namespace ptx {
-
-// The address that shared-memory instructions take.
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
 
 // Copies 16 bytes, or stores 16 zeros without reading `global` unless `valid`. Both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(u32 shared, const void* global, bool valid = true) {

@@ -3,8 +3,12 @@
 
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod damage;
+mod disks;
+mod faults;
 mod generate;
 mod goldens;
+mod kills;
 mod layouts;
 mod refusals;
 mod sessions;

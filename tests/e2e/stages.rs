@@ -100,7 +100,7 @@ fn dummy_weights_need_no_model() {
 #[test]
 fn bench_measures_every_kind_of_step() {
     let dir = example_engine("--dtype auto --tp_size 2", "--max-batch-size 3");
-    let flags = "--quick --batch-size 1,3 --steps 3 --warmup 1 --context 5 --prefill 8 --requests 7 --input-len 2-6 \
+    let flags = "--quick --batch-size 1,3 --steps 3 --warmup 1 --context 5 --prefill 8 --prefill-batch 2 --requests 7 --input-len 2-6 \
                  --output-len 1-4 --arrival-rate 2000 --per-op --json";
     let said = mixtral_in(dir.path(), &format!("bench {flags}"), &[]).ok();
     let value: Value = serde_json::from_str(&said).unwrap();
@@ -108,6 +108,8 @@ fn bench_measures_every_kind_of_step() {
     for path in [
         "/read_gb_per_s",
         "/gflop_per_s",
+        "/load_s",
+        "/first_token_s",
         "/decode/0/median_ms",
         "/decode/1/tokens_per_s",
         "/decode/1/bandwidth_percent",
@@ -119,10 +121,17 @@ fn bench_measures_every_kind_of_step() {
         assert!(figure(path) > 0.0, "{path}");
     }
     assert_eq!((figure("/decode/1/batch_size"), figure("/decode/1/steps")), (3.0, 3.0));
-    let ops = value["per_op"].as_array().unwrap();
-    assert!(ops.iter().any(|op| op["op"].as_str().unwrap().starts_with("op all_reduce ")));
-    let percent: f64 = ops.iter().map(|op| op["percent"].as_f64().unwrap()).sum();
-    assert!((percent - 100.0).abs() < 1e-6);
+    let tables = value["per_op"].as_array().unwrap();
+    assert_eq!(
+        tables.iter().map(|t| t["step"].as_str().unwrap()).collect::<Vec<_>>(),
+        ["decode of 1", "decode of 3", "prefill of 2 × 8"]
+    );
+    for table in tables {
+        let ops = table["ops"].as_array().unwrap();
+        assert!(ops.iter().any(|op| op["op"].as_str().unwrap().starts_with("all_reduce ")));
+        let percent: f64 = ops.iter().map(|op| op["percent"].as_f64().unwrap()).sum();
+        assert!((percent - 100.0).abs() < 1e-6);
+    }
 }
 
 #[test]

@@ -29,7 +29,7 @@ pub fn root() -> &'static Path {
 }
 
 /// The binary, built once by cargo in the profile of the tests.
-fn binary() -> &'static Path {
+pub fn binary() -> &'static Path {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     BINARY.get_or_init(|| {
         let mut build = Command::new(env!("CARGO"));
@@ -39,6 +39,12 @@ fn binary() -> &'static Path {
         let test = std::env::current_exe().expect("this test has a path");
         test.ancestors().nth(2).expect("deps lies in the profile's directory").join("mixtral")
     })
+}
+
+/// A temporary directory in memory, where there is one: for what writes much and waits for the disk each time.
+pub fn fast_dir() -> TempDir {
+    let memory = Path::new("/dev/shm");
+    if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.expect("a temporary directory")
 }
 
 /// Runs `mixtral` with the words of `line`, and then `more`, in `dir`.
@@ -79,7 +85,7 @@ pub fn mpirun_in(dir: &Path, ranks: usize, line: &str) -> Said {
     said(output)
 }
 
-fn said(output: std::process::Output) -> Said {
+pub fn said(output: std::process::Output) -> Said {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the tool prints UTF-8");
     Said { out: text(output.stdout), err: text(output.stderr), code: output.status.code().unwrap_or(-1) }
 }

@@ -1,12 +1,13 @@
 //! The workspace's own commands, `cargo xtask <command>`: what a contributor and CI both run.
 //!
 //! Reading order: [`workspace`] (where things are, running a program), [`steps`] (headings, timings, the table),
-//! [`demo`], [`needs`] (what `test` installs), [`checks`] (`test`, `ci`, `bench`), [`tidy`] (the rules no compiler
-//! checks).
+//! [`demo`], [`needs`] (what `test` installs), [`checks`] (`test`, `ci`, `bench`), [`fuzz`], [`tidy`] (the rules no
+//! compiler checks).
 #![forbid(unsafe_code)]
 
 mod checks;
 mod demo;
+mod fuzz;
 mod needs;
 mod steps;
 mod tidy;
@@ -43,6 +44,8 @@ enum Command {
     Tidy,
     /// The CPU benchmarks, in release mode
     Bench,
+    /// The readers of foreign bytes under libFuzzer, on this toolchain; takes hours, and a C++ compiler
+    Fuzz(fuzz::FuzzArgs),
 }
 
 fn main() -> ExitCode {
@@ -68,5 +71,6 @@ fn run(command: &Command, steps: &mut Steps) -> Result<()> {
         Command::Ci => checks::ci(&workspace, steps),
         Command::Tidy => tidy::tidy(&workspace),
         Command::Bench => checks::bench(&workspace),
+        Command::Fuzz(args) => fuzz::fuzz(&workspace, args),
     }
 }

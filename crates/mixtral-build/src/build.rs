@@ -10,7 +10,7 @@ use mixtral_engine::program::FORMAT_VERSION;
 use mixtral_engine::{EngineConfig, EngineError, EngineWriter, Limits, Program, ProgramError};
 use mixtral_model::{Rank, Recipe};
 
-use crate::lower;
+use crate::{KernelOptions, Kernels, lower};
 
 /// Where the engine's weights come from.
 pub enum WeightsFrom<'a> {
@@ -36,6 +36,8 @@ pub struct BuildOptions {
     pub recorded: BTreeMap<String, String>,
     /// Ranks written at a time.
     pub workers: usize,
+    /// The CUDA kernels; without them the engine is for the CPU alone.
+    pub kernels: Option<KernelOptions>,
     /// Bytes that a rank's weights, activations and inputs may need at most; checked before anything is written.
     pub memory_budget: Option<usize>,
 }
@@ -47,6 +49,8 @@ pub struct Built {
     pub config: EngineConfig,
     /// The programs, by rank.
     pub programs: Vec<Program>,
+    /// Their kernels, if they were asked for.
+    pub kernels: Option<Kernels>,
 }
 
 /// Why nothing was built.
@@ -68,6 +72,23 @@ pub enum BuildError {
         rank: Rank,
         /// The rule broken.
         source: ProgramError,
+    },
+    /// A program that CUDA cannot run.
+    #[error("rank {rank}: {source}")]
+    Lower {
+        /// The rank.
+        rank: Rank,
+        /// What is missing.
+        source: mixtral_kernels::LowerError,
+    },
+    /// Kernels that cannot be compiled.
+    #[error(transparent)]
+    Kernels(#[from] mixtral_kernels::CompileError),
+    /// Kernels that were compiled, but to what no engine may hold: a bug, or an untried version of NVRTC.
+    #[error("NVRTC compiled these kernels badly; try another version of it, or build with --gemm-plugin disable --moe-plugin disable\n{}", kernels.join("\n"))]
+    Unfit {
+        /// Kernel, architecture and defect.
+        kernels: Vec<String>,
     },
     /// More memory than the machine has.
     #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; lower --max-num-tokens (now {max_num_tokens}){}, or spread the model over more ranks",
@@ -111,7 +132,10 @@ pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Pro
     mapping
         .ranks()
         .map(|rank| {
-            let program = lower(config, rank, limits);
+            let mut program = lower(config, rank, limits);
+            if let Some(kernels) = &options.kernels {
+                kernels.fill_ladders(&mut program);
+            }
             program.check().map_err(|source| BuildError::Program { rank, source })?;
             let memory = program.memory_plan();
             let (needed, budget) = (memory.total(0), options.memory_budget.unwrap_or(usize::MAX));
@@ -132,18 +156,18 @@ pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Pro
         .collect()
 }
 
-/// Builds the engine of `config` in `output_dir`.
+/// Builds the engine of `config` in `output_dir`. `progress` is told how many kernels of how many are compiled.
 ///
 /// # Errors
-/// As [`plan`], or if files cannot be read or written; nothing is left in `output_dir` then.
+/// As [`plan`], or if kernels cannot be compiled, or files cannot be read or written; nothing is left in `output_dir` then.
 pub fn build(
     config: &CheckpointConfig,
     weights: &WeightsFrom<'_>,
     options: &BuildOptions,
     output_dir: &Path,
+    progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Built, BuildError> {
     let mut programs = plan(config, options)?;
-    let writer = EngineWriter::create(output_dir)?;
     if let WeightsFrom::Dummy { recipes, .. } = weights {
         for program in &mut programs {
             for recipe in recipes(Rank(program.rank)) {
@@ -153,22 +177,24 @@ pub fn build(
             }
         }
     }
+    // Before the directory is touched: an engine that is there outlives kernels that cannot be compiled.
+    let kernels = options.kernels.as_ref().map(|kernels| kernels.compile(&programs, progress)).transpose()?;
+    let writer = EngineWriter::create(output_dir)?;
     let checkpoint = match weights {
         WeightsFrom::Checkpoint(checkpoint) => Some(*checkpoint),
         WeightsFrom::Dummy { .. } => None,
     };
-    let ranks = write_ranks(&writer, &programs, checkpoint, options.workers)?;
-    if let Some(checkpoint) = checkpoint {
-        copy_tokenizer(checkpoint.dir(), &writer)?;
-    }
+    let ranks = write_ranks(&writer, &programs, kernels.as_ref(), checkpoint, options.workers)?;
+    let files = checkpoint.map_or(Ok(BTreeMap::new()), |checkpoint| copy_tokenizer(checkpoint, &writer))?;
+    let codes = kernels.iter().flat_map(|kernels| &kernels.codes);
     let engine = EngineConfig {
         mixtral_engine_format: FORMAT_VERSION,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         run_id: String::new(),
         model: config.model.clone(),
         mapping: config.mapping,
-        targets: vec!["cpu".to_owned()],
-        kernel_tree_hash: None,
+        targets: std::iter::once("cpu".to_owned()).chain(codes.map(ToString::to_string)).collect(),
+        kernel_tree_hash: kernels.as_ref().map(|k| k.tree_hash.clone()),
         limits: programs[0].limits,
         gather_context_logits: options.gather_context_logits,
         options: options.recorded.clone(),
@@ -176,15 +202,17 @@ pub fn build(
             WeightsFrom::Checkpoint(_) => WeightsKind::File,
             WeightsFrom::Dummy { seed, .. } => WeightsKind::Dummy { seed: *seed },
         },
+        files,
         ranks,
     };
-    Ok(Built { config: writer.finish(engine)?, programs })
+    Ok(Built { config: writer.finish(engine)?, programs, kernels })
 }
 
 /// Writes every rank's files, `workers` at a time: weights that cannot be linked are copied, which takes its time.
 fn write_ranks(
     writer: &EngineWriter,
     programs: &[Program],
+    kernels: Option<&Kernels>,
     checkpoint: Option<&Checkpoint>,
     workers: usize,
 ) -> Result<Vec<RankRecord>, BuildError> {
@@ -192,7 +220,9 @@ fn write_ranks(
         let rank = Rank(program.rank);
         // Opened for its checks only: header, shapes and run id.
         checkpoint.map(|c| c.rank(rank)).transpose()?;
-        Ok(writer.rank(program, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
+        let images = kernels.map(|kernels| &kernels.ranks[rank.0]).into_iter().flatten();
+        let images = images.map(|images| (images.code.image_name(), images.to_bytes())).collect();
+        Ok(writer.rank(program, &images, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
     };
     let share = programs.len().div_ceil(workers.max(1));
     std::thread::scope(|scope| {
@@ -208,14 +238,18 @@ fn write_ranks(
     })
 }
 
-fn copy_tokenizer(from: &Path, writer: &EngineWriter) -> Result<(), BuildError> {
+/// Copies the tokenizer's files and gives their hashes, which are those that the checkpoint knows, if it does.
+fn copy_tokenizer(checkpoint: &Checkpoint, writer: &EngineWriter) -> Result<BTreeMap<String, String>, BuildError> {
+    let (from, known) = (checkpoint.dir(), &checkpoint.config().files);
     let io = |source| EngineError::Io { path: from.to_owned(), source };
+    let mut files = BTreeMap::new();
     for entry in std::fs::read_dir(from).map_err(io)? {
         let entry = entry.map_err(io)?;
         let name = entry.file_name().to_string_lossy().into_owned();
         if is_tokenizer_file(&name) {
-            writer.copy_in(&name, &entry.path())?;
+            let hash = writer.copy_in(&name, &entry.path(), known.get(&name))?;
+            files.insert(name, hash.to_string());
         }
     }
-    Ok(())
+    Ok(files)
 }

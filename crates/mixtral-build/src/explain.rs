@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use mixtral_engine::Program;
 use mixtral_engine::text::op_text;
+use mixtral_kernels::{KernelImages, Resources};
 
 use crate::cost::{Cost, StepShape, cost};
 
@@ -34,9 +35,9 @@ pub fn shapes(program: &Program) -> [(&'static str, StepShape); 2] {
     ]
 }
 
-/// The explanation of a rank's program.
+/// The explanation of a rank's program, and of its kernels if it has any.
 #[must_use]
-pub fn explain(program: &Program, roof: Option<Roof>) -> String {
+pub fn explain(program: &Program, kernels: &[KernelImages], roof: Option<Roof>) -> String {
     let mut text = String::new();
     let memory = program.memory_plan();
     let _ = writeln!(
@@ -53,8 +54,12 @@ pub fn explain(program: &Program, roof: Option<Roof>) -> String {
         program.limits.max_batch_size,
         program.limits.max_seq_len,
     );
-    let _ =
-        writeln!(text, "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty");
+    match kernels {
+        [] => {
+            let _ = writeln!(text, "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty");
+        }
+        _ => kernels.iter().for_each(|images| text.push_str(&kernel_table(images))),
+    }
     for (name, shape) in shapes(program) {
         let _ = writeln!(text, "\n{name}: {} tokens, {} keys seen by each", shape.num_tokens, shape.context);
         let _ = writeln!(text, "{:>12} {:>12} {:>10}  operation", "MB", "MFLOP", "us at roof");
@@ -69,6 +74,27 @@ pub fn explain(program: &Program, roof: Option<Roof>) -> String {
         row(&mut text, &total, roof.map(|_| time), "total");
     }
     text
+}
+
+/// What the kernels of one target take.
+#[must_use]
+pub fn kernel_table(images: &KernelImages) -> String {
+    let size = images.iter().map(|kernel| kernel.code.len()).sum();
+    let mut text = format!("kernels for {}: {}, {}\n", images.code, images.iter().count(), bytes(size));
+    if images.iter().any(|kernel| kernel.resources.is_some()) {
+        let head = ["registers", "threads", "static", "dynamic", "local", "spilled"];
+        let _ = writeln!(text, "{}  kernel (bytes of shared memory a CTA, of local memory a thread)", columns(&head));
+    }
+    for kernel in images.iter() {
+        let Some(Resources { registers, static_shared, stack, spills }) = kernel.resources else { continue };
+        let numbers = [registers, kernel.threads, static_shared, kernel.shared_bytes, stack, spills.0 + spills.1];
+        let _ = writeln!(text, "{}  {}", columns(&numbers), kernel.symbol);
+    }
+    text
+}
+
+fn columns<T: std::fmt::Display>(cells: &[T]) -> String {
+    cells.iter().map(|cell| format!("{cell:>10}")).collect()
 }
 
 fn row(text: &mut String, cost: &Cost, time: Option<f64>, what: &str) {

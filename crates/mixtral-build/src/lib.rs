@@ -2,7 +2,7 @@
 //! engine directory. Knows the model and the checkpoint's tensor names; knows no driver and no runtime.
 //!
 //! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`mod@lower`] (graph →
-//! passes → planned program), [`mod@build`] (directories), [`mod@cost`] (bytes and FLOPs of an operation),
+//! passes → planned program), [`kernels`] (CUDA's part of an engine), [`mod@build`] (directories), [`mod@cost`] (bytes and FLOPs of an operation),
 //! [`mod@explain`] and [`mod@dot`] (the program for people).
 #![forbid(unsafe_code)]
 
@@ -11,10 +11,12 @@ pub mod cost;
 pub mod dot;
 pub mod explain;
 pub mod graph;
+pub mod kernels;
 pub mod lower;
 pub mod passes;
 
 pub use build::{BuildError, BuildOptions, Built, WeightsFrom, build, plan};
 pub use cost::Cost;
 pub use explain::Roof;
+pub use kernels::{KernelOptions, Kernels};
 pub use lower::lower;

@@ -1,14 +1,16 @@
 //! `config.json` of a checkpoint: TensorRT-LLM's keys, read in every spelling it has had, written in both.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mixtral_model::{
     ConfigError, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme,
 };
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::keys::{KeyError, Keys, parse_object, read_text};
 use crate::names::CONFIG_FILE;
+use crate::seal::{UNSEALED, is_intact, seal};
 
 /// Version of what we add to the format, under the `mixtral` key.
 pub const FORMAT_VERSION: u64 = 1;
@@ -28,6 +30,10 @@ pub struct CheckpointConfig {
     pub run_id: Option<String>,
     /// Version of our tool that wrote the file; `None` from another tool.
     pub tool_version: Option<String>,
+    /// BLAKE3 of each rank file's header, in hex; empty without weights, or from another tool.
+    pub headers: Vec<String>,
+    /// BLAKE3 of each of the tokenizer's files, in hex; of those that were there when the checkpoint was written.
+    pub files: BTreeMap<String, String>,
 }
 
 /// A `config.json` that is not one of a checkpoint that we can use.
@@ -41,6 +47,14 @@ pub enum ConfigFileError {
         "{path} is a Hugging Face config (it has `model_type`), not a checkpoint's; run `mixtral convert` on its directory first"
     )]
     HuggingFace {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Another text than was written.
+    #[error(
+        "{path} was changed after it was written; convert the model again, or, if the change is meant, remove its key `mixtral.seal`"
+    )]
+    Changed {
         /// The file.
         path: PathBuf,
     },
@@ -73,6 +87,8 @@ impl CheckpointConfig {
             embedding_sharding_dim: 0,
             run_id: None,
             tool_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            headers: Vec::new(),
+            files: BTreeMap::new(),
         }
     }
 
@@ -126,7 +142,15 @@ impl CheckpointConfig {
             ConfigRuleError::Mapping(source) => ConfigFileError::Mapping { path: path.to_owned(), source },
             ConfigRuleError::EmbeddingDim(n) => root.invalid("embedding_sharding_dim", "0 or 1", n).into(),
         })?;
-        Ok(config)
+        let ours = root.object("mixtral", "mixtral.")?;
+        if !config.headers.is_empty() && config.headers.len() != config.mapping.world_size() {
+            return Err(ours.invalid("headers", "a hash a rank", config.headers.len()).into());
+        }
+        // Last, because what a key says wrongly is the better message.
+        match seal_of(&map) {
+            Some(seal) if !is_intact(text, seal) => Err(ConfigFileError::Changed { path: path.to_owned() }),
+            _ => Ok(config),
+        }
     }
 
     /// The text of `config.json`: every key that TensorRT-LLM 0.10 and 0.11 know, then ours.
@@ -197,13 +221,16 @@ impl CheckpointConfig {
             "format_version": FORMAT_VERSION,
             "tool_version": self.tool_version,
             "run_id": self.run_id,
+            "seal": UNSEALED,
+            "headers": self.headers,
+            "files": self.files,
             "weight_layout": "row-major",
             "tensor_hash": "blake3",
             "tokenizer_files": "beside config.json",
         });
         let mut text = serde_json::to_string_pretty(&root).expect("a value with string keys serializes");
         text.push('\n');
-        text
+        seal(&text)
     }
 }
 
@@ -226,6 +253,17 @@ pub enum ConfigRuleError {
 #[must_use]
 pub fn is_ours(text: &[u8]) -> bool {
     serde_json::from_slice::<Value>(text).is_ok_and(|v| v.get("mixtral").is_some_and(Value::is_object))
+}
+
+/// Whether `text` is a config.json that this tool wrote and that lost its seal since.
+#[must_use]
+pub fn is_unsealed(text: &[u8]) -> bool {
+    is_ours(text) && serde_json::from_slice::<Map<String, Value>>(text).is_ok_and(|map| seal_of(&map).is_none())
+}
+
+/// The seal, in whichever object it stands: one that is not called `mixtral` was damaged in its name.
+fn seal_of(map: &Map<String, Value>) -> Option<&str> {
+    map.values().find_map(|object| object.as_object()?.get("seal")?.as_str())
 }
 
 /// Refuses what changes the meaning of the weights and that we do not implement.
@@ -348,6 +386,8 @@ fn read_config(root: Keys<'_>) -> Result<CheckpointConfig, KeyError> {
         embedding_sharding_dim: root.size("embedding_sharding_dim")?.unwrap_or(0),
         run_id: ours.text("run_id")?.map(str::to_owned),
         tool_version: ours.text("tool_version")?.map(str::to_owned),
+        headers: ours.texts("headers")?,
+        files: ours.named_texts("files")?,
     })
 }
 

@@ -69,6 +69,8 @@ pub struct Header {
     pub tensors: Vec<TensorEntry>,
     /// First byte of the data, counted from the start of the file.
     pub data_start: u64,
+    /// BLAKE3 of everything before the data: the length and the JSON.
+    pub blake3: blake3::Hash,
 }
 
 /// A file that is no safetensors file, or a damaged one.
@@ -249,7 +251,9 @@ impl Header {
         if at != file_len {
             return Err(HeaderError::FileLength { path: path(), expected: at, found: file_len });
         }
-        Ok(Header { metadata: raw.metadata, tensors, data_start })
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&(text.len() as u64).to_le_bytes()).update(text);
+        Ok(Header { metadata: raw.metadata, tensors, data_start, blake3: hasher.finalize() })
     }
 }
 

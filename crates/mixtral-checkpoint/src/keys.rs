@@ -1,5 +1,6 @@
 //! Reading keys of a configuration file so that every mistake is named by file, key, expectation and finding.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mixtral_model::DType;
@@ -182,6 +183,27 @@ impl<'a> Keys<'a> {
     pub fn text(&self, key: &str) -> Result<Option<&'a str>, KeyError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         value.as_str().map(Some).ok_or_else(|| self.invalid(key, "a string", value))
+    }
+
+    /// A list of strings, empty if missing.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn texts(&self, key: &str) -> Result<Vec<String>, KeyError> {
+        let Some(value) = self.get(key) else { return Ok(Vec::new()) };
+        let list = value.as_array().and_then(|list| list.iter().map(|v| v.as_str().map(str::to_owned)).collect());
+        list.ok_or_else(|| self.invalid(key, "a list of strings", value))
+    }
+
+    /// An object of strings, empty if missing.
+    ///
+    /// # Errors
+    /// If something else is there.
+    pub fn named_texts(&self, key: &str) -> Result<BTreeMap<String, String>, KeyError> {
+        let Some(value) = self.get(key) else { return Ok(BTreeMap::new()) };
+        let entry = |(name, text): (&String, &Value)| Some((name.clone(), text.as_str()?.to_owned()));
+        let map = value.as_object().and_then(|map| map.iter().map(entry).collect());
+        map.ok_or_else(|| self.invalid(key, "an object of strings", value))
     }
 
     /// A truth value, false if missing.

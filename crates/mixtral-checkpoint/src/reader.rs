@@ -3,16 +3,19 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use mixtral_model::{DType, Rank};
 
-use crate::config::{CheckpointConfig, ConfigFileError};
+use crate::config::{CheckpointConfig, ConfigFileError, is_unsealed};
 use crate::header::{Header, HeaderError, TensorEntry, safetensors_name};
+use crate::keys::read_text;
 use crate::layout::{TensorSpec, rank_tensors};
 use crate::map::FileMap;
 use crate::names::{CONFIG_FILE, rank_file_name};
-use crate::scan;
+use crate::progress::Progress;
 use crate::staged::LOCK_FILE;
+use crate::verify::{Item, Problem, Verified, verify};
 use crate::writer::{HASH_PREFIX, RUN_ID_KEY};
 
 /// A checkpoint that cannot be read.
@@ -77,6 +80,18 @@ pub enum ReadError {
         "{path} was written by run {found}, but config.json names run {expected}; the directory mixes two conversions, convert again"
     )]
     RunId {
+        /// The file.
+        path: PathBuf,
+        /// config.json's.
+        expected: String,
+        /// The file's.
+        found: String,
+    },
+    /// A rank's file with another header than was written.
+    #[error(
+        "{path}: the header has BLAKE3 {found}, but config.json names {expected}; the file is damaged or of another conversion, convert again"
+    )]
+    HeaderHash {
         /// The file.
         path: PathBuf,
         /// config.json's.
@@ -152,10 +167,10 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// Whether there are weights. A checkpoint of `config.json` alone stands for random ones.
+    /// Whether there are weights, or should be. A checkpoint of `config.json` alone stands for random ones.
     #[must_use]
     pub fn has_weights(&self) -> bool {
-        self.config.mapping.ranks().any(|rank| self.rank_path(rank).exists())
+        !self.config.headers.is_empty() || self.config.mapping.ranks().any(|rank| self.rank_path(rank).exists())
     }
 
     /// The file of `rank`.
@@ -179,68 +194,35 @@ impl Checkpoint {
         }
         let file = RankFile::open(&path)?;
         file.check(&rank_tensors(&self.config, rank), self.config.run_id.as_deref())?;
-        Ok(file)
+        match self.config.headers.get(rank.0) {
+            Some(expected) if file.header_blake3() != expected => {
+                let (expected, found) = (expected.clone(), file.header_blake3().to_owned());
+                Err(ReadError::HeaderHash { path, expected, found })
+            }
+            _ => Ok(file),
+        }
     }
 
-    /// Reads every byte of every rank: hashes against the metadata, and that all elements are finite.
+    /// Reads every byte that the checkpoint vouches for: hashes of tensors and of the tokenizer's files, and that all
+    /// elements are finite.
     ///
     /// # Errors
-    /// If a file cannot be opened. Damaged tensors are no error but the [`Verified::problems`] of the answer.
-    pub fn verify(&self) -> Result<Verified, ReadError> {
-        let mut all = Verified::default();
-        for rank in self.config.mapping.ranks() {
-            let part = self.rank(rank)?.verify();
-            all.tensors += part.tensors;
-            all.bytes += part.bytes;
-            all.unhashed += part.unhashed;
-            all.problems.extend(part.problems);
+    /// If the config or a header is wrong. Damaged tensors and files are no error but the [`Verified::problems`] of the
+    /// answer.
+    pub fn verify(&self, workers: usize, progress: &dyn Progress) -> Result<Verified, ReadError> {
+        let mut items = Vec::new();
+        if self.has_weights() {
+            for rank in self.config.mapping.ranks() {
+                items.extend(self.rank(rank)?.items().into_iter().map(Ok));
+            }
         }
-        Ok(all)
+        let config = self.dir.join(CONFIG_FILE);
+        if is_unsealed(&read_text(&config).map_err(ConfigFileError::from)?) {
+            items.push(Err(Problem::Unsealed { path: config }));
+        }
+        items.extend(self.config.files.iter().map(|(name, hash)| Item::file(&self.dir.join(name), hash)));
+        Ok(verify(items, workers, progress))
     }
-}
-
-/// What [`Checkpoint::verify`] found.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Verified {
-    /// Tensors read.
-    pub tensors: usize,
-    /// Their bytes.
-    pub bytes: u64,
-    /// Those of them that came without a hash (files of other tools).
-    pub unhashed: usize,
-    /// Those that are damaged.
-    pub problems: Vec<Problem>,
-}
-
-/// A damaged tensor.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum Problem {
-    /// The bytes are not those that were written.
-    #[error(
-        "{path}: tensor `{tensor}` has BLAKE3 {found}, but was written with {expected}; copy or convert the file again"
-    )]
-    Hash {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// The metadata's.
-        expected: String,
-        /// The data's.
-        found: String,
-    },
-    /// Elements that are infinite or not a number.
-    #[error("{path}: tensor `{tensor}` has {count} elements that are not finite, the first at index {first}")]
-    NotFinite {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        tensor: String,
-        /// How many.
-        count: u64,
-        /// Index of the first, in row-major order.
-        first: u64,
-    },
 }
 
 /// One tensor, in place in its mapped file.
@@ -258,7 +240,9 @@ pub struct TensorView<'a> {
 #[derive(Debug)]
 pub struct RankFile {
     path: PathBuf,
+    file: Arc<File>,
     map: FileMap,
+    header_blake3: String,
     metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, (DType, TensorEntry)>,
 }
@@ -271,7 +255,7 @@ impl RankFile {
     pub fn open(path: &Path) -> Result<Self, ReadError> {
         let io = |source| ReadError::Io { path: path.to_owned(), source };
         let file = File::open(path).map_err(io)?;
-        let Header { metadata, tensors, .. } = Header::read(&file, path)?;
+        let Header { metadata, tensors, blake3, .. } = Header::read(&file, path)?;
         let map = FileMap::new(&file).map_err(io)?;
         let end = tensors.iter().map(|t| t.end).max().unwrap_or(0);
         if end > map.len() as u64 {
@@ -279,20 +263,19 @@ impl RankFile {
             return Err(HeaderError::FileLength { path, expected: end, found }.into());
         }
         let floats = tensors.into_iter().filter_map(|t| Some((t.name.clone(), (t.float()?, t)))).collect();
-        Ok(RankFile { path: path.to_owned(), map, metadata, tensors: floats })
+        let (path, file, header_blake3) = (path.to_owned(), Arc::new(file), blake3.to_string());
+        Ok(RankFile { path, file, map, header_blake3, metadata, tensors: floats })
     }
 
-    /// Checks that the file holds `specs`, aligned, and was written by `run_id` (if that is known).
+    /// Checks that the file holds `specs`, aligned, and was written by `run_id` (by another tool, if there is none).
     ///
     /// # Errors
     /// Everything that does not fit, in one error.
     pub fn check(&self, specs: &[TensorSpec], run_id: Option<&str>) -> Result<(), ReadError> {
-        if let Some(expected) = run_id {
-            let found = self.run_id().unwrap_or("unknown");
-            if found != expected {
-                let (expected, found) = (expected.to_owned(), found.to_owned());
-                return Err(ReadError::RunId { path: self.path.clone(), expected, found });
-            }
+        if self.run_id() != run_id {
+            let or_none = |id: Option<&str>| id.unwrap_or("none").to_owned();
+            let (expected, found) = (or_none(run_id), or_none(self.run_id()));
+            return Err(ReadError::RunId { path: self.path.clone(), expected, found });
         }
         let mut problems = Vec::new();
         for TensorSpec { name, dtype, shape, .. } in specs {
@@ -315,6 +298,12 @@ impl RankFile {
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// BLAKE3 of the header, in hex.
+    #[must_use]
+    pub fn header_blake3(&self) -> &str {
+        &self.header_blake3
     }
 
     /// The run that wrote the file, if it says.
@@ -350,40 +339,12 @@ impl RankFile {
         &self.map[at(entry.start)..at(entry.end)]
     }
 
-    /// Reads every tensor: its hash against the metadata, and that its elements are finite.
+    /// Every tensor, to be read and compared ([`crate::verify()`]).
     #[must_use]
-    pub fn verify(&self) -> Verified {
-        let mut verified = Verified { tensors: self.tensors.len(), ..Verified::default() };
-        for (name, (dtype, entry)) in &self.tensors {
-            let bytes = self.bytes(entry);
-            verified.bytes += bytes.len() as u64;
-            let mut hasher = blake3::Hasher::new();
-            let mut magnitude = 0;
-            // In pieces that stay in the cache between the two looks at them.
-            for piece in bytes.chunks(1 << 18) {
-                hasher.update(piece);
-                magnitude = magnitude.max(scan::max_magnitude(*dtype, piece));
-            }
-            let (path, tensor) = (self.path.clone(), name.clone());
-            match self.hash(name) {
-                None => verified.unhashed += 1,
-                Some(expected) => {
-                    let found = hasher.finalize().to_hex();
-                    if found.as_str() != expected {
-                        let (expected, found) = (expected.to_owned(), found.to_string());
-                        verified.problems.push(Problem::Hash { path, tensor, expected, found });
-                        continue;
-                    }
-                }
-            }
-            let limit = scan::infinity_bits(*dtype);
-            if magnitude >= limit
-                && let Some((count, first)) = scan::count_from(*dtype, bytes, limit)
-            {
-                let (path, tensor) = (self.path.clone(), name.clone());
-                verified.problems.push(Problem::NotFinite { path, tensor, count, first });
-            }
-        }
-        verified
+    pub fn items(&self) -> Vec<Item> {
+        let item = |(name, (dtype, t)): (&String, &(DType, TensorEntry))| {
+            Item::tensor(&self.path, &self.file, name, (t.start, t.end), self.hash(name), Some(*dtype))
+        };
+        self.tensors.iter().map(item).collect()
     }
 }

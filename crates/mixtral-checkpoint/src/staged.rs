@@ -5,7 +5,7 @@
 //! clean. A run that fails removes what it wrote. Used for checkpoints and engines alike.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -150,14 +150,34 @@ impl StagedDir {
         }
     }
 
-    /// Copies the file `from` into the directory under `name`, onto the disk.
+    /// Copies the file `from` into the directory under `name`, onto the disk. Gives the BLAKE3 of what was copied.
     ///
     /// # Errors
     /// If it cannot be read or written.
-    pub fn copy_in(&self, name: &str, from: &Path) -> Result<(), StagedError> {
-        let to = self.path(name);
-        fs::copy(from, &to).map_err(failed("copy", from))?;
-        File::open(&to).and_then(|f| f.sync_all()).map_err(failed("write", &to))
+    pub fn copy_in(&self, name: &str, from: &Path) -> Result<blake3::Hash, StagedError> {
+        let path = self.path(name);
+        let mut source = File::open(from).map_err(failed("read", from))?;
+        let mut target = File::create(&path).map_err(failed("create", &path))?;
+        let expected = source.metadata().map_err(failed("read", from))?.len();
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match source.read(&mut buffer) {
+                Ok(0) => break,
+                Ok(n) => {
+                    hasher.update(&buffer[..n]);
+                    target.write_all(&buffer[..n]).map_err(failed("write", &path))?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(failed("read", from)(error)),
+            }
+        }
+        if hasher.count() != expected {
+            let what = format!("it had {expected} bytes when it was opened, and {} were read", hasher.count());
+            return Err(failed("read", from)(io::Error::other(what)));
+        }
+        target.sync_all().map_err(failed("write", &path))?;
+        Ok(hasher.finalize())
     }
 
     /// Writes the marker and with it makes the directory valid. All other files must be on the disk by now.

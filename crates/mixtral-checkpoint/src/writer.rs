@@ -1,5 +1,6 @@
 //! Writing a checkpoint: rank files with random access from several threads, hashes on the way, `config.json` last.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -63,7 +64,8 @@ impl CheckpointWriter {
     /// # Errors
     /// If the directory is not ours to write, or the disk is full. `config` must be valid.
     pub fn create(dir: &Path, mut config: CheckpointConfig, config_only: bool) -> Result<Self, WriteError> {
-        config.run_id = None;
+        (config.run_id, config.headers) = (None, Vec::new());
+        config.files.clear();
         let staged = StagedDir::begin(dir, OWNERSHIP)?;
         let mut ranks = Vec::new();
         if !config_only {
@@ -83,32 +85,36 @@ impl CheckpointWriter {
         &self.ranks
     }
 
-    /// Copies one of the tokenizer's files along.
+    /// Copies one of the tokenizer's files along, and notes its hash.
     ///
     /// # Errors
     /// If it cannot be read or written.
-    pub fn copy_in(&self, name: &str, from: &Path) -> Result<(), WriteError> {
-        Ok(self.staged.copy_in(name, from)?)
+    pub fn copy_in(&mut self, name: &str, from: &Path) -> Result<(), WriteError> {
+        let hash = self.staged.copy_in(name, from)?;
+        self.config.files.insert(name.to_owned(), hash.to_string());
+        Ok(())
     }
 
     /// Writes the headers, then `config.json`, each onto the disk, and gives the run id. `hashes` are those of every
     /// rank's tensors, in the order of [`RankWriter::specs`].
     ///
-    /// The run id is a hash of the config and of all tensors, so that the same model gives the same bytes.
+    /// The run id is a hash of the config (the tokenizer's files aside) and of all tensors, so that the same model gives
+    /// the same bytes.
     ///
     /// # Errors
     /// If a file cannot be written.
     pub fn finish(mut self, hashes: &[Vec<blake3::Hash>]) -> Result<Option<String>, WriteError> {
         if !self.ranks.is_empty() {
             let mut hasher = blake3::Hasher::new();
-            hasher.update(self.config.to_json().as_bytes());
+            let unnamed = CheckpointConfig { files: BTreeMap::new(), ..self.config.clone() };
+            hasher.update(unnamed.to_json().as_bytes());
             hashes.iter().flatten().for_each(|hash| {
                 hasher.update(hash.as_bytes());
             });
             let mut run_id = hasher.finalize().to_hex().to_string();
             run_id.truncate(RUN_ID_LEN);
             for (rank, hashes) in self.ranks.iter().zip(hashes) {
-                rank.write_header(&run_id, hashes)?;
+                self.config.headers.push(rank.write_header(&run_id, hashes)?.to_string());
             }
             for rank in &self.ranks {
                 rank.sync()?;
@@ -196,13 +202,15 @@ impl RankWriter {
         StagedError::Io { action: "write", path: self.path.clone(), source }
     }
 
-    fn write_header(&self, run_id: &str, hashes: &[blake3::Hash]) -> Result<(), WriteError> {
+    /// Gives the header's BLAKE3.
+    fn write_header(&self, run_id: &str, hashes: &[blake3::Hash]) -> Result<blake3::Hash, WriteError> {
         let mut text = header_text(self.rank, &self.specs, run_id, hashes);
         debug_assert!(text.len() <= self.header_len && self.header_len - text.len() < DATA_ALIGNMENT);
         text.resize(self.header_len, b' ');
         let mut bytes = (self.header_len as u64).to_le_bytes().to_vec();
         bytes.append(&mut text);
-        Ok(self.file.write_all_at(&bytes, 0).map_err(|source| self.failed(source))?)
+        self.file.write_all_at(&bytes, 0).map_err(|source| self.failed(source))?;
+        Ok(blake3::hash(&bytes))
     }
 }
 

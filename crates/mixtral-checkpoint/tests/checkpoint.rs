@@ -79,7 +79,7 @@ fn what_is_written_is_read_back_verified_and_understood_by_others() {
         let (n, _) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
         assert_eq!((n + 8) % 64, 0, "the data section starts at a multiple of 64");
     }
-    let verified = checkpoint.verify().unwrap();
+    let verified = checkpoint.verify(2, &()).unwrap();
     assert_eq!((verified.tensors, verified.unhashed, verified.problems.len()), (34, 0, 0));
 }
 
@@ -121,7 +121,7 @@ fn files_of_other_tools_load_without_run_id_and_hashes() {
         let path = root.path().join(format!("rank{rank}.safetensors"));
         safetensors::serialize_to_file(views, None, &path).unwrap();
     }
-    let verified = Checkpoint::open(root.path()).unwrap().verify().unwrap();
+    let verified = Checkpoint::open(root.path()).unwrap().verify(2, &()).unwrap();
     assert_eq!((verified.tensors, verified.unhashed), (34, 34));
     assert_eq!(verified.problems, []);
 }
@@ -135,9 +135,9 @@ fn damage_is_found_by_hash_and_by_value() {
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
     fs::write(&path, bytes).unwrap();
-    let verified = Checkpoint::open(root.path()).unwrap().verify().unwrap();
+    let verified = Checkpoint::open(root.path()).unwrap().verify(2, &()).unwrap();
     assert!(
-        matches!(&verified.problems[..], [Problem::Hash { tensor, .. }] if tensor == "lm_head.weight"),
+        matches!(&verified.problems[..], [Problem::Hash { tensor: Some(tensor), .. }] if tensor == "lm_head.weight"),
         "{verified:?}"
     );
 }
@@ -158,6 +158,9 @@ fn each_broken_directory_has_its_message() {
         let path = dir.join("config.json");
         let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         config[key] = value;
+        // Or else every change of the text is the first that is named.
+        config["mixtral"].as_object_mut().unwrap().shift_remove("seal");
+        config["mixtral"].as_object_mut().unwrap().shift_remove("headers");
         fs::write(path, config.to_string()).unwrap();
     };
     case("no directory", &|dir| fs::remove_dir_all(dir).unwrap());
@@ -181,6 +184,18 @@ fn each_broken_directory_has_its_message() {
         edit_config(dir, "num_hidden_layers", 3.into());
     });
     case("another data type", &|dir| edit_config(dir, "dtype", "float16".into()));
+    case("a config that was edited", &|dir| {
+        let path = dir.join("config.json");
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace("\"max_position_embeddings\": 32768", "\"max_position_embeddings\": 32769"))
+            .unwrap();
+    });
+    case("a header that was edited", &|dir| {
+        let mut bytes = fs::read(rank1(dir)).unwrap();
+        let at = bytes.windows(11).position(|w| w == b"\"rank\":\"1\",").unwrap();
+        bytes[at + 8] = b'0';
+        fs::write(rank1(dir), bytes).unwrap();
+    });
     case("not a safetensors file", &|dir| fs::write(rank1(dir), "PK\u{3}\u{4}a zip file of some sort").unwrap());
     insta::assert_snapshot!(messages.join("\n"));
 }

@@ -26,6 +26,9 @@ pub mod error;
 pub mod process;
 pub mod threads;
 
+#[doc(hidden)]
+pub mod hostile;
+
 mod endpoint;
 mod inbox;
 

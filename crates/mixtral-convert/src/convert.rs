@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use mixtral_checkpoint::names::is_tokenizer_file;
 use mixtral_checkpoint::staged::free_bytes;
-use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter};
+use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
 use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe};
 
 use crate::error::ConvertError;
-use crate::execute::{Progress, buffer_bytes, execute};
+use crate::execute::{buffer_bytes, execute};
 use crate::plan::recipes;
 use crate::report::{ConvertPlan, PlannedTensor, RankPlan, Report};
 use crate::source::config::SourceConfig;
@@ -166,7 +166,7 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
 pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
     let Prepared { config, source, mut recipes, tokenizer_files } = prepare(options)?;
-    let writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
+    let mut writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
     if let Input::Directory(dir) = &options.input {
         for name in &tokenizer_files {
             writer.copy_in(name, &dir.join(name))?;

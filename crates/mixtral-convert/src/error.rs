@@ -107,6 +107,12 @@ pub enum ConvertError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A file that lost its end while it was read.
+    #[error("{path} has become shorter since the conversion began; wait until it is whole, and convert again")]
+    Shrunk {
+        /// The file.
+        path: PathBuf,
+    },
     /// A damaged weight file.
     #[error(transparent)]
     Header(#[from] HeaderError),

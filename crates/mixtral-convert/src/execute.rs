@@ -1,32 +1,18 @@
 //! Carrying out the shard plan: each tensor of each rank is streamed piece by piece through buffers of fixed size,
 //! checked, converted, hashed and written, several tensors at a time.
 
+use std::io;
+use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
-use mixtral_checkpoint::{RankWriter, TensorWriter};
+use mixtral_checkpoint::{Progress, RankWriter, TensorWriter};
 use mixtral_model::{DType, Piece, Recipe};
 
 use crate::error::ConvertError;
 use crate::number::{convert_elements, first_refused};
 use crate::source::{Located, Source};
-
-/// Someone who wants to know how far the conversion is. Called from several threads.
-pub trait Progress: Sync {
-    /// `total` bytes will be written.
-    fn start(&self, total: u64) {
-        let _ = total;
-    }
-
-    /// `bytes` more have been.
-    fn advance(&self, bytes: u64) {
-        let _ = bytes;
-    }
-}
-
-/// Nobody.
-impl Progress for () {}
 
 /// The buffers of one worker.
 #[derive(Debug, Default)]
@@ -152,7 +138,7 @@ fn write_piece(
         buffers.input.resize(elements * located.dtype.size(), 0);
         let Buffers { input, output, scratch } = buffers;
         let read = located.read(file, rows, piece.cols.clone(), input, scratch);
-        read.map_err(|source| ConvertError::Io { path: path.clone(), source })?;
+        read.map_err(|source| unreadable(path, source))?;
         if max_magnitude(located.dtype, input) >= limit {
             return Err(refusal(source, located, piece, dtype, limit));
         }
@@ -169,6 +155,15 @@ fn write_piece(
     Ok(())
 }
 
+/// A file that was long enough when its header was read and is not any more is named as such.
+fn unreadable(path: &Path, source: io::Error) -> ConvertError {
+    let path = path.to_owned();
+    match source.kind() {
+        io::ErrorKind::UnexpectedEof => ConvertError::Shrunk { path },
+        _ => ConvertError::Io { path, source },
+    }
+}
+
 /// Reads the whole tensor that `piece` is of once more, to say how many of its elements are refused and where the
 /// first is, whatever part of it this rank wanted.
 fn refusal(source: &Source, located: &Located, piece: &Piece, dtype: DType, limit: u32) -> ConvertError {
@@ -182,7 +177,7 @@ fn refusal(source: &Source, located: &Located, piece: &Piece, dtype: DType, limi
         let rows = start..piece.source_rows.min(start + rows_at_once);
         bytes.resize(rows.len() * cols * located.dtype.size(), 0);
         if let Err(source) = located.read(file, rows, 0..cols, &mut bytes, &mut scratch) {
-            return ConvertError::Io { path: path.clone(), source };
+            return unreadable(path, source);
         }
         let add = |total: &mut Option<(u64, u64)>, limit| {
             if let Some((count, first)) = count_from(located.dtype, &bytes, limit) {

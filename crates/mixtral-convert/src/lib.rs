@@ -19,7 +19,6 @@ pub mod source;
 
 pub use convert::{ConvertOptions, Input, convert, plan};
 pub use error::ConvertError;
-pub use execute::Progress;
 pub use names::{HfTensor, Matrix};
 pub use plan::recipes;
 pub use report::{ConvertPlan, RankPlan, Report};

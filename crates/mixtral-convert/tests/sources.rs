@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use mixtral_checkpoint::Checkpoint;
 use mixtral_checkpoint::names::is_tokenizer_file;
-use mixtral_convert::{ConvertOptions, Input, Progress, convert, plan};
+use mixtral_checkpoint::{Checkpoint, Progress};
+use mixtral_convert::{ConvertOptions, Input, convert, plan};
 use mixtral_model::{DType, Mapping, ModelConfig, Rank};
 use mixtral_testkit::{Layout, Tensor, TinyModel, write_safetensors};
 
@@ -46,7 +46,7 @@ fn every_layout_of_a_model_gives_the_same_bytes() {
                 let found = contents(&to);
                 assert_eq!(found.len(), 5, "config.json and four ranks");
                 assert_eq!(*first.get_or_insert_with(|| found.clone()), found, "{layout:?}");
-                assert_eq!(Checkpoint::open(&to).unwrap().verify().unwrap().problems, []);
+                assert_eq!(Checkpoint::open(&to).unwrap().verify(2, &()).unwrap().problems, []);
             }
         }
     }
@@ -211,7 +211,7 @@ fn progress_ends_at_its_total_and_a_second_writer_is_refused_meanwhile() {
     assert_eq!(*refused.lock().unwrap(), expected);
     assert_eq!(watch.done.into_inner(), report.bytes);
     assert_eq!(watch.total.into_inner(), report.bytes);
-    assert_eq!(Checkpoint::open(&to).unwrap().verify().unwrap().problems, []);
+    assert_eq!(Checkpoint::open(&to).unwrap().verify(2, &()).unwrap().problems, []);
 }
 
 #[test]
@@ -236,7 +236,7 @@ fn a_failure_leaves_nothing_and_what_a_killed_run_left_is_cleaned() {
     convert(&options(&from, to.clone()), &()).unwrap();
     assert_eq!(contents(&to).into_keys().collect::<Vec<_>>(), ["config.json", "rank0.safetensors"]);
     let checkpoint = Checkpoint::open(&to).unwrap();
-    assert_eq!(checkpoint.verify().unwrap().problems, []);
+    assert_eq!(checkpoint.verify(2, &()).unwrap().problems, []);
 }
 
 #[test]

@@ -1,16 +1,21 @@
 //! The engine directory: `config.json`, and a rank's `rank{r}.engine` and `rank{r}.weights.safetensors`.
 //!
-//! `rank{r}.engine` is a safetensors file of U8 tensors; `program` is the program's text. The weights are the
-//! checkpoint's own rank file, by hard link where the filesystem allows.
+//! `rank{r}.engine` is a safetensors file of U8 tensors; `program` is the program's text, and the others are images: bytes
+//! that one backend or another understands, such as compiled kernels. The weights are the checkpoint's own rank file, by hard link where the
+//! filesystem allows.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use mixtral_checkpoint::names::{CONFIG_FILE, is_tokenizer_file};
+use mixtral_checkpoint::seal::{UNSEALED, is_intact, seal};
 use mixtral_checkpoint::staged::LOCK_FILE;
-use mixtral_checkpoint::{Header, HeaderError, Ownership, RankFile, ReadError, StagedDir, StagedError};
+use mixtral_checkpoint::{
+    Header, HeaderError, Item, Ownership, Progress, RankFile, ReadError, StagedDir, StagedError, Verified, verify,
+};
 use mixtral_model::{Mapping, ModelConfig, Rank};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
@@ -34,8 +39,10 @@ pub enum WeightsKind {
 /// What `config.json` says of one rank's files.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RankRecord {
-    /// BLAKE3 of the program's text.
-    pub program_blake3: String,
+    /// BLAKE3 of the header of `rank{r}.engine` (the length and the JSON).
+    pub engine_header_blake3: String,
+    /// BLAKE3 of each of its tensors: of the program's text, and of whatever else there is.
+    pub engine_blake3: BTreeMap<String, String>,
     /// Bytes of the weight file; 0 with dummy weights.
     pub weights_bytes: u64,
     /// BLAKE3 of the weight file's header (the length and the JSON); empty with dummy weights.
@@ -49,7 +56,7 @@ pub struct EngineConfig {
     pub mixtral_engine_format: u32,
     /// Version of the tool that built it.
     pub tool_version: String,
-    /// BLAKE3 over everything else: engines of equal id compute the same.
+    /// The file's seal ([`mixtral_checkpoint::seal`]), over everything else: engines of equal id compute the same.
     pub run_id: String,
     /// Geometry of the whole model.
     pub model: ModelConfig,
@@ -67,6 +74,9 @@ pub struct EngineConfig {
     pub options: BTreeMap<String, String>,
     /// Where the weights are.
     pub weights: WeightsKind,
+    /// BLAKE3 of each of the tokenizer's files, in hex.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
     /// One a rank.
     pub ranks: Vec<RankRecord>,
 }
@@ -134,7 +144,7 @@ pub enum EngineError {
     },
     /// A file whose bytes are not those that were written.
     #[error(
-        "{path}: {what} has BLAKE3 {found}, but {CONFIG_FILE} names {expected}; the files are damaged or of different engines, build the engine again"
+        "{path}: {what} has BLAKE3 {found}, but {CONFIG_FILE} names {expected}; the files are damaged or of different runs, make the directory again"
     )]
     Hash {
         /// The file.
@@ -146,6 +156,12 @@ pub enum EngineError {
         /// The file's.
         found: String,
     },
+    /// A config that was edited or damaged.
+    #[error("{path} was changed after it was written; build the engine again")]
+    Changed {
+        /// The file.
+        path: PathBuf,
+    },
     /// A weight file of another length.
     #[error("{path} is {found} bytes, but {CONFIG_FILE} names {expected}; the file is damaged, build the engine again")]
     Length {
@@ -155,6 +171,18 @@ pub enum EngineError {
         expected: u64,
         /// The file's.
         found: u64,
+    },
+    /// A weight that is not what the program reads.
+    #[error("{path}: tensor `{tensor}` is {found}, but the program reads {expected}; build the engine again")]
+    Shape {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The program's type and shape.
+        expected: String,
+        /// The file's.
+        found: String,
     },
     /// A damaged safetensors file.
     #[error(transparent)]
@@ -216,8 +244,8 @@ pub const OWNERSHIP: Ownership = Ownership {
 /// The name of the tensor that holds the program's text.
 const PROGRAM: &str = "program";
 
-/// An engine config or program text larger than this is refused.
-const MAX_TEXT_BYTES: u64 = 256 << 20;
+/// An engine config, program text or image larger than this is refused.
+const MAX_TENSOR_BYTES: u64 = 256 << 20;
 
 /// An engine directory.
 #[derive(Clone, Debug)]
@@ -242,8 +270,8 @@ impl EngineDir {
         let io = |source| EngineError::Io { path: path.clone(), source };
         let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
         let len = fs::metadata(&path).map_err(io)?.len();
-        if len > MAX_TEXT_BYTES {
-            return Err(damaged(format!("{len} bytes, expected at most {MAX_TEXT_BYTES}")));
+        if len > MAX_TENSOR_BYTES {
+            return Err(damaged(format!("{len} bytes, expected at most {MAX_TENSOR_BYTES}")));
         }
         let text = fs::read(&path).map_err(io)?;
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(|e| damaged(e.to_string()))?;
@@ -270,6 +298,11 @@ impl EngineDir {
             let (found, expected) = (config.ranks.len(), config.mapping.world_size());
             return Err(damaged(format!("`ranks` has {found} entries, expected {expected}")));
         }
+        config.limits.check().map_err(|e| damaged(e.to_string()))?;
+        // Last, because what a key says wrongly is the better message.
+        if !is_intact(&text, &config.run_id) {
+            return Err(EngineError::Changed { path });
+        }
         Ok(EngineDir { dir: dir.to_owned(), config })
     }
 
@@ -295,28 +328,8 @@ impl EngineDir {
     /// # Errors
     /// If its file is missing, damaged, or of another engine.
     pub fn program(&self, rank: Rank) -> Result<Program, EngineError> {
-        let record = self.record(rank)?;
-        let path = self.dir.join(engine_file_name(rank));
-        let io = |source| EngineError::Io { path: path.clone(), source };
-        let file = File::open(&path).map_err(io)?;
-        let header = Header::read(&file, &path)?;
+        let (path, text) = self.tensor(rank, PROGRAM, "the program")?;
         let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
-        let entry = header
-            .tensors
-            .iter()
-            .find(|t| t.name == PROGRAM)
-            .ok_or_else(|| damaged(format!("it has no `{PROGRAM}` tensor")))?;
-        let len = entry.num_bytes();
-        if len > MAX_TEXT_BYTES {
-            return Err(damaged(format!("a program of {len} bytes, expected at most {MAX_TEXT_BYTES}")));
-        }
-        let mut text = vec![0; usize::try_from(len).map_err(|e| damaged(e.to_string()))?];
-        file.read_exact_at(&mut text, entry.start).map_err(io)?;
-        let found = blake3::hash(&text).to_string();
-        if found != record.program_blake3 {
-            let expected = record.program_blake3.clone();
-            return Err(EngineError::Hash { path, what: "the program", expected, found });
-        }
         let text = String::from_utf8(text).map_err(|e| damaged(e.to_string()))?;
         let program = Program::parse(&text).map_err(|source| EngineError::Program { path: path.clone(), source })?;
         if (program.rank, program.world_size) != (rank.0, self.config.ranks.len()) {
@@ -327,6 +340,44 @@ impl EngineDir {
             });
         }
         Ok(program)
+    }
+
+    /// Names of what the engine of `rank` holds beside its program, for backends to know the meaning of.
+    ///
+    /// # Errors
+    /// If the engine has no such rank.
+    pub fn images(&self, rank: Rank) -> Result<Vec<&str>, EngineError> {
+        Ok(self.record(rank)?.engine_blake3.keys().map(String::as_str).filter(|name| *name != PROGRAM).collect())
+    }
+
+    /// Reads and checks one of them.
+    ///
+    /// # Errors
+    /// If its file is missing, damaged, or of another engine, or has nothing of that name.
+    pub fn image(&self, rank: Rank, name: &str) -> Result<Vec<u8>, EngineError> {
+        Ok(self.tensor(rank, name, "an image")?.1)
+    }
+
+    /// The bytes of a tensor of `rank{r}.engine`, and the file's path.
+    fn tensor(&self, rank: Rank, name: &str, what: &'static str) -> Result<(PathBuf, Vec<u8>), EngineError> {
+        let record = self.record(rank)?;
+        let path = self.dir.join(engine_file_name(rank));
+        let io = |source| EngineError::Io { path: path.clone(), source };
+        let damaged = |detail: String| EngineError::Config { path: path.clone(), detail };
+        let file = File::open(&path).map_err(io)?;
+        let header = Header::read(&file, &path)?;
+        same_hash(&path, "the header", &record.engine_header_blake3, header.blake3)?;
+        let entry = header.tensors.iter().find(|t| t.name == name);
+        let entry = entry.ok_or_else(|| damaged(format!("it has no `{name}` tensor")))?;
+        let len = entry.num_bytes();
+        if len > MAX_TENSOR_BYTES {
+            return Err(damaged(format!("`{name}` has {len} bytes, expected at most {MAX_TENSOR_BYTES}")));
+        }
+        let mut bytes = vec![0; usize::try_from(len).map_err(|e| damaged(e.to_string()))?];
+        file.read_exact_at(&mut bytes, entry.start).map_err(io)?;
+        let expected = record.engine_blake3.get(name).map_or("none", String::as_str);
+        same_hash(&path, what, expected, blake3::hash(&bytes))?;
+        Ok((path, bytes))
     }
 
     /// Maps the weight file of `rank`, its length and header checked against the config.
@@ -340,23 +391,69 @@ impl EngineDir {
         if found != record.weights_bytes {
             return Err(EngineError::Length { path, expected: record.weights_bytes, found });
         }
-        if hash != record.weights_header_blake3 {
-            let expected = record.weights_header_blake3.clone();
-            return Err(EngineError::Hash { path, what: "the header", expected, found: hash });
-        }
+        same_hash(&path, "the header", &record.weights_header_blake3, hash)?;
         Ok(RankFile::open(&path)?)
+    }
+
+    /// Reads every byte that the engine vouches for: hashes of the programs and of what is beside them, of weights and of
+    /// the tokenizer's files, that all weights are finite, and that they are those that the programs read.
+    ///
+    /// # Errors
+    /// If the config, a header or a program is wrong. Other damage is no error but the [`Verified::problems`] of the
+    /// answer.
+    pub fn verify(&self, workers: usize, progress: &dyn Progress) -> Result<Verified, EngineError> {
+        let mut items = Vec::new();
+        for (rank, record) in self.config.mapping.ranks().zip(&self.config.ranks) {
+            let program = self.program(rank)?;
+            let path = self.dir.join(engine_file_name(rank));
+            let file = File::open(&path).map_err(|source| EngineError::Io { path: path.clone(), source })?;
+            let header = Header::read(&file, &path)?;
+            let file = Arc::new(file);
+            for t in &header.tensors {
+                let hash = record.engine_blake3.get(&t.name).map(String::as_str);
+                items.push(Ok(Item::tensor(&path, &file, &t.name, (t.start, t.end), hash, None)));
+            }
+            if self.config.weights == WeightsKind::File {
+                let weights = self.weight_file(rank)?;
+                check_weights(&program, &weights)?;
+                items.extend(weights.items().into_iter().map(Ok));
+            }
+        }
+        items.extend(self.config.files.iter().map(|(name, hash)| Item::file(&self.dir.join(name), hash)));
+        Ok(verify(items, workers, progress))
     }
 }
 
+fn same_hash(path: &Path, what: &'static str, expected: &str, found: blake3::Hash) -> Result<(), EngineError> {
+    let found = found.to_string();
+    if found == expected {
+        return Ok(());
+    }
+    Err(EngineError::Hash { path: path.to_owned(), what, expected: expected.to_owned(), found })
+}
+
+/// Whether the file has every weight that the program reads, in its type and shape.
+fn check_weights(program: &Program, file: &RankFile) -> Result<(), EngineError> {
+    for weight in &program.weights {
+        let found = file.tensor(&weight.name)?;
+        if (found.dtype, found.shape) != (weight.dtype, weight.shape.as_slice()) {
+            return Err(EngineError::Shape {
+                path: file.path().to_owned(),
+                tensor: weight.name.clone(),
+                expected: format!("{} {:?}", weight.dtype, weight.shape),
+                found: format!("{} {:?}", found.dtype, found.shape),
+            });
+        }
+    }
+    Ok(())
+}
+
 /// Length of a weight file and BLAKE3 of its header.
-fn weight_file_identity(path: &Path) -> Result<(u64, String), EngineError> {
+fn weight_file_identity(path: &Path) -> Result<(u64, blake3::Hash), EngineError> {
     let io = |source| EngineError::Io { path: path.to_owned(), source };
     let file = File::open(path).map_err(io)?;
     let header = Header::read(&file, path)?;
-    let len = usize::try_from(header.data_start).unwrap_or(usize::MAX);
-    let mut bytes = vec![0; len];
-    file.read_exact_at(&mut bytes, 0).map_err(io)?;
-    Ok((file.metadata().map_err(io)?.len(), blake3::hash(&bytes).to_string()))
+    Ok((file.metadata().map_err(io)?.len(), header.blake3))
 }
 
 /// A mapped rank file as a source of weights.
@@ -383,25 +480,37 @@ impl EngineWriter {
         Ok(EngineWriter { staged: StagedDir::begin(dir, OWNERSHIP)? })
     }
 
-    /// Writes the program of a rank and takes in its weight file, if there is one.
+    /// Writes the program of a rank and the named images beside it, and takes in its weight file, if there is one.
     ///
     /// # Errors
     /// If a file cannot be written.
-    pub fn rank(&self, program: &Program, weights: Option<&Path>) -> Result<RankRecord, EngineError> {
+    pub fn rank(
+        &self,
+        program: &Program,
+        images: &BTreeMap<String, Vec<u8>>,
+        weights: Option<&Path>,
+    ) -> Result<RankRecord, EngineError> {
         let rank = Rank(program.rank);
         let text = program.to_text();
         let path = self.staged.path(&engine_file_name(rank));
         let failed = |source| EngineError::Write(StagedError::Io { action: "write", path: path.clone(), source });
-        let tensor = TensorView::new(Dtype::U8, vec![text.len()], text.as_bytes())
-            .map_err(|e| failed(std::io::Error::other(e)))?;
-        let bytes = safetensors::serialize([(PROGRAM, tensor)], None).map_err(|e| failed(std::io::Error::other(e)))?;
+        let other = |e| failed(std::io::Error::other(e));
+        let images = images.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice()));
+        let tensors: Vec<(&str, &[u8])> = images.chain([(PROGRAM, text.as_bytes())]).collect();
+        let views =
+            tensors.iter().map(|(name, bytes)| Ok((*name, TensorView::new(Dtype::U8, vec![bytes.len()], bytes)?)));
+        let views: Vec<_> = views.collect::<Result<_, _>>().map_err(other)?;
+        let bytes = safetensors::serialize(views, None).map_err(other)?;
         let write = || {
             fs::write(&path, &bytes)?;
-            File::open(&path)?.sync_all()
+            let file = File::open(&path)?;
+            file.sync_all().map(|()| file)
         };
-        write().map_err(failed)?;
+        let file = write().map_err(failed)?;
+        let hashes = tensors.iter().map(|(name, bytes)| ((*name).to_owned(), blake3::hash(bytes).to_string()));
         let mut record = RankRecord {
-            program_blake3: blake3::hash(text.as_bytes()).to_string(),
+            engine_header_blake3: Header::read(&file, &path)?.blake3.to_string(),
+            engine_blake3: hashes.collect(),
             weights_bytes: 0,
             weights_header_blake3: String::new(),
         };
@@ -410,17 +519,20 @@ impl EngineWriter {
             if fs::hard_link(from, self.staged.path(&name)).is_err() {
                 self.staged.copy_in(&name, from)?;
             }
-            (record.weights_bytes, record.weights_header_blake3) = weight_file_identity(&self.staged.path(&name))?;
+            let (len, hash) = weight_file_identity(&self.staged.path(&name))?;
+            (record.weights_bytes, record.weights_header_blake3) = (len, hash.to_string());
         }
         Ok(record)
     }
 
-    /// Copies a file (of the tokenizer) into the engine.
+    /// Copies a file (of the tokenizer) into the engine and gives its hash; `expected` is the one it should have.
     ///
     /// # Errors
-    /// If it cannot be read or written.
-    pub fn copy_in(&self, name: &str, from: &Path) -> Result<(), EngineError> {
-        Ok(self.staged.copy_in(name, from)?)
+    /// If it cannot be read or written, or is not the file expected.
+    pub fn copy_in(&self, name: &str, from: &Path, expected: Option<&String>) -> Result<blake3::Hash, EngineError> {
+        let found = self.staged.copy_in(name, from)?;
+        expected.map_or(Ok(()), |expected| same_hash(from, "the file", expected, found))?;
+        Ok(found)
     }
 
     /// Names the run, writes `config.json`, and with it makes the engine valid.
@@ -428,10 +540,12 @@ impl EngineWriter {
     /// # Errors
     /// If it cannot be written.
     pub fn finish(self, mut config: EngineConfig) -> Result<EngineConfig, EngineError> {
-        let text = |config: &EngineConfig| serde_json::to_string_pretty(config).unwrap_or_default() + "\n";
-        config.run_id = String::new();
-        config.run_id = blake3::hash(text(&config).as_bytes()).to_hex()[..32].to_owned();
-        self.staged.commit(text(&config).as_bytes())?;
+        config.run_id = UNSEALED.to_owned();
+        let path = self.staged.dir().join(CONFIG_FILE);
+        let damaged = |e: serde_json::Error| EngineError::Config { path: path.clone(), detail: e.to_string() };
+        let text = seal(&(serde_json::to_string_pretty(&config).map_err(damaged)? + "\n"));
+        config = serde_json::from_str(&text).map_err(damaged)?;
+        self.staged.commit(text.as_bytes())?;
         Ok(config)
     }
 }

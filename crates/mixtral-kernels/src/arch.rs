@@ -21,6 +21,9 @@ pub struct Arch {
     pub specific: bool,
 }
 
+/// The compute capabilities that have a name here.
+const KNOWN: [u32; 8] = [80, 86, 87, 89, 90, 100, 103, 120];
+
 impl Arch {
     /// The architecture whose PTX the portable kernels are also kept as.
     pub const BASE: Arch = Arch { capability: 80, specific: false };
@@ -31,6 +34,28 @@ impl Arch {
     #[must_use]
     pub fn family(self) -> Family {
         if self == Arch::SM_90A { Family::Hopper } else { Family::Portable }
+    }
+
+    /// What to build for, to run fast on a device of that compute capability (90 for 9.0); none if kernels do not run on it.
+    #[must_use]
+    pub fn native(capability: u32) -> Option<Arch> {
+        match capability {
+            90 => Some(Arch::SM_90A),
+            _ if KNOWN.contains(&capability) => Some(Arch { capability, specific: false }),
+            // From assembly.
+            _ => (capability >= Arch::BASE.capability).then_some(Arch::BASE),
+        }
+    }
+
+    /// Bytes of shared memory that a CTA can have.
+    #[must_use]
+    pub fn max_shared_bytes(self) -> u32 {
+        1024 * match self.capability {
+            80 | 87 => 163,
+            90 | 100 | 103 => 227,
+            // 8.6, 8.9 and 12.0.
+            _ => 99,
+        }
     }
 }
 
@@ -51,7 +76,7 @@ impl FromStr for Arch {
         };
         let capability = digits.parse().map_err(|_| error())?;
         let arch = Arch { capability, specific };
-        let known = [80, 86, 87, 89, 90, 100, 103, 120].contains(&capability) && (!specific || capability == 90);
+        let known = KNOWN.contains(&capability) && (!specific || capability == 90);
         if known { Ok(arch) } else { Err(error()) }
     }
 }
@@ -59,5 +84,26 @@ impl FromStr for Arch {
 impl fmt::Display for Arch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "sm_{}{}", self.capability, if self.specific { "a" } else { "" })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back_and_devices_have_one() {
+        for name in ["sm_80", "sm_86", "sm_89", "sm_90", "sm_90a", "sm_120"] {
+            assert_eq!(name.parse::<Arch>().map(|arch| arch.to_string()), Ok(name.to_owned()));
+        }
+        for name in ["sm_75", "sm_80a", "80", "sm_", "compute_80", "sm_90aa"] {
+            assert_eq!(name.parse::<Arch>(), Err(ArchError(name.to_owned())));
+        }
+        let native = |capability| Arch::native(capability).map(|arch| arch.to_string());
+        for (capability, expected) in
+            [(75, None), (80, Some("sm_80")), (88, Some("sm_80")), (89, Some("sm_89")), (90, Some("sm_90a"))]
+        {
+            assert_eq!(native(capability).as_deref(), expected);
+        }
     }
 }

@@ -30,6 +30,8 @@ pub enum Arg {
     ExpertCounts(usize),
     /// A 32-bit integer.
     I32(i32),
+    /// A 64-bit integer.
+    U64(u64),
     /// A 32-bit float.
     F32(f32),
     /// A `const __grid_constant__ TensorMap`, encoded when the program is loaded.

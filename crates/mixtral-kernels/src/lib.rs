@@ -4,21 +4,41 @@
 //! Reading order: [`arch`] (what is compiled for), [`plan`] (the kernel plans of linears and their text), [`select`] (which plan
 //! for which shape and token count), [`kernel`] (one instantiation of a template), [`launch`] (a kernel with its grid and
 //! parameters), [`step_block`] (a step's inputs as the device sees them), [`scratch`] (workspaces between kernels), [`lower`]
-//! (a program's operations → launches).
+//! (a program's operations → launches); then [`source`] (the embedded headers), [`locate`] and [`nvrtc`] (the compiler's
+//! library), [`resources`] (what a compiled kernel takes, and its defects), [`compile`] (one kernel), [`cache`] and [`batch`]
+//! (many), [`needed`] (which ones), [`images`] (how an engine holds them).
+#![deny(unsafe_code)]
 
 pub mod arch;
+pub mod batch;
+pub mod cache;
+pub mod compile;
+pub mod images;
 pub mod kernel;
 pub mod launch;
+pub mod locate;
 pub mod lower;
+pub mod needed;
+pub mod nvrtc;
 pub mod plan;
+pub mod resources;
 pub mod scratch;
 pub mod select;
+pub mod source;
 pub mod step_block;
 
 pub use arch::{Arch, Family};
+pub use batch::{Batch, compile_all};
+pub use cache::Cache;
+pub use compile::{Code, CompileError, Compiled, Compiler};
+pub use images::{ImagesError, KernelImage, KernelImages};
 pub use kernel::Kernel;
 pub use launch::{Arg, Grid, Launch, TensorMap};
+pub use locate::Search;
 pub use lower::{LowerError, Regime, Schedule, Target};
+pub use nvrtc::{Nvrtc, NvrtcError};
 pub use plan::LinearPlan;
+pub use resources::{Defect, Resources};
 pub use scratch::Scratch;
+pub use source::Sources;
 pub use step_block::StepBlock;

@@ -1,11 +1,149 @@
 //! Which plan a linear is computed by, from its shape, type and token count: the tables behind `mixtral build`'s ladders.
 
-use mixtral_engine::{Op, Program, Rung};
+use mixtral_engine::{ElemType, Op, Program, Rung};
 
-use crate::Family;
+use crate::{Family, LinearPlan};
+
+/// A linear as its kernels see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LinearShape {
+    /// Output features: rows of the weight that are used, before silu·mul halves them.
+    pub rows: usize,
+    /// Input features.
+    pub depth: usize,
+    /// Type of the tokens.
+    pub tokens: ElemType,
+    /// Type of the weight.
+    pub weight: ElemType,
+    /// Whether up and gate rows meet in the epilogue.
+    pub silu_mul: bool,
+    /// Whether tokens are sent to experts.
+    pub grouped: bool,
+}
+
+impl LinearShape {
+    /// The shape of a linear of `program`; none for other operations and unknown names.
+    #[must_use]
+    pub fn of(program: &Program, op: &Op) -> Option<LinearShape> {
+        let (input, name, silu_mul) = match op {
+            Op::Linear { input, weight, .. } | Op::ExpertDown { input, weight, .. } => (input, weight, false),
+            Op::ExpertGateUp { input, weight, silu_mul, .. } => (input, weight, *silu_mul),
+            _ => return None,
+        };
+        let (weight, tokens) = (program.weight(name)?, program.buffer(input)?.dtype);
+        let (grouped, rows) = match op {
+            Op::Linear { rows, .. } => (false, rows.map_or(weight.rows(), |[start, end]| end - start)),
+            _ => (true, weight.rows() / weight.shape.first().copied().unwrap_or(1).max(1)),
+        };
+        Some(LinearShape { rows, depth: weight.cols(), tokens, weight: weight.dtype.into(), silu_mul, grouped })
+    }
+
+    /// Whether tensor cores take it.
+    fn is_16_bit(&self) -> bool {
+        self.tokens == self.weight && matches!(self.tokens, ElemType::F16 | ElemType::Bf16)
+    }
+
+    /// Whether TMA takes it: rows of weights, tokens and outputs begin at multiples of 16 bytes.
+    fn is_aligned(&self) -> bool {
+        self.depth.is_multiple_of(8) && self.rows.is_multiple_of(if self.silu_mul { 16 } else { 8 })
+    }
+}
+
+/// Bytes of a kernel's ring: more than half of a multiprocessor's shared memory, so that no two CTAs of a kernel meet on one. Their
+/// work is dealt beforehand, and two that share a multiprocessor finish last by far.
+const RING: u32 = 184 << 10;
+
+/// The plan for up to `tokens` tokens.
+#[must_use]
+pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
+    if !shape.is_16_bit() {
+        return LinearPlan::Simt;
+    }
+    if family == Family::Portable || !shape.is_aligned() {
+        let cols = match tokens {
+            0..=8 => 8,
+            9..=16 => 16,
+            17..=32 => 32,
+            33..=64 => 64,
+            _ => 128,
+        };
+        return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
+    }
+    let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| LinearPlan::Wgmma {
+        rows,
+        cols,
+        depth,
+        stages: (RING / ((rows + cols) * depth * 2)).clamp(3, 12),
+        warpgroups,
+    };
+    match (tokens, shape.grouped) {
+        (0..=16, grouped) => {
+            let cols = if tokens <= 8 { 8 } else { 16 };
+            ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
+        }
+        (17..=32, true) => ring(64, 32, 128, 1),
+        (33..=64, true) => ring(128, 64, 64, 2),
+        (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
+        (65..=256, true) => ring(128, 128, 64, 2),
+        (65..=256, false) => ring(64, 128, 64, 1),
+        // Two warpgroups of 64 × 256: their accumulators fill the register file.
+        _ => LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2 },
+    }
+}
+
+/// Rows of a tile when there are few tokens: such that there is work for (nearly) every multiprocessor of a Hopper GPU, but no
+/// second round for some.
+fn few_rows(rows: usize) -> u32 {
+    const MULTIPROCESSORS: usize = 132;
+    let tiles = |r: u32| rows.div_ceil(r as usize);
+    let fitting = [64, 48, 32].into_iter().filter(|&r| tiles(r) <= MULTIPROCESSORS);
+    fitting.max_by_key(|&r| tiles(r)).unwrap_or(64)
+}
 
 /// The ladder of an operation of `program`; empty for operations that are no linears.
 #[must_use]
-pub fn ladder(_program: &Program, _op: &Op, _family: Family) -> Vec<Rung> {
-    Vec::new()
+pub fn ladder(program: &Program, op: &Op, family: Family) -> Vec<Rung> {
+    let Some(shape) = LinearShape::of(program, op) else { return Vec::new() };
+    let mut ladder: Vec<Rung> = Vec::new();
+    let most = program.limits.max_num_tokens;
+    for tokens in crate::lower::RUNGS.into_iter().filter(|&r| r < most).chain([most]) {
+        let plan = plan(&shape, tokens, family).to_string();
+        match ladder.last_mut() {
+            Some(last) if last.plan == plan => last.max_tokens = tokens,
+            _ => ladder.push(Rung { max_tokens: tokens, plan }),
+        }
+    }
+    ladder
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_fill_the_machine() {
+        // Mixtral 8x7B: q/k/v, o, vocabulary; 8x22B: q/k/v, o.
+        assert_eq!([6144, 4096, 32000, 8192, 6144].map(few_rows), [48, 32, 64, 64, 48]);
+    }
+
+    #[test]
+    fn odd_shapes_go_to_the_portable_kernels() {
+        let shape = LinearShape {
+            rows: 64,
+            depth: 100,
+            tokens: ElemType::Bf16,
+            weight: ElemType::Bf16,
+            silu_mul: false,
+            grouped: false,
+        };
+        assert_eq!(plan(&shape, 1, Family::Hopper), LinearPlan::Mma { rows: 64, cols: 8 });
+        let even = LinearShape { depth: 104, ..shape };
+        assert!(matches!(plan(&even, 1, Family::Hopper), LinearPlan::Wgmma { .. }));
+        assert!(matches!(plan(&LinearShape { rows: 65, ..even }, 1, Family::Hopper), LinearPlan::Mma { .. }));
+        assert!(matches!(
+            plan(&LinearShape { rows: 72, silu_mul: true, ..even }, 1, Family::Hopper),
+            LinearPlan::Mma { .. }
+        ));
+        assert_eq!(plan(&LinearShape { weight: ElemType::F32, ..even }, 1, Family::Hopper), LinearPlan::Simt);
+    }
 }

@@ -16,6 +16,8 @@ pub mod session;
 pub mod stop;
 pub mod tokenizer;
 
+mod guard;
+
 pub use blocks::BlockPool;
 pub use execute::{Executor, Local};
 pub use request::{FinishReason, Refusal, Request, RequestId};

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use mixtral_model::TokenId;
 use serde_json::Value;
 
+use crate::guard::guarded;
+
 /// A tokenizer that cannot be loaded or used.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
@@ -71,8 +73,9 @@ impl Tokenizer {
                 TokenizerError::Missing { dir }
             });
         }
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|e| TokenizerError::Read { path: path.clone(), detail: e.to_string() })?;
+        let inner = guarded(|| tokenizers::Tokenizer::from_file(&path).map_err(|e| e.to_string()))
+            .flatten()
+            .map_err(|detail| TokenizerError::Read { path: path.clone(), detail })?;
         let end_ids = end_ids(dir, &inner)?;
         Ok(Tokenizer { inner, end_ids })
     }
@@ -82,8 +85,7 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer cannot encode it.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, TokenizerError> {
-        let failed = |e: tokenizers::Error| TokenizerError::Use { action: "encode a text", detail: e.to_string() };
-        let encoding = self.inner.encode(text, add_special_tokens).map_err(failed)?;
+        let encoding = used("encode a text", || self.inner.encode(text, add_special_tokens))?;
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
     }
 
@@ -93,7 +95,7 @@ impl Tokenizer {
     /// If the tokenizer cannot decode them.
     pub fn decode(&self, ids: &[TokenId]) -> Result<String, TokenizerError> {
         let ids: Vec<u32> = ids.iter().map(|t| t.0).collect();
-        self.inner.decode(&ids, true).map_err(|e| TokenizerError::Use { action: "decode ids", detail: e.to_string() })
+        used("decode ids", || self.inner.decode(&ids, true))
     }
 
     /// The text that `id` adds to a stream; empty while a character is incomplete.
@@ -102,9 +104,8 @@ impl Tokenizer {
     /// If the tokenizer cannot decode it.
     pub fn decode_next(&self, state: &mut DecodeState, id: TokenId) -> Result<String, TokenizerError> {
         let DecodeState { ids, prefix, prefix_index } = state;
-        tokenizers::step_decode_stream(&self.inner, vec![id.0], true, ids, prefix, prefix_index)
-            .map(Option::unwrap_or_default)
-            .map_err(|e| TokenizerError::Use { action: "decode ids", detail: e.to_string() })
+        let next = || tokenizers::step_decode_stream(&self.inner, vec![id.0], true, ids, prefix, prefix_index);
+        used("decode ids", next).map(Option::unwrap_or_default)
     }
 
     /// The text of an incomplete character at the end of a stream: replacement characters, or nothing.
@@ -122,6 +123,12 @@ impl Tokenizer {
     pub fn end_ids(&self) -> &[TokenId] {
         &self.end_ids
     }
+}
+
+/// The library's answer. It panics at some tokenizers that it should refuse.
+fn used<T>(action: &'static str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
+    let answer = guarded(|| call().map_err(|e| e.to_string())).flatten();
+    answer.map_err(|detail| TokenizerError::Use { action, detail })
 }
 
 fn json(path: &Path) -> Result<Option<Value>, TokenizerError> {

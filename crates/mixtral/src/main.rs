@@ -32,6 +32,7 @@ fn main() -> ExitCode {
         Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
         Command::Bench(args) => args.validate().map(|args| stages::bench::main(&args)),
         Command::Inspect(args) => Ok(stages::inspect::main(&args)),
+        Command::Verify(args) => Ok(stages::verify::main(&args)),
     };
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// Seconds between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Progress of a conversion, in bytes.
+/// Progress in bytes.
 pub struct Bytes {
     bar: ProgressBar,
     /// When the next plain line is due; `None` on a terminal.
@@ -34,7 +34,7 @@ impl Bytes {
     }
 }
 
-impl mixtral_convert::Progress for Bytes {
+impl mixtral_checkpoint::Progress for Bytes {
     fn start(&self, total: u64) {
         self.bar.set_length(total);
     }
@@ -55,5 +55,33 @@ impl mixtral_convert::Progress for Bytes {
                 self.bar.eta().as_secs()
             );
         }
+    }
+}
+
+/// Progress of kernels that are compiled.
+pub struct Kernels {
+    bar: ProgressBar,
+}
+
+impl Kernels {
+    /// None of none.
+    pub fn new() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template("{pos} of {len} kernels [{wide_bar}] {eta} left") {
+            bar.set_style(style);
+        }
+        Kernels { bar }
+    }
+
+    /// `done` of `total` are compiled.
+    pub fn advance(&self, done: usize, total: usize) {
+        self.bar.set_length(total as u64);
+        self.bar.set_position(done as u64);
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.bar.finish_and_clear();
     }
 }

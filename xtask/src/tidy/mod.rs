@@ -24,6 +24,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mixtral-engine", &["mixtral-model", "mixtral-checkpoint"]),
     ("mixtral-build", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine", "mixtral-kernels"]),
     ("mixtral-cpu", &["mixtral-model", "mixtral-engine"]),
+    ("mixtral-cuda", &["mixtral-model", "mixtral-engine", "mixtral-kernels"]),
     ("mixtral-kernels", &["mixtral-model", "mixtral-engine"]),
     ("mixtral-comm", &[]),
     ("mixtral-runtime", &["mixtral-model", "mixtral-engine", "mixtral-comm"]),
@@ -31,6 +32,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mixtral-testkit", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine"]),
     ("tests", PRODUCT),
     ("benches", PRODUCT),
+    ("fuzz", PRODUCT),
     ("xtask", &[]),
 ];
 
@@ -42,16 +44,23 @@ const PRODUCT: &[&str] = &[
     "mixtral-engine",
     "mixtral-build",
     "mixtral-cpu",
+    "mixtral-cuda",
     "mixtral-kernels",
     "mixtral-runtime",
     "mixtral-comm",
 ];
 
 /// Dependencies from outside that only some packages may have. Libraries have typed errors.
-const RESTRICTED: &[(&str, &[&str])] = &[("anyhow", &["mixtral", "xtask"])];
+const RESTRICTED: &[(&str, &[&str])] = &[("anyhow", &["mixtral", "fuzz", "xtask"])];
 
 /// The files and folders that may hold unsafe code. Their crates deny it elsewhere, all others forbid it.
-const UNSAFE: &[&str] = &["crates/mixtral-checkpoint/src/map.rs", "crates/mixtral-cpu/src/simd/"];
+const UNSAFE: &[&str] = &[
+    "crates/mixtral-checkpoint/src/map.rs",
+    "crates/mixtral-cpu/src/simd/",
+    "crates/mixtral-cuda/src/driver/",
+    "crates/mixtral-cuda/src/execute.rs",
+    "crates/mixtral-kernels/src/nvrtc.rs",
+];
 
 /// Pieces of Hugging Face's tensor names, and the crates whose code may have them (tests may too).
 const HUGGING_FACE: &[&str] = &["model.layers.", "block_sparse_moe", "self_attn"];
@@ -77,10 +86,10 @@ const CODE_MAP: &str = "ARCHITECTURE.md";
 const MAX_CODE_MAP_LINES: usize = 300;
 
 /// The folders of the workspace. Nothing else in a working copy is looked at, so stray files cannot fail the check.
-const FOLDERS: &[&str] = &["crates", "kernels", "xtask", "examples", "tests", "benches", "docs"];
+const FOLDERS: &[&str] = &["crates", "kernels", "xtask", "examples", "fuzz", "tests", "benches", "docs"];
 
 /// Folders inside those that hold what was generated.
-const GENERATED: &[&str] = &["target", "__pycache__", "tllm_checkpoint", "engine_outputs"];
+const GENERATED: &[&str] = &["target", "corpus", "__pycache__", "tllm_checkpoint", "engine_outputs"];
 
 /// Files that count as source.
 const SOURCES: &[&str] = &["rs", "py", "cu", "cuh", "h", "toml"];

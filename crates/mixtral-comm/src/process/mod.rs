@@ -27,6 +27,7 @@ mod assemble;
 mod door;
 mod error;
 mod greeting;
+pub(crate) mod hostile;
 pub(crate) mod mesh;
 mod notice;
 mod signals;

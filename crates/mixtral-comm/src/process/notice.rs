@@ -120,7 +120,7 @@ impl Notice {
         format!("{FIRST_LINE}\npid {pid}\nstarted {started}\nmachine {machine}\nport {port}\nsecret {secret}\n")
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(super) fn parse(text: &str) -> Option<Self> {
         let mut lines = text.lines();
         let mut value = |name: &str| lines.next()?.strip_prefix(name)?.strip_prefix(' ');
         value(FIRST_LINE.split_once(' ')?.0).filter(|rest| FIRST_LINE.ends_with(rest))?;

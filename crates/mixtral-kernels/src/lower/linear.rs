@@ -1,8 +1,303 @@
-use mixtral_engine::Op;
+//! Linears, dense and by expert.
 
-use super::{Context, LowerError};
-use crate::Launch;
+use mixtral_engine::{Epilogue, Op, Rows};
 
-pub(super) fn lower(_context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
-    Err(LowerError::Unsupported { op: op.name(), reason: "not written yet".to_owned() })
+use super::{Context, LowerError, moe, type_name};
+use crate::select::{self, LinearShape};
+use crate::step_block::Array;
+use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, TensorMap};
+
+pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
+    let linear = Linear::new(context, op)?;
+    let ladder = match op {
+        Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } => &ladder[..],
+        _ => &[],
+    };
+    let tokens = context.regime.max_tokens;
+    let chosen = ladder.iter().find(|rung| rung.max_tokens >= tokens).map(|rung| rung.plan.parse()).transpose()?;
+    let plan = match chosen {
+        // A ladder is for the fastest family that an engine was built for; the others choose anew.
+        Some(LinearPlan::Wgmma { .. }) if context.target.family == Family::Portable => None,
+        chosen => chosen,
+    };
+    match plan.unwrap_or_else(|| select::plan(&linear.shape, tokens, context.target.family)) {
+        LinearPlan::Simt => linear.simt(),
+        LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
+        LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups } => {
+            linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups })
+        }
+    }
+}
+
+/// `epilogue::Kind`.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Store = 0,
+    Residual = 1,
+    F32 = 2,
+    SiluMul = 3,
+}
+
+/// The numbers of [`LinearPlan::Wgmma`].
+struct Tiling {
+    rows: u32,
+    cols: u32,
+    depth: u32,
+    stages: u32,
+    warpgroups: u32,
+}
+
+impl Tiling {
+    /// Bytes of shared memory, as `linear::Config::SHARED` has them (which asserts that it is so).
+    fn shared_bytes(&self, kind: Kind) -> u32 {
+        let Tiling { rows, cols, depth, stages, warpgroups } = *self;
+        let blocks = rows.div_ceil(64 * warpgroups);
+        let token_bytes = cols * depth * 2;
+        let ring = stages * (rows * depth * 2 + token_bytes);
+        let moved = match kind {
+            Kind::F32 => 0,
+            Kind::SiluMul => 32 * blocks * cols.min(64) * 2,
+            _ => 64 * cols.min(64) * 2,
+        };
+        let overread = if rows < 64 { (64 - rows) * 128 } else { 0 };
+        let skipped = if overread > warpgroups * moved + token_bytes { overread } else { 0 };
+        ring + skipped + warpgroups * moved + warpgroups * cols * 4 + 2 * stages * 8 + 1024
+    }
+}
+
+/// What all kernels of a linear share.
+struct Linear<'a> {
+    context: &'a Context<'a>,
+    op: &'a Op,
+    shape: LinearShape,
+    kind: Kind,
+    /// Columns of the output.
+    outputs: usize,
+    input: usize,
+    out: usize,
+    residual: usize,
+    weight: usize,
+    /// First row of the weight.
+    first_row: usize,
+    /// One CTA row's worth of columns: the step's tokens, or its rows of logits.
+    logits: bool,
+    /// Expert lists: offsets and order.
+    lists: Option<(usize, usize)>,
+}
+
+impl<'a> Linear<'a> {
+    fn new(context: &'a Context<'a>, op: &'a Op) -> Result<Self, LowerError> {
+        let missing = |name: &str| LowerError::Missing { op: op.name(), name: name.to_owned() };
+        let shape = LinearShape::of(context.program, op).ok_or_else(|| missing("its input or weight"))?;
+        let buffer = |name: &str| Ok::<usize, LowerError>(context.buffer(op, name)?.0);
+        let (input, weight, out) = match op {
+            Op::Linear { input, weight, out, .. }
+            | Op::ExpertGateUp { input, weight, out, .. }
+            | Op::ExpertDown { input, weight, out, .. } => (input, weight, out),
+            _ => return Err(missing("a linear")),
+        };
+        let (kind, residual, first_row) = match op {
+            Op::Linear { epilogue: Epilogue::Residual, residual, rows, .. } => {
+                (Kind::Residual, residual.as_ref().unwrap_or(out), rows.map_or(0, |[start, _]| start))
+            }
+            Op::Linear { epilogue: Epilogue::F32, rows, .. } => (Kind::F32, out, rows.map_or(0, |[start, _]| start)),
+            Op::Linear { rows, .. } => (Kind::Store, out, rows.map_or(0, |[start, _]| start)),
+            Op::ExpertGateUp { silu_mul: true, .. } => (Kind::SiluMul, out, 0),
+            _ => (Kind::Store, out, 0),
+        };
+        let lists = match op {
+            Op::ExpertGateUp { offsets, order, .. } | Op::ExpertDown { offsets, order, .. } => {
+                Some((buffer(offsets)?, buffer(order)?))
+            }
+            _ => None,
+        };
+        Ok(Linear {
+            context,
+            op,
+            kind,
+            outputs: if shape.silu_mul { shape.rows / 2 } else { shape.rows },
+            input: buffer(input)?,
+            out: buffer(out)?,
+            residual: buffer(residual)?,
+            weight: context.weight(op, weight)?.0,
+            first_row,
+            logits: context.buffer(op, input)?.1.rows == Rows::Logits,
+            lists,
+            shape,
+        })
+    }
+
+    fn is_down(&self) -> bool {
+        matches!(self.op, Op::ExpertDown { .. })
+    }
+
+    fn experts(&self) -> usize {
+        self.context.program.weights[self.weight].shape[0]
+    }
+
+    fn out_type(&self) -> &'static str {
+        type_name(self.context.program.buffers[self.out].dtype)
+    }
+
+    fn weight_at_first_row(&self) -> Arg {
+        let element = self.context.program.weights[self.weight].dtype.size();
+        Arg::Weight { index: self.weight, offset: self.first_row * self.shape.depth * element }
+    }
+
+    /// Tiles of a dense linear in this regime.
+    fn items(&self, out_rows: u32, cols: u32) -> Option<u32> {
+        let tokens = self.context.regime.max_tokens;
+        let tiles = self.outputs.div_ceil(out_rows as usize) * tokens.div_ceil(cols as usize);
+        self.lists.is_none().then(|| u32::try_from(tiles).unwrap_or(u32::MAX))
+    }
+
+    fn launch(&self, kernel: Kernel, per_sm: u32, items: Option<u32>, args: Vec<Arg>) -> Launch {
+        Launch { kernel, grid: Grid::Persistent { per_sm, items }, cluster: 1, args, op: 0, overlaps: true }
+    }
+
+    /// The tensor-core kernel of any shape, or the plain one.
+    fn portable(
+        &self,
+        kernel: &'static str,
+        header: &'static str,
+        config: String,
+        shared: u32,
+        tile: [u32; 2],
+    ) -> Launch {
+        let (symbol, mut args) = match self.lists {
+            None => (
+                format!("linear::{kernel}_dense<{config}, {}, {}>", self.logits, self.out_type()),
+                vec![self.weight_at_first_row(), Arg::Buffer(self.input), Arg::Step(Array::Header)],
+            ),
+            Some((offsets, order)) => (
+                format!(
+                    "linear::{kernel}_grouped<{config}, {}, {}, {}>",
+                    self.experts(),
+                    self.context.program.top_k,
+                    self.is_down()
+                ),
+                vec![
+                    self.weight_at_first_row(),
+                    Arg::Buffer(self.input),
+                    Arg::Step(Array::Header),
+                    Arg::Buffer(offsets),
+                    Arg::Buffer(order),
+                ],
+            ),
+        };
+        args.push(Arg::Buffer(self.out));
+        if self.lists.is_none() {
+            args.push(Arg::Buffer(self.residual));
+        }
+        let kernel = Kernel { header, symbol, threads: 128, shared_bytes: shared, family: Family::Portable };
+        // What is left of 100 KB, the least that an architecture has, counts; eight hide memory's latency.
+        let per_sm = ((100 << 10) / (shared + 1024)).clamp(1, 8);
+        let out_rows = if self.kind == Kind::SiluMul { tile[0] / 2 } else { tile[0] };
+        let items = self.items(out_rows, tile[1]);
+        self.launch(kernel, per_sm, items, args)
+    }
+
+    fn simt(&self) -> Result<Vec<Launch>, LowerError> {
+        let config = format!(
+            "linear::SimtConfig<{}, {}, {}, {}, {}>",
+            type_name(self.shape.weight),
+            type_name(self.shape.tokens),
+            self.outputs,
+            self.shape.depth,
+            self.kind as u32
+        );
+        Ok(vec![self.portable("simt", "linear/simt.cuh", config, 0, [64, 32])])
+    }
+
+    fn mma(&self, rows: u32, cols: u32) -> Result<Vec<Launch>, LowerError> {
+        let shared = 3 * (rows + cols) * 128 + 2 * cols * 4;
+        let config = format!(
+            "linear::MmaConfig<{}, {rows}, {cols}, {}, {}, {}, {shared}>",
+            type_name(self.shape.tokens),
+            self.outputs,
+            self.shape.depth,
+            self.kind as u32
+        );
+        Ok(vec![self.portable("mma", "linear/mma.cuh", config, shared, [rows, cols])])
+    }
+
+    fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
+        let Tiling { rows, cols, depth, stages, warpgroups } = *tiling;
+        let shared = tiling.shared_bytes(self.kind);
+        let config = format!(
+            "linear::Config<{}, {rows}, {cols}, {depth}, {stages}, {warpgroups}, {}, {}, {}, {shared}>",
+            type_name(self.shape.tokens),
+            self.outputs,
+            self.shape.depth,
+            self.kind as u32
+        );
+        let threads = 128 * warpgroups + if warpgroups == 1 { 32 } else { 128 };
+        let kernel = |symbol| Kernel {
+            header: "linear/wgmma.cuh",
+            symbol,
+            threads,
+            shared_bytes: shared,
+            family: Family::Hopper,
+        };
+        let weight = self.weight_map(rows);
+        let header = Arg::Step(Array::Header);
+        let Some((offsets, order)) = self.lists else {
+            let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
+            let tokens = self.token_map(Arg::Buffer(self.input), self.context.program.buffers[self.input].rows, cols);
+            let args = vec![weight, tokens, header, Arg::Buffer(self.out), Arg::Buffer(self.residual)];
+            return Ok(vec![self.launch(kernel(symbol), 1, self.items(rows, cols), args)]);
+        };
+        let mut launches = Vec::new();
+        let every = !self.is_down() && cols <= 64 && self.context.regime.max_tokens <= cols as usize;
+        let (source, tokens) = if self.is_down() {
+            (2, self.token_map(Arg::Buffer(self.input), Rows::Assignments, cols))
+        } else if every {
+            (0, self.token_map(Arg::Buffer(self.input), Rows::Tokens, cols))
+        } else {
+            if let Op::ExpertGateUp { input, offsets, order, .. } = self.op {
+                launches.push(moe::permute(self.context, self.op, (input, self.experts()), (offsets, order))?);
+            }
+            (1, self.token_map(Arg::Scratch(self.context.scratch.permuted), Rows::Assignments, cols))
+        };
+        let (experts, top_k) = (self.experts(), self.context.program.top_k);
+        let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
+        let args = vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out)];
+        launches.push(self.launch(kernel(symbol), 1, None, args));
+        Ok(launches)
+    }
+
+    /// The weight, in boxes of 64 elements of `rows` rows.
+    fn weight_map(&self, rows: u32) -> Arg {
+        let (depth, size) = (self.shape.depth as u64, 2);
+        let row = depth * size;
+        let (outputs, experts) = (self.outputs as u64, self.experts() as u64);
+        let (dims, strides, tile) = match (self.lists, self.kind) {
+            (None, _) => (vec![depth, outputs], vec![row], vec![64, rows]),
+            // Eight up rows and eight gate rows in turn.
+            (Some(_), Kind::SiluMul) => (
+                vec![depth, 8, 2, outputs / 8, experts],
+                vec![row, outputs * row, 8 * row, 2 * outputs * row],
+                vec![64, 8, 2, rows / 16, 1],
+            ),
+            (Some(_), _) => (vec![depth, outputs, experts], vec![row, outputs * row], vec![64, rows, 1]),
+        };
+        let base = Box::new(self.weight_at_first_row());
+        Arg::TensorMap(TensorMap { base, dtype: self.shape.weight, dims, strides, tile, swizzle: 128 })
+    }
+
+    /// Token rows, in boxes of 64 elements of as many tokens as a narrowest product takes.
+    fn token_map(&self, base: Arg, rows: Rows, cols: u32) -> Arg {
+        let limits = self.context.program.limits;
+        let rows = self.context.program.num_rows(rows, limits.max_num_tokens, limits.max_num_logits) as u64;
+        let depth = self.shape.depth as u64;
+        let tile = if cols >= 32 { cols / 4 } else { cols };
+        Arg::TensorMap(TensorMap {
+            base: Box::new(base),
+            dtype: self.shape.tokens,
+            dims: vec![depth, rows],
+            strides: vec![depth * 2],
+            tile: vec![64, tile],
+            swizzle: 128,
+        })
+    }
 }

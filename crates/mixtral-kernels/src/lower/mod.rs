@@ -1,9 +1,11 @@
 //! A program's operations → launches, for every regime that a step can be in. One file a kind of operation.
 
 mod attention;
+pub mod dummy;
 mod elementwise;
 mod linear;
 mod moe;
+pub mod probe;
 mod sample;
 
 pub(crate) use moe::CHUNK;

@@ -189,7 +189,6 @@ pub(super) fn norm_router_route(context: &Context<'_>, ops: &[Op]) -> Result<Opt
 
 /// Tokens in expert order: row p of the scratch region is row `order[p] / k` of `input`, for the assignments of local experts.
 /// Launched before a linear that wants its tokens in consecutive rows.
-#[allow(dead_code, reason = "for the linears of long steps")]
 pub(super) fn permute(
     context: &Context<'_>,
     op: &Op,

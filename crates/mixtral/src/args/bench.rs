@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::{Usage, at_least_one, usage};
+use super::build::Backend;
+use super::{Usage, at_least_one, probability, usage};
 
 /// As typed.
 #[derive(Clone, Debug, clap::Args)]
@@ -10,6 +11,9 @@ pub struct BenchArgs {
     /// Engine to measure
     #[arg(long, default_value = "engine_outputs")]
     pub engine_dir: PathBuf,
+    /// Where to run; auto is a GPU if the engine was built for one, else the CPU
+    #[arg(long, default_value = "auto")]
+    pub backend: Backend,
     /// Threads of the CPU backend [default: all cores]
     #[arg(long, value_parser = at_least_one)]
     pub threads: Option<usize>,
@@ -28,6 +32,9 @@ pub struct BenchArgs {
     /// Lengths of the prompts whose prefill is measured [default: those of 128 and 512 that the engine takes]
     #[arg(long, num_args = 1.., value_delimiter = ',', value_parser = at_least_one)]
     pub prefill: Vec<usize>,
+    /// Prompts of each of those lengths that are sent at once, to be computed in one step if the engine's tokens allow
+    #[arg(long, default_value = "1", value_parser = at_least_one)]
+    pub prefill_batch: usize,
     /// Requests of the throughput measurement; 0 leaves it out
     #[arg(long, default_value_t = 0)]
     pub requests: usize,
@@ -46,7 +53,10 @@ pub struct BenchArgs {
     /// Seed of prompts, lengths and arrivals
     #[arg(long, default_value_t = 0)]
     pub random_seed: u64,
-    /// Time each operation of the program
+    /// Fraction of free GPU memory for the KV cache
+    #[arg(long, alias = "kv-cache-free-gpu-memory-fraction", default_value = "0.9", value_parser = probability)]
+    pub kv_cache_free_gpu_mem_fraction: f32,
+    /// Time each operation of the program, which makes steps slower: on a GPU they are then neither captured nor overlapped
     #[arg(long)]
     pub per_op: bool,
     /// Measure the machine's own rates over 1 GB in a second, not over 4 GB

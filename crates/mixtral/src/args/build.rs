@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use mixtral_engine::Limits;
+use mixtral_kernels::Arch;
 use mixtral_model::{DType, Mapping};
 
 use super::{Usage, at_least_one, usage};
@@ -33,24 +34,24 @@ pub struct BuildArgs {
     /// What to build for; auto is cuda if a GPU is visible or --arch is given
     #[arg(long, default_value = "auto")]
     pub backend: Backend,
-    /// GPU architectures (sm_80, sm_90a, …)
-    #[arg(long, num_args = 1.., value_delimiter = ',')]
-    pub arch: Vec<String>,
-    /// Kernels of dense linears: auto, a data type (the model's), cublaslt, or disable
+    /// GPU architectures to build for (sm_80, sm_90a, …); no GPU is needed for that
+    #[arg(long, num_args = 1.., value_delimiter = ',', value_parser = clap::value_parser!(Arch))]
+    pub arch: Vec<Arch>,
+    /// Kernels of dense linears: auto, a data type (the model's), or disable (portable kernels)
     #[arg(long, default_value = "auto")]
     pub gemm_plugin: String,
-    /// Kernels of the experts: auto, a data type (the model's), or disable
+    /// Kernels of the experts: auto, a data type (the model's), or disable (portable kernels)
     #[arg(long, default_value = "auto")]
     pub moe_plugin: String,
-    /// Kernels of attention: auto, a data type (the model's), or disable
+    /// Kernels of attention: auto, a data type (the model's), or disable (there is one kind)
     #[arg(long, default_value = "auto")]
     pub gpt_attention_plugin: String,
     /// Attention of prompts in fp8 (needs fp8 weights)
     #[arg(long, default_value = "disable")]
     pub use_fp8_context_fmha: String,
-    /// Ranks and kernels built at a time
-    #[arg(long, default_value = "1", value_parser = at_least_one)]
-    pub workers: usize,
+    /// Ranks and kernels built at a time [default: one rank, and a kernel for each core]
+    #[arg(long, value_parser = at_least_one)]
+    pub workers: Option<usize>,
     /// Sequences in one step
     #[arg(long, default_value = "64", value_parser = at_least_one)]
     pub max_batch_size: usize,
@@ -100,6 +101,19 @@ pub enum Backend {
     Cuda,
 }
 
+/// What to build for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BuildFor {
+    /// The CPU alone.
+    Cpu,
+    /// These architectures.
+    Archs(Vec<Arch>),
+    /// Those of the visible GPUs, of which there has to be one.
+    Gpus,
+    /// Those of the visible GPUs, or the CPU alone if there is none.
+    Visible,
+}
+
 /// Where the model comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Model {
@@ -122,8 +136,12 @@ pub struct BuildOptions {
     pub mapping: Mapping,
     /// Where the engine goes.
     pub output_dir: PathBuf,
-    /// Ranks written at a time.
-    pub workers: usize,
+    /// What to build for.
+    pub build_for: BuildFor,
+    /// The flags that ask for portable kernels, of those that make a difference on a GPU.
+    pub portable: Vec<&'static str>,
+    /// Ranks and kernels built at a time, if that was asked for.
+    pub workers: Option<usize>,
     /// The limits; `max_seq_len` 0 stands for the model's.
     pub limits: Limits,
     /// Whether context logits are gathered.
@@ -141,11 +159,20 @@ pub struct BuildOptions {
 impl BuildArgs {
     /// Checks the flags against each other.
     pub fn validate(self) -> Result<BuildOptions, Usage> {
-        if self.backend == Backend::Cuda || !self.arch.is_empty() {
-            usage!("this version builds engines for the CPU only; leave out --arch and use --backend cpu (or auto)");
-        }
+        let build_for = match self.backend {
+            Backend::Cpu if !self.arch.is_empty() => {
+                usage!("--backend cpu builds no kernels, and --arch asks for some; leave one of them out")
+            }
+            Backend::Cpu => BuildFor::Cpu,
+            _ if !self.arch.is_empty() => BuildFor::Archs(self.arch),
+            Backend::Cuda => BuildFor::Gpus,
+            Backend::Auto => BuildFor::Visible,
+        };
         if self.tune {
-            usage!("--tune measures GPU kernels, and this version builds engines for the CPU only; leave it out");
+            usage!("--tune (measuring kernel candidates on this GPU) is not supported by this version; leave it out");
+        }
+        if self.gemm_plugin == "cublaslt" {
+            usage!("--gemm-plugin cublaslt is not supported by this version; auto selects its own kernels");
         }
         if self.max_beam_width > 1 {
             usage!(
@@ -164,21 +191,22 @@ impl BuildArgs {
         }
         let mut plugins = Vec::new();
         let mut recorded = BTreeMap::new();
-        for (flag, value, cublaslt) in [
-            ("gemm_plugin", &self.gemm_plugin, true),
-            ("moe_plugin", &self.moe_plugin, false),
-            ("gpt_attention_plugin", &self.gpt_attention_plugin, false),
+        for (flag, value) in [
+            ("gemm_plugin", &self.gemm_plugin),
+            ("moe_plugin", &self.moe_plugin),
+            ("gpt_attention_plugin", &self.gpt_attention_plugin),
         ] {
             recorded.insert(flag.to_owned(), value.clone());
             match value.parse::<DType>() {
                 Ok(dtype) => plugins.push((flag, dtype)),
-                Err(_) if matches!(value.as_str(), "auto" | "disable") || cublaslt && value == "cublaslt" => {}
+                Err(_) if matches!(value.as_str(), "auto" | "disable") => {}
                 Err(_) => {
-                    let more = if cublaslt { ", cublaslt" } else { "" };
-                    usage!("--{} is `{value}`; expected auto, f16, bf16, f32{more} or disable", flag.replace('_', "-"));
+                    usage!("--{} is `{value}`; expected auto, f16, bf16, f32 or disable", flag.replace('_', "-"));
                 }
             }
         }
+        let tunable = [("--gemm-plugin", &self.gemm_plugin), ("--moe-plugin", &self.moe_plugin)];
+        let portable = tunable.into_iter().filter(|(_, value)| *value == "disable").map(|(flag, _)| flag).collect();
         let lengths = match (self.max_seq_len, self.max_input_len, self.max_output_len) {
             (Some(seq), input, _) if input.is_some_and(|i| i >= seq) => {
                 usage!("--max-input-len {} leaves no room for output in --max-seq-len {seq}", input.unwrap_or(0))
@@ -204,6 +232,8 @@ impl BuildArgs {
             seed: self.seed,
             mapping: mapping(&self.parallel)?,
             output_dir: self.output_dir,
+            build_for,
+            portable,
             workers: self.workers,
             limits: Limits {
                 max_batch_size: self.max_batch_size,

@@ -10,6 +10,7 @@ pub mod convert;
 pub mod inspect;
 pub mod legacy;
 pub mod run;
+pub mod verify;
 
 use std::ffi::OsString;
 use std::str::FromStr;
@@ -40,6 +41,8 @@ pub enum Command {
     Bench(bench::BenchArgs),
     /// What a checkpoint or an engine holds
     Inspect(inspect::InspectArgs),
+    /// Whether a checkpoint or an engine is as it was written: reads every byte
+    Verify(verify::VerifyArgs),
 }
 
 /// A command line and what was taken out of it.

@@ -16,7 +16,7 @@ pub struct RunArgs {
     /// Directory of tokenizer.json [default: the engine's, which carries the model's]
     #[arg(long)]
     pub tokenizer_dir: Option<PathBuf>,
-    /// Where to run; auto is what the engine was built for
+    /// Where to run; auto is a GPU if the engine was built for one, else the CPU
     #[arg(long, default_value = "auto")]
     pub backend: Backend,
     /// Threads of the CPU backend [default: all cores]
@@ -146,9 +146,6 @@ pub struct RunOptions {
 impl RunArgs {
     /// Checks the flags against each other.
     pub fn validate(self) -> Result<RunOptions, Usage> {
-        if self.backend == Backend::Cuda {
-            usage!("--backend cuda: this version runs on the CPU only; use --backend cpu");
-        }
         if self.num_beams > 1 {
             usage!(
                 "--num-beams {}: beam search is not supported by this version; --num-return-sequences draws several outputs",

@@ -1,22 +1,31 @@
 //! An engine's ranks, from start to end: rank 0 leads, the others follow.
 
+use std::fmt;
 use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
+use mixtral_build::Roof;
 use mixtral_build::explain::bytes;
 use mixtral_comm::World;
 use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{EngineDir, MappedWeights, Program, Weights, WeightsKind};
+use mixtral_cuda::{CudaBackend, CudaOptions, Device, KvBlocks};
+use mixtral_engine::{Backend, EngineDir, MappedWeights, Program, Weights, WeightsKind};
+use mixtral_kernels::{Code, KernelImages};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
 use mixtral_runtime::session::Geometry;
 use mixtral_runtime::{Executor, Local, Request, Session, Tokenizer};
 
 use super::{machine, ranks};
+use crate::args::build::Backend as Where;
 
 /// How every rank loads its part of the engine.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
+    /// Where it runs.
+    pub backend: Where,
+    /// Part of the GPU's free memory for the cache, 0 to 1.
+    pub kv_cache_fraction: f32,
     /// Workers of each rank; all cores of the host, shared evenly, when absent.
     pub threads: Option<usize>,
     /// Whether tokens are counted by expert.
@@ -30,18 +39,77 @@ pub struct Job<'a> {
     engine: &'a EngineDir,
     world: Option<&'a World>,
     options: LoadOptions,
+    place: &'a Place,
     program: Program,
+}
+
+/// Where an engine runs.
+pub enum Place {
+    /// On all cores of the host, or on so many threads.
+    Cpu(usize),
+    /// On a GPU, with the engine's kernels for it.
+    Cuda(Device, Box<KernelImages>),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Place::Cpu(threads) => write!(f, "{threads} threads"),
+            Place::Cuda(device, images) => write!(f, "{} ({})", device.name, images.code),
+        }
+    }
+}
+
+impl Place {
+    /// Where to run an engine: as asked, or on a GPU if the engine has kernels for one.
+    fn choose(engine: &EngineDir, options: LoadOptions) -> Result<Place> {
+        let codes: Vec<Code> = engine.images(Rank(0))?.into_iter().filter_map(Code::of_image).collect();
+        if options.backend == Where::Cpu || options.backend == Where::Auto && codes.is_empty() {
+            return Ok(Place::Cpu(options.threads.unwrap_or_else(machine::cores)));
+        }
+        if codes.is_empty() {
+            bail!(
+                "the engine was built for the CPU alone; build it again with --arch (sm_80, sm_90a, …), or use --backend cpu"
+            );
+        }
+        let world_size = engine.config().mapping.world_size();
+        if world_size > 1 {
+            bail!(
+                "the engine has {world_size} ranks, and this version runs engines of one on GPUs; use --backend cpu, or convert with --tp-size 1 --pp-size 1"
+            );
+        }
+        let device = mixtral_cuda::devices()?.swap_remove(0);
+        let code = mixtral_cuda::choose(&device, &codes)?;
+        let bytes = engine.image(Rank(0), &code.image_name())?;
+        Ok(Place::Cuda(device, Box::new(KernelImages::from_bytes(code, &bytes)?)))
+    }
+
+    /// Measures what it can do at most: in passing, or for a figure to be reported. A ceiling that cannot be measured is 0.
+    pub fn roof(&self, quick: bool) -> Result<Roof> {
+        match self {
+            Place::Cpu(threads) => {
+                let bytes = if quick { mixtral_cpu::probe::QUICK } else { mixtral_cpu::probe::THOROUGH };
+                Ok(machine::roof(mixtral_cpu::probe::measure(*threads, bytes)))
+            }
+            Place::Cuda(device, images) => {
+                let bytes = if quick { mixtral_cuda::probe::QUICK } else { mixtral_cuda::probe::THOROUGH };
+                let probe = mixtral_cuda::probe::measure(device.ordinal, images, bytes)?;
+                Ok(Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s })
+            }
+        }
+    }
 }
 
 /// Runs the engine's ranks: `lead` on rank 0, the others follow its session until it ends.
 pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> Result<()> + Sync) -> Result<()> {
+    let place = Place::choose(engine, options)?;
     ranks::run(engine.config(), |world| match world {
         Some(world) if world.rank() > 0 => {
             let kv_blocks = agree_on_blocks(Some(world), 0)?;
             let mut backend = load(engine, options, Some(world), kv_blocks)?;
             Ok(follow(world, engine.config().mapping, &mut backend)?)
         }
-        world => lead(&Job { engine, world, options, program: engine.program(Rank(0))? }),
+        world => lead(&Job { engine, world, options, place: &place, program: engine.program(Rank(0))? }),
     })
 }
 
@@ -60,11 +128,33 @@ impl Job<'_> {
         &self.program
     }
 
+    /// Where it runs.
+    pub fn place(&self) -> &Place {
+        self.place
+    }
+
     /// Loads the engine on all ranks, with a cache for `requests`. Once a job.
     pub fn session(&self, requests: &[Request], tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
-        let wanted = kv_blocks(self.engine, self.world.map_or(1, World::local_size), requests)?;
-        let blocks = agree_on_blocks(self.world, wanted)?;
-        let backend = Box::new(load(self.engine, self.options, self.world, blocks)?);
+        let wanted = wanted_blocks(self.engine, requests);
+        let backend: Box<dyn Backend> = match self.place {
+            Place::Cpu(_) => {
+                let wanted = kv_blocks(self.engine, self.world.map_or(1, World::local_size), wanted)?;
+                let blocks = agree_on_blocks(self.world, wanted)?;
+                Box::new(load(self.engine, self.options, self.world, blocks)?)
+            }
+            Place::Cuda(device, images) => {
+                let LoadOptions { kv_cache_fraction, count_experts, time_ops, .. } = self.options;
+                let Blocks { most: at_most, least: at_least } = wanted;
+                let cuda = CudaOptions {
+                    device: device.ordinal,
+                    kv_blocks: KvBlocks::Fraction { of_free: kv_cache_fraction, at_least, at_most },
+                    count_experts,
+                    time_ops,
+                    ..CudaOptions::default()
+                };
+                Box::new(CudaBackend::load(self.program.clone(), &weights(self.engine, Rank(0))?, images, cuda)?)
+            }
+        };
         let executor: Box<dyn Executor> = match self.world {
             None => Box::new(Local::new(backend)),
             Some(world) => Box::new(Driver::new(world, self.engine.config().mapping, backend)?),
@@ -82,13 +172,18 @@ fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
     Ok(usize::try_from(u64::from_le_bytes(bytes))?)
 }
 
-/// Loads this rank's part of the engine.
-fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_blocks: usize) -> Result<CpuBackend> {
-    let rank = Rank(world.map_or(0, World::rank));
-    let weights = match engine.config().weights {
+/// Where a rank's weights come from.
+fn weights(engine: &EngineDir, rank: Rank) -> Result<Weights> {
+    Ok(match engine.config().weights {
         WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(rank)?))),
         WeightsKind::Dummy { seed } => Weights::Dummy { seed },
-    };
+    })
+}
+
+/// Loads this rank's part of the engine on the CPU.
+fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_blocks: usize) -> Result<CpuBackend> {
+    let rank = Rank(world.map_or(0, World::rank));
+    let weights = weights(engine, rank)?;
     let local_ranks = world.map_or(1, World::local_size);
     let threads = options.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
     let LoadOptions { count_experts, time_ops, .. } = options;
@@ -101,16 +196,28 @@ fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_bloc
     Ok(backend)
 }
 
-/// Blocks for as many of the requests at a time as the engine's batch and the memory of this host allow; checked before
-/// anything is allocated.
-fn kv_blocks(engine: &EngineDir, local_ranks: usize, requests: &[Request]) -> Result<usize> {
+/// Blocks of the cache that requests ask for.
+#[derive(Clone, Copy)]
+struct Blocks {
+    /// For as many of them at a time as the engine's batch allows.
+    most: usize,
+    /// For the longest.
+    least: usize,
+}
+
+fn wanted_blocks(engine: &EngineDir, requests: &[Request]) -> Blocks {
     let limits = engine.config().limits;
     let mut needs: Vec<usize> =
         requests.iter().map(|r| limits.blocks_for(r.prompt.len().saturating_add(r.max_output_len))).collect();
     needs.sort_unstable_by(|a, b| b.cmp(a));
-    let largest = needs.first().copied().unwrap_or(1).min(limits.max_blocks_per_seq()).max(1);
-    let wanted = needs.iter().take(limits.max_batch_size).sum::<usize>().max(largest);
-    let Some(available) = machine::available_memory() else { return Ok(wanted) };
+    let least = needs.first().copied().unwrap_or(1).min(limits.max_blocks_per_seq()).max(1);
+    Blocks { most: needs.iter().take(limits.max_batch_size).sum::<usize>().max(least), least }
+}
+
+/// As many of the wanted blocks as the memory of this host allows; checked before anything is allocated.
+fn kv_blocks(engine: &EngineDir, local_ranks: usize, wanted: Blocks) -> Result<usize> {
+    let Blocks { most, least } = wanted;
+    let Some(available) = machine::available_memory() else { return Ok(most) };
     let is_file = engine.config().weights == WeightsKind::File;
     let (mut fixed, mut block) = (0usize, 0usize);
     for rank in engine.config().mapping.ranks().take(local_ranks) {
@@ -121,15 +228,15 @@ fn kv_blocks(engine: &EngineDir, local_ranks: usize, requests: &[Request]) -> Re
         block = block.saturating_add(plan.kv_block);
     }
     let room = available.saturating_sub(fixed) / block.max(1);
-    if room < largest {
+    if room < least {
         bail!(
             "the engine needs {} for {}activations and inputs and {} for the KV cache of the longest prompt, but {} of memory are available; lower --max-output-len, or build with a smaller --max-num-tokens (now {})",
             bytes(fixed),
             if is_file { "" } else { "dummy weights, " },
-            bytes(largest.saturating_mul(block)),
+            bytes(least.saturating_mul(block)),
             bytes(available),
-            limits.max_num_tokens,
+            engine.config().limits.max_num_tokens,
         );
     }
-    Ok(wanted.min(room))
+    Ok(most.min(room))
 }

@@ -1,7 +1,11 @@
 //! What this machine has and can do.
 
+use std::collections::BTreeSet;
+
+use anyhow::{Result, bail};
 use mixtral_build::Roof;
 use mixtral_cpu::probe::{self, Probe};
+use mixtral_kernels::Arch;
 
 /// Bytes of memory that can be taken without swapping; `None` where the system does not say.
 pub fn available_memory() -> Option<usize> {
@@ -24,4 +28,18 @@ pub fn measure_roof(threads: usize) -> Roof {
 /// The ceilings of a probe.
 pub fn roof(probe: Probe) -> Roof {
     Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s }
+}
+
+/// What to build for, to run on this machine's GPUs: an architecture of each kind.
+///
+/// # Errors
+/// If there is no driver, no GPU, or only GPUs that kernels do not run on.
+pub fn gpu_archs() -> Result<Vec<Arch>> {
+    let devices = mixtral_cuda::devices()?;
+    let archs: BTreeSet<Arch> = devices.iter().filter_map(|device| Arch::native(device.capability)).collect();
+    if archs.is_empty() {
+        let names: Vec<_> = devices.iter().map(|d| format!("{} (sm_{})", d.name, d.capability)).collect();
+        bail!("the kernels need a GPU of {} or newer; found {}", Arch::BASE, names.join(", "));
+    }
+    Ok(archs.into_iter().collect())
 }

@@ -3,6 +3,8 @@
 pub mod job;
 pub mod machine;
 pub mod outputs;
+pub mod prompt_files;
+pub mod per_op;
 pub mod prompts;
 pub mod ranks;
 pub mod report;

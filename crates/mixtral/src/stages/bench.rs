@@ -6,8 +6,6 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use mixtral_build::Roof;
 use mixtral_build::cost::{StepShape, cost};
-use mixtral_cpu::probe;
-use mixtral_engine::text::op_text;
 use mixtral_engine::{EngineDir, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
@@ -16,8 +14,11 @@ use serde::Serialize;
 
 use crate::args::bench::BenchArgs;
 use crate::run::job::{self, Job, LoadOptions};
-use crate::run::machine;
+use crate::run::per_op::OpTable;
 use crate::run::report::{decode_weight_bytes, f, median, quantile, ratio};
+
+/// GFLOP/s from which on rates are said in TFLOP/s.
+const TERA: f64 = 1e4;
 
 /// Decode steps of one batch size.
 #[derive(Debug, Serialize)]
@@ -33,15 +34,19 @@ struct Decode {
     bandwidth_percent: f64,
 }
 
-/// Prompts of one length, one at a time.
+/// Prompts of one length, so many at a time.
 #[derive(Debug, Serialize)]
 struct Prefill {
+    prompts: usize,
     tokens: usize,
+    /// Steps that they took: more than one if the engine takes fewer tokens at once.
+    steps: usize,
     median_ms: f64,
     min_ms: f64,
     tokens_per_s: f64,
     gflop_per_s: f64,
-    compute_percent: f64,
+    /// Nothing if the machine's own rate is unknown.
+    compute_percent: Option<f64>,
 }
 
 /// Many requests.
@@ -60,31 +65,35 @@ struct Throughput {
     per_token_ms_p99: f64,
 }
 
-/// One operation's share of the measured steps.
-#[derive(Debug, Serialize)]
-struct OpTime {
-    op: String,
-    ms: f64,
-    percent: f64,
-}
-
 /// Everything measured.
 #[derive(Debug, Serialize)]
 struct Bench {
     engine: String,
-    threads: usize,
+    /// Where it ran.
+    place: String,
+    /// Loading the engine, weights and all.
+    load_s: f64,
+    /// From nothing to the first token of the first batch.
+    first_token_s: Option<f64>,
     read_gb_per_s: f64,
-    gflop_per_s: f64,
+    /// Nothing if it could not be measured.
+    gflop_per_s: Option<f64>,
     decode: Vec<Decode>,
     prefill: Vec<Prefill>,
     throughput: Option<Throughput>,
-    per_op: Vec<OpTime>,
+    per_op: Vec<OpTable>,
 }
 
 /// Runs the command.
 pub fn main(args: &BenchArgs) -> Result<()> {
     let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions { threads: args.threads, count_experts: false, time_ops: args.per_op };
+    let load = LoadOptions {
+        backend: args.backend,
+        kv_cache_fraction: args.kv_cache_free_gpu_mem_fraction,
+        threads: args.threads,
+        count_experts: false,
+        time_ops: args.per_op,
+    };
     job::run(&engine, load, |job| {
         let bench = measure(args, &engine, job)?;
         let mut out = std::io::stdout().lock();
@@ -146,7 +155,8 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     } else {
         args.prefill.clone()
     };
-    let prompts: Vec<Request> = lengths.iter().map(|&n| numbers.request(vocab_size, n, 1)).collect();
+    let prompts: Vec<Vec<Request>> =
+        lengths.iter().map(|&n| (0..args.prefill_batch).map(|_| numbers.request(vocab_size, n, 1)).collect()).collect();
     let many: Vec<Request> = (0..args.requests)
         .map(|_| {
             let (input, output) = (numbers.within(args.input_len), numbers.within(args.output_len));
@@ -159,60 +169,89 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
             limits.max_batch_size
         );
     }
-    let all: Vec<Request> = batches.iter().flatten().chain(&prompts).chain(&many).cloned().collect();
-    let mut session = job.session(&all, None)?;
-    let threads = args.threads.unwrap_or_else(machine::cores);
+    let all: Vec<Request> = batches.iter().chain(&prompts).flatten().chain(&many).cloned().collect();
     // The machine's own rates, before and after what is measured against them.
-    let probe_bytes = if args.quick { probe::QUICK } else { probe::THOROUGH };
-    let before = probe::measure(threads, probe_bytes);
+    let before = job.place().roof(args.quick)?;
+    let start = Instant::now();
+    let mut session = job.session(&all, None)?;
+    let load_s = start.elapsed().as_secs_f64();
     let program = job.program();
 
+    let mut first_token_s = None;
     let mut decode_steps = Vec::new();
     for batch in &batches {
         let steps = run_batch(&mut session, batch)?;
-        let steps: Vec<f64> = steps
-            .iter()
-            .filter(|s| s.prefill_tokens == 0 && s.decode_tokens == batch.len())
-            .skip(args.warmup)
-            .map(|s| s.time.as_secs_f64())
-            .collect();
-        decode_steps.push((batch.len(), steps));
+        // The first batch's prompts are the first thing that runs; its tokens come with their last step.
+        first_token_s.get_or_insert_with(|| {
+            let prompts = steps.iter().take_while(|s| s.stats.prefill_tokens > 0);
+            load_s + prompts.map(|s| s.stats.time.as_secs_f64()).sum::<f64>()
+        });
+        let decodes = |s: &Step| s.stats.prefill_tokens == 0 && s.stats.decode_tokens == batch.len();
+        decode_steps.push((batch.len(), steps.into_iter().filter(decodes).skip(args.warmup).collect::<Vec<_>>()));
     }
 
-    let mut prefill_times = Vec::new();
-    for prompt in &prompts {
-        let mut times = Vec::new();
+    let mut prefill_rounds = Vec::new();
+    for batch in &prompts {
+        let mut rounds = Vec::new();
         for round in 0..args.warmup.min(1) + 3 {
-            let steps = run_batch(&mut session, std::slice::from_ref(prompt))?;
+            let steps = run_batch(&mut session, batch)?;
             if round >= args.warmup.min(1) {
-                times.push(steps.iter().map(|s| s.time).sum::<Duration>().as_secs_f64());
+                rounds.push(steps);
             }
         }
-        prefill_times.push((prompt.prompt.len(), times));
+        prefill_rounds.push((batch, rounds));
     }
 
     let throughput = (!many.is_empty()).then(|| throughput(&mut session, args, &many, &mut numbers)).transpose()?;
-    let roof = machine::roof(before.max(probe::measure(threads, probe_bytes)));
-    let decode = decode_steps.into_iter().map(|(n, steps)| Decode::new(program, roof, n, steps)).collect();
-    let prefill = prefill_times.into_iter().map(|(n, times)| Prefill::new(program, roof, n, times)).collect();
-    let times: Vec<f64> = session.op_times().iter().map(Duration::as_secs_f64).collect();
-    let total: f64 = times.iter().sum();
-    let per_op = program
-        .ops
-        .iter()
-        .zip(&times)
-        .map(|(op, time)| OpTime { op: op_text(op), ms: 1e3 * time, percent: 100.0 * ratio(*time, total) })
-        .collect();
+    let roof = better(before, job.place().roof(args.quick)?);
+    let mut per_op = Vec::new();
+    let mut decode = Vec::new();
+    for (n, steps) in decode_steps {
+        if args.per_op {
+            let shape =
+                StepShape { num_tokens: n, num_logits: n, context: args.context + args.warmup + args.steps / 2 };
+            let times = summed(steps.iter());
+            per_op.push(OpTable::new(program, roof, format!("decode of {n}"), shape, &times, steps.len()));
+        }
+        decode.push(Decode::new(program, roof, n, steps.iter().map(|s| s.stats.time.as_secs_f64()).collect()));
+    }
+    let mut prefill = Vec::new();
+    for (batch, rounds) in prefill_rounds {
+        let (n, len) = (batch.len(), batch[0].prompt.len());
+        let shape = StepShape { num_tokens: n * len, num_logits: n, context: len / 2 + 1 };
+        if args.per_op {
+            let times = summed(rounds.iter().flatten());
+            per_op.push(OpTable::new(program, roof, format!("prefill of {n} × {len}"), shape, &times, rounds.len()));
+        }
+        prefill.push(Prefill::new(program, roof, shape, &rounds));
+    }
     Ok(Bench {
         engine: engine.config().run_id.clone(),
-        threads,
+        place: job.place().to_string(),
+        load_s,
+        first_token_s,
         read_gb_per_s: roof.bytes_per_s / 1e9,
-        gflop_per_s: roof.flops_per_s / 1e9,
+        gflop_per_s: (roof.flops_per_s > 0.0).then_some(roof.flops_per_s / 1e9),
         decode,
         prefill,
         throughput,
         per_op,
     })
+}
+
+/// The better of two measurements, figure by figure.
+fn better(a: Roof, b: Roof) -> Roof {
+    Roof { bytes_per_s: a.bytes_per_s.max(b.bytes_per_s), flops_per_s: a.flops_per_s.max(b.flops_per_s) }
+}
+
+/// The times of all operations over some steps.
+fn summed<'a>(steps: impl Iterator<Item = &'a Step>) -> Vec<Duration> {
+    let mut sum: Vec<Duration> = Vec::new();
+    for step in steps {
+        sum.resize(step.ops.len(), Duration::ZERO);
+        sum.iter_mut().zip(&step.ops).for_each(|(sum, time)| *sum += *time);
+    }
+    sum
 }
 
 impl Decode {
@@ -233,30 +272,44 @@ impl Decode {
 }
 
 impl Prefill {
-    fn new(program: &Program, roof: Roof, tokens: usize, times: Vec<f64>) -> Self {
-        let shape = StepShape { num_tokens: tokens, num_logits: 1, context: tokens / 2 + 1 };
+    fn new(program: &Program, roof: Roof, shape: StepShape, rounds: &[Vec<Step>]) -> Self {
         let flops: f64 = program.ops.iter().map(|op| cost(program, op, shape).flops).sum();
+        let seconds = |steps: &Vec<Step>| steps.iter().map(|s| s.stats.time).sum::<Duration>().as_secs_f64();
+        let times: Vec<f64> = rounds.iter().map(seconds).collect();
         let typical = median(times.clone());
+        let rate = ratio(flops, typical);
         Prefill {
-            tokens,
+            prompts: shape.num_logits,
+            tokens: shape.num_tokens / shape.num_logits.max(1),
+            steps: rounds.first().map_or(0, Vec::len),
             median_ms: 1e3 * typical,
             min_ms: 1e3 * quantile(times, 0.0),
-            tokens_per_s: ratio(f(tokens), typical),
-            gflop_per_s: ratio(flops, typical) / 1e9,
-            compute_percent: 100.0 * ratio(ratio(flops, typical), roof.flops_per_s),
+            tokens_per_s: ratio(f(shape.num_tokens), typical),
+            gflop_per_s: rate / 1e9,
+            compute_percent: (roof.flops_per_s > 0.0).then(|| 100.0 * ratio(rate, roof.flops_per_s)),
         }
     }
 }
 
+/// A step, and the time of each of its operations if they are timed.
+struct Step {
+    stats: StepStats,
+    ops: Vec<Duration>,
+}
+
 /// Answers requests together; the steps it took.
-fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<StepStats>> {
+fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<Step>> {
     for request in requests {
         session.submit(request.clone()).context("the engine does not take what is to be measured")?;
     }
     let mut steps = Vec::new();
+    let mut before = session.op_times();
     while !session.is_idle() {
         session.step()?;
-        steps.push(session.last_step());
+        let after = session.op_times();
+        let ops = after.iter().zip(&before).map(|(after, before)| after.saturating_sub(*before)).collect();
+        steps.push(Step { stats: session.last_step(), ops });
+        before = after;
     }
     Ok(steps)
 }
@@ -323,11 +376,19 @@ fn throughput(
 }
 
 fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
-    let Bench { engine, threads, read_gb_per_s, gflop_per_s, decode, prefill, throughput, per_op } = bench;
-    writeln!(
-        out,
-        "engine {engine}, {threads} threads; the machine reads {read_gb_per_s:.2} GB/s and computes {gflop_per_s:.0} GFLOP/s"
-    )?;
+    let Bench { engine, place, load_s, first_token_s, read_gb_per_s, gflop_per_s, decode, prefill, throughput, per_op } =
+        bench;
+    let computes = match gflop_per_s {
+        Some(rate) if *rate >= TERA => format!("computes {:.0} TFLOP/s", rate / 1e3),
+        Some(rate) => format!("computes {rate:.0} GFLOP/s"),
+        None => "computes at an unknown rate (cuBLASLt cannot be found)".to_owned(),
+    };
+    writeln!(out, "engine {engine}, {place}; the machine reads {read_gb_per_s:.2} GB/s and {computes}")?;
+    write!(out, "loaded in {load_s:.2} s")?;
+    match first_token_s {
+        Some(seconds) => writeln!(out, ", first token after {seconds:.2} s")?,
+        None => writeln!(out)?,
+    }
     if !decode.is_empty() {
         writeln!(
             out,
@@ -342,18 +403,26 @@ fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
             d.batch_size, d.median_ms, d.p99_ms, d.min_ms, d.tokens_per_s, d.weight_gb_per_s, d.bandwidth_percent
         )?;
     }
+    let is_tera = prefill.iter().any(|p| p.gflop_per_s >= TERA);
+    let (unit, scale) = if is_tera { ("TFLOP/s", 1e-3) } else { ("GFLOP/s", 1.0) };
     if !prefill.is_empty() {
         writeln!(
             out,
-            "\n{:>6} {:>10} {:>10} {:>10} {:>10} {:>8}",
-            "prompt", "median ms", "min ms", "tok/s", "GFLOP/s", "% roof"
+            "\n{:>12} {:>6} {:>10} {:>10} {:>10} {:>10} {:>8}",
+            "prompts", "steps", "median ms", "min ms", "tok/s", unit, "% roof"
         )?;
     }
     for p in prefill {
         writeln!(
             out,
-            "{:>6} {:>10.2} {:>10.2} {:>10.1} {:>10.1} {:>8.0}",
-            p.tokens, p.median_ms, p.min_ms, p.tokens_per_s, p.gflop_per_s, p.compute_percent
+            "{:>12} {:>6} {:>10.2} {:>10.2} {:>10.1} {:>10.1} {:>8}",
+            format!("{} × {}", p.prompts, p.tokens),
+            p.steps,
+            p.median_ms,
+            p.min_ms,
+            p.tokens_per_s,
+            scale * p.gflop_per_s,
+            p.compute_percent.map_or_else(|| "-".to_owned(), |percent| format!("{percent:.0}"))
         )?;
     }
     if let Some(t) = throughput {
@@ -369,11 +438,5 @@ fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
         writeln!(out, "first token  {:.2} ms median, {:.2} ms p99", t.first_token_ms_median, t.first_token_ms_p99)?;
         writeln!(out, "each token   {:.3} ms median, {:.3} ms p99", t.per_token_ms_median, t.per_token_ms_p99)?;
     }
-    if !per_op.is_empty() {
-        writeln!(out, "\n{:>10} {:>6}  operation", "ms", "%")?;
-    }
-    for op in per_op {
-        writeln!(out, "{:>10.2} {:>6.1}  {}", op.ms, op.percent, op.op)?;
-    }
-    Ok(())
+    per_op.iter().try_for_each(|table| table.print(out))
 }

@@ -2,15 +2,18 @@
 
 use std::io::Write as _;
 use std::path::Path;
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{Roof, WeightsFrom, dot};
+use mixtral_build::{KernelOptions, Kernels, Roof, WeightsFrom, dot};
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig};
 use mixtral_convert::recipes;
+use mixtral_kernels::{Arch, Cache, Search};
 use mixtral_model::ModelConfig;
 
-use crate::args::build::{BuildOptions, Model};
+use crate::args::build::{BuildFor, BuildOptions, Model};
+use crate::progress::Kernels as Progress;
 use crate::run::machine;
 
 /// Sequences are at most this long unless asked for.
@@ -49,30 +52,42 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         _ => WeightsFrom::Dummy { seed: options.seed, recipes: &dummy },
     };
     let is_dummy = matches!(weights, WeightsFrom::Dummy { .. });
-    // Mapped weights can be paged out; dummy ones cannot.
-    let budget = machine::available_memory();
+    let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, options));
+    // Mapped weights can be paged out; dummy ones cannot. GPUs have a memory of their own.
+    let budget = machine::available_memory().filter(|_| is_dummy && kernels.is_none());
     let build = mixtral_build::BuildOptions {
         limits,
         gather_context_logits: options.gather_context_logits,
         recorded: options.recorded.clone(),
-        workers: options.workers,
-        memory_budget: budget.filter(|_| is_dummy),
+        workers: options.workers.unwrap_or(1),
+        kernels,
+        memory_budget: budget,
     };
-    let built = mixtral_build::build(&config, &weights, &build, &options.output_dir)?;
+    let (begun, progress) = (Instant::now(), Progress::new());
+    let advance = |done, total| progress.advance(done, total);
+    let built = mixtral_build::build(&config, &weights, &build, &options.output_dir, &advance);
+    progress.finish();
+    let built = built?;
     if is_dummy {
         eprintln!("weights: dummy, seed {}", options.seed);
     }
-    if options.recorded.values().any(|v| v == "disable") {
-        eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
+    match &built.kernels {
+        Some(kernels) => report(kernels, &options.portable, begun),
+        None if options.recorded.values().any(|v| v == "disable") => {
+            eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
+        }
+        None => {}
     }
     let mut out = std::io::stdout().lock();
-    let roof = options.explain.then(|| machine::measure_roof(machine::cores()));
+    // This machine's CPU says nothing of a GPU.
+    let roof = (options.explain && built.kernels.is_none()).then(|| machine::measure_roof(machine::cores()));
     if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
         writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
     }
     for program in &built.programs {
         if options.explain {
-            writeln!(out, "{}", explain(program, roof))?;
+            let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks[program.rank]);
+            writeln!(out, "{}", explain(program, kernels, roof))?;
         }
         if let Some(path) = &options.graph {
             // One file a rank, where there are several.
@@ -95,6 +110,52 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     }
     eprintln!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id);
     Ok(())
+}
+
+/// The architectures to build for; none for the CPU alone.
+fn archs(build_for: &BuildFor) -> Result<Option<Vec<Arch>>> {
+    match build_for {
+        BuildFor::Cpu => Ok(None),
+        BuildFor::Archs(archs) => Ok(Some(archs.clone())),
+        BuildFor::Gpus => {
+            let hint = "--backend cuda builds for the GPUs of this machine; name others with --arch (sm_90a, …)";
+            machine::gpu_archs().context(hint).map(Some)
+        }
+        BuildFor::Visible => Ok(machine::gpu_archs().ok()),
+    }
+}
+
+fn kernel_options(archs: Vec<Arch>, options: &BuildOptions) -> KernelOptions {
+    KernelOptions {
+        archs,
+        tuned_linears: !options.portable.contains(&"--gemm-plugin"),
+        tuned_experts: !options.portable.contains(&"--moe-plugin"),
+        workers: options.workers.unwrap_or_else(machine::cores),
+        nvrtc: Search::from_environment(),
+        cache: Cache::folder_from_environment(),
+    }
+}
+
+/// Says what was compiled and what to know about it.
+fn report(kernels: &Kernels, portable: &[&str], begun: Instant) {
+    let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
+    eprintln!(
+        "kernels: {} compiled for {}, {} found in the cache, {:.1} s",
+        kernels.compiled,
+        targets.join(", "),
+        kernels.from_cache,
+        begun.elapsed().as_secs_f64()
+    );
+    for warning in &kernels.warnings {
+        eprintln!("warning: {warning}");
+    }
+    if !portable.is_empty() {
+        let flags: Vec<_> = portable.iter().map(|flag| format!("{flag} disable")).collect();
+        eprintln!(
+            "warning: {}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
+            flags.join(", ")
+        );
+    }
 }
 
 fn write_graph(path: &Path, text: &str) -> Result<()> {

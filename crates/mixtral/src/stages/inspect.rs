@@ -4,9 +4,10 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Result;
-use mixtral_build::explain::bytes;
+use mixtral_build::explain::{bytes, kernel_table};
 use mixtral_checkpoint::{Checkpoint, rank_tensors};
 use mixtral_engine::{EngineDir, EngineError};
+use mixtral_kernels::{Code, KernelImages};
 use mixtral_model::{Mapping, ModelConfig, Rank};
 use serde_json::json;
 
@@ -107,23 +108,47 @@ fn inspect_checkpoint(checkpoint: &Checkpoint, args: &InspectArgs, out: &mut dyn
     Ok(())
 }
 
+/// The compiled kernels of a rank.
+fn kernels(engine: &EngineDir, rank: Rank) -> Result<Vec<KernelImages>> {
+    let codes = engine.images(rank)?.into_iter().filter_map(Code::of_image);
+    codes.map(|code| Ok(KernelImages::from_bytes(code, &engine.image(rank, &code.image_name())?)?)).collect()
+}
+
 fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
     let config = engine.config();
     let programs = config.mapping.ranks().map(|rank| engine.program(rank)).collect::<Result<Vec<_>, _>>()?;
+    let kernels = config.mapping.ranks().map(|rank| kernels(engine, rank)).collect::<Result<Vec<_>>>()?;
     if args.json {
         let ranks: Vec<_> = programs
             .iter()
-            .map(|program| {
+            .zip(&kernels)
+            .map(|(program, kernels)| {
                 let tensors: Vec<_> = program
                     .weights
                     .iter()
                     .map(|w| json!({ "name": w.name, "dtype": w.dtype, "shape": w.shape, "bytes": w.num_bytes() }))
+                    .collect();
+                let kernels: Vec<_> = kernels
+                    .iter()
+                    .map(|images| {
+                        let list: Vec<_> = images
+                            .iter()
+                            .map(|k| {
+                                json!({
+                                    "symbol": k.symbol, "threads": k.threads, "shared_bytes": k.shared_bytes,
+                                    "bytes": k.code.len(), "resources": k.resources,
+                                })
+                            })
+                            .collect();
+                        json!({ "target": images.code.to_string(), "kernels": list })
+                    })
                     .collect();
                 json!({
                     "memory": program.memory_plan(),
                     "bytes": program.weight_bytes(),
                     "tensors": tensors,
                     "program": program.to_text(),
+                    "kernels": kernels,
                 })
             })
             .collect();
@@ -162,6 +187,12 @@ fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -
         )?;
         if !config.ranks[Rank(rank).0].weights_header_blake3.is_empty() {
             engine.weight_file(Rank(rank))?;
+        }
+        for images in &kernels[rank] {
+            let table = kernel_table(images);
+            // Its first line is the sum of it.
+            let shown = if args.summary { table.split_inclusive('\n').next().unwrap_or_default() } else { &table };
+            write!(out, "{shown}")?;
         }
         if !args.summary {
             write!(out, "{}", program.to_text())?;

@@ -13,7 +13,6 @@ use serde_json::json;
 
 use crate::args::run::{RunArgs, RunOptions};
 use crate::run::job::{self, Job, LoadOptions};
-use crate::run::machine;
 use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
 use crate::run::report::{Stats, expert_table};
@@ -26,7 +25,13 @@ pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
     check_output_paths(args)?;
     let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions { threads: args.threads, count_experts: args.expert_stats, time_ops: false };
+    let load = LoadOptions {
+        backend: args.backend,
+        kv_cache_fraction: args.kv_cache_free_gpu_mem_fraction,
+        threads: args.threads,
+        count_experts: args.expert_stats,
+        time_ops: false,
+    };
     job::run(&engine, load, |job| lead(options, &engine, job))
 }
 
@@ -43,14 +48,8 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let stream = args.streaming.then_some(args.streaming_interval);
     let (outputs, steps) = generate(&mut session, &requests, args, stream, &mut out)?;
 
-    let stats = (args.stats || args.json).then(|| {
-        let bandwidth = if args.stats {
-            machine::measure_roof(args.threads.unwrap_or_else(machine::cores)).bytes_per_s
-        } else {
-            0.0
-        };
-        Stats::new(job.program(), &steps, &outputs, bandwidth)
-    });
+    let bandwidth = if args.stats { job.place().roof(true)?.bytes_per_s } else { 0.0 };
+    let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs, bandwidth));
     let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
     if args.json {
         let prompts: Vec<_> = prompts

@@ -1,0 +1,118 @@
+//! The CUDA kernels of an engine: which plan each linear has, and everything that the programs launch, compiled.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use mixtral_engine::{Op, Program};
+use mixtral_kernels::{
+    Arch, Cache, Code, Compiler, Defect, Family, Kernel, KernelImages, Nvrtc, Search, Sources, batch, needed, select,
+};
+use mixtral_model::Rank;
+
+use crate::BuildError;
+
+/// Which kernels an engine gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct KernelOptions {
+    /// The architectures, at least one.
+    pub archs: Vec<Arch>,
+    /// Whether dense linears may have kernels that are tuned for an architecture.
+    pub tuned_linears: bool,
+    /// Whether experts may.
+    pub tuned_experts: bool,
+    /// Kernels compiled at a time.
+    pub workers: usize,
+    /// Where NVRTC is looked for.
+    pub nvrtc: Search,
+    /// Where compiled kernels are kept between builds.
+    pub cache: Option<PathBuf>,
+}
+
+/// The kernels of all ranks.
+#[derive(Clone, Debug)]
+pub struct Kernels {
+    /// What they are compiled to.
+    pub codes: BTreeSet<Code>,
+    /// Hash of their sources.
+    pub tree_hash: String,
+    /// Of each rank, one for every code.
+    pub ranks: Vec<Vec<KernelImages>>,
+    /// How many had to be compiled.
+    pub compiled: usize,
+    /// How many were found in the cache.
+    pub from_cache: usize,
+    /// What is not as it should be, but does no harm to results.
+    pub warnings: Vec<String>,
+}
+
+impl KernelOptions {
+    /// What is compiled: without tuned kernels, portable ones for the same machines.
+    #[must_use]
+    pub fn codes(&self) -> BTreeSet<Code> {
+        let is_tuned = self.tuned_linears || self.tuned_experts;
+        let archs: Vec<Arch> =
+            self.archs.iter().map(|arch| if is_tuned { *arch } else { Arch { specific: false, ..*arch } }).collect();
+        needed::codes(&archs)
+    }
+
+    /// Gives every linear its ladder, for the fastest of the architectures; the others' kernels choose anew where a rung is
+    /// not for them.
+    pub fn fill_ladders(&self, program: &mut Program) {
+        let best = self.codes().into_iter().map(Code::family).max().unwrap_or(Family::Portable);
+        let family = |tuned| if tuned { best } else { Family::Portable };
+        let ladders: Vec<_> = program
+            .ops
+            .iter()
+            .map(|op| {
+                let tuned = if matches!(op, Op::Linear { .. }) { self.tuned_linears } else { self.tuned_experts };
+                select::ladder(program, op, family(tuned))
+            })
+            .collect();
+        for (op, rungs) in program.ops.iter_mut().zip(ladders) {
+            if let Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } = op {
+                *ladder = rungs;
+            }
+        }
+    }
+
+    /// Compiles the kernels of all programs, those that several share once. `progress` is told how many of how many are
+    /// done.
+    ///
+    /// # Errors
+    /// If an operation has no kernel, there is no compiler, or a kernel is refused or not fit for use.
+    pub fn compile(&self, programs: &[Program], progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Kernels, BuildError> {
+        let codes = self.codes();
+        let of_rank = |program: &Program| {
+            let rank = Rank(program.rank);
+            needed::kernels(program, &codes).map_err(|source| BuildError::Lower { rank, source })
+        };
+        let needs = programs.iter().map(of_rank).collect::<Result<Vec<_>, _>>()?;
+        let work: Vec<(Kernel, Code)> = needs.iter().flatten().collect::<BTreeSet<_>>().into_iter().cloned().collect();
+        let nvrtc = Nvrtc::load(&self.nvrtc).map_err(mixtral_kernels::CompileError::from)?;
+        let compiler = Compiler::new(nvrtc, Sources::embedded());
+        let cache = self.cache.clone().map(Cache::new);
+        let batch = batch::compile_all(&compiler, &work, self.workers, cache.as_ref(), &|done| progress(done, work.len()))?;
+
+        let mut warnings: Vec<String> = batch.cache_warning.into_iter().collect();
+        let mut unfit = Vec::new();
+        let mut found = BTreeMap::new();
+        for (kernel, code, compiled) in batch.kernels {
+            let (fatal, other): (Vec<_>, Vec<_>) = compiled.defects.iter().partition(|defect| defect.is_fatal());
+            let say = |defect: &Defect| format!("{} for {code}: {defect}", kernel.symbol);
+            unfit.extend(fatal.into_iter().map(say));
+            warnings.extend(other.into_iter().map(say));
+            found.insert((kernel, code), compiled);
+        }
+        if !unfit.is_empty() {
+            return Err(BuildError::Unfit { kernels: unfit });
+        }
+        let images = |needed: &BTreeSet<(Kernel, Code)>, code: Code| {
+            let own = needed.iter().filter(|(_, of)| *of == code);
+            KernelImages::new(code, own.filter_map(|key| Some((&key.0, found.get(key)?))))
+        };
+        let ranks = needs.iter().map(|needed| codes.iter().map(|code| images(needed, *code)).collect()).collect();
+        let compiled = work.len() - batch.from_cache;
+        let tree_hash = compiler.sources().tree_hash();
+        Ok(Kernels { codes, tree_hash, ranks, compiled, from_cache: batch.from_cache, warnings })
+    }
+}

@@ -1,0 +1,466 @@
+//! Loading a program onto a GPU, and stepping it.
+
+use std::ops::Range;
+use std::time::Duration;
+
+use mixtral_engine::{Backend, BackendError, Op, Program, StepInputs, StepOutputs, Weights};
+use mixtral_kernels::lower::dummy;
+use mixtral_kernels::step_block::{Array, Drawn};
+use mixtral_kernels::{KernelImages, Regime, Schedule, StepBlock, Target};
+use mixtral_model::TokenId;
+
+use crate::budget::{KvBlocks, Needs};
+use crate::driver::{Context, Device, DeviceMemory, Pinned, Stream};
+use crate::execute::{Addresses, Functions, Sequence, Shape, Timer};
+use crate::{CudaError, inputs, weights};
+
+/// How a program is loaded.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CudaOptions {
+    /// The GPU, counted from 0 over those that are visible.
+    pub device: usize,
+    /// Size of the cache.
+    pub kv_blocks: KvBlocks,
+    /// Whether [`Backend::expert_counts`] counts.
+    pub count_experts: bool,
+    /// Whether [`Backend::op_times`] measures. Launches are then neither captured nor overlapped.
+    pub time_ops: bool,
+    /// Whether steps of decodes are captured as graphs.
+    pub graphs: bool,
+    /// Whether kernels that allow it start while their predecessor still runs, where the GPU can.
+    pub overlap: bool,
+}
+
+impl Default for CudaOptions {
+    /// GPU 0, one block, as fast as it can.
+    fn default() -> Self {
+        CudaOptions {
+            device: 0,
+            kv_blocks: KvBlocks::Exactly(1),
+            count_experts: false,
+            time_ops: false,
+            graphs: true,
+            overlap: true,
+        }
+    }
+}
+
+/// The least compute capability whose kernels can overlap.
+const OVERLAPS: u32 = 90;
+
+/// One rank's program on a GPU. Fields are dropped in order: what uses memory before the memory.
+pub struct CudaBackend {
+    sequences: Vec<(Regime, Sequence)>,
+    timer: Option<Timer>,
+    stream: Stream,
+    staging: Pinned,
+    landing: Pinned,
+    memory: Memory,
+    program: Program,
+    block: StepBlock,
+    kv_blocks: usize,
+    overlap: bool,
+    steps: u64,
+    /// The failure after which the device answers nothing.
+    lost: Option<CudaError>,
+    context: Context,
+}
+
+/// What is allocated on the device.
+struct Memory {
+    weights: DeviceMemory,
+    arena: DeviceMemory,
+    cache: DeviceMemory,
+    scratch: DeviceMemory,
+    step: DeviceMemory,
+    counts: Option<DeviceMemory>,
+}
+
+impl CudaBackend {
+    /// Loads a program that passed [`Program::check`], with `images` that the GPU runs: loads its kernels, allocates everything, brings its weights onto the
+    /// device, and captures its graphs.
+    ///
+    /// # Errors
+    /// No driver or GPU, kernels that the GPU cannot run, a program that has no kernels, too little memory, a missing or wrong
+    /// weight.
+    pub fn load(
+        program: Program,
+        source: &Weights,
+        images: &KernelImages,
+        options: CudaOptions,
+    ) -> Result<CudaBackend, BackendError> {
+        program.check().map_err(|e| BackendError::Other(e.to_string()))?;
+        let schedule = Schedule::new(&program, Target { family: images.code.family() })
+            .map_err(|e| BackendError::Other(e.to_string()))?;
+        let context = Context::new(options.device)?;
+        let stream = Stream::new(&context)?;
+        let block = StepBlock::new(&program);
+
+        // Kernels come before the memory is counted: they take some, too.
+        let mut functions = Functions::new(images, &context);
+        for kernel in schedule.kernels() {
+            functions.get(kernel)?;
+        }
+        let fills = match source {
+            Weights::Dummy { seed } => dummy::launches(&program, *seed),
+            Weights::Source(_) => Vec::new(),
+        };
+        for launch in &fills {
+            functions.get(&launch.kernel)?;
+        }
+
+        let (starts, weight_bytes) = weights::layout(&program);
+        let needs = Needs::new(&program, weight_bytes, &schedule.scratch, &block);
+        let kv_blocks = needs.kv_blocks(context.free_memory()?, options.kv_blocks)?;
+        let memory = Memory::new(&context, &stream, &needs, &program, &block, kv_blocks, options.count_experts)?;
+        let addresses = memory.addresses(&program, &starts, &block);
+
+        match source {
+            Weights::Source(source) => {
+                weights::upload(&program, source.as_ref(), &context, &memory.weights, &starts)?;
+            }
+            Weights::Dummy { .. } => {
+                // What no piece covers is zero.
+                stream.fill(&memory.weights, 0, weight_bytes, 0)?;
+                let shape = Shape { tokens: 0, logits: 0 };
+                let fills = Sequence::new(&fills, &mut functions, &addresses)?;
+                fills.run(&stream, shape, &(0..usize::MAX), false)?;
+                stream.synchronize()?;
+            }
+        }
+
+        let overlap = options.overlap && context.device().capability >= OVERLAPS;
+        let mut sequences = Vec::with_capacity(schedule.regimes.len());
+        for (regime, launches) in &schedule.regimes {
+            let mut sequence = Sequence::new(launches, &mut functions, &addresses)?;
+            if regime.decodes && options.graphs && !options.time_ops {
+                sequence.capture(&stream, *regime, overlap)?;
+            }
+            sequences.push((*regime, sequence));
+        }
+        let draws = block.capacity(Array::Drawn);
+        Ok(CudaBackend {
+            sequences,
+            timer: options.time_ops.then(|| Timer::new(&context, program.ops.len())).transpose()?,
+            staging: Pinned::new(&context, block.bytes())?,
+            landing: Pinned::new(&context, draws)?,
+            stream,
+            memory,
+            program,
+            block,
+            kv_blocks,
+            overlap,
+            steps: 0,
+            lost: None,
+            context,
+        })
+    }
+
+    /// The program.
+    #[must_use]
+    pub fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// The GPU.
+    #[must_use]
+    pub fn device(&self) -> &Device {
+        self.context.device()
+    }
+
+    /// Runs some of the program's operations; one that is computed together with others runs with the first of them. Outputs
+    /// come from the `sample` operation, if it is among them.
+    ///
+    /// # Errors
+    /// As [`Backend::step`].
+    pub fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        if let Some(lost) = &self.lost {
+            return Err(lost.clone().into());
+        }
+        inputs.check(&self.program, self.kv_blocks)?;
+        let written = inputs::write(&self.block, &self.program, inputs, self.staging.bytes()?)?;
+        let step = self.steps;
+        self.steps += 1;
+        self.execute(ops.clone(), inputs, written).map_err(|error| {
+            let error = error.in_step(step, || {
+                format!(
+                    "{} tokens of {} sequences, {} decodes",
+                    inputs.num_tokens(),
+                    inputs.num_seqs(),
+                    inputs.num_decodes
+                )
+            });
+            if let CudaError::Fault { .. } = error {
+                self.lost = Some(error.clone());
+            }
+            error
+        })?;
+        self.outputs(&ops, inputs)
+    }
+
+    /// Uploads the step's inputs, runs its launches, and waits for them.
+    fn execute(
+        &mut self,
+        ops: Range<usize>,
+        inputs: &StepInputs<'_>,
+        written: inputs::Written,
+    ) -> Result<(), CudaError> {
+        let stream = &self.stream;
+        self.staging.upload(stream, 0, written.prefix, &self.memory.step, 0)?;
+        if written.adjustments > 0 {
+            let at = self.block.offset(Array::Adjustments);
+            self.staging.upload(stream, at, written.adjustments, &self.memory.step, at)?;
+        }
+        let shape = Shape { tokens: inputs.num_tokens(), logits: inputs.num_logits() };
+        let whole = ops.start == 0 && ops.end >= self.program.ops.len();
+        let sequence = regime_of(&mut self.sequences, inputs)?;
+        let replayed = whole && self.timer.is_none() && sequence.replay(stream)?;
+        if !replayed {
+            match &mut self.timer {
+                Some(timer) => sequence.run_timed(stream, shape, &ops, timer)?,
+                None => sequence.run(stream, shape, &ops, self.overlap)?,
+            }
+        }
+        if !inputs.samples.is_empty() && self.sampled(&ops).is_some() {
+            let bytes = inputs.samples.len() * size_of::<Drawn>();
+            self.landing.download(stream, &self.memory.step, self.block.offset(Array::Drawn), bytes)?;
+        }
+        stream.synchronize()?;
+        if !replayed && let Some(timer) = &mut self.timer {
+            timer.collect()?;
+        }
+        Ok(())
+    }
+
+    /// The logits that the `sample` operation among some operations draws from.
+    fn sampled(&self, ops: &Range<usize>) -> Option<&str> {
+        let ops = self.program.ops.get(ops.start..ops.end.min(self.program.ops.len()))?;
+        ops.iter().find_map(|op| if let Op::Sample { logits } = op { Some(logits.as_str()) } else { None })
+    }
+
+    /// What the step has drawn.
+    fn outputs(&mut self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        let mut outputs = StepOutputs::default();
+        let Some(logits) = self.sampled(ops).map(str::to_owned) else { return Ok(outputs) };
+        let bytes = inputs.samples.len() * size_of::<Drawn>();
+        for (sample, drawn) in inputs::drawn(&self.landing.bytes()?[..bytes]).into_iter().enumerate() {
+            if let Ok(token) = usize::try_from(drawn.bad_token) {
+                return Err(BackendError::NonFinite { sample, token, value: drawn.bad_value });
+            }
+            let token = u32::try_from(drawn.token).ok().filter(|&t| (t as usize) < self.program.vocab_size);
+            let wrong = || {
+                let token = drawn.token;
+                BackendError::Other(format!(
+                    "the GPU drew token {token}, which there is not; this is a bug, please report it"
+                ))
+            };
+            outputs.tokens.push(TokenId(token.ok_or_else(wrong)?));
+        }
+        if inputs.return_logits {
+            let cols = self.program.buffer(&logits).map_or(0, |buffer| buffer.cols);
+            let bytes = self.read_buffer(&logits, 4 * cols * inputs.num_logits())?;
+            let rows = bytes.chunks_exact((4 * cols).max(1));
+            let value = |word: &[u8]| f32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            outputs.logits =
+                rows.flat_map(|row| row[..4 * self.program.vocab_size.min(cols)].chunks_exact(4).map(value)).collect();
+        }
+        Ok(outputs)
+    }
+
+    /// Offset and size of a buffer in the arena.
+    fn buffer(&self, name: &str, len: usize) -> Result<usize, BackendError> {
+        let missing = || BackendError::Other(format!("there is no buffer `{name}`"));
+        let buffer = self.program.buffer(name).ok_or_else(missing)?;
+        let size = self.program.max_bytes(buffer);
+        if len > size {
+            return Err(BackendError::Other(format!("{len} bytes of the {size} of buffer `{name}`")));
+        }
+        Ok(buffer.offset)
+    }
+
+    /// The first `len` bytes of a buffer, as the last operations left them.
+    ///
+    /// # Errors
+    /// A name that the program does not have, more bytes than the buffer's, or a device failure.
+    pub fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError> {
+        let offset = self.buffer(name, len)?;
+        let mut bytes = vec![0; len];
+        self.stream.download(&self.memory.arena, offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Writes the first bytes of a buffer.
+    ///
+    /// # Errors
+    /// As [`CudaBackend::read_buffer`].
+    pub fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError> {
+        let offset = self.buffer(name, bytes.len())?;
+        Ok(self.stream.upload(bytes, &self.memory.arena, offset)?)
+    }
+
+    /// Fills the arena, of which no step expects anything: for tests.
+    ///
+    /// # Errors
+    /// A device failure.
+    pub fn poison(&mut self, byte: u8) -> Result<(), BackendError> {
+        self.stream.fill(&self.memory.arena, 0, self.memory.arena.len(), byte)?;
+        Ok(self.stream.synchronize()?)
+    }
+
+    /// Keys and values of a layer of this rank, each `[blocks, num_kv_heads, block_size, head_dim]`.
+    ///
+    /// # Errors
+    /// A layer that the program does not have, or a device failure.
+    pub fn read_cache(&self, layer: usize) -> Result<[Vec<u8>; 2], BackendError> {
+        let [keys, values] = self.cache_spans(layer)?;
+        let read = |span: Range<usize>| {
+            let mut bytes = vec![0; span.len()];
+            self.stream.download(&self.memory.cache, span.start, &mut bytes).map(|()| bytes)
+        };
+        Ok([read(keys)?, read(values)?])
+    }
+
+    /// Writes keys and values of a layer.
+    ///
+    /// # Errors
+    /// As [`CudaBackend::read_cache`]; bytes of another length.
+    pub fn write_cache(&mut self, layer: usize, keys: &[u8], values: &[u8]) -> Result<(), BackendError> {
+        for (span, bytes) in self.cache_spans(layer)?.into_iter().zip([keys, values]) {
+            if bytes.len() != span.len() {
+                return Err(BackendError::Other(format!("{} bytes for the {} of a layer", bytes.len(), span.len())));
+            }
+            self.stream.upload(bytes, &self.memory.cache, span.start)?;
+        }
+        Ok(())
+    }
+
+    fn cache_spans(&self, layer: usize) -> Result<[Range<usize>; 2], BackendError> {
+        if layer >= self.program.kv.num_layers {
+            return Err(BackendError::Other(format!("layer {layer} of {}", self.program.kv.num_layers)));
+        }
+        let half = half_layer(&self.program, self.kv_blocks);
+        let start = 2 * layer * half;
+        Ok([start..start + half, start + half..start + 2 * half])
+    }
+}
+
+/// The launches for a step.
+fn regime_of<'a>(
+    sequences: &'a mut [(Regime, Sequence)],
+    inputs: &StepInputs<'_>,
+) -> Result<&'a mut Sequence, CudaError> {
+    let seqs = inputs.num_seqs();
+    // One token, one row of logits and one draw each, in order.
+    let decodes = inputs.num_decodes == seqs
+        && inputs.num_logits() == seqs
+        && inputs.samples.len() == seqs
+        && inputs.samples.iter().enumerate().all(|(i, sample)| sample.row == i);
+    let index = choose(sequences.iter().map(|(regime, _)| *regime), inputs.num_tokens(), decodes);
+    let none = || CudaError::Unsupported(format!("no kernels were chosen for steps of {} tokens", inputs.num_tokens()));
+    Ok(&mut sequences[index.ok_or_else(none)?].1)
+}
+
+/// The smallest regime that a step fits: as [`Schedule::for_step`].
+fn choose(regimes: impl Iterator<Item = Regime> + Clone, tokens: usize, decodes: bool) -> Option<usize> {
+    let smallest = |of: bool| regimes.clone().position(|r| r.decodes == of && r.max_tokens >= tokens);
+    decodes.then(|| smallest(true)).flatten().or_else(|| smallest(false))
+}
+
+/// Bytes of a layer's keys.
+fn half_layer(program: &Program, kv_blocks: usize) -> usize {
+    let kv = program.kv;
+    kv_blocks * kv.num_kv_heads * program.limits.block_size * kv.head_dim * kv.dtype.size()
+}
+
+impl Memory {
+    fn new(
+        context: &Context,
+        stream: &Stream,
+        needs: &Needs,
+        program: &Program,
+        block: &StepBlock,
+        kv_blocks: usize,
+        count_experts: bool,
+    ) -> Result<Memory, CudaError> {
+        let counters = 8 * program.num_layers * program.num_experts;
+        let zeroed = |len: usize| {
+            let memory = DeviceMemory::new(context, len)?;
+            stream.fill(&memory, 0, len, 0)?;
+            Ok::<_, CudaError>(memory)
+        };
+        let memory = Memory {
+            weights: DeviceMemory::new(context, needs.weights)?,
+            arena: zeroed(needs.arena)?,
+            cache: zeroed(needs.kv_block * kv_blocks)?,
+            scratch: zeroed(needs.scratch)?,
+            step: zeroed(block.bytes())?,
+            counts: count_experts.then(|| zeroed(counters)).transpose()?,
+        };
+        stream.synchronize()?;
+        Ok(memory)
+    }
+
+    fn addresses(&self, program: &Program, starts: &[usize], block: &StepBlock) -> Addresses {
+        let half = half_layer(program, self.cache.len() / program.kv.block_bytes(program.limits.block_size).max(1));
+        let at = |memory: &DeviceMemory, offset: usize| memory.address() + offset as u64;
+        Addresses {
+            buffers: program.buffers.iter().map(|b| at(&self.arena, b.offset)).collect(),
+            weights: starts.iter().map(|&start| at(&self.weights, start)).collect(),
+            cache: (0..program.kv.num_layers)
+                .map(|layer| [at(&self.cache, 2 * layer * half), at(&self.cache, (2 * layer + 1) * half)])
+                .collect(),
+            step: self.step.address(),
+            block: block.clone(),
+            scratch: self.scratch.address(),
+            counts: self.counts.as_ref().map(|counts| (counts.address(), program.num_experts)),
+        }
+    }
+}
+
+impl Backend for CudaBackend {
+    fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        self.run_ops(0..self.program.ops.len(), inputs)
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.kv_blocks
+    }
+
+    fn expert_counts(&self) -> Vec<Vec<u64>> {
+        let (layers, experts) = (self.program.num_layers, self.program.num_experts);
+        let mut bytes = vec![0; 8 * layers * experts];
+        if let Some(counts) = &self.memory.counts
+            && self.stream.download(counts, 0, &mut bytes).is_err()
+        {
+            // The device is lost, which the last step has said.
+            bytes.fill(0);
+        }
+        let count = |word: &[u8]| u64::from_le_bytes(word.try_into().unwrap_or_default());
+        (0..layers)
+            .map(|layer| bytes[8 * layer * experts..8 * (layer + 1) * experts].chunks_exact(8).map(count).collect())
+            .collect()
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        self.timer.as_ref().map(|timer| timer.times.clone()).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_takes_the_smallest_regime_that_fits() {
+        let regimes =
+            [(1, true), (4, true), (8, false), (64, false)].map(|(max_tokens, decodes)| Regime { max_tokens, decodes });
+        let index = |tokens, decodes| choose(regimes.into_iter(), tokens, decodes);
+        assert_eq!(index(1, true), Some(0));
+        assert_eq!(index(3, true), Some(1));
+        // More decodes than are captured run as any other step.
+        assert_eq!(index(5, true), Some(2));
+        assert_eq!(index(1, false), Some(2));
+        assert_eq!(index(9, false), Some(3));
+        assert_eq!(index(65, false), None);
+    }
+}

@@ -1,0 +1,147 @@
+//! The driver's functions, looked up in libcuda when one is first needed. Return codes are plain numbers: a driver may know
+//! codes that this build does not.
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::sync::OnceLock;
+
+use cudarc::driver::sys::{
+    CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUgraph, CUgraphExec, CUlaunchConfig, CUmodule, CUstream,
+    CUtensorMap,
+};
+use libloading::Library;
+
+use crate::CudaError;
+
+macro_rules! functions {
+    ($($name:ident($($arg:ty),*);)*) => {
+        /// The functions, and the library that keeps them valid.
+        #[expect(non_snake_case, reason = "the driver's names")]
+        pub(crate) struct Api {
+            $(pub(super) $name: unsafe extern "C" fn($($arg),*) -> c_uint,)*
+            /// Loads a kernel ahead of its first launch; since CUDA 12.4.
+            pub(super) cuFuncLoad: Option<unsafe extern "C" fn(CUfunction) -> c_uint>,
+            _library: Library,
+        }
+
+        impl Api {
+            fn find(library: Library) -> Result<Api, CudaError> {
+                // SAFETY: the types are those of cuda.h, which the driver has kept since these names exist.
+                unsafe {
+                    Ok(Api {
+                        $($name: *library
+                            .get(concat!(stringify!($name), "\0").as_bytes())
+                            .map_err(|_| CudaError::OldDriver { symbol: stringify!($name) })?,)*
+                        cuFuncLoad: library.get(b"cuFuncLoad\0").ok().map(|symbol| *symbol),
+                        _library: library,
+                    })
+                }
+            }
+        }
+    };
+}
+
+functions! {
+    cuInit(c_uint);
+    cuDriverGetVersion(*mut c_int);
+    cuGetErrorName(c_uint, *mut *const c_char);
+    cuGetErrorString(c_uint, *mut *const c_char);
+    cuDeviceGetCount(*mut c_int);
+    cuDeviceGet(*mut CUdevice, c_int);
+    cuDeviceGetName(*mut c_char, c_int, CUdevice);
+    cuDeviceTotalMem_v2(*mut usize, CUdevice);
+    cuDeviceGetAttribute(*mut c_int, c_uint, CUdevice);
+    cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
+    cuCtxSetCurrent(CUcontext);
+    cuMemGetInfo_v2(*mut usize, *mut usize);
+    cuMemAlloc_v2(*mut CUdeviceptr, usize);
+    cuMemFree_v2(CUdeviceptr);
+    cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
+    cuMemFreeHost(*mut c_void);
+    cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
+    cuMemcpyDtoHAsync_v2(*mut c_void, CUdeviceptr, usize, CUstream);
+    cuMemsetD8Async(CUdeviceptr, u8, usize, CUstream);
+    cuStreamCreate(*mut CUstream, c_uint);
+    cuStreamDestroy_v2(CUstream);
+    cuStreamSynchronize(CUstream);
+    cuStreamBeginCapture_v2(CUstream, c_uint);
+    cuStreamEndCapture(CUstream, *mut CUgraph);
+    cuEventCreate(*mut CUevent, c_uint);
+    cuEventDestroy_v2(CUevent);
+    cuEventRecord(CUevent, CUstream);
+    cuEventSynchronize(CUevent);
+    cuEventElapsedTime(*mut f32, CUevent, CUevent);
+    cuModuleLoadDataEx(*mut CUmodule, *const c_void, c_uint, *mut c_uint, *mut *mut c_void);
+    cuModuleUnload(CUmodule);
+    cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
+    cuFuncGetAttribute(*mut c_int, c_uint, CUfunction);
+    cuFuncSetAttribute(CUfunction, c_uint, c_int);
+    cuLaunchKernelEx(*const CUlaunchConfig, CUfunction, *mut *mut c_void, *mut *mut c_void);
+    cuGraphInstantiateWithFlags(*mut CUgraphExec, CUgraph, c_ulonglong);
+    cuGraphLaunch(CUgraphExec, CUstream);
+    cuGraphExecDestroy(CUgraphExec);
+    cuGraphDestroy(CUgraph);
+    cuTensorMapEncodeTiled(
+        *mut CUtensorMap, c_uint, c_uint, *mut c_void, *const u64, *const u64, *const u32, *const u32, c_uint, c_uint,
+        c_uint, c_uint
+    );
+}
+
+/// `CUDA_ERROR_NO_DEVICE`.
+const NO_DEVICE: c_uint = 100;
+
+/// The driver, initialized. It is looked for once a process.
+pub(crate) fn api() -> Result<&'static Api, CudaError> {
+    static API: OnceLock<Result<Api, CudaError>> = OnceLock::new();
+    API.get_or_init(load).as_ref().map_err(Clone::clone)
+}
+
+fn load() -> Result<Api, CudaError> {
+    // SAFETY: libcuda's initializers have no preconditions.
+    let open = |name| unsafe { Library::new(name) };
+    let library = open("libcuda.so.1")
+        .or_else(|first| open("libcuda.so").map_err(|_| first))
+        .map_err(|error| CudaError::NoDriver { detail: error.to_string() })?;
+    let api = Api::find(library)?;
+    // SAFETY: the flags must be 0.
+    match unsafe { (api.cuInit)(0) } {
+        0 => Ok(api),
+        code => {
+            let (name, text) = api.describe(code);
+            let detail = format!("{name}: {text}");
+            Err(if code == NO_DEVICE { CudaError::NoDevice { detail } } else { CudaError::NoDriver { detail } })
+        }
+    }
+}
+
+impl Api {
+    /// Turns a return code into an error.
+    pub(super) fn check(&self, call: &'static str, code: c_uint) -> Result<(), CudaError> {
+        if code == 0 {
+            return Ok(());
+        }
+        let (name, text) = self.describe(code);
+        Err(CudaError::Call { call, code, name, text })
+    }
+
+    /// Name and words of a return code.
+    pub(super) fn describe(&self, code: c_uint) -> (String, String) {
+        let of = |function: unsafe extern "C" fn(c_uint, *mut *const c_char) -> c_uint| {
+            let mut text = std::ptr::null();
+            // SAFETY: the driver writes a pointer to a static string, or leaves it null for a code that it does not know.
+            unsafe {
+                function(code, &raw mut text);
+                (!text.is_null()).then(|| CStr::from_ptr(text).to_string_lossy().into_owned())
+            }
+        };
+        let name = of(self.cuGetErrorName).unwrap_or_else(|| format!("error {code}"));
+        (name, of(self.cuGetErrorString).unwrap_or_else(|| "unknown to this driver".to_owned()))
+    }
+
+    /// The newest CUDA version that the driver knows, as `13.0`.
+    pub(crate) fn version(&self) -> String {
+        let mut version = 0;
+        // SAFETY: one integer is written.
+        unsafe { (self.cuDriverGetVersion)(&raw mut version) };
+        format!("CUDA {}.{}", version / 1000, version % 1000 / 10)
+    }
+}

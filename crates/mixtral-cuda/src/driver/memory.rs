@@ -1,0 +1,166 @@
+//! Memory of the device, and memory of the host that the device can copy at full speed.
+
+use std::ffi::c_void;
+
+use super::{Context, Event, Stream, api};
+use crate::CudaError;
+
+/// An allocation on the device, at least 256-byte aligned.
+pub(crate) struct DeviceMemory {
+    address: u64,
+    len: usize,
+    context: Context,
+}
+
+impl DeviceMemory {
+    /// `len` bytes of unknown contents.
+    pub(crate) fn new(context: &Context, len: usize) -> Result<DeviceMemory, CudaError> {
+        context.bind()?;
+        let api = api()?;
+        let mut address = 0;
+        // An allocation of nothing is an error to the driver.
+        // SAFETY: an address is written.
+        api.check("cuMemAlloc", unsafe { (api.cuMemAlloc_v2)(&raw mut address, len.max(1)) })?;
+        Ok(DeviceMemory { address, len, context: context.clone() })
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where it begins.
+    pub(crate) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// The address of `len` bytes from `offset` on, which lie within it.
+    pub(super) fn span(&self, offset: usize, len: usize) -> Result<u64, CudaError> {
+        let within = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        let outside = || CudaError::Unsupported(format!("bytes {offset} + {len} of an allocation of {}", self.len));
+        if within { Ok(self.address + offset as u64) } else { Err(outside()) }
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        if let Ok(api) = api() {
+            let _ = self.context.bind();
+            // SAFETY: nothing else frees it. The driver waits for work that may use it.
+            unsafe { (api.cuMemFree_v2)(self.address) };
+        }
+    }
+}
+
+/// Pinned memory of the host, and the last copy from or to it.
+pub(crate) struct Pinned {
+    start: *mut u8,
+    len: usize,
+    last: Event,
+    busy: bool,
+    context: Context,
+}
+
+// SAFETY: it owns its memory, which any thread may use.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// `len` zeroed bytes.
+    pub(crate) fn new(context: &Context, len: usize) -> Result<Pinned, CudaError> {
+        let last = Event::new(context, false)?;
+        let api = api()?;
+        let mut start: *mut c_void = std::ptr::null_mut();
+        // SAFETY: a pointer is written, to as many bytes as asked for, which are then given a value.
+        unsafe {
+            api.check("cuMemHostAlloc", (api.cuMemHostAlloc)(&raw mut start, len.max(1), 0))?;
+            start.cast::<u8>().write_bytes(0, len.max(1));
+        }
+        Ok(Pinned { start: start.cast(), len, last, busy: false, context: context.clone() })
+    }
+
+    /// Its bytes, when no copy uses them any more.
+    pub(crate) fn bytes(&mut self) -> Result<&mut [u8], CudaError> {
+        self.wait()?;
+        // SAFETY: the memory is initialized and owned, and no copy is under way.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.start, self.len) })
+    }
+
+    fn wait(&mut self) -> Result<(), CudaError> {
+        if self.busy {
+            self.last.synchronize()?;
+            self.busy = false;
+        }
+        Ok(())
+    }
+
+    /// Begins to copy its bytes `from..from + len` to the device.
+    pub(crate) fn upload(
+        &mut self,
+        stream: &Stream,
+        from: usize,
+        len: usize,
+        memory: &DeviceMemory,
+        offset: usize,
+    ) -> Result<(), CudaError> {
+        let (start, address) = (self.span(from, len)?, memory.span(offset, len)?);
+        if len == 0 {
+            return Ok(());
+        }
+        self.context.bind()?;
+        let api = api()?;
+        // SAFETY: both spans are within their allocations; nobody writes to this one before the event has passed.
+        let code = unsafe { (api.cuMemcpyHtoDAsync_v2)(address, start.cast_const().cast(), len, stream.handle) };
+        api.check("cuMemcpyHtoDAsync", code)?;
+        self.begun(stream)
+    }
+
+    /// Begins to copy from the device to its first `len` bytes.
+    pub(crate) fn download(
+        &mut self,
+        stream: &Stream,
+        memory: &DeviceMemory,
+        offset: usize,
+        len: usize,
+    ) -> Result<(), CudaError> {
+        self.wait()?;
+        let (start, address) = (self.span(0, len)?, memory.span(offset, len)?);
+        if len == 0 {
+            return Ok(());
+        }
+        let api = api()?;
+        self.context.bind()?;
+        // SAFETY: both spans are within their allocations; nobody reads or writes this one before the event has passed.
+        let code = unsafe { (api.cuMemcpyDtoHAsync_v2)(start.cast(), address, len, stream.handle) };
+        api.check("cuMemcpyDtoHAsync", code)?;
+        self.begun(stream)
+    }
+
+    fn begun(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        self.busy = true;
+        self.last.record(stream).or_else(|error| {
+            // Without the event only the whole stream tells when the copy has ended.
+            stream.synchronize()?;
+            self.busy = false;
+            Err(error)
+        })
+    }
+
+    fn span(&self, from: usize, len: usize) -> Result<*mut u8, CudaError> {
+        let within = from.checked_add(len).is_some_and(|end| end <= self.len);
+        if !within {
+            return Err(CudaError::Unsupported(format!("bytes {from} + {len} of a pinned buffer of {}", self.len)));
+        }
+        // SAFETY: within the allocation.
+        Ok(unsafe { self.start.add(from) })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _ = self.wait();
+        if let Ok(api) = api() {
+            let _ = self.context.bind();
+            // SAFETY: nothing else frees it, and no copy uses it: a context that is lost runs none.
+            unsafe { (api.cuMemFreeHost)(self.start.cast()) };
+        }
+    }
+}

@@ -1,0 +1,23 @@
+#![allow(unsafe_code)]
+//! The CUDA driver: a thin, checked layer over libcuda, and the only unsafe code beside the launches themselves. Handles own
+//! what they name and free it when dropped; memory that a copy is reading or writing cannot be touched before the copy ends.
+
+mod api;
+mod context;
+mod cublas;
+mod graph;
+mod memory;
+mod module;
+mod stream;
+mod tensor_map;
+
+pub(crate) use api::api;
+pub(crate) use context::Context;
+pub use context::Device;
+pub use context::devices;
+pub(crate) use cublas::Product;
+pub(crate) use graph::Graph;
+pub(crate) use memory::{DeviceMemory, Pinned};
+pub(crate) use module::{Config, Function, MAX_PARAMS, Module, Param};
+pub(crate) use stream::{Event, Stream};
+pub(crate) use tensor_map::encode;

@@ -1,0 +1,167 @@
+//! Everything that can fail between a program and a GPU.
+
+use mixtral_engine::BackendError;
+
+/// A failure of the driver, the device, or an engine that does not fit it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CudaError {
+    /// libcuda is missing.
+    #[error(
+        "no NVIDIA driver: libcuda.so.1 cannot be loaded ({detail}); install the driver (in a container, give it the GPU), or run with --backend cpu"
+    )]
+    NoDriver {
+        /// What the loader said.
+        detail: String,
+    },
+    /// libcuda is too old.
+    #[error("the NVIDIA driver is too old: it has no {symbol}; install one for CUDA 12.0 or newer (525 or newer)")]
+    OldDriver {
+        /// The function that it lacks.
+        symbol: &'static str,
+    },
+    /// A driver without a GPU.
+    #[error(
+        "the NVIDIA driver sees no GPU ({detail}); check nvidia-smi and CUDA_VISIBLE_DEVICES, or run with --backend cpu"
+    )]
+    NoDevice {
+        /// What the driver said.
+        detail: String,
+    },
+    /// A number past the last GPU.
+    #[error("there is no GPU {ordinal}: this machine has {count}, counted from 0")]
+    NoSuchDevice {
+        /// The number.
+        ordinal: usize,
+        /// GPUs there are.
+        count: usize,
+    },
+    /// A GPU that nothing in the engine runs on.
+    #[error(
+        "the engine has no kernels for this GPU ({device}, sm_{capability}): it was built for {targets}; build it again with --arch {arch}, or run with --backend cpu"
+    )]
+    NoImage {
+        /// Its name.
+        device: String,
+        /// Its compute capability.
+        capability: u32,
+        /// What the engine was built for.
+        targets: String,
+        /// What to build for.
+        arch: String,
+    },
+    /// An engine that lacks one of its kernels.
+    #[error("the engine has no image of kernel `{symbol}` for {arch}; it is of another version, build it again")]
+    MissingKernel {
+        /// The kernel's name expression.
+        symbol: String,
+        /// The architecture chosen for this GPU.
+        arch: String,
+    },
+    /// An image that the driver does not take.
+    #[error(
+        "the driver ({driver}) cannot load the kernels of this engine: {name}{log}; they were compiled by a newer CUDA than the driver knows: install a newer driver, or build the engine with the NVRTC of an older CUDA"
+    )]
+    Image {
+        /// CUDA version of the driver.
+        driver: String,
+        /// The driver's name of the failure.
+        name: String,
+        /// What its compiler said, after a colon.
+        log: String,
+    },
+    /// A kernel that this GPU cannot launch.
+    #[error("kernel `{symbol}` cannot run on this GPU: {problem}; build the engine with --arch {arch}")]
+    Unfit {
+        /// The kernel's name expression.
+        symbol: String,
+        /// What is wrong.
+        problem: String,
+        /// What to build for.
+        arch: String,
+    },
+    /// A launch that breaks the interpreter's rules.
+    #[error("launch of `{symbol}`: {problem}; this is a bug, please report it")]
+    Launch {
+        /// The kernel's name expression.
+        symbol: String,
+        /// What is wrong.
+        problem: String,
+    },
+    /// Less memory than the plan says.
+    #[error("{0}")]
+    Memory(String),
+    /// A device that stopped in the middle of a step.
+    #[error(
+        "the GPU failed in step {step} ({what}): {name}: {text}; its context is lost, so nothing more can run in this process. Run it again; if it happens again, run it under `compute-sanitizer` to see which kernel and address, and report it"
+    )]
+    Fault {
+        /// Steps before it.
+        step: u64,
+        /// What the step was.
+        what: String,
+        /// The driver's name of the failure.
+        name: String,
+        /// The driver's words.
+        text: String,
+    },
+    /// Any other call of the driver.
+    #[error("{call} failed: {name}: {text}")]
+    Call {
+        /// The function.
+        call: &'static str,
+        /// Its return code.
+        code: u32,
+        /// The code's name.
+        name: String,
+        /// The driver's words.
+        text: String,
+    },
+    /// A program or a request that this backend does not take.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+impl CudaError {
+    /// The same failure, if it lost the context, told as that of a step.
+    pub(crate) fn in_step(self, step: u64, what: impl FnOnce() -> String) -> CudaError {
+        match self {
+            CudaError::Call { code, name, text, .. } if LOST.contains(&code) => {
+                CudaError::Fault { step, what: what(), name, text }
+            }
+            other => other,
+        }
+    }
+}
+
+/// Return codes after which a context answers every call with the same: illegal address, launch timeout, assertion, hardware
+/// stack, illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, and the
+/// uncorrectable memory errors.
+const LOST: &[u32] = &[700, 702, 710, 714, 715, 716, 717, 718, 719, 214, 220, 226];
+
+/// The driver's codes of an image that is of no use to it: invalid image, no binary for the GPU, invalid PTX, unsupported PTX
+/// version, JIT compiler missing.
+pub(crate) const BAD_IMAGE: &[u32] = &[200, 209, 218, 221, 222];
+
+impl From<CudaError> for BackendError {
+    fn from(error: CudaError) -> Self {
+        BackendError::Other(error.to_string())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lost_context_is_a_fault_of_its_step() {
+        let call = |code| CudaError::Call {
+            call: "cuStreamSynchronize",
+            code,
+            name: "CUDA_ERROR_ILLEGAL_ADDRESS".to_owned(),
+            text: "an illegal memory access was encountered".to_owned(),
+        };
+        let fault = call(700).in_step(3, || "16 tokens of 4 sequences".to_owned());
+        insta::assert_snapshot!(fault, @"the GPU failed in step 3 (16 tokens of 4 sequences): CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered; its context is lost, so nothing more can run in this process. Run it again; if it happens again, run it under `compute-sanitizer` to see which kernel and address, and report it");
+        assert_eq!(call(2).in_step(3, String::new), call(2));
+    }
+}

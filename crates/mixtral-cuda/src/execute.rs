@@ -1,0 +1,351 @@
+#![allow(unsafe_code)]
+//! A schedule's launches with everything resolved that is known when a program is loaded: functions, pointers, tensor maps.
+//! What is left to a step is the number of CTAs.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::time::Duration;
+
+use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, Regime, StepBlock};
+
+use crate::CudaError;
+use crate::driver::{Config, Context, DeviceMemory, Event, Function, Graph, MAX_PARAMS, Module, Param, Stream, encode};
+
+/// Where everything lies on the device.
+#[derive(Clone, Debug)]
+pub(crate) struct Addresses {
+    /// Of each buffer.
+    pub(crate) buffers: Vec<u64>,
+    /// Of each weight.
+    pub(crate) weights: Vec<u64>,
+    /// Of each layer's keys and values.
+    pub(crate) cache: Vec<[u64; 2]>,
+    /// Of the step block.
+    pub(crate) step: u64,
+    pub(crate) block: StepBlock,
+    /// Of the scratch memory.
+    pub(crate) scratch: u64,
+    /// Of the experts' counters and how many a layer has, if they are counted.
+    pub(crate) counts: Option<(u64, usize)>,
+}
+
+impl Addresses {
+    /// What a parameter points at, or its value.
+    fn word(&self, arg: &Arg) -> Option<u64> {
+        Some(match arg {
+            Arg::Buffer(index) => *self.buffers.get(*index)?,
+            Arg::Weight { index, offset } => self.weights.get(*index)? + *offset as u64,
+            Arg::Keys(layer) => self.cache.get(*layer)?[0],
+            Arg::Values(layer) => self.cache.get(*layer)?[1],
+            Arg::Step(array) => self.step + self.block.offset(*array) as u64,
+            Arg::Scratch(offset) => self.scratch + *offset as u64,
+            Arg::ExpertCounts(layer) => self.counts.map_or(0, |(start, experts)| start + 8 * (layer * experts) as u64),
+            Arg::I32(value) => u64::from(value.cast_unsigned()),
+            Arg::U64(value) => *value,
+            Arg::F32(value) => u64::from(value.to_bits()),
+            Arg::TensorMap(_) => return None,
+        })
+    }
+
+    fn param(&self, symbol: &str, arg: &Arg) -> Result<Param, CudaError> {
+        let missing = || launch_error(symbol, format!("{arg:?} is not in the program"));
+        match arg {
+            Arg::TensorMap(map) => {
+                let address = self.word(&map.base).ok_or_else(missing)?;
+                Ok(Param::Map(encode(map, address)?))
+            }
+            arg => Ok(Param::Word(self.word(arg).ok_or_else(missing)?)),
+        }
+    }
+}
+
+fn launch_error(symbol: &str, problem: impl Into<String>) -> CudaError {
+    CudaError::Launch { symbol: symbol.to_owned(), problem: problem.into() }
+}
+
+/// The kernels of a program, each loaded when it is first asked for.
+pub(crate) struct Functions<'a> {
+    images: &'a KernelImages,
+    context: &'a Context,
+    loaded: HashMap<Kernel, Function>,
+}
+
+impl<'a> Functions<'a> {
+    pub(crate) fn new(images: &'a KernelImages, context: &'a Context) -> Self {
+        Functions { images, context, loaded: HashMap::new() }
+    }
+
+    pub(crate) fn get(&mut self, kernel: &Kernel) -> Result<Function, CudaError> {
+        if let Some(function) = self.loaded.get(kernel) {
+            return Ok(function.clone());
+        }
+        let (symbol, code) = (&kernel.symbol, self.images.code);
+        let missing = || CudaError::MissingKernel { symbol: symbol.clone(), arch: code.to_string() };
+        let image = self.images.find(kernel).ok_or_else(missing)?;
+        let module = Module::load(self.context, &image.code)?;
+        let function = module.function(symbol, &image.entry, kernel.threads, kernel.shared_bytes)?;
+        self.loaded.insert(kernel.clone(), function.clone());
+        Ok(function)
+    }
+}
+
+/// Launches the kernel that reads all of `memory`, with its parameters `data, count, out`.
+pub(crate) fn read_words(
+    function: &Function,
+    stream: &Stream,
+    config: Config,
+    memory: &DeviceMemory,
+    out: &DeviceMemory,
+) -> Result<(), CudaError> {
+    let words = (memory.len() / 16) as u64;
+    let params = [memory.address(), words, out.address()].map(Param::Word);
+    // SAFETY: the parameters are those of `probe::read`, which reads so many 16-byte words and writes one integer. Memory is
+    // freed after the driver has waited for what uses it.
+    unsafe { function.launch(stream, config, &params) }
+}
+
+/// A step, as far as grids depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) tokens: usize,
+    pub(crate) logits: usize,
+}
+
+/// CTAs of a launch; none if the step has nothing for it.
+fn ctas(grid: Grid, cluster: u32, shape: Shape, multiprocessors: u32) -> u32 {
+    let count = |n: usize, per: u32, times: u32| {
+        u32::try_from(n.div_ceil(per.max(1) as usize)).unwrap_or(u32::MAX).saturating_mul(times)
+    };
+    let cluster = cluster.max(1);
+    match grid {
+        Grid::Fixed(n) => n,
+        Grid::Tokens { per, times } => count(shape.tokens, per, times),
+        Grid::Logits { per, times } => count(shape.logits, per, times),
+        // All CTAs are resident, so whole clusters only.
+        Grid::Persistent { per_sm, items } => {
+            let most = multiprocessors.saturating_mul(per_sm) / cluster * cluster;
+            items.map_or(most, |items| items.div_ceil(cluster).saturating_mul(cluster).min(most))
+        }
+    }
+}
+
+/// One launch, resolved.
+struct Prepared {
+    symbol: String,
+    function: Function,
+    grid: Grid,
+    config: Config,
+    op: usize,
+    params: Box<[Param]>,
+}
+
+impl Prepared {
+    fn new(launch: &Launch, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Prepared, CudaError> {
+        let symbol = &launch.kernel.symbol;
+        if launch.args.len() > MAX_PARAMS {
+            return Err(launch_error(symbol, format!("{} parameters, at most {MAX_PARAMS}", launch.args.len())));
+        }
+        if launch.cluster > 8 {
+            return Err(launch_error(symbol, format!("a cluster of {}, at most 8", launch.cluster)));
+        }
+        Ok(Prepared {
+            symbol: symbol.clone(),
+            function: functions.get(&launch.kernel)?,
+            grid: launch.grid,
+            config: Config {
+                grid: 0,
+                threads: launch.kernel.threads,
+                shared_bytes: launch.kernel.shared_bytes,
+                cluster: launch.cluster.max(1),
+                overlaps: launch.overlaps,
+            },
+            op: launch.op,
+            params: launch.args.iter().map(|arg| addresses.param(symbol, arg)).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Launches it for a step. Nothing is launched if there is nothing to do, which is said by `false`.
+    fn launch(&self, stream: &Stream, shape: Shape, overlaps: bool) -> Result<bool, CudaError> {
+        let multiprocessors = stream.context().device().multiprocessors;
+        let grid = ctas(self.grid, self.config.cluster, shape, multiprocessors);
+        if grid == 0 {
+            return Ok(false);
+        }
+        if !grid.is_multiple_of(self.config.cluster) {
+            let problem = format!("{grid} CTAs in clusters of {}", self.config.cluster);
+            return Err(launch_error(&self.symbol, problem));
+        }
+        let config = Config { grid, overlaps: overlaps && self.config.overlaps, ..self.config };
+        // SAFETY: lowering lists the kernel's parameters in its order; they point into the backend's allocations, which it
+        // frees after the stream is idle.
+        unsafe { self.function.launch(stream, config, &self.params) }.map_err(|error| match error {
+            CudaError::Call { code: 1, .. } => launch_error(
+                &self.symbol,
+                format!("the driver refuses {config:?} with {} parameters: {error}", self.params.len()),
+            ),
+            other => other,
+        })?;
+        Ok(true)
+    }
+}
+
+/// Launches in order.
+pub(crate) struct Sequence {
+    launches: Vec<Prepared>,
+    graph: Option<Graph>,
+}
+
+impl Sequence {
+    pub(crate) fn new(
+        launches: &[Launch],
+        functions: &mut Functions<'_>,
+        addresses: &Addresses,
+    ) -> Result<Sequence, CudaError> {
+        let launches =
+            launches.iter().map(|launch| Prepared::new(launch, functions, addresses)).collect::<Result<_, _>>()?;
+        Ok(Sequence { launches, graph: None })
+    }
+
+    /// Launches those of some operations one by one. The first of them waits for all that is in the stream.
+    pub(crate) fn run(
+        &self,
+        stream: &Stream,
+        shape: Shape,
+        ops: &Range<usize>,
+        overlaps: bool,
+    ) -> Result<(), CudaError> {
+        stream.context().bind()?;
+        let mut first = true;
+        for launch in self.launches.iter().filter(|l| ops.contains(&l.op)) {
+            first &= !launch.launch(stream, shape, overlaps && !first)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Sequence::run`], one operation after another, with the time of each once the stream is idle.
+    pub(crate) fn run_timed(
+        &self,
+        stream: &Stream,
+        shape: Shape,
+        ops: &Range<usize>,
+        timer: &mut Timer,
+    ) -> Result<(), CudaError> {
+        stream.context().bind()?;
+        timer.begin(stream)?;
+        let all: Vec<&Prepared> = self.launches.iter().filter(|l| ops.contains(&l.op)).collect();
+        for group in all.chunk_by(|a, b| a.op == b.op) {
+            for launch in group {
+                launch.launch(stream, shape, false)?;
+            }
+            timer.mark(stream, group[0].op)?;
+        }
+        Ok(())
+    }
+
+    /// Captures all launches for a step of `regime`'s size.
+    pub(crate) fn capture(&mut self, stream: &Stream, regime: Regime, overlaps: bool) -> Result<(), CudaError> {
+        let shape = Shape { tokens: regime.max_tokens, logits: regime.max_tokens };
+        self.graph = Some(Graph::capture(stream, || self.run(stream, shape, &(0..usize::MAX), overlaps))?);
+        Ok(())
+    }
+
+    /// Replays the graph, if there is one.
+    pub(crate) fn replay(&mut self, stream: &Stream) -> Result<bool, CudaError> {
+        let Some(graph) = &mut self.graph else { return Ok(false) };
+        // SAFETY: the backend drops its sequences before its memory.
+        unsafe { graph.launch(stream)? };
+        Ok(true)
+    }
+}
+
+/// Time by operation.
+pub(crate) struct Timer {
+    events: Vec<Event>,
+    /// The operation that ends at each event but the first.
+    marks: Vec<usize>,
+    /// Of each operation, so far.
+    pub(crate) times: Vec<Duration>,
+}
+
+impl Timer {
+    pub(crate) fn new(context: &Context, num_ops: usize) -> Result<Timer, CudaError> {
+        let events = (0..=num_ops).map(|_| Event::new(context, true)).collect::<Result<_, _>>()?;
+        Ok(Timer { events, marks: Vec::new(), times: vec![Duration::ZERO; num_ops] })
+    }
+
+    fn begin(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        self.marks.clear();
+        self.events[0].record(stream)
+    }
+
+    fn mark(&mut self, stream: &Stream, op: usize) -> Result<(), CudaError> {
+        self.marks.push(op);
+        let event = self.events.get(self.marks.len());
+        event.map_or(Ok(()), |event| event.record(stream))
+    }
+
+    /// Adds the times of the step, once the stream is idle.
+    pub(crate) fn collect(&mut self) -> Result<(), CudaError> {
+        for (&op, events) in self.marks.iter().zip(self.events.windows(2)) {
+            self.times[op] += events[0].until(&events[1])?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mixtral_kernels::step_block::Array;
+    use mixtral_model::DType;
+    use mixtral_testkit::assembly::Assembly;
+
+    use super::*;
+
+    #[test]
+    fn grids_follow_the_step() {
+        let shape = Shape { tokens: 37, logits: 2 };
+        let of = |grid, cluster| ctas(grid, cluster, shape, 132);
+        assert_eq!(of(Grid::Fixed(7), 1), 7);
+        assert_eq!(of(Grid::Tokens { per: 16, times: 4 }, 1), 12);
+        assert_eq!(of(Grid::Logits { per: 1, times: 3 }, 1), 6);
+        assert_eq!(of(Grid::Persistent { per_sm: 2, items: None }, 1), 264);
+        assert_eq!(of(Grid::Persistent { per_sm: 1, items: Some(128) }, 1), 128);
+        assert_eq!(of(Grid::Persistent { per_sm: 1, items: Some(500) }, 1), 132);
+        // Whole clusters, however many multiprocessors there are.
+        assert_eq!(of(Grid::Persistent { per_sm: 1, items: Some(13) }, 2), 14);
+        assert_eq!(ctas(Grid::Persistent { per_sm: 1, items: None }, 4, shape, 114), 112);
+        // No rows of logits: nothing to launch.
+        assert_eq!(ctas(Grid::Logits { per: 8, times: 5 }, 1, Shape { tokens: 9, logits: 0 }, 132), 0);
+    }
+
+    #[test]
+    fn parameters_are_addresses_and_bits() {
+        let block = StepBlock::new(&Assembly::new(DType::Bf16).program);
+        let positions = block.offset(Array::Positions) as u64;
+        let addresses = Addresses {
+            buffers: vec![0x1000, 0x2000],
+            weights: vec![0x10_0000],
+            cache: vec![[0x20_0000, 0x30_0000]],
+            step: 0x40_0000,
+            block,
+            scratch: 0x50_0000,
+            counts: Some((0x60_0000, 8)),
+        };
+        let word = |arg| addresses.word(&arg);
+        assert_eq!(word(Arg::Buffer(1)), Some(0x2000));
+        assert_eq!(word(Arg::Buffer(2)), None);
+        assert_eq!(word(Arg::Weight { index: 0, offset: 0x30 }), Some(0x10_0030));
+        assert_eq!(word(Arg::Keys(0)), Some(0x20_0000));
+        assert_eq!(word(Arg::Values(0)), Some(0x30_0000));
+        assert_eq!(word(Arg::Keys(1)), None);
+        assert_eq!(word(Arg::Step(Array::Positions)), Some(0x40_0000 + positions));
+        assert_eq!(word(Arg::Scratch(0x80)), Some(0x50_0080));
+        assert_eq!(word(Arg::ExpertCounts(2)), Some(0x60_0000 + 2 * 8 * 8));
+        let uncounted = Addresses { counts: None, ..addresses.clone() };
+        assert_eq!(uncounted.word(&Arg::ExpertCounts(2)), Some(0));
+        assert_eq!(word(Arg::I32(-2)), Some(0xffff_fffe));
+        assert_eq!(word(Arg::F32(1.0)), Some(0x3f80_0000));
+        assert_eq!(word(Arg::U64(u64::MAX)), Some(u64::MAX));
+        assert!(addresses.param("k", &Arg::Buffer(9)).unwrap_err().to_string().contains("Buffer(9)"));
+    }
+}

@@ -1,0 +1,228 @@
+//! A step's inputs as the device reads them: the bytes of the step block, work lists of attention included.
+
+use mixtral_engine::{InputError, Program, SampleRequest, StepInputs};
+use mixtral_kernels::StepBlock;
+use mixtral_kernels::step_block::{Adjustment, Array, DECODE_SPLIT, Drawn, Header, PREFILL_TILE, Sample};
+
+/// What of the block a step has written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Written {
+    /// Bytes from the block's start.
+    pub(crate) prefix: usize,
+    /// Bytes of the adjustments, from their start.
+    pub(crate) adjustments: usize,
+}
+
+/// Writes inputs that passed their check into a block's bytes.
+///
+/// # Errors
+/// More draws, or more adjustments of logits, than the block has room for.
+pub(crate) fn write(
+    block: &StepBlock,
+    program: &Program,
+    inputs: &StepInputs<'_>,
+    bytes: &mut [u8],
+) -> Result<Written, InputError> {
+    let mut put = |array: Array, what: &'static str, flag: &'static str, size: usize, values: &[u8]| {
+        let (start, room) = (block.offset(array), block.capacity(array));
+        if values.len() > room {
+            return Err(InputError::OverLimit { what, found: values.len() / size, limit: room / size, flag });
+        }
+        bytes[start..][..values.len()].copy_from_slice(values);
+        Ok(())
+    };
+    let decode_items = decode_items(inputs);
+    let prefill_items = prefill_items(inputs);
+    let (samples, adjustments) = samples(program, inputs);
+    let header = Header {
+        num_tokens: int(inputs.num_tokens()),
+        num_seqs: int(inputs.num_seqs()),
+        num_decodes: int(inputs.num_decodes),
+        num_logits: int(inputs.num_logits()),
+        num_samples: int(samples.len()),
+        num_decode_items: int(decode_items.len()),
+        num_prefill_items: int(prefill_items.len()),
+        reserved: [0; 9],
+    };
+    let sample_bytes: Vec<u8> = samples.iter().flat_map(bytes_of_sample).collect();
+    let adjustment_bytes = ints(adjustments.iter().flat_map(|a| [a.token, a.code]));
+    let (tokens, seqs) = ("max-num-tokens", "max-batch-size");
+    put(Array::Header, "counts", tokens, 4, &bytes_of_header(&header))?;
+    put(Array::TokenIds, "tokens", tokens, 4, &ints(inputs.token_ids.iter().copied()))?;
+    put(Array::Positions, "positions", tokens, 4, &ints(inputs.positions.iter().copied()))?;
+    put(Array::SlotMapping, "slots", tokens, 4, &ints(inputs.slot_mapping.iter().copied()))?;
+    put(Array::CuQueryLens, "sequences", seqs, 4, &ints(inputs.cu_query_lens.iter().copied()))?;
+    put(Array::SeqLens, "sequences", seqs, 4, &ints(inputs.seq_lens.iter().copied()))?;
+    put(Array::LogitsIndices, "rows of logits", tokens, 4, &ints(inputs.logits_indices.iter().copied()))?;
+    put(Array::DecodeItems, "splits of decodes", seqs, 8, &ints(decode_items.into_iter().flatten()))?;
+    put(Array::PrefillItems, "tiles of prompts", tokens, 8, &ints(prefill_items.into_iter().flatten()))?;
+    put(Array::Samples, "draws", seqs, size_of::<Sample>(), &sample_bytes)?;
+    put(Array::BlockTable, "cache blocks", seqs, 4, &ints(inputs.block_table.iter().copied()))?;
+    put(Array::Adjustments, "penalized or banned tokens", "max-seq-len", size_of::<Adjustment>(), &adjustment_bytes)?;
+    Ok(Written {
+        prefix: block.offset(Array::BlockTable) + 4 * inputs.block_table.len(),
+        adjustments: adjustment_bytes.len(),
+    })
+}
+
+/// What was drawn, out of `[samples]` of [`Drawn`].
+pub(crate) fn drawn(bytes: &[u8]) -> Vec<Drawn> {
+    let word = |bytes: &[u8], i: usize| [bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]];
+    let one = |bytes: &[u8]| Drawn {
+        token: i32::from_le_bytes(word(bytes, 0)),
+        bad_token: i32::from_le_bytes(word(bytes, 1)),
+        bad_value: f32::from_le_bytes(word(bytes, 2)),
+        reserved: i32::from_le_bytes(word(bytes, 3)),
+    };
+    bytes.chunks_exact(size_of::<Drawn>()).map(one).collect()
+}
+
+/// Every split of every decode's sequence: sequence, split.
+fn decode_items(inputs: &StepInputs<'_>) -> Vec<[i32; 2]> {
+    let decodes = inputs.seq_lens.iter().take(inputs.num_decodes).enumerate();
+    decodes.flat_map(|(seq, &len)| (0..index(len).div_ceil(DECODE_SPLIT)).map(move |s| [int(seq), int(s)])).collect()
+}
+
+/// Every tile of every other sequence's new tokens: sequence, first token. The one that sees the most keys comes first, so that
+/// none is begun late and long.
+fn prefill_items(inputs: &StepInputs<'_>) -> Vec<[i32; 2]> {
+    let mut items = Vec::new();
+    for (seq, edges) in inputs.cu_query_lens.windows(2).enumerate().skip(inputs.num_decodes) {
+        let new = index(edges[1] - edges[0]);
+        let past = index(inputs.seq_lens[seq]) - new;
+        for first in (0..new).step_by(PREFILL_TILE) {
+            let keys = past + (first + PREFILL_TILE).min(new);
+            items.push((keys, [int(seq), int(first)]));
+        }
+    }
+    items.sort_by_key(|&(keys, item)| (std::cmp::Reverse(keys), item));
+    items.into_iter().map(|(_, item)| item).collect()
+}
+
+/// 2^40: the weight of the most likely token.
+const ONE: f32 = 1_099_511_627_776.0;
+
+/// The draws, and the adjustments of all of them, one draw's together and ascending by token.
+fn samples(program: &Program, inputs: &StepInputs<'_>) -> (Vec<Sample>, Vec<Adjustment>) {
+    let mut adjustments = Vec::new();
+    let samples = inputs.samples.iter().map(|request| {
+        let first = adjustments.len();
+        adjust(program.vocab_size, request, &mut adjustments);
+        Sample {
+            row: int(request.row),
+            bits: request.key.bits(),
+            repetition_penalty: request.params.repetition_penalty,
+            presence_penalty: request.params.presence_penalty,
+            frequency_penalty: request.params.frequency_penalty,
+            first_adjustment: int(first),
+            num_adjustments: int(adjustments.len() - first),
+            ..filters(program.vocab_size, request)
+        }
+    });
+    (samples.collect(), adjustments)
+}
+
+/// Temperature, top-k, top-p and min-p in the integers of [`mixtral_engine::sampling`]. Filters that leave nothing, or nothing
+/// but the most likely token, are greedy.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "the casts of the definition, which saturate"
+)]
+fn filters(vocab_size: usize, request: &SampleRequest<'_>) -> Sample {
+    let params = &request.params;
+    let greedy = Sample { top_k: 1, temperature: 1.0, ..Sample::default() };
+    if params.is_greedy() {
+        return greedy;
+    }
+    let nucleus = params.top_p > 0.0 && params.top_p < 1.0;
+    let top_p = if nucleus { (params.top_p * 16_777_216.0) as u32 } else { 0 };
+    let min_weight = if params.min_p > 0.0 { (params.min_p * ONE).round_ties_even() as u64 } else { 0 };
+    if nucleus && top_p == 0 || min_weight > ONE as u64 {
+        return greedy;
+    }
+    let top_k = if params.top_k < vocab_size { int(params.top_k) } else { 0 };
+    Sample { top_k, top_p, min_weight, temperature: params.temperature, ..Sample::default() }
+}
+
+/// Appends the adjustments of a draw.
+fn adjust(vocab_size: usize, request: &SampleRequest<'_>, adjustments: &mut Vec<Adjustment>) {
+    let params = &request.params;
+    let start = adjustments.len();
+    let known = |token: u32| usize::try_from(token).is_ok_and(|t| t < vocab_size);
+    let mut add = |token: u32, code: i32| {
+        if let (true, Ok(token)) = (known(token), i32::try_from(token)) {
+            adjustments.push(Adjustment { token, code });
+        }
+    };
+    if params.has_penalties() {
+        let (prompt, output) = request.tokens.split_at(request.prompt_len.min(request.tokens.len()));
+        if params.repetition_penalty != 1.0 {
+            prompt.iter().for_each(|token| add(token.0, Adjustment::SEEN));
+        }
+        output.iter().for_each(|token| add(token.0, Adjustment::SEEN | 1));
+    }
+    request.banned.iter().for_each(|token| add(token.0, Adjustment::BANNED));
+    let mine = &mut adjustments[start..];
+    mine.sort_unstable_by_key(|a| a.token);
+    // One of each token: flags are joined, appearances in the output counted.
+    let flags = Adjustment::SEEN | Adjustment::BANNED;
+    let mut merged: Vec<Adjustment> = Vec::with_capacity(mine.len());
+    for run in mine.chunk_by(|a, b| a.token == b.token) {
+        let code = run.iter().fold(0, |code, a| (code | a.code & flags) + (a.code & !flags));
+        merged.push(Adjustment { token: run[0].token, code });
+    }
+    // Bans that would leave no token are ignored.
+    if merged.iter().filter(|a| a.code & Adjustment::BANNED != 0).count() >= vocab_size {
+        merged.iter_mut().for_each(|a| a.code &= !Adjustment::BANNED);
+    }
+    merged.retain(|a| a.code != 0);
+    adjustments.truncate(start);
+    adjustments.extend(merged);
+}
+
+fn bytes_of_header(header: &Header) -> Vec<u8> {
+    let Header {
+        num_tokens,
+        num_seqs,
+        num_decodes,
+        num_logits,
+        num_samples,
+        num_decode_items,
+        num_prefill_items,
+        reserved,
+    } = *header;
+    let counts = [num_tokens, num_seqs, num_decodes, num_logits, num_samples, num_decode_items, num_prefill_items];
+    ints(counts.into_iter().chain(reserved))
+}
+
+fn bytes_of_sample(sample: &Sample) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(size_of::<Sample>());
+    bytes.extend(sample.bits.to_le_bytes());
+    bytes.extend(sample.min_weight.to_le_bytes());
+    bytes.extend(sample.row.to_le_bytes());
+    bytes.extend(sample.top_k.to_le_bytes());
+    bytes.extend(sample.top_p.to_le_bytes());
+    for value in [sample.temperature, sample.repetition_penalty, sample.presence_penalty, sample.frequency_penalty] {
+        bytes.extend(value.to_le_bytes());
+    }
+    bytes.extend(ints([sample.first_adjustment, sample.num_adjustments, sample.reserved]));
+    bytes
+}
+
+fn ints(values: impl IntoIterator<Item = i32>) -> Vec<u8> {
+    values.into_iter().flat_map(i32::to_le_bytes).collect()
+}
+
+/// Counts of a step that passed its check are below 2^31.
+fn int(value: usize) -> i32 {
+    i32::try_from(value).unwrap_or(i32::MAX)
+}
+
+/// Indices of a step that passed its check are not negative.
+fn index(value: i32) -> usize {
+    usize::try_from(value).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests;

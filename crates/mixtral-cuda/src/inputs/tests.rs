@@ -1,0 +1,224 @@
+use std::mem::offset_of;
+
+use mixtral_engine::{Limits, RandomKey, SamplingParams};
+use mixtral_model::{DType, TokenId};
+use mixtral_testkit::assembly::Assembly;
+
+use super::*;
+
+fn program() -> Program {
+    let mut program = Assembly::new(DType::Bf16).program;
+    program.vocab_size = 29;
+    program.limits =
+        Limits { max_batch_size: 4, max_num_tokens: 200, max_seq_len: 600, max_num_logits: 4, block_size: 16 };
+    program
+}
+
+/// A decode of 257 tokens, one of 1, and two chunks: 68 tokens after 32, and 130 after none. Then draws.
+fn inputs() -> StepInputs<'static> {
+    let lens = [257, 1, 100, 130];
+    let news = [1, 1, 68, 130];
+    let mut edges = vec![0];
+    let mut positions = Vec::new();
+    for (len, new) in lens.into_iter().zip(news) {
+        edges.push(edges[edges.len() - 1] + new);
+        positions.extend(len - new..len);
+    }
+    let n = positions.len();
+    let width = program().limits.max_blocks_per_seq();
+    StepInputs {
+        num_decodes: 2,
+        token_ids: (0..int(n)).map(|i| i % 29).collect(),
+        slot_mapping: (0..int(n)).collect(),
+        positions,
+        block_table: (0..int(4 * width)).map(|i| i % 40).collect(),
+        seq_lens: lens.to_vec(),
+        cu_query_lens: edges,
+        logits_indices: vec![0, 1, 69],
+        samples: vec![],
+        return_logits: false,
+    }
+}
+
+fn request(params: SamplingParams) -> SampleRequest<'static> {
+    let key = RandomKey { seed: 1, prompt: 2, hypothesis: 3, position: 4 };
+    SampleRequest { row: 1, params, key, tokens: (&[]).into(), prompt_len: 0, banned: vec![] }
+}
+
+fn drawn_freely() -> SamplingParams {
+    SamplingParams { top_k: 0, ..SamplingParams::default() }
+}
+
+fn read(block: &StepBlock, bytes: &[u8], array: Array, n: usize) -> Vec<i32> {
+    let words = bytes[block.offset(array)..][..4 * n].chunks_exact(4);
+    words.map(|word| i32::from_le_bytes(word.try_into().unwrap())).collect()
+}
+
+#[test]
+fn every_array_lies_where_the_block_says() {
+    let (program, inputs) = (program(), inputs());
+    inputs.check(&program, 40).unwrap();
+    let block = StepBlock::new(&program);
+    let mut bytes = vec![0xee; block.bytes()];
+    let written = write(&block, &program, &inputs, &mut bytes).unwrap();
+    let n = inputs.num_tokens();
+    // tokens, sequences, decodes, logits, samples, splits (2 + 1), tiles (2 + 3)
+    assert_eq!(read(&block, &bytes, Array::Header, 16), [200, 4, 2, 3, 0, 3, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(read(&block, &bytes, Array::TokenIds, n), inputs.token_ids);
+    assert_eq!(read(&block, &bytes, Array::Positions, n), inputs.positions);
+    assert_eq!(read(&block, &bytes, Array::SlotMapping, n), inputs.slot_mapping);
+    assert_eq!(read(&block, &bytes, Array::CuQueryLens, 5), inputs.cu_query_lens);
+    assert_eq!(read(&block, &bytes, Array::SeqLens, 4), inputs.seq_lens);
+    assert_eq!(read(&block, &bytes, Array::LogitsIndices, 3), inputs.logits_indices);
+    let table = inputs.block_table.len();
+    assert_eq!(read(&block, &bytes, Array::BlockTable, table), inputs.block_table);
+    assert_eq!(written, Written { prefix: block.offset(Array::BlockTable) + 4 * table, adjustments: 0 });
+    assert!(written.prefix <= block.offset(Array::Adjustments));
+}
+
+#[test]
+fn attention_has_every_split_in_order_and_the_longest_tile_first() {
+    let (program, inputs) = (program(), inputs());
+    let block = StepBlock::new(&program);
+    let mut bytes = vec![0; block.bytes()];
+    write(&block, &program, &inputs, &mut bytes).unwrap();
+    // 257 tokens are two splits; a decode of one token is one.
+    assert_eq!(read(&block, &bytes, Array::DecodeItems, 6), [0, 0, 0, 1, 1, 0]);
+    // Keys seen: 3/128 → 130, 3/64 → 128, 2/64 → 100, 2/0 → 96, 3/0 → 64.
+    assert_eq!(read(&block, &bytes, Array::PrefillItems, 10), [3, 128, 3, 64, 2, 64, 2, 0, 3, 0]);
+}
+
+#[test]
+fn the_fullest_step_fits() {
+    let program = program();
+    let block = StepBlock::new(&program);
+    let (limits, width) = (program.limits, program.limits.max_blocks_per_seq());
+    // Every sequence a decode of the greatest length.
+    let n = limits.max_batch_size;
+    let decodes = StepInputs {
+        num_decodes: n,
+        token_ids: vec![0; n],
+        positions: vec![599; n],
+        slot_mapping: vec![0; n],
+        block_table: vec![0; n * width],
+        seq_lens: vec![600; n],
+        cu_query_lens: (0..=int(n)).collect(),
+        logits_indices: (0..int(n)).collect(),
+        samples: vec![request(drawn_freely()); n],
+        return_logits: false,
+    };
+    // Chunks whose last tiles are nearly empty.
+    let edges = vec![0, 65, 130, 195, 200];
+    let prompts = StepInputs {
+        num_decodes: 0,
+        token_ids: vec![0; 200],
+        positions: vec![0; 200],
+        slot_mapping: vec![0; 200],
+        seq_lens: vec![65, 65, 65, 5],
+        cu_query_lens: edges,
+        ..decodes.clone()
+    };
+    for inputs in [decodes, prompts] {
+        write(&block, &program, &inputs, &mut vec![0; block.bytes()]).unwrap();
+    }
+}
+
+#[test]
+fn a_sample_has_the_layout_of_the_kernels() {
+    assert_eq!((size_of::<Sample>(), size_of::<Header>(), size_of::<Drawn>()), (56, 64, 16));
+    let sample = Sample {
+        bits: 1 << 40 | 1,
+        min_weight: 1 << 41 | 2,
+        row: 3,
+        top_k: 4,
+        top_p: 5,
+        temperature: 6.0,
+        repetition_penalty: 7.0,
+        presence_penalty: 8.0,
+        frequency_penalty: 9.0,
+        first_adjustment: 10,
+        num_adjustments: 11,
+        reserved: 12,
+    };
+    let bytes = bytes_of_sample(&sample);
+    assert_eq!(bytes.len(), size_of::<Sample>());
+    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    assert_eq!(u64::from_le_bytes(bytes[..8].try_into().unwrap()), sample.bits);
+    assert_eq!(u64::from_le_bytes(bytes[8..16].try_into().unwrap()), sample.min_weight);
+    assert_eq!(word(offset_of!(Sample, row)), 3);
+    assert_eq!(word(offset_of!(Sample, top_k)), 4);
+    assert_eq!(word(offset_of!(Sample, top_p)), 5);
+    assert_eq!(word(offset_of!(Sample, temperature)), 6.0f32.to_bits());
+    assert_eq!(word(offset_of!(Sample, repetition_penalty)), 7.0f32.to_bits());
+    assert_eq!(word(offset_of!(Sample, presence_penalty)), 8.0f32.to_bits());
+    assert_eq!(word(offset_of!(Sample, frequency_penalty)), 9.0f32.to_bits());
+    assert_eq!(word(offset_of!(Sample, first_adjustment)), 10);
+    assert_eq!(word(offset_of!(Sample, num_adjustments)), 11);
+    assert_eq!(word(offset_of!(Sample, reserved)), 12);
+}
+
+#[test]
+fn filters_are_the_definitions_integers() {
+    let of = |params: SamplingParams| {
+        let Sample { top_k, top_p, min_weight, temperature, .. } = filters(29, &request(params));
+        (top_k, top_p, min_weight, temperature)
+    };
+    let free = drawn_freely();
+    assert_eq!(of(SamplingParams::default()), (1, 0, 0, 1.0));
+    assert_eq!(of(SamplingParams { temperature: 0.0, ..free }), (1, 0, 0, 1.0));
+    assert_eq!(of(SamplingParams { temperature: 0.7, ..free }), (0, 0, 0, 0.7));
+    assert_eq!(of(SamplingParams { top_k: 28, ..free }), (28, 0, 0, 1.0));
+    // All of the vocabulary, and all of the probability, are no filter.
+    assert_eq!(of(SamplingParams { top_k: 29, top_p: 1.0, ..free }), (0, 0, 0, 1.0));
+    assert_eq!(of(SamplingParams { top_p: 0.75, ..free }), (0, 3 << 22, 0, 1.0));
+    assert_eq!(of(SamplingParams { min_p: 0.5, ..free }), (0, 0, 1 << 39, 1.0));
+    // Nothing is in the smallest of nuclei but the most likely token.
+    assert_eq!(of(SamplingParams { top_p: 1e-9, ..free }), (1, 0, 0, 1.0));
+}
+
+#[test]
+fn adjustments_are_one_a_token_with_its_count() {
+    let tokens = [3, 5, 7, 5, 5, 100].map(TokenId).to_vec();
+    let all = |params: SamplingParams, banned: &[u32]| {
+        let mut adjustments = vec![Adjustment { token: 9, code: 9 }];
+        let banned = banned.iter().map(|&t| TokenId(t)).collect();
+        let request = SampleRequest { tokens: tokens.clone().into(), prompt_len: 2, banned, ..request(params) };
+        adjust(29, &request, &mut adjustments);
+        assert_eq!(adjustments.remove(0), Adjustment { token: 9, code: 9 });
+        adjustments.into_iter().map(|a| (a.token, a.code)).collect::<Vec<_>>()
+    };
+    let (seen, banned) = (Adjustment::SEEN, Adjustment::BANNED);
+    let repetition = SamplingParams { repetition_penalty: 1.2, ..drawn_freely() };
+    assert_eq!(all(repetition, &[]), [(3, seen), (5, seen | 2), (7, seen | 1)]);
+    // Tokens of the prompt alone matter to the repetition penalty only.
+    let presence = SamplingParams { presence_penalty: 0.5, ..drawn_freely() };
+    assert_eq!(all(presence, &[3, 7, 7, 400]), [(3, banned), (5, seen | 2), (7, seen | banned | 1)]);
+    assert_eq!(all(drawn_freely(), &[4]), [(4, banned)]);
+    // A ban of everything is none.
+    let everything: Vec<u32> = (0..29).collect();
+    assert_eq!(all(drawn_freely(), &everything), []);
+    assert_eq!(all(repetition, &everything), [(3, seen), (5, seen | 2), (7, seen | 1)]);
+}
+
+#[test]
+fn more_draws_than_the_block_holds_are_refused() {
+    let program = program();
+    let block = StepBlock::new(&program);
+    let samples = vec![request(drawn_freely()); 5];
+    let inputs = StepInputs { samples, ..inputs() };
+    let error = write(&block, &program, &inputs, &mut vec![0; block.bytes()]).unwrap_err();
+    assert_eq!(error, InputError::OverLimit { what: "draws", found: 5, limit: 4, flag: "max-batch-size" });
+}
+
+#[test]
+fn draws_are_read_back() {
+    let mut bytes = ints([17, -1, 0, 0]);
+    bytes.extend(ints([0, 3]));
+    bytes.extend(f32::INFINITY.to_le_bytes());
+    bytes.extend(ints([0]));
+    let expected = [
+        Drawn { token: 17, bad_token: -1, bad_value: 0.0, reserved: 0 },
+        Drawn { token: 0, bad_token: 3, bad_value: f32::INFINITY, reserved: 0 },
+    ];
+    assert_eq!(drawn(&bytes), expected);
+}

@@ -1,0 +1,27 @@
+//! The CUDA interpreter of a program.
+//!
+//! [`CudaBackend`] implements [`mixtral_engine::Backend`] by carrying out what `mixtral-kernels` decides: a program's launches
+//! are resolved to functions, pointers and tensor maps when it is loaded, steps of decodes are captured as graphs, and a step
+//! uploads one block of inputs, launches, and waits once. The driver is found at run time; a machine without one gets an
+//! error, not a panic.
+//!
+//! Reading order: [`backend`] (loading and stepping), [`images`] (which compiled kernels a GPU runs), [`budget`] (memory, before
+//! any is allocated), `inputs` (a step as the device reads it), `weights` (onto the device), `execute` (launches and graphs), [`probe`] (a GPU's ceilings),
+//! and underneath `driver` (libcuda) and [`error`].
+#![deny(unsafe_code)]
+
+pub mod backend;
+pub mod budget;
+mod driver;
+pub mod error;
+mod execute;
+pub mod images;
+mod inputs;
+pub mod probe;
+mod weights;
+
+pub use backend::{CudaBackend, CudaOptions};
+pub use budget::KvBlocks;
+pub use driver::{Device, devices};
+pub use error::CudaError;
+pub use images::choose;

@@ -1,0 +1,229 @@
+//! Whole decoders, step by step: what may not change a bit, and how far from the CPU backend they are.
+
+use mixtral_cpu::{CpuBackend, CpuOptions};
+use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
+use mixtral_engine::{Backend, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling};
+use mixtral_model::{DType, TokenId};
+use mixtral_testkit::batch::{self, Part, Sequence};
+use mixtral_testkit::decoder::{self, Geometry};
+
+use crate::kernels::{Library, Machine};
+
+const KV_BLOCKS: usize = 64;
+const WEIGHTS: Weights = Weights::Dummy { seed: 5 };
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
+
+/// Sizes that no vector divides, and sizes that tensor cores take.
+fn geometries(dtype: DType) -> [Geometry; 2] {
+    let small = Geometry::small(dtype);
+    let round = Geometry {
+        hidden_size: 256,
+        intermediate_size: 384,
+        num_heads: 8,
+        num_kv_heads: 2,
+        head_dim: 128,
+        num_experts: 8,
+        vocab_size: 512,
+        window: Some(70),
+        ..small
+    };
+    [small, round]
+}
+
+fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> CudaBackend {
+    let kv_blocks = KvBlocks::Exactly(KV_BLOCKS);
+    let options = CudaOptions { kv_blocks, graphs, overlap, count_experts: true, ..CudaOptions::default() };
+    let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &library.images(program), options).unwrap();
+    // NaN wherever a step may not look.
+    backend.poison(0xff).unwrap();
+    for layer in 0..program.kv.num_layers {
+        let len = backend.read_cache(layer).unwrap()[0].len();
+        backend.write_cache(layer, &vec![0xff; len], &vec![0xff; len]).unwrap();
+    }
+    backend
+}
+
+/// Sequence, tokens computed before, tokens computed now.
+type Chunk = (usize, usize, usize);
+
+/// Runs steps, each token's logits wanted and drawn from greedily; gives the logits by sequence and position.
+fn run(
+    backend: &mut dyn Backend,
+    program: &Program,
+    sequences: &[Sequence],
+    steps: &[Vec<Chunk>],
+) -> Vec<Vec<Vec<f32>>> {
+    let mut logits: Vec<Vec<Vec<f32>>> = sequences.iter().map(|s| vec![vec![]; s.tokens.len()]).collect();
+    for step in steps {
+        let parts: Vec<Part<'_>> =
+            step.iter().map(|&(s, past, new)| Part { sequence: &sequences[s], past, new }).collect();
+        let mut inputs = batch::step(&program.limits, &parts);
+        inputs.samples = (0..inputs.num_logits()).map(batch::greedy).collect();
+        let outputs = backend.step(&inputs).unwrap();
+        let rows: Vec<&[f32]> = outputs.logits.chunks(program.vocab_size).collect();
+        let greedy: Vec<TokenId> =
+            rows.iter().map(|row| TokenId(u32::try_from(sampling::argmax(row)).unwrap())).collect();
+        assert_eq!(outputs.tokens, greedy);
+        let mut rows = rows.into_iter();
+        for &(s, past, new) in step {
+            logits[s][past..past + new].iter_mut().for_each(|logits| *logits = rows.next().unwrap().to_vec());
+        }
+    }
+    logits
+}
+
+const LENGTHS: [usize; 6] = [37, 3, 16, 50, 5, 200];
+
+/// Each sequence alone and whole.
+fn alone() -> Vec<Vec<Chunk>> {
+    LENGTHS.iter().enumerate().map(|(s, &len)| vec![(s, 0, len)]).collect()
+}
+
+/// All together: some chunks of prompts, then decodes, then decodes beside chunks.
+fn together() -> Vec<Vec<Chunk>> {
+    let mut steps = vec![vec![(0, 0, 36), (1, 0, 2), (2, 0, 11), (5, 0, 70)]];
+    steps.push(vec![(0, 36, 1), (1, 2, 1), (2, 11, 1)]);
+    steps.push(vec![(2, 12, 1), (3, 0, 47), (5, 70, 64), (4, 0, 3)]);
+    steps.extend((0..2).map(|i| vec![(2, 13 + i, 1), (3, 47 + i, 1), (4, 3 + i, 1)]));
+    steps.push(vec![(2, 15, 1), (3, 49, 1), (5, 134, 65)]);
+    steps.push(vec![(5, 199, 1)]);
+    steps
+}
+
+fn sequences(program: &Program) -> Vec<Sequence> {
+    batch::sequences(3, &LENGTHS, &program.limits, program.vocab_size, KV_BLOCKS)
+}
+
+fn bits(logits: &[Vec<Vec<f32>>]) -> Vec<u32> {
+    logits.iter().flatten().flatten().map(|x| x.to_bits()).collect()
+}
+
+#[test]
+fn graphs_and_overlap_and_company_change_no_bit() {
+    let Some(machine) = Machine::find() else { return };
+    for dtype in DTYPES {
+        for geometry in geometries(dtype) {
+            let program = decoder::program(&geometry, true);
+            let sequences = sequences(&program);
+            for code in machine.codes() {
+                let (library, failures) = machine.compile(code, &[&program]);
+                assert!(failures.is_empty(), "{}", failures.join("\n"));
+                let plain = run(&mut load(&program, &library, false, false), &program, &sequences, &together());
+                for (graphs, overlap) in [(true, false), (false, true), (true, true)] {
+                    let mut backend = load(&program, &library, graphs, overlap);
+                    for round in 0..3 {
+                        let found = run(&mut backend, &program, &sequences, &together());
+                        let what = format!("{dtype} {code}: graphs {graphs}, overlap {overlap}, round {round}");
+                        assert!(bits(&found) == bits(&plain), "{what}");
+                    }
+                }
+                let mut backend = load(&program, &library, true, true);
+                let found = run(&mut backend, &program, &sequences, &alone());
+                let differ: Vec<_> = (0..LENGTHS.len())
+                    .flat_map(|s| (0..LENGTHS[s]).map(move |i| (s, i)))
+                    .filter(|&(s, i)| bits(&[vec![found[s][i].clone()]]) != bits(&[vec![plain[s][i].clone()]]))
+                    .collect();
+                assert!(
+                    differ.is_empty(),
+                    "{dtype} {code}: alone or together changes bits of (sequence, position) {differ:?}"
+                );
+            }
+        }
+    }
+}
+
+/// `Σ (a − b)² / Σ b²`.
+fn nmse(a: &[f32], b: &[f32]) -> f64 {
+    let of = |f: &dyn Fn(f64, f64) -> f64| a.iter().zip(b).map(|(a, b)| f(f64::from(*a), f64::from(*b))).sum::<f64>();
+    of(&|a, b| (a - b) * (a - b)) / of(&|_, b| b * b)
+}
+
+#[test]
+fn logits_are_those_of_the_cpu() {
+    let Some(machine) = Machine::find() else { return };
+    for dtype in DTYPES {
+        for geometry in geometries(dtype) {
+            let program = decoder::program(&geometry, true);
+            let sequences = sequences(&program);
+            let options = CpuOptions { kv_blocks: KV_BLOCKS, count_experts: true, ..CpuOptions::default() };
+            let mut cpu = CpuBackend::load(program.clone(), WEIGHTS, options).unwrap();
+            let expected = run(&mut cpu, &program, &sequences, &together());
+            for code in machine.codes() {
+                let (library, failures) = machine.compile(code, &[&program]);
+                assert!(failures.is_empty(), "{}", failures.join("\n"));
+                let mut backend = load(&program, &library, true, true);
+                let found = run(&mut backend, &program, &sequences, &together());
+                let positions = found.iter().flatten().zip(expected.iter().flatten());
+                let mut errors: Vec<f64> = positions.map(|(found, expected)| nmse(found, expected)).collect();
+                errors.sort_by(f64::total_cmp);
+                let (median, largest) = (errors[errors.len() / 2], errors[errors.len() - 1]);
+                println!("{dtype} {code} hidden {}: NMSE median {median:e}, largest {largest:e}", geometry.hidden_size);
+                if dtype == DType::F32 {
+                    assert!(largest < 1e-8, "{dtype} {code}: NMSE {largest:e}");
+                    assert_eq!(backend.expert_counts(), cpu.expert_counts(), "{code}");
+                } else {
+                    // A router's near tie that falls to the other side moves a position far; most have none.
+                    assert!(median < 1e-3, "{dtype} {code}: median NMSE {median:e}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn draws_are_those_of_the_definition() {
+    let Some(machine) = Machine::find() else { return };
+    let program = decoder::program(&geometries(DType::Bf16)[1], true);
+    let sequences = sequences(&program);
+    let code = machine.codes()[0];
+    let (library, failures) = machine.compile(code, &[&program]);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    let mut backend = load(&program, &library, true, true);
+    let free = SamplingParams { top_k: 0, ..SamplingParams::default() };
+    let kinds = [
+        SamplingParams::default(),
+        SamplingParams { temperature: 0.0, ..free },
+        free,
+        SamplingParams { temperature: 0.3, ..free },
+        SamplingParams { temperature: 5.0, top_k: 7, ..free },
+        SamplingParams { temperature: 2.0, top_p: 0.6, ..free },
+        SamplingParams { temperature: 2.0, top_p: 0.9, top_k: 40, min_p: 0.05, ..free },
+        SamplingParams { min_p: 0.3, temperature: 3.0, ..free },
+        SamplingParams { repetition_penalty: 1.3, presence_penalty: 0.5, frequency_penalty: 0.2, ..free },
+        SamplingParams { repetition_penalty: 0.7, frequency_penalty: -0.4, ..SamplingParams::default() },
+        SamplingParams { top_p: 1e-9, temperature: 4.0, ..free },
+    ];
+    let parts = [Part { sequence: &sequences[0], past: 0, new: 36 }];
+    let mut inputs = batch::step(&program.limits, &parts);
+    let rows = inputs.num_logits();
+    for position in 0..12u32 {
+        let request = |i: usize| {
+            let params = kinds[i % kinds.len()];
+            let tokens: Vec<TokenId> =
+                (0..20).map(|t| TokenId((t * t + position) % u32::try_from(program.vocab_size).unwrap())).collect();
+            let banned = (0..50).filter(|t| i % 2 == 1 && t % 3 == 0).map(TokenId).collect();
+            let key = RandomKey { seed: 9, prompt: u32::try_from(i).unwrap(), hypothesis: 1, position };
+            SampleRequest { row: (i * 5) % rows, params, key, tokens: tokens.into(), prompt_len: 8, banned }
+        };
+        inputs.samples = (0..33).map(request).collect();
+        let outputs = backend.step(&inputs).unwrap();
+        for (i, (request, token)) in inputs.samples.iter().zip(&outputs.tokens).enumerate() {
+            let mut logits = outputs.logits[request.row * program.vocab_size..][..program.vocab_size].to_vec();
+            assert_eq!(*token, sampling::sample(&mut logits, request), "sample {i}: {:?}", request.params);
+        }
+    }
+}
+
+#[test]
+fn operations_are_timed() {
+    let Some(machine) = Machine::find() else { return };
+    let program = decoder::program(&geometries(DType::Bf16)[1], true);
+    let (library, failures) = machine.compile(machine.codes()[0], &[&program]);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(KV_BLOCKS), time_ops: true, ..CudaOptions::default() };
+    let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &library.images(&program), options).unwrap();
+    run(&mut backend, &program, &sequences(&program), &together());
+    let times = backend.op_times();
+    assert_eq!(times.len(), program.ops.len());
+    assert!(times.iter().filter(|t| !t.is_zero()).count() > program.ops.len() / 2, "{times:?}");
+}

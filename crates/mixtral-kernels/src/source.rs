@@ -1,0 +1,122 @@
+//! The headers of `kernels/`, as they are embedded in the binary.
+
+use std::collections::BTreeMap;
+
+/// Headers by their path below `kernels/`, which is also how they include each other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Sources {
+    headers: BTreeMap<&'static str, &'static str>,
+}
+
+/// A header that is not there.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("kernels/{name} is not among the embedded kernel sources{}", from.as_ref().map_or(String::new(), |f| format!(", but kernels/{f} includes it")))]
+pub struct SourceError {
+    /// What was asked for.
+    pub name: String,
+    /// The header that includes it.
+    pub from: Option<&'static str>,
+}
+
+impl Sources {
+    /// All of `kernels/` but `lab/`.
+    #[must_use]
+    pub fn embedded() -> Self {
+        Self::of(include!(concat!(env!("OUT_DIR"), "/headers.rs")))
+    }
+
+    /// Headers given by name and text.
+    #[must_use]
+    pub fn of(headers: &[(&'static str, &'static str)]) -> Self {
+        Sources { headers: headers.iter().copied().collect() }
+    }
+
+    /// BLAKE3 over all names and texts: kernels of equal hash were compiled from the same sources.
+    #[must_use]
+    pub fn tree_hash(&self) -> String {
+        hash(self.headers.iter().map(|(name, text)| (*name, *text))).to_string()
+    }
+
+    /// The names of all headers.
+    pub fn names(&self) -> impl Iterator<Item = &'static str> {
+        self.headers.keys().copied()
+    }
+
+    /// `header` and all that it includes, directly or not, by name.
+    ///
+    /// # Errors
+    /// If one is not there.
+    pub fn reached(&self, header: &'static str) -> Result<Vec<(&'static str, &'static str)>, SourceError> {
+        let mut found = BTreeMap::new();
+        let mut open = vec![(header, None)];
+        while let Some((name, from)) = open.pop() {
+            let Some((&name, &text)) = self.headers.get_key_value(name) else {
+                return Err(SourceError { name: name.to_owned(), from });
+            };
+            if found.insert(name, text).is_none() {
+                open.extend(includes(text).map(|included| (included, Some(name))));
+            }
+        }
+        Ok(found.into_iter().collect())
+    }
+}
+
+/// BLAKE3 over pairs of texts, each under its length, so that no two lists are the same bytes.
+pub(crate) fn hash<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    for part in pairs.flat_map(|(name, text)| [name, text]) {
+        hasher.update(&part.len().to_le_bytes());
+        hasher.update(part.as_bytes());
+    }
+    hasher.finalize()
+}
+
+/// What a text includes by `#include "…"`. Conditions around it are not looked at: one header too many does no harm.
+fn includes(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| {
+        let rest = line.trim_start().strip_prefix('#')?.trim_start().strip_prefix("include")?;
+        rest.trim_start().strip_prefix('"')?.split('"').next()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn three() -> Sources {
+        Sources::of(&[
+            ("a/a.cuh", "#pragma once\n#include \"b/b.cuh\"\n  # include \"c/c.cuh\"\n"),
+            ("b/b.cuh", "#include \"a/a.cuh\"\n// #include \"d\"\n"),
+            ("c/c.cuh", ""),
+            ("d/d.cuh", "#include \"gone.cuh\"\n"),
+        ])
+    }
+
+    #[test]
+    fn a_header_reaches_what_it_includes_and_no_more() {
+        let names = |header| three().reached(header).map(|found| found.iter().map(|f| f.0).collect::<Vec<_>>());
+        assert_eq!(names("a/a.cuh"), Ok(vec!["a/a.cuh", "b/b.cuh", "c/c.cuh"]));
+        assert_eq!(names("c/c.cuh"), Ok(vec!["c/c.cuh"]));
+        let error = names("d/d.cuh").expect_err("it includes what is not there").to_string();
+        assert_eq!(error, "kernels/gone.cuh is not among the embedded kernel sources, but kernels/d/d.cuh includes it");
+    }
+
+    #[test]
+    fn every_embedded_header_reaches_only_embedded_headers() {
+        let sources = Sources::embedded();
+        assert!(sources.names().any(|name| name == "base/types.cuh"));
+        for name in sources.names() {
+            assert!(!name.starts_with("lab/"), "{name} is not for kernels");
+            sources.reached(name).unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+
+    #[test]
+    fn the_hash_follows_names_and_texts() {
+        let of = |headers: &[_]| Sources::of(headers).tree_hash();
+        assert_eq!(of(&[("a", "1"), ("b", "2")]), of(&[("b", "2"), ("a", "1")]));
+        for other in [[("a", "1"), ("b", "3")], [("a", "1"), ("c", "2")], [("a", "1b"), ("", "2")]] {
+            assert_ne!(of(&[("a", "1"), ("b", "2")]), of(&other));
+        }
+    }
+}

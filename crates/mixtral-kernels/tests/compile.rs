@@ -1,0 +1,186 @@
+//! Compiling with a real NVRTC. Where there is none these tests say so, and the rest of the suite stands.
+
+use std::fs;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use mixtral_kernels::{
+    Arch, Cache, Code, CompileError, Compiler, Defect, Family, Kernel, Nvrtc, Search, Sources, compile_all,
+};
+
+/// Three little kernels in the manner of the real ones: one good, one that spills, one whose wgmma is serialised.
+const HEADERS: &[(&str, &str)] = &[
+    ("base/types.cuh", include_str!("../../../kernels/base/types.cuh")),
+    ("ptx/pdl.cuh", include_str!("../../../kernels/ptx/pdl.cuh")),
+    ("test/scale.cuh", include_str!("headers/scale.cuh")),
+    ("test/spill.cuh", include_str!("headers/spill.cuh")),
+    ("test/serial.cuh", include_str!("headers/serial.cuh")),
+    ("test/wrong.cuh", "#pragma once\n__global__ void wrong(float* x) { x[0] = y; }\n"),
+];
+
+const SM_80: Code = Code::Sass(Arch::BASE);
+const SM_90A: Code = Code::Sass(Arch::SM_90A);
+const PTX: Code = Code::Ptx(Arch::BASE);
+
+fn kernel(header: &'static str, symbol: &str) -> Kernel {
+    Kernel { header, symbol: symbol.to_owned(), threads: 128, shared_bytes: 0, family: Family::Portable }
+}
+
+fn scale(n: usize) -> Kernel {
+    kernel("test/scale.cuh", &format!("test::scale<bf16_t, {n}>"))
+}
+
+/// `None`, and a word about it, without NVRTC.
+fn compiler() -> Option<Compiler> {
+    match Nvrtc::load(&Search::from_environment()) {
+        Ok(nvrtc) => Some(Compiler::new(nvrtc, Sources::of(HEADERS))),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn a_template_becomes_sass_and_ptx_with_its_resources() {
+    let Some(compiler) = compiler() else { return };
+    for code in [SM_80, SM_90A] {
+        let compiled = compiler.compile(&scale(8), code).unwrap_or_else(|e| panic!("{e}"));
+        assert!(compiled.image.starts_with(b"\x7fELF"), "a cubin is an ELF file");
+        assert!(compiled.entry.starts_with("_ZN4test5scale"), "{}", compiled.entry);
+        assert!(compiled.image.windows(compiled.entry.len()).any(|w| w == compiled.entry.as_bytes()));
+        let resources = compiled.resources.expect("known of SASS");
+        assert!((8..=64).contains(&resources.registers), "{resources:?}");
+        assert_eq!((resources.static_shared, resources.stack, resources.spills), (512, 0, (0, 0)));
+        assert_eq!(compiled.defects, []);
+    }
+    let compiled = compiler.compile(&scale(8), PTX).unwrap_or_else(|e| panic!("{e}"));
+    let text = String::from_utf8(compiled.image).expect("PTX is text");
+    assert!(text.contains(".target sm_80") && text.contains(&compiled.entry) && text.ends_with('\0'), "{text}");
+    assert_eq!((compiled.resources, compiled.defects), (None, vec![]));
+}
+
+#[test]
+fn spills_and_serialised_wgmma_are_defects() {
+    let Some(compiler) = compiler() else { return };
+    let spilling =
+        compiler.compile(&kernel("test/spill.cuh", "test::spill<200>"), SM_80).unwrap_or_else(|e| panic!("{e}"));
+    let (stores, loads) = spilling.resources.expect("known").spills;
+    assert!(stores > 0 && loads > 0);
+    assert_eq!(spilling.defects, [Defect::Spills { stores, loads }]);
+    assert!(!spilling.defects[0].is_fatal());
+
+    let serial = compiler.compile(&kernel("test/serial.cuh", "test::serial"), SM_90A).unwrap_or_else(|e| panic!("{e}"));
+    let fatal: Vec<_> = serial.defects.iter().filter(|d| d.is_fatal()).map(ToString::to_string).collect();
+    assert!(fatal.iter().any(|text| text.contains("serialized")), "{fatal:?}\n{}", serial.log);
+    assert!(fatal.iter().any(|text| text.contains("'setmaxnreg' ignored")), "{fatal:?}\n{}", serial.log);
+}
+
+#[test]
+fn a_refusal_names_kernel_options_place_and_a_copy_of_the_source() {
+    let Some(compiler) = compiler() else { return };
+    let error = compiler.compile(&kernel("test/wrong.cuh", "wrong"), SM_90A).expect_err("y is not declared");
+    let text = error.to_string();
+    let CompileError::Rejected { dump: Ok(folder), .. } = error else { panic!("{text}") };
+    for part in [
+        "cannot compile wrong for sm_90a",
+        "nvrtc --std=c++17 --gpu-architecture=sm_90a",
+        "test/wrong.cuh(2): error: identifier \"y\" is undefined",
+        &folder.display().to_string(),
+    ] {
+        assert!(text.contains(part), "no `{part}` in:\n{text}");
+    }
+    let unit = fs::read_to_string(folder.join("mixtral.cu")).expect("written");
+    assert!(unit.contains("#include \"test/wrong.cuh\""), "{unit}");
+    assert!(folder.join("test/wrong.cuh").exists());
+    fs::remove_dir_all(folder).expect("removable");
+    let error = compiler.compile(&kernel("test/gone.cuh", "gone"), SM_80).expect_err("no such header").to_string();
+    assert!(error.contains("kernels/test/gone.cuh is not among"), "{error}");
+}
+
+/// Compiles with a cache, and says how many came from it and whether it warned.
+fn batch(compiler: &Compiler, work: &[(Kernel, Code)], cache: &Cache) -> (Vec<Vec<u8>>, usize, Option<String>) {
+    let batch = compile_all(compiler, work, 2, Some(cache), &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+    (batch.kernels.into_iter().map(|k| k.2.image).collect(), batch.from_cache, batch.cache_warning)
+}
+
+#[test]
+fn the_cache_gives_what_was_compiled_and_mends_itself() {
+    let Some(compiler) = compiler() else { return };
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let open = || Cache::new(folder.path().to_owned());
+    let work: Vec<_> = [SM_80, PTX].iter().flat_map(|code| [4, 8].map(|n| (scale(n), *code))).collect();
+    let (first, from_cache, warning) = batch(&compiler, &work, &open());
+    assert_eq!((from_cache, warning), (0, None));
+    let (second, from_cache, _) = batch(&compiler, &work, &open());
+    assert_eq!((&second, from_cache), (&first, 4));
+
+    let entry = fs::read_dir(folder.path()).expect("there").next().expect("four").expect("readable").path();
+    let mut bytes = fs::read(&entry).expect("readable");
+    let last = bytes.len() - 1;
+    bytes[last] ^= 1;
+    fs::write(&entry, bytes).expect("writable");
+    let (third, from_cache, warning) = batch(&compiler, &work, &open());
+    assert_eq!((&third, from_cache), (&first, 3));
+    let warning = warning.expect("it says so");
+    assert!(warning.contains("is damaged; it is compiled again"), "{warning}");
+    let (fourth, from_cache, warning) = batch(&compiler, &work, &open());
+    assert_eq!((&fourth, from_cache, warning), (&first, 4, None));
+
+    // Another text in a header that the kernel reaches makes it another kernel; in one that it does not, the same.
+    for (name, expected) in [("ptx/pdl.cuh", 0), ("test/spill.cuh", 4)] {
+        let longer = |text| -> &'static str { Box::leak(format!("{text}// more\n").into_boxed_str()) };
+        let headers: Vec<_> =
+            HEADERS.iter().map(|&(n, text)| (n, if n == name { longer(text) } else { text })).collect();
+        let nvrtc = Nvrtc::load(&Search::from_environment()).expect("as above");
+        let (_, from_cache, _) = batch(&Compiler::new(nvrtc, Sources::of(&headers)), &work, &open());
+        assert_eq!(from_cache, expected, "{name}");
+    }
+}
+
+#[test]
+fn a_cache_that_cannot_be_written_is_a_warning() {
+    let Some(compiler) = compiler() else { return };
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let file = folder.path().join("file");
+    fs::write(&file, "").expect("writable");
+    let (images, from_cache, warning) =
+        batch(&compiler, &[(scale(4), PTX), (scale(8), PTX)], &Cache::new(file.join("cache")));
+    assert_eq!((images.len(), from_cache), (2, 0));
+    assert!(warning.expect("it says so").contains("compiled kernels cannot be kept in"));
+}
+
+#[test]
+fn two_batches_at_once_share_a_cache() {
+    let Some(compiler) = compiler() else { return };
+    let folder = tempfile::tempdir().expect("a temporary directory");
+    let work: Vec<_> = (1..=6).map(|n| (scale(n), SM_80)).collect();
+    let calls = AtomicUsize::new(0);
+    let run = || {
+        let cache = Cache::new(folder.path().to_owned());
+        let count = |_| {
+            calls.fetch_add(1, Ordering::Relaxed);
+        };
+        let batch = compile_all(&compiler, &work, 2, Some(&cache), &count).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(batch.cache_warning, None);
+        assert_eq!(batch.kernels.iter().map(|(k, code, _)| (k.clone(), *code)).collect::<Vec<_>>(), work);
+        batch.kernels.into_iter().map(|k| k.2.image).collect::<Vec<_>>()
+    };
+    let (one, other) = std::thread::scope(|scope| {
+        let other = scope.spawn(run);
+        (run(), other.join().expect("no panic"))
+    });
+    assert_eq!(one, other);
+    assert_eq!(calls.load(Ordering::Relaxed), 12);
+    assert_eq!(fs::read_dir(folder.path()).expect("there").count(), 6, "one entry a kernel and nothing temporary");
+}
+
+#[test]
+fn one_bad_kernel_fails_the_batch_by_name() {
+    let Some(compiler) = compiler() else { return };
+    let work = [(scale(4), SM_80), (kernel("test/wrong.cuh", "wrong"), SM_80), (scale(8), SM_80)];
+    let error = compile_all(&compiler, &work, 2, None, &|_| {}).expect_err("one is wrong");
+    assert!(error.to_string().starts_with("cannot compile wrong for sm_80: "), "{error}");
+    if let CompileError::Rejected { dump: Ok(folder), .. } = error {
+        fs::remove_dir_all(folder).expect("removable");
+    }
+}

@@ -1,0 +1,48 @@
+//! `mixtral verify`: whether a checkpoint or an engine is as it was written.
+
+use std::io::Write as _;
+
+use anyhow::{Result, bail};
+use mixtral_build::explain::bytes;
+use mixtral_checkpoint::{Checkpoint, Verified, lines};
+use mixtral_engine::{EngineDir, EngineError};
+
+use crate::args::verify::VerifyArgs;
+use crate::progress::Bytes;
+use crate::run::machine;
+
+/// Runs the command.
+pub fn main(args: &VerifyArgs) -> Result<()> {
+    let workers = args.workers.unwrap_or_else(machine::cores);
+    let progress = Bytes::new();
+    let verified = read(args, workers, &progress);
+    progress.finish();
+    let (what, Verified { tensors, files, bytes: size, unhashed, problems }) = verified?;
+    let all = format!("{tensors} tensors and {files} other files");
+    if let Some(first) = problems.first() {
+        let others: Vec<String> = problems[1..].iter().map(|p| format!("  {p}")).collect();
+        let others = if others.is_empty() { String::new() } else { format!("\nthe others:\n{}", lines(&others)) };
+        bail!("{} of {all} are damaged; the first: {first}{others}", problems.len());
+    }
+    let size = bytes(usize::try_from(size).unwrap_or(usize::MAX));
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "{what} {}: {all}, {size}, are as they were written", args.dir.display())?;
+    if unhashed > 0 {
+        writeln!(
+            out,
+            "{unhashed} tensors came without a hash, from another tool: their shapes were checked, and that they are finite"
+        )?;
+    }
+    Ok(())
+}
+
+fn read(args: &VerifyArgs, workers: usize, progress: &Bytes) -> Result<(&'static str, Verified)> {
+    // As `inspect` tells them apart.
+    match EngineDir::open(&args.dir) {
+        Ok(engine) => Ok(("engine", engine.verify(workers, progress)?)),
+        Err(EngineError::NotAnEngine { .. } | EngineError::NoConfig { .. } | EngineError::NoDirectory { .. }) => {
+            Ok(("checkpoint", Checkpoint::open(&args.dir)?.verify(workers, progress)?))
+        }
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,266 @@
+//! The readers. Those of files are given files, in a folder of their own, by the same entrance as in production.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use mixtral_build::{BuildOptions, plan};
+use mixtral_checkpoint::seal::{UNSEALED, seal};
+use mixtral_checkpoint::{Checkpoint, CheckpointConfig, Header, RankFile, rank_tensors};
+use mixtral_convert::source::config::SourceConfig;
+use mixtral_convert::source::files::{self, Dialect};
+use mixtral_engine::dir::RankRecord;
+use mixtral_engine::{EngineConfig, EngineDir, Limits, Program, StepInputs, StepOutputs, WeightsKind};
+use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
+use mixtral_runtime::Tokenizer;
+use mixtral_runtime::tokenizer::DecodeState;
+use tempfile::TempDir;
+
+use crate::prompt_files::{csv_ids, npy_ids, text_lines};
+
+/// A reader of foreign bytes.
+pub struct Reader {
+    /// What it is called, on the command line and in `fuzz/corpus`.
+    pub name: &'static str,
+    /// Reads the bytes, and refuses them or not.
+    pub read: fn(&[u8]),
+}
+
+/// All of them.
+pub const READERS: &[Reader] = &[
+    Reader { name: "safetensors-header", read: safetensors_header },
+    Reader { name: "safetensors-index", read: safetensors_index },
+    Reader { name: "hugging-face-config", read: |bytes| source_config(bytes, Dialect::HuggingFace) },
+    Reader { name: "params-json", read: |bytes| source_config(bytes, Dialect::Consolidated) },
+    Reader { name: "checkpoint", read: checkpoint },
+    Reader { name: "engine-config", read: engine_config },
+    Reader { name: "engine-file", read: engine_file },
+    Reader { name: "program-text", read: program_text },
+    Reader { name: "step", read: step },
+    Reader { name: "tokenizer-json", read: tokenizer_json },
+    Reader { name: "tokenizer-config", read: tokenizer_config },
+    Reader { name: "prompts-txt", read: |bytes| drop(text_lines(&file("prompts.txt", bytes))) },
+    Reader { name: "prompts-csv", read: |bytes| drop(csv_ids(&file("prompts.csv", bytes))) },
+    Reader { name: "prompts-npy", read: |bytes| drop(npy_ids(&file("prompts.npy", bytes))) },
+    Reader { name: "rendezvous-message", read: mixtral_comm::hostile::message },
+    Reader { name: "rendezvous-frame", read: mixtral_comm::hostile::frame },
+    Reader { name: "rendezvous-greeting", read: mixtral_comm::hostile::greeting },
+    Reader { name: "rendezvous-notice", read: mixtral_comm::hostile::notice },
+];
+
+/// The reader of that name.
+#[must_use]
+pub fn reader(name: &str) -> Option<&'static Reader> {
+    READERS.iter().find(|reader| reader.name == name)
+}
+
+/// A folder of this process, kept between inputs: making one takes longer than reading most of them.
+fn folder() -> &'static Path {
+    static FOLDER: OnceLock<TempDir> = OnceLock::new();
+    FOLDER.get_or_init(|| TempDir::new().expect("a temporary folder")).path()
+}
+
+fn file(name: &str, bytes: &[u8]) -> PathBuf {
+    let path = folder().join(name);
+    fs::write(&path, bytes).expect("the temporary folder is writable");
+    path
+}
+
+/// A folder with just these files.
+fn directory(name: &str, contents: &[(&str, &[u8])]) -> PathBuf {
+    let dir = folder().join(name);
+    fs::create_dir_all(&dir).expect("the temporary folder is writable");
+    for (name, bytes) in contents {
+        fs::write(dir.join(name), bytes).expect("the temporary folder is writable");
+    }
+    dir
+}
+
+/// Two files in one input: what is before the first NUL, which no JSON has, and what is after it.
+fn two(bytes: &[u8]) -> (&[u8], &[u8]) {
+    let at = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
+    (&bytes[..at], bytes.get(at + 1..).unwrap_or_default())
+}
+
+/// The text with its seal, if it has the place for one, so that what is sealed can be reached.
+fn sealed(text: &[u8]) -> Vec<u8> {
+    std::str::from_utf8(text).map_or_else(|_| text.to_vec(), |text| seal(text).into_bytes())
+}
+
+fn safetensors_header(bytes: &[u8]) {
+    let path = file("x.safetensors", bytes);
+    let Ok(file) = RankFile::open(&path) else { return };
+    for name in file.names() {
+        let tensor = file.tensor(name).expect("a tensor that was listed");
+        let size = tensor.shape.iter().product::<usize>() * tensor.dtype.size();
+        assert_eq!(tensor.bytes.len(), size, "a view has the bytes of its shape");
+        let _ = file.hash(name);
+    }
+}
+
+fn safetensors_index(bytes: &[u8]) {
+    let shards = [("a.safetensors", &b""[..]), ("b.safetensors", b"")];
+    let dir = directory("indexed", &[shards[0], shards[1], ("model.safetensors.index.json", bytes)]);
+    let Ok(weights) = files::find(&dir, Dialect::HuggingFace) else { return };
+    for path in &weights.paths {
+        assert_eq!(path.parent(), Some(dir.as_path()), "a shard lies in the model's directory");
+    }
+    let (index, map) = weights.index.expect("there is an index");
+    let _ = files::check_index(index, &map, |tensor| tensor.starts_with('x').then_some("a.safetensors"));
+}
+
+fn source_config(bytes: &[u8], dialect: Dialect) {
+    let dir = directory("source", &[(dialect.config_file(), bytes)]);
+    let Ok(source) = SourceConfig::read(&dir, dialect) else { return };
+    let config = CheckpointConfig::new(source.model, Mapping::single());
+    config.validate().expect("what one reader accepts, the next one takes");
+    let path = Path::new("config.json");
+    assert_eq!(CheckpointConfig::parse(config.to_json().as_bytes(), path).expect("what is written is read"), config);
+    let _ = rank_tensors(&config, Rank(0)).iter().map(|spec| u128::from(spec.num_bytes())).sum::<u128>();
+}
+
+fn checkpoint(bytes: &[u8]) {
+    let (config, rank) = two(bytes);
+    let dir = directory("checkpoint", &[("config.json", &sealed(config)), ("rank0.safetensors", rank)]);
+    let Ok(checkpoint) = Checkpoint::open(&dir) else { return };
+    let _ = checkpoint.verify(1, &());
+    let config = checkpoint.config();
+    for rank in config.mapping.ranks().take(4) {
+        let _ = rank_tensors(config, rank);
+    }
+}
+
+fn engine_config(bytes: &[u8]) {
+    let dir = directory("engine-config", &[("config.json", &sealed(bytes))]);
+    let Ok(engine) = EngineDir::open(&dir) else { return };
+    let limits = engine.config().limits;
+    let _ = limits.blocks_for(limits.max_seq_len).max(limits.max_blocks_per_seq());
+    let _ = engine.verify(1, &());
+}
+
+/// The config of an engine of one rank, whatever its program.
+fn config_of(record: RankRecord) -> Vec<u8> {
+    let config = EngineConfig {
+        mixtral_engine_format: mixtral_engine::program::FORMAT_VERSION,
+        tool_version: String::new(),
+        run_id: UNSEALED.to_owned(),
+        model: ModelConfig::mixtral_8x7b(DType::F32),
+        mapping: Mapping::single(),
+        targets: Vec::new(),
+        kernel_tree_hash: None,
+        limits: LIMITS,
+        gather_context_logits: false,
+        options: BTreeMap::new(),
+        weights: WeightsKind::Dummy { seed: 0 },
+        files: BTreeMap::new(),
+        ranks: vec![record],
+    };
+    seal(&serde_json::to_string(&config).expect("a config is JSON")).into_bytes()
+}
+
+/// `rank0.engine`, with a config beside it that vouches for it, as an attacker's would.
+fn engine_file(bytes: &[u8]) {
+    let path = file("rank0.engine", bytes);
+    let open = || Header::read(&fs::File::open(&path).ok()?, &path).ok();
+    let Some(header) = open() else { return };
+    let at = |offset: u64| usize::try_from(offset).expect("an offset inside of the file");
+    let hash = |start, end| blake3_of(&bytes[at(start)..at(end)]);
+    let record = RankRecord {
+        engine_header_blake3: header.blake3.to_string(),
+        engine_blake3: header.tensors.iter().map(|t| (t.name.clone(), hash(t.start, t.end))).collect(),
+        weights_bytes: 0,
+        weights_header_blake3: String::new(),
+    };
+    let dir = directory("engine", &[("config.json", &config_of(record)), ("rank0.engine", bytes)]);
+    let engine = EngineDir::open(&dir).expect("the config is good");
+    if let Ok(program) = engine.program(Rank(0)) {
+        assert_eq!(engine.verify(1, &()).expect("its program was read").problems, []);
+        use_program(&program);
+    }
+}
+
+fn blake3_of(bytes: &[u8]) -> String {
+    blake3::hash(bytes).to_string()
+}
+
+fn program_text(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    if let Ok(program) = Program::parse(text) {
+        use_program(&program);
+    }
+}
+
+/// What is done with every program that was read, before anything of its size is allocated.
+fn use_program(program: &Program) {
+    let again = Program::parse(&program.to_text()).expect("what is written is read");
+    assert_eq!(&again, program);
+    let _ = program.memory_plan().total(1 << 20);
+    let _ = program.lifetimes();
+    let _ = mixtral_build::explain::explain(program, None, &[]);
+    let _ = mixtral_build::dot::dot(program);
+}
+
+const LIMITS: Limits =
+    Limits { max_batch_size: 4, max_num_tokens: 16, max_seq_len: 64, max_num_logits: 4, block_size: 16 };
+
+fn small_program() -> &'static Program {
+    static PROGRAM: OnceLock<Program> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let mut model = ModelConfig::mixtral_8x7b(DType::F32);
+        (model.vocab_size, model.hidden_size, model.intermediate_size, model.num_layers) = (64, 16, 16, 1);
+        (model.num_heads, model.num_kv_heads, model.head_dim) = (2, 1, 8);
+        let options = BuildOptions {
+            limits: LIMITS,
+            gather_context_logits: false,
+            recorded: BTreeMap::new(),
+            workers: 1,
+            memory_budget: None,
+        };
+        let programs = plan(&CheckpointConfig::new(model, Mapping::single()), &options);
+        programs.expect("a small model is built").remove(0)
+    })
+}
+
+/// A step from rank 0, and what comes back.
+fn step(bytes: &[u8]) {
+    if let Ok(step) = StepInputs::unpack(bytes) {
+        // Tokens that no penalty looks at are not sent, so a block may say more than is written again; no more than once.
+        let block = step.pack();
+        assert_eq!(StepInputs::unpack(&block).expect("what is written is read").pack(), block);
+        let _ = step.check(small_program(), 8);
+    }
+    if let Ok(outputs) = StepOutputs::unpack(bytes) {
+        assert_eq!(outputs.pack(), bytes);
+    }
+}
+
+fn tokenizer_json(bytes: &[u8]) {
+    use_tokenizer(&directory("tokenizer", &[("tokenizer.json", bytes)]));
+}
+
+/// The files that name the end of a sequence.
+fn tokenizer_config(bytes: &[u8]) {
+    const TOKENIZER: &[u8] =
+        br#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": null, "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "a"}}"#;
+    let (generation, tokenizer) = two(bytes);
+    let files =
+        [("tokenizer.json", TOKENIZER), ("generation_config.json", generation), ("tokenizer_config.json", tokenizer)];
+    use_tokenizer(&directory("tokenizer-config", &files));
+}
+
+fn use_tokenizer(dir: &Path) {
+    let Ok(tokenizer) = Tokenizer::load(dir) else { return };
+    let _ = tokenizer.end_ids();
+    for text in ["", "ROMEO: what light?\n", "\u{e4} \u{1f600}\u{0}"] {
+        let Ok(ids) = tokenizer.encode(text, true) else { continue };
+        let _ = tokenizer.decode(&ids);
+    }
+    let mut state = DecodeState::default();
+    for id in [0, 1, 2, 300, u32::MAX] {
+        let _ = tokenizer.decode_next(&mut state, TokenId(id));
+    }
+    let _ = tokenizer.decode_rest(&state);
+}

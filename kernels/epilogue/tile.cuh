@@ -1,0 +1,57 @@
+// A tile of results in shared memory, token by token, on its way to global memory in 16-byte pieces. Pieces of a token are
+// swizzled so that neither the transposing writes nor the reads meet in a bank.
+#pragma once
+
+#include "base/types.cuh"
+
+namespace epilogue {
+
+// What becomes of an accumulator. `Residual` rounds, adds the residual and rounds again; `SiluMul` takes rows 16i … 16i + 7 as
+// up and the next eight as gate.
+enum Kind { Store = 0, Residual = 1, F32 = 2, SiluMul = 3 };
+
+// ROWS output features (32 or 64, 16 bits each) of COLS tokens.
+template <int ROWS, int COLS>
+struct Tile {
+    static constexpr int PIECES = ROWS / 8;  // of a token
+    static constexpr int BYTES = ROWS * COLS * 2;
+
+    // Byte offset of piece `piece` of token `col`.
+    __device__ __forceinline__ static int offset(int col, int piece) {
+        const int turn = PIECES == 8 ? col & 7 : (col >> 1) & 3;
+        return col * (ROWS * 2) + ((piece ^ turn) * 16);
+    }
+};
+
+// round(a + b), two elements at a time.
+template <typename T>
+__device__ __forceinline__ u32 sum(u32 a, u32 b) {
+    const float low = to_float(T{static_cast<u16>(a)}) + to_float(T{static_cast<u16>(b)});
+    const float high = to_float(T{static_cast<u16>(a >> 16)}) + to_float(T{static_cast<u16>(b >> 16)});
+    return pack<T>(low, high);
+}
+
+// Moves the tile's first `cols` tokens: token `col` goes to row `destinations[col]` of `out` (none if negative), columns
+// `row0` to `row0 + ROWS` as far as they are below `limit`. `THREADS` threads call it. A row of `out` has `stride` elements, a multiple of 8.
+template <typename T, int ROWS, int COLS, bool RESIDUAL, int THREADS>
+__device__ __forceinline__ void store(const u8* tile, int thread, int cols, const int* destinations, int row0, int limit,
+                                      T* out, const T* residual, i64 stride) {
+    using Layout = Tile<ROWS, COLS>;
+    for (int i = thread; i < cols * Layout::PIECES; i += THREADS) {
+        const int col = i / Layout::PIECES, piece = i % Layout::PIECES;
+        const int destination = destinations[col];
+        if (destination < 0 || row0 + piece * 8 >= limit) continue;
+        uint4 value = *reinterpret_cast<const uint4*>(tile + Layout::offset(col, piece));
+        const i64 at = destination * stride + row0 + piece * 8;
+        if constexpr (RESIDUAL) {
+            const uint4 added = *reinterpret_cast<const uint4*>(residual + at);
+            value.x = sum<T>(value.x, added.x);
+            value.y = sum<T>(value.y, added.y);
+            value.z = sum<T>(value.z, added.z);
+            value.w = sum<T>(value.w, added.w);
+        }
+        *reinterpret_cast<uint4*>(out + at) = value;
+    }
+}
+
+}  // namespace epilogue

@@ -1,0 +1,205 @@
+// Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
+// Regime: any token count · Tile: ROWS output features × COLS tokens, 64 elements of K a stage
+// Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on the tile or
+// the tokens beside · Requires: sm_80, 16-bit types, any shape
+// Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows (through L2) · Measured: docs/perf/cuda.md
+#pragma once
+
+#include "base/math.cuh"
+#include "base/step.cuh"
+#include "base/types.cuh"
+#include "epilogue/tile.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/mma.cuh"
+#include "ptx/pdl.cuh"
+#include "ptx/shared.cuh"
+#include "sched/tiles.cuh"
+
+namespace linear {
+
+template <typename Element, int ROWS_, int COLS_, int OUTPUTS_, int K_, int KIND_, int SHARED_>
+struct MmaConfig {
+    using T = Element;
+    static constexpr int ROWS = ROWS_;
+    static constexpr int COLS = COLS_;
+    static constexpr int OUTPUTS = OUTPUTS_;
+    static constexpr int K = K_;
+    static constexpr int KIND = KIND_;
+
+    static constexpr bool SILU = KIND == epilogue::SiluMul;
+    static constexpr int WARPS = 4;
+    static constexpr int THREADS = WARPS * 32;
+    static constexpr int STAGES = 3;
+    static constexpr int DEPTH = 64;
+    static constexpr int BLOCKS = ROWS / (16 * WARPS);  // of 16 rows, of a warp
+    static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;
+    static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
+    static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
+    static constexpr bool VECTORS = K % 8 == 0;  // rows begin at multiples of 16 bytes
+    static constexpr int STAGE = (ROWS + COLS) * 128;
+    static constexpr int SHARED = STAGES * STAGE + 2 * COLS * 4;
+    static_assert(SHARED == SHARED_, "what the launch asks for");
+    static_assert(ROWS % 64 == 0 && COLS % 8 == 0, "");
+};
+
+// Byte offset of 16-byte piece `piece` of row `row` in a stage's tile of 128-byte rows.
+__device__ __forceinline__ int piece_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+
+// Starts the copy of one row's 64 elements from `k`; a null row or elements past K are zeros.
+template <typename C>
+__device__ __forceinline__ void copy_piece(u8* tile, int row, int piece, const typename C::T* source, int k) {
+    u8* to = tile + piece_offset(row, piece);
+    const int first = k + piece * 8;
+    if constexpr (C::VECTORS) {
+        const bool valid = source != nullptr && first < C::K;
+        ptx::cp_async_16(ptx::shared_address(to), valid ? source + first : source, valid);
+    } else {
+        alignas(16) u16 values[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) values[i] = source != nullptr && first + i < C::K ? source[first + i].bits : u16{0};
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
+    }
+}
+
+// The products of a tile whose weight rows and token rows are given by functions (null: none), and its epilogue.
+template <typename C, typename Out, typename WeightRow>
+__device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
+                                         WeightRow weight_row, const typename C::T* tokens, Out* out, const Out* residual) {
+    using T = typename C::T;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float d[C::BLOCKS][C::COLS / 8][4] = {};
+    const auto copy = [&](int k_block) {
+        if (k_block < C::K_BLOCKS) {
+            u8* stage = shared + k_block % C::STAGES * C::STAGE;
+            for (int i = threadIdx.x; i < C::ROWS * 8; i += C::THREADS) {
+                copy_piece<C>(stage, i / 8, i % 8, weight_row(i / 8), k_block * C::DEPTH);
+            }
+            for (int i = threadIdx.x; i < C::COLS * 8; i += C::THREADS) {
+                const int source = sources[i / 8];
+                const T* row = source < 0 ? nullptr : tokens + static_cast<i64>(source) * C::K;
+                copy_piece<C>(stage + C::ROWS * 128, i / 8, i % 8, row, k_block * C::DEPTH);
+            }
+        }
+        ptx::cp_async_commit();
+    };
+    for (int s = 0; s < C::STAGES - 1; s++) copy(s);
+    for (int k = 0; k < C::K_BLOCKS; k++) {
+        ptx::cp_async_wait_group<C::STAGES - 2>();
+        __syncthreads();
+        copy(k + C::STAGES - 1);
+        const u32 a_tile = ptx::shared_address(shared + k % C::STAGES * C::STAGE), b_tile = a_tile + C::ROWS * 128;
+#pragma unroll
+        for (int i = 0; i < C::DEPTH / 16; i++) {
+            u32 a[C::BLOCKS][4];
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                const int row = (warp * C::BLOCKS + m) * 16 + lane % 16;
+                ptx::ldmatrix_x4(a[m], a_tile + piece_offset(row, i * 2 + lane / 16));
+            }
+#pragma unroll
+            for (int c = 0; c < C::COLS / 8; c++) {
+                u32 b[2];
+                ptx::ldmatrix_x2(b, b_tile + piece_offset(c * 8 + lane % 8, i * 2 + lane / 8 % 2));
+#pragma unroll
+                for (int m = 0; m < C::BLOCKS; m++) ptx::mma<T>(d[m][c], a[m], b);
+            }
+        }
+    }
+    ptx::cp_async_wait_group<0>();
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) {
+        const int block = warp * C::BLOCKS + m;
+#pragma unroll
+        for (int c = 0; c < C::COLS / 8; c++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int col = c * 8 + lane % 4 * 2 + half;
+                if (col >= tile.count || map[col] < 0) continue;
+                Out* to = out + static_cast<i64>(map[col]) * C::OUTPUTS;
+                const float* v = d[m][c];
+                if constexpr (C::SILU) {
+                    const int row = tile.row * C::OUT_ROWS + block * 8 + lane / 4;
+                    const float value = math::silu_approximate(rounded<T>(v[half + 2])) * rounded<T>(v[half]);
+                    if (row < C::OUTPUTS) to[row] = from_float<Out>(value);
+                } else {
+#pragma unroll
+                    for (int lower = 0; lower < 2; lower++) {
+                        const int row = tile.row * C::ROWS + block * 16 + lane / 4 + lower * 8;
+                        if (row >= C::OUTPUTS) continue;
+                        float value = v[half + lower * 2];
+                        if constexpr (C::KIND == epilogue::Residual) {
+                            const float added = to_float(residual[static_cast<i64>(map[col]) * C::OUTPUTS + row]);
+                            value = rounded<T>(value) + added;
+                        }
+                        to[row] = from_float<Out>(value);
+                    }
+                }
+            }
+        }
+    }
+    __syncthreads();
+}
+
+// Dense linear of weight [OUTPUTS][K] with tokens [·][K].
+template <typename C, bool LOGITS, typename Out>
+__global__ void __launch_bounds__(C::THREADS)
+    mma_dense(const typename C::T* weight, const typename C::T* tokens, const step::Header* header, Out* out,
+              const Out* residual) {
+    pdl::launch_dependents();
+    extern __shared__ __align__(128) u8 dynamic_shared[];
+    int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
+    int* sources = map + C::COLS;
+    pdl::wait();
+    const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
+    sched::Tile tile;
+    for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
+        for (int i = threadIdx.x; i < C::COLS; i += C::THREADS) {
+            map[i] = tile.first + i;
+            sources[i] = i < tile.count ? tile.first + i : -1;
+        }
+        __syncthreads();
+        const auto weight_row = [&](int row) -> const typename C::T* {
+            const i64 at = tile.row * C::ROWS + row;
+            return at < C::OUTPUTS ? weight + at * C::K : nullptr;
+        };
+        mma_tile<C>(dynamic_shared, tile, sources, map, weight_row, tokens, out, residual);
+    }
+}
+
+// Linear of each token by its experts. Gate and up: weight [EXPERTS][2 · OUTPUTS][K] with silu·mul, else [EXPERTS][OUTPUTS][K]; tokens
+// [T][K], results by expert. DOWN: tokens by expert [T·k][K], results by assignment.
+template <typename C, int EXPERTS, int TOP_K, bool DOWN>
+__global__ void __launch_bounds__(C::THREADS)
+    mma_grouped(const typename C::T* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+                const int* order, typename C::T* out) {
+    extern __shared__ __align__(128) u8 dynamic_shared[];
+    int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
+    int* sources = map + C::COLS;
+    pdl::wait();
+    pdl::launch_dependents();  // only now: expert_down relies on it (wgmma.cuh)
+    sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, false> tiles{offsets, header->num_tokens};
+    sched::Tile tile;
+    for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
+        for (int i = threadIdx.x; i < C::COLS; i += C::THREADS) {
+            const int position = tile.first + i, assignment = i < tile.count ? order[position] : -1;
+            map[i] = DOWN ? assignment : position;
+            sources[i] = i >= tile.count ? -1 : DOWN ? position : assignment / TOP_K;
+        }
+        __syncthreads();
+        constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
+        const typename C::T* expert = weight + tile.expert * EXPERT_ROWS * C::K;
+        const auto weight_row = [&](int row) -> const typename C::T* {
+            if constexpr (C::SILU) {
+                // Eight up rows, then eight gate rows: a thread's accumulators meet their partners.
+                const i64 at = tile.row * C::OUT_ROWS + row / 16 * 8 + row % 8;
+                return at < C::OUTPUTS ? expert + (at + (row % 16 < 8 ? 0 : C::OUTPUTS)) * C::K : nullptr;
+            } else {
+                const i64 at = tile.row * C::ROWS + row;
+                return at < C::OUTPUTS ? expert + at * C::K : nullptr;
+            }
+        };
+        mma_tile<C>(dynamic_shared, tile, sources, map, weight_row, tokens, out, static_cast<const typename C::T*>(nullptr));
+    }
+}
+
+}  // namespace linear

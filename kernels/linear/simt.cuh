@@ -1,0 +1,147 @@
+// Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
+// Regime: any token count; f32 engines, and linears whose weight is f32 · Tile: 64 output features × 32 tokens, 16 elements of K
+// Grid: persistent · Numerics: one f32 multiply-add chain in ascending K · Requires: any type and shape
+// Traffic: weights once per 32 tokens · Measured: not tuned, parity only
+#pragma once
+
+#include "base/math.cuh"
+#include "base/step.cuh"
+#include "base/types.cuh"
+#include "epilogue/tile.cuh"
+#include "ptx/pdl.cuh"
+#include "sched/tiles.cuh"
+
+namespace linear {
+
+template <typename Weight, typename Element, int OUTPUTS_, int K_, int KIND_>
+struct SimtConfig {
+    using W = Weight;
+    using T = Element;
+    static constexpr int ROWS = 64;
+    static constexpr int COLS = 32;
+    static constexpr int DEPTH = 16;
+    static constexpr int OUTPUTS = OUTPUTS_;
+    static constexpr int K = K_;
+    static constexpr int KIND = KIND_;
+    static constexpr bool SILU = KIND == epilogue::SiluMul;
+    static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;
+    static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
+    static constexpr int THREADS = 128;
+};
+
+template <typename C>
+struct SimtShared {
+    float weights[C::DEPTH][C::ROWS + 4];
+    float tokens[C::DEPTH][C::COLS + 4];
+    int map[C::COLS];
+    int sources[C::COLS];
+};
+
+// Thread (i, j) of 16 × 8 has rows i, i + 16, i + 32, i + 48 (with silu·mul the last two are the gates of the first two) of columns
+// 4j … 4j + 3.
+template <typename C, typename Out, typename WeightRow>
+__device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Tile& tile, WeightRow weight_row,
+                                          const typename C::T* tokens, Out* out, const Out* residual) {
+    using T = typename C::T;
+    const int i = threadIdx.x % 16, j = threadIdx.x / 16;
+    float d[4][4] = {};
+    for (int k0 = 0; k0 < C::K; k0 += C::DEPTH) {
+        for (int at = threadIdx.x; at < C::ROWS * C::DEPTH; at += C::THREADS) {
+            const int row = at / C::DEPTH, k = at % C::DEPTH;
+            const typename C::W* source = weight_row(row);
+            shared.weights[k][row] = source != nullptr && k0 + k < C::K ? to_float(source[k0 + k]) : 0.0f;
+        }
+        for (int at = threadIdx.x; at < C::COLS * C::DEPTH; at += C::THREADS) {
+            const int col = at / C::DEPTH, k = at % C::DEPTH, source = shared.sources[col];
+            const bool valid = source >= 0 && k0 + k < C::K;
+            shared.tokens[k][col] = valid ? to_float(tokens[static_cast<i64>(source) * C::K + k0 + k]) : 0.0f;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < C::DEPTH; k++) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    d[r][c] = __fmaf_rn(shared.weights[k][i + r * 16], shared.tokens[k][j * 4 + c], d[r][c]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) {
+        const int col = j * 4 + c;
+        if (col >= tile.count || shared.map[col] < 0) continue;
+        const i64 base = static_cast<i64>(shared.map[col]) * C::OUTPUTS;
+#pragma unroll
+        for (int r = 0; r < (C::SILU ? 2 : 4); r++) {
+            const int row = tile.row * C::OUT_ROWS + i + r * 16;
+            if (row >= C::OUTPUTS) continue;
+            float value = d[r][c];
+            if constexpr (C::SILU) value = math::silu(rounded<T>(d[r + 2][c])) * rounded<T>(value);
+            if constexpr (C::KIND == epilogue::Residual) value = rounded<T>(value) + to_float(residual[base + row]);
+            out[base + row] = from_float<Out>(value);
+        }
+    }
+    __syncthreads();
+}
+
+// As `mma_dense`.
+template <typename C, bool LOGITS, typename Out>
+__global__ void __launch_bounds__(C::THREADS)
+    simt_dense(const typename C::W* weight, const typename C::T* tokens, const step::Header* header, Out* out,
+               const Out* residual) {
+    pdl::launch_dependents();
+    __shared__ SimtShared<C> shared;
+    pdl::wait();
+    const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
+    sched::Tile tile;
+    for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
+        if (threadIdx.x < C::COLS) {
+            const int i = threadIdx.x;
+            shared.map[i] = tile.first + i;
+            shared.sources[i] = i < tile.count ? tile.first + i : -1;
+        }
+        __syncthreads();
+        const auto weight_row = [&](int row) -> const typename C::W* {
+            const i64 at = tile.row * C::ROWS + row;
+            return at < C::OUTPUTS ? weight + at * C::K : nullptr;
+        };
+        simt_tile<C>(shared, tile, weight_row, tokens, out, residual);
+    }
+}
+
+// As `mma_grouped`.
+template <typename C, int EXPERTS, int TOP_K, bool DOWN>
+__global__ void __launch_bounds__(C::THREADS)
+    simt_grouped(const typename C::W* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+                 const int* order, typename C::T* out) {
+    __shared__ SimtShared<C> shared;
+    pdl::wait();
+    pdl::launch_dependents();  // only now: expert_down relies on it (wgmma.cuh)
+    sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, false> tiles{offsets, header->num_tokens};
+    sched::Tile tile;
+    for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
+        if (threadIdx.x < C::COLS) {
+            const int i = threadIdx.x, position = tile.first + i, assignment = i < tile.count ? order[position] : -1;
+            shared.map[i] = DOWN ? assignment : position;
+            shared.sources[i] = i >= tile.count ? -1 : DOWN ? position : assignment / TOP_K;
+        }
+        __syncthreads();
+        constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
+        const typename C::W* expert = weight + tile.expert * EXPERT_ROWS * C::K;
+        const auto weight_row = [&](int row) -> const typename C::W* {
+            if constexpr (C::SILU) {
+                const i64 at = tile.row * C::OUT_ROWS + row % 32;
+                return at < C::OUTPUTS ? expert + (at + (row < 32 ? 0 : C::OUTPUTS)) * C::K : nullptr;
+            } else {
+                const i64 at = tile.row * C::ROWS + row;
+                return at < C::OUTPUTS ? expert + at * C::K : nullptr;
+            }
+        };
+        simt_tile<C>(shared, tile, weight_row, tokens, out, static_cast<const typename C::T*>(nullptr));
+    }
+}
+
+}  // namespace linear

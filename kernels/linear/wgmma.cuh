@@ -1,0 +1,406 @@
+// Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
+// Regime: one token to prefill, by Config · Tile: ROWS output features × up to COLS tokens, DEPTH elements of K a stage
+// Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on COLS, ROWS,
+// DEPTH or the tokens beside · Requires: sm_90a, 16-bit types, K and row length multiples of 8
+// Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows (through L2) · Measured: docs/perf/cuda.md
+//
+// One producer thread streams both operands through a ring of stages by TMA; consumer warpgroups multiply. Weights are the M side:
+// a token more costs 8 columns of N, not 64 rows of M.
+#pragma once
+
+#include "base/math.cuh"
+#include "base/step.cuh"
+#include "base/types.cuh"
+#include "epilogue/tile.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/pdl.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/tma.cuh"
+#include "ptx/wgmma.cuh"
+#include "sched/tiles.cuh"
+
+namespace linear {
+
+template <typename Element, int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPGROUPS_, int OUTPUTS_, int K_, int KIND_,
+          int SHARED_>
+struct Config {
+    using T = Element;
+    static constexpr int ROWS = ROWS_;              // weight rows of a tile
+    static constexpr int COLS = COLS_;              // tokens of a tile at most
+    static constexpr int DEPTH = DEPTH_;            // elements of K in a stage
+    static constexpr int STAGES = STAGES_;
+    static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
+    static constexpr int OUTPUTS = OUTPUTS_;        // columns of the output: features, after silu·mul if there is one
+    static constexpr int K = K_;
+    static constexpr int KIND = KIND_;              // epilogue::Kind
+
+    static constexpr bool SILU = KIND == epilogue::SiluMul;
+    static constexpr int BLOCKS = (ROWS + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS);  // of 64 rows, of a warpgroup
+    static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;                          // outputs of a tile
+    static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
+    static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
+    static constexpr int ATOMS = DEPTH / 64;  // swizzle atoms of 128 bytes along K
+    // Tokens are copied in boxes of this many, as many as a tile needs.
+    static constexpr int BOX = COLS >= 32 ? COLS / 4 : COLS;
+
+    static constexpr int A_ATOM = ROWS * 128, B_ATOM = COLS * 128;
+    static constexpr int A_BYTES = ATOMS * A_ATOM, B_BYTES = ATOMS * B_ATOM;
+    static constexpr int STAGE = A_BYTES + B_BYTES;
+    // Outputs and tokens that a warpgroup moves at a time.
+    static constexpr int MOVED = SILU ? 32 * BLOCKS : 64;
+    static constexpr int MOVED_COLS = COLS < 64 ? COLS : 64;
+    static constexpr int MOVED_BYTES = KIND == epilogue::F32 ? 0 : epilogue::Tile<MOVED, MOVED_COLS>::BYTES;
+    static constexpr int RING = STAGES * STAGE;
+    // Where rows of a tile end before 64, products read on behind them: what they read is dropped.
+    static constexpr int OVERREAD = ROWS < 64 ? (64 - ROWS) * 128 : 0;
+    static constexpr int MOVED_AT = RING + (OVERREAD > WARPGROUPS * MOVED_BYTES + B_BYTES ? OVERREAD : 0);
+    static constexpr int MAP_AT = MOVED_AT + WARPGROUPS * MOVED_BYTES;
+    static constexpr int BARRIERS_AT = MAP_AT + WARPGROUPS * COLS * 4;
+    static constexpr int SHARED = BARRIERS_AT + 2 * STAGES * 8 + 1024;  // 1024 to align
+    static_assert(SHARED == SHARED_, "what the launch asks for");
+    // setmaxnreg counts whole warpgroups: with two consumers the producer is one, too.
+    static constexpr int PRODUCERS = WARPGROUPS == 1 ? 32 : 128;
+    static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
+
+    static_assert(ROWS % 16 == 0 && (ROWS <= 64 || ROWS % (64 * WARPGROUPS) == 0), "whole blocks of 64 rows");
+    static_assert(COLS % 8 == 0 && (COLS <= 64 || COLS % 64 == 0) && DEPTH % 64 == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
+    static_assert(MOVED == 32 || MOVED == 64, "as epilogue::Tile");
+    static_assert(SHARED <= 232448, "shared memory of a CTA");
+};
+
+// The barriers and stages of the ring.
+template <typename C>
+struct Ring {
+    u32 base;
+    int stage = 0;
+    u32 phase = 0;
+
+    __device__ __forceinline__ u32 full() const { return base + C::BARRIERS_AT + stage * 8; }
+    __device__ __forceinline__ u32 empty(int s) const { return base + C::BARRIERS_AT + (C::STAGES + s) * 8; }
+    __device__ __forceinline__ u32 a() const { return base + stage * C::STAGE; }
+    __device__ __forceinline__ u32 b() const { return a() + C::A_BYTES; }
+    __device__ __forceinline__ void advance() {
+        if (++stage == C::STAGES) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// One tile's products, in columns of N.
+template <typename C, int N>
+__device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
+    const int lane = threadIdx.x % 32;
+    const auto release = [&](int stage) {
+        if (lane == 0) mbarrier::arrive(ring.empty(stage));
+    };
+    const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
+        wgmma::pin(d[m]);
+    }
+    int previous = 0;
+    for (int k = 0; k < C::K_BLOCKS; k++) {
+        mbarrier::wait(ring.full(), ring.phase);
+        const u32 tile = wgmma::descriptor(ring.a());
+        const u32 a = tile + (C::ROWS > 64 ? first_row * 8 : 0), b = tile + (C::A_BYTES >> 4);
+        wgmma::fence();
+#pragma unroll
+        for (int i = 0; i < C::DEPTH / 16; i++) {
+            const int atom = i / 4, within = i % 4 * 2;
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                wgmma::Product<typename C::T, N>::run(d[m], a + ((atom * C::A_ATOM + m * 8192) >> 4) + within,
+                                                      b + ((atom * C::B_ATOM) >> 4) + within);
+            }
+        }
+        wgmma::commit();
+        if (k > 0) {
+            wgmma::wait<1>();
+            release(previous);
+        }
+        previous = ring.stage;
+        ring.advance();
+    }
+    wgmma::wait<0>();
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
+    release(previous);
+}
+
+// The narrowest of four widths that holds `count` columns.
+template <typename C>
+__device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, int count, float (&d)[C::BLOCKS][C::COLS / 2]) {
+    if constexpr (C::BOX == C::COLS) {
+        multiply<C, C::COLS>(ring, warpgroup, d);
+    } else {
+        switch ((count + C::BOX - 1) / C::BOX) {
+            case 1: multiply<C, C::BOX>(ring, warpgroup, d); break;
+            case 2: multiply<C, 2 * C::BOX>(ring, warpgroup, d); break;
+            case 3: multiply<C, 3 * C::BOX>(ring, warpgroup, d); break;
+            default: multiply<C, 4 * C::BOX>(ring, warpgroup, d);
+        }
+    }
+}
+
+// A tile's accumulators to where they belong; `map` has the row of `out` of every column.
+template <typename C, typename Out>
+__device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup, const sched::Tile& tile,
+                                       const float (&d)[C::BLOCKS][C::COLS / 2], Out* out, const Out* residual) {
+    using T = typename C::T;
+    const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+    const int first = tile.row * C::OUT_ROWS;
+    if constexpr (C::KIND == epilogue::F32) {
+#pragma unroll
+        for (int m = 0; m < C::BLOCKS; m++) {
+            const int row = first + (warpgroup * C::BLOCKS + m) * 64 + warp * 16 + lane / 4;
+#pragma unroll
+            for (int i = 0; i < C::COLS / 2; i++) {
+                const int col = i / 4 * 8 + lane % 4 * 2 + i % 2, r = row + i % 4 / 2 * 8;
+                if (col < tile.count && r < C::OUTPUTS && r < first + C::ROWS) {
+                    out[static_cast<i64>(map[col]) * C::OUTPUTS + r] = d[m][i];
+                }
+            }
+        }
+    } else {
+        using Layout = epilogue::Tile<C::MOVED, C::MOVED_COLS>;
+        const u32 base = ptx::shared_address(moved);
+        const int limit = min(C::OUTPUTS, first + C::OUT_ROWS);
+        // With silu·mul all blocks move at a time, else one after another.
+        constexpr int ROUNDS = C::SILU ? 1 : C::BLOCKS;
+#pragma unroll
+        for (int round = 0; round < ROUNDS; round++) {
+#pragma unroll
+            for (int first_col = 0; first_col < C::COLS; first_col += C::MOVED_COLS) {
+                if (first_col >= tile.count) break;
+                const int cols = min(C::MOVED_COLS, tile.count - first_col);
+#pragma unroll
+                for (int c = 0; c < C::MOVED_COLS / 8; c++) {
+                    if (c * 8 >= cols) break;
+                    const int at = (first_col + c * 8) / 2;
+                    if constexpr (C::SILU) {
+#pragma unroll
+                        for (int m = 0; m < C::BLOCKS; m++) {
+                            const float* v = &d[m][at];
+                            const float low = math::silu_approximate(rounded<T>(v[2])) * rounded<T>(v[0]);
+                            const float high = math::silu_approximate(rounded<T>(v[3])) * rounded<T>(v[1]);
+                            ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, m * 4 + warp),
+                                                    pack<T>(low, high));
+                        }
+                    } else {
+                        const float* v = &d[round][at];
+                        ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, warp * 2 + lane / 8 % 2),
+                                                pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
+                    }
+                }
+                ptx::sync_threads(1 + warpgroup, 128);
+                const int row0 = first + (warpgroup * C::BLOCKS + round) * (C::SILU ? 32 : 64);
+                epilogue::store<T, C::MOVED, C::MOVED_COLS, C::KIND == epilogue::Residual, 128>(
+                    moved, thread, cols, map + first_col, row0, limit, out, residual, C::OUTPUTS);
+                ptx::sync_threads(1 + warpgroup, 128);
+            }
+        }
+    }
+}
+
+// Sets up the barriers; returns shared memory aligned to 1024 bytes.
+template <typename C>
+__device__ __forceinline__ u8* begin() {
+    extern __shared__ u8 dynamic_shared[];
+    u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
+    if (threadIdx.x == 0) {
+        const Ring<C> ring{ptx::shared_address(shared)};
+        for (int s = 0; s < C::STAGES; s++) {
+            mbarrier::init(ring.base + C::BARRIERS_AT + s * 8, 1);
+            mbarrier::init(ring.empty(s), C::WARPGROUPS * 4);
+        }
+        mbarrier::fence_init();
+    }
+    __syncthreads();
+    return shared;
+}
+
+// The producer: one thread. With EARLY the first tile's weights are under way before the kernels before this one are done; the
+// schedule may be known by then. `load_weights(shared, barrier, column, tile)` starts one atom's copy.
+template <typename C, bool EARLY, typename Tiles, typename LoadWeights>
+__device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& tokens, LoadWeights load_weights) {
+    const auto boxes = [](const sched::Tile& tile) { return (tile.count + C::BOX - 1) / C::BOX; };
+    const auto begin_stage = [&](u32 a, u32 full, int k, const sched::Tile& tile) {
+        mbarrier::arrive_expect(full, C::A_BYTES + C::ATOMS * boxes(tile) * C::BOX * 128);
+#pragma unroll
+        for (int i = 0; i < C::ATOMS; i++) load_weights(a + i * C::A_ATOM, full, k * C::DEPTH + i * 64, tile);
+    };
+    sched::Tile tile;
+    int index = blockIdx.x, early = 0;
+    if constexpr (EARLY) {
+        if (tiles.at(index, tile)) {
+            early = min(C::STAGES, C::K_BLOCKS);
+            for (int k = 0; k < early; k++) {
+                begin_stage(ring.base + k * C::STAGE, ring.base + C::BARRIERS_AT + k * 8, k, tile);
+            }
+        }
+    }
+    pdl::wait();
+    for (; tiles.at(index, tile); index += gridDim.x) {
+        for (int k = 0; k < C::K_BLOCKS; k++) {
+            if (early > 0) {
+                early--;
+            } else {
+                mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
+                begin_stage(ring.a(), ring.full(), k, tile);
+            }
+#pragma unroll
+            for (int i = 0; i < C::ATOMS; i++) {
+                const int column = k * C::DEPTH + i * 64;
+                for (int box = 0; box < boxes(tile); box++) {
+                    tma::load(ring.b() + i * C::B_ATOM + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST, column,
+                              tile.first + box * C::BOX);
+                }
+            }
+            ring.advance();
+        }
+    }
+}
+
+// The consumers. `fetch(tile, column)` asks for what `place(map, tile, column, fetched)` then makes the column's row of `out`;
+// between the two are the products.
+template <typename C, typename Out, typename Tiles, typename Fetch, typename Place>
+__device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, Out* out, const Out* residual, Fetch fetch,
+                                        Place place) {
+    const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
+    u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
+    int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
+    constexpr int EACH = (C::COLS + 127) / 128;
+    float d[C::BLOCKS][C::COLS / 2];
+    sched::Tile tile, next;
+    int index = blockIdx.x;
+    for (bool more = tiles.at(index, tile); more; tile = next) {
+        int fetched[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) fetched[i] = fetch(tile, thread + i * 128);
+        more = tiles.at(index += gridDim.x, next);
+        multiply<C>(ring, warpgroup, tile.count, d);
+        for (int i = thread; i < C::COLS; i += 128) map[i] = -1;
+        ptx::sync_threads(1 + warpgroup, 128);
+#pragma unroll
+        for (int i = 0; i < EACH; i++) place(map, tile, thread + i * 128, fetched[i]);
+        ptx::sync_threads(1 + warpgroup, 128);
+        finish<C>(moved, map, warpgroup, tile, d, out, residual);
+        if constexpr (C::KIND == epilogue::F32) ptx::sync_threads(1 + warpgroup, 128);
+    }
+}
+
+template <typename C>
+__device__ __forceinline__ void give_registers() {
+    if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+}
+
+template <typename C>
+__device__ __forceinline__ void take_registers() {
+    if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+}
+
+// Weights are read once in a step of few tokens, and again and again in one of many.
+template <typename C>
+__device__ __forceinline__ constexpr u64 weight_policy() {
+    return C::COLS >= 128 ? tma::EVICT_NORMAL : tma::EVICT_FIRST;
+}
+
+// Dense linear. `LOGITS` says whether its columns are the step's rows of logits or its tokens. Maps: weight [OUTPUTS][K] in boxes of
+// ROWS × 64, tokens [·][K] in boxes of BOX × 64. (The header is older than any kernel of the step.)
+template <typename C, bool LOGITS, typename Out>
+__global__ void __launch_bounds__(C::THREADS, 1)
+    dense(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
+          Out* out, const Out* residual) {
+    pdl::launch_dependents();
+    u8* shared = begin<C>();
+    Ring<C> ring{ptx::shared_address(shared)};
+    const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
+    if (threadIdx.x >= C::WARPGROUPS * 128) {
+        give_registers<C>();
+        if (threadIdx.x == C::WARPGROUPS * 128) {
+            tma::prefetch(weight);
+            tma::prefetch(tokens);
+            produce<C, true>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
+                tma::load(to, weight, full, weight_policy<C>(), column, tile.row * C::ROWS);
+            });
+        } else {
+            pdl::wait();
+        }
+    } else {
+        take_registers<C>();
+        pdl::wait();
+        consume<C>(
+            ring, shared, tiles, out, residual, [](const sched::Tile&, int) { return 0; },
+            [](int* map, const sched::Tile& tile, int column, int) {
+                if (column < tile.count) map[column] = tile.first + column;
+            });
+    }
+}
+
+// How an expert's tokens are found, and where its results go.
+enum Source {
+    Every = 0,     // expert_gate_up: every token [T][K] to every expert; results by expert
+    Permuted = 1,  // expert_gate_up: tokens permuted by expert [T·k][K]; results by expert
+    Down = 2,      // expert_down: rows by expert [T·k][K]; results by assignment
+};
+
+// Linear of each token by its experts. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
+// [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; tokens as `dense`.
+//
+// It lets its successor start only once it has waited itself. So when expert_down starts, the lists are older than expert_gate_up, and
+// its weights can be under way while that still computes.
+template <typename C, int EXPERTS, int TOP_K, int SOURCE>
+__global__ void __launch_bounds__(C::THREADS, 1)
+    grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
+            const int* offsets, const int* order, typename C::T* out) {
+    u8* shared = begin<C>();
+    Ring<C> ring{ptx::shared_address(shared)};
+    const sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
+    if (threadIdx.x >= C::WARPGROUPS * 128) {
+        give_registers<C>();
+        if (threadIdx.x == C::WARPGROUPS * 128) {
+            tma::prefetch(weight);
+            tma::prefetch(tokens);
+            produce<C, SOURCE == Down>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
+                if constexpr (C::SILU) {
+                    tma::load(to, weight, full, weight_policy<C>(), column, 0, 0, tile.row * (C::ROWS / 16), tile.expert);
+                } else {
+                    tma::load(to, weight, full, weight_policy<C>(), column, tile.row * C::ROWS, tile.expert);
+                }
+            });
+        } else {
+            pdl::wait();
+        }
+    } else {
+        take_registers<C>();
+        pdl::wait();
+        pdl::launch_dependents();
+        // The first of the expert's positions in the order, and how many there are, of this tile.
+        const auto span = [&](const sched::Tile& tile, int& first, int& count) {
+            first = SOURCE == Every ? offsets[tile.expert] : tile.first;
+            count = SOURCE == Every ? offsets[tile.expert + 1] - first : tile.count;
+        };
+        consume<C>(
+            ring, shared, tiles, out, static_cast<const typename C::T*>(nullptr),
+            [&](const sched::Tile& tile, int column) {
+                int first, count;
+                span(tile, first, count);
+                return SOURCE != Permuted && column < count ? order[first + column] : 0;
+            },
+            [&](int* map, const sched::Tile& tile, int column, int assignment) {
+                int first, count;
+                span(tile, first, count);
+                if (column >= count) return;
+                if constexpr (SOURCE == Every) {
+                    map[assignment / TOP_K] = first + column;
+                } else {
+                    map[column] = SOURCE == Down ? assignment : first + column;
+                }
+            });
+    }
+}
+
+}  // namespace linear

@@ -1,0 +1,30 @@
+// Shared memory: addresses, barriers of some of a CTA's threads, matrix stores.
+#pragma once
+
+#include "base/types.cuh"
+
+namespace ptx {
+
+// The 32-bit address that shared-memory instructions take.
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
+
+// Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads.
+__device__ __forceinline__ void sync_threads(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Stores one 8×8 matrix of 16-bit elements transposed: lane l holds elements (l / 4, 2·(l % 4)) and its right neighbour; lanes 0–7
+// give the addresses of the columns, which become 16-byte rows. sm_90 and up.
+__device__ __forceinline__ void store_matrix_trans(u32 address, u32 a) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(a) : "memory");
+}
+
+// As above, two matrices: lanes 0–7 give the first one's addresses, lanes 8–15 the second one's.
+__device__ __forceinline__ void store_matrix_trans(u32 address, u32 a, u32 b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(address), "r"(a), "r"(b)
+                 : "memory");
+}
+
+}  // namespace ptx

@@ -1,0 +1,50 @@
+// Tensor copies from global to shared memory (sm_90 and up). One thread issues; a transaction barrier counts the bytes.
+#pragma once
+
+#include "base/types.cuh"
+
+// A tensor map as the driver encodes it; a kernel takes it as `const __grid_constant__`.
+struct alignas(64) TensorMap {
+    u64 words[16];
+};
+
+namespace tma {
+
+// What L2 should do with the lines.
+constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
+constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
+
+__device__ __forceinline__ void prefetch(const TensorMap& map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// A box of two dimensions, coordinates innermost first.
+__device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared),
+        "l"(&map), "r"(barrier), "l"(policy), "r"(x), "r"(y)
+        : "memory");
+}
+
+// Three dimensions.
+__device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y, int z) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(shared),
+        "l"(&map), "r"(barrier), "l"(policy), "r"(x), "r"(y), "r"(z)
+        : "memory");
+}
+
+// Five dimensions.
+__device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y, int z,
+                                     int v, int w) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(shared),
+        "l"(&map), "r"(barrier), "l"(policy), "r"(x), "r"(y), "r"(z), "r"(v), "r"(w)
+        : "memory");
+}
+
+}  // namespace tma

@@ -1,0 +1,73 @@
+// Which tile of a linear's output is next. Tiles are numbered; a CTA takes every gridDim.x-th. Rows are output features, columns tokens.
+#pragma once
+
+#include "base/types.cuh"
+
+namespace sched {
+
+struct Tile {
+    int expert;  // 0 for a dense linear
+    int row;     // index of the tile of rows
+    int first;   // first column: a token, or a position in the order by expert
+    int count;   // columns
+};
+
+// Tile `index` of rows × columns: bands of 2048 columns, in a band row by row. Tiles computed at a time then form a square, and a
+// band's tokens (17 MB of 4096 16-bit elements) stay in L2 while weights stream past them.
+template <int COLS>
+__device__ __forceinline__ void locate(int index, int row_tiles, int col_tiles, int& row, int& col) {
+    constexpr int BAND = 2048 / COLS;
+    const int band = index / (BAND * row_tiles);
+    const int width = min(BAND, col_tiles - band * BAND);
+    const int within = index - band * BAND * row_tiles;
+    row = within / width;
+    col = band * BAND + within % width;
+}
+
+// All rows of one weight with all tokens.
+template <int ROW_TILES, int COLS>
+struct Dense {
+    int columns;
+
+    __device__ __forceinline__ bool at(int index, Tile& tile) const {
+        const int col_tiles = (columns + COLS - 1) / COLS;
+        if (index >= ROW_TILES * col_tiles) return false;
+        int col;
+        locate<COLS>(index, ROW_TILES, col_tiles, tile.row, col);
+        tile.expert = 0;
+        tile.first = col * COLS;
+        tile.count = min(COLS, columns - tile.first);
+        return true;
+    }
+};
+
+// Each expert's rows with its tokens. `offsets[e]` is the position of expert e's first token in the order by expert. With
+// `EVERY` an expert that has any token is given all the step's tokens (at most COLS): none need be gathered, and tokens that are
+// not its own are dropped in the epilogue.
+template <int EXPERTS, int ROW_TILES, int COLS, bool EVERY>
+struct ByExpert {
+    const int* offsets;
+    int tokens;
+    int expert = 0;  // where the search stands
+    int before = 0;  // tiles of the experts before it
+
+    // Indices of successive calls ascend.
+    __device__ __forceinline__ bool at(int index, Tile& tile) {
+        for (; expert < EXPERTS; expert++) {
+            const int first = offsets[expert], count = offsets[expert + 1] - first;
+            const int col_tiles = EVERY ? (count > 0) : (count + COLS - 1) / COLS;
+            if (index < before + ROW_TILES * col_tiles) {
+                int col;
+                locate<COLS>(index - before, ROW_TILES, col_tiles, tile.row, col);
+                tile.expert = expert;
+                tile.first = EVERY ? 0 : first + col * COLS;
+                tile.count = EVERY ? tokens : min(COLS, count - col * COLS);
+                return true;
+            }
+            before += ROW_TILES * col_tiles;
+        }
+        return false;
+    }
+};
+
+}  // namespace sched
