@@ -1,11 +1,15 @@
-// Op: dummy weights · CPU twin: mixtral-engine/src/dummy.rs
-// Regime: once, when an engine is loaded · Tile: a row, 8 elements a thread · Grid: persistent, CTAs over rows (or over parts of a row
-// where there are few) · Numerics: the CPU's bits · Requires: any type and shape
-// Traffic: each element written once · Measured: docs/perf/cuda.md
+// Op: none; dummy weights when an engine is loaded. CPU twin: mixtral_engine::dummy.
+// Regime: one piece of a weight a launch.
+// Tile: eight elements a thread.
+// Grid: any; threads stride over the piece.
+// Numerics: the contract's, to the bit.
+// Requires: nothing; 16-byte stores where the piece's rows allow them.
+// Traffic: each element written once.
+// Measured: not yet.
 #pragma once
 
-#include "base/types.cuh"
 #include "base/vector.cuh"
+#include "ptx/pdl.cuh"
 
 namespace dummy {
 
@@ -14,39 +18,41 @@ __device__ __forceinline__ u32 mix(u32 x) {
     x *= 0x7feb352du;
     x ^= x >> 15;
     x *= 0x846ca68bu;
-    return x ^ x >> 16;
+    return x ^ (x >> 16);
 }
 
-// The element at `index` of the tensor that `key` stands for: four uniform bytes summed, centred and scaled.
-__device__ __forceinline__ float element(u64 key, u64 index, float scale, float bias) {
-    const u32 low = static_cast<u32>(index), high = static_cast<u32>(index >> 32);
-    const u32 word = mix(mix(low ^ static_cast<u32>(key) ^ high * 0x9e3779b9u) + static_cast<u32>(key >> 32));
-    const u32 sum = __dp4a(word, 0x01010101u, 0u);
-    return __fmaf_rn(static_cast<float>(sum) - 510.0f, scale, bias);
-}
-
-// out[r][c] = the element at first + r · source_cols + c, for [rows][cols].
+// out[r][c] = element first + r · source_cols + c of the tensor with that key, scaled, plus bias (1 with scale 0 for norms).
 template <typename T>
 __global__ void __launch_bounds__(256)
     fill(T* out, u64 key, u64 first, u64 rows, u64 cols, u64 source_cols, float scale, float bias) {
-    constexpr u64 STEP = VECTOR;
-    const u64 pieces = (cols + STEP - 1) / STEP;
-    // As many CTAs share a row as are left over.
-    const u64 sharing = rows < gridDim.x ? gridDim.x / rows : 1;
-    const bool vectors = cols % STEP == 0 && reinterpret_cast<u64>(out) % 16 == 0;
-    for (u64 r = blockIdx.x / sharing; r < rows; r += gridDim.x / sharing) {
-        for (u64 piece = blockIdx.x % sharing * 256 + threadIdx.x; piece < pieces; piece += sharing * 256) {
-            const u64 c = piece * STEP, index = first + r * source_cols + c;
-            float values[STEP];
+    pdl::launch_dependents();
+    pdl::wait();
+    // Whole rows of the source are one long row.
+    if (cols == source_cols) {
+        cols *= rows;
+        rows = 1;
+    }
+    const u64 per_row = (cols + VECTOR - 1) / VECTOR, count = rows * per_row;
+    const bool aligned = reinterpret_cast<u64>(out) % 16 == 0 && (rows == 1 || cols % VECTOR == 0);
+    const u32 low_key = static_cast<u32>(key), high_key = static_cast<u32>(key >> 32);
+    for (u64 v = blockIdx.x * 256ull + threadIdx.x; v < count; v += gridDim.x * 256ull) {
+        const u64 row = rows == 1 ? 0 : v / per_row, column = (v - row * per_row) * VECTOR;
+        const u64 index = first + row * source_cols + column;
+        float x[VECTOR];
 #pragma unroll
-            for (int i = 0; i < STEP; i++) values[i] = element(key, index + i, scale, bias);
-            T* to = out + r * cols + c;
-            const int n = static_cast<int>(cols - c < STEP ? cols - c : STEP);
-            if (vectors) {
-                store<true>(to, values, n);
-            } else {
-                store<false>(to, values, n);
-            }
+        for (int i = 0; i < VECTOR; ++i) {
+            const u32 low = static_cast<u32>(index + i), high = static_cast<u32>((index + i) >> 32);
+            const u32 word = mix(mix(low ^ low_key ^ high * 0x9e3779b9u) + high_key);
+            // The sum of the four bytes.
+            const u32 sum = __dp4a(word, 0x01010101u, 0u);
+            x[i] = __fadd_rn(__fmul_rn(__fsub_rn(static_cast<float>(sum), 510.0f), scale), bias);
+        }
+        T* to = out + row * cols + column;
+        const int n = cols - column < VECTOR ? static_cast<int>(cols - column) : VECTOR;
+        if (aligned) {
+            store<true>(to, x, n);
+        } else {
+            store<false>(to, x, n);
         }
     }
 }

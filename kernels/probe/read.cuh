@@ -1,30 +1,39 @@
-// Op: none; the device's read bandwidth, which others are measured against · CPU twin: mixtral-cpu/src/probe.rs
-// Regime: bench · Tile: UNROLL words of 16 bytes a thread · Grid: any · Numerics: none · Requires: nothing
-// Traffic: each word read once · Measured: docs/perf/cuda.md
+// Op: none; the rate at which device memory can be read.
+// Regime: data much larger than L2.
+// Tile: UNROLL 16-byte words a thread, at a distance of the grid.
+// Grid: any.
+// Numerics: none.
+// Requires: nothing.
+// Traffic: the data once.
+// Measured: not yet.
 #pragma once
 
 #include "base/types.cuh"
+#include "ptx/pdl.cuh"
 
 namespace probe {
 
-// Reads `count` words of 16 bytes. What it read is written only if it is what no data is, so that nothing is left out.
+// Reads `count` 16-byte words. Their exclusive or goes to out[0] in the one case of 2^32 that cannot be told beforehand, so that
+// the loads have a use.
 template <int UNROLL>
 __global__ void __launch_bounds__(512) read(const uint4* data, u64 count, u32* out) {
-    const u64 step = static_cast<u64>(gridDim.x) * 512;
-    u32 all = 0;
-    u64 i = static_cast<u64>(blockIdx.x) * 512 + threadIdx.x;
-    for (; i + (UNROLL - 1) * step < count; i += UNROLL * step) {
+    pdl::launch_dependents();
+    pdl::wait();
+    const u64 stride = gridDim.x * 512ull;
+    u32 all = 0x5a17c0deu;
+    u64 i = blockIdx.x * 512ull + threadIdx.x;
+    for (; i + (UNROLL - 1) * stride < count; i += UNROLL * stride) {
         uint4 words[UNROLL];
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) words[u] = __ldcs(data + i + u * step);
+        for (int u = 0; u < UNROLL; ++u) words[u] = __ldcs(data + i + u * stride);
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) all |= words[u].x ^ words[u].y ^ words[u].z ^ words[u].w;
+        for (int u = 0; u < UNROLL; ++u) all ^= words[u].x ^ words[u].y ^ words[u].z ^ words[u].w;
     }
-    for (; i < count; i += step) {
-        const uint4 word = data[i];
-        all |= word.x ^ word.y ^ word.z ^ word.w;
+    for (; i < count; i += stride) {
+        const uint4 word = __ldcs(data + i);
+        all ^= word.x ^ word.y ^ word.z ^ word.w;
     }
-    if (all == 0x5eed5eedu && count == ~0ull) out[0] = all;
+    if (all == 0) out[0] = all;
 }
 
 }  // namespace probe
