@@ -64,6 +64,9 @@ __global__ void __launch_bounds__(DECODE_THREADS)
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = lane / 4, column = lane % 4 * 2;
     const int num_works = header->num_decode_items * PER_ITEM;
+    // Who has nothing to do makes room for the next kernel, whose weights can then be under way. (CTA 0 stays: a grid of which none
+    // waits would end before its predecessors.)
+    if (blockIdx.x > 0 && blockIdx.x >= num_works) return;
     const typename Shape::Kv cache = {keys, values};
 
     // Goes to the work item at `work`, or the first after it that has tiles.

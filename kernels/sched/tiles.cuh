@@ -12,16 +12,19 @@ struct Tile {
     int count;   // columns
 };
 
-// Tile `index` of rows × columns: bands of 2048 columns, in a band row by row. Tiles computed at a time then form a square, and a
-// band's tokens (17 MB of 4096 16-bit elements) stay in L2 while weights stream past them.
+// Tile `index` of rows × columns: bands of about 2048 columns, in a band row by row. Tiles computed at a time then form a square, and a
+// band's tokens (17 MB of 4096 16-bit elements) stay in L2 while weights stream past them. Every band reads all weights again, so
+// a few tiles more make bands wider, not one more.
 template <int COLS>
 __device__ __forceinline__ void locate(int index, int row_tiles, int col_tiles, int& row, int& col) {
     constexpr int BAND = 2048 / COLS;
-    const int band = index / (BAND * row_tiles);
-    const int width = min(BAND, col_tiles - band * BAND);
-    const int within = index - band * BAND * row_tiles;
+    const int bands = max((col_tiles + BAND / 2) / BAND, 1);
+    const int most = (col_tiles + bands - 1) / bands;
+    const int band = index / (most * row_tiles);
+    const int width = min(most, col_tiles - band * most);
+    const int within = index - band * most * row_tiles;
     row = within / width;
-    col = band * BAND + within % width;
+    col = band * most + within % width;
 }
 
 // All rows of one weight with all tokens.

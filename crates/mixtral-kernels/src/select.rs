@@ -85,7 +85,9 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         (33..=64, true) => ring(128, 64, 64, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
         (65..=256, true) => ring(128, 128, 64, 2),
-        (65..=256, false) => ring(64, 128, 64, 1),
+        (65..=128, false) => ring(64, 128, 64, 1),
+        // Tokens are read from L2 once a tile of rows: taller tiles, though fewer than multiprocessors.
+        (129..=256, false) => ring(128, 128, 64, 2),
         // Two warpgroups of 64 × 256: their accumulators fill the register file.
         _ => LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2 },
     }

@@ -74,9 +74,17 @@ fn run(
 
 const LENGTHS: [usize; 6] = [37, 3, 16, 50, 5, 200];
 
-/// Each sequence alone and whole.
+/// How much of each sequence is its prompt; what follows is decoded. (A position's bits depend on which of the two it is, and on
+/// nothing else.)
+const PROMPTS: [usize; 6] = [36, 2, 11, 47, 3, 199];
+
+/// Each sequence alone: its prompt whole, then its decodes.
 fn alone() -> Vec<Vec<Chunk>> {
-    LENGTHS.iter().enumerate().map(|(s, &len)| vec![(s, 0, len)]).collect()
+    let of = |s: usize| {
+        let prompt = std::iter::once((s, 0, PROMPTS[s]));
+        prompt.chain((PROMPTS[s]..LENGTHS[s]).map(move |i| (s, i, 1)))
+    };
+    (0..LENGTHS.len()).flat_map(of).map(|chunk| vec![chunk]).collect()
 }
 
 /// All together: some chunks of prompts, then decodes, then decodes beside chunks.
