@@ -40,7 +40,7 @@ const CORPORA: &str = "fuzz/corpus";
 const MAX_INPUT: usize = 8192;
 
 /// Inputs that a committed corpus has at most.
-const MAX_KEPT: usize = 64;
+const MAX_KEPT: usize = 32;
 
 /// Runs the readers one after another and prints what each did.
 pub(crate) fn fuzz(workspace: &Workspace, args: &FuzzArgs) -> Result<()> {
