@@ -162,6 +162,13 @@ fn no_damage_passes_unseen() {
         let Tried { flips, cuts } = damage_everything(&at.join(name), is_engine);
         (all.flips, all.cuts) = (all.flips + flips, all.cuts + cuts);
     }
+    // Without any of its weights a checkpoint is not one of the config alone, which would be built with random ones.
+    for rank in 0..2 {
+        fs::remove_file(at.join(format!("checkpoint/rank{rank}.safetensors"))).unwrap();
+    }
+    assert!(loads_checkpoint(&at.join("checkpoint")).is_err());
+    let said = mixtral_in(at, "build --checkpoint_dir checkpoint --output_dir other", &[]);
+    assert!(said.code == 1 && said.err.contains("rank0.safetensors is missing"), "{}", said.err);
     println!("in all: {all:?}");
     assert!(all.flips > 1000 && all.cuts > 200, "{all:?}");
 }

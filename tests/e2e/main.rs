@@ -10,6 +10,7 @@ mod generate;
 mod goldens;
 mod kills;
 mod layouts;
+mod mapped;
 mod refusals;
 mod sessions;
 mod stages;

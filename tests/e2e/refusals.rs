@@ -2,7 +2,7 @@
 //! to stderr, and comes with exit code 1 (the work failed) or 2 (wrong usage). None is a panic.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -188,19 +188,138 @@ fn damaged_engines() {
     ];
     let mut text = String::new();
     for (name, damage) in damages {
-        let copy = at.join("copy");
-        let _ = fs::remove_dir_all(&copy);
-        fs::create_dir(&copy).unwrap();
-        for entry in fs::read_dir(at.join("engine_outputs")).unwrap() {
-            let entry = entry.unwrap();
-            // Copied: the weights are a hard link of the checkpoint's.
-            fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
-        }
+        let copy = fresh_copy(at, "engine_outputs");
         damage(&copy);
         let said = refused(at, mixtral_in(at, "run --engine-dir copy --max-output-len 4", &[]), 1);
         text += &format!("{name}\n{said}\n\n");
     }
     insta::assert_snapshot!(text);
+}
+
+/// Each damage on a fresh copy of the example's checkpoint or engine, and what `verify` makes of it.
+#[test]
+fn what_verify_says() {
+    let dir = example_engine("--dtype auto", "");
+    let at = dir.path();
+    fs::create_dir(at.join("empty")).unwrap();
+    type Damage = (&'static str, &'static str, fn(&Path));
+    let damages: [Damage; 11] = [
+        ("tllm_checkpoint", "one bit of a tensor", |d| flip(&d.join("rank0.safetensors"), 5_000_000)),
+        ("tllm_checkpoint", "a bit of every megabyte", |d| {
+            (1..9).for_each(|mb| flip(&d.join("rank0.safetensors"), mb * 1_000_000));
+        }),
+        ("tllm_checkpoint", "a header of another run", |d| {
+            rewrite(&d.join("rank0.safetensors"), "\"rank\":\"0\"", "\"rank\":\"1\"");
+        }),
+        ("tllm_checkpoint", "an edited config", |d| {
+            rewrite(&d.join("config.json"), "\"norm_epsilon\": ", "\"norm_epsilon\": 1");
+        }),
+        ("tllm_checkpoint", "a config without its seal", |d| rewrite(&d.join("config.json"), "\"seal\"", "\"sale\"")),
+        ("tllm_checkpoint", "another tokenizer", |d| rewrite(&d.join("tokenizer.json"), "version", "VERSION")),
+        ("tllm_checkpoint", "no tokenizer", |d| fs::remove_file(d.join("tokenizer.json")).unwrap()),
+        ("tllm_checkpoint", "another tool's, with weights that are not finite", |d| {
+            edit_config(d, |v| drop(v.as_object_mut().unwrap().shift_remove("mixtral")));
+            forget_metadata(&d.join("rank0.safetensors"));
+            let path = d.join("rank0.safetensors");
+            let mut bytes = fs::read(&path).unwrap();
+            let end = bytes.len();
+            bytes[end - 6..].fill(0xff);
+            fs::write(path, bytes).unwrap();
+        }),
+        ("engine_outputs", "one bit of a weight", |d| flip(&d.join("rank0.weights.safetensors"), 5_000_000)),
+        ("engine_outputs", "one bit of the program", |d| flip(&d.join("rank0.engine"), 3000)),
+        ("engine_outputs", "an edited config", |d| {
+            rewrite(&d.join("config.json"), "\"max_seq_len\": 512", "\"max_seq_len\": 513");
+        }),
+    ];
+    let mut text = String::new();
+    for (what, name, damage) in damages {
+        let copy = fresh_copy(at, what);
+        damage(&copy);
+        let said = refused(at, mixtral_in(at, "verify copy", &[]), 1);
+        text += &format!("{what}: {name}\n{said}\n\n");
+    }
+    for nothing in ["nowhere", "empty"] {
+        let said = refused(at, mixtral_in(at, &format!("verify {nothing}"), &[]), 1);
+        text += &format!("{nothing}\n{said}\n\n");
+    }
+    // Nothing is wrong with these, and it says so.
+    for good in ["tllm_checkpoint", "engine_outputs"] {
+        text += &format!("$ mixtral verify {good}\n{}\n", mixtral_in(at, &format!("verify {good}"), &[]).ok());
+    }
+    let copy = fresh_copy(at, "tllm_checkpoint");
+    edit_config(&copy, |v| drop(v.as_object_mut().unwrap().shift_remove("mixtral")));
+    forget_metadata(&copy.join("rank0.safetensors"));
+    text += &format!("another tool's\n{}", mixtral_in(at, "verify copy", &[]).ok());
+    insta::assert_snapshot!(text);
+}
+
+/// The malformed inputs whose message is in a snapshot are counted, so that nobody removes them unseen.
+#[test]
+fn more_than_a_hundred_malformed_inputs_have_their_message_in_a_snapshot() {
+    let convert = "crates/mixtral-convert/tests/snapshots/malformed__";
+    let checkpoint = "crates/mixtral-checkpoint/";
+    let here = "tests/e2e/snapshots/e2e__refusals__";
+    // A snapshot, and how the line of an input begins; nothing where every line that is not indented is one.
+    let snapshots = [
+        (format!("{convert}configurations"), "# "),
+        (format!("{convert}files"), "# "),
+        (format!("{convert}tensors"), "# "),
+        (format!("{convert}options"), "# "),
+        (format!("{checkpoint}tests/snapshots/checkpoint__each_broken_directory_has_its_message"), ""),
+        (format!("{checkpoint}src/snapshots/mixtral_checkpoint__config__tests__each_refusal_says_what_and_where"), ""),
+        (
+            format!("{checkpoint}src/snapshots/mixtral_checkpoint__header__tests__each_malformed_file_has_its_message"),
+            "",
+        ),
+        (format!("{here}damaged_engines"), "error: "),
+        (format!("{here}directories_that_are_something_else"), "error: "),
+        (format!("{here}prompts_that_cannot_be_answered"), "error: "),
+        (format!("{here}what_verify_says"), "error: "),
+    ];
+    let mut all = 0;
+    for (name, begin) in snapshots {
+        let text = fs::read_to_string(root().join(format!("{name}.snap"))).unwrap();
+        let body = text.splitn(3, "---\n").nth(2).expect("a snapshot has a head");
+        let begins = |line: &&str| !line.is_empty() && !line.starts_with(' ') && line.starts_with(begin);
+        let count = body.lines().filter(begins).count();
+        println!("{count:4} {name}");
+        assert!(count > 0, "{name}");
+        all += count;
+    }
+    println!("{all:4} in all");
+    assert!(all >= 100, "{all} malformed inputs");
+}
+
+/// `at/name`, copied to `at/copy`: the weights of an engine are a hard link of the checkpoint's.
+fn fresh_copy(at: &Path, name: &str) -> PathBuf {
+    let copy = at.join("copy");
+    let _ = fs::remove_dir_all(&copy);
+    fs::create_dir(&copy).unwrap();
+    for entry in fs::read_dir(at.join(name)).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+    }
+    copy
+}
+
+/// Replaces the first `old` in a file by `new`.
+fn rewrite(path: &Path, old: &str, new: &str) {
+    let bytes = fs::read(path).unwrap();
+    let at = bytes.windows(old.len()).position(|w| w == old.as_bytes()).expect("it is there");
+    fs::write(path, [&bytes[..at], new.as_bytes(), &bytes[at + old.len()..]].concat()).unwrap();
+}
+
+/// Takes the metadata out of a safetensors file, whose length stays.
+fn forget_metadata(path: &Path) {
+    let mut bytes = fs::read(path).unwrap();
+    let end = 8 + usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    let mut header: Value = serde_json::from_slice(&bytes[8..end]).unwrap();
+    header.as_object_mut().unwrap().shift_remove("__metadata__");
+    let text = header.to_string();
+    bytes[8..end].fill(b' ');
+    bytes[8..8 + text.len()].copy_from_slice(text.as_bytes());
+    fs::write(path, bytes).unwrap();
 }
 
 fn edit_config(engine: &Path, change: impl Fn(&mut Value)) {

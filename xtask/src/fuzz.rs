@@ -39,8 +39,8 @@ const CORPORA: &str = "fuzz/corpus";
 /// Bytes of the longest input.
 const MAX_INPUT: usize = 8192;
 
-/// Inputs that a committed corpus has at most.
-const MAX_KEPT: usize = 64;
+/// Inputs that fuzzing may add to a committed corpus.
+const MAX_KEPT: usize = 24;
 
 /// Runs the readers one after another and prints what each did.
 pub(crate) fn fuzz(workspace: &Workspace, args: &FuzzArgs) -> Result<()> {
@@ -138,7 +138,8 @@ fn row(reader: &str, text: &str) -> Option<String> {
     Some(format!("{reader:22} {inputs:>10} {rate:>8} {edges:>7} {memory:>7} {slowest:>6} s"))
 }
 
-/// Replaces a committed corpus by the smallest inputs of a merged one.
+/// Replaces what fuzzing found for a committed corpus by some of a merged one, from the smallest to the largest. Inputs
+/// written by hand have names and stay.
 fn keep(merged: &Path, committed: &Path) -> Result<()> {
     let inputs = |folder: &Path| -> std::io::Result<Vec<(u64, PathBuf)>> {
         let sized = fs::read_dir(folder)?.map(|entry| entry.and_then(|e| Ok((e.metadata()?.len(), e.path()))));
@@ -150,13 +151,22 @@ fn keep(merged: &Path, committed: &Path) -> Result<()> {
         bail!("{} is empty; the committed corpus stays", merged.display());
     }
     for (_, old) in inputs(committed).with_context(|| format!("listing {}", committed.display()))? {
-        fs::remove_file(&old).with_context(|| format!("removing {}", old.display()))?;
+        if is_found(&old) {
+            fs::remove_file(&old).with_context(|| format!("removing {}", old.display()))?;
+        }
     }
-    for (_, input) in found.into_iter().take(MAX_KEPT) {
+    let step = found.len().div_ceil(MAX_KEPT);
+    for (_, input) in found.into_iter().rev().step_by(step).filter(|(_, input)| is_found(input)) {
         let to = committed.join(input.file_name().unwrap_or_default());
         fs::copy(&input, &to).with_context(|| format!("writing {}", to.display()))?;
     }
     Ok(())
+}
+
+/// Whether libFuzzer named the file: by a hash of what is in it.
+fn is_found(input: &Path) -> bool {
+    let name = input.file_name().unwrap_or_default().to_string_lossy();
+    name.len() == 40 && name.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
 #[cfg(test)]

@@ -82,9 +82,14 @@ fn memory_that_cannot_be_had_is_an_error() {
         "{error}"
     );
     let mut a = linear();
-    a.declare("vast", DType::F32, &[1 << 24, 1 << 24, 1 << 24]);
+    a.declare("vast", DType::F32, &[1 << 24, 1 << 24, 1 << 8]);
     let error = refused(a.program, Weights::Dummy { seed: 0 }, OPTIONS);
     assert!(matches!(error, BackendError::OutOfMemory { what: "the dummy weights", .. }), "{error}");
+    // One whose bytes no number holds is no program at all.
+    let mut a = linear();
+    a.declare("vaster", DType::F32, &[1 << 24, 1 << 24, 1 << 24]);
+    let error = refused(a.program, Weights::Dummy { seed: 0 }, OPTIONS).to_string();
+    assert!(error.starts_with("program: a weight's number of elements is "), "{error}");
 }
 
 #[test]

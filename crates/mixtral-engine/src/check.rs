@@ -61,6 +61,9 @@ pub enum ProgramError {
 /// Sizes past this are refused, so that products of a few of them cannot overflow.
 const MAX: usize = 1 << 24;
 
+/// Elements of the largest weight; those of a model's largest layer are fewer.
+const MAX_WEIGHT: usize = 1 << 56;
+
 impl Limits {
     /// Checks that every limit is one that a program can be planned for.
     ///
@@ -101,6 +104,8 @@ impl Program {
             for &side in &weight.shape {
                 in_range("a weight's side", side, 1, MAX)?;
             }
+            let elements = weight.shape.iter().fold(1usize, |product, &side| product.saturating_mul(side));
+            in_range("a weight's number of elements", elements, 1, MAX_WEIGHT)?;
             for piece in &weight.pieces {
                 let rows_end = piece.target_row.checked_add(piece.rows.len());
                 let fits = piece.rows.start <= piece.rows.end

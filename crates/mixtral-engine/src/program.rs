@@ -248,9 +248,9 @@ impl Program {
         rows * buffer.cols * buffer.dtype.size()
     }
 
-    /// Bytes of all weights.
+    /// Bytes of all weights; saturates instead of overflowing.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
-        self.weights.iter().map(Weight::num_bytes).sum()
+        self.weights.iter().fold(0, |sum, weight| weight.num_bytes().saturating_add(sum))
     }
 }

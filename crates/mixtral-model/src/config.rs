@@ -258,15 +258,16 @@ impl ModelConfig {
         self.num_heads / self.num_kv_heads
     }
 
-    /// Parameters of the whole model, embedding and lm_head both counted.
+    /// Parameters of the whole model, embedding and lm_head both counted; saturates instead of overflowing.
     #[must_use]
     pub fn num_parameters(&self) -> u64 {
-        let u = |n: usize| n as u64;
+        let u = |n: usize| n as u128;
         let attention = u(self.hidden_size) * u(self.head_dim) * u(2 * self.num_heads + 2 * self.num_kv_heads);
         let expert = 3 * u(self.hidden_size) * u(self.intermediate_size);
         let router = if self.has_router() { u(self.moe.num_experts) * u(self.hidden_size) } else { 0 };
         let layer = attention + expert * u(self.moe.num_experts) + router + 2 * u(self.hidden_size);
-        u(self.num_layers) * layer + 2 * u(self.vocab_size) * u(self.hidden_size) + u(self.hidden_size)
+        let all = u(self.num_layers) * layer + 2 * u(self.vocab_size) * u(self.hidden_size) + u(self.hidden_size);
+        u64::try_from(all).unwrap_or(u64::MAX)
     }
 }
 

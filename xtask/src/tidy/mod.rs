@@ -92,7 +92,7 @@ const FOLDERS: &[&str] = &["crates", "kernels", "xtask", "examples", "fuzz", "te
 const GENERATED: &[&str] = &["target", "corpus", "__pycache__", "tllm_checkpoint", "engine_outputs"];
 
 /// Files that count as source.
-const SOURCES: &[&str] = &["rs", "py", "cu", "cuh", "h", "toml"];
+const SOURCES: &[&str] = &["rs", "py", "c", "cu", "cuh", "h", "toml"];
 
 /// A broken rule: where, and what to do.
 #[derive(Debug, PartialEq, Eq)]

@@ -20,10 +20,10 @@ pub struct ParallelArgs {
     #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(0..=2))]
     pub moe_tp_mode: u8,
     /// Ranks that share each expert (with --moe-ep-size, instead of --moe-tp-mode)
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub moe_tp_size: Option<i64>,
     /// Ranks that whole experts are dealt over
-    #[arg(long)]
+    #[arg(long, allow_negative_numbers = true)]
     pub moe_ep_size: Option<i64>,
 }
 

@@ -9,6 +9,8 @@ pub mod build;
 pub mod convert;
 pub mod inspect;
 pub mod legacy;
+#[cfg(test)]
+mod ranges;
 pub mod run;
 pub mod verify;
 

@@ -62,10 +62,10 @@ pub struct RunArgs {
     #[arg(long, default_value = "1", value_parser = at_least_one)]
     pub num_beams: usize,
     /// Beam search: exponent of the length
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value = "1.0", value_parser = finite, allow_negative_numbers = true)]
     pub length_penalty: f32,
     /// Beam search: when to stop
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
     pub early_stopping: i32,
     /// Sequences drawn for each prompt
     #[arg(long, default_value = "1", value_parser = at_least_one)]

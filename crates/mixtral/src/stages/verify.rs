@@ -22,18 +22,15 @@ pub fn main(args: &VerifyArgs) -> Result<()> {
     if let Some(first) = problems.first() {
         let others: Vec<String> = problems[1..].iter().map(|p| format!("  {p}")).collect();
         let others = if others.is_empty() { String::new() } else { format!("\nthe others:\n{}", lines(&others)) };
-        bail!("{} of {all} are damaged; the first: {first}{others}", problems.len());
+        bail!("damage in {} of {all}; the first: {first}{others}", problems.len());
     }
     let size = bytes(usize::try_from(size).unwrap_or(usize::MAX));
     let mut out = std::io::stdout().lock();
-    writeln!(out, "{what} {}: {all}, {size}, are as they were written", args.dir.display())?;
-    if unhashed > 0 {
-        writeln!(
-            out,
-            "{unhashed} tensors came without a hash, from another tool: their shapes were checked, and that they are finite"
-        )?;
-    }
-    Ok(())
+    let verdict = match unhashed {
+        0 => "as they were written".to_owned(),
+        _ => format!("without a fault, but {unhashed} of them came without a hash from another tool: they are finite"),
+    };
+    Ok(writeln!(out, "{what} {}: {all}, {size}, {verdict}", args.dir.display())?)
 }
 
 fn read(args: &VerifyArgs, workers: usize, progress: &Bytes) -> Result<(&'static str, Verified)> {
