@@ -103,7 +103,7 @@ fn ladders_follow_the_plugins_and_the_architectures() {
         let rungs = |prefix: &str| {
             let lines = program.to_text();
             let line = lines.lines().find(|line| line.starts_with(prefix)).expect("every model has one").to_owned();
-            (line.contains("wgmma "), line.contains("\"mma "))
+            (line.contains("wgmma:"), line.contains("\"mma:"))
         };
         (rungs("op linear"), rungs("op expert_gate_up"))
     };
