@@ -105,6 +105,8 @@ fn directories_that_are_something_else() {
         "run --engine-dir tllm_checkpoint".to_owned(),
         format!("run --engine-dir {model}"),
         "run --tokenizer-dir empty".to_owned(),
+        "run --backend cuda".to_owned(),
+        "bench --backend cuda".to_owned(),
         "inspect nowhere".to_owned(),
         "inspect empty".to_owned(),
     ];
