@@ -145,7 +145,11 @@ impl Compiler {
         let headers = self.reached(kernel)?;
         let text = unit_text(kernel);
         let unit = Unit { name: UNIT, text: &text, headers: &headers, expression: &kernel.symbol };
-        let (form, options) = (form(code), options(code));
+        let (form, mut options) = (form(code), options(code));
+        if self.nvrtc.version() >= (13, 0) {
+            // NVRTC's own cache gives back the image without the assembler's log, which the resources are read from.
+            options.push("-no-cache".to_owned());
+        }
         self.nvrtc.compile(&unit, form, &options).map_err(|rejected| CompileError::Rejected {
             symbol: kernel.symbol.clone(),
             code,

@@ -40,9 +40,9 @@ impl fmt::Display for LinearPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             LinearPlan::Simt => write!(f, "simt"),
-            LinearPlan::Mma { rows, cols } => write!(f, "mma {rows}x{cols}"),
+            LinearPlan::Mma { rows, cols } => write!(f, "mma:{rows}x{cols}"),
             LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups } => {
-                write!(f, "wgmma {rows}x{cols} k{depth} s{stages} w{warpgroups}")
+                write!(f, "wgmma:{rows}x{cols}:k{depth}:s{stages}:w{warpgroups}")
             }
         }
     }
@@ -53,7 +53,7 @@ impl FromStr for LinearPlan {
 
     fn from_str(text: &str) -> Result<Self, PlanError> {
         let error = || PlanError(text.to_owned());
-        let mut words = text.split(' ');
+        let mut words = text.split(':');
         let kind = words.next().ok_or_else(error)?;
         let tile = |word: Option<&str>| -> Result<(u32, u32), PlanError> {
             let (rows, cols) = word.and_then(|w| w.split_once('x')).ok_or_else(error)?;
@@ -91,9 +91,12 @@ mod tests {
             LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1 },
         ];
         for plan in plans {
-            assert_eq!(plan.to_string().parse(), Ok(plan));
+            let text = plan.to_string();
+            assert_eq!(text.parse(), Ok(plan));
+            // It stands in a program's text, whose operands are parted by spaces.
+            assert!(!text.contains(' '), "{text}");
         }
-        for text in ["", "mma", "mma 64", "simt 3", "wgmma 64x8 k128 s5", "wgmma 64x8 k128 s5 w1 x"] {
+        for text in ["", "mma", "mma:64", "simt:3", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1:x"] {
             assert!(text.parse::<LinearPlan>().is_err(), "{text}");
         }
     }
