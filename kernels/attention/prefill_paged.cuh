@@ -35,6 +35,10 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     constexpr int STEPS = D / 16, PIECES = D / VECTOR, PER_ITEM = HEADS / PACK, STAGE = 2 * Kv::BYTES;
     constexpr int QUERY_BYTES = PACK * step::PREFILL_TILE * Rows<D>::STRIDE;
     extern __shared__ __align__(128) unsigned char memory[];
+    // What the loop over tiles does not need lies here, not in registers. Every thread writes the same.
+    __shared__ volatile struct {
+        i32 seq, head, first_query;
+    } place;
     const u32 queries = ptx::shared_address(memory), ring = queries + QUERY_BYTES;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // The warp's first row of the CTA's, and that row's token in the tile.
@@ -45,24 +49,26 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     pdl::wait();
 
     for (int work = blockIdx.x; work < num_works; work += gridDim.x) {
+        // What the work item before left in shared memory is no longer read.
+        __syncthreads();
         const int2 item = items[work / PER_ITEM];
-        const int head = work % PER_ITEM * PACK;
-        const int chunk = cu_query_lens[item.x], chunk_len = cu_query_lens[item.x + 1] - chunk, first_query = chunk + item.y;
+        const int chunk = cu_query_lens[item.x], chunk_len = cu_query_lens[item.x + 1] - chunk;
+        place.seq = item.x;
+        place.head = work % PER_ITEM * PACK;
+        place.first_query = chunk + item.y;
         // Position of the tile's first query, and past its last.
         const int position = seq_lens[item.x] - chunk_len + item.y;
         const int num_queries = chunk_len - item.y < step::PREFILL_TILE ? chunk_len - item.y : step::PREFILL_TILE;
         const int end = position + num_queries;
         const auto load = [&](int tile) {
-            const i32* blocks = block_table + static_cast<i64>(item.x) * table_width;
-            cache.template load<PREFILL_THREADS>(ring + tile % 2 * STAGE, blocks, head / (HEADS / KV_HEADS), tile,
+            const i32* blocks = block_table + static_cast<i64>(place.seq) * table_width;
+            cache.template load<PREFILL_THREADS>(ring + tile % 2 * STAGE, blocks, place.head / (HEADS / KV_HEADS), tile,
                                                  first_visible<WINDOW>(position), end);
             ptx::cp_async_commit();
         };
 
-        // What the work item before left in shared memory is no longer read.
-        __syncthreads();
         const Pieces<D, PREFILL_THREADS> own;
-        const T* own_queries = query + static_cast<i64>(first_query + own.row) * COLS + head * D + own.column;
+        const T* own_queries = query + static_cast<i64>(place.first_query + own.row) * COLS + place.head * D + own.column;
 #pragma unroll
         for (int m = 0; m < PACK; ++m) {
             own.template each<step::PREFILL_TILE>([&](int rows) {
@@ -126,6 +132,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                     }
                 }
                 float keep[PACK][2];
+                u32 high[PACK][PART / 8][2], low[PACK][PART / 8][2];
 #pragma unroll
                 for (int m = 0; m < PACK; ++m) {
 #pragma unroll
@@ -143,10 +150,12 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                         float sum = 0.0f;
 #pragma unroll
                         for (int n = 0; n < PART / 8; ++n) {
-#pragma unroll
-                            for (int i = 2 * half; i < 2 * half + 2; ++i) {
-                                s[m][n][i] = math::exp2_approximate(__fmaf_rn(s[m][n][i], scale, -from));
-                                sum += s[m][n][i];
+                            const float p0 = math::exp2_approximate(__fmaf_rn(s[m][n][2 * half], scale, -from));
+                            const float p1 = math::exp2_approximate(__fmaf_rn(s[m][n][2 * half + 1], scale, -from));
+                            sum += p0 + p1;
+                            high[m][n][half] = pack<T>(p0, p1);
+                            if constexpr (EXACT) {
+                                low[m][n][half] = pack<T>(p0 - low_of<T>(high[m][n][half]), p1 - high_of<T>(high[m][n][half]));
                             }
                         }
                         total[m][half] = __fmaf_rn(total[m][half], keep[m][half], sum);
@@ -168,29 +177,21 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                 }
 #pragma unroll
                 for (int k = 0; k < PART / 16; ++k) {
-                    u32 high[PACK][4], low[PACK][4];
-#pragma unroll
-                    for (int m = 0; m < PACK; ++m) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            const float* p = s[m][2 * k + i / 2] + i % 2 * 2;
-                            high[m][i] = pack<T>(p[0], p[1]);
-                            if constexpr (EXACT) {
-                                low[m][i] = pack<T>(p[0] - low_of<T>(high[m][i]), p[1] - high_of<T>(high[m][i]));
-                            }
-                        }
-                    }
 #pragma unroll
                     for (int n = 0; n < STEPS; ++n) {
                         u32 b[4];
                         ptx::ldmatrix_x4_trans(b, Rows<D>::step(v_lane, n) + k * 16 * Rows<D>::STRIDE);
 #pragma unroll
                         for (int m = 0; m < PACK; ++m) {
-                            ptx::mma<T>(o[m][2 * n], high[m], {b[0], b[1]});
-                            ptx::mma<T>(o[m][2 * n + 1], high[m], {b[2], b[3]});
+                            const u32(&p)[PART / 8][2] = high[m];
+                            const u32 a[4] = {p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1]};
+                            ptx::mma<T>(o[m][2 * n], a, {b[0], b[1]});
+                            ptx::mma<T>(o[m][2 * n + 1], a, {b[2], b[3]});
                             if constexpr (EXACT) {
-                                ptx::mma<T>(o[m][2 * n], low[m], {b[0], b[1]});
-                                ptx::mma<T>(o[m][2 * n + 1], low[m], {b[2], b[3]});
+                                const u32(&r)[PART / 8][2] = low[m];
+                                const u32 a[4] = {r[2 * k][0], r[2 * k][1], r[2 * k + 1][0], r[2 * k + 1][1]};
+                                ptx::mma<T>(o[m][2 * n], a, {b[0], b[1]});
+                                ptx::mma<T>(o[m][2 * n + 1], a, {b[2], b[3]});
                             }
                         }
                     }
@@ -220,7 +221,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         for (int i = lane; i < 16 * PACK * PIECES; i += 32) {
             const int row = first_row + i / PIECES, piece = i % PIECES, token = row % step::PREFILL_TILE;
             if (token >= end - position) continue;
-            T* to = out + static_cast<i64>(first_query + token) * (HEADS * D) + (head + row / step::PREFILL_TILE) * D + piece * VECTOR;
+            T* to = out + static_cast<i64>(place.first_query + token) * (HEADS * D) + (place.head + row / step::PREFILL_TILE) * D + piece * VECTOR;
             *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(memory + Rows<D>::at(row, piece));
         }
     }

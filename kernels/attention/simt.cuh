@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(SIMT_THREADS)
             vector = ((static_cast<i64>(blocks[at / BLOCK_SIZE]) * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE) * D;
             float dot = 0.0f;
             constexpr bool ALIGNED = whole_vectors(D);
-#pragma unroll 4
+#pragma unroll 2
             for (int i = 0; i < D; i += VECTOR) {
                 float k[VECTOR];
                 load<ALIGNED>(k, keys + vector + i, D - i);

@@ -34,20 +34,21 @@ struct Pieces {
     static constexpr int PIECES = D / VECTOR, STEP = THREADS / PIECES;
     static constexpr bool ALL = THREADS % PIECES == 0;
 
-    // The thread's first row and column.
+    // The thread's first row, its column, and where they lie in shared memory.
     int row, column;
     u32 first;
 
     __device__ __forceinline__ Pieces() {
-        row = threadIdx.x / PIECES;
-        column = threadIdx.x % PIECES * VECTOR;
-        first = Rows<D>::at(row, threadIdx.x % PIECES);
+        const int thread = ptx::thread_anew();
+        row = thread / PIECES;
+        column = thread % PIECES * VECTOR;
+        first = Rows<D>::at(row, thread % PIECES);
     }
 
     // Where in shared memory its piece of a row lies that is so many rows after its first.
     __device__ __forceinline__ u32 at(int rows) const {
         constexpr bool LINEAR = !Rows<D>::EXCHANGE || STEP % 8 == 0;
-        return LINEAR ? first + rows * Rows<D>::STRIDE : Rows<D>::at(row + rows, threadIdx.x % PIECES);
+        return LINEAR ? first + rows * Rows<D>::STRIDE : Rows<D>::at(row + rows, column / VECTOR);
     }
 
     // Calls f(rows after the first) for each of its rows among COUNT, UNROLL of them side by side.

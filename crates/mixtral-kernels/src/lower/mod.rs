@@ -7,6 +7,8 @@ mod linear;
 mod moe;
 pub mod probe;
 mod sample;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use moe::CHUNK;
 
@@ -180,11 +182,6 @@ impl Context<'_> {
     pub(crate) fn weight(&self, op: &Op, name: &str) -> Result<(usize, &Weight), LowerError> {
         let found = self.program.weights.iter().enumerate().find(|(_, w)| w.name == name);
         found.ok_or_else(|| LowerError::Missing { op: op.name(), name: name.to_owned() })
-    }
-
-    /// A pointer to a weight.
-    pub(crate) fn weight_at(&self, op: &Op, name: &str) -> Result<Arg, LowerError> {
-        Ok(Arg::Weight { index: self.weight(op, name)?.0, offset: 0 })
     }
 }
 
