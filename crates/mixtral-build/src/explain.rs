@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use mixtral_engine::{Op, Program};
 use mixtral_engine::text::op_text;
+use mixtral_engine::{Op, Program};
 use mixtral_kernels::{KernelImages, Resources};
 
 use crate::cost::{Cost, StepShape, cost};
@@ -56,7 +56,10 @@ pub fn explain(program: &Program, kernels: &[KernelImages], roof: Option<Roof>) 
     );
     match kernels {
         [] => {
-            let _ = writeln!(text, "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty");
+            let _ = writeln!(
+                text,
+                "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty"
+            );
         }
         _ => kernels.iter().for_each(|images| text.push_str(&kernel_table(images))),
     }

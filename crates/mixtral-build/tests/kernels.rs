@@ -44,7 +44,11 @@ fn programs(model: ModelConfig, mapping: Mapping, kernels: &KernelOptions) -> Ve
     let mut programs = plan(&config, &options).unwrap();
     for program in &mut programs {
         for recipe in recipes(&config, Rank(program.rank), false) {
-            program.weights.iter_mut().filter(|w| w.name == recipe.name).for_each(|w| w.pieces.clone_from(&recipe.pieces));
+            program
+                .weights
+                .iter_mut()
+                .filter(|w| w.name == recipe.name)
+                .for_each(|w| w.pieces.clone_from(&recipe.pieces));
         }
     }
     programs
