@@ -20,7 +20,8 @@ namespace attention {
 constexpr int SIMT_THREADS = 128;
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>
-__global__ void __launch_bounds__(SIMT_THREADS)
+// Without a least number of CTAs, ptxas spills for a few more on sm_80.
+__global__ void __launch_bounds__(SIMT_THREADS, 1)
     simt(const step::Header* header, const i32* positions, const i32* cu_query_lens, const i32* block_table, i32 table_width,
          const T* query, const T* keys, const T* values, float scale, T* out) {
     pdl::launch_dependents();

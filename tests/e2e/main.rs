@@ -8,6 +8,7 @@ mod disks;
 mod faults;
 mod generate;
 mod goldens;
+mod kernels;
 mod kills;
 mod layouts;
 mod mapped;

@@ -49,11 +49,17 @@ pub fn fast_dir() -> TempDir {
 
 /// Runs `mixtral` with the words of `line`, and then `more`, in `dir`.
 pub fn mixtral_in(dir: &Path, line: &str, more: &[&str]) -> Said {
+    mixtral_with(dir, &[], line, more)
+}
+
+/// The same with some environment variables set.
+pub fn mixtral_with(dir: &Path, variables: &[(&str, &Path)], line: &str, more: &[&str]) -> Said {
     let output = Command::new(binary())
         .args(line.split_whitespace())
         .args(more)
         .current_dir(dir)
         .env_remove("RUST_BACKTRACE")
+        .envs(variables.iter().copied())
         .output()
         .expect("the binary starts");
     said(output)

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::demo::demo;
-use crate::needs::{NEEDS, python};
+use crate::needs::{NEEDS, python, venv};
 use crate::steps::Steps;
 use crate::tidy::tidy;
 use crate::workspace::{Workspace, cargo};
@@ -69,8 +69,14 @@ fn meet_needs(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     steps.run("what the tests need", || NEEDS.iter().try_for_each(|need| need.meet(workspace)))
 }
 
+/// The tests find NVRTC in the Python environment, if that was made.
 fn cargo_test(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
-    steps.run("cargo test", || workspace.cargo(&["test", "--workspace"]))
+    let mut test = cargo();
+    test.args(["test", "--workspace"]);
+    if venv(workspace).exists() {
+        test.env("VIRTUAL_ENV", venv(workspace));
+    }
+    steps.run("cargo test", || workspace.run(&mut test))
 }
 
 fn python_checks(workspace: &Workspace, steps: &mut Steps) -> Result<()> {

@@ -31,7 +31,7 @@ impl Need {
 /// All needs, in the order in which they are met.
 pub(crate) const NEEDS: &[Need] = &[
     Need {
-        name: "a Python with the packages of tests/python/requirements.txt",
+        name: "a Python with the packages of tests/python/requirements.txt, NVRTC among them",
         is_met: |workspace| Ok(venv_is_current(&venv(workspace), &requirements(workspace)?)),
         install: |workspace| install_venv(workspace, &venv(workspace), &requirements(workspace)?),
     },
@@ -56,7 +56,7 @@ const OLDEST_PYTHON: Version = Version(3, 11);
 struct Version(u32, u32);
 
 /// The virtual environment's folder.
-fn venv(workspace: &Workspace) -> PathBuf {
+pub(crate) fn venv(workspace: &Workspace) -> PathBuf {
     workspace.target.join("python")
 }
 

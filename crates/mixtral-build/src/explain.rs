@@ -2,8 +2,8 @@
 
 use std::fmt::Write as _;
 
-use mixtral_engine::Program;
 use mixtral_engine::text::op_text;
+use mixtral_engine::{Op, Program};
 use mixtral_kernels::{KernelImages, Resources};
 
 use crate::cost::{Cost, StepShape, cost};
@@ -56,7 +56,10 @@ pub fn explain(program: &Program, kernels: &[KernelImages], roof: Option<Roof>) 
     );
     match kernels {
         [] => {
-            let _ = writeln!(text, "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty");
+            let _ = writeln!(
+                text,
+                "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty"
+            );
         }
         _ => kernels.iter().for_each(|images| text.push_str(&kernel_table(images))),
     }
@@ -68,13 +71,29 @@ pub fn explain(program: &Program, kernels: &[KernelImages], roof: Option<Roof>) 
             let one = cost(program, op, shape);
             let predicted = roof.map(|r| r.time(&one) * 1e6);
             time += predicted.unwrap_or(0.0);
-            row(&mut text, &one, predicted, &op_text(op));
+            row(&mut text, &one, predicted, &op_line(op, shape.num_tokens));
             total += one;
         }
         row(&mut text, &total, roof.map(|_| time), "total");
     }
     text
 }
+
+/// An operation as the program's text has it, with the plan that `tokens` tokens get instead of its ladder.
+fn op_line(op: &Op, tokens: usize) -> String {
+    let mut op = op.clone();
+    let rungs = match &mut op {
+        Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } => {
+            std::mem::take(ladder)
+        }
+        _ => Vec::new(),
+    };
+    let plan = rungs.into_iter().find(|rung| rung.max_tokens >= tokens);
+    plan.map_or_else(|| op_text(&op), |rung| format!("{} [{}]", op_text(&op), rung.plan))
+}
+
+/// Characters of a kernel's name that are shown.
+const SYMBOL_WIDTH: usize = 100;
 
 /// What the kernels of one target take.
 #[must_use]
@@ -88,7 +107,8 @@ pub fn kernel_table(images: &KernelImages) -> String {
     for kernel in images.iter() {
         let Some(Resources { registers, static_shared, stack, spills }) = kernel.resources else { continue };
         let numbers = [registers, kernel.threads, static_shared, kernel.shared_bytes, stack, spills.0 + spills.1];
-        let _ = writeln!(text, "{}  {}", columns(&numbers), kernel.symbol);
+        let cut = kernel.symbol.get(..SYMBOL_WIDTH).map_or(kernel.symbol.clone(), |start| format!("{start}…"));
+        let _ = writeln!(text, "{}  {cut}", columns(&numbers));
     }
     text
 }

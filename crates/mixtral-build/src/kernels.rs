@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use mixtral_engine::{Op, Program};
 use mixtral_kernels::{
@@ -41,6 +42,8 @@ pub struct Kernels {
     pub compiled: usize,
     /// How many were found in the cache.
     pub from_cache: usize,
+    /// How long that took, NVRTC's loading included.
+    pub took: Duration,
     /// What is not as it should be, but does no harm to results.
     pub warnings: Vec<String>,
 }
@@ -80,7 +83,12 @@ impl KernelOptions {
     ///
     /// # Errors
     /// If an operation has no kernel, there is no compiler, or a kernel is refused or not fit for use.
-    pub fn compile(&self, programs: &[Program], progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Kernels, BuildError> {
+    pub fn compile(
+        &self,
+        programs: &[Program],
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<Kernels, BuildError> {
+        let begun = Instant::now();
         let codes = self.codes();
         let of_rank = |program: &Program| {
             let rank = Rank(program.rank);
@@ -91,7 +99,8 @@ impl KernelOptions {
         let nvrtc = Nvrtc::load(&self.nvrtc).map_err(mixtral_kernels::CompileError::from)?;
         let compiler = Compiler::new(nvrtc, Sources::embedded());
         let cache = self.cache.clone().map(Cache::new);
-        let batch = batch::compile_all(&compiler, &work, self.workers, cache.as_ref(), &|done| progress(done, work.len()))?;
+        let batch =
+            batch::compile_all(&compiler, &work, self.workers, cache.as_ref(), &|done| progress(done, work.len()))?;
 
         let mut warnings: Vec<String> = batch.cache_warning.into_iter().collect();
         let mut unfit = Vec::new();
@@ -113,6 +122,6 @@ impl KernelOptions {
         let ranks = needs.iter().map(|needed| codes.iter().map(|code| images(needed, *code)).collect()).collect();
         let compiled = work.len() - batch.from_cache;
         let tree_hash = compiler.sources().tree_hash();
-        Ok(Kernels { codes, tree_hash, ranks, compiled, from_cache: batch.from_cache, warnings })
+        Ok(Kernels { codes, tree_hash, ranks, compiled, from_cache: batch.from_cache, took: begun.elapsed(), warnings })
     }
 }

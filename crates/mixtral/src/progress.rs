@@ -9,79 +9,89 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// Seconds between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// Progress in bytes.
-pub struct Bytes {
+/// A bar, or when the next plain line is due.
+struct Shown {
     bar: ProgressBar,
-    /// When the next plain line is due; `None` on a terminal.
     next_line: Option<Mutex<Instant>>,
 }
+
+impl Shown {
+    fn new(template: &str) -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style);
+        }
+        Shown { bar, next_line: (!terminal).then(|| Mutex::new(Instant::now() + LINE_EVERY)) }
+    }
+
+    /// Whether a plain line is to be printed now, by whoever asks first.
+    fn is_line_due(&self) -> bool {
+        let Some(Ok(mut next)) = self.next_line.as_ref().map(Mutex::try_lock) else { return false };
+        let due = Instant::now() >= *next;
+        if due {
+            *next = Instant::now() + LINE_EVERY;
+        }
+        due
+    }
+}
+
+/// Progress in bytes.
+pub struct Bytes(Shown);
 
 impl Bytes {
     /// Nothing done of nothing.
     pub fn new() -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        let template = "{bytes} of {total_bytes} [{wide_bar}] {binary_bytes_per_sec}, {eta} left";
-        if let Ok(style) = ProgressStyle::with_template(template) {
-            bar.set_style(style);
-        }
-        Bytes { bar, next_line: (!terminal).then(|| Mutex::new(Instant::now() + LINE_EVERY)) }
+        Bytes(Shown::new("{bytes} of {total_bytes} [{wide_bar}] {binary_bytes_per_sec}, {eta} left"))
     }
 
     /// Removes the bar.
     pub fn finish(&self) {
-        self.bar.finish_and_clear();
+        self.0.bar.finish_and_clear();
     }
 }
 
 impl mixtral_checkpoint::Progress for Bytes {
     fn start(&self, total: u64) {
-        self.bar.set_length(total);
+        self.0.bar.set_length(total);
     }
 
     fn advance(&self, bytes: u64) {
-        self.bar.inc(bytes);
-        let Some(next) = &self.next_line else { return };
-        // Whoever has the lock prints; the others go on.
-        let Ok(mut next) = next.try_lock() else { return };
-        if Instant::now() >= *next {
-            *next = Instant::now() + LINE_EVERY;
-            let (done, total) = (self.bar.position(), self.bar.length().unwrap_or(0));
-            let rate = self.bar.per_sec() / 1e6;
+        let bar = &self.0.bar;
+        bar.inc(bytes);
+        if self.0.is_line_due() {
+            let (done, total) = (bar.position(), bar.length().unwrap_or(0));
+            let rate = bar.per_sec() / 1e6;
             eprintln!(
                 "{} of {} MB, {rate:.0} MB/s, {} s left",
                 done / 1_000_000,
                 total / 1_000_000,
-                self.bar.eta().as_secs()
+                bar.eta().as_secs()
             );
         }
     }
 }
 
 /// Progress of kernels that are compiled.
-pub struct Kernels {
-    bar: ProgressBar,
-}
+pub struct Kernels(Shown);
 
 impl Kernels {
     /// None of none.
     pub fn new() -> Self {
-        let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
-        if let Ok(style) = ProgressStyle::with_template("{pos} of {len} kernels [{wide_bar}] {eta} left") {
-            bar.set_style(style);
-        }
-        Kernels { bar }
+        Kernels(Shown::new("{pos} of {len} kernels [{wide_bar}] {eta} left"))
     }
 
     /// `done` of `total` are compiled.
     pub fn advance(&self, done: usize, total: usize) {
-        self.bar.set_length(total as u64);
-        self.bar.set_position(done as u64);
+        self.0.bar.set_length(total as u64);
+        self.0.bar.set_position(done as u64);
+        if self.0.is_line_due() {
+            eprintln!("{done} of {total} kernels, {} s left", self.0.bar.eta().as_secs());
+        }
     }
 
     /// Removes the bar.
     pub fn finish(&self) {
-        self.bar.finish_and_clear();
+        self.0.bar.finish_and_clear();
     }
 }

@@ -98,9 +98,11 @@ pub(crate) fn api() -> Result<&'static Api, CudaError> {
 fn load() -> Result<Api, CudaError> {
     // SAFETY: libcuda's initializers have no preconditions.
     let open = |name| unsafe { Library::new(name) };
-    let library = open("libcuda.so.1")
-        .or_else(|first| open("libcuda.so").map_err(|_| first))
-        .map_err(|error| CudaError::NoDriver { detail: error.to_string() })?;
+    let library = open("libcuda.so.1").or_else(|first| open("libcuda.so").map_err(|_| first)).map_err(|error| {
+        // The linker's own words are the cause.
+        let cause = std::error::Error::source(&error).map(ToString::to_string);
+        CudaError::NoDriver { detail: cause.unwrap_or_else(|| error.to_string()) }
+    })?;
     let api = Api::find(library)?;
     // SAFETY: the flags must be 0.
     match unsafe { (api.cuInit)(0) } {

@@ -4,6 +4,10 @@ use std::ffi::c_void;
 
 use super::{Context, Event, Stream, api};
 use crate::CudaError;
+use crate::budget::bytes;
+
+/// `CUDA_ERROR_OUT_OF_MEMORY`.
+const OUT_OF_MEMORY: u32 = 2;
 
 /// An allocation on the device, at least 256-byte aligned.
 pub(crate) struct DeviceMemory {
@@ -20,7 +24,14 @@ impl DeviceMemory {
         let mut address = 0;
         // An allocation of nothing is an error to the driver.
         // SAFETY: an address is written.
-        api.check("cuMemAlloc", unsafe { (api.cuMemAlloc_v2)(&raw mut address, len.max(1)) })?;
+        let code = unsafe { (api.cuMemAlloc_v2)(&raw mut address, len.max(1)) };
+        if code == OUT_OF_MEMORY {
+            let (len, free) = (bytes(len), context.free_memory().map_or_else(|e| e.to_string(), bytes));
+            return Err(CudaError::Memory(format!(
+                "{len} of GPU memory could not be allocated, though {free} are free and more were when that was planned; another program may be taking it: look at nvidia-smi"
+            )));
+        }
+        api.check("cuMemAlloc", code)?;
         Ok(DeviceMemory { address, len, context: context.clone() })
     }
 
@@ -71,7 +82,12 @@ impl Pinned {
         let mut start: *mut c_void = std::ptr::null_mut();
         // SAFETY: a pointer is written, to as many bytes as asked for, which are then given a value.
         unsafe {
-            api.check("cuMemHostAlloc", (api.cuMemHostAlloc)(&raw mut start, len.max(1), 0))?;
+            let code = (api.cuMemHostAlloc)(&raw mut start, len.max(1), 0);
+            if code == OUT_OF_MEMORY {
+                let what = "of pinned host memory could not be allocated; free some of the host's memory, or raise the limit of a container";
+                return Err(CudaError::Memory(format!("{} {what}", bytes(len))));
+            }
+            api.check("cuMemHostAlloc", code)?;
             start.cast::<u8>().write_bytes(0, len.max(1));
         }
         Ok(Pinned { start: start.cast(), len, last, busy: false, context: context.clone() })

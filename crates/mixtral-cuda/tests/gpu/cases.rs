@@ -1,9 +1,8 @@
 //! Every case of the registry, with the portable kernels and with those of the GPU's own family.
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
-use mixtral_engine::{Backend as _, BackendError, Op, StepInputs, StepOutputs};
-use mixtral_model::DType;
-use mixtral_testkit::cases::{self, Case, OpRunner, Tolerance};
+use mixtral_engine::{Backend as _, BackendError, StepInputs, StepOutputs};
+use mixtral_testkit::cases::{self, Case, OpRunner};
 
 use crate::kernels::{Library, Machine};
 
@@ -38,15 +37,6 @@ fn load(case: &Case, library: &Library) -> Result<Runner, BackendError> {
     CudaBackend::load(program, &case.weights(), &images, options).map(Runner)
 }
 
-/// Attention multiplies probabilities with values on the tensor cores, which take them in 16 bit: half of the outputs may then
-/// be the neighbour of the rounded reference, and the mean error still has to stay within the type's limit.
-fn tolerance(case: &Case) -> Tolerance {
-    let program = &case.assembly.program;
-    let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
-    let half_unequal = if attends && program.dtype != DType::F32 { 0.5 } else { Tolerance::default().half_unequal };
-    Tolerance { half_unequal, ..Tolerance::default() }
-}
-
 #[test]
 fn all_cases_are_within_their_limits() {
     let Some(machine) = Machine::find() else { return };
@@ -60,7 +50,7 @@ fn all_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         let mut passed = 0;
         for case in &cases {
-            match case.check_within(tolerance(case), |case| load(case, &library)) {
+            match case.check(|case| load(case, &library)) {
                 Ok(()) => passed += 1,
                 Err(failure) => {
                     let text = format!("{code}: {failure}");

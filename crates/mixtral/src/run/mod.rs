@@ -3,8 +3,8 @@
 pub mod job;
 pub mod machine;
 pub mod outputs;
-pub mod prompt_files;
 pub mod per_op;
+pub mod prompt_files;
 pub mod prompts;
 pub mod ranks;
 pub mod report;

@@ -2,7 +2,6 @@
 
 use std::io::Write as _;
 use std::path::Path;
-use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 use mixtral_build::explain::{bytes, explain};
@@ -63,7 +62,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         kernels,
         memory_budget: budget,
     };
-    let (begun, progress) = (Instant::now(), Progress::new());
+    let progress = Progress::new();
     let advance = |done, total| progress.advance(done, total);
     let built = mixtral_build::build(&config, &weights, &build, &options.output_dir, &advance);
     progress.finish();
@@ -72,7 +71,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         eprintln!("weights: dummy, seed {}", options.seed);
     }
     match &built.kernels {
-        Some(kernels) => report(kernels, &options.portable, begun),
+        Some(kernels) => report(kernels, &options.portable),
         None if options.recorded.values().any(|v| v == "disable") => {
             eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
         }
@@ -137,14 +136,14 @@ fn kernel_options(archs: Vec<Arch>, options: &BuildOptions) -> KernelOptions {
 }
 
 /// Says what was compiled and what to know about it.
-fn report(kernels: &Kernels, portable: &[&str], begun: Instant) {
+fn report(kernels: &Kernels, portable: &[&str]) {
     let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
     eprintln!(
         "kernels: {} compiled for {}, {} found in the cache, {:.1} s",
         kernels.compiled,
         targets.join(", "),
         kernels.from_cache,
-        begun.elapsed().as_secs_f64()
+        kernels.took.as_secs_f64()
     );
     for warning in &kernels.warnings {
         eprintln!("warning: {warning}");

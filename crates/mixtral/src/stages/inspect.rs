@@ -1,5 +1,6 @@
 //! `mixtral inspect`: what a checkpoint or an engine holds.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 
@@ -110,8 +111,8 @@ fn inspect_checkpoint(checkpoint: &Checkpoint, args: &InspectArgs, out: &mut dyn
 
 /// The compiled kernels of a rank.
 fn kernels(engine: &EngineDir, rank: Rank) -> Result<Vec<KernelImages>> {
-    let codes = engine.images(rank)?.into_iter().filter_map(Code::of_image);
-    codes.map(|code| Ok(KernelImages::from_bytes(code, &engine.image(rank, &code.image_name())?)?)).collect()
+    let codes: BTreeSet<Code> = engine.images(rank)?.into_iter().filter_map(Code::of_image).collect();
+    codes.into_iter().map(|code| Ok(KernelImages::from_bytes(code, &engine.image(rank, &code.image_name())?)?)).collect()
 }
 
 fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -> Result<()> {

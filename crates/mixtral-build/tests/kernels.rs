@@ -1,0 +1,124 @@
+//! Every kernel of the models that matter compiles for Ampere and for Hopper without a warning, a spill or a serialised
+//! wgmma. Needs NVRTC and no GPU; says so where there is none.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use mixtral_build::{BuildOptions, KernelOptions, plan};
+use mixtral_checkpoint::CheckpointConfig;
+use mixtral_convert::recipes;
+use mixtral_engine::{Limits, Program};
+use mixtral_kernels::{
+    Arch, Cache, Code, CompileError, Compiler, Family, Kernel, Nvrtc, Search, Sources, compile_all, needed,
+};
+use mixtral_model::{DType, Mapping, ModelConfig, Rank};
+
+fn kernel_options(archs: Vec<Arch>) -> KernelOptions {
+    KernelOptions {
+        archs,
+        tuned_linears: true,
+        tuned_experts: true,
+        workers: std::thread::available_parallelism().map_or(1, usize::from),
+        nvrtc: Search::from_environment(),
+        cache: Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels")),
+    }
+}
+
+/// The programs of a model with dummy weights, as `mixtral build` makes them.
+fn programs(model: ModelConfig, mapping: Mapping, kernels: &KernelOptions) -> Vec<Program> {
+    let config = CheckpointConfig::new(model, mapping);
+    let options = BuildOptions {
+        limits: Limits {
+            max_batch_size: 64,
+            max_num_tokens: 8192,
+            max_seq_len: config.model.max_position_embeddings.min(4096),
+            max_num_logits: 64,
+            block_size: 64,
+        },
+        gather_context_logits: false,
+        recorded: Default::default(),
+        workers: 1,
+        kernels: Some(kernels.clone()),
+        memory_budget: None,
+    };
+    let mut programs = plan(&config, &options).unwrap();
+    for program in &mut programs {
+        for recipe in recipes(&config, Rank(program.rank), false) {
+            program
+                .weights
+                .iter_mut()
+                .filter(|w| w.name == recipe.name)
+                .for_each(|w| w.pieces.clone_from(&recipe.pieces));
+        }
+    }
+    programs
+}
+
+/// A small model whose sizes are multiples of nothing.
+fn odd(dtype: DType) -> ModelConfig {
+    let mut model = ModelConfig::mixtral_8x7b(dtype);
+    (model.num_layers, model.hidden_size, model.intermediate_size, model.vocab_size) = (2, 36, 44, 101);
+    (model.num_heads, model.num_kv_heads, model.head_dim, model.sliding_window) = (6, 2, 10, Some(9));
+    model.max_position_embeddings = 64;
+    model
+}
+
+/// The model of examples/tiny-mixtral, in another type.
+fn tiny(dtype: DType) -> ModelConfig {
+    let mut model = ModelConfig::mixtral_8x7b(dtype);
+    (model.num_layers, model.hidden_size, model.intermediate_size, model.vocab_size) = (4, 192, 192, 2048);
+    (model.num_heads, model.num_kv_heads, model.head_dim, model.max_position_embeddings) = (6, 2, 32, 512);
+    model
+}
+
+#[test]
+fn every_kernel_compiles_without_a_defect() {
+    let options = kernel_options(vec![Arch::BASE, Arch::SM_90A]);
+    let sass: BTreeSet<Code> = options.codes().into_iter().filter(|code| matches!(code, Code::Sass(_))).collect();
+    assert_eq!(sass.len(), 2);
+    let (large, small) = ([DType::Bf16, DType::F16], [DType::F32, DType::Bf16]);
+    let models = large.iter().flat_map(|d| [ModelConfig::mixtral_8x7b(*d), ModelConfig::mixtral_8x22b(*d)]);
+    let models = models.chain(small.iter().flat_map(|d| [odd(*d), tiny(*d)]));
+    let programs: Vec<_> = models.flat_map(|model| programs(model, Mapping::single(), &options)).collect();
+    let needed = programs.iter().map(|program| needed::kernels(program, &sass).unwrap());
+    let work: Vec<(Kernel, Code)> = needed.flatten().collect::<BTreeSet<_>>().into_iter().collect();
+    assert!(work.iter().any(|(kernel, _)| kernel.family == Family::Hopper));
+
+    let nvrtc = match Nvrtc::load(&options.nvrtc) {
+        Ok(nvrtc) => nvrtc,
+        Err(error) => return println!("skipped: {error} (cargo xtask test installs it)"),
+    };
+    let compiler = Compiler::new(nvrtc, Sources::embedded());
+    let cache = options.cache.map(Cache::new);
+    let batch = compile_all(&compiler, &work, options.workers, cache.as_ref(), &|_| {});
+    let batch = batch.unwrap_or_else(|e: CompileError| panic!("{e}"));
+    println!("{} kernels, {} from the cache", work.len(), batch.from_cache);
+    let defects = batch.kernels.iter().flat_map(|(kernel, code, compiled)| {
+        compiled.defects.iter().map(move |defect| format!("{} for {code}: {defect}", kernel.symbol))
+    });
+    let defects: Vec<_> = defects.collect();
+    assert!(defects.is_empty(), "{}", defects.join("\n"));
+}
+
+#[test]
+fn ladders_follow_the_plugins_and_the_architectures() {
+    let plans = |options: &KernelOptions| {
+        let program = programs(ModelConfig::mixtral_8x7b(DType::Bf16), Mapping::single(), options).remove(0);
+        let rungs = |prefix: &str| {
+            let lines = program.to_text();
+            let line = lines.lines().find(|line| line.starts_with(prefix)).expect("every model has one").to_owned();
+            (line.contains("wgmma:"), line.contains("\"mma:"))
+        };
+        (rungs("op linear"), rungs("op expert_gate_up"))
+    };
+    let (tuned, portable) = ((true, false), (false, true));
+    let both = kernel_options(vec![Arch::BASE, Arch::SM_90A]);
+    assert_eq!(plans(&both), (tuned, tuned));
+    assert_eq!(plans(&KernelOptions { tuned_linears: false, ..both.clone() }), (portable, tuned));
+    assert_eq!(plans(&KernelOptions { tuned_experts: false, ..both.clone() }), (tuned, portable));
+    let neither = KernelOptions { tuned_linears: false, tuned_experts: false, ..both };
+    assert_eq!(plans(&neither), (portable, portable));
+    let names = |options: &KernelOptions| options.codes().iter().map(ToString::to_string).collect::<Vec<_>>();
+    assert_eq!(names(&neither), ["sm_80", "sm_90", "compute_80"], "without Hopper's own instructions");
+    assert_eq!(plans(&kernel_options(vec![Arch::BASE])), (portable, portable));
+}

@@ -1,0 +1,78 @@
+//! A launch's arguments are its kernel's parameters: as many, of the same sizes. Nothing else checks it before a GPU does.
+
+use std::collections::BTreeMap;
+
+use mixtral_engine::Program;
+use mixtral_kernels::lower::dummy;
+use mixtral_kernels::{
+    Arch, Arg, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, compile_all,
+};
+use mixtral_model::DType;
+use mixtral_testkit::decoder::{self, Geometry};
+
+/// Bytes of an argument.
+fn size(arg: &Arg) -> usize {
+    match arg {
+        Arg::I32(_) | Arg::F32(_) => 4,
+        Arg::TensorMap(_) => 128,
+        _ => 8,
+    }
+}
+
+/// Bytes of each parameter of PTX's only entry.
+fn parameters(ptx: &str) -> Vec<usize> {
+    let entry = ptx.split_once(".entry").expect("an entry").1;
+    let list = entry.split_once('(').expect("parameters").1.split_once(')').expect("an end").0;
+    let one = |text: &str| match text.split_once(".b8 ") {
+        // `.param .align 64 .b8 name[128]`
+        Some((_, array)) => array.split_once('[').and_then(|(_, n)| n.trim_end_matches(']').parse().ok()),
+        None => [("64", 8), ("32", 4)].iter().find_map(|(bits, bytes)| {
+            ["u", "s", "b", "f"].iter().any(|kind| text.contains(&format!(".{kind}{bits}"))).then_some(*bytes)
+        }),
+    };
+    let texts = list.split(',').map(str::trim).filter(|text| !text.is_empty());
+    texts.map(|text| one(text).unwrap_or_else(|| panic!("`{text}`"))).collect()
+}
+
+fn programs() -> Vec<Program> {
+    let round = |dtype| Geometry {
+        hidden_size: 256,
+        intermediate_size: 384,
+        num_heads: 8,
+        num_kv_heads: 2,
+        head_dim: 128,
+        num_experts: 8,
+        vocab_size: 512,
+        ..Geometry::small(dtype)
+    };
+    let programs = [Geometry::small(DType::F32), Geometry::small(DType::F16), round(DType::Bf16)]
+        .map(|geometry| [true, false].map(|fused| decoder::program(&geometry, fused)));
+    programs.into_iter().flatten().collect()
+}
+
+#[test]
+fn launches_have_their_kernels_parameters() {
+    let compiler = match Nvrtc::load(&Search::from_environment()) {
+        Ok(nvrtc) => Compiler::new(nvrtc, Sources::embedded()),
+        Err(error) => {
+            println!("skipped: {error}");
+            return;
+        }
+    };
+    for (family, code) in [(Family::Portable, Code::Ptx(Arch::BASE)), (Family::Hopper, Code::Ptx(Arch::SM_90A))] {
+        let mut launches: BTreeMap<Kernel, Launch> = BTreeMap::new();
+        for program in programs() {
+            let schedule = Schedule::new(&program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
+            let all = schedule.regimes.into_iter().flat_map(|(_, launches)| launches);
+            launches.extend(all.chain(dummy::launches(&program, 1)).map(|launch| (launch.kernel.clone(), launch)));
+        }
+        let work: Vec<_> = launches.keys().map(|kernel| (kernel.clone(), code)).collect();
+        let batch = compile_all(&compiler, &work, 4, None, &|_| ()).unwrap_or_else(|e| panic!("{e}"));
+        assert!(batch.kernels.len() > 40, "{} kernels", batch.kernels.len());
+        for (kernel, _, compiled) in batch.kernels {
+            let wanted = parameters(std::str::from_utf8(&compiled.image).expect("PTX is text"));
+            let given: Vec<usize> = launches[&kernel].args.iter().map(size).collect();
+            assert_eq!(given, wanted, "{} for {code}", kernel.symbol);
+        }
+    }
+}
