@@ -63,11 +63,12 @@ fn every_geometry_is_planned_or_refused() {
                 recorded: BTreeMap::new(),
                 workers: 1,
                 memory_budget: None,
+                kernels: None,
             };
             let Ok(programs) = plan(&config, &options) else { return Ok(()) };
             planned.set(planned.get() + 1);
             for program in &programs {
-                let _ = explain::explain(program, None);
+                let _ = explain::explain(program, &[], None);
                 let _ = dot::dot(program);
                 prop_assert_eq!(&Program::parse(&program.to_text()).unwrap(), program);
             }

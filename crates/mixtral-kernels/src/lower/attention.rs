@@ -13,7 +13,7 @@ const THREADS: usize = 128;
 const TILE: usize = 64;
 /// Whether prefill multiplies the values by probabilities in two 16-bit parts, as decode does, or by one rounded part, which is half
 /// the products and 256 (bf16) or 32 (f16) times the error.
-const EXACT_PREFILL: bool = true;
+const EXACT_PREFILL: bool = false;
 /// Threads of a rope kernel at most: one for each piece of a token of a large model.
 const ROPE_THREADS: usize = 512;
 
