@@ -56,7 +56,10 @@ pub fn explain(program: &Program, kernels: &[KernelImages], roof: Option<Roof>) 
     );
     match kernels {
         [] => {
-            let _ = writeln!(text, "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty");
+            let _ = writeln!(
+                text,
+                "kernels: the CPU backend's dot tiles for every linear; ladders are for GPUs and stay empty"
+            );
         }
         _ => kernels.iter().for_each(|images| text.push_str(&kernel_table(images))),
     }

@@ -80,7 +80,11 @@ impl KernelOptions {
     ///
     /// # Errors
     /// If an operation has no kernel, there is no compiler, or a kernel is refused or not fit for use.
-    pub fn compile(&self, programs: &[Program], progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Kernels, BuildError> {
+    pub fn compile(
+        &self,
+        programs: &[Program],
+        progress: &(dyn Fn(usize, usize) + Sync),
+    ) -> Result<Kernels, BuildError> {
         let codes = self.codes();
         let of_rank = |program: &Program| {
             let rank = Rank(program.rank);
@@ -91,7 +95,8 @@ impl KernelOptions {
         let nvrtc = Nvrtc::load(&self.nvrtc).map_err(mixtral_kernels::CompileError::from)?;
         let compiler = Compiler::new(nvrtc, Sources::embedded());
         let cache = self.cache.clone().map(Cache::new);
-        let batch = batch::compile_all(&compiler, &work, self.workers, cache.as_ref(), &|done| progress(done, work.len()))?;
+        let batch =
+            batch::compile_all(&compiler, &work, self.workers, cache.as_ref(), &|done| progress(done, work.len()))?;
 
         let mut warnings: Vec<String> = batch.cache_warning.into_iter().collect();
         let mut unfit = Vec::new();
