@@ -21,7 +21,7 @@
 
 namespace linear {
 
-template <typename Element, int ROWS_, int COLS_, int DEPTH_, int STAGES_, int WARPGROUPS_, int OUTPUTS_, int K_, int KIND_,
+template <typename Element, int ROWS_, int COLS_, int BOX_, int DEPTH_, int STAGES_, int WARPGROUPS_, int OUTPUTS_, int K_, int KIND_,
           int SHARED_>
 struct Config {
     using T = Element;
@@ -40,8 +40,9 @@ struct Config {
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
     static constexpr int ATOMS = DEPTH / 64;  // swizzle atoms of 128 bytes along K
-    // Tokens are copied in boxes of this many, as many as a tile needs.
-    static constexpr int BOX = COLS >= 32 ? COLS / 4 : COLS;
+    // Tokens are copied in boxes of this many, as many as a tile needs: all, or a quarter.
+    static constexpr int BOX = BOX_;
+    static_assert(BOX == COLS || BOX * 4 == COLS, "multiply() has these widths");
 
     static constexpr int A_ATOM = ROWS * 128, B_ATOM = COLS * 128;
     static constexpr int A_BYTES = ATOMS * A_ATOM, B_BYTES = ATOMS * B_ATOM;
@@ -320,7 +321,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
-        if (threadIdx.x == C::WARPGROUPS * 128) {
+        if (threadIdx.x / 32 == C::WARPGROUPS * 4 && ptx::elect()) {
             tma::prefetch(weight);
             tma::prefetch(tokens);
             produce<C, true>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
@@ -361,7 +362,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
-        if (threadIdx.x == C::WARPGROUPS * 128) {
+        if (threadIdx.x / 32 == C::WARPGROUPS * 4 && ptx::elect()) {
             tma::prefetch(weight);
             tma::prefetch(tokens);
             produce<C, SOURCE == Down>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {

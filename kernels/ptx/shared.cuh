@@ -15,6 +15,20 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// True in one lane of a converged warp. The compiler knows that no other lane is in a branch on it, and issues tensor copies there
+// without a loop over lanes.
+__device__ __forceinline__ bool elect() {
+    u32 elected;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "elect.sync _|p, 0xffffffff;\n"
+        "selp.b32 %0, 1, 0, p;\n"
+        "}\n"
+        : "=r"(elected));
+    return elected != 0;
+}
+
 // Stores one 8×8 matrix of 16-bit elements transposed: lane l holds elements (l / 4, 2·(l % 4)) and its right neighbour; lanes 0–7
 // give the addresses of the columns, which become 16-byte rows. sm_90 and up.
 __device__ __forceinline__ void store_matrix_trans(u32 address, u32 a) {

@@ -224,8 +224,11 @@ impl<'a> Linear<'a> {
     fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
         let Tiling { rows, cols, depth, stages, warpgroups } = *tiling;
         let shared = tiling.shared_bytes(self.kind);
+        let every = !self.is_down() && cols <= 64 && self.context.regime.max_tokens <= cols as usize;
+        // An expert's tiles are seldom full: it takes as many quarters as it needs.
+        let part = if self.lists.is_some() && !every && cols >= 32 { cols / 4 } else { cols };
         let config = format!(
-            "linear::Config<{}, {rows}, {cols}, {depth}, {stages}, {warpgroups}, {}, {}, {}, {shared}>",
+            "linear::Config<{}, {rows}, {cols}, {part}, {depth}, {stages}, {warpgroups}, {}, {}, {}, {shared}>",
             type_name(self.shape.tokens),
             self.outputs,
             self.shape.depth,
@@ -243,21 +246,20 @@ impl<'a> Linear<'a> {
         let header = Arg::Step(Array::Header);
         let Some((offsets, order)) = self.lists else {
             let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
-            let tokens = self.token_map(Arg::Buffer(self.input), self.context.program.buffers[self.input].rows, cols);
+            let tokens = self.token_map(Arg::Buffer(self.input), self.context.program.buffers[self.input].rows, part);
             let args = vec![weight, tokens, header, Arg::Buffer(self.out), Arg::Buffer(self.residual)];
             return Ok(vec![self.launch(kernel(symbol), 1, self.items(rows, cols), args)]);
         };
         let mut launches = Vec::new();
-        let every = !self.is_down() && cols <= 64 && self.context.regime.max_tokens <= cols as usize;
         let (source, tokens) = if self.is_down() {
-            (2, self.token_map(Arg::Buffer(self.input), Rows::Assignments, cols))
+            (2, self.token_map(Arg::Buffer(self.input), Rows::Assignments, part))
         } else if every {
-            (0, self.token_map(Arg::Buffer(self.input), Rows::Tokens, cols))
+            (0, self.token_map(Arg::Buffer(self.input), Rows::Tokens, part))
         } else {
             if let Op::ExpertGateUp { input, offsets, order, .. } = self.op {
                 launches.push(moe::permute(self.context, self.op, (input, self.experts()), (offsets, order))?);
             }
-            (1, self.token_map(Arg::Scratch(self.context.scratch.permuted), Rows::Assignments, cols))
+            (1, self.token_map(Arg::Scratch(self.context.scratch.permuted), Rows::Assignments, part))
         };
         let (experts, top_k) = (self.experts(), self.context.program.top_k);
         let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
@@ -285,18 +287,17 @@ impl<'a> Linear<'a> {
         Arg::TensorMap(TensorMap { base, dtype: self.shape.weight, dims, strides, tile, swizzle: 128 })
     }
 
-    /// Token rows, in boxes of 64 elements of as many tokens as a narrowest product takes.
-    fn token_map(&self, base: Arg, rows: Rows, cols: u32) -> Arg {
+    /// Token rows, in boxes of 64 elements of `tokens` tokens.
+    fn token_map(&self, base: Arg, rows: Rows, tokens: u32) -> Arg {
         let limits = self.context.program.limits;
         let rows = self.context.program.num_rows(rows, limits.max_num_tokens, limits.max_num_logits) as u64;
         let depth = self.shape.depth as u64;
-        let tile = if cols >= 32 { cols / 4 } else { cols };
         Arg::TensorMap(TensorMap {
             base: Box::new(base),
             dtype: self.shape.tokens,
             dims: vec![depth, rows],
             strides: vec![depth * 2],
-            tile: vec![64, tile],
+            tile: vec![64, tokens],
             swizzle: 128,
         })
     }
