@@ -85,18 +85,20 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         (33..=64, true) => ring(128, 64, 64, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
         (65..=256, true) => ring(128, 128, 64, 2),
-        (65..=128, false) => ring(64, 128, 64, 1),
-        // Tokens are read from L2 once a tile of rows: taller tiles, though fewer than multiprocessors.
-        (129..=256, false) => ring(128, 128, 64, 2),
+        (65..=256, false) if shape.rows.div_ceil(64) * tokens.div_ceil(128) <= MULTIPROCESSORS => ring(64, 128, 64, 1),
+        // Taller tiles rather than a second round.
+        (65..=256, false) => ring(128, 128, 64, 2),
         // Two warpgroups of 64 × 256: their accumulators fill the register file.
         _ => LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2 },
     }
 }
 
-/// Rows of a tile when there are few tokens: such that there is work for (nearly) every multiprocessor of a Hopper GPU, but no
-/// second round for some.
+/// Of a Hopper GPU.
+const MULTIPROCESSORS: usize = 132;
+
+/// Rows of a tile when there are few tokens: such that there is work for (nearly) every multiprocessor, but no second round for
+/// some.
 fn few_rows(rows: usize) -> u32 {
-    const MULTIPROCESSORS: usize = 132;
     let tiles = |r: u32| rows.div_ceil(r as usize);
     let fitting = [64, 48, 32].into_iter().filter(|&r| tiles(r) <= MULTIPROCESSORS);
     fitting.max_by_key(|&r| tiles(r)).unwrap_or(64)

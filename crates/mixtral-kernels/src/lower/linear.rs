@@ -225,8 +225,10 @@ impl<'a> Linear<'a> {
         let Tiling { rows, cols, depth, stages, warpgroups } = *tiling;
         let shared = tiling.shared_bytes(self.kind);
         let every = !self.is_down() && cols <= 64 && self.context.regime.max_tokens <= cols as usize;
-        // An expert's tiles are seldom full: it takes as many quarters as it needs.
-        let part = if self.lists.is_some() && !every && cols >= 32 { cols / 4 } else { cols };
+        // An expert's tiles are seldom full: it takes as many quarters as it needs. Full tiles take one box, which costs the
+        // producer least, unless it is so large that others have to wait for it.
+        let full = self.lists.is_none() || every;
+        let part = if cols < 32 || full && cols <= 64 { cols } else { cols / 4 };
         let config = format!(
             "linear::Config<{}, {rows}, {cols}, {part}, {depth}, {stages}, {warpgroups}, {}, {}, {}, {shared}>",
             type_name(self.shape.tokens),
