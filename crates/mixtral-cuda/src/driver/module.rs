@@ -101,6 +101,11 @@ impl Module {
             // SAFETY: the function is live.
             api.check("cuFuncSetAttribute", unsafe { (api.cuFuncSetAttribute)(handle, which, bytes) })?;
         }
+        // All kernels ask for the same division of a multiprocessor's memory between L1 and shared: one that has another
+        // cannot start beside its predecessor, only after it.
+        let which = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as c_uint;
+        // SAFETY: the function is live.
+        api.check("cuFuncSetAttribute", unsafe { (api.cuFuncSetAttribute)(handle, which, 100) })?;
         if let Some(load) = api.cuFuncLoad {
             // A kernel that is loaded by its first launch cannot be captured in a graph.
             // SAFETY: the function is live.

@@ -1,8 +1,8 @@
 //! Kernels for the GPU of this machine.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mixtral_cuda::{Device, devices};
 use mixtral_engine::Program;
@@ -10,15 +10,18 @@ use mixtral_kernels::{
     Arch, Cache, Code, Compiled, Compiler, Family, Kernel, KernelImages, Nvrtc, Search, Sources, compile_all, needed,
 };
 
-/// A GPU and a compiler.
+/// A GPU and a compiler. One test has them at a time: a fault of one would be told by all others.
 pub(crate) struct Machine {
     pub(crate) device: Device,
     compiler: Compiler,
+    _alone: MutexGuard<'static, ()>,
 }
 
 impl Machine {
     /// `None`, and a word about it, without either.
     pub(crate) fn find() -> Option<Machine> {
+        static GPU: Mutex<()> = Mutex::new(());
+        let alone = GPU.lock().unwrap_or_else(PoisonError::into_inner);
         let device = match devices() {
             Ok(devices) => devices.into_iter().next()?,
             Err(error) => {
@@ -27,7 +30,7 @@ impl Machine {
             }
         };
         match Nvrtc::load(&Search::from_environment()) {
-            Ok(nvrtc) => Some(Machine { device, compiler: Compiler::new(nvrtc, Sources::embedded()) }),
+            Ok(nvrtc) => Some(Machine { device, compiler: Compiler::new(nvrtc, Sources::embedded()), _alone: alone }),
             Err(error) => {
                 println!("no NVRTC: skipped ({error})");
                 None
