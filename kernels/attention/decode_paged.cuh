@@ -22,7 +22,7 @@
 
 namespace attention {
 
-constexpr int DECODE_THREADS = 128;
+inline constexpr int DECODE_THREADS = 128;
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
 struct Decode {

@@ -20,9 +20,9 @@
 
 namespace attention {
 
-constexpr int PREFILL_THREADS = 128;
+inline constexpr int PREFILL_THREADS = 128;
 // Tokens of a tile whose scores are in registers at a time.
-constexpr int PART = 32;
+inline constexpr int PART = 32;
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int PACK, bool EXACT>
 __global__ void __launch_bounds__(PREFILL_THREADS, 2)

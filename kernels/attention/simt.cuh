@@ -17,7 +17,7 @@
 
 namespace attention {
 
-constexpr int SIMT_THREADS = 128;
+inline constexpr int SIMT_THREADS = 128;
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>
 // Without a least number of CTAs, ptxas spills for a few more on sm_80.

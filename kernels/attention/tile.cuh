@@ -7,7 +7,7 @@
 namespace attention {
 
 // Tokens of a tile.
-constexpr int TILE = 64;
+inline constexpr int TILE = 64;
 
 // Rows of D 16-bit elements in shared memory, laid out so that the 8 rows of a matrix of ldmatrix lie in different banks: by
 // exchanging 16-byte pieces where a row is a multiple of 128 bytes, else by a piece of padding.

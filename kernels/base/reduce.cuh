@@ -3,7 +3,7 @@
 
 #include "base/types.cuh"
 
-constexpr u32 ALL_LANES = 0xffffffffu;
+inline constexpr u32 ALL_LANES = 0xffffffffu;
 
 // The sum over a warp, the same bits in every lane.
 __device__ __forceinline__ float warp_sum(float x) {

@@ -6,9 +6,9 @@
 namespace step {
 
 // Sequence tokens of one split of decode attention.
-constexpr int DECODE_SPLIT = 256;
+inline constexpr int DECODE_SPLIT = 256;
 // Query tokens of one tile of prefill attention.
-constexpr int PREFILL_TILE = 64;
+inline constexpr int PREFILL_TILE = 64;
 
 struct Header {
     i32 num_tokens;
@@ -41,8 +41,8 @@ struct Adjustment {
     i32 code;
 };
 
-constexpr i32 SEEN = 1 << 29;
-constexpr i32 BANNED = 1 << 30;
+inline constexpr i32 SEEN = 1 << 29;
+inline constexpr i32 BANNED = 1 << 30;
 
 struct Drawn {
     i32 token;

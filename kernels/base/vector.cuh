@@ -3,7 +3,7 @@
 
 #include "base/types.cuh"
 
-constexpr int VECTOR = 8;
+inline constexpr int VECTOR = 8;
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 

@@ -15,7 +15,7 @@
 
 namespace elementwise {
 
-constexpr int THREADS = 256;
+inline constexpr int THREADS = 256;
 
 // out = round(a + b) over buffers of `times` rows of COLS for each of ROWS; out may be b.
 template <typename T, int COLS, step::Rows ROWS>

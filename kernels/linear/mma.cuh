@@ -39,6 +39,8 @@ struct MmaConfig {
     static constexpr int STAGE = (ROWS + COLS) * 128;
     static constexpr int SHARED = STAGES * STAGE + 2 * COLS * 4;
     static_assert(SHARED == SHARED_, "what the launch asks for");
+    // CTAs of a multiprocessor, as many as are launched. Told none, ptxas may spill to make room for more.
+    static constexpr int FITTING = (100 << 10) / (SHARED + 1024), PER_SM = FITTING < 1 ? 1 : FITTING > 8 ? 8 : FITTING;
     static_assert(ROWS % 64 == 0 && COLS % 8 == 0, "");
 };
 
@@ -142,7 +144,7 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
 
 // Dense linear of weight [OUTPUTS][K] with tokens [·][K].
 template <typename C, bool LOGITS, typename Out>
-__global__ void __launch_bounds__(C::THREADS)
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     mma_dense(const typename C::T* weight, const typename C::T* tokens, const step::Header* header, Out* out,
               const Out* residual) {
     pdl::launch_dependents();
@@ -169,7 +171,7 @@ __global__ void __launch_bounds__(C::THREADS)
 // Linear of each token by its experts. Gate and up: weight [EXPERTS][2 · OUTPUTS][K] with silu·mul, else [EXPERTS][OUTPUTS][K]; tokens
 // [T][K], results by expert. DOWN: tokens by expert [T·k][K], results by assignment.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
-__global__ void __launch_bounds__(C::THREADS)
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     mma_grouped(const typename C::T* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                 const int* order, typename C::T* out) {
     extern __shared__ __align__(128) u8 dynamic_shared[];

@@ -7,7 +7,7 @@
 namespace moe {
 
 // Assignments of a chunk: a thread each.
-constexpr int CHUNK = 1024;
+inline constexpr int CHUNK = 1024;
 
 // The local index of an expert, or −1.
 template <int FIRST, int LAST>

@@ -16,7 +16,7 @@
 namespace moe {
 
 // Threads of a CTA that handles a token a warp.
-constexpr int THREADS = 256;
+inline constexpr int THREADS = 256;
 
 template <int EXPERTS>
 __global__ void __launch_bounds__(THREADS) softmax(const step::Header* header, const float* logits, float* probs) {

@@ -20,7 +20,7 @@
 namespace moe {
 
 // Experts whose sums a warp reduces together.
-constexpr int GROUP = 8;
+inline constexpr int GROUP = 8;
 
 // Lane l receives the sum over the warp of value (l / 4) of eight, the lanes with 4 · i + 0 … 3 the same one.
 __device__ __forceinline__ float warp_sums(const float (&x)[GROUP]) {

@@ -11,9 +11,9 @@ struct alignas(64) TensorMap {
 namespace tma {
 
 // What L2 should do with the lines.
-constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
-constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
-constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
+inline constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
+inline constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
+inline constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
 
 __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

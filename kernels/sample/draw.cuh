@@ -17,10 +17,10 @@
 
 namespace sample {
 
-constexpr int THREADS = 1024;
-constexpr int WARPS = THREADS / 32;
+inline constexpr int THREADS = 1024;
+inline constexpr int WARPS = THREADS / 32;
 // Bins of a level of the descent: two a thread, of 11, 11 and 10 bits of a key.
-constexpr int BINS = 2 * THREADS;
+inline constexpr int BINS = 2 * THREADS;
 
 // Integers in the order of `f32::total_cmp`.
 __device__ __forceinline__ u32 order_key(float x) {

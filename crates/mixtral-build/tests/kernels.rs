@@ -96,7 +96,10 @@ fn every_kernel_compiles_without_a_defect() {
     let defects = batch.kernels.iter().flat_map(|(kernel, code, compiled)| {
         compiled.defects.iter().map(move |defect| format!("{} for {code}: {defect}", kernel.symbol))
     });
-    let defects: Vec<_> = defects.collect();
+    // Names of internal linkage have the compiler's process id in them: an engine would not be reproducible.
+    let own = batch.kernels.iter().filter(|(_, _, compiled)| compiled.image.windows(10).any(|w| w == b"_INTERNAL_"));
+    let own = own.map(|(kernel, code, _)| format!("{} for {code}: a constant without `inline`", kernel.symbol));
+    let defects: Vec<_> = defects.chain(own).collect();
     assert!(defects.is_empty(), "{}", defects.join("\n"));
 }
 

@@ -112,7 +112,10 @@ fn inspect_checkpoint(checkpoint: &Checkpoint, args: &InspectArgs, out: &mut dyn
 /// The compiled kernels of a rank.
 fn kernels(engine: &EngineDir, rank: Rank) -> Result<Vec<KernelImages>> {
     let codes: BTreeSet<Code> = engine.images(rank)?.into_iter().filter_map(Code::of_image).collect();
-    codes.into_iter().map(|code| Ok(KernelImages::from_bytes(code, &engine.image(rank, &code.image_name())?)?)).collect()
+    codes
+        .into_iter()
+        .map(|code| Ok(KernelImages::from_bytes(code, &engine.image(rank, &code.image_name())?)?))
+        .collect()
 }
 
 fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -> Result<()> {
