@@ -56,7 +56,7 @@ const OLDEST_PYTHON: Version = Version(3, 11);
 struct Version(u32, u32);
 
 /// The virtual environment's folder.
-fn venv(workspace: &Workspace) -> PathBuf {
+pub(crate) fn venv(workspace: &Workspace) -> PathBuf {
     workspace.target.join("python")
 }
 
