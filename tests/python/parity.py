@@ -1,8 +1,12 @@
 #!/usr/bin/env python3
 """Live parity with transformers: fresh random models through convert, build and run, held against transformers.
 
-    parity.py --mixtral PATH [--models 24] [--seed N]
+    parity.py --mixtral PATH [--backend cuda] [--models 24] [--seed N] [--example DIR] [--jobs N]
     parity.py --self-test
+
+With `--backend cuda` the engines are those of the GPU: one with the kernels that are selected for it, one with the portable
+ones, and the f32 ones on the CPU too; half of the models have sizes that tensor cores take. `--example` adds a trained
+model, in every data type, with prompts of its own making.
 
 The limits:
 - f32: every logit within 1e-5 of the largest of the reference's at its position, and greedy tokens equal, up to a
@@ -16,10 +20,14 @@ The limits:
 
 import argparse
 import copy
+import functools
+import json
+import multiprocessing
 import random
 import secrets
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,19 +45,21 @@ MAX_OUTPUT = 8
 
 @dataclass
 class Case:
-    """One model and its prompts."""
+    """One model, random or that of a directory, and its prompts."""
     config: MixtralConfig
     dtype: str
     seed: int
     prompts: list
     batch: int
+    directory: Path | None = None
 
     def __str__(self):
         c = self.config
         return (f"{self.dtype:8} {c.num_hidden_layers}L h{c.hidden_size:3} {c.num_attention_heads:2}/"
                 f"{c.num_key_value_heads}x{c.head_dim:2} {c.num_local_experts:2}e top{c.num_experts_per_tok}"
                 f" i{c.intermediate_size:3} v{c.vocab_size:3} {'tied' if c.tie_word_embeddings else 'free'}"
-                f" w{c.sliding_window or '-':<3} t{c.rope_parameters['rope_theta']:.0e}")
+                f" w{c.sliding_window or '-':<3} t{c.rope_parameters['rope_theta']:.0e}"
+                f"{f' {self.directory.name}' if self.directory else ''}")
 
 
 @dataclass
@@ -68,10 +78,23 @@ class Verdict:
     stops: int = 0
     ours: list = field(default_factory=list)
     eager: list = field(default_factory=list)
+    as_cpu: int = 0
 
 
-def draw_cases(count, seed):
-    """Models that between them take every value of every list below, each in its own shuffled order."""
+@dataclass
+class Total:
+    """Of all f32 models; `as_cpu` counts prompts with all of the CPU backend's tokens, beyond near-ties too."""
+    prompts: int = 0
+    stops: int = 0
+    as_cpu: int = 0
+    worst: float = 0.0
+
+
+def draw_cases(count, seed, tensor_cores=False):
+    """Models that between them take every value of every list below, each in its own shuffled order.
+
+    With `tensor_cores`, every second model of each data type has sizes that those take.
+    """
     rng = random.Random(seed)
 
     def deck(values):
@@ -86,16 +109,18 @@ def draw_cases(count, seed):
     experts.sort()
     order = sorted(range(count), key=lambda i: (min(top_ks[i], 2), rng.random()))
     experts = [e for _, e in sorted(zip(order, experts))]
+    even = [tensor_cores and dtypes[:i].count(dtypes[i]) % 2 == 0 for i in range(count)]
     cases = []
     for i in range(count):
         kv_heads = rng.choice([1, 2, 3])
         heads = kv_heads * groups[i]
-        hidden = rng.randint(24, 144)
-        head_dim = rng.choice([d for d in range(6, 34, 2) if d * heads != hidden])
+        hidden = 64 * rng.randint(1, 4) if even[i] else rng.randint(24, 144)
+        head_dim = rng.choice([d for d in ([32, 64, 128] if even[i] else range(6, 34, 2)) if d * heads != hidden])
+        inter = 32 * rng.randint(1, 8) if even[i] else rng.randint(16, 120)
         window = rng.randint(1, 100) if windows[i] else None
-        vocab = 2 * rng.randint(30, 300) + 1
+        vocab = 16 * rng.randint(4, 40) if even[i] else 2 * rng.randint(30, 300) + 1
         config = MixtralConfig(
-            vocab_size=vocab, hidden_size=hidden, intermediate_size=rng.randint(16, 120),
+            vocab_size=vocab, hidden_size=hidden, intermediate_size=inter,
             num_hidden_layers=layers[i], num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
             num_local_experts=max(experts[i], top_ks[i]), num_experts_per_tok=top_ks[i],
             tie_word_embeddings=tied[i], sliding_window=window, rms_norm_eps=rng.choice([1e-5, 1e-3]),
@@ -132,18 +157,47 @@ def check_coverage(cases):
             sys.exit(f"these models cover {what} {sorted(found)}, not all of {sorted(values)}; draw more (--models)")
 
 
-def by_tool(binary, case, directory):
-    """convert, build and run `case`, whose model is in directory/hf."""
-    model, checkpoint, engine = directory / "hf", directory / "checkpoint", directory / "engine"
+def example_cases(binary, directory):
+    """The model of a directory in every data type. Its prompts are what it says itself, as far as it was trained."""
+    config = MixtralConfig.from_pretrained(directory)
+    lengths = [1, 2, 17, 64, 65, 100, 128, 200, MAX_PROMPT - 1, MAX_PROMPT]
+    with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
+        checkpoint, engine = Path(scratch) / "checkpoint", Path(scratch) / "engine"
+        run_tool(binary, "convert", "--model_dir", directory, "--output_dir", checkpoint, "--dtype", "float32")
+        run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", "cpu")
+        said = run_tool(binary, "run", "--engine_dir", engine, "--input_text", "ROMEO:\n", "--max_output_len", MAX_PROMPT,
+                        "--end-id", -1, "--num_return_sequences", len(lengths), "--top_k", 0, "--json")
+    prompt, = json.loads(said)["prompts"]
+    prompts = [(prompt["ids"] + output["ids"])[:length] for length, output in zip(lengths, prompt["outputs"])]
+    return [Case(config, dtype, 0, prompts, 8, Path(directory)) for dtype in ("float32", "bfloat16", "float16")]
+
+
+def by_tool(binary, backend, case, directory):
+    """convert, build and run `case`, whose model is in directory/hf: {what ran: what it said}."""
+    checkpoint, engine = directory / "checkpoint", directory / "engine"
     ids, csv, logits = directory / "ids.csv", directory / "out.csv", directory / "logits"
     ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in case.prompts))
-    run_tool(binary, "convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", case.dtype)
-    run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", "cpu",
-             "--gather_context_logits", "--max-seq-len", MAX_PROMPT + MAX_OUTPUT, "--max-batch-size", case.batch)
-    run_tool(binary, "run", "--engine_dir", engine, "--input_file", ids, "--max_output_len", MAX_OUTPUT,
-             "--end-id", -1, "--output_csv", csv, "--output_logits_npy", logits)
-    tokens = [[int(token) for token in line.split(",")] for line in csv.read_text().splitlines()]
-    return Output(np.load(f"{logits}_context.npy"), np.load(f"{logits}_generation.npy"), tokens)
+    run_tool(binary, "convert", "--model_dir", directory / "hf", "--output_dir", checkpoint, "--dtype", case.dtype)
+
+    def build(kernels):
+        run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", backend,
+                 "--gemm_plugin", kernels, "--moe_plugin", kernels, "--gather_context_logits",
+                 "--max-seq-len", MAX_PROMPT + MAX_OUTPUT, "--max-batch-size", case.batch)
+
+    def run(*where):
+        run_tool(binary, "run", "--engine_dir", engine, "--backend", *where, "--input_file", ids,
+                 "--max_output_len", MAX_OUTPUT, "--end-id", -1, "--output_csv", csv, "--output_logits_npy", logits)
+        tokens = [[int(token) for token in line.split(",")] for line in csv.read_text().splitlines()]
+        return Output(np.load(f"{logits}_context.npy"), np.load(f"{logits}_generation.npy"), tokens)
+
+    build("auto")
+    if backend == "cpu":
+        return {"cpu": run("cpu")}
+    outputs = {"selected": run(backend)}
+    if case.dtype == "float32":
+        outputs["cpu"] = run("cpu", "--threads", 2)
+    build("disable")
+    return outputs | {"portable": run(backend)}
 
 
 def near_ties(case, ids, logits, router_logits):
@@ -225,42 +279,70 @@ def compare_16bit(case, output, reference, eager):
     return verdict
 
 
-def check(cases, implementation, quiet=False):
-    """Runs every case; the list of misses."""
+def check_case(implementation, case):
+    """{what ran: Verdict}, and in how many prompts each f32 one gave all of the CPU's tokens."""
+    with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
+        directory = Path(scratch)
+        model = load_model(case.directory, "float32") if case.directory else random_model(case.config, case.seed)
+        save_model(model, directory / "hf", case.dtype)
+        outputs = implementation(case, directory)
+        reference = load_model(directory / "hf", "float32")
+        if case.dtype == "float32":
+            verdicts = {what: compare_f32(case, output, reference) for what, output in outputs.items()}
+        else:
+            eager = load_model(directory / "hf", case.dtype)
+            verdicts = {what: compare_16bit(case, output, reference, eager) for what, output in outputs.items()}
+    for what, output in outputs.items():
+        if case.dtype == "float32" and "cpu" in outputs and what != "cpu":
+            verdicts[what].as_cpu = sum(a == b for a, b in zip(output.tokens, outputs["cpu"].tokens))
+    return verdicts
+
+
+def check(cases, implementation, quiet=False, jobs=1):
+    """Runs every case; (list of misses, summary)."""
     say = (lambda *_: None) if quiet else (lambda *words: print(*words, flush=True))
-    misses, stops, prompts, spreads = [], 0, 0, {}
-    for number, case in enumerate(cases):
-        with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
-            directory = Path(scratch)
-            save_model(random_model(case.config, case.seed), directory / "hf", case.dtype)
-            output = implementation(case, directory)
-            reference = load_model(directory / "hf", "float32")
+    misses, figures, totals, spreads = [], {}, {}, {}
+    if jobs > 1:
+        # Forked: every process has transformers already.
+        pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"))
+        found = pool.map(functools.partial(check_case, implementation), cases)
+    else:
+        found = (check_case(implementation, case) for case in cases)
+    for number, (case, verdicts) in enumerate(zip(cases, found)):
+        results = []
+        for what, verdict in verdicts.items():
             if case.dtype == "float32":
-                verdict = compare_f32(case, output, reference)
-                stops, prompts = stops + verdict.stops, prompts + len(case.prompts)
-                result = f"worst {verdict.worst:.1e}" + (f", {verdict.stops} stopped" if verdict.stops else "")
+                total = totals.setdefault(what, Total())
+                total.prompts += len(case.prompts)
+                total.stops += verdict.stops
+                total.as_cpu += verdict.as_cpu
+                total.worst = max(total.worst, verdict.worst)
+                results.append(f"{what} worst {verdict.worst:.1e}" + (f", {verdict.stops} stopped" * bool(verdict.stops)))
             else:
-                verdict = compare_16bit(case, output, reference, load_model(directory / "hf", case.dtype))
-                ours, eager = spreads.setdefault(case.dtype, ([], []))
+                ours, eager = spreads.setdefault((case.dtype, what), ([], []))
                 ours += verdict.ours
                 eager += verdict.eager
-                result = spread(verdict.ours, verdict.eager)[0] if verdict.ours else ""
-        say(f"{number:2} {case}  {result}")
-        for miss in verdict.misses[:3]:
-            say(f"     MISS {miss}")
-        misses += [f"model {number}: {miss}" for miss in verdict.misses]
-    if prompts:
-        say(f"float32: {stops} of {prompts} prompts stopped at a near-tie")
-        if stops >= MAX_STOPS * prompts:
-            misses.append(f"{stops} of {prompts} prompts stopped: {MAX_STOPS:.0%} or more")
-    for dtype, (ours, eager) in spreads.items():
+                results.append(f"{what} {spread(verdict.ours, verdict.eager)[0]}" if verdict.ours else "")
+            misses += [f"model {number}, {what}: {miss}" for miss in verdict.misses]
+        say(f"{number:2} {case}  {'; '.join(results)}")
+        for what, verdict in verdicts.items():
+            for miss in verdict.misses[:3]:
+                say(f"     MISS {what}: {miss}")
+    for what, total in totals.items():
+        figures.setdefault(what, []).append(f"float32 {total.worst:.1e}")
+        say(f"float32 {what}: worst {total.worst:.1e}, {total.stops} of {total.prompts} prompts stopped at a near-tie"
+            + (f", all tokens the CPU's in {total.as_cpu}" if "cpu" in totals and what != "cpu" else ""))
+        if total.stops >= MAX_STOPS * total.prompts:
+            misses.append(f"{what}: {total.stops} of {total.prompts} prompts stopped: {MAX_STOPS:.0%} or more")
+    for (dtype, what), (ours, eager) in spreads.items():
         if not ours:
             continue
         text, median, p90 = spread(ours, eager)
-        say(f"{dtype}: {text} over {len(ours)} positions")
+        figures.setdefault(what, []).append(f"{dtype} {median:.2f}x {p90:.2f}x")
+        say(f"{dtype} {what}: {text} over {len(ours)} positions")
         if not (median <= MAX_MEDIAN and p90 <= MAX_P90):
-            misses.append(f"{dtype}: {text}; limits {MAX_MEDIAN} x and {MAX_P90} x")
-    return misses
+            misses.append(f"{dtype}, {what}: {text}; limits {MAX_MEDIAN} x and {MAX_P90} x")
+    return misses, "; ".join(f"{what} {', '.join(of)}" for what, of in figures.items())
 
 
 def spread(ours, eager):
@@ -296,7 +378,7 @@ def stand_in(edit_config=None, edit_output=None, edit_weights=None):
             output.tokens.append(ids[len(prompt):] or [0] * MAX_OUTPUT)
         if edit_output:
             edit_output(case, output)
-        return output
+        return {"stand-in": output}
     return run
 
 
@@ -305,7 +387,7 @@ def self_test(seed):
     cases = draw_cases(24, seed)
     check_coverage(cases)
     print(f"self-test, seed {seed}: transformers in the tool's place")
-    misses = check(cases, stand_in())
+    misses, _ = check(cases, stand_in())
     if misses:
         sys.exit("\n".join(["self-test: the stand-in itself misses", *misses]))
 
@@ -358,7 +440,7 @@ def self_test(seed):
             (f"{dtype}: two router rows swapped", some, {"edit_weights": swap_experts}),
         ]
     for what, some, edits in planted:
-        misses = check(some, stand_in(**edits), quiet=True)
+        misses, _ = check(some, stand_in(**edits), quiet=True)
         print(f"planted: {what}: {'caught, ' + misses[0] if misses else 'NOT CAUGHT'}", flush=True)
         if not misses:
             sys.exit(1)
@@ -367,6 +449,9 @@ def self_test(seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", help="the tool's binary")
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--example", type=Path, help="a directory of a trained model")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--models", type=int, default=24)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--self-test", action="store_true")
@@ -376,13 +461,15 @@ def main():
         return self_test(seed)
     if not args.mixtral:
         parser.error("--mixtral PATH or --self-test")
-    cases = draw_cases(args.models, seed)
+    cases = draw_cases(args.models, seed, tensor_cores=args.backend == "cuda")
     check_coverage(cases)
     print(f"{len(cases)} models; again with --models {args.models} --seed {seed}", flush=True)
-    misses = check(cases, lambda case, directory: by_tool(args.mixtral, case, directory))
+    if args.example:
+        cases += example_cases(args.mixtral, args.example)
+    misses, summary = check(cases, functools.partial(by_tool, args.mixtral, args.backend), jobs=args.jobs)
     if misses:
         sys.exit(f"{len(misses)} misses, the first: {misses[0]}")
-    print("parity holds")
+    print(f"parity holds: {summary}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 //! The workspace's own commands, `cargo xtask <command>`: what a contributor and CI both run.
 //!
 //! Reading order: [`workspace`] (where things are, running a program), [`steps`] (headings, timings, the table),
-//! [`demo`], [`needs`] (what `test` installs), [`checks`] (`test`, `ci`, `bench`), [`fuzz`], [`tidy`] (the rules no
-//! compiler checks).
+//! [`demo`], [`needs`] (what `test` installs), [`checks`] (`test`, `ci`, `bench`), [`gpu`], [`fuzz`], [`tidy`] (the rules
+//! no compiler checks).
 #![forbid(unsafe_code)]
 
 mod checks;
 mod demo;
 mod fuzz;
+mod gpu;
 mod needs;
 mod steps;
 mod tidy;
@@ -44,6 +45,8 @@ enum Command {
     Tidy,
     /// The CPU benchmarks, in release mode
     Bench,
+    /// Build the folder that a GPU machine without Rust checks and measures with; needs NVRTC, but no GPU
+    Gpu(gpu::GpuArgs),
     /// The readers of foreign bytes under libFuzzer, on this toolchain; takes hours, and a C++ compiler
     Fuzz(fuzz::FuzzArgs),
 }
@@ -71,6 +74,7 @@ fn run(command: &Command, steps: &mut Steps) -> Result<()> {
         Command::Ci => checks::ci(&workspace, steps),
         Command::Tidy => tidy::tidy(&workspace),
         Command::Bench => checks::bench(&workspace),
+        Command::Gpu(args) => gpu::gpu(&workspace, args),
         Command::Fuzz(args) => fuzz::fuzz(&workspace, args),
     }
 }

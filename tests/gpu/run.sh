@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# What only a GPU can show, on a machine that has one but neither Rust nor a network: `cargo xtask gpu` makes the folder
+# that this lies in. It needs bash, Python with torch, transformers, safetensors and numpy, NVRTC, and compute-sanitizer
+# where there is one.
+#
+#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in under 5 minutes), twin, peers
+#
+# parity     operations and decoder steps against the CPU backend, and bits that may not change
+# tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
+# sanitizer  memory errors and races of the kernels
+# bench      Mixtral 8x7B's shape: decode, prefill, ceilings
+# twin       Mixtral 8x7B's shape against transformers with the same dummy weights
+# peers      transformers' own speed on this machine
+#
+# Logs go to $OUT (default ./out), at most one a section, and table.txt, which is printed last: a line a check.
+set -u
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+mkdir -p "${OUT:-out}"
+out=$(cd "${OUT:-out}" && pwd)
+table=$out/table.txt
+mixtral=$here/bin/mixtral
+tests=$here/bin/gpu-tests
+engines=$here/engines
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1
+
+# Seconds that a section may take. The default ones are under five minutes together.
+declare -A limit=([parity]=95 [tiny]=95 [sanitizer]=45 [bench]=60 [twin]=150 [peers]=420)
+
+row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
+
+# check NAME FIGURE COMMAND...: runs the command into the section's log. FIGURE reads what it printed, and says it shortly.
+check() {
+    local name=$1 figure=$2 begun=$SECONDS rc text
+    shift 2
+    printf '\n== %s: %s\n' "$name" "$*" >>"$log"
+    text=$("$@" 2>&1 | tee -a "$log"; exit "${PIPESTATUS[0]}")
+    rc=$?
+    [ $rc = 0 ] && rc=pass || rc=FAIL
+    row "$name" $rc "$($figure <<<"$text" | cut -c 1-220) ($((SECONDS - begun)) s)"
+}
+
+last_line() { grep -v '^ *$' | tail -n 1; }
+
+# A test of the GPU test binary. It passes where there is no GPU, and says so; here that is a failure.
+gpu_test() {
+    local rc
+    "$tests" --exact "$1" --nocapture --test-threads 1 2>&1 | tee "$scratch/said"
+    rc=${PIPESTATUS[0]}
+    ! grep -q ': skipped (' "$scratch/said" && return "$rc"
+}
+
+# Cases that passed; of errors, the largest by data type; else the verdict.
+gpu_figure() {
+    awk '/ cases$/ { cases = cases (cases ? "; " : "") $0 }
+        / NMSE / { type = $1; gsub(",", ""); for (i = 1; i < NF; i++) if ($i == "median" && $(i + 1) > e[type]) e[type] = $(i + 1) }
+        / failures:|panicked at|: skipped/ { failed = failed " " $0 }
+        /^test result/ { verdict = $0 }
+        END {
+            for (type in e) errors = errors (errors ? ", " : "median NMSE at most ") type " " e[type]
+            sub(/ finished in.*/, "", verdict)
+            print (failed ? failed : cases ? cases : errors ? errors : verdict)
+        }'
+}
+
+parity() {
+    local test name
+    for test in $("$tests" --list 2>/dev/null | sed -n 's/: test$//p'); do
+        name=${test##*::}
+        check "${name//_/ }" gpu_figure gpu_test "$test"
+    done
+    check "same bits: 8x7b" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
+        --engine "$engines/8x7b" --backend cuda
+}
+
+tiny() {
+    check "tiny models against transformers" last_line "$python" "$here/tests/python/parity.py" --mixtral "$mixtral" \
+        --backend cuda --models 20 --example "$here/examples/tiny-mixtral" --jobs "$(nproc)"
+}
+
+sanitizer_figure() { grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|Device not supported|cases$' | tr -s '\n=' ' ' ; }
+
+sanitizer() {
+    local code
+    if ! command -v compute-sanitizer >/dev/null; then
+        row "compute-sanitizer" skip "not on the path"
+        return
+    fi
+    # One data type: all operations, the tensor cores' kernels among them.
+    export MIXTRAL_CASES=" bf16"
+    check "memcheck: operations" sanitizer_figure compute-sanitizer --tool memcheck --error-exitcode 9 \
+        "$tests" --exact cases::all_cases_are_within_their_limits --nocapture
+    # Racecheck sees what threads write to shared memory. Of kernels that TMA writes for and wgmma reads from there it would
+    # report nothing, right or wrong.
+    code=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
+    MIXTRAL_CODE=$code check "racecheck: operations, $code" sanitizer_figure compute-sanitizer --tool racecheck \
+        --error-exitcode 9 "$tests" --exact cases::all_cases_are_within_their_limits --nocapture
+    row "racecheck: kernels/linear/wgmma.cuh" skip "TMA and wgmma are beyond it"
+}
+
+# bench NAME ENGINE FLAGS...: a row a figure, and the JSON into $out/bench.json.
+bench_engine() {
+    local name=$1 engine=$2
+    shift 2
+    if ! "$mixtral" bench --engine-dir "$engines/$engine" --backend cuda --json "$@" >"$scratch/bench" 2>>"$log"; then
+        row "bench $name" FAIL "$(last_line <"$log" | cut -c 1-150)"
+        return
+    fi
+    "$python" - "$name" "$out/bench.json" "$scratch/bench" "$table" <<'PYTHON'
+import json, pathlib, sys
+name, kept, found, table = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
+bench = json.loads(found.read_text())
+runs = json.loads(kept.read_text()) if kept.exists() else {}
+kept.write_text(json.dumps(runs | {name: bench}, indent=1) + "\n")
+rows = [("ceilings", f"read {bench['read_gb_per_s']:.0f} GB/s, {(bench['gflop_per_s'] or 0) / 1e3:.0f} TFLOP/s; "
+                     f"loaded in {bench['load_s']:.1f} s, first token after {bench['first_token_s']:.1f} s")]
+rows += [(f"decode {d['batch_size']}", f"{d['median_ms']:.2f} ms, {d['tokens_per_s']:.1f} tok/s, "
+          f"{d['bandwidth_percent']:.0f} % of read") for d in bench["decode"]]
+rows += [(f"prefill {p['prompts']} x {p['tokens']}", f"{p['median_ms']:.1f} ms, {p['tokens_per_s']:.0f} tok/s, "
+          f"{p['compute_percent'] or 0:.0f} % of compute") for p in bench["prefill"]]
+if t := bench["throughput"]:
+    rows.append((f"{t['requests']} requests", f"{t['output_tokens_per_s']:.0f} output tok/s"))
+with table.open("a") as table:
+    for what, figure in rows:
+        print(f"{f'bench {name}: {what}':44.44} pass  {figure}", file=table)
+PYTHON
+}
+
+bench() {
+    rm -f "$out/bench.json"
+    bench_engine 8x7b 8x7b --batch-size 1,8,64,256 --context 128 --prefill 2048
+    bench_engine "8x7b, 8 prompts" 8x7b --batch-size 1 --steps 4 --prefill 2048 --prefill-batch 8 --quick
+    bench_engine "8x7b portable" 8x7b-portable --batch-size 1,64 --context 128 --steps 8 --prefill 2048 --quick
+}
+
+twin() {
+    local engine
+    for engine in 8x7b-logits 8x7b-portable-logits; do
+        check "twin: $engine" last_line "$python" "$here/tests/python/twin.py" --mixtral "$mixtral" \
+            --engine "$engines/$engine" --backend cuda
+    done
+}
+
+peers() {
+    check "peer: transformers" last_line "$python" "$here/benches/peers/transformers_mixtral.py" --compile \
+        --json "$out/peers.json"
+}
+
+if [ "${1:-}" = --section ]; then
+    log=$out/$2.log
+    scratch=$(mktemp -d)
+    trap 'rm -rf "$scratch"' EXIT
+    : >"$log"
+    "$2"
+    exit
+fi
+
+[ $# -gt 0 ] || set -- parity tiny sanitizer bench
+for section; do
+    if [ -z "${limit[$section]:-}" ]; then
+        echo "there is no section $section; there are ${!limit[*]}" >&2
+        exit 2
+    fi
+done
+: >"$table"
+begun=$SECONDS
+for section; do
+    echo "== $section, at most ${limit[$section]} s"
+    timeout --kill-after 5 "${limit[$section]}" bash "${BASH_SOURCE[0]}" --section "$section"
+    rc=$?
+    [ $rc = 0 ] || row "$section" FAIL "$([ $rc = 124 ] && echo "not done in ${limit[$section]} s" || echo "ended with $rc")"
+done
+echo
+cat "$table"
+echo "$((SECONDS - begun)) s; logs in $out"
+! grep -qE '^.{44} FAIL ' "$table"

@@ -1,0 +1,176 @@
+//! `cargo xtask gpu`: one folder with all that a GPU machine without Rust and without a network needs to check and to
+//! measure what was built here. Its `run.sh` does so there.
+//!
+//! The folder looks like the workspace, as far as it goes, so that a script finds its files in either.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use crate::needs::venv;
+use crate::workspace::{Workspace, cargo, output, run};
+
+#[derive(clap::Args)]
+pub(crate) struct GpuArgs {
+    /// Build in release mode: slower to build, and without debug assertions
+    #[arg(long)]
+    release: bool,
+    /// The architecture that the engines are compiled for
+    #[arg(long, default_value = "sm_90a")]
+    arch: String,
+}
+
+/// Files and folders of the workspace that go along.
+const FILES: &[&str] = &[
+    "crates/mixtral-engine/src/snapshots",
+    "examples/tiny-mixtral",
+    "tests/python/common.py",
+    "tests/python/determinism.py",
+    "tests/python/parity.py",
+];
+
+/// What runs there, in the folder's root.
+const SCRIPT: &str = "tests/gpu/run.sh";
+
+/// Engines with dummy weights, which are nothing but programs and kernels: their names and flags.
+const ENGINES: &[(&str, &[&[&str]])] = &[
+    ("8x7b", &[MEASURED]),
+    ("8x7b-portable", &[MEASURED, PORTABLE]),
+    ("8x7b-logits", &[GATHERED]),
+    ("8x7b-portable-logits", &[GATHERED, PORTABLE]),
+];
+const MEASURED: &[&str] = &["--max-batch-size", "256", "--max-num-tokens", "16384", "--max-seq-len", "4608"];
+const GATHERED: &[&str] = &["--gather-context-logits", "--max-num-tokens", "2048", "--max-seq-len", "4096"];
+const PORTABLE: &[&str] = &["--gemm-plugin", "disable", "--moe-plugin", "disable"];
+
+/// Bytes that the folder may have: it travels.
+const MAX_BYTES: u64 = 60_000_000;
+
+/// Makes `target/gpu` anew.
+pub(crate) fn gpu(workspace: &Workspace, args: &GpuArgs) -> Result<()> {
+    let profile: &[&str] = if args.release { &["--release"] } else { &[] };
+    let mixtral = built(workspace, &[&["build", "--package", "mixtral"], profile].concat(), "mixtral")?;
+    let tests = built(
+        workspace,
+        &[&["test", "--package", "mixtral-cuda", "--test", "gpu", "--no-run"], profile].concat(),
+        "gpu",
+    )?;
+
+    let folder = workspace.target.join("gpu");
+    if folder.exists() {
+        fs::remove_dir_all(&folder).with_context(|| format!("emptying {}", folder.display()))?;
+    }
+    for (from, to) in [(&mixtral, "bin/mixtral"), (&tests, "bin/gpu-tests")] {
+        let to = folder.join(to);
+        copy(from, &to)?;
+        run(Command::new("strip").arg(&to)).context("strip comes with a C compiler")?;
+    }
+    for file in FILES {
+        copy(&workspace.root.join(file), &folder.join(file))?;
+    }
+    copy(&workspace.root.join(SCRIPT), &folder.join("run.sh"))?;
+
+    let binary = folder.join("bin/mixtral");
+    for (name, flags) in ENGINES {
+        let mut build = Command::new(&binary);
+        build
+            .args(["build", "--model-config", "mixtral-8x7b", "--dtype", "bfloat16", "--arch", &args.arch])
+            .args(flags.concat());
+        build.arg("--output-dir").arg(folder.join("engines").join(name));
+        // The Python of the checks has NVRTC, and whatever is named there is looked at too.
+        if std::env::var_os("VIRTUAL_ENV").is_none() {
+            build.env("VIRTUAL_ENV", venv(workspace));
+        }
+        run(&mut build)?;
+    }
+
+    let bytes = size(&folder)?;
+    println!(
+        "\n{}: {} MB; there, `./run.sh` checks and measures",
+        workspace.shown(&folder).display(),
+        bytes.div_ceil(1_000_000)
+    );
+    if bytes > MAX_BYTES {
+        bail!("{} has {bytes} bytes, at most {MAX_BYTES} are meant to travel", folder.display());
+    }
+    Ok(())
+}
+
+/// Runs cargo, and returns the program that it made of the target of that name.
+fn built(workspace: &Workspace, args: &[&str], target: &str) -> Result<PathBuf> {
+    let mut command = cargo();
+    command.args(args).args(["--message-format", "json-render-diagnostics"]).current_dir(&workspace.root);
+    let messages = output(&mut command)?;
+    executable(&messages, target).with_context(|| format!("cargo names no program of the target `{target}`"))
+}
+
+/// The program of a target, as cargo's messages (a JSON object a line) say.
+fn executable(messages: &str, target: &str) -> Option<PathBuf> {
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let mut of_target = messages.filter(|m| m["reason"] == "compiler-artifact" && m["target"]["name"] == target);
+    of_target.find_map(|m| m["executable"].as_str().map(PathBuf::from))
+}
+
+/// Copies a file, or a folder with all that is in it but what Python left there.
+fn copy(from: &Path, to: &Path) -> Result<()> {
+    if !from.is_dir() {
+        let folder = to.parent().unwrap_or(to);
+        fs::create_dir_all(folder).with_context(|| format!("creating {}", folder.display()))?;
+        fs::copy(from, to).with_context(|| format!("copying {} to {}", from.display(), to.display()))?;
+        return Ok(());
+    }
+    for entry in fs::read_dir(from).with_context(|| format!("listing {}", from.display()))? {
+        let name = entry.with_context(|| format!("listing {}", from.display()))?.file_name();
+        if name != "__pycache__" {
+            copy(&from.join(&name), &to.join(&name))?;
+        }
+    }
+    Ok(())
+}
+
+/// Bytes of all files of a folder.
+fn size(folder: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(folder).with_context(|| format!("listing {}", folder.display()))? {
+        let entry = entry.with_context(|| format!("listing {}", folder.display()))?;
+        let metadata = entry.metadata().with_context(|| format!("reading {}", entry.path().display()))?;
+        bytes += if metadata.is_dir() { size(&entry.path())? } else { metadata.len() };
+    }
+    Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_program_of_a_target_is_found_in_cargos_messages() {
+        let messages = concat!(
+            r#"{"reason":"compiler-artifact","target":{"name":"gpu"},"executable":null}"#,
+            "\nwarning: not JSON\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"other"},"executable":"/t/other"}"#,
+            "\n",
+            r#"{"reason":"compiler-artifact","target":{"name":"gpu"},"executable":"/t/gpu-1"}"#,
+            "\n",
+        );
+        assert_eq!(executable(messages, "gpu"), Some(PathBuf::from("/t/gpu-1")));
+        assert_eq!(executable(messages, "third"), None);
+    }
+
+    #[test]
+    fn folders_are_copied_without_what_python_left() {
+        let root = tempfile::tempdir().expect("a temporary directory");
+        let (from, to) = (root.path().join("a"), root.path().join("b/c"));
+        for file in ["x", "d/y", "__pycache__/z"] {
+            let path = from.join(file);
+            fs::create_dir_all(path.parent().expect("a folder")).expect("creatable");
+            fs::write(path, "12").expect("writable");
+        }
+        copy(&from, &to).expect("copied");
+        assert_eq!(size(&to).expect("readable"), 4);
+        assert!(to.join("d/y").exists() && !to.join("__pycache__").exists());
+    }
+}
