@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     constexpr int STEPS = D / 16, PIECES = D / VECTOR, PER_ITEM = HEADS / PACK, STAGE = 2 * Kv::BYTES;
     constexpr int QUERY_BYTES = PACK * step::PREFILL_TILE * Rows<D>::STRIDE;
     extern __shared__ __align__(128) unsigned char memory[];
-    // What the loop over tiles does not need lies here, not in registers. Every thread writes the same.
+    // What the loop over tiles does not need lies here, not in registers.
     __shared__ volatile struct {
         i32 seq, head, first_query;
     } place;
@@ -53,9 +53,12 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         __syncthreads();
         const int2 item = items[work / PER_ITEM];
         const int chunk = cu_query_lens[item.x], chunk_len = cu_query_lens[item.x + 1] - chunk;
-        place.seq = item.x;
-        place.head = work % PER_ITEM * PACK;
-        place.first_query = chunk + item.y;
+        if (threadIdx.x == 0) {
+            place.seq = item.x;
+            place.head = work % PER_ITEM * PACK;
+            place.first_query = chunk + item.y;
+        }
+        __syncthreads();
         // Position of the tile's first query, and past its last.
         const int position = seq_lens[item.x] - chunk_len + item.y;
         const int num_queries = chunk_len - item.y < step::PREFILL_TILE ? chunk_len - item.y : step::PREFILL_TILE;

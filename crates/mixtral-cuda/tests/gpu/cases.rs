@@ -1,8 +1,9 @@
 //! Every case of the registry, with the portable kernels and with those of the GPU's own family.
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
-use mixtral_engine::{Backend as _, BackendError, StepInputs, StepOutputs};
-use mixtral_testkit::cases::{self, Case, OpRunner};
+use mixtral_engine::{Backend as _, BackendError, Op, StepInputs, StepOutputs};
+use mixtral_model::DType;
+use mixtral_testkit::cases::{self, Case, OpRunner, Tolerance};
 
 use crate::kernels::{Library, Machine};
 
@@ -37,6 +38,17 @@ fn load(case: &Case, library: &Library) -> Result<Runner, BackendError> {
     CudaBackend::load(program, &case.weights(), &images, options).map(Runner)
 }
 
+/// Prefill rounds probabilities to 16 bit before it multiplies them with values, as its tensor cores take them: a third of its
+/// outputs is the rounded reference's neighbour. The mean error still has to stay within the type's limit.
+fn tolerance(case: &Case) -> Tolerance {
+    let program = &case.assembly.program;
+    let mut tolerance = Tolerance::default();
+    if program.dtype != DType::F32 && program.ops.iter().any(|op| matches!(op, Op::Attention { .. })) {
+        tolerance.half_unequal = 0.5;
+    }
+    tolerance
+}
+
 #[test]
 fn all_cases_are_within_their_limits() {
     let Some(machine) = Machine::find() else { return };
@@ -53,7 +65,7 @@ fn all_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         let mut passed = 0;
         for case in &cases {
-            match case.check(|case| load(case, &library)) {
+            match case.check_within(tolerance(case), |case| load(case, &library)) {
                 Ok(()) => passed += 1,
                 Err(failure) => {
                     let text = format!("{code}: {failure}");
