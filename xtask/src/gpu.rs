@@ -30,6 +30,7 @@ const FILES: &[&str] = &[
     "tests/python/common.py",
     "tests/python/determinism.py",
     "tests/python/parity.py",
+    "tests/python/twin.py",
 ];
 
 /// What runs there, in the folder's root.
