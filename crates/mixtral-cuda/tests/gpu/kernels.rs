@@ -9,6 +9,7 @@ use mixtral_engine::Program;
 use mixtral_kernels::{
     Arch, Cache, Code, Compiled, Compiler, Family, Kernel, KernelImages, Nvrtc, Search, Sources, compile_all, needed,
 };
+use mixtral_kernels::nvrtc::{Form, Output, Unit};
 
 /// A GPU and a compiler. One test has them at a time: a fault of one would be told by all others.
 pub(crate) struct Machine {
@@ -87,13 +88,34 @@ impl Machine {
     }
 }
 
+impl Machine {
+    /// A kernel that stops the GPU.
+    pub(crate) fn trap(&self, code: Code) -> Compiled {
+        let text = "template <int N>\n__global__ void trap() { asm volatile(\"trap;\"); }\n";
+        let unit = Unit { name: "trap.cu", text, headers: &[], expression: "trap<0>" };
+        let options = ["--std=c++17".to_owned(), format!("--gpu-architecture={code}")];
+        let output = self.compiler.nvrtc().compile(&unit, Form::Cubin, &options).unwrap();
+        let Output { image, entry, log } = output;
+        Compiled { image, entry, resources: None, defects: vec![], log }
+    }
+}
+
 /// Compiled kernels.
+#[derive(Clone)]
 pub(crate) struct Library {
     code: Code,
     kernels: BTreeMap<Kernel, Compiled>,
 }
 
 impl Library {
+    /// The library with another kernel in place of those whose symbols begin so.
+    pub(crate) fn with(&self, symbol: &str, other: &Compiled) -> Library {
+        let mut library = self.clone();
+        let replaced = library.kernels.iter_mut().filter(|(kernel, _)| kernel.symbol.starts_with(symbol));
+        assert!(replaced.map(|(_, compiled)| *compiled = other.clone()).count() > 0, "no kernel `{symbol}`");
+        library
+    }
+
     /// Those of a program, as an engine holds them.
     pub(crate) fn images(&self, program: &Program) -> KernelImages {
         let wanted = needed::kernels(program, &BTreeSet::from([self.code])).unwrap_or_default();

@@ -5,5 +5,6 @@
 //! called that.
 
 mod cases;
+mod faults;
 mod kernels;
 mod steps;

@@ -1,0 +1,50 @@
+//! A GPU that fails in the middle of a step.
+
+use std::process::Command;
+
+use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
+use mixtral_engine::{Backend as _, Weights};
+use mixtral_model::DType;
+use mixtral_testkit::batch::{self, Part};
+use mixtral_testkit::decoder::{self, Geometry};
+
+use crate::kernels::Machine;
+
+/// Set in the process whose GPU context is lost: it can do nothing else.
+const CHILD: &str = "MIXTRAL_TRAP";
+
+#[test]
+fn a_kernel_that_traps_is_an_error_with_its_step() {
+    if std::env::var_os(CHILD).is_none() {
+        let test = "faults::a_kernel_that_traps_is_an_error_with_its_step";
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let output = child.args(["--exact", test, "--nocapture"]).env(CHILD, "1").output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        print!("{said}");
+        assert!(output.status.success(), "{}", output.status);
+        return;
+    }
+    let Some(machine) = Machine::find() else { return };
+    let program = decoder::program(&Geometry::small(DType::F32), true);
+    let sequences = batch::sequences(3, &[5], &program.limits, program.vocab_size, 8);
+    let mut inputs = batch::step(&program.limits, &[Part { sequence: &sequences[0], past: 0, new: 5 }]);
+    inputs.samples = (0..inputs.num_logits()).map(batch::greedy).collect();
+    let code = machine.codes()[0];
+    let (library, failures) = machine.compile(code, &[&program]);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    let load = |library: &crate::kernels::Library| {
+        let options = CudaOptions { kv_blocks: KvBlocks::Exactly(8), ..CudaOptions::default() };
+        CudaBackend::load(program.clone(), &Weights::Dummy { seed: 5 }, &library.images(&program), options).unwrap()
+    };
+    load(&library).step(&inputs).unwrap();
+
+    let trap = machine.trap(code);
+    let mut backend = load(&library.with("moe::combine", &trap));
+    let first = backend.step(&inputs).unwrap_err().to_string();
+    println!("{first}");
+    assert!(first.starts_with("the GPU failed in step "), "{first}");
+    assert!(first.contains("context is lost") && first.contains("compute-sanitizer"), "{first}");
+    // And it stays so: an error, no panic, when it is asked again and when it is dropped.
+    let again = backend.step(&inputs).unwrap_err().to_string();
+    assert!(again.contains("context is lost"), "{again}");
+}
