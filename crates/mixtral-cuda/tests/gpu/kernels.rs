@@ -6,10 +6,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mixtral_cuda::{Device, devices};
 use mixtral_engine::Program;
+use mixtral_kernels::nvrtc::{Form, Output, Unit};
 use mixtral_kernels::{
     Arch, Cache, Code, Compiled, Compiler, Family, Kernel, KernelImages, Nvrtc, Search, Sources, compile_all, needed,
 };
-use mixtral_kernels::nvrtc::{Form, Output, Unit};
 
 /// A GPU and a compiler. One test has them at a time: a fault of one would be told by all others.
 pub(crate) struct Machine {
