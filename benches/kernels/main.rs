@@ -4,7 +4,7 @@
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{Backend as _, Epilogue, Op, Rows, StepInputs, Weights};
+use mixtral_engine::{Backend as _, Epilogue, Inspect as _, Op, Rows, StepInputs, Weights};
 use mixtral_model::{DType, Piece};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::batch::{self, Part};

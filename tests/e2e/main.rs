@@ -4,6 +4,7 @@
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
 mod damage;
+mod diff;
 mod disks;
 mod faults;
 mod generate;

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use mixtral_engine::{Backend, BackendError, Collectives, Program, StepInputs, StepOutputs, Weights};
+use mixtral_engine::{Backend, BackendError, Collectives, Inspect, Program, StepInputs, StepOutputs, Weights};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::cache::KvCache;
@@ -120,17 +120,57 @@ impl CpuBackend {
         self
     }
 
-    /// The program.
-    #[must_use]
-    pub fn program(&self) -> &Program {
+    /// Offset of a buffer in the arena, if it has so many bytes.
+    fn buffer(&self, name: &str, len: usize) -> Result<usize, BackendError> {
+        let missing = || BackendError::Other(format!("there is no buffer `{name}`"));
+        let buffer = self.program.buffer(name).ok_or_else(missing)?;
+        let size = self.program.max_bytes(buffer);
+        if len > size {
+            return Err(BackendError::Other(format!("{len} bytes of the {size} of buffer `{name}`")));
+        }
+        Ok(buffer.offset)
+    }
+
+    /// The whole arena, which no step expects anything of: for tests that poison it.
+    pub fn arena_mut(&mut self) -> &mut [u8] {
+        self.arena.bytes_mut()
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<(), BackendError> {
+        let layers = self.program.kv.num_layers;
+        if layer < layers { Ok(()) } else { Err(BackendError::Other(format!("layer {layer} of {layers}"))) }
+    }
+}
+
+impl Backend for CpuBackend {
+    fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        self.run_ops(0..self.resolved.steps.len(), inputs)
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.cache.blocks()
+    }
+
+    fn expert_counts(&self) -> Vec<Vec<u64>> {
+        let none = || vec![vec![0; self.program.num_experts]; self.program.num_layers];
+        self.counts.clone().unwrap_or_else(none)
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        self.times.clone().unwrap_or_default()
+    }
+}
+
+impl Inspect for CpuBackend {
+    fn program(&self) -> &Program {
         &self.program
     }
 
-    /// Runs some of the program's operations. Outputs come from the `sample` operation, if it is among them.
-    ///
-    /// # Errors
-    /// As [`Backend::step`]; a range outside the program.
-    pub fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+    fn boundaries(&self) -> Vec<usize> {
+        (0..=self.program.ops.len()).collect()
+    }
+
+    fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         inputs.check(&self.program, self.cache.blocks())?;
         let steps = self.resolved.steps.get(ops.clone()).ok_or_else(|| {
             BackendError::Other(format!("operations {ops:?} of a program of {}", self.resolved.steps.len()))
@@ -166,62 +206,33 @@ impl CpuBackend {
         })
     }
 
-    /// The bytes of a buffer, at the limits' number of rows, as the last operations left them.
-    #[must_use]
-    pub fn buffer_bytes(&self, name: &str) -> Option<&[u8]> {
-        let buffer = self.program.buffer(name)?;
-        Some(&self.arena.bytes()[buffer.offset..][..self.program.max_bytes(buffer)])
+    fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError> {
+        let offset = self.buffer(name, len)?;
+        Ok(self.arena.bytes()[offset..][..len].to_vec())
     }
 
-    /// Writes the first rows of a buffer.
-    ///
-    /// # Errors
-    /// A name that the program does not have, or more bytes than the buffer's.
-    pub fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError> {
-        let missing = || BackendError::Other(format!("there is no buffer `{name}`"));
-        let buffer = self.program.buffer(name).ok_or_else(missing)?;
-        let (offset, size) = (buffer.offset, self.program.max_bytes(buffer));
-        if bytes.len() > size {
-            return Err(BackendError::Other(format!("{} bytes for the {size} of buffer `{name}`", bytes.len())));
-        }
+    fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError> {
+        let offset = self.buffer(name, bytes.len())?;
         self.arena.bytes_mut()[offset..][..bytes.len()].copy_from_slice(bytes);
         Ok(())
     }
 
-    /// The whole arena, which no step expects anything of: for tests that poison it.
-    pub fn arena_mut(&mut self) -> &mut [u8] {
-        self.arena.bytes_mut()
+    fn read_cache(&self, layer: usize) -> Result<[Vec<u8>; 2], BackendError> {
+        self.check_layer(layer)?;
+        let (keys, values) = self.cache.layer(layer);
+        Ok([keys.bytes.to_vec(), values.bytes.to_vec()])
     }
 
-    /// Keys and values of a layer of this rank, each `[blocks, num_kv_heads, block_size, head_dim]`.
-    #[must_use]
-    pub fn cache_bytes(&self, layer: usize) -> Option<(&[u8], &[u8])> {
-        let (keys, values) = (layer < self.program.kv.num_layers).then(|| self.cache.layer(layer))?;
-        Some((keys.bytes, values.bytes))
-    }
-
-    /// Keys and values of a layer of this rank, to be written.
-    pub fn cache_bytes_mut(&mut self, layer: usize) -> Option<(&mut [u8], &mut [u8])> {
-        (layer < self.program.kv.num_layers).then(|| self.cache.layer_mut(layer))
-    }
-}
-
-impl Backend for CpuBackend {
-    fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        self.run_ops(0..self.resolved.steps.len(), inputs)
-    }
-
-    fn kv_blocks(&self) -> usize {
-        self.cache.blocks()
-    }
-
-    fn expert_counts(&self) -> Vec<Vec<u64>> {
-        let none = || vec![vec![0; self.program.num_experts]; self.program.num_layers];
-        self.counts.clone().unwrap_or_else(none)
-    }
-
-    fn op_times(&self) -> Vec<Duration> {
-        self.times.clone().unwrap_or_default()
+    fn write_cache(&mut self, layer: usize, keys: &[u8], values: &[u8]) -> Result<(), BackendError> {
+        self.check_layer(layer)?;
+        let (k, v) = self.cache.layer_mut(layer);
+        for (to, from) in [(k, keys), (v, values)] {
+            if from.len() != to.len() {
+                return Err(BackendError::Other(format!("{} bytes for the {} of a layer", from.len(), to.len())));
+            }
+            to.copy_from_slice(from);
+        }
+        Ok(())
     }
 }
 

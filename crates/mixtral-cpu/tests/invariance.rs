@@ -1,7 +1,7 @@
 //! What may not change a bit: the batch, chunking, block placement, fusion, threads, instruction set, garbage.
 
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
-use mixtral_engine::{Backend as _, StepInputs, Weights};
+use mixtral_engine::{Backend as _, Inspect as _, StepInputs, Weights};
 use mixtral_model::{DType, TokenId};
 use mixtral_testkit::batch::{self, Part, Sequence};
 use mixtral_testkit::decoder::{self, Geometry};
@@ -17,9 +17,9 @@ fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> C
     let mut backend = CpuBackend::load(program, Weights::Dummy { seed: 5 }, options).unwrap();
     poison(backend.arena_mut());
     for layer in 0..geometry.num_layers {
-        let (keys, values) = backend.cache_bytes_mut(layer).unwrap();
-        poison(keys);
-        poison(values);
+        let mut bytes = backend.read_cache(layer).unwrap();
+        bytes.iter_mut().for_each(|half| poison(half));
+        backend.write_cache(layer, &bytes[0], &bytes[1]).unwrap();
     }
     backend
 }
@@ -129,7 +129,7 @@ fn dead_tokens_leave_no_trace() {
     let part = |s: usize| Part { sequence: &sequences[s], past: 0, new: LENGTHS[s] };
     let live = backend.step(&batch::step(&limits, &[part(0)])).unwrap();
     let counts = backend.expert_counts();
-    let before = backend.cache_bytes(1).map(|(k, v)| (k.to_vec(), v.to_vec()));
+    let before = backend.read_cache(1).unwrap();
 
     let mut backend = load(&geometry, true, 2, None);
     let mut inputs = batch::step(&limits, &[part(0), part(3)]);
@@ -138,7 +138,7 @@ fn dead_tokens_leave_no_trace() {
     let beside_dead = backend.step(&inputs).unwrap();
     assert_eq!(live.logits, beside_dead.logits);
     assert_eq!(counts, backend.expert_counts());
-    assert_eq!(before, backend.cache_bytes(1).map(|(k, v)| (k.to_vec(), v.to_vec())));
+    assert_eq!(before, backend.read_cache(1).unwrap());
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use mixtral_engine::{Backend, BackendError, Op, Program, StepInputs, StepOutputs, Weights};
+use mixtral_engine::{Backend, BackendError, Inspect, Op, Program, StepInputs, StepOutputs, Weights};
 use mixtral_kernels::lower::dummy;
 use mixtral_kernels::step_block::{Array, Drawn};
 use mixtral_kernels::{KernelImages, Regime, Schedule, StepBlock, Target};
@@ -156,46 +156,10 @@ impl CudaBackend {
         })
     }
 
-    /// The program.
-    #[must_use]
-    pub fn program(&self) -> &Program {
-        &self.program
-    }
-
     /// The GPU.
     #[must_use]
     pub fn device(&self) -> &Device {
         self.context.device()
-    }
-
-    /// Runs some of the program's operations; one that is computed together with others runs with the first of them. Outputs
-    /// come from the `sample` operation, if it is among them.
-    ///
-    /// # Errors
-    /// As [`Backend::step`].
-    pub fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        if let Some(lost) = &self.lost {
-            return Err(lost.clone().into());
-        }
-        inputs.check(&self.program, self.kv_blocks)?;
-        let written = inputs::write(&self.block, &self.program, inputs, self.staging.bytes()?)?;
-        let step = self.steps;
-        self.steps += 1;
-        self.execute(ops.clone(), inputs, written).map_err(|error| {
-            let error = error.in_step(step, || {
-                format!(
-                    "{} tokens of {} sequences, {} decodes",
-                    inputs.num_tokens(),
-                    inputs.num_seqs(),
-                    inputs.num_decodes
-                )
-            });
-            if let CudaError::Fault { .. } = error {
-                self.lost = Some(error.clone());
-            }
-            error
-        })?;
-        self.outputs(&ops, inputs)
     }
 
     /// Uploads the step's inputs, runs its launches, and waits for them.
@@ -278,26 +242,6 @@ impl CudaBackend {
         Ok(buffer.offset)
     }
 
-    /// The first `len` bytes of a buffer, as the last operations left them.
-    ///
-    /// # Errors
-    /// A name that the program does not have, more bytes than the buffer's, or a device failure.
-    pub fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError> {
-        let offset = self.buffer(name, len)?;
-        let mut bytes = vec![0; len];
-        self.stream.download(&self.memory.arena, offset, &mut bytes)?;
-        Ok(bytes)
-    }
-
-    /// Writes the first bytes of a buffer.
-    ///
-    /// # Errors
-    /// As [`CudaBackend::read_buffer`].
-    pub fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError> {
-        let offset = self.buffer(name, bytes.len())?;
-        Ok(self.stream.upload(bytes, &self.memory.arena, offset)?)
-    }
-
     /// Fills the arena, of which no step expects anything: for tests.
     ///
     /// # Errors
@@ -305,33 +249,6 @@ impl CudaBackend {
     pub fn poison(&mut self, byte: u8) -> Result<(), BackendError> {
         self.stream.fill(&self.memory.arena, 0, self.memory.arena.len(), byte)?;
         Ok(self.stream.synchronize()?)
-    }
-
-    /// Keys and values of a layer of this rank, each `[blocks, num_kv_heads, block_size, head_dim]`.
-    ///
-    /// # Errors
-    /// A layer that the program does not have, or a device failure.
-    pub fn read_cache(&self, layer: usize) -> Result<[Vec<u8>; 2], BackendError> {
-        let [keys, values] = self.cache_spans(layer)?;
-        let read = |span: Range<usize>| {
-            let mut bytes = vec![0; span.len()];
-            self.stream.download(&self.memory.cache, span.start, &mut bytes).map(|()| bytes)
-        };
-        Ok([read(keys)?, read(values)?])
-    }
-
-    /// Writes keys and values of a layer.
-    ///
-    /// # Errors
-    /// As [`CudaBackend::read_cache`]; bytes of another length.
-    pub fn write_cache(&mut self, layer: usize, keys: &[u8], values: &[u8]) -> Result<(), BackendError> {
-        for (span, bytes) in self.cache_spans(layer)?.into_iter().zip([keys, values]) {
-            if bytes.len() != span.len() {
-                return Err(BackendError::Other(format!("{} bytes for the {} of a layer", bytes.len(), span.len())));
-            }
-            self.stream.upload(bytes, &self.memory.cache, span.start)?;
-        }
-        Ok(())
     }
 
     fn cache_spans(&self, layer: usize) -> Result<[Range<usize>; 2], BackendError> {
@@ -443,6 +360,75 @@ impl Backend for CudaBackend {
 
     fn op_times(&self) -> Vec<Duration> {
         self.timer.as_ref().map(|timer| timer.times.clone()).unwrap_or_default()
+    }
+}
+
+impl Inspect for CudaBackend {
+    fn program(&self) -> &Program {
+        &self.program
+    }
+
+    /// Where a launch begins, whatever the step.
+    fn boundaries(&self) -> Vec<usize> {
+        let begins = |op: &usize| self.sequences.iter().all(|(_, sequence)| sequence.begins(*op));
+        let ops = self.program.ops.len();
+        (0..ops).filter(begins).chain([ops]).collect()
+    }
+
+    fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        if let Some(lost) = &self.lost {
+            return Err(lost.clone().into());
+        }
+        inputs.check(&self.program, self.kv_blocks)?;
+        let written = inputs::write(&self.block, &self.program, inputs, self.staging.bytes()?)?;
+        let step = self.steps;
+        self.steps += 1;
+        self.execute(ops.clone(), inputs, written).map_err(|error| {
+            let error = error.in_step(step, || {
+                format!(
+                    "{} tokens of {} sequences, {} decodes",
+                    inputs.num_tokens(),
+                    inputs.num_seqs(),
+                    inputs.num_decodes
+                )
+            });
+            if let CudaError::Fault { .. } = error {
+                self.lost = Some(error.clone());
+            }
+            error
+        })?;
+        self.outputs(&ops, inputs)
+    }
+
+    fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError> {
+        let offset = self.buffer(name, len)?;
+        let mut bytes = vec![0; len];
+        self.stream.download(&self.memory.arena, offset, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError> {
+        let offset = self.buffer(name, bytes.len())?;
+        Ok(self.stream.upload(bytes, &self.memory.arena, offset)?)
+    }
+
+    fn read_cache(&self, layer: usize) -> Result<[Vec<u8>; 2], BackendError> {
+        let [keys, values] = self.cache_spans(layer)?;
+        let read = |span: Range<usize>| {
+            let mut bytes = vec![0; span.len()];
+            self.stream.download(&self.memory.cache, span.start, &mut bytes).map(|()| bytes)
+        };
+        Ok([read(keys)?, read(values)?])
+    }
+
+    fn write_cache(&mut self, layer: usize, keys: &[u8], values: &[u8]) -> Result<(), BackendError> {
+        for (span, bytes) in self.cache_spans(layer)?.into_iter().zip([keys, values]) {
+            if bytes.len() != span.len() {
+                return Err(BackendError::Other(format!("{} bytes for the {} of a layer", bytes.len(), span.len())));
+            }
+            self.stream.upload(bytes, &self.memory.cache, span.start)?;
+        }
+        Ok(())
     }
 }
 

@@ -206,6 +206,11 @@ impl Sequence {
         Ok(Sequence { launches, graph: None })
     }
 
+    /// Whether an operation is the first that a launch computes.
+    pub(crate) fn begins(&self, op: usize) -> bool {
+        self.launches.iter().any(|launch| launch.op == op)
+    }
+
     /// Launches those of some operations one by one. The first of them waits for all that is in the stream.
     pub(crate) fn run(
         &self,

@@ -7,15 +7,17 @@
 //! Reading order: [`op`] (the operations and what each one computes, to the rounding), [`program`] (buffers,
 //! weights, limits), [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
 //! offsets and the closed-form memory plan), [`inputs`] (the ragged, paged inputs of a step), [`math`],
-//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`],
-//! [`wire`] (a step on its way to other ranks), and [`dir`] (the engine directory).
+//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`], [`inspect`]
+//! (a backend looked into), [`first_layers`] (a program cut short), [`wire`] (a step on its way to other ranks), and [`dir`] (the engine directory).
 #![forbid(unsafe_code)]
 
 pub mod backend;
 pub mod check;
 pub mod dir;
 pub mod dummy;
+pub mod first_layers;
 pub mod inputs;
+pub mod inspect;
 pub mod math;
 pub mod memory;
 pub mod op;
@@ -27,7 +29,9 @@ pub mod wire;
 pub use backend::{Backend, BackendError, Collectives, StepOutputs, WeightSource, WeightView, Weights};
 pub use check::ProgramError;
 pub use dir::{EngineConfig, EngineDir, EngineError, EngineWriter, MappedWeights, WeightsKind};
+pub use first_layers::CutError;
 pub use inputs::{InputError, SampleRequest, StepInputs};
+pub use inspect::Inspect;
 pub use op::{Epilogue, Op, Rung};
 pub use program::{Buffer, ElemType, KvLayout, Limits, Program, Rows, Weight, WeightFormat};
 pub use sampling::{RandomKey, SamplingParams};

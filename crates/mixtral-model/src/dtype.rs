@@ -49,6 +49,16 @@ impl DType {
             DType::Bf16 => bf16::from_f32(value).to_f32(),
         }
     }
+
+    /// The elements that little-endian bytes hold, widened; a trailing part of one is left out.
+    #[must_use]
+    pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        match self {
+            DType::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            DType::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            DType::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        }
+    }
 }
 
 /// The short spelling: `f32`, `f16`, `bf16`.

@@ -2,7 +2,7 @@
 //! case on a backend and holds the result against the f64 reference.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, ElemType, Epilogue, Op, Rows, StepInputs, StepOutputs, Weights};
+use mixtral_engine::{BackendError, ElemType, Epilogue, Inspect, Op, Rows, StepInputs, Weights};
 use mixtral_model::{DType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
@@ -24,35 +24,6 @@ pub struct Case {
     pub inputs: StepInputs<'static>,
     /// Contents before the step. What is not given is poison.
     pub initial: State,
-}
-
-/// A backend that lets its operands be written and read.
-pub trait OpRunner {
-    /// Writes the first bytes of a buffer.
-    ///
-    /// # Errors
-    /// The backend's.
-    fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError>;
-    /// Reads the first `len` bytes of a buffer.
-    ///
-    /// # Errors
-    /// The backend's.
-    fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError>;
-    /// Writes a layer's keys and values, each `[blocks, kv_heads, block_size, head_dim]`.
-    ///
-    /// # Errors
-    /// The backend's.
-    fn write_cache(&mut self, layer: usize, keys: &[u8], values: &[u8]) -> Result<(), BackendError>;
-    /// Reads a layer's keys and values.
-    ///
-    /// # Errors
-    /// The backend's.
-    fn read_cache(&self, layer: usize) -> Result<[Vec<u8>; 2], BackendError>;
-    /// Runs the whole program.
-    ///
-    /// # Errors
-    /// The backend's.
-    fn run(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError>;
 }
 
 /// How a case failed.
@@ -174,7 +145,7 @@ impl Case {
     ///
     /// # Errors
     /// What the backend refused, or the first value out of its limits.
-    pub fn check<R: OpRunner>(&self, load: impl FnOnce(&Case) -> Result<R, BackendError>) -> Result<(), Failure> {
+    pub fn check<B: Inspect>(&self, load: impl FnOnce(&Case) -> Result<B, BackendError>) -> Result<(), Failure> {
         self.check_within(Tolerance::default(), load)
     }
 
@@ -182,17 +153,17 @@ impl Case {
     ///
     /// # Errors
     /// As [`Case::check`].
-    pub fn check_within<R: OpRunner>(
+    pub fn check_within<B: Inspect>(
         &self,
         tolerance: Tolerance,
-        load: impl FnOnce(&Case) -> Result<R, BackendError>,
+        load: impl FnOnce(&Case) -> Result<B, BackendError>,
     ) -> Result<(), Failure> {
         let refused = |error| Failure::Backend { case: self.name.clone(), error };
         let wrong =
             |what: &str, problem: String| Failure::Wrong { case: self.name.clone(), what: what.to_owned(), problem };
-        let mut runner = load(self).map_err(refused)?;
-        let first = self.run_on(&mut runner).map_err(refused)?;
-        let again = self.run_on(&mut runner).map_err(refused)?;
+        let mut backend = load(self).map_err(refused)?;
+        let first = self.run_on(&mut backend).map_err(refused)?;
+        let again = self.run_on(&mut backend).map_err(refused)?;
         let mut expected = self.initial.clone();
         let program = &self.assembly.program;
         Reference { program, weights: &self.assembly.weights, inputs: &self.inputs }.run(&mut expected);
@@ -227,7 +198,7 @@ impl Case {
             }
         }
         for buffer in program.buffers.iter().filter(|b| b.name.starts_with("guard behind")) {
-            if runner.read_buffer(&buffer.name, GUARD_BYTES).map_err(refused)? != sentinel(GUARD_BYTES) {
+            if backend.read_buffer(&buffer.name, GUARD_BYTES).map_err(refused)? != sentinel(GUARD_BYTES) {
                 return Err(wrong(&buffer.name, "was written".to_owned()));
             }
         }
@@ -246,29 +217,29 @@ impl Case {
     }
 
     /// Writes the initial contents, runs, and reads every buffer that has rows, and the cache.
-    fn run_on(&self, runner: &mut impl OpRunner) -> Result<Vec<(String, Vec<u8>)>, BackendError> {
+    fn run_on(&self, backend: &mut impl Inspect) -> Result<Vec<(String, Vec<u8>)>, BackendError> {
         let program = &self.assembly.program;
         for buffer in &program.buffers {
             let mut bytes = vec![0; program.max_bytes(buffer)];
             poison(&mut bytes);
-            runner.write_buffer(&buffer.name, &bytes)?;
+            backend.write_buffer(&buffer.name, &bytes)?;
             let contents = match buffer.name.starts_with("guard behind") {
                 true => sentinel(GUARD_BYTES),
                 false => self.bytes(&buffer.name, &self.initial.buffers[&buffer.name]),
             };
-            runner.write_buffer(&buffer.name, &contents)?;
+            backend.write_buffer(&buffer.name, &contents)?;
         }
         for (layer, [keys, values]) in self.initial.cache.iter().enumerate() {
-            runner.write_cache(layer, &to_bytes(program.kv.dtype, keys), &to_bytes(program.kv.dtype, values))?;
+            backend.write_cache(layer, &to_bytes(program.kv.dtype, keys), &to_bytes(program.kv.dtype, values))?;
         }
-        runner.run(&self.inputs)?;
+        backend.step(&self.inputs)?;
         let mut found = Vec::new();
         for buffer in program.buffers.iter().filter(|b| !b.name.starts_with("guard behind")) {
             let len = self.bytes(&buffer.name, &self.initial.buffers[&buffer.name]).len();
-            found.push((buffer.name.clone(), runner.read_buffer(&buffer.name, len)?));
+            found.push((buffer.name.clone(), backend.read_buffer(&buffer.name, len)?));
         }
         for layer in 0..program.kv.num_layers {
-            let [keys, values] = runner.read_cache(layer)?;
+            let [keys, values] = backend.read_cache(layer)?;
             found.push((format!("cache {layer} k"), keys));
             found.push((format!("cache {layer} v"), values));
         }

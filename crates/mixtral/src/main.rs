@@ -6,6 +6,7 @@
 #![allow(unreachable_pub, reason = "a binary has no outside; pub is what the other modules use")]
 
 mod args;
+mod diff;
 mod progress;
 mod run;
 mod stages;
@@ -31,6 +32,7 @@ fn main() -> ExitCode {
         Command::Build(args) => args.validate().map(|options| stages::build::main(&options)),
         Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
         Command::Bench(args) => args.validate().map(|args| stages::bench::main(&args)),
+        Command::Diff(args) => args.validate().map(|options| stages::diff::main(&options)),
         Command::Inspect(args) => Ok(stages::inspect::main(&args)),
         Command::Verify(args) => Ok(stages::verify::main(&args)),
     };

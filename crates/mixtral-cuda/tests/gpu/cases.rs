@@ -1,41 +1,17 @@
 //! Every case of the registry, with the portable kernels and with those of the GPU's own family.
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
-use mixtral_engine::{Backend as _, BackendError, Op, StepInputs, StepOutputs};
+use mixtral_engine::{BackendError, Op};
 use mixtral_model::DType;
-use mixtral_testkit::cases::{self, Case, OpRunner, Tolerance};
+use mixtral_testkit::cases::{self, Case, Tolerance};
 
 use crate::kernels::{Library, Machine};
 
-struct Runner(CudaBackend);
-
-impl OpRunner for Runner {
-    fn write_buffer(&mut self, name: &str, bytes: &[u8]) -> Result<(), BackendError> {
-        self.0.write_buffer(name, bytes)
-    }
-
-    fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError> {
-        self.0.read_buffer(name, len)
-    }
-
-    fn write_cache(&mut self, layer: usize, keys: &[u8], values: &[u8]) -> Result<(), BackendError> {
-        self.0.write_cache(layer, keys, values)
-    }
-
-    fn read_cache(&self, layer: usize) -> Result<[Vec<u8>; 2], BackendError> {
-        self.0.read_cache(layer)
-    }
-
-    fn run(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        self.0.step(inputs)
-    }
-}
-
-fn load(case: &Case, library: &Library) -> Result<Runner, BackendError> {
+fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
     let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
     let program = case.assembly.program.clone();
     let images = library.images(&program);
-    CudaBackend::load(program, &case.weights(), &images, options).map(Runner)
+    CudaBackend::load(program, &case.weights(), &images, options)
 }
 
 /// Prefill rounds probabilities to 16 bit before it multiplies them with values, as its tensor cores take them: a third of its

@@ -2,7 +2,7 @@
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
-use mixtral_engine::{Backend, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling};
+use mixtral_engine::{Backend, Inspect as _, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling};
 use mixtral_model::{DType, TokenId};
 use mixtral_testkit::batch::{self, Part, Sequence};
 use mixtral_testkit::decoder::{self, Geometry};

@@ -7,6 +7,7 @@
 pub mod bench;
 pub mod build;
 pub mod convert;
+pub mod diff;
 pub mod inspect;
 pub mod legacy;
 #[cfg(test)]
@@ -41,6 +42,8 @@ pub enum Command {
     Run(Box<run::RunArgs>),
     /// How fast an engine is: decode steps, prefill, throughput
     Bench(bench::BenchArgs),
+    /// How far two engines, or one on two backends, are apart: operation by operation, on the same inputs
+    Diff(diff::DiffArgs),
     /// What a checkpoint or an engine holds
     Inspect(inspect::InspectArgs),
     /// Whether a checkpoint or an engine is as it was written: reads every byte

@@ -9,7 +9,7 @@ use mixtral_build::explain::bytes;
 use mixtral_comm::World;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, Device, KvBlocks};
-use mixtral_engine::{Backend, EngineDir, MappedWeights, Program, Weights, WeightsKind};
+use mixtral_engine::{Backend, EngineDir, Inspect, MappedWeights, Program, Weights, WeightsKind};
 use mixtral_kernels::{Code, KernelImages};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
@@ -62,10 +62,10 @@ impl fmt::Display for Place {
 
 impl Place {
     /// Where to run an engine: as asked, or on a GPU if the engine has kernels for one.
-    fn choose(engine: &EngineDir, options: LoadOptions) -> Result<Place> {
+    pub fn choose(engine: &EngineDir, backend: Where, threads: Option<usize>) -> Result<Place> {
         let codes: Vec<Code> = engine.images(Rank(0))?.into_iter().filter_map(Code::of_image).collect();
-        if options.backend == Where::Cpu || options.backend == Where::Auto && codes.is_empty() {
-            return Ok(Place::Cpu(options.threads.unwrap_or_else(machine::cores)));
+        if backend == Where::Cpu || backend == Where::Auto && codes.is_empty() {
+            return Ok(Place::Cpu(threads.unwrap_or_else(machine::cores)));
         }
         if codes.is_empty() {
             bail!(
@@ -102,7 +102,7 @@ impl Place {
 
 /// Runs the engine's ranks: `lead` on rank 0, the others follow its session until it ends.
 pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> Result<()> + Sync) -> Result<()> {
-    let place = Place::choose(engine, options)?;
+    let place = Place::choose(engine, options.backend, options.threads)?;
     ranks::run(engine.config(), |world| match world {
         Some(world) if world.rank() > 0 => {
             let kv_blocks = agree_on_blocks(Some(world), 0)?;
@@ -194,6 +194,39 @@ fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_bloc
     // Whoever cannot load says so before anyone computes.
     world.everyone()?.barrier()?;
     Ok(backend)
+}
+
+/// Loads a program of an engine of one rank, with nothing of its own around it, to be looked into.
+pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
+    let weights = weights(engine, Rank(0))?;
+    match place {
+        Place::Cpu(threads) => {
+            let plan = program.memory_plan();
+            // Mapped weights live in the page cache; dummy ones are taken.
+            let mapped = if matches!(weights, Weights::Source(_)) { plan.weights } else { 0 };
+            let needed = plan.total(kv_blocks).saturating_sub(mapped);
+            if let Some(available) = machine::available_memory().filter(|&available| available < needed) {
+                bail!(
+                    "{} needs {} of memory, of which {} are available; compare fewer --layers, or shorter prompts",
+                    engine.dir().display(),
+                    bytes(needed),
+                    bytes(available)
+                );
+            }
+            let cpu = CpuOptions { kv_blocks, threads: *threads, ..CpuOptions::default() };
+            Ok(Box::new(CpuBackend::load(program, weights, cpu)?))
+        }
+        Place::Cuda(device, images) => {
+            let kv_blocks = KvBlocks::Exactly(kv_blocks);
+            let cuda = CudaOptions { device: device.ordinal, kv_blocks, graphs: false, ..CudaOptions::default() };
+            Ok(Box::new(CudaBackend::load(program, &weights, images, cuda)?))
+        }
+    }
+}
+
+/// Blocks of the cache for as many of the requests at a time as the engine's batch allows.
+pub fn most_blocks(engine: &EngineDir, requests: &[Request]) -> usize {
+    wanted_blocks(engine, requests).most
 }
 
 /// Blocks of the cache that requests ask for.

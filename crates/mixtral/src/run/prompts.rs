@@ -7,7 +7,7 @@ use mixtral_model::TokenId;
 use mixtral_runtime::Tokenizer;
 
 use super::prompt_files::{csv_ids, npy_ids, text_lines};
-use crate::args::run::{Prompts, RunOptions};
+use crate::args::run::Prompts;
 
 /// A prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,9 +26,14 @@ pub fn are_texts(prompts: &Prompts) -> bool {
     }
 }
 
-/// Reads and encodes the prompts. Those longer than `--max-input-length` are cut on the left.
-pub fn read(options: &RunOptions, tokenizer: Option<&Tokenizer>) -> Result<Vec<Prompt>> {
-    let special = !options.args.no_add_special_tokens;
+/// Reads and encodes the prompts. Texts get the model's special tokens if they are to; those longer than
+/// `--max-input-length` are cut on the left.
+pub fn read(
+    source: &Prompts,
+    special: bool,
+    max_input_length: Option<usize>,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Vec<Prompt>> {
     let encode = |text: String| -> Result<Prompt> {
         let Some(tokenizer) = tokenizer else { bail!("a text needs a tokenizer") };
         let ids = tokenizer.encode(&text, special)?;
@@ -38,7 +43,7 @@ pub fn read(options: &RunOptions, tokenizer: Option<&Tokenizer>) -> Result<Vec<P
         let text = tokenizer.map(|t| t.decode(&ids)).transpose()?;
         Ok(Prompt { text, ids })
     };
-    let mut prompts = match &options.prompts {
+    let mut prompts = match source {
         Prompts::Texts(texts) => texts.iter().cloned().map(encode).collect::<Result<Vec<_>>>()?,
         Prompts::File(path) => match extension(path).as_str() {
             "txt" => text_lines(path)?.into_iter().map(encode).collect::<Result<Vec<_>>>()?,
@@ -51,9 +56,9 @@ pub fn read(options: &RunOptions, tokenizer: Option<&Tokenizer>) -> Result<Vec<P
         },
     };
     if prompts.is_empty() {
-        bail!("there is no prompt in {}; give at least one", describe(&options.prompts));
+        bail!("there is no prompt in {}; give at least one", describe(source));
     }
-    if let Some(limit) = options.args.max_input_length {
+    if let Some(limit) = max_input_length {
         for prompt in &mut prompts {
             let cut = prompt.ids.len().saturating_sub(limit);
             prompt.ids.drain(..cut);

@@ -107,12 +107,16 @@ pub fn main(args: &BenchArgs) -> Result<()> {
 }
 
 /// Reproducible numbers for prompts, lengths and arrivals.
-struct Numbers {
+pub(super) struct Numbers {
     seed: u64,
     drawn: u32,
 }
 
 impl Numbers {
+    pub(super) fn new(seed: u64) -> Self {
+        Numbers { seed, drawn: 0 }
+    }
+
     fn bits(&mut self) -> u64 {
         self.drawn += 1;
         RandomKey { seed: self.seed, prompt: 0, hypothesis: 0, position: self.drawn }.bits()
@@ -129,7 +133,8 @@ impl Numbers {
         ((self.bits() >> 11) + 1) as f64 / (1u64 << 53) as f64
     }
 
-    fn request(&mut self, vocab_size: usize, input: usize, output: usize) -> Request {
+    /// A prompt of random tokens.
+    pub(super) fn request(&mut self, vocab_size: usize, input: usize, output: usize) -> Request {
         let token = |bits: u64| TokenId(u32::try_from(bits % vocab_size as u64).unwrap_or(0));
         Request {
             prompt: (0..input).map(|_| token(self.bits())).collect(),
@@ -143,7 +148,7 @@ impl Numbers {
 fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench> {
     let geometry = job.geometry();
     let (limits, vocab_size) = (geometry.limits, geometry.vocab_size);
-    let mut numbers = Numbers { seed: args.random_seed, drawn: 0 };
+    let mut numbers = Numbers::new(args.random_seed);
     let output = args.warmup + args.steps + 1;
     let batches: Vec<Vec<Request>> = args
         .batch_size

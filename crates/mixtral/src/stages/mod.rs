@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod build;
 pub mod convert;
+pub mod diff;
 pub mod inspect;
 pub mod run;
 pub mod verify;

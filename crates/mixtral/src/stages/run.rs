@@ -39,7 +39,10 @@ pub fn main(options: &RunOptions) -> Result<()> {
 fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let args = &options.args;
     let tokenizer = load_tokenizer(options)?;
-    let prompts = prompts::read(options, tokenizer.as_deref())?;
+    let prompts = {
+        let special = !args.no_add_special_tokens;
+        prompts::read(&options.prompts, special, args.max_input_length, tokenizer.as_deref())?
+    };
     let geometry = job.geometry();
     let requests = requests(options, &prompts, tokenizer.as_deref(), geometry.gather_context_logits)?;
     let mut session = job.session(&requests, tokenizer)?;

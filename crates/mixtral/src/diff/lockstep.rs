@@ -1,0 +1,238 @@
+//! Running two backends side by side, each operation on the reference's inputs.
+
+use std::collections::{HashMap, HashSet};
+use std::ops::{Range, RangeInclusive};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mixtral_engine::{Backend, BackendError, ElemType, Inspect, Op, StepInputs, StepOutputs};
+
+use super::difference::Difference;
+use super::findings::{Findings, Place};
+use super::operands::{Contents, Operand, label, reads, writes};
+
+/// A backend that computes with the reference and, beside it, with another, and notes how far that one is off. Its outputs
+/// are the reference's.
+///
+/// Before each operation the other is given what the reference has in the buffers and the layer of the cache that the
+/// operation reads. Where one of the two computes several operations together, what happens between them cannot be given: it
+/// is taken from that one instead, and the other is run through the operations one by one on it. So every operation is
+/// compared on equal inputs.
+pub struct Lockstep {
+    reference: Box<dyn Inspect>,
+    other: Box<dyn Inspect>,
+    /// What both compute without a break.
+    groups: Vec<Range<usize>>,
+    compared: RangeInclusive<usize>,
+    findings: Arc<Mutex<Findings>>,
+    step: usize,
+}
+
+/// Who runs a group's operations one by one.
+enum Apart {
+    Neither,
+    Reference,
+    Other,
+}
+
+impl Lockstep {
+    /// Of two backends whose programs have the same operations; those in `compared` are.
+    pub fn new(
+        reference: Box<dyn Inspect>,
+        other: Box<dyn Inspect>,
+        compared: RangeInclusive<usize>,
+        findings: Arc<Mutex<Findings>>,
+    ) -> Self {
+        let theirs: HashSet<usize> = other.boundaries().into_iter().collect();
+        let common: Vec<usize> = reference.boundaries().into_iter().filter(|b| theirs.contains(b)).collect();
+        let groups = common.windows(2).map(|edge| edge[0]..edge[1]).collect();
+        Lockstep { reference, other, groups, compared, findings, step: 0 }
+    }
+
+    /// Runs a group on both; the reference's outputs.
+    fn group(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        let given = self.given(&ops, inputs)?;
+        feed(self.other.as_mut(), &given)?;
+        match self.apart(&ops) {
+            Apart::Neither => {
+                let expected = run(self.reference.as_mut(), "the reference", &ops, inputs)?;
+                let found = run(self.other.as_mut(), "the other", &ops, inputs)?;
+                self.compare(&ops, &expected, &found, inputs)?;
+                Ok(expected)
+            }
+            Apart::Other => {
+                let expected = run(self.reference.as_mut(), "the reference", &ops, inputs)?;
+                self.one_by_one(&ops, given, &expected, false, inputs)?;
+                Ok(expected)
+            }
+            Apart::Reference => {
+                let found = run(self.other.as_mut(), "the other", &ops, inputs)?;
+                self.one_by_one(&ops, given.clone(), &found, true, inputs)?;
+                // The reference goes on from its own values.
+                feed(self.reference.as_mut(), &given)?;
+                run(self.reference.as_mut(), "the reference", &ops, inputs)
+            }
+        }
+    }
+
+    /// What a group reads that was there before it, as the reference has it.
+    fn given(&self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<HashMap<Operand, Contents>, BackendError> {
+        let (mut given, mut made) = (HashMap::new(), HashSet::new());
+        for op in &self.reference.program().ops[ops.clone()] {
+            for operand in reads(op).into_iter().filter(|operand| !made.contains(operand)) {
+                let contents = operand.read(self.reference.as_ref(), inputs)?;
+                given.insert(operand, contents);
+            }
+            made.extend(writes(op));
+        }
+        Ok(given)
+    }
+
+    fn apart(&self, ops: &Range<usize>) -> Apart {
+        let steps_through = |backend: &dyn Inspect| {
+            let boundaries: HashSet<usize> = backend.boundaries().into_iter().collect();
+            ops.clone().all(|op| boundaries.contains(&op))
+        };
+        match (steps_through(self.reference.as_ref()), steps_through(self.other.as_ref())) {
+            (true, false) => Apart::Reference,
+            (false, true) => Apart::Other,
+            _ => Apart::Neither,
+        }
+    }
+
+    /// Compares what a group wrote on both.
+    fn compare(
+        &self,
+        ops: &Range<usize>,
+        expected: &StepOutputs,
+        found: &StepOutputs,
+        inputs: &StepInputs<'_>,
+    ) -> Result<(), BackendError> {
+        let (a, b) = (self.reference.as_ref(), self.other.as_ref());
+        for op in ops.clone() {
+            for operand in writes(&a.program().ops[op]) {
+                if operand.survives(a.program(), op, ops.end) && operand.survives(b.program(), op, ops.end) {
+                    self.note(op, &operand, &operand.read(a, inputs)?, &operand.read(b, inputs)?, inputs);
+                }
+            }
+            self.note_draws(op, expected, found);
+        }
+        Ok(())
+    }
+
+    /// Runs a group's operations one by one on the backend that can, each on what the other one, which has run them together,
+    /// has made; and compares.
+    fn one_by_one(
+        &mut self,
+        ops: &Range<usize>,
+        mut values: HashMap<Operand, Contents>,
+        together: &StepOutputs,
+        on_reference: bool,
+        inputs: &StepInputs<'_>,
+    ) -> Result<(), BackendError> {
+        for op in ops.clone() {
+            let (apart, who) =
+                if on_reference { (&mut self.reference, "the reference") } else { (&mut self.other, "the other") };
+            let operation = apart.program().ops[op].clone();
+            for operand in reads(&operation) {
+                if let Some(contents) = values.get(&operand) {
+                    operand.write(apart.as_mut(), contents)?;
+                }
+            }
+            let outputs = run(apart.as_mut(), who, &(op..op + 1), inputs)?;
+            let (apart, whole) =
+                if on_reference { (&self.reference, &self.other) } else { (&self.other, &self.reference) };
+            for operand in writes(&operation) {
+                let mut contents = operand.read(apart.as_ref(), inputs)?;
+                if operand.survives(whole.program(), op, ops.end) {
+                    let theirs = operand.read(whole.as_ref(), inputs)?;
+                    let (expected, found) = if on_reference { (&contents, &theirs) } else { (&theirs, &contents) };
+                    self.note(op, &operand, expected, found, inputs);
+                    contents = theirs;
+                }
+                values.insert(operand, contents);
+            }
+            let (expected, found) = if on_reference { (&outputs, together) } else { (together, &outputs) };
+            self.note_draws(op, expected, found);
+        }
+        Ok(())
+    }
+
+    /// Takes down how far an operand is off.
+    fn note(&self, op: usize, operand: &Operand, expected: &Contents, found: &Contents, inputs: &StepInputs<'_>) {
+        if !self.compared.contains(&op) {
+            return;
+        }
+        let program = self.reference.program();
+        let operation = &program.ops[op];
+        let parts = operand.defined(expected, operation, program, inputs);
+        for (a, b) in parts.iter().zip(operand.defined(found, operation, program, inputs)) {
+            let difference = Difference::new(a.dtype, a.cols, &a.bytes, &b.bytes);
+            self.add(op, operation, &a.name, a.dtype, difference);
+        }
+    }
+
+    /// Takes down whether the same tokens were drawn.
+    fn note_draws(&self, op: usize, expected: &StepOutputs, found: &StepOutputs) {
+        let operation = &self.reference.program().ops[op];
+        if !self.compared.contains(&op) || !matches!(operation, Op::Sample { .. }) {
+            return;
+        }
+        let bytes = |outputs: &StepOutputs| outputs.tokens.iter().flat_map(|t| t.0.to_le_bytes()).collect::<Vec<u8>>();
+        let difference = Difference::new(ElemType::I32, 1, &bytes(expected), &bytes(found));
+        self.add(op, operation, "tokens", ElemType::I32, difference);
+    }
+
+    fn add(&self, op: usize, operation: &Op, buffer: &str, dtype: ElemType, difference: Difference) {
+        let place = Place { op, kind: operation.name(), buffer: buffer.to_owned(), dtype };
+        self.findings.lock().unwrap_or_else(PoisonError::into_inner).add(self.step, place, difference);
+    }
+}
+
+fn feed(backend: &mut dyn Inspect, values: &HashMap<Operand, Contents>) -> Result<(), BackendError> {
+    values.iter().try_for_each(|(operand, contents)| operand.write(backend, contents))
+}
+
+fn run(
+    backend: &mut dyn Inspect,
+    who: &str,
+    ops: &Range<usize>,
+    inputs: &StepInputs<'_>,
+) -> Result<StepOutputs, BackendError> {
+    let failed = |error: BackendError, backend: &dyn Inspect| {
+        let first = label(&backend.program().ops[ops.start]);
+        BackendError::Other(format!("{who} fails at operation {} ({first}): {error}", ops.start))
+    };
+    backend.run_ops(ops.clone(), inputs).map_err(|error| failed(error, backend))
+}
+
+impl Backend for Lockstep {
+    fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        let mut outputs = StepOutputs::default();
+        for ops in self.groups.clone() {
+            // What comes before the compared ones runs on both: kernels leave tables to later ones.
+            let of_group = if ops.start <= *self.compared.end() {
+                self.group(ops.clone(), inputs)?
+            } else {
+                run(self.reference.as_mut(), "the reference", &ops, inputs)?
+            };
+            if self.reference.program().ops[ops].iter().any(|op| matches!(op, Op::Sample { .. })) {
+                outputs = of_group;
+            }
+        }
+        self.step += 1;
+        Ok(outputs)
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.reference.kv_blocks().min(self.other.kv_blocks())
+    }
+
+    fn expert_counts(&self) -> Vec<Vec<u64>> {
+        self.reference.expert_counts()
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,110 @@
+//! `mixtral diff`: two engines, or one on two backends, operation by operation.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context, Result, bail};
+use mixtral_engine::{EngineDir, Inspect, Program};
+use mixtral_model::Rank;
+use mixtral_runtime::session::Geometry;
+use mixtral_runtime::{Local, Request, Session, Tokenizer};
+use serde_json::json;
+
+use super::bench::Numbers;
+use crate::args::build::Backend;
+use crate::args::diff::DiffOptions;
+use crate::diff::difference::Tolerance;
+use crate::diff::{Findings, Lockstep, find, same_operations};
+use crate::run::job::{self, Place};
+use crate::run::prompts;
+
+/// An engine, and where it runs.
+struct Side {
+    engine: EngineDir,
+    place: Place,
+    program: Program,
+}
+
+impl Side {
+    fn open(dir: &Path, backend: Backend, options: &DiffOptions) -> Result<Side> {
+        let engine = EngineDir::open(dir)?;
+        let ranks = engine.config().mapping.world_size();
+        if ranks > 1 {
+            bail!(
+                "{}: the engine has {ranks} ranks, and engines of one are compared; convert with --tp-size 1 --pp-size 1",
+                dir.display()
+            );
+        }
+        let place = Place::choose(&engine, backend, options.args.threads)?;
+        let mut program = engine.program(Rank(0))?;
+        if let Some(layers) = options.args.layers {
+            program = program.first_layers(layers).with_context(|| dir.display().to_string())?;
+        }
+        Ok(Side { engine, place, program })
+    }
+
+    fn load(&self, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
+        job::load_alone(&self.engine, &self.place, self.program.clone(), kv_blocks)
+    }
+
+    fn describe(&self) -> String {
+        format!("{} on {}", self.engine.dir().display(), self.place)
+    }
+}
+
+/// Runs the command.
+pub fn main(options: &DiffOptions) -> Result<()> {
+    let args = &options.args;
+    let [reference, other] = &options.sides;
+    let reference = Side::open(&reference.0, reference.1, options)?;
+    let other = Side::open(&other.0, other.1, options)?;
+    same_operations(&reference.program, &other.program)?;
+    let compared = find(&reference.program, args.start.as_deref(), args.stop.as_deref())?;
+
+    let requests = requests(options, &reference)?;
+    let kv_blocks = job::most_blocks(&reference.engine, &requests);
+    let findings = Findings::new(Tolerance { f32: args.f32_limit, half: args.half_limit });
+    let findings = Arc::new(Mutex::new(findings));
+    let both = Lockstep::new(reference.load(kv_blocks)?, other.load(kv_blocks)?, compared, Arc::clone(&findings));
+    let Program { limits, vocab_size, .. } = reference.program;
+    let geometry = Geometry { limits, vocab_size, gather_context_logits: false };
+    let mut session = Session::new(Box::new(Local::new(Box::new(both))), geometry, None);
+    for request in requests {
+        session.submit(request).context("the engine does not take the prompts")?;
+    }
+    while !session.is_idle() {
+        session.step()?;
+    }
+
+    let findings = findings.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut out = std::io::stdout().lock();
+    if args.json {
+        let mut object = findings.to_json();
+        object["reference"] = json!(reference.describe());
+        object["other"] = json!(other.describe());
+        writeln!(out, "{object:#}")?;
+    } else {
+        writeln!(out, "reference {}\nother     {}", reference.describe(), other.describe())?;
+        findings.print(args.verbose, &mut out)?;
+    }
+    match findings.verdict() {
+        None => Ok(()),
+        Some(verdict) => bail!(verdict),
+    }
+}
+
+/// The prompts, to be gone on with greedily and not ended by any token.
+fn requests(options: &DiffOptions, reference: &Side) -> Result<Vec<Request>> {
+    let args = &options.args;
+    let output = args.max_output_len;
+    let Some(prompts) = &options.prompts else {
+        let mut numbers = Numbers::new(args.random_seed);
+        let vocab_size = reference.program.vocab_size;
+        return Ok(args.input_len.iter().map(|&len| numbers.request(vocab_size, len, output)).collect());
+    };
+    let dir = args.tokenizer_dir.as_deref().unwrap_or(reference.engine.dir());
+    let tokenizer = prompts::are_texts(prompts).then(|| Tokenizer::load(dir)).transpose()?;
+    let read = prompts::read(prompts, !args.no_add_special_tokens, args.max_input_length, tokenizer.as_ref())?;
+    Ok(read.into_iter().map(|p| Request { prompt: p.ids, max_output_len: output, ..Request::default() }).collect())
+}
