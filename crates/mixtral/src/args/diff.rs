@@ -92,8 +92,8 @@ impl DiffArgs {
             (engines, _) => usage!("{} engines; expected one or two", engines.len()),
         };
         for (flag, limit) in [("--f32-limit", self.f32_limit), ("--half-limit", self.half_limit)] {
-            if limit.is_nan() || limit < 0.0 {
-                usage!("{flag} is {limit}; expected a number of at least 0");
+            if !limit.is_finite() || limit < 0.0 {
+                usage!("{flag} is {limit}; expected a finite number of at least 0");
             }
         }
         let prompts = match &self.input_file {

@@ -96,6 +96,8 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("bench", "threads", COUNT),
     ("bench", "batch-size", COUNT),
     ("bench", "context", COUNT),
+    ("bench", "prefill-batch", COUNT),
+    ("bench", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
     ("bench", "steps", COUNT),
     ("bench", "warmup", ANY_SIZE),
     ("bench", "prefill", COUNT),
@@ -104,6 +106,14 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("bench", "output-len", Span),
     ("bench", "arrival-rate", Real { low: 0.0, high: f64::MAX, f32: false }),
     ("bench", "random-seed", SEED),
+    ("diff", "layers", COUNT),
+    ("diff", "f32-limit", Real { low: 0.0, high: f64::MAX, f32: false }),
+    ("diff", "half-limit", Real { low: 0.0, high: f64::MAX, f32: false }),
+    ("diff", "max-input-length", COUNT),
+    ("diff", "input-len", COUNT),
+    ("diff", "max-output-len", COUNT),
+    ("diff", "random-seed", SEED),
+    ("diff", "threads", COUNT),
     ("verify", "workers", COUNT),
 ];
 
@@ -170,6 +180,7 @@ fn the_table_has_every_numeric_flag() {
 fn accepts(command: &str, flag: &str, value: &str) -> bool {
     let mut line = vec!["mixtral".to_owned(), command.to_owned(), format!("--{flag}={value}")];
     line.extend((command == "verify").then(|| "somewhere".to_owned()));
+    line.extend((command == "diff").then(|| "--backends=cpu,cuda".to_owned()));
     let Ok(parsed) = parse(line.into_iter().map(Into::into)) else { return false };
     match parsed.cli.command {
         Command::Convert(args) => args.validate().is_ok_and(|options| {
@@ -183,6 +194,7 @@ fn accepts(command: &str, flag: &str, value: &str) -> bool {
         }),
         Command::Run(args) => args.validate().is_ok(),
         Command::Bench(args) => args.validate().is_ok(),
+        Command::Diff(args) => args.validate().is_ok(),
         Command::Inspect(_) | Command::Verify(_) => true,
     }
 }
@@ -214,7 +226,7 @@ proptest! {
     fn every_numeric_flag_takes_its_range_and_nothing_else(value in value()) {
         for (command, flag, takes) in FLAGS {
             // A list of values: each of them is tried as one.
-            let is_list = matches!((*command, *flag), ("bench", "batch-size" | "prefill"));
+            let is_list = matches!((*command, *flag), ("bench", "batch-size" | "prefill") | ("diff", "input-len"));
             if is_list && value.contains(',') {
                 continue;
             }
