@@ -352,11 +352,11 @@ enum Source {
 // [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; tokens as `dense`.
 //
 // It lets its successor start only once it has waited itself. So when expert_down starts, the lists are older than expert_gate_up, and
-// its weights can be under way while that still computes. `next_bytes` is a multiple of 8192.
+// its weights can be under way while that still computes.
 template <typename C, int EXPERTS, int TOP_K, int SOURCE>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
-            const int* offsets, const int* order, typename C::T* out, const u8* next, u64 next_bytes) {
+            const int* offsets, const int* order, typename C::T* out) {
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
     const sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
@@ -365,11 +365,6 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         if (threadIdx.x / 32 == C::WARPGROUPS * 4 && ptx::elect()) {
             tma::prefetch(weight);
             tma::prefetch(tokens);
-            // While the router decides, memory has nothing to do: it fetches what the next dense linear will read.
-            constexpr u64 PIECE = 8192;
-            for (u64 at = blockIdx.x * PIECE; at < next_bytes; at += gridDim.x * PIECE) {
-                tma::prefetch_l2(next + at, PIECE, tma::EVICT_LAST);
-            }
             produce<C, SOURCE == Down>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
                 if constexpr (C::SILU) {
                     tma::load(to, weight, full, weight_policy<C>(), column, 0, 0, tile.row * (C::ROWS / 16), tile.expert);

@@ -19,13 +19,6 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Has L2 fetch `bytes` (a multiple of 16).
-__device__ __forceinline__ void prefetch_l2(const void* global, u32 bytes, u64 policy) {
-    asm volatile("cp.async.bulk.prefetch.L2.global.L2::cache_hint [%0], %1, %2;" ::"l"(__cvta_generic_to_global(global)),
-                 "r"(bytes), "l"(policy)
-                 : "memory");
-}
-
 // A box of two dimensions, coordinates innermost first.
 __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y) {
     asm volatile(

@@ -7,8 +7,7 @@ use crate::select::{self, LinearShape};
 use crate::step_block::Array;
 use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, TensorMap};
 
-/// `rest` are the operations that follow.
-pub(super) fn lower(context: &Context<'_>, op: &Op, rest: &[Op]) -> Result<Vec<Launch>, LowerError> {
+pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
     let linear = Linear::new(context, op)?;
     let ladder = match op {
         Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } => &ladder[..],
@@ -25,7 +24,7 @@ pub(super) fn lower(context: &Context<'_>, op: &Op, rest: &[Op]) -> Result<Vec<L
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups } => {
-            linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups }, rest)
+            linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups })
         }
     }
 }
@@ -222,7 +221,7 @@ impl<'a> Linear<'a> {
         Ok(vec![self.portable("mma", "linear/mma.cuh", config, shared, [rows, cols])])
     }
 
-    fn wgmma(&self, tiling: &Tiling, rest: &[Op]) -> Result<Vec<Launch>, LowerError> {
+    fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
         let Tiling { rows, cols, depth, stages, warpgroups } = *tiling;
         let shared = tiling.shared_bytes(self.kind);
         let every = !self.is_down() && cols <= 64 && self.context.regime.max_tokens <= cols as usize;
@@ -266,29 +265,9 @@ impl<'a> Linear<'a> {
         };
         let (experts, top_k) = (self.experts(), self.context.program.top_k);
         let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
-        let (next, next_bytes) = if every && cols <= 16 { self.next_weight(rest) } else { (0, 0) };
-        let args = vec![
-            weight,
-            tokens,
-            header,
-            Arg::Buffer(offsets),
-            Arg::Buffer(order),
-            Arg::Buffer(self.out),
-            Arg::Weight { index: next, offset: 0 },
-            Arg::U64(next_bytes),
-        ];
+        let args = vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out)];
         launches.push(self.launch(kernel(symbol), 1, None, args));
         Ok(launches)
-    }
-
-    /// The weight of the next dense linear, and bytes of it that memory can read while a router decides.
-    fn next_weight(&self, rest: &[Op]) -> (usize, u64) {
-        const PIECE: usize = 8192;
-        const MOST: usize = 16 << 20;
-        let name = rest.iter().find_map(|op| if let Op::Linear { weight, .. } = op { Some(weight) } else { None });
-        let weights = &self.context.program.weights;
-        let found = weights.iter().position(|w| Some(&w.name) == name);
-        found.map_or((0, 0), |index| (index, (weights[index].num_bytes().min(MOST) / PIECE * PIECE) as u64))
     }
 
     /// The weight, in boxes of 64 elements of `rows` rows.

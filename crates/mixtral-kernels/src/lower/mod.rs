@@ -142,9 +142,7 @@ impl Context<'_> {
             return Ok((3, launches));
         }
         let launches = match &ops[0] {
-            op @ (Op::Linear { .. } | Op::ExpertGateUp { .. } | Op::ExpertDown { .. }) => {
-                linear::lower(self, op, &ops[1..])?
-            }
+            op @ (Op::Linear { .. } | Op::ExpertGateUp { .. } | Op::ExpertDown { .. }) => linear::lower(self, op)?,
             op @ (Op::Attention { .. } | Op::Rope { .. } | Op::WriteKv { .. } | Op::RopeWriteKv { .. }) => {
                 attention::lower(self, op)?
             }
