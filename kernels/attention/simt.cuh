@@ -6,7 +6,7 @@
 //   the positions alone.
 // Requires: nothing.
 // Traffic: keys and values once a token and head, from L1 and L2.
-// Measured: not yet.
+// Measured: parity only, not tuned.
 #pragma once
 
 #include "attention/tile.cuh"

@@ -5,7 +5,7 @@
 // Numerics: the contract's, to the bit: the same choice for the same logits.
 // Requires: 1024 experts at most.
 // Traffic: logits, ids and weights once; ids twice.
-// Measured: not yet.
+// Measured: only programs whose router is apart have it; not tuned.
 #pragma once
 
 #include "base/step.cuh"
