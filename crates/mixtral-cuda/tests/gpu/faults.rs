@@ -1,9 +1,10 @@
-//! A GPU that fails in the middle of a step.
+//! A GPU that fails in the middle of a step, and kernels that it cannot take.
 
 use std::process::Command;
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
 use mixtral_engine::{Backend as _, Weights};
+use mixtral_kernels::Compiled;
 use mixtral_model::DType;
 use mixtral_testkit::batch::{self, Part};
 use mixtral_testkit::decoder::{self, Geometry};
@@ -47,4 +48,27 @@ fn a_kernel_that_traps_is_an_error_with_its_step() {
     // And it stays so: an error, no panic, when it is asked again and when it is dropped.
     let again = backend.step(&inputs).unwrap_err().to_string();
     assert!(again.contains("context is lost"), "{again}");
+}
+
+#[test]
+fn kernels_of_a_newer_cuda_are_refused() {
+    let Some(machine) = Machine::find() else { return };
+    let program = decoder::program(&Geometry::small(DType::F32), true);
+    let code = machine.codes()[0];
+    let (library, failures) = machine.compile(code, &[&program]);
+    assert!(failures.is_empty(), "{}", failures.join("\n"));
+    let text = ".version 99.9\n.target sm_90\n.address_size 64\n.visible .entry newer() { ret; }\n\0";
+    let newer = Compiled {
+        image: text.as_bytes().to_vec(),
+        entry: "newer".to_owned(),
+        resources: None,
+        defects: vec![],
+        log: String::new(),
+    };
+    let images = library.with("moe::combine", &newer).images(&program);
+    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(8), ..CudaOptions::default() };
+    let loaded = CudaBackend::load(program, &Weights::Dummy { seed: 5 }, &images, options);
+    let error = loaded.err().expect("no driver knows PTX 99.9").to_string();
+    println!("{error}");
+    assert!(error.contains("cannot load the kernels of this engine") && error.contains("newer driver"), "{error}");
 }
