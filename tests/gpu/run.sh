@@ -142,8 +142,7 @@ twin() {
 }
 
 peers() {
-    check "peer: transformers" last_line "$python" "$here/benches/peers/transformers_mixtral.py" --compile \
-        --json "$out/peers.json"
+    check "peer: transformers" last_line "$python" "$here/benches/peers/transformers_mixtral.py" --compile
 }
 
 if [ "${1:-}" = --section ]; then

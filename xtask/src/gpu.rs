@@ -25,6 +25,7 @@ pub(crate) struct GpuArgs {
 
 /// Files and folders of the workspace that go along.
 const FILES: &[&str] = &[
+    "benches/peers",
     "crates/mixtral-engine/src/snapshots",
     "examples/tiny-mixtral",
     "tests/python/common.py",
