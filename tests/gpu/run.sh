@@ -164,7 +164,7 @@ for section; do
         exit 2
     fi
 done
-: >"$table"
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader >"$table" || echo "no nvidia-smi" >"$table"
 begun=$SECONDS
 for section; do
     echo "== $section, at most ${limit[$section]} s"
