@@ -329,9 +329,9 @@ def check(cases, implementation, quiet=False, jobs=1):
             for miss in verdict.misses[:3]:
                 say(f"     MISS {what}: {miss}")
     for what, total in totals.items():
-        figures.setdefault(what, []).append(f"float32 {total.worst:.1e}")
-        say(f"float32 {what}: worst {total.worst:.1e}, {total.stops} of {total.prompts} prompts stopped at a near-tie"
-            + (f", all tokens the CPU's in {total.as_cpu}" if "cpu" in totals and what != "cpu" else ""))
+        as_cpu = f", the CPU's tokens in {total.as_cpu} of {total.prompts}" if "cpu" in totals and what != "cpu" else ""
+        figures.setdefault(what, []).append(f"float32 {total.worst:.1e}{as_cpu}")
+        say(f"float32 {what}: worst {total.worst:.1e}{as_cpu}, {total.stops} stopped at a near-tie")
         if total.stops >= MAX_STOPS * total.prompts:
             misses.append(f"{what}: {total.stops} of {total.prompts} prompts stopped: {MAX_STOPS:.0%} or more")
     for (dtype, what), (ours, eager) in spreads.items():

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """An engine with dummy weights against transformers with the same dummy weights, at any size.
 
-    twin.py --mixtral PATH --engine DIR [--backend cuda]
+    twin.py --mixtral PATH [--engine DIR] [--backend cuda]
 
-DIR was built with `--model-config NAME|PATH --gather-context-logits`. The tool continues some prompts greedily and writes
+DIR was built with `--model-config NAME|PATH --gather-context-logits`; without it, small engines are built. The tool continues some prompts greedily and writes
 its logits; transformers then says what it thinks of the same tokens. Its weights are drawn here, by the same integers as
 mixtral-engine's `dummy.rs`, when a layer is about to run, and forgotten after it: the reference is in f32, and of Mixtral
 8x7B that would be 187 GB. The limits are those of parity.py: f32 within 1e-5 of the largest logit, 16 bit no worse than
@@ -149,13 +149,13 @@ def logits(config, weights, dtype, device, ids):
     return found
 
 
-def ours(args, config, prompts):
+def ours(args, engine, prompts):
     """(context logits, generation logits, tokens)."""
     with tempfile.TemporaryDirectory(prefix="twin-") as scratch:
         ids, csv, out = (Path(scratch) / name for name in ("ids.csv", "out.csv", "logits"))
         ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in prompts))
         begun = time.monotonic()
-        run_tool(args.mixtral, "run", "--engine_dir", args.engine, "--backend", args.backend, "--input_file", ids,
+        run_tool(args.mixtral, "run", "--engine_dir", engine, "--backend", args.backend, "--input_file", ids,
                  "--max_output_len", args.output, "--end_id", -1, "--output_csv", csv, "--output_logits_npy", out)
         print(f"mixtral: {time.monotonic() - begun:.1f} s", flush=True)
         tokens = [[int(token) for token in line.split(",")] for line in csv.read_text().splitlines()]
@@ -188,10 +188,40 @@ def compare(dtype, found, expected, eager):
         sys.exit(f"MISS {text}")
 
 
+def check(args, directory):
+    """Holds one engine against transformers; ends with a miss if there is one."""
+    engine = json.loads((directory / "config.json").read_text())
+    model, dtype = engine["model"], engine["model"]["dtype"]
+    config, weights = transformers_config(model), Weights(engine["weights"]["seed"], DTYPES[dtype])
+    rng = random.Random(1)
+    prompts = [[rng.randrange(config.vocab_size) for _ in range(args.length)] for _ in range(args.prompts)]
+    context, generation, tokens = ours(args, directory, prompts)
+    # The last row of the context and the first that is generated are the same position.
+    found = np.concatenate([context[:, :-1], generation], axis=1)
+    ids = torch.tensor([prompt + said[:-1] for prompt, said in zip(prompts, tokens)])
+    if found.shape != (*ids.shape, config.vocab_size) or not np.isfinite(found).all():
+        sys.exit(f"logits of shape {found.shape}, or some that are no numbers")
+    expected = logits(config, weights, torch.float32, args.backend, ids)
+    compare(dtype, found, expected, lambda: logits(config, weights, DTYPES[dtype], args.backend, ids))
+
+
+def check_small(args):
+    """Engines of a small model, built here."""
+    for dtype in DTYPES:
+        with tempfile.TemporaryDirectory(prefix="twin-") as scratch:
+            MixtralConfig(
+                vocab_size=1000, hidden_size=192, intermediate_size=320, num_hidden_layers=2, num_attention_heads=6,
+                num_key_value_heads=2, head_dim=32, num_local_experts=8, num_experts_per_tok=2, dtype=dtype,
+            ).save_pretrained(scratch)
+            run_tool(args.mixtral, "build", "--model-config", scratch, "--seed", 3, "--backend", args.backend,
+                     "--gather-context-logits", "--output-dir", Path(scratch) / "engine")
+            check(args, Path(scratch) / "engine")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", required=True, help="the tool's binary")
-    parser.add_argument("--engine", type=Path, required=True, help="an engine with dummy weights and context logits")
+    parser.add_argument("--engine", type=Path, help="an engine with dummy weights and context logits")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
     # Dummy routers have near-ties everywhere. One that falls to the other side moves all that follows in its sequence: many
     # short ones tell more than a few long ones.
@@ -199,21 +229,8 @@ def main():
     parser.add_argument("--length", type=int, default=16, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=16, help="tokens generated for each")
     args = parser.parse_args()
-    engine = json.loads((args.engine / "config.json").read_text())
-    model, dtype, seed = engine["model"], engine["model"]["dtype"], engine["weights"]["seed"]
-    config = transformers_config(model)
     check_elements(args.backend)
-    rng = random.Random(1)
-    prompts = [[rng.randrange(config.vocab_size) for _ in range(args.length)] for _ in range(args.prompts)]
-    context, generation, tokens = ours(args, config, prompts)
-    # The last row of the context and the first that is generated are the same position.
-    found = np.concatenate([context[:, :-1], generation], axis=1)
-    ids = torch.tensor([prompt + said[:-1] for prompt, said in zip(prompts, tokens)])
-    if found.shape != (*ids.shape, config.vocab_size) or not np.isfinite(found).all():
-        sys.exit(f"logits of shape {found.shape}, or some that are no numbers")
-    weights = Weights(seed, DTYPES[dtype])
-    expected = logits(config, weights, torch.float32, args.backend, ids)
-    compare(dtype, found, expected, lambda: logits(config, weights, DTYPES[dtype], args.backend, ids))
+    check(args, args.engine) if args.engine else check_small(args)
 
 
 if __name__ == "__main__":

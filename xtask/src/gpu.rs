@@ -25,6 +25,7 @@ pub(crate) struct GpuArgs {
 
 /// Files and folders of the workspace that go along.
 const FILES: &[&str] = &[
+    "benches/peers",
     "crates/mixtral-engine/src/snapshots",
     "examples/tiny-mixtral",
     "tests/python/common.py",
@@ -77,11 +78,9 @@ pub(crate) fn gpu(workspace: &Workspace, args: &GpuArgs) -> Result<()> {
     let binary = folder.join("bin/mixtral");
     for (name, flags) in ENGINES {
         let mut build = Command::new(&binary);
-        build
-            .args(["build", "--model-config", "mixtral-8x7b", "--dtype", "bfloat16", "--arch", &args.arch])
-            .args(flags.concat());
-        build.arg("--output-dir").arg(folder.join("engines").join(name));
-        // The Python of the checks has NVRTC, and whatever is named there is looked at too.
+        build.args(["build", "--model-config", "mixtral-8x7b", "--dtype", "bfloat16", "--arch", &args.arch]);
+        build.args(flags.concat()).arg("--output-dir").arg(folder.join("engines").join(name));
+        // Without a toolkit, there is NVRTC in the Python that the checks against transformers have.
         if std::env::var_os("VIRTUAL_ENV").is_none() {
             build.env("VIRTUAL_ENV", venv(workspace));
         }
