@@ -4,6 +4,9 @@
 use std::fmt;
 use std::str::FromStr;
 
+/// Token counts at which kernels change.
+pub const RUNGS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+
 /// How a linear is computed for token counts up to a rung's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LinearPlan {

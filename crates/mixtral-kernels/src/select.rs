@@ -110,7 +110,7 @@ pub fn ladder(program: &Program, op: &Op, family: Family) -> Vec<Rung> {
     let Some(shape) = LinearShape::of(program, op) else { return Vec::new() };
     let mut ladder: Vec<Rung> = Vec::new();
     let most = program.limits.max_num_tokens;
-    for tokens in crate::lower::RUNGS.into_iter().filter(|&r| r < most).chain([most]) {
+    for tokens in crate::plan::RUNGS.into_iter().filter(|&r| r < most).chain([most]) {
         let plan = plan(&shape, tokens, family).to_string();
         match ladder.last_mut() {
             Some(last) if last.plan == plan => last.max_tokens = tokens,

@@ -17,6 +17,7 @@ use std::collections::BTreeSet;
 use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
 use mixtral_model::DType;
 
+use crate::plan::RUNGS;
 use crate::{Arg, Family, Grid, Kernel, Launch, Scratch};
 
 /// What a program is lowered for.
@@ -68,9 +69,6 @@ pub enum LowerError {
     #[error(transparent)]
     Plan(#[from] crate::plan::PlanError),
 }
-
-/// Token counts at which kernels change.
-pub const RUNGS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
 
 impl Schedule {
     /// Lowers a program that passed its check.
