@@ -1,8 +1,10 @@
 //! Every case of the registry, on every instruction set, with one thread and with several.
 
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
-use mixtral_engine::BackendError;
+use mixtral_engine::{BackendError, Weights};
+use mixtral_model::DType;
 use mixtral_testkit::cases::{self, Case};
+use mixtral_testkit::large;
 
 fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendError> {
     let options = CpuOptions { kv_blocks: case.kv_blocks, threads, isa: Some(isa), ..CpuOptions::default() };
@@ -23,4 +25,33 @@ fn all_cases_are_within_their_limits() {
         }
     }
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// Operations of a small model as they are checked at real models' sizes, and a few of those sizes.
+#[test]
+fn large_cases_are_within_their_limits() {
+    let small = [DType::F16, DType::Bf16].into_iter().flat_map(|dtype| large::of(large::SMALL, dtype));
+    let cheap = ["norm of", "route of", "rope_write_kv of", "combine of", "linear qkv of"];
+    let real = large::of(large::MIXTRAL_8X7B, DType::Bf16);
+    let real = real.filter(|case| cheap.iter().any(|name| case.name.starts_with(name)));
+    let mut failures = Vec::new();
+    for case in small.chain(real) {
+        let options = CpuOptions { kv_blocks: case.kv_blocks, threads: 2, ..CpuOptions::default() };
+        let mut backend = CpuBackend::load(case.program.clone(), case.weights(), options).unwrap();
+        if let Err(failure) = case.check(case.tolerance(), &mut backend) {
+            failures.push(failure.to_string());
+        }
+    }
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+/// What is checked in part is checked: with weights of another seed, no operation that has any passes.
+#[test]
+fn large_cases_of_other_weights_fail() {
+    for case in large::of(large::SMALL, DType::Bf16).filter(|case| !case.program.weights.is_empty()) {
+        let options = CpuOptions { kv_blocks: case.kv_blocks, ..CpuOptions::default() };
+        let mut backend = CpuBackend::load(case.program.clone(), Weights::Dummy { seed: 99 }, options).unwrap();
+        let failure = case.check(case.tolerance(), &mut backend).expect_err(&case.name).to_string();
+        assert!(failure.contains("NMSE") || failure.contains("not the rounded reference"), "{failure}");
+    }
 }

@@ -248,7 +248,7 @@ impl Case {
 }
 
 /// Holds values against the reference's: NaN exactly where it has NaN, the rest within the tolerance.
-fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: Tolerance) -> Result<(), String> {
+pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: Tolerance) -> Result<(), String> {
     let rounded = from_bytes(dtype, &to_bytes(dtype, expected));
     let (mut error, mut size, mut unequal) = (0.0, 0.0, 0);
     for (i, ((found, expected), rounded)) in found.iter().zip(expected).zip(&rounded).enumerate() {
@@ -485,7 +485,7 @@ fn assignments(experts: usize, top_k: usize) -> Vec<i32> {
 }
 
 /// Offsets and order of some assignments.
-fn lists(ids: &[i32], local: [usize; 2]) -> (Vec<i32>, Vec<i32>) {
+pub(crate) fn lists(ids: &[i32], local: [usize; 2]) -> (Vec<i32>, Vec<i32>) {
     let (mut offsets, mut order) = (vec![0], Vec::new());
     for expert in local[0]..local[1] {
         order.extend((0i32..).zip(ids).filter(|(_, id)| usize::try_from(**id) == Ok(expert)).map(|(a, _)| a));

@@ -182,7 +182,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
 }
 
 /// A weight that is one whole dummy tensor; norms are 1.
-fn weight(a: &mut Assembly, name: &str, dtype: DType, shape: &[usize]) -> String {
+pub(crate) fn weight(a: &mut Assembly, name: &str, dtype: DType, shape: &[usize]) -> String {
     let name = a.declare(&format!("{name}.weight"), dtype, shape);
     if let Some(weight) = a.program.weights.last_mut() {
         let (rows, cols) = (weight.rows(), weight.cols());

@@ -3,7 +3,7 @@
 //! Reading order: [`tiny_model`] (models on disk, in every source layout), [`elements`] (values to bytes and back),
 //! [`assembly`] (programs and weights by hand), [`batch`] (the inputs of a step over shuffled blocks),
 //! [`reference`](mod@reference) (every operation in f64), [`cases`] (the registry of operation cases that every backend
-//! is driven by), [`poison`], [`decoder`] (a small decoder's program, fused and unfused).
+//! is driven by), [`large`] (operations at real models' sizes, of which `sampled` computes a part), [`poison`], [`decoder`] (a small decoder's program, fused and unfused).
 #![forbid(unsafe_code)]
 
 pub mod assembly;
@@ -11,8 +11,10 @@ pub mod batch;
 pub mod cases;
 pub mod decoder;
 pub mod elements;
+pub mod large;
 pub mod poison;
 pub mod reference;
+mod sampled;
 pub mod tiny_model;
 
 pub use tiny_model::{Layout, Tensor, TinyModel, write_safetensors};

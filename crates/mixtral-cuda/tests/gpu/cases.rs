@@ -1,9 +1,13 @@
-//! Every case of the registry, with the portable kernels and with those of the GPU's own family.
+//! Every case of the registry, and operations at real models' sizes, with the portable kernels and with those of the GPU's own
+//! family.
+
+use std::time::Instant;
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
-use mixtral_engine::{BackendError, Op};
+use mixtral_engine::{BackendError, Op, Program};
 use mixtral_model::DType;
 use mixtral_testkit::cases::{self, Case, Tolerance};
+use mixtral_testkit::large::{self, Large};
 
 use crate::kernels::{Library, Machine};
 
@@ -16,13 +20,10 @@ fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
 
 /// Prefill rounds probabilities to 16 bit before it multiplies them with values, as its tensor cores take them: a third of its
 /// outputs is the rounded reference's neighbour. The mean error still has to stay within the type's limit.
-fn tolerance(case: &Case) -> Tolerance {
-    let program = &case.assembly.program;
-    let mut tolerance = Tolerance::default();
-    if program.dtype != DType::F32 && program.ops.iter().any(|op| matches!(op, Op::Attention { .. })) {
-        tolerance.half_unequal = 0.5;
-    }
-    tolerance
+fn tolerance(program: &Program, usual: Tolerance) -> Tolerance {
+    let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
+    let half_unequal = if attends && program.dtype != DType::F32 { 0.5 } else { usual.half_unequal };
+    Tolerance { half_unequal, ..usual }
 }
 
 #[test]
@@ -41,7 +42,9 @@ fn all_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         let mut passed = 0;
         for case in &cases {
-            match case.check_within(tolerance(case), |case| load(case, &library)) {
+            match case
+                .check_within(tolerance(&case.assembly.program, Tolerance::default()), |case| load(case, &library))
+            {
                 Ok(()) => passed += 1,
                 Err(failure) => {
                     let text = format!("{code}: {failure}");
@@ -54,6 +57,53 @@ fn all_cases_are_within_their_limits() {
             }
         }
         println!("{code} on {}: {passed} of {} cases", machine.device.name, cases.len());
+    }
+    assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn large_cases_are_within_their_limits() {
+    let Some(machine) = Machine::find() else { return };
+    let only = std::env::var("MIXTRAL_CASES").unwrap_or_default();
+    let cases: Vec<Large> = large::all().filter(|case| case.name.contains(&only)).collect();
+    let programs: Vec<_> = cases.iter().map(|case| &case.program).collect();
+    let mut failures = Vec::new();
+    for code in machine.codes() {
+        let start = Instant::now();
+        let (library, uncompiled) = machine.compile(code, &programs);
+        failures.extend(uncompiled);
+        println!("compiled in {:?}", start.elapsed());
+        let mut passed = 0;
+        // The last backend is kept until there is another: a device whose context nobody holds is set up anew.
+        let mut kept = None;
+        for case in &cases {
+            let start = Instant::now();
+            let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
+            let images = library.images(&case.program);
+            let backend = CudaBackend::load(case.program.clone(), &case.weights(), &images, options);
+            let checked = match backend {
+                Err(error) => Err(format!("{}: {error}", case.name)),
+                Ok(backend) => {
+                    let backend = kept.insert(backend);
+                    case.check(tolerance(&case.program, case.tolerance()), backend)
+                        .map_err(|failure| failure.to_string())
+                }
+            };
+            match checked {
+                Ok(()) => {
+                    passed += 1;
+                    println!("{code}: {}: {:?}", case.name, start.elapsed());
+                }
+                Err(failure) => {
+                    let text = format!("{code}: {failure}");
+                    println!("{text}");
+                    let lost = text.contains("context is lost");
+                    failures.push(text);
+                    assert!(!lost, "{} failures:\n{}", failures.len(), failures.join("\n"));
+                }
+            }
+        }
+        println!("{code} on {}: {passed} of {} large cases", machine.device.name, cases.len());
     }
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
 }

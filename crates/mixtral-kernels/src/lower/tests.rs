@@ -4,6 +4,7 @@ use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{ElemType, Epilogue, KvLayout, Limits, Op, Program, Rows};
 use mixtral_model::{DType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
+use mixtral_testkit::decoder::{self, Geometry};
 
 use crate::{Family, Launch, Schedule, Target};
 
@@ -124,4 +125,21 @@ fn a_cache_of_another_type_is_refused() {
     program.kv.dtype = DType::F16;
     let error = Schedule::new(&program, Target { family: Family::Portable }).expect_err("no kernels");
     assert!(error.to_string().contains("only equal types have kernels"), "{error}");
+}
+
+/// An engine's kernels are enough for its first layers alone.
+#[test]
+fn a_program_cut_short_needs_no_other_kernels() {
+    let geometry = Geometry { num_layers: 3, hidden_size: 256, head_dim: 128, ..Geometry::small(DType::Bf16) };
+    for fused in [true, false] {
+        let whole = decoder::program(&geometry, fused);
+        for family in [Family::Portable, Family::Hopper] {
+            let schedule = Schedule::new(&whole, Target { family }).expect("supported");
+            for layers in 1..3 {
+                let short = whole.first_layers(layers).expect("layers alike");
+                let short = Schedule::new(&short, Target { family }).expect("supported");
+                assert!(short.kernels().is_subset(&schedule.kernels()), "{layers} layers, {family:?}");
+            }
+        }
+    }
 }
