@@ -125,7 +125,7 @@ fn wrong_command_lines() {
         ("diff a", "error: one engine is compared on two backends: add --backends cpu,cuda, or name a second engine"),
         ("diff a b c", "error: unexpected value 'c' for '[ENGINE]...' found; no more were expected"),
         ("diff a b --backends cpu,cpu,cpu", "error: --backends takes one backend, or one for each of two engines"),
-        ("diff a b --f32-limit nan", "error: --f32-limit is NaN; expected a number of at least 0"),
+        ("diff a b --f32-limit nan", "error: --f32-limit is NaN; expected a finite number of at least 0"),
     ] {
         let said = mixtral_in(dir.path(), line, &[]);
         assert_eq!((said.code, said.err.lines().next()), (2, Some(expected)), "{line}");
