@@ -12,6 +12,7 @@
 #include "base/step.cuh"
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
@@ -21,8 +22,8 @@
 
 namespace linear {
 
-template <typename Element, int ROWS_, int COLS_, int BOX_, int DEPTH_, int STAGES_, int WARPGROUPS_, int OUTPUTS_, int K_, int KIND_,
-          int SHARED_>
+template <typename Element, int ROWS_, int COLS_, int BOX_, int DEPTH_, int STAGES_, int WARPGROUPS_, int CLUSTER_, bool DYNAMIC_,
+          int OUTPUTS_, int K_, int KIND_, int SHARED_>
 struct Config {
     using T = Element;
     static constexpr int ROWS = ROWS_;              // weight rows of a tile
@@ -30,6 +31,8 @@ struct Config {
     static constexpr int DEPTH = DEPTH_;            // elements of K in a stage
     static constexpr int STAGES = STAGES_;
     static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
+    static constexpr int CLUSTER = CLUSTER_;        // CTAs that share a tile of tokens, for as many tiles of rows
+    static constexpr bool DYNAMIC = DYNAMIC_;       // whether tiles are handed out as CTAs become free
     static constexpr int OUTPUTS = OUTPUTS_;        // columns of the output: features, after silu·mul if there is one
     static constexpr int K = K_;
     static constexpr int KIND = KIND_;              // epilogue::Kind
@@ -38,6 +41,8 @@ struct Config {
     static constexpr int BLOCKS = (ROWS + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS);  // of 64 rows, of a warpgroup
     static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;                          // outputs of a tile
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
+    // Of tiles of rows, for clusters.
+    static constexpr int ROW_TURNS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
     static constexpr int ATOMS = DEPTH / 64;  // swizzle atoms of 128 bytes along K
     // Tokens are copied in boxes of this many, as many as a tile needs: all, or a quarter.
@@ -57,7 +62,8 @@ struct Config {
     static constexpr int MOVED_AT = RING + (OVERREAD > WARPGROUPS * MOVED_BYTES + B_BYTES ? OVERREAD : 0);
     static constexpr int MAP_AT = MOVED_AT + WARPGROUPS * MOVED_BYTES;
     static constexpr int BARRIERS_AT = MAP_AT + WARPGROUPS * COLS * 4;
-    static constexpr int SHARED = BARRIERS_AT + 2 * STAGES * 8 + 1024;  // 1024 to align
+    static constexpr int TURNS_AT = BARRIERS_AT + 2 * STAGES * 8;
+    static constexpr int SHARED = TURNS_AT + 64 + 1024;  // 1024 to align
     static_assert(SHARED == SHARED_, "what the launch asks for");
     // setmaxnreg counts whole warpgroups: with two consumers the producer is one, too.
     static constexpr int PRODUCERS = WARPGROUPS == 1 ? 32 : 128;
@@ -92,8 +98,13 @@ struct Ring {
 template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
     const int lane = threadIdx.x % 32;
+    // Every warp tells every producer that fills its shared memory.
     const auto release = [&](int stage) {
-        if (lane == 0) mbarrier::arrive(ring.empty(stage));
+        if constexpr (C::CLUSTER == 1) {
+            if (lane == 0) mbarrier::arrive(ring.empty(stage));
+        } else {
+            if (lane < C::CLUSTER) mbarrier::arrive(ring.empty(stage), lane);
+        }
     };
     const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
 #pragma unroll
@@ -206,6 +217,75 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
     }
 }
 
+// Whose turn is next. Static: every CTA (or cluster) takes every so-manyth. Dynamic: the first turn is its own number, and whoever is
+// done takes the next one there is, so that tiles computed at a time are neighbours however long each takes. Turns are taken from a
+// counter by the producer of the cluster's first CTA (the leader), which passes them on to all others who need to know.
+template <typename C>
+struct Turns {
+    u32 base;
+    int read = 0;  // turns that were read, or passed on
+
+    __device__ __forceinline__ u32 full(int slot) const { return base + C::TURNS_AT + slot * 8; }
+    __device__ __forceinline__ u32 empty(int slot) const { return base + C::TURNS_AT + 16 + slot * 8; }
+    __device__ __forceinline__ u32 index(int slot) const { return base + C::TURNS_AT + 32 + slot * 4; }
+
+    // By one thread of every CTA. Those who read are the consumers' warps, and the producers but for the leader.
+    __device__ __forceinline__ void init() const {
+        for (int slot = 0; slot < 2; slot++) {
+            mbarrier::init(full(slot), 1);
+            mbarrier::init(empty(slot), C::CLUSTER * C::WARPGROUPS * 4 + C::CLUSTER - 1);
+        }
+    }
+
+    static __device__ __forceinline__ int first() { return blockIdx.x / C::CLUSTER; }
+    static __device__ __forceinline__ int count() { return gridDim.x / C::CLUSTER; }
+
+    // Passes a turn on, by the leader.
+    __device__ __forceinline__ void pass(int turn) {
+        const int slot = read & 1;
+        wait(empty(slot), (read >> 1 & 1) ^ 1);
+        read++;
+#pragma unroll
+        for (int rank = 0; rank < C::CLUSTER; rank++) {
+            if constexpr (C::CLUSTER > 1) {
+                cluster::store(index(slot), rank, turn);
+                mbarrier::arrive_release(full(slot), rank);
+            } else {
+                asm volatile("st.shared.s32 [%0], %1;" ::"r"(index(slot)), "r"(turn) : "memory");
+                mbarrier::arrive(full(slot));
+            }
+        }
+    }
+
+    // The next turn, to one thread (`SOLE`) or a warp.
+    template <bool SOLE>
+    __device__ __forceinline__ int take() {
+        const int slot = read & 1;
+        wait(full(slot), read >> 1 & 1);
+        read++;
+        int turn;
+        asm volatile("ld.shared.s32 %0, [%1];" : "=r"(turn) : "r"(index(slot)) : "memory");
+        if constexpr (!SOLE) __syncwarp();
+        if (SOLE || threadIdx.x % 32 == 0) {
+            if constexpr (C::CLUSTER > 1) {
+                mbarrier::arrive(empty(slot), 0);
+            } else {
+                mbarrier::arrive(empty(slot));
+            }
+        }
+        return turn;
+    }
+
+  private:
+    static __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
+        if constexpr (C::CLUSTER > 1) {
+            mbarrier::wait_cluster(barrier, parity);
+        } else {
+            mbarrier::wait(barrier, parity);
+        }
+    }
+};
+
 // Sets up the barriers; returns shared memory aligned to 1024 bytes.
 template <typename C>
 __device__ __forceinline__ u8* begin() {
@@ -215,28 +295,53 @@ __device__ __forceinline__ u8* begin() {
         const Ring<C> ring{ptx::shared_address(shared)};
         for (int s = 0; s < C::STAGES; s++) {
             mbarrier::init(ring.base + C::BARRIERS_AT + s * 8, 1);
-            mbarrier::init(ring.empty(s), C::WARPGROUPS * 4);
+            mbarrier::init(ring.empty(s), C::WARPGROUPS * 4 * C::CLUSTER);
         }
+        if constexpr (C::DYNAMIC) Turns<C>{ring.base}.init();
         mbarrier::fence_init();
     }
-    __syncthreads();
+    if constexpr (C::CLUSTER > 1) {
+        cluster::sync();
+    } else {
+        __syncthreads();
+    }
     return shared;
 }
 
+// A CTA may not exit while others of its cluster write to its shared memory.
+template <typename C>
+__device__ __forceinline__ void end() {
+    if constexpr (C::CLUSTER > 1) {
+        __syncwarp();
+        cluster::sync();
+    }
+}
+
+// A turn is a tile for each CTA of a cluster: of the same tokens, of rows beside each other.
+template <typename C, typename Tiles>
+__device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& tile) {
+    const bool found = tiles.at(index, tile);
+    if constexpr (C::CLUSTER > 1) tile.row = tile.row * C::CLUSTER + cluster::rank();
+    return found;
+}
+
 // The producer: one thread. With EARLY the first tile's weights are under way before the kernels before this one are done; the
-// schedule may be known by then. `load_weights(shared, barrier, column, tile)` starts one atom's copy.
+// schedule may be known by then. `load_weights(shared, barrier, column, tile)` starts one atom's copy. `counter` is [turns, CTAs
+// that are done], 0 between launches.
 template <typename C, bool EARLY, typename Tiles, typename LoadWeights>
-__device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& tokens, LoadWeights load_weights) {
+__device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& tokens, u32* counter, LoadWeights load_weights) {
     const auto boxes = [](const sched::Tile& tile) { return (tile.count + C::BOX - 1) / C::BOX; };
     const auto begin_stage = [&](u32 a, u32 full, int k, const sched::Tile& tile) {
         mbarrier::arrive_expect(full, C::A_BYTES + C::ATOMS * boxes(tile) * C::BOX * 128);
 #pragma unroll
         for (int i = 0; i < C::ATOMS; i++) load_weights(a + i * C::A_ATOM, full, k * C::DEPTH + i * 64, tile);
     };
+    Turns<C> turns{ring.base};
+    const bool leads = C::CLUSTER == 1 || cluster::rank() == 0;
     sched::Tile tile;
-    int index = blockIdx.x, early = 0;
+    int turn = turns.first(), early = 0;
     if constexpr (EARLY) {
-        if (tiles.at(index, tile)) {
+        if (tile_at<C>(tiles, turn, tile)) {
             early = min(C::STAGES, C::K_BLOCKS);
             for (int k = 0; k < early; k++) {
                 begin_stage(ring.base + k * C::STAGE, ring.base + C::BARRIERS_AT + k * 8, k, tile);
@@ -244,7 +349,10 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
         }
     }
     pdl::wait();
-    for (; tiles.at(index, tile); index += gridDim.x) {
+    while (tile_at<C>(tiles, turn, tile)) {
+        // Asked for now, needed half a tile later.
+        int next = turn + turns.count();
+        if (C::DYNAMIC && leads) next = turns.count() + atomicAdd(counter, 1u);
         for (int k = 0; k < C::K_BLOCKS; k++) {
             if (early > 0) {
                 early--;
@@ -255,13 +363,30 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
 #pragma unroll
             for (int i = 0; i < C::ATOMS; i++) {
                 const int column = k * C::DEPTH + i * 64;
-                for (int box = 0; box < boxes(tile); box++) {
-                    tma::load(ring.b() + i * C::B_ATOM + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST, column,
-                              tile.first + box * C::BOX);
+                const u32 to = ring.b() + i * C::B_ATOM;
+                if constexpr (C::CLUSTER > 1) {
+                    for (int box = cluster::rank(); box < boxes(tile); box += C::CLUSTER) {
+                        tma::load_multicast(to + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST,
+                                            (1 << C::CLUSTER) - 1, column, tile.first + box * C::BOX);
+                    }
+                } else {
+                    for (int box = 0; box < boxes(tile); box++) {
+                        tma::load(to + box * C::BOX * 128, tokens, ring.full(), tma::EVICT_LAST, column,
+                                  tile.first + box * C::BOX);
+                    }
                 }
             }
             ring.advance();
+            if (C::DYNAMIC && leads && k == C::K_BLOCKS / 2) turns.pass(next);
         }
+        if constexpr (C::DYNAMIC) {
+            if (!leads) next = turns.template take<true>();
+        }
+        turn = next;
+    }
+    // The last to be done leaves the counter as it was.
+    if constexpr (C::DYNAMIC) {
+        if (leads && atomicInc(counter + 1, turns.count() - 1) == turns.count() - 1) counter[0] = 0;
     }
 }
 
@@ -275,14 +400,16 @@ __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, 
     int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
     constexpr int EACH = (C::COLS + 127) / 128;
     float d[C::BLOCKS][C::COLS / 2];
+    Turns<C> turns{ring.base};
     sched::Tile tile, next;
-    int index = blockIdx.x;
-    for (bool more = tiles.at(index, tile); more; tile = next) {
+    int turn = turns.first();
+    for (bool more = tile_at<C>(tiles, turn, tile); more; tile = next) {
         int fetched[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) fetched[i] = fetch(tile, thread + i * 128);
-        more = tiles.at(index += gridDim.x, next);
+        if constexpr (!C::DYNAMIC) more = tile_at<C>(tiles, turn += turns.count(), next);
         multiply<C>(ring, warpgroup, tile.count, d);
+        if constexpr (C::DYNAMIC) more = tile_at<C>(tiles, turns.template take<false>(), next);
         for (int i = thread; i < C::COLS; i += 128) map[i] = -1;
         ptx::sync_threads(1 + warpgroup, 128);
 #pragma unroll
@@ -295,12 +422,12 @@ __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, 
 
 template <typename C>
 __device__ __forceinline__ void give_registers() {
-    if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(C::WARPGROUPS == 2 ? 40 : 32));
 }
 
 template <typename C>
 __device__ __forceinline__ void take_registers() {
-    if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::WARPGROUPS == 2 ? 232 : 160));
 }
 
 // Weights are read once in a step of few tokens, and again and again in one of many.
@@ -314,17 +441,17 @@ __device__ __forceinline__ constexpr u64 weight_policy() {
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, 1)
     dense(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
-          Out* out, const Out* residual) {
+          Out* out, const Out* residual, u32* counter) {
     pdl::launch_dependents();
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
-    const sched::Dense<C::ROW_TILES, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
+    const sched::Dense<C::ROW_TURNS, C::COLS> tiles{LOGITS ? header->num_logits : header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
         if (threadIdx.x / 32 == C::WARPGROUPS * 4 && ptx::elect()) {
             tma::prefetch(weight);
             tma::prefetch(tokens);
-            produce<C, true>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
+            produce<C, true>(ring, tiles, tokens, counter, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
                 tma::load(to, weight, full, weight_policy<C>(), column, tile.row * C::ROWS);
             });
         } else {
@@ -339,6 +466,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                 if (column < tile.count) map[column] = tile.first + column;
             });
     }
+    end<C>();
 }
 
 // How an expert's tokens are found, and where its results go.
@@ -356,16 +484,16 @@ enum Source {
 template <typename C, int EXPERTS, int TOP_K, int SOURCE>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
-            const int* offsets, const int* order, typename C::T* out) {
+            const int* offsets, const int* order, typename C::T* out, u32* counter) {
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
-    const sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
+    const sched::ByExpert<EXPERTS, C::ROW_TURNS, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
     if (threadIdx.x >= C::WARPGROUPS * 128) {
         give_registers<C>();
         if (threadIdx.x / 32 == C::WARPGROUPS * 4 && ptx::elect()) {
             tma::prefetch(weight);
             tma::prefetch(tokens);
-            produce<C, SOURCE == Down>(ring, tiles, tokens, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
+            produce<C, SOURCE == Down>(ring, tiles, tokens, counter, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
                 if constexpr (C::SILU) {
                     tma::load(to, weight, full, weight_policy<C>(), column, 0, 0, tile.row * (C::ROWS / 16), tile.expert);
                 } else {
@@ -402,6 +530,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                 }
             });
     }
+    end<C>();
 }
 
 }  // namespace linear

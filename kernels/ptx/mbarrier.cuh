@@ -21,6 +21,46 @@ __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// Arrives at the barrier that lies at the same place in the CTA of that rank of the cluster. It orders nothing that this thread
+// wrote: an arrival that releases to a cluster waits for all memory of the GPU, which took longer than a stage's products.
+__device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// As above; what this thread did before is seen by who waits there by `wait_cluster`.
+__device__ __forceinline__ void arrive_release(u32 barrier, u32 rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+        "}\n" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
+// Waits until the phase of that parity is over; what the other CTAs of the cluster did before they arrived is done.
+__device__ __forceinline__ void wait_cluster(u32 barrier, u32 parity) {
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "again_%=:\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+        "@done bra over_%=;\n"
+        "bra again_%=;\n"
+        "over_%=:\n"
+        "}\n" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+
 // Waits until the phase of that parity is over.
 __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     asm volatile(

@@ -28,6 +28,16 @@ __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barri
         : "memory");
 }
 
+// To the same place of every CTA of the cluster whose bit is in `mask`; each one's barrier counts the bytes.
+__device__ __forceinline__ void load_multicast(u32 shared, const TensorMap& map, u32 barrier, u64 policy, u16 mask, int x,
+                                               int y) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%5, %6}], [%2], %3, %4;" ::"r"(shared),
+        "l"(&map), "r"(barrier), "h"(mask), "l"(policy), "r"(x), "r"(y)
+        : "memory");
+}
+
 // Three dimensions.
 __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y, int z) {
     asm volatile(

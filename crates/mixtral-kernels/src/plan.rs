@@ -31,6 +31,10 @@ pub enum LinearPlan {
         stages: u32,
         /// Consumer warpgroups.
         warpgroups: u32,
+        /// CTAs of a cluster, which share a tile of tokens: a power of two.
+        cluster: u32,
+        /// Whether tiles are handed out as CTAs become free.
+        dynamic: bool,
     },
 }
 
@@ -44,8 +48,9 @@ impl fmt::Display for LinearPlan {
         match self {
             LinearPlan::Simt => write!(f, "simt"),
             LinearPlan::Mma { rows, cols } => write!(f, "mma:{rows}x{cols}"),
-            LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups } => {
-                write!(f, "wgmma:{rows}x{cols}:k{depth}:s{stages}:w{warpgroups}")
+            LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
+                write!(f, "wgmma:{rows}x{cols}:k{depth}:s{stages}:w{warpgroups}:c{cluster}")?;
+                if *dynamic { write!(f, ":dynamic") } else { Ok(()) }
             }
         }
     }
@@ -74,7 +79,12 @@ impl FromStr for LinearPlan {
             "wgmma" => {
                 let (rows, cols) = tile(words.next())?;
                 let (depth, stages) = (number(words.next(), 'k')?, number(words.next(), 's')?);
-                LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups: number(words.next(), 'w')? }
+                let (warpgroups, cluster) = (number(words.next(), 'w')?, number(words.next(), 'c')?);
+                let dynamic = words.clone().next() == Some("dynamic");
+                if dynamic {
+                    words.next();
+                }
+                LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic }
             }
             _ => return Err(error()),
         };
@@ -91,7 +101,8 @@ mod tests {
         let plans = [
             LinearPlan::Simt,
             LinearPlan::Mma { rows: 64, cols: 32 },
-            LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1 },
+            LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1, cluster: 1, dynamic: false },
+            LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 2, dynamic: true },
         ];
         for plan in plans {
             let text = plan.to_string();
@@ -99,7 +110,7 @@ mod tests {
             // It stands in a program's text, whose operands are parted by spaces.
             assert!(!text.contains(' '), "{text}");
         }
-        for text in ["", "mma", "mma:64", "simt:3", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1:x"] {
+        for text in ["", "mma", "mma:64", "simt:3", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1", "wgmma:64x8:k128:s5:w1:c1:x"] {
             assert!(text.parse::<LinearPlan>().is_err(), "{text}");
         }
     }

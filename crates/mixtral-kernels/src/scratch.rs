@@ -23,6 +23,8 @@ pub struct Scratch {
     pub sampling: usize,
     /// A few counters for whoever needs them: i32 `[1024]`.
     pub counters: usize,
+    /// Tiles of a linear that were handed out, and CTAs that are done: i32 `[2]`.
+    pub turns: usize,
     /// Bytes in all.
     pub bytes: usize,
 }
@@ -63,6 +65,7 @@ impl Scratch {
         let angles = region(8 * l.max_num_tokens * (kv.head_dim / 2));
         let sampling = region(4 * l.max_num_logits.max(l.max_batch_size) * drawn);
         let counters = region(4096);
-        Scratch { attention_partials, attention_tickets, permuted, chunk_sizes, angles, sampling, counters, bytes }
+        let turns = region(8);
+        Scratch { attention_partials, attention_tickets, permuted, chunk_sizes, angles, sampling, counters, turns, bytes }
     }
 }

@@ -75,7 +75,20 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         depth,
         stages: (RING / ((rows + cols) * depth * 2)).clamp(3, 12),
         warpgroups,
+        cluster: 1,
+        dynamic: false,
     };
+    // EXPERIMENT
+    if let Ok(text) = std::env::var(if shape.grouped { if shape.silu_mul {"MIXTRAL_GATEUP"} else {"MIXTRAL_DOWN"} } else { "MIXTRAL_DENSE" }) {
+        for item in text.split(',') {
+            let (range, plan) = item.split_once('=').unwrap();
+            let (range, rows) = range.split_once('@').map_or((range, None), |(a, b)| (a, Some(b.parse::<usize>().unwrap())));
+            let (low, high) = range.split_once('-').unwrap();
+            if rows.is_none_or(|r| r == shape.rows) && (low.parse::<usize>().unwrap()..=high.parse().unwrap()).contains(&tokens) {
+                return plan.parse().unwrap();
+            }
+        }
+    }
     match (tokens, shape.grouped) {
         (0..=16, grouped) => {
             let cols = if tokens <= 8 { 8 } else { 16 };
@@ -89,7 +102,7 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         // Taller tiles rather than a second round.
         (65..=256, false) => ring(128, 128, 64, 2),
         // Two warpgroups of 64 × 256: their accumulators fill the register file.
-        _ => LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2 },
+        _ => LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 1, dynamic: false },
     }
 }
 

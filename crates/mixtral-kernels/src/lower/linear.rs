@@ -23,8 +23,8 @@ pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, Lower
     match plan.unwrap_or_else(|| select::plan(&linear.shape, tokens, context.target.family)) {
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
-        LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups } => {
-            linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups })
+        LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
+            linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic })
         }
     }
 }
@@ -45,12 +45,14 @@ struct Tiling {
     depth: u32,
     stages: u32,
     warpgroups: u32,
+    cluster: u32,
+    dynamic: bool,
 }
 
 impl Tiling {
     /// Bytes of shared memory, as `linear::Config::SHARED` has them (which asserts that it is so).
     fn shared_bytes(&self, kind: Kind) -> u32 {
-        let Tiling { rows, cols, depth, stages, warpgroups } = *self;
+        let Tiling { rows, cols, depth, stages, warpgroups, .. } = *self;
         let blocks = rows.div_ceil(64 * warpgroups);
         let token_bytes = cols * depth * 2;
         let ring = stages * (rows * depth * 2 + token_bytes);
@@ -61,7 +63,7 @@ impl Tiling {
         };
         let overread = if rows < 64 { (64 - rows) * 128 } else { 0 };
         let skipped = if overread > warpgroups * moved + token_bytes { overread } else { 0 };
-        ring + skipped + warpgroups * moved + warpgroups * cols * 4 + 2 * stages * 8 + 1024
+        ring + skipped + warpgroups * moved + warpgroups * cols * 4 + 2 * stages * 8 + 64 + 1024
     }
 }
 
@@ -222,15 +224,15 @@ impl<'a> Linear<'a> {
     }
 
     fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
-        let Tiling { rows, cols, depth, stages, warpgroups } = *tiling;
+        let Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic } = *tiling;
         let shared = tiling.shared_bytes(self.kind);
         let every = !self.is_down() && cols <= 64 && self.context.regime.max_tokens <= cols as usize;
         // An expert's tiles are seldom full: it takes as many quarters as it needs. Full tiles take one box, which costs the
         // producer least, unless it is so large that others have to wait for it.
         let full = self.lists.is_none() || every;
-        let part = if cols < 32 || full && cols <= 64 { cols } else { cols / 4 };
+        let part = if cols < 32 || full && cols <= 64 && cluster == 1 { cols } else { cols / 4 };
         let config = format!(
-            "linear::Config<{}, {rows}, {cols}, {part}, {depth}, {stages}, {warpgroups}, {}, {}, {}, {shared}>",
+            "linear::Config<{}, {rows}, {cols}, {part}, {depth}, {stages}, {warpgroups}, {cluster}, {dynamic}, {}, {}, {}, {shared}>",
             type_name(self.shape.tokens),
             self.outputs,
             self.shape.depth,
@@ -246,11 +248,13 @@ impl<'a> Linear<'a> {
         };
         let weight = self.weight_map(rows);
         let header = Arg::Step(Array::Header);
+        let turns = Arg::Scratch(self.context.scratch.turns);
         let Some((offsets, order)) = self.lists else {
             let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
             let tokens = self.token_map(Arg::Buffer(self.input), self.context.program.buffers[self.input].rows, part);
-            let args = vec![weight, tokens, header, Arg::Buffer(self.out), Arg::Buffer(self.residual)];
-            return Ok(vec![self.launch(kernel(symbol), 1, self.items(rows, cols), args)]);
+            let args = vec![weight, tokens, header, Arg::Buffer(self.out), Arg::Buffer(self.residual), turns];
+            let launch = self.launch(kernel(symbol), 1, self.items(rows * cluster, cols).map(|n| n * cluster), args);
+            return Ok(vec![Launch { cluster, ..launch }]);
         };
         let mut launches = Vec::new();
         let (source, tokens) = if self.is_down() {
@@ -265,8 +269,8 @@ impl<'a> Linear<'a> {
         };
         let (experts, top_k) = (self.experts(), self.context.program.top_k);
         let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
-        let args = vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out)];
-        launches.push(self.launch(kernel(symbol), 1, None, args));
+        let args = vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out), turns];
+        launches.push(Launch { cluster, ..self.launch(kernel(symbol), 1, None, args) });
         Ok(launches)
     }
 
