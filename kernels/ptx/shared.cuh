@@ -15,6 +15,11 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Counts towards barrier `id` without waiting for it.
+__device__ __forceinline__ void arrive_threads(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // True in one lane of a converged warp. The compiler knows that no other lane is in a branch on it, and issues tensor copies there
 // without a loop over lanes.
 __device__ __forceinline__ bool elect() {

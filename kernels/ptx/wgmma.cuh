@@ -1,5 +1,5 @@
-// Warpgroup matrix products (sm_90a): D[64][N] += A[64][16] · B[N][16]ᵀ, both operands in shared memory with K innermost and the
-// 128-byte swizzle, f32 accumulation.
+// Warpgroup matrix products (sm_90a), f32 accumulation: D[64][N] += A[64][16] · B[N][16]ᵀ, both operands in shared memory with K
+// innermost and the 128-byte swizzle; and those of attention, which has A in registers and N innermost.
 #pragma once
 
 #include "base/types.cuh"
@@ -11,6 +11,14 @@ namespace wgmma {
 // added to it then costs one uniform instruction, where 64-bit arithmetic in vector registers took 70 cycles a product.
 // (The high word: 1024 bytes between groups of eight rows, 128-byte swizzle.)
 __device__ __forceinline__ u32 descriptor(u32 shared) { return __shfl_sync(~0u, shared >> 4 | 0x10000, 0); }
+
+// The same of a tile that has N innermost: rows of 64 elements of N one after another along K, and `LEADING` bytes after a block of
+// 64 columns the next. 2048 bytes (16 rows of K) further is `+ 128`.
+template <int LEADING>
+__device__ __forceinline__ u32 descriptor_of_rows(u32 shared) {
+    static_assert(LEADING % 1024 == 0, "whole groups of eight rows");
+    return __shfl_sync(~0u, shared >> 4 | (LEADING >> 4) << 16, 0);
+}
 
 // Before the first product, and after registers of D were touched otherwise.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -28,6 +36,13 @@ template <int R>
 __device__ __forceinline__ void pin(float (&d)[R]) {
 #pragma unroll
     for (int i = 0; i < R; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// The same of what products take from registers.
+template <int R>
+__device__ __forceinline__ void pin(u32 (&a)[R][4]) {
+#pragma unroll
+    for (int i = 0; i < 4 * R; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
 // Thread t of the warpgroup holds in d[i] row 16·(t / 32) + t % 32 / 4 + 8·(i % 4 / 2), column 8·(i / 4) + 2·(t % 4) + i % 2.
@@ -288,5 +303,118 @@ PRODUCT_192(f16_t, "f16")
 PRODUCT_256(bf16_t, "bf16")
 PRODUCT_256(f16_t, "f16")
 #undef PRODUCT_256
+
+// D[64][N] = A[64][16] · B[N][16]ᵀ: as `Product`, for the first step of a sum. What D holds is not read.
+template <typename T, int N>
+struct FirstProduct;
+
+#define FIRST_PRODUCT_64(TYPE, SUFFIX) \
+    template <> \
+    struct FirstProduct<TYPE, 64> { \
+        template <int R> \
+        __device__ __forceinline__ static void run(float (&d)[R], u32 a, u32 b) { \
+            asm volatile( \
+                "{.reg .b64 a, b; mov.b64 a, {%32, 0x40000040}; mov.b64 b, {%33, 0x40000040}; " \
+                "wgmma.mma_async.sync.aligned.m64n64k16.f32." SUFFIX "." SUFFIX " {" \
+                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+                "}, a, b, 0, 1, 1, 0, 0;}" \
+                : \
+                  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
+                : "r"(a), "r"(b)); \
+        } \
+    };
+FIRST_PRODUCT_64(bf16_t, "bf16")
+FIRST_PRODUCT_64(f16_t, "f16")
+#undef FIRST_PRODUCT_64
+
+#define FIRST_PRODUCT_128(TYPE, SUFFIX) \
+    template <> \
+    struct FirstProduct<TYPE, 128> { \
+        template <int R> \
+        __device__ __forceinline__ static void run(float (&d)[R], u32 a, u32 b) { \
+            asm volatile( \
+                "{.reg .b64 a, b; mov.b64 a, {%64, 0x40000040}; mov.b64 b, {%65, 0x40000040}; " \
+                "wgmma.mma_async.sync.aligned.m64n128k16.f32." SUFFIX "." SUFFIX " {" \
+                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+                "}, a, b, 0, 1, 1, 0, 0;}" \
+                : \
+                  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
+                  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
+                  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
+                  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
+                  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) \
+                : "r"(a), "r"(b)); \
+        } \
+    };
+FIRST_PRODUCT_128(bf16_t, "bf16")
+FIRST_PRODUCT_128(f16_t, "f16")
+#undef FIRST_PRODUCT_128
+
+// D[64][N] += A[64][16] · B[16][N]. A comes from registers, which hold it as D holds 16 of its columns, two elements in one: a[j] has
+// d[2·j] and d[2·j + 1]. B lies in shared memory with N innermost; `b` is of `descriptor_of_rows`.
+template <typename T, int N>
+struct RegisterProduct;
+
+#define REGISTER_PRODUCT_64(TYPE, SUFFIX) \
+    template <> \
+    struct RegisterProduct<TYPE, 64> { \
+        template <int R> \
+        __device__ __forceinline__ static void run(float (&d)[R], const u32 (&a)[4], u32 b) { \
+            asm volatile( \
+                "{.reg .b64 b; mov.b64 b, {%36, 0x40000040}; " \
+                "wgmma.mma_async.sync.aligned.m64n64k16.f32." SUFFIX "." SUFFIX " {" \
+                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+                "}, {%32, %33, %34, %35}, b, 1, 1, 1, 1;}" \
+                : \
+                  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]) \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)); \
+        } \
+    };
+REGISTER_PRODUCT_64(bf16_t, "bf16")
+REGISTER_PRODUCT_64(f16_t, "f16")
+#undef REGISTER_PRODUCT_64
+
+#define REGISTER_PRODUCT_128(TYPE, SUFFIX) \
+    template <> \
+    struct RegisterProduct<TYPE, 128> { \
+        template <int R> \
+        __device__ __forceinline__ static void run(float (&d)[R], const u32 (&a)[4], u32 b) { \
+            asm volatile( \
+                "{.reg .b64 b; mov.b64 b, {%68, 0x40000040}; " \
+                "wgmma.mma_async.sync.aligned.m64n128k16.f32." SUFFIX "." SUFFIX " {" \
+                "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+                "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+                "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+                "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63" \
+                "}, {%64, %65, %66, %67}, b, 1, 1, 1, 1;}" \
+                : \
+                  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+                  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+                  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+                  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
+                  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
+                  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
+                  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
+                  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63]) \
+                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)); \
+        } \
+    };
+REGISTER_PRODUCT_128(bf16_t, "bf16")
+REGISTER_PRODUCT_128(f16_t, "f16")
+#undef REGISTER_PRODUCT_128
 
 }  // namespace wgmma

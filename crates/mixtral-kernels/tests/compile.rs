@@ -3,9 +3,13 @@
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use mixtral_engine::{Op, Rows};
 use mixtral_kernels::{
-    Arch, Cache, Code, CompileError, Compiler, Defect, Family, Kernel, Nvrtc, Search, Sources, compile_all,
+    Arch, Cache, Code, CompileError, Compiler, Defect, Family, Kernel, Nvrtc, Schedule, Search, Sources, Target,
+    compile_all,
 };
+use mixtral_model::DType;
+use mixtral_testkit::assembly::Assembly;
 
 /// Three little kernels in the manner of the real ones: one good, one that spills, one whose wgmma is serialised.
 const HEADERS: &[(&str, &str)] = &[
@@ -182,5 +186,41 @@ fn one_bad_kernel_fails_the_batch_by_name() {
     assert!(error.to_string().starts_with("cannot compile wrong for sm_80: "), "{error}");
     if let CompileError::Rejected { dump: Ok(folder), .. } = error {
         fs::remove_dir_all(folder).expect("removable");
+    }
+}
+
+/// Prefill attention of groups of `group` heads on Hopper.
+fn prefill(dtype: DType, head_dim: usize, group: usize, window: Option<usize>) -> Kernel {
+    let (mut a, kv_heads) = (Assembly::new(dtype), 2);
+    let heads = kv_heads * group;
+    (a.program.kv.num_kv_heads, a.program.kv.head_dim, a.program.limits.block_size) = (kv_heads, head_dim, 64);
+    let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * head_dim);
+    let out = a.activation("out", Rows::Tokens, heads * head_dim);
+    a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
+    let schedule = Schedule::new(&a.program, Target { family: Family::Hopper }).expect("kernels");
+    let kernel = schedule.kernels().into_iter().find(|kernel| kernel.symbol.contains("::prefill_wgmma<")).cloned();
+    kernel.expect("prefill attention")
+}
+
+#[test]
+fn prefill_attention_spills_nothing_and_is_not_serialised() {
+    let compiler = match Nvrtc::load(&Search::from_environment()) {
+        Ok(nvrtc) => Compiler::new(nvrtc, Sources::embedded()),
+        Err(error) => return println!("skipped: {error}"),
+    };
+    let mut work = Vec::new();
+    for head_dim in [64, 128] {
+        for group in [1, 3, 4, 6, 8] {
+            work.push((prefill(DType::Bf16, head_dim, group, None), SM_90A));
+            work.push((prefill(DType::F16, head_dim, group, Some(4096)), SM_90A));
+        }
+        work.push((prefill(DType::Bf16, head_dim, 4, Some(100)), SM_90A));
+        work.push((prefill(DType::F16, head_dim, 4, None), SM_90A));
+    }
+    let batch = compile_all(&compiler, &work, 2, None, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(batch.kernels.len(), work.len());
+    for (kernel, _, compiled) in batch.kernels {
+        assert_eq!(compiled.defects, [], "{}", kernel.symbol);
+        assert_eq!(compiled.resources.expect("known of SASS").stack, 0, "{}", kernel.symbol);
     }
 }

@@ -43,6 +43,7 @@ fn programs() -> Vec<Program> {
         head_dim: 128,
         num_experts: 8,
         vocab_size: 512,
+        block_size: 64,
         ..Geometry::small(dtype)
     };
     let programs = [Geometry::small(DType::F32), Geometry::small(DType::F16), round(DType::Bf16)]

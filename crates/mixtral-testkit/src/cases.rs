@@ -69,7 +69,11 @@ impl Default for Tolerance {
 }
 
 impl Case {
-    fn new(name: String, mut assembly: Assembly, inputs: StepInputs<'static>) -> Case {
+    fn new(name: String, assembly: Assembly, inputs: StepInputs<'static>) -> Case {
+        Case::over_blocks(KV_BLOCKS, name, assembly, inputs)
+    }
+
+    fn over_blocks(kv_blocks: usize, name: String, mut assembly: Assembly, inputs: StepInputs<'static>) -> Case {
         assembly.place_apart();
         let program = &assembly.program;
         let mut initial = State::default();
@@ -82,10 +86,10 @@ impl Case {
             initial.buffers.insert(buffer.name.clone(), values);
         }
         let kv = program.kv;
-        let n = KV_BLOCKS * kv.num_kv_heads * program.limits.block_size * kv.head_dim;
+        let n = kv_blocks * kv.num_kv_heads * program.limits.block_size * kv.head_dim;
         initial.cache = vec![[vec![f64::NAN; n], vec![f64::NAN; n]]; kv.num_layers];
         let name = format!("{name} {}", program.dtype);
-        Case { name, assembly, kv_blocks: KV_BLOCKS, inputs, initial }
+        Case { name, assembly, kv_blocks, inputs, initial }
     }
 
     /// Seeded contents of a float buffer, rounded to its type.
@@ -274,7 +278,7 @@ pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: To
     Ok(())
 }
 
-/// Blocks of every case's cache.
+/// Blocks of a case's cache.
 const KV_BLOCKS: usize = 40;
 /// Tokens of most cases: more than a register tile, ragged.
 const T: usize = 37;
@@ -284,7 +288,9 @@ const T: usize = 37;
 pub fn all() -> Vec<Case> {
     [DType::F32, DType::F16, DType::Bf16]
         .into_iter()
-        .flat_map(|dtype| [dense(dtype), attention(dtype), routing(dtype), experts(dtype)].concat())
+        .flat_map(|dtype| {
+            [dense(dtype), attention(dtype), attention_by_tiles(dtype), routing(dtype), experts(dtype)].concat()
+        })
         .collect()
 }
 
@@ -412,6 +418,34 @@ fn attention(dtype: DType) -> Vec<Case> {
         let value = a.activation("v", Rows::Tokens, kv_heads * d);
         a.op(Op::WriteKv { key, value, layer: 0 });
         cases.push(Case::new(format!("write_kv {kv_heads}x{d}"), a, inputs).fill("k", 1.0).fill("v", 1.0));
+    }
+    cases
+}
+
+/// Attention over blocks as large as a tile of keys, of heads as wide as tensor cores like them: a decode, chunks that begin in the
+/// middle of a tile (one of three tiles of queries, one of a part), and a prompt of a whole tile and a part.
+fn attention_by_tiles(dtype: DType) -> Vec<Case> {
+    const BLOCKS: usize = 11;
+    let mut cases = Vec::new();
+    for (kv_heads, group, d) in [(2, 1, 64), (1, 3, 128), (2, 2, 128), (1, 6, 64), (1, 3, 64), (1, 1, 128)] {
+        let heads = kv_heads * group;
+        let mut base = Assembly::new(dtype);
+        let program = &mut base.program;
+        (program.kv.num_kv_heads, program.kv.head_dim, program.limits.block_size) = (kv_heads, d, 64);
+        let sequences = batch::sequences(5, &[65, 167, 130, 70], &program.limits, program.vocab_size, BLOCKS);
+        let parts = [(64, 1), (37, 130), (100, 30), (0, 70)];
+        let parts: Vec<Part<'_>> =
+            sequences.iter().zip(parts).map(|(sequence, (past, new))| Part { sequence, past, new }).collect();
+        let mut inputs = batch::step(&program.limits, &parts);
+        inputs.logits_indices.truncate(1);
+        for window in [None, Some(21), Some(100)] {
+            let mut a = base.clone();
+            let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * d);
+            let out = a.activation("out", Rows::Tokens, heads * d);
+            a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
+            let text = format!("attention by tiles {kv_heads}x{group}x{d} window {window:?}");
+            cases.push(Case::over_blocks(BLOCKS, text, a, inputs.clone()).fill("qkv", 1.0).fill_cache());
+        }
     }
     cases
 }

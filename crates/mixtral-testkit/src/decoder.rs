@@ -31,6 +31,8 @@ pub struct Geometry {
     pub window: Option<usize>,
     /// Vocabulary.
     pub vocab_size: usize,
+    /// Tokens of a KV block.
+    pub block_size: usize,
 }
 
 impl Geometry {
@@ -49,6 +51,7 @@ impl Geometry {
             top_k: 2,
             window: None,
             vocab_size: 61,
+            block_size: 16,
         }
     }
 }
@@ -60,7 +63,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
     let p = &mut a.program;
     (p.vocab_size, p.num_layers, p.num_experts, p.top_k) = (g.vocab_size, g.num_layers, g.num_experts, g.top_k);
     (p.kv.num_layers, p.kv.num_kv_heads, p.kv.head_dim) = (g.num_layers, g.num_kv_heads, g.head_dim);
-    p.limits.max_num_logits = p.limits.max_num_tokens;
+    (p.limits.max_num_logits, p.limits.block_size) = (p.limits.max_num_tokens, g.block_size);
     let (h, q, kv) = (g.hidden_size, g.num_heads * g.head_dim, g.num_kv_heads * g.head_dim);
     let all = [0, g.num_experts];
     let table = weight(&mut a, "embed_tokens", g.dtype, &[g.vocab_size, h]);

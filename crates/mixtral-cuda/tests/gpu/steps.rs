@@ -25,6 +25,7 @@ fn geometries(dtype: DType) -> [Geometry; 2] {
         num_experts: 8,
         vocab_size: 512,
         window: Some(70),
+        block_size: 64,
         ..small
     };
     [small, round]

@@ -1,11 +1,11 @@
 //! `attention`, `rope`, `write_kv`, `rope_write_kv`.
 
-use mixtral_engine::{KvLayout, Op};
+use mixtral_engine::{ElemType, KvLayout, Op};
 
 use super::elementwise::{VECTOR, threads_for};
 use super::{Context, LowerError, count, int, is_16_bit, launch, portable, type_name};
 use crate::step_block::{Array, DECODE_SPLIT, PREFILL_TILE};
-use crate::{Arg, Family, Grid, Kernel, Launch};
+use crate::{Arg, Family, Grid, Kernel, Launch, TensorMap};
 
 /// Threads of a CTA of every attention kernel.
 const THREADS: usize = 128;
@@ -167,7 +167,23 @@ fn attention(
     let args = steps.into_iter().chain(table.clone()).chain(operands(scale)?).chain(scratch).collect();
     launches.push(launch(kernel, grid, args));
 
-    if !context.regime.decodes {
+    if context.regime.decodes {
+        return Ok(launches);
+    }
+    let steps = [Array::Header, Array::PrefillItems, Array::CuQueryLens, Array::SeqLens].map(Arg::Step);
+    let operands = operands(scale)?;
+    if let Some(tiling) = PrefillTiling::new(kv, heads, limits.block_size, context.target.family) {
+        let [query, keys, values, scale, out] = operands;
+        let tokens = limits.max_num_tokens as u64;
+        let maps = [
+            map(query, kv, [buffer.cols as u64, tokens]),
+            map(keys, kv, [head_dim as u64, ANY_ROWS]),
+            map(values, kv, [head_dim as u64, ANY_ROWS]),
+        ];
+        let args = maps.into_iter().chain(steps).chain(table).chain([scale, out]).collect();
+        let kernel = tiling.kernel(kv, heads, limits.block_size, window);
+        launches.push(launch(kernel, Grid::Persistent { per_sm: tiling.per_sm(), items: None }, args));
+    } else {
         // Heads of a group that a CTA takes together.
         let pack = if group.is_multiple_of(2) { 2 } else { 1 };
         let kernel = Kernel {
@@ -178,9 +194,116 @@ fn attention(
                 THREADS,
             )
         };
-        let steps = [Array::Header, Array::PrefillItems, Array::CuQueryLens, Array::SeqLens].map(Arg::Step);
-        let args = steps.into_iter().chain(table).chain(operands(scale)?).collect();
+        let args = steps.into_iter().chain(table).chain(operands).collect();
         launches.push(launch(kernel, grid, args));
     }
     Ok(launches)
+}
+
+/// More rows than a pool of blocks can have: how many it has is known only when a program is loaded. A map's bounds cost nothing, and
+/// no row is named but of a block that a step's table holds.
+const ANY_ROWS: u64 = i32::MAX as u64;
+
+/// Rows of so many elements, in boxes of 64 elements of 64 rows.
+fn map(base: Arg, kv: KvLayout, [cols, rows]: [u64; 2]) -> Arg {
+    let (dtype, row) = (ElemType::from(kv.dtype), cols * kv.dtype.size() as u64);
+    let tile = vec![64, count(TILE)];
+    Arg::TensorMap(TensorMap {
+        base: Box::new(base),
+        dtype,
+        dims: vec![cols, rows],
+        strides: vec![row],
+        tile,
+        swizzle: 128,
+    })
+}
+
+/// How `attention::prefill_wgmma` divides its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct PrefillTiling {
+    /// Consumers, each of one head; the heads share keys and values.
+    warpgroups: usize,
+    /// Tokens of a tile of keys.
+    keys: usize,
+    /// Tiles of keys, and of values, in shared memory.
+    stages: usize,
+}
+
+impl PrefillTiling {
+    /// `None` where prefill stays with the portable kernel. It depends on nothing that differs between steps: their bits may not.
+    fn new(kv: KvLayout, heads: usize, block_size: usize, family: Family) -> Option<Self> {
+        let boxes = matches!(kv.head_dim, 64 | 128) && block_size.is_multiple_of(TILE);
+        if family != Family::Hopper || !is_16_bit(kv.dtype) || !boxes {
+            return None;
+        }
+        let group = heads / kv.num_kv_heads;
+        // Two warpgroups have the registers for tiles of 128 tokens, which load the tensor cores better than those of 64.
+        Some(if group.is_multiple_of(2) {
+            PrefillTiling { warpgroups: 2, keys: 128, stages: 2 }
+        } else if group.is_multiple_of(3) {
+            PrefillTiling { warpgroups: 3, keys: 64, stages: 4 }
+        } else {
+            PrefillTiling { warpgroups: 1, keys: 64, stages: 2 }
+        })
+    }
+
+    /// CTAs of a multiprocessor: `attention::Prefill::PER_SM`.
+    fn per_sm(self) -> u32 {
+        if self.warpgroups == 1 { 2 } else { 1 }
+    }
+
+    /// Bytes of shared memory, as `attention::Prefill::SHARED` has them (which asserts that it is so).
+    fn shared_bytes(self, head_dim: usize) -> usize {
+        let row = 2 * head_dim;
+        let queries = 2 * self.warpgroups * PREFILL_TILE * row;
+        queries + 2 * self.stages * self.keys * row + (2 + 2 * self.stages) * 16 + 1024
+    }
+
+    fn kernel(self, kv: KvLayout, heads: usize, block_size: usize, window: Option<usize>) -> Kernel {
+        let PrefillTiling { warpgroups, keys, stages } = self;
+        let shared = self.shared_bytes(kv.head_dim);
+        let symbol = format!(
+            "attention::prefill_wgmma<attention::Prefill<{}, {heads}, {}, {}, {block_size}, {}, {warpgroups}, {keys}, {stages}, \
+             {shared}>>",
+            type_name(kv.dtype),
+            kv.num_kv_heads,
+            kv.head_dim,
+            window.unwrap_or(0)
+        );
+        Kernel {
+            header: "attention/prefill_wgmma.cuh",
+            symbol,
+            threads: count(warpgroups * 128 + if warpgroups == 1 { 32 } else { 128 }),
+            shared_bytes: count(shared),
+            family: Family::Hopper,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mixtral_model::DType;
+
+    use super::*;
+
+    #[test]
+    fn prefill_is_chosen_by_what_boxes_and_groups_allow() {
+        let kv = |head_dim, dtype| KvLayout { num_layers: 1, num_kv_heads: 8, head_dim, dtype };
+        let of = |head_dim, dtype, group: usize, block_size, family| {
+            PrefillTiling::new(kv(head_dim, dtype), 8 * group, block_size, family)
+        };
+        for (group, warpgroups) in [(1, 1), (2, 2), (3, 3), (4, 2), (5, 1), (6, 2), (8, 2), (9, 3)] {
+            for head_dim in [64, 128] {
+                let tiling = of(head_dim, DType::Bf16, group, 64, Family::Hopper).expect("a tiling");
+                assert_eq!(tiling.warpgroups, warpgroups, "groups of {group}");
+                let shared = tiling.shared_bytes(head_dim) * tiling.per_sm() as usize;
+                assert!(shared <= 232_448 - 1024, "{shared} bytes for groups of {group} heads of {head_dim}");
+            }
+        }
+        assert!(of(128, DType::F16, 4, 192, Family::Hopper).is_some());
+        assert_eq!(of(128, DType::Bf16, 4, 64, Family::Portable), None);
+        assert_eq!(of(128, DType::Bf16, 4, 96, Family::Hopper), None, "a tile may cross blocks");
+        assert_eq!(of(128, DType::F32, 4, 64, Family::Hopper), None);
+        assert_eq!(of(96, DType::Bf16, 4, 64, Family::Hopper), None);
+    }
 }

@@ -110,7 +110,9 @@ fn every_regime_has_the_kernels_of_its_steps() {
             // Prefill attention has no work where every sequence is a decode.
             let tensor_cores = dtype != DType::F32;
             assert_eq!(count("::decode_paged<"), if tensor_cores { 2 } else { 0 });
-            assert_eq!(count("::prefill_paged<"), if tensor_cores && !regime.decodes { 2 } else { 0 });
+            let prefill = if tensor_cores && !regime.decodes { 2 } else { 0 };
+            let hopper = if family == Family::Hopper { prefill } else { 0 };
+            assert_eq!((count("::prefill_wgmma<"), count("::prefill_paged<")), (hopper, prefill - hopper));
             assert_eq!(count("::simt<"), if tensor_cores { 0 } else { 2 });
             // The router lists the assignments itself as long as one CTA can.
             assert_eq!(count("::router<"), 1);
