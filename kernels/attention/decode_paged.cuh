@@ -48,8 +48,7 @@ struct Decode {
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
 __global__ void __launch_bounds__(DECODE_THREADS)
-    decode_paged(const step::Header* header, const int2* items, const i32* seq_lens, const i32* block_table, i32 table_width,
-                 const T* query, const T* keys, const T* values, float scale, T* out, float* partials,
+    decode_paged(const step::Header* header, const int4* items, const i32* block_table, i32 table_width, const T* query, const T* keys, const T* values, float scale, T* out, float* partials,
                  i32 max_splits, u32* tickets) {
     pdl::launch_dependents();
     using Shape = Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, STAGES>;
@@ -69,15 +68,18 @@ __global__ void __launch_bounds__(DECODE_THREADS)
     if (blockIdx.x > 0 && blockIdx.x >= num_works) return;
     const typename Shape::Kv cache = {keys, values};
 
-    // Goes to the work item at `work`, or the first after it that has tiles.
-    const auto seek = [&](Cursor& c) {
+    // What is needed next is asked for one turn before: the item of the work after a cursor's, the block of the tile after the one that
+    // is copied, the queries of the next work. Where contexts are short these latencies would be half of the time.
+    const auto item_at = [&](int work) { return work < num_works ? items[work / PER_ITEM] : int4{}; };
+    // Goes to the work item at `work`, whose item is `item`, or the first after it that has tiles; then `item` is that of the one after.
+    const auto seek = [&](Cursor& c, int4& item) {
         for (; c.work < num_works; c.work += gridDim.x) {
-            const int2 item = items[c.work / PER_ITEM];
             c.seq = item.x;
             c.split = item.y;
+            c.end = item.z;
+            item = item_at(c.work + gridDim.x);
             c.head = c.work % PER_ITEM / PARTS;
             c.part = c.work % PARTS;
-            c.end = seq_lens[c.seq];
             c.first = first_visible<WINDOW>(c.end - 1);
             const int begin = c.split * step::DECODE_SPLIT;
             c.tile = (c.first > begin ? c.first : begin) / TILE;
@@ -91,20 +93,28 @@ __global__ void __launch_bounds__(DECODE_THREADS)
         if (!waited) pdl::wait();
         waited = true;
     };
-    // Starts the copy of the next tile, if there is one.
+    // The next tile to be copied, if there is one, and its block.
     Cursor ahead = {};
     ahead.work = blockIdx.x;
-    seek(ahead);
+    int4 ahead_item = item_at(ahead.work);
+    i32 ahead_block = 0;
+    const auto blocks_of = [&](const Cursor& c) { return block_table + static_cast<i64>(c.seq) * table_width; };
+    const auto look_up = [&] {
+        if (ahead.work < num_works) ahead_block = Shape::Kv::entry(blocks_of(ahead), ahead.tile);
+    };
+    seek(ahead, ahead_item);
+    look_up();
     const auto load_next = [&](int stage) {
         if (ahead.work < num_works) {
             // The last token is this step's.
             if ((ahead.tile + 1) * TILE >= ahead.end) wait();
-            cache.template load<DECODE_THREADS>(ring + stage * Shape::STAGE, block_table + static_cast<i64>(ahead.seq) * table_width,
-                                                ahead.head, ahead.tile, ahead.first, ahead.end);
+            cache.template load<DECODE_THREADS>(ring + stage * Shape::STAGE, blocks_of(ahead), ahead_block, ahead.head,
+                                                ahead.tile, ahead.first, ahead.end);
             if (++ahead.tile == ahead.last) {
                 ahead.work += gridDim.x;
-                seek(ahead);
+                seek(ahead, ahead_item);
             }
+            look_up();
         }
         ptx::cp_async_commit();
     };
@@ -112,14 +122,10 @@ __global__ void __launch_bounds__(DECODE_THREADS)
     for (int stage = 0; stage < STAGES - 1; ++stage) load_next(stage);
     wait();
 
-    int stage = 0;
-    Cursor c = {};
-    c.work = blockIdx.x;
-    for (seek(c); c.work < num_works; c.work += gridDim.x, seek(c)) {
-        // Rows of the product past the part's heads are zero.
+    // Rows of the product past the part's heads are zero.
+    const auto load_queries = [&](const Cursor& c, u32(&q)[STEPS][4]) {
         const int heads = GROUP - c.part * 16 < 16 ? GROUP - c.part * 16 : 16;
         const int first_head = c.head * GROUP + c.part * 16;
-        u32 q[STEPS][4];
         const T* queries = query + static_cast<i64>(c.seq) * COLS + static_cast<i64>(first_head) * D + column;
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
@@ -130,6 +136,27 @@ __global__ void __launch_bounds__(DECODE_THREADS)
                 q[k][i] = used ? *reinterpret_cast<const u32*>(queries + from * D + k * 16 + i / 2 * 8) : 0;
             }
         }
+    };
+    int stage = 0;
+    Cursor next = {};
+    next.work = blockIdx.x;
+    int4 next_item = item_at(next.work);
+    u32 next_q[STEPS][4];
+    seek(next, next_item);
+    if (next.work < num_works) load_queries(next, next_q);
+    while (next.work < num_works) {
+        Cursor c = next;
+        const int heads = GROUP - c.part * 16 < 16 ? GROUP - c.part * 16 : 16;
+        const int first_head = c.head * GROUP + c.part * 16;
+        u32 q[STEPS][4];
+#pragma unroll
+        for (int k = 0; k < STEPS; ++k) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) q[k][i] = next_q[k][i];
+        }
+        next.work += gridDim.x;
+        seek(next, next_item);
+        if (next.work < num_works) load_queries(next, next_q);
         float o[2 * STEPS][4] = {};
         float max[2] = {math::minus_infinity(), math::minus_infinity()}, total[2] = {};
         for (; c.tile < c.last; ++c.tile) {

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         const int end = position + num_queries;
         const auto load = [&](int tile) {
             const i32* blocks = block_table + static_cast<i64>(place.seq) * table_width;
-            cache.template load<PREFILL_THREADS>(ring + tile % 2 * STAGE, blocks, place.head / (HEADS / KV_HEADS), tile,
+            cache.template load<PREFILL_THREADS>(ring + tile % 2 * STAGE, blocks, Kv::entry(blocks, tile), place.head / (HEADS / KV_HEADS), tile,
                                                  first_visible<WINDOW>(position), end);
             ptx::cp_async_commit();
         };

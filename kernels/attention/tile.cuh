@@ -70,18 +70,23 @@ struct Cache {
     const T* keys;
     const T* values;
 
-    // Copies a tile by all THREADS of the CTA: keys at `shared`, values BYTES after them. Tokens outside [first, end) are zero;
-    // neither they nor their blocks are touched.
+    // A tile inside of one block has one entry of the table.
+    static constexpr bool ONE_BLOCK = BLOCK_SIZE % TILE == 0;
+
+    // That entry, of a sequence's row of the table.
+    static __device__ __forceinline__ i32 entry(const i32* blocks, int tile) {
+        return ONE_BLOCK ? blocks[tile * TILE / BLOCK_SIZE] : 0;
+    }
+
+    // Copies a tile by all THREADS of the CTA: keys at `shared`, values BYTES after them. `block` is the tile's entry. Tokens outside
+    // [first, end) are zero; neither they nor their blocks are touched.
     template <int THREADS>
-    __device__ __forceinline__ void load(u32 shared, const i32* blocks, int head, int tile, int first, int end) const {
-        // A tile inside of one block has one entry of the table.
-        constexpr bool ONE_BLOCK = BLOCK_SIZE % TILE == 0;
+    __device__ __forceinline__ void load(u32 shared, const i32* blocks, i32 block, int head, int tile, int first, int end) const {
         const Pieces<D, THREADS> own;
         const int token = tile * TILE + own.row;
         i64 offset = 0;
         if constexpr (ONE_BLOCK) {
-            const i64 block = blocks[tile * TILE / BLOCK_SIZE];
-            offset = ((block * KV_HEADS + head) * BLOCK_SIZE + tile * TILE % BLOCK_SIZE + own.row) * D + own.column;
+            offset = ((static_cast<i64>(block) * KV_HEADS + head) * BLOCK_SIZE + tile * TILE % BLOCK_SIZE + own.row) * D + own.column;
         }
         // (Entries of the table are looked up two at a time: more would not fit in registers beside a prefill's sums.)
         own.template each<TILE, ONE_BLOCK ? TILE : 2>([&](int rows) {

@@ -54,7 +54,7 @@ struct Config {
     static constexpr int STAGE = A_BYTES + B_BYTES;
     // Outputs and tokens that a warpgroup moves at a time.
     static constexpr int MOVED = SILU ? 32 * BLOCKS : 64;
-    static constexpr int MOVED_COLS = COLS < 64 ? COLS : 64;
+    static constexpr int MOVED_COLS = COLS <= 64 ? COLS : COLS % 64 == 0 ? 64 : 48;
     static constexpr int MOVED_BYTES = KIND == epilogue::F32 ? 0 : epilogue::Tile<MOVED, MOVED_COLS>::BYTES;
     static constexpr int RING = STAGES * STAGE;
     // Where rows of a tile end before 64, products read on behind them: what they read is dropped.
@@ -70,7 +70,7 @@ struct Config {
     static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
 
     static_assert(ROWS % 16 == 0 && (ROWS <= 64 || ROWS % (64 * WARPGROUPS) == 0), "whole blocks of 64 rows");
-    static_assert(COLS % 8 == 0 && (COLS <= 64 || COLS % 64 == 0) && DEPTH % 64 == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
+    static_assert(BOX % 8 == 0 && COLS % MOVED_COLS == 0 && DEPTH % 64 == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
     static_assert(MOVED == 32 || MOVED == 64, "as epilogue::Tile");
     static_assert(SHARED <= 232448, "shared memory of a CTA");
 };

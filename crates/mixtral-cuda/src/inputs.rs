@@ -54,7 +54,7 @@ pub(crate) fn write(
     put(Array::CuQueryLens, "sequences", seqs, 4, &ints(inputs.cu_query_lens.iter().copied()))?;
     put(Array::SeqLens, "sequences", seqs, 4, &ints(inputs.seq_lens.iter().copied()))?;
     put(Array::LogitsIndices, "rows of logits", tokens, 4, &ints(inputs.logits_indices.iter().copied()))?;
-    put(Array::DecodeItems, "splits of decodes", seqs, 8, &ints(decode_items.into_iter().flatten()))?;
+    put(Array::DecodeItems, "splits of decodes", seqs, 16, &ints(decode_items.into_iter().flatten()))?;
     put(Array::PrefillItems, "tiles of prompts", tokens, 8, &ints(prefill_items.into_iter().flatten()))?;
     put(Array::Samples, "draws", seqs, size_of::<Sample>(), &sample_bytes)?;
     put(Array::BlockTable, "cache blocks", seqs, 4, &ints(inputs.block_table.iter().copied()))?;
@@ -77,10 +77,11 @@ pub(crate) fn drawn(bytes: &[u8]) -> Vec<Drawn> {
     bytes.chunks_exact(size_of::<Drawn>()).map(one).collect()
 }
 
-/// Every split of every decode's sequence: sequence, split.
-fn decode_items(inputs: &StepInputs<'_>) -> Vec<[i32; 2]> {
+/// Every split of every decode's sequence: sequence, split, tokens of the sequence, 0.
+fn decode_items(inputs: &StepInputs<'_>) -> Vec<[i32; 4]> {
     let decodes = inputs.seq_lens.iter().take(inputs.num_decodes).enumerate();
-    decodes.flat_map(|(seq, &len)| (0..index(len).div_ceil(DECODE_SPLIT)).map(move |s| [int(seq), int(s)])).collect()
+    let splits = |len: i32| 0..index(len).div_ceil(DECODE_SPLIT);
+    decodes.flat_map(|(seq, &len)| splits(len).map(move |s| [int(seq), int(s), len, 0])).collect()
 }
 
 /// Every tile of every other sequence's new tokens: sequence, first token. The one that sees the most keys comes first, so that

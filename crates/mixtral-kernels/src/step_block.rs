@@ -28,7 +28,7 @@ pub enum Array {
     SeqLens,
     /// Tokens whose logits are wanted, `[L]`.
     LogitsIndices,
-    /// Work of decode attention, `[n][2]`: sequence, split. A sequence's splits lie together, ascending.
+    /// Work of decode attention, `[n][4]`: sequence, split, the sequence's tokens, 0. A sequence's splits lie together, ascending.
     DecodeItems,
     /// Work of prefill attention, `[n][2]`: sequence, first query token of the tile within the chunk. Longest first.
     PrefillItems,
@@ -151,7 +151,7 @@ impl StepBlock {
             (Array::CuQueryLens, 4 * (s + 1)),
             (Array::SeqLens, 4 * s),
             (Array::LogitsIndices, 4 * logits),
-            (Array::DecodeItems, 8 * s * splits),
+            (Array::DecodeItems, 16 * s * splits),
             (Array::PrefillItems, 8 * (s + t.div_ceil(PREFILL_TILE))),
             (Array::Samples, size_of::<Sample>() * s.max(logits)),
             (Array::Drawn, size_of::<Drawn>() * s.max(logits)),

@@ -83,7 +83,7 @@ fn attention_has_every_split_in_order_and_the_longest_tile_first() {
     let mut bytes = vec![0; block.bytes()];
     write(&block, &program, &inputs, &mut bytes).unwrap();
     // 257 tokens are two splits; a decode of one token is one.
-    assert_eq!(read(&block, &bytes, Array::DecodeItems, 6), [0, 0, 0, 1, 1, 0]);
+    assert_eq!(read(&block, &bytes, Array::DecodeItems, 12), [0, 0, 257, 0, 0, 1, 257, 0, 1, 0, 1, 0]);
     // Keys seen: 3/128 → 130, 3/64 → 128, 2/64 → 100, 2/0 → 96, 3/0 → 64.
     assert_eq!(read(&block, &bytes, Array::PrefillItems, 10), [3, 128, 3, 64, 2, 64, 2, 0, 3, 0]);
 }

@@ -158,7 +158,7 @@ fn attention(
         shared_bytes: count(stages * 2 * TILE * row + sums),
         ..portable("attention/decode_paged.cuh", format!("attention::decode_paged<{shape}, {stages}>"), THREADS)
     };
-    let steps = [Array::Header, Array::DecodeItems, Array::SeqLens].map(Arg::Step);
+    let steps = [Array::Header, Array::DecodeItems].map(Arg::Step);
     let scratch = [
         Arg::Scratch(context.scratch.attention_partials),
         int(limits.max_seq_len.div_ceil(DECODE_SPLIT)),

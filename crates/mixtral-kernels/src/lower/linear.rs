@@ -56,10 +56,15 @@ impl Tiling {
         let blocks = rows.div_ceil(64 * warpgroups);
         let token_bytes = cols * depth * 2;
         let ring = stages * (rows * depth * 2 + token_bytes);
+        let moved_cols = match cols {
+            0..=64 => cols,
+            cols if cols.is_multiple_of(64) => 64,
+            _ => 48,
+        };
         let moved = match kind {
             Kind::F32 => 0,
-            Kind::SiluMul => 32 * blocks * cols.min(64) * 2,
-            _ => 64 * cols.min(64) * 2,
+            Kind::SiluMul => 32 * blocks * moved_cols * 2,
+            _ => 64 * moved_cols * 2,
         };
         let overread = if rows < 64 { (64 - rows) * 128 } else { 0 };
         let skipped = if overread > warpgroups * moved + token_bytes { overread } else { 0 };
