@@ -47,7 +47,7 @@ struct Decode {
 };
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
-__global__ void __launch_bounds__(DECODE_THREADS)
+__global__ void __launch_bounds__(DECODE_THREADS, 3)
     decode_paged(const step::Header* header, const int4* items, const i32* block_table, i32 table_width, const T* query, const T* keys, const T* values, float scale, T* out, float* partials,
                  i32 max_splits, u32* tickets) {
     pdl::launch_dependents();
@@ -123,40 +123,31 @@ __global__ void __launch_bounds__(DECODE_THREADS)
     wait();
 
     // Rows of the product past the part's heads are zero.
-    const auto load_queries = [&](const Cursor& c, u32(&q)[STEPS][4]) {
-        const int heads = GROUP - c.part * 16 < 16 ? GROUP - c.part * 16 : 16;
-        const int first_head = c.head * GROUP + c.part * 16;
-        const T* queries = query + static_cast<i64>(c.seq) * COLS + static_cast<i64>(first_head) * D + column;
+    u32 q[STEPS][4];
+    const auto heads_of = [](int work) { return GROUP - work % PARTS * 16 < 16 ? GROUP - work % PARTS * 16 : 16; };
+    const auto first_head_of = [](int work) { return work % PER_ITEM / PARTS * GROUP + work % PARTS * 16; };
+    const auto load_queries = [&](int work, int seq) {
+        const T* queries = query + static_cast<i64>(seq) * COLS + static_cast<i64>(first_head_of(work)) * D + column;
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int from = row + i % 2 * 8;
-                const bool used = from < heads && (ROWS > 8 || i % 2 == 0);
+                const bool used = from < heads_of(work) && (ROWS > 8 || i % 2 == 0);
                 q[k][i] = used ? *reinterpret_cast<const u32*>(queries + from * D + k * 16 + i / 2 * 8) : 0;
             }
         }
     };
-    int stage = 0;
-    Cursor next = {};
-    next.work = blockIdx.x;
-    int4 next_item = item_at(next.work);
-    u32 next_q[STEPS][4];
-    seek(next, next_item);
-    if (next.work < num_works) load_queries(next, next_q);
-    while (next.work < num_works) {
-        Cursor c = next;
-        const int heads = GROUP - c.part * 16 < 16 ? GROUP - c.part * 16 : 16;
-        const int first_head = c.head * GROUP + c.part * 16;
-        u32 q[STEPS][4];
-#pragma unroll
-        for (int k = 0; k < STEPS; ++k) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) q[k][i] = next_q[k][i];
-        }
-        next.work += gridDim.x;
-        seek(next, next_item);
-        if (next.work < num_works) load_queries(next, next_q);
+    int stage = 0, work = blockIdx.x;
+    int4 item = item_at(work);
+    if (work < num_works) load_queries(work, item.x);
+    for (;;) {
+        Cursor c = {};
+        c.work = work;
+        seek(c, item);
+        if (c.work >= num_works) break;
+        if (c.work != work) load_queries(c.work, c.seq);
+        const int heads = heads_of(c.work), first_head = first_head_of(c.work);
         float o[2 * STEPS][4] = {};
         float max[2] = {math::minus_infinity(), math::minus_infinity()}, total[2] = {};
         for (; c.tile < c.last; ++c.tile) {
@@ -220,6 +211,9 @@ __global__ void __launch_bounds__(DECODE_THREADS)
             }
         }
 
+        // While the parts are added, the next work's queries arrive.
+        work = c.work + gridDim.x;
+        if (work < num_works) load_queries(work, item.x);
         // The warps' parts, in ascending order.
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -110,7 +110,9 @@ mod tests {
             // It stands in a program's text, whose operands are parted by spaces.
             assert!(!text.contains(' '), "{text}");
         }
-        for text in ["", "mma", "mma:64", "simt:3", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1", "wgmma:64x8:k128:s5:w1:c1:x"] {
+        for text in
+            ["", "mma", "mma:64", "simt:3", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1", "wgmma:64x8:k128:s5:w1:c1:x"]
+        {
             assert!(text.parse::<LinearPlan>().is_err(), "{text}");
         }
     }

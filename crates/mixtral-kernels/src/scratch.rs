@@ -66,6 +66,16 @@ impl Scratch {
         let sampling = region(4 * l.max_num_logits.max(l.max_batch_size) * drawn);
         let counters = region(4096);
         let turns = region(8);
-        Scratch { attention_partials, attention_tickets, permuted, chunk_sizes, angles, sampling, counters, turns, bytes }
+        Scratch {
+            attention_partials,
+            attention_tickets,
+            permuted,
+            chunk_sizes,
+            angles,
+            sampling,
+            counters,
+            turns,
+            bytes,
+        }
     }
 }

@@ -51,7 +51,7 @@ impl LinearShape {
 
 /// Bytes of a kernel's ring: more than half of a multiprocessor's shared memory, so that no two CTAs of a kernel meet on one. Their
 /// work is dealt beforehand, and two that share a multiprocessor finish last by far.
-const RING: u32 = 184 << 10;
+const RING: u32 = 196 << 10;
 
 /// The plan for up to `tokens` tokens.
 #[must_use]
@@ -78,31 +78,29 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         cluster: 1,
         dynamic: false,
     };
-    // EXPERIMENT
-    if let Ok(text) = std::env::var(if shape.grouped { if shape.silu_mul {"MIXTRAL_GATEUP"} else {"MIXTRAL_DOWN"} } else { "MIXTRAL_DENSE" }) {
-        for item in text.split(',') {
-            let (range, plan) = item.split_once('=').unwrap();
-            let (range, rows) = range.split_once('@').map_or((range, None), |(a, b)| (a, Some(b.parse::<usize>().unwrap())));
-            let (low, high) = range.split_once('-').unwrap();
-            if rows.is_none_or(|r| r == shape.rows) && (low.parse::<usize>().unwrap()..=high.parse().unwrap()).contains(&tokens) {
-                return plan.parse().unwrap();
-            }
-        }
-    }
     match (tokens, shape.grouped) {
         (0..=16, grouped) => {
             let cols = if tokens <= 8 { 8 } else { 16 };
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
         }
         (17..=32, true) => ring(64, 32, 128, 1),
-        (33..=64, true) => ring(128, 64, 64, 2),
+        // An expert's share of 128 tokens are about 32, of 256 about 64 and seldom over 96: wider tiles would leave less room to stages.
+        (33..=128, true) => ring(128, 64, 64, 2),
+        (129..=256, true) => ring(128, 96, 64, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
-        (65..=256, true) => ring(128, 128, 64, 2),
         (65..=256, false) if shape.rows.div_ceil(64) * tokens.div_ceil(128) <= MULTIPROCESSORS => ring(64, 128, 64, 1),
         // Taller tiles rather than a second round.
         (65..=256, false) => ring(128, 128, 64, 2),
-        // Two warpgroups of 64 × 256: their accumulators fill the register file.
-        _ => LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 1, dynamic: false },
+        // What limits prefill is what a multiprocessor can take in, and with it the power that goes into moving it. Two warpgroups of
+        // 128 × 192 fill the register file and take in a quarter less than 64 × 256 each; a dense linear has too few such tiles where
+        // a prompt has 2048 tokens. Pairs of CTAs share their tokens, and tiles go to who is free, so that experts' ragged last ones
+        // neither leave CTAs idle nor let neighbours drift out of each other's reach in L2.
+        (_, true) => {
+            LinearPlan::Wgmma { rows: 256, cols: 192, depth: 64, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
+        }
+        (_, false) => {
+            LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 2, dynamic: true }
+        }
     }
 }
 
