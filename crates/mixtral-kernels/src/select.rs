@@ -51,7 +51,7 @@ impl LinearShape {
 
 /// Bytes of a kernel's ring: more than half of a multiprocessor's shared memory, so that no two CTAs of a kernel meet on one. Their
 /// work is dealt beforehand, and two that share a multiprocessor finish last by far.
-const RING: u32 = 196 << 10;
+const RING: u32 = 184 << 10;
 
 /// The plan for up to `tokens` tokens.
 #[must_use]
