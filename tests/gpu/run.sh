@@ -133,6 +133,7 @@ bench() {
     rm -f "$out/bench.json"
     bench_engine 8x7b 8x7b --batch-size 1,8,64,256 --context 128 --prefill 2048
     bench_engine "8x7b, 8 prompts" 8x7b --batch-size 1 --steps 4 --prefill 2048 --prefill-batch 8 --quick
+    bench_engine "8x7b cublaslt" 8x7b-cublaslt --batch-size 1 --context 128 --steps 4 --prefill 2048 --quick
     bench_engine "8x7b portable" 8x7b-portable --batch-size 1,64 --context 128 --steps 8 --prefill 2048 --quick
 }
 

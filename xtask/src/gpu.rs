@@ -41,6 +41,7 @@ const SCRIPT: &str = "tests/gpu/run.sh";
 const ENGINES: &[(&str, &[&[&str]])] = &[
     ("8x7b", &[MEASURED]),
     ("8x7b-portable", &[MEASURED, PORTABLE]),
+    ("8x7b-cublaslt", &[MEASURED, &["--gemm-plugin", "cublaslt"]]),
     ("8x7b-logits", &[GATHERED]),
     ("8x7b-portable-logits", &[GATHERED, PORTABLE]),
 ];

@@ -79,6 +79,28 @@ pub enum CudaError {
         /// What to build for.
         arch: String,
     },
+    /// cuBLASLt is missing.
+    #[error(
+        "libcublasLt, which computes the engine's dense linears, was not found (looked in {places}); install it with `pip install nvidia-cublas` or a CUDA toolkit (and set CUDA_HOME), or build the engine with --gemm-plugin auto, which does without it"
+    )]
+    NoCublasLt {
+        /// Where it was looked for.
+        places: String,
+    },
+    /// cuBLASLt refuses.
+    #[error(
+        "cuBLASLt {what}: {call} failed with status {status} ({name}); build the engine with --gemm-plugin auto, which does without it"
+    )]
+    CublasLt {
+        /// What it does not do.
+        what: String,
+        /// The function.
+        call: &'static str,
+        /// Its return code.
+        status: i32,
+        /// The code's name.
+        name: String,
+    },
     /// A launch that breaks the interpreter's rules.
     #[error("launch of `{symbol}`: {problem}; this is a bug, please report it")]
     Launch {
@@ -151,6 +173,19 @@ impl From<CudaError> for BackendError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_library_and_one_that_refuses_have_a_way_out() {
+        let missing = CudaError::NoCublasLt { places: "the dynamic linker's path, /usr/local/cuda".to_owned() };
+        insta::assert_snapshot!(missing, @"libcublasLt, which computes the engine's dense linears, was not found (looked in the dynamic linker's path, /usr/local/cuda); install it with `pip install nvidia-cublas` or a CUDA toolkit (and set CUDA_HOME), or build the engine with --gemm-plugin auto, which does without it");
+        let refused = CudaError::CublasLt {
+            what: "does not start".to_owned(),
+            call: "cublasLtCreate",
+            status: 1,
+            name: "CUBLAS_STATUS_NOT_INITIALIZED".to_owned(),
+        };
+        insta::assert_snapshot!(refused, @"cuBLASLt does not start: cublasLtCreate failed with status 1 (CUBLAS_STATUS_NOT_INITIALIZED); build the engine with --gemm-plugin auto, which does without it");
+    }
 
     #[test]
     fn a_lost_context_is_a_fault_of_its_step() {

@@ -32,6 +32,9 @@ pub enum LinearPlan {
         /// Consumer warpgroups.
         warpgroups: u32,
     },
+    /// cuBLASLt's product, with what it chooses at run time. Only where it was asked for: it gives up that a row's bits do not
+    /// depend on the other rows.
+    CublasLt,
 }
 
 /// Not a plan's text.
@@ -47,6 +50,7 @@ impl fmt::Display for LinearPlan {
             LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups } => {
                 write!(f, "wgmma:{rows}x{cols}:k{depth}:s{stages}:w{warpgroups}")
             }
+            LinearPlan::CublasLt => write!(f, "cublaslt"),
         }
     }
 }
@@ -76,6 +80,7 @@ impl FromStr for LinearPlan {
                 let (depth, stages) = (number(words.next(), 'k')?, number(words.next(), 's')?);
                 LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups: number(words.next(), 'w')? }
             }
+            "cublaslt" => LinearPlan::CublasLt,
             _ => return Err(error()),
         };
         if words.next().is_some() { Err(error()) } else { Ok(plan) }
@@ -92,6 +97,7 @@ mod tests {
             LinearPlan::Simt,
             LinearPlan::Mma { rows: 64, cols: 32 },
             LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1 },
+            LinearPlan::CublasLt,
         ];
         for plan in plans {
             let text = plan.to_string();
@@ -99,7 +105,7 @@ mod tests {
             // It stands in a program's text, whose operands are parted by spaces.
             assert!(!text.contains(' '), "{text}");
         }
-        for text in ["", "mma", "mma:64", "simt:3", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1:x"] {
+        for text in ["", "mma", "mma:64", "simt:3", "cublaslt:1", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1:x"] {
             assert!(text.parse::<LinearPlan>().is_err(), "{text}");
         }
     }
