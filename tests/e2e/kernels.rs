@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::tool::{Said, example_engine, mixtral_in, mixtral_with, root};
 
 /// Whether there is an NVRTC; says so if not.
-fn has_nvrtc() -> bool {
+pub fn has_nvrtc() -> bool {
     let found = Nvrtc::load(&Search::from_environment());
     if let Err(error) = &found {
         println!("skipped: {error} (cargo xtask test installs it)");

@@ -14,10 +14,24 @@ pub enum CudaError {
         detail: String,
     },
     /// libcuda is too old.
-    #[error("the NVIDIA driver is too old: it has no {symbol}; install one for CUDA 12.0 or newer (525 or newer)")]
+    #[error(
+        "the NVIDIA driver is too old: it knows {found}, and {oldest} or newer is needed (driver 545; kernels that a newer CUDA compiled need the driver of that one); install a newer one, or run with --backend cpu"
+    )]
     OldDriver {
-        /// The function that it lacks.
-        symbol: &'static str,
+        /// The newest CUDA that it knows.
+        found: String,
+        /// The oldest that is enough.
+        oldest: String,
+    },
+    /// A driver that does not start.
+    #[error("the NVIDIA driver ({driver}) does not start: cuInit says {detail}; {advice}, or run with --backend cpu")]
+    Start {
+        /// The newest CUDA that it knows.
+        driver: String,
+        /// What it said.
+        detail: String,
+        /// What to do.
+        advice: &'static str,
     },
     /// A driver without a GPU.
     #[error(
