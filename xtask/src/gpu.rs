@@ -30,6 +30,7 @@ const FILES: &[&str] = &[
     "examples/tiny-mixtral",
     "tests/python/common.py",
     "tests/python/determinism.py",
+    "tests/python/load.py",
     "tests/python/parity.py",
     "tests/python/twin.py",
 ];
