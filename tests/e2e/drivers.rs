@@ -91,5 +91,13 @@ fn an_engine_says_what_its_driver_lacks() {
         let message = refused(with_driver(at, engine.path(), RUN, &variables), at);
         text.push_str(&format!("# {variables:?}\n{message}\n"));
     }
+    // An engine whose linears want a library that is not there: found first, and no library.
+    let engine = example_engine("--dtype auto", "--arch sm_90a --gemm-plugin cublaslt");
+    for name in ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"] {
+        fs::write(at.join(name), "no library").unwrap();
+    }
+    let nowhere = at.join("nowhere").display().to_string();
+    let message = refused(with_driver(at, engine.path(), RUN, &[("MIXTRAL_NVRTC", &nowhere)]), at);
+    text.push_str(&format!("# no cuBLASLt\n{message}"));
     insta::assert_snapshot!(text);
 }

@@ -1,10 +1,8 @@
 // A driver that is as the tests say, for machines without one. DRIVER_VERSION is what cuDriverGetVersion says, as 12040;
-// DRIVER_INIT the return code of cuInit, DRIVER_LOAD that of loading a kernel, each 0 by default. It has one Hopper GPU, on which
-// nothing runs.
+// DRIVER_INIT the return code of cuInit, DRIVER_LOAD that of loading a kernel, each 0 by default. It has one Hopper GPU, which
+// loads kernels and has no memory.
 #include <stdlib.h>
 #include <string.h>
-
-typedef unsigned long long u64;
 
 static int number(const char* name, int otherwise) {
     const char* text = getenv(name);
@@ -82,6 +80,28 @@ int cuModuleLoadDataEx(void** module, const void* image, unsigned options, int* 
     return number("DRIVER_LOAD", 0);
 }
 
+int cuModuleGetFunction(void** function, void* module, const char* name) {
+    (void)module, (void)name;
+    *function = function;
+    return 0;
+}
+
+int cuFuncGetAttribute(int* value, int attribute, void* function) {
+    (void)function;
+    *value = attribute == 0 ? 1024 : 0;  // threads of a CTA
+    return 0;
+}
+
+int cuFuncSetAttribute(void* function, int attribute, int value) {
+    (void)function, (void)attribute, (void)value;
+    return 0;
+}
+
+int cuModuleUnload(void* module) {
+    (void)module;
+    return 0;
+}
+
 int cuDevicePrimaryCtxRetain(void** context, int device) {
     (void)device;
     *context = context;
@@ -123,10 +143,6 @@ NOTHING(cuEventDestroy_v2)
 NOTHING(cuEventRecord)
 NOTHING(cuEventSynchronize)
 NOTHING(cuEventElapsedTime)
-NOTHING(cuModuleUnload)
-NOTHING(cuModuleGetFunction)
-NOTHING(cuFuncGetAttribute)
-NOTHING(cuFuncSetAttribute)
 NOTHING(cuLaunchKernelEx)
 NOTHING(cuGraphInstantiateWithFlags)
 NOTHING(cuGraphLaunch)
