@@ -1,11 +1,12 @@
 // Op: add, silu_mul. CPU twin: kernels/elementwise.rs.
-// Regime: any number of rows; separate only in programs that are not fused.
+// Regime: any number of rows; separate only in programs that are not fused, and where cuBLASLt computes what a residual is
+// added to.
 // Tile: eight elements a thread.
 // Grid: enough threads for the largest step.
 // Numerics: the contract's, to the bit.
 // Requires: nothing.
 // Traffic: each operand once.
-// Measured: only unfused programs have them; not tuned.
+// Measured: not tuned.
 #pragma once
 
 #include "base/math.cuh"

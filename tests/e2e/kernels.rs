@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::tool::{Said, example_engine, mixtral_in, mixtral_with, root};
 
 /// Whether there is an NVRTC; says so if not.
-fn has_nvrtc() -> bool {
+pub fn has_nvrtc() -> bool {
     let found = Nvrtc::load(&Search::from_environment());
     if let Err(error) = &found {
         println!("skipped: {error} (cargo xtask test installs it)");
@@ -111,6 +111,31 @@ fn disabled_plugins_give_portable_kernels_and_say_so() {
     ] {
         assert!(said.err.contains(part), "no `{part}` in:\n{}", said.err);
     }
+}
+
+#[test]
+fn cublaslt_is_for_long_steps_and_says_what_it_costs() {
+    if !has_nvrtc() {
+        return;
+    }
+    let dir = checkpoint("--dtype auto");
+    let (at, cache) = (dir.path(), dir.path().join("cache"));
+    let warnings = |said: &Said| -> Vec<String> {
+        let lines = said.err.lines().filter(|line| line.starts_with("warning: ") && line.contains("cublaslt"));
+        lines.map(str::to_owned).collect()
+    };
+    let said = build(at, &cache, "--arch sm_90a --gemm-plugin cublaslt --explain");
+    counts(&said);
+    let first = warnings(&said);
+    let [decode, prefill] = ["decode of 1 token: ", "prefill: "].map(|part| said.out.split(part).nth(1).unwrap());
+    assert!(!decode.split("prefill: ").next().unwrap().contains("cublaslt"), "{}", said.out);
+    assert_eq!(prefill.matches(" [cublaslt]").count(), 8, "q/k/v and output of four layers:\n{}", said.out);
+    let inspected = mixtral_in(at, "inspect engine_outputs", &[]).ok();
+    assert!(inspected.contains("\"plan\":\"cublaslt\""), "{inspected}");
+
+    let short = warnings(&build(at, &cache, "--arch sm_90a --gemm-plugin cublaslt --max-num-tokens 256"));
+    let cpu = warnings(&build(at, &cache, "--backend cpu --gemm-plugin cublaslt"));
+    insta::assert_snapshot!([first, short, cpu].concat().join("\n"));
 }
 
 #[test]

@@ -6,6 +6,7 @@
 mod damage;
 mod diff;
 mod disks;
+mod drivers;
 mod faults;
 mod generate;
 mod goldens;

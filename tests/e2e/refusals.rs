@@ -57,7 +57,6 @@ fn wrong_command_lines() {
         "build --checkpoint-dir a --model-config mixtral-8x7b",
         "build --arch sm_90a --backend cpu",
         "build --arch sm_91",
-        "build --gemm-plugin cublaslt",
         "bench --prefill-batch 0",
         "build --max-beam-width 4",
         "build --tune",

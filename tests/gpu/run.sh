@@ -3,13 +3,14 @@
 # that this lies in. It needs bash, Python with torch, transformers, safetensors and numpy, NVRTC, and compute-sanitizer
 # where there is one.
 #
-#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in under 5 minutes), twin, peers
+#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in under 5 minutes), twin, load, peers
 #
 # parity     operations and decoder steps against the CPU backend, and bits that may not change
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
 # sanitizer  memory errors and races of the kernels
 # bench      Mixtral 8x7B's shape: decode, prefill, ceilings
 # twin       Mixtral 8x7B's shape against transformers with the same dummy weights
+# load       how fast weights get onto the GPU, beside what its bus does; writes 25 GB, in memory where there is room
 # peers      transformers' own speed on this machine
 #
 # Logs go to $OUT (default ./out), at most one a section, and table.txt, which is printed last: a line a check.
@@ -25,7 +26,7 @@ python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 
 # Seconds that a section may take. The default ones are under five minutes together.
-declare -A limit=([parity]=95 [tiny]=95 [sanitizer]=45 [bench]=60 [twin]=150 [peers]=420)
+declare -A limit=([parity]=95 [tiny]=95 [sanitizer]=45 [bench]=60 [twin]=150 [load]=150 [peers]=420)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -133,6 +134,7 @@ bench() {
     rm -f "$out/bench.json"
     bench_engine 8x7b 8x7b --batch-size 1,8,64,256 --context 128 --prefill 2048
     bench_engine "8x7b, 8 prompts" 8x7b --batch-size 1 --steps 4 --prefill 2048 --prefill-batch 8 --quick
+    bench_engine "8x7b cublaslt" 8x7b-cublaslt --batch-size 1 --context 128 --steps 4 --prefill 2048 --quick
     bench_engine "8x7b portable" 8x7b-portable --batch-size 1,64 --context 128 --steps 8 --prefill 2048 --quick
 }
 
@@ -142,6 +144,10 @@ twin() {
         check "twin: $engine" last_line "$python" "$here/tests/python/twin.py" --mixtral "$mixtral" \
             --engine "$engines/$engine" --backend cuda
     done
+}
+
+load() {
+    check "load: weights" last_line "$python" "$here/tests/python/load.py" --mixtral "$mixtral"
 }
 
 peers() {

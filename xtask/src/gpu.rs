@@ -30,6 +30,7 @@ const FILES: &[&str] = &[
     "examples/tiny-mixtral",
     "tests/python/common.py",
     "tests/python/determinism.py",
+    "tests/python/load.py",
     "tests/python/parity.py",
     "tests/python/twin.py",
 ];
@@ -41,6 +42,7 @@ const SCRIPT: &str = "tests/gpu/run.sh";
 const ENGINES: &[(&str, &[&[&str]])] = &[
     ("8x7b", &[MEASURED]),
     ("8x7b-portable", &[MEASURED, PORTABLE]),
+    ("8x7b-cublaslt", &[MEASURED, &["--gemm-plugin", "cublaslt"]]),
     ("8x7b-logits", &[GATHERED]),
     ("8x7b-portable-logits", &[GATHERED, PORTABLE]),
 ];

@@ -12,14 +12,25 @@ use mixtral_model::Rank;
 
 use crate::BuildError;
 
+/// What computes an engine's dense linears.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DenseLinears {
+    /// Kernels that are tuned for an architecture.
+    Tuned,
+    /// Those, and cuBLASLt in steps of many tokens. Rows' bits then depend on other rows.
+    CublasLt,
+    /// Kernels that run anywhere.
+    Portable,
+}
+
 /// Which kernels an engine gets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelOptions {
     /// The architectures, at least one.
     pub archs: Vec<Arch>,
-    /// Whether dense linears may have kernels that are tuned for an architecture.
-    pub tuned_linears: bool,
-    /// Whether experts may.
+    /// What computes dense linears.
+    pub dense_linears: DenseLinears,
+    /// Whether experts may have kernels that are tuned for an architecture.
     pub tuned_experts: bool,
     /// Kernels compiled at a time.
     pub workers: usize,
@@ -52,10 +63,14 @@ impl KernelOptions {
     /// What is compiled: without tuned kernels, portable ones for the same machines.
     #[must_use]
     pub fn codes(&self) -> BTreeSet<Code> {
-        let is_tuned = self.tuned_linears || self.tuned_experts;
+        let is_tuned = self.tuned_linears() || self.tuned_experts;
         let archs: Vec<Arch> =
             self.archs.iter().map(|arch| if is_tuned { *arch } else { Arch { specific: false, ..*arch } }).collect();
         needed::codes(&archs)
+    }
+
+    fn tuned_linears(&self) -> bool {
+        self.dense_linears != DenseLinears::Portable
     }
 
     /// Gives every linear its ladder, for the fastest of the architectures; the others' kernels choose anew where a rung is
@@ -63,12 +78,13 @@ impl KernelOptions {
     pub fn fill_ladders(&self, program: &mut Program) {
         let best = self.codes().into_iter().map(Code::family).max().unwrap_or(Family::Portable);
         let family = |tuned| if tuned { best } else { Family::Portable };
+        let cublaslt = self.dense_linears == DenseLinears::CublasLt;
         let ladders: Vec<_> = program
             .ops
             .iter()
             .map(|op| {
-                let tuned = if matches!(op, Op::Linear { .. }) { self.tuned_linears } else { self.tuned_experts };
-                select::ladder(program, op, family(tuned))
+                let tuned = if matches!(op, Op::Linear { .. }) { self.tuned_linears() } else { self.tuned_experts };
+                select::ladder(program, op, family(tuned), cublaslt)
             })
             .collect();
         for (op, rungs) in program.ops.iter_mut().zip(ladders) {

@@ -18,5 +18,5 @@ pub mod passes;
 pub use build::{BuildError, BuildOptions, Built, WeightsFrom, build, plan};
 pub use cost::Cost;
 pub use explain::Roof;
-pub use kernels::{KernelOptions, Kernels};
+pub use kernels::{DenseLinears, KernelOptions, Kernels};
 pub use lower::lower;

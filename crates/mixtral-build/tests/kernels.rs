@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use mixtral_build::{BuildOptions, KernelOptions, plan};
+use mixtral_build::{BuildOptions, DenseLinears, KernelOptions, plan};
 use mixtral_checkpoint::CheckpointConfig;
 use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Program};
@@ -16,7 +16,7 @@ use mixtral_model::{DType, Mapping, ModelConfig, Rank};
 fn kernel_options(archs: Vec<Arch>) -> KernelOptions {
     KernelOptions {
         archs,
-        tuned_linears: true,
+        dense_linears: DenseLinears::Tuned,
         tuned_experts: true,
         workers: std::thread::available_parallelism().map_or(1, usize::from),
         nvrtc: Search::from_environment(),
@@ -110,16 +110,19 @@ fn ladders_follow_the_plugins_and_the_architectures() {
         let rungs = |prefix: &str| {
             let lines = program.to_text();
             let line = lines.lines().find(|line| line.starts_with(prefix)).expect("every model has one").to_owned();
-            (line.contains("wgmma:"), line.contains("\"mma:"))
+            (line.contains("wgmma:"), line.contains("\"mma:"), line.contains("\"cublaslt\""))
         };
         (rungs("op linear"), rungs("op expert_gate_up"))
     };
-    let (tuned, portable) = ((true, false), (false, true));
+    let (tuned, portable) = ((true, false, false), (false, true, false));
     let both = kernel_options(vec![Arch::BASE, Arch::SM_90A]);
     assert_eq!(plans(&both), (tuned, tuned));
-    assert_eq!(plans(&KernelOptions { tuned_linears: false, ..both.clone() }), (portable, tuned));
+    assert_eq!(plans(&KernelOptions { dense_linears: DenseLinears::Portable, ..both.clone() }), (portable, tuned));
+    let cublaslt = |options: KernelOptions| KernelOptions { dense_linears: DenseLinears::CublasLt, ..options };
+    assert_eq!(plans(&cublaslt(both.clone())), ((true, false, true), tuned), "short steps keep their kernels");
+    assert_eq!(plans(&cublaslt(kernel_options(vec![Arch::BASE]))), ((false, true, true), portable));
     assert_eq!(plans(&KernelOptions { tuned_experts: false, ..both.clone() }), (tuned, portable));
-    let neither = KernelOptions { tuned_linears: false, tuned_experts: false, ..both };
+    let neither = KernelOptions { dense_linears: DenseLinears::Portable, tuned_experts: false, ..both };
     assert_eq!(plans(&neither), (portable, portable));
     let names = |options: &KernelOptions| options.codes().iter().map(ToString::to_string).collect::<Vec<_>>();
     assert_eq!(names(&neither), ["sm_80", "sm_90", "compute_80"], "without Hopper's own instructions");

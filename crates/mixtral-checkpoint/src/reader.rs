@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -106,6 +107,16 @@ pub enum ReadError {
         path: PathBuf,
         /// One line each.
         problems: Vec<String>,
+    },
+    /// Bytes of a tensor that cannot be read.
+    #[error("cannot read `{tensor}` of {path}: {source}")]
+    Bytes {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// What the system said.
+        source: std::io::Error,
     },
     /// A tensor that is not in the file.
     #[error("{path} has no tensor `{tensor}`")]
@@ -331,6 +342,23 @@ impl RankFile {
         let missing = || ReadError::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
         let (dtype, entry) = self.tensors.get(name).ok_or_else(missing)?;
         Ok(TensorView { dtype: *dtype, shape: &entry.shape, bytes: self.bytes(entry) })
+    }
+
+    /// Copies bytes of the tensor `name`, from its byte `offset` on, out of the file: who reads all of it once need not have its
+    /// pages mapped.
+    ///
+    /// # Errors
+    /// If it is not in the file, has fewer bytes, or cannot be read.
+    pub fn read(&self, name: &str, offset: usize, into: &mut [u8]) -> Result<(), ReadError> {
+        let missing = || ReadError::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
+        let (_, entry) = self.tensors.get(name).ok_or_else(missing)?;
+        let start = entry.start.checked_add(offset as u64);
+        let start = start.filter(|&start| start.checked_add(into.len() as u64).is_some_and(|end| end <= entry.end));
+        let read = match start {
+            Some(start) => self.file.read_exact_at(into, start),
+            None => Err(std::io::ErrorKind::UnexpectedEof.into()),
+        };
+        read.map_err(|source| ReadError::Bytes { path: self.path.clone(), tensor: name.to_owned(), source })
     }
 
     /// The bytes of `entry`, whose range was checked against the length of the map in [`RankFile::open`].

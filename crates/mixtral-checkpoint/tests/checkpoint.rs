@@ -84,6 +84,28 @@ fn what_is_written_is_read_back_verified_and_understood_by_others() {
 }
 
 #[test]
+fn parts_of_a_tensor_are_read_without_its_mapping() {
+    let root = tempfile::tempdir().unwrap();
+    write(root.path());
+    let file = Checkpoint::open(root.path()).unwrap().rank(Rank(1)).unwrap();
+    let name = "lm_head.weight";
+    let bytes = file.tensor(name).unwrap().bytes;
+    let mut part = [0; 10];
+    for offset in [0, 7, bytes.len() - part.len()] {
+        file.read(name, offset, &mut part).unwrap();
+        assert_eq!(part, bytes[offset..][..part.len()]);
+    }
+    // Behind it lies another, which nobody asked for.
+    for offset in [bytes.len() - part.len() + 1, usize::MAX] {
+        let error = file.read(name, offset, &mut part).unwrap_err().to_string();
+        let said = error.replace(&root.path().display().to_string(), "DIR");
+        assert_eq!(said, "cannot read `lm_head.weight` of DIR/rank1.safetensors: unexpected end of file");
+    }
+    let error = file.read("lm_head.bias", 0, &mut part).unwrap_err().to_string();
+    assert!(error.ends_with("has no tensor `lm_head.bias`"), "{error}");
+}
+
+#[test]
 fn the_same_content_gives_the_same_run_id_and_bytes() {
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     assert_eq!(write(a.path()), write(b.path()));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use mixtral_engine::{Backend, BackendError, Inspect, Op, Program, StepInputs, StepOutputs, Weights};
 use mixtral_kernels::lower::dummy;
 use mixtral_kernels::step_block::{Array, Drawn};
-use mixtral_kernels::{KernelImages, Regime, Schedule, StepBlock, Target};
+use mixtral_kernels::{KernelImages, Regime, Schedule, StepBlock, Target, Work};
 use mixtral_model::TokenId;
 
 use crate::budget::{KvBlocks, Needs};
@@ -98,15 +98,12 @@ impl CudaBackend {
 
         // Kernels come before the memory is counted: they take some, too.
         let mut functions = Functions::new(images, &context);
-        for kernel in schedule.kernels() {
-            functions.get(kernel)?;
-        }
-        let fills = match source {
-            Weights::Dummy { seed } => dummy::launches(&program, *seed),
+        let fills: Vec<Work> = match source {
+            Weights::Dummy { seed } => dummy::launches(&program, *seed).into_iter().map(Work::Launch).collect(),
             Weights::Source(_) => Vec::new(),
         };
-        for launch in &fills {
-            functions.get(&launch.kernel)?;
+        for work in schedule.regimes.iter().flat_map(|(_, work)| work).chain(&fills) {
+            functions.load(work)?;
         }
 
         let (starts, weight_bytes) = weights::layout(&program);
@@ -131,8 +128,8 @@ impl CudaBackend {
 
         let overlap = options.overlap && context.device().capability >= OVERLAPS;
         let mut sequences = Vec::with_capacity(schedule.regimes.len());
-        for (regime, launches) in &schedule.regimes {
-            let mut sequence = Sequence::new(launches, &mut functions, &addresses)?;
+        for (regime, work) in &schedule.regimes {
+            let mut sequence = Sequence::new(work, &mut functions, &addresses)?;
             if regime.decodes && options.graphs && !options.time_ops {
                 sequence.capture(&stream, *regime, overlap)?;
             }

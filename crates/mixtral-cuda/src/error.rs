@@ -14,10 +14,24 @@ pub enum CudaError {
         detail: String,
     },
     /// libcuda is too old.
-    #[error("the NVIDIA driver is too old: it has no {symbol}; install one for CUDA 12.0 or newer (525 or newer)")]
+    #[error(
+        "the NVIDIA driver is too old: it knows {found}, and {oldest} or newer is needed (driver 545; kernels that a newer CUDA compiled need the driver of that one); install a newer one, or run with --backend cpu"
+    )]
     OldDriver {
-        /// The function that it lacks.
-        symbol: &'static str,
+        /// The newest CUDA that it knows.
+        found: String,
+        /// The oldest that is enough.
+        oldest: String,
+    },
+    /// A driver that does not start.
+    #[error("the NVIDIA driver ({driver}) does not start: cuInit says {detail}; {advice}, or run with --backend cpu")]
+    Start {
+        /// The newest CUDA that it knows.
+        driver: String,
+        /// What it said.
+        detail: String,
+        /// What to do.
+        advice: &'static str,
     },
     /// A driver without a GPU.
     #[error(
@@ -78,6 +92,28 @@ pub enum CudaError {
         problem: String,
         /// What to build for.
         arch: String,
+    },
+    /// cuBLASLt is missing.
+    #[error(
+        "libcublasLt, which computes the engine's dense linears, was not found (looked in {places}); install it with `pip install nvidia-cublas` or a CUDA toolkit (and set CUDA_HOME), or build the engine with --gemm-plugin auto, which does without it"
+    )]
+    NoCublasLt {
+        /// Where it was looked for.
+        places: String,
+    },
+    /// cuBLASLt refuses.
+    #[error(
+        "cuBLASLt {what}: {call} failed with status {status} ({name}); build the engine with --gemm-plugin auto, which does without it"
+    )]
+    CublasLt {
+        /// What it does not do.
+        what: String,
+        /// The function.
+        call: &'static str,
+        /// Its return code.
+        status: i32,
+        /// The code's name.
+        name: String,
     },
     /// A launch that breaks the interpreter's rules.
     #[error("launch of `{symbol}`: {problem}; this is a bug, please report it")]
@@ -151,6 +187,19 @@ impl From<CudaError> for BackendError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missing_library_and_one_that_refuses_have_a_way_out() {
+        let missing = CudaError::NoCublasLt { places: "the dynamic linker's path, /usr/local/cuda".to_owned() };
+        insta::assert_snapshot!(missing, @"libcublasLt, which computes the engine's dense linears, was not found (looked in the dynamic linker's path, /usr/local/cuda); install it with `pip install nvidia-cublas` or a CUDA toolkit (and set CUDA_HOME), or build the engine with --gemm-plugin auto, which does without it");
+        let refused = CudaError::CublasLt {
+            what: "does not start".to_owned(),
+            call: "cublasLtCreate",
+            status: 1,
+            name: "CUBLAS_STATUS_NOT_INITIALIZED".to_owned(),
+        };
+        insta::assert_snapshot!(refused, @"cuBLASLt does not start: cublasLtCreate failed with status 1 (CUBLAS_STATUS_NOT_INITIALIZED); build the engine with --gemm-plugin auto, which does without it");
+    }
 
     #[test]
     fn a_lost_context_is_a_fault_of_its_step() {

@@ -4,12 +4,17 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
-use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, Regime, StepBlock};
+use mixtral_engine::ElemType;
+use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, Product, Regime, StepBlock, Work};
 
 use crate::CudaError;
-use crate::driver::{Config, Context, DeviceMemory, Event, Function, Graph, MAX_PARAMS, Module, Param, Stream, encode};
+use crate::driver::{
+    Config, Context, CublasLt, DeviceMemory, Event, Function, Graph, MAX_PARAMS, Module, Param, ProductOperands,
+    ProductShape, Stream, encode,
+};
 
 /// Where everything lies on the device.
 #[derive(Clone, Debug)]
@@ -47,14 +52,15 @@ impl Addresses {
         })
     }
 
+    /// As [`Addresses::word`], of an argument of `symbol`.
+    fn known(&self, symbol: &str, arg: &Arg) -> Result<u64, CudaError> {
+        self.word(arg).ok_or_else(|| launch_error(symbol, format!("{arg:?} is not in the program")))
+    }
+
     fn param(&self, symbol: &str, arg: &Arg) -> Result<Param, CudaError> {
-        let missing = || launch_error(symbol, format!("{arg:?} is not in the program"));
         match arg {
-            Arg::TensorMap(map) => {
-                let address = self.word(&map.base).ok_or_else(missing)?;
-                Ok(Param::Map(encode(map, address)?))
-            }
-            arg => Ok(Param::Word(self.word(arg).ok_or_else(missing)?)),
+            Arg::TensorMap(map) => Ok(Param::Map(encode(map, self.known(symbol, &map.base)?)?)),
+            arg => Ok(Param::Word(self.known(symbol, arg)?)),
         }
     }
 }
@@ -63,16 +69,32 @@ fn launch_error(symbol: &str, problem: impl Into<String>) -> CudaError {
     CudaError::Launch { symbol: symbol.to_owned(), problem: problem.into() }
 }
 
-/// The kernels of a program, each loaded when it is first asked for.
+/// The kernels of a program, each loaded when it is first asked for, and so cuBLASLt.
 pub(crate) struct Functions<'a> {
     images: &'a KernelImages,
     context: &'a Context,
     loaded: HashMap<Kernel, Function>,
+    cublaslt: Option<Arc<CublasLt>>,
 }
 
 impl<'a> Functions<'a> {
     pub(crate) fn new(images: &'a KernelImages, context: &'a Context) -> Self {
-        Functions { images, context, loaded: HashMap::new() }
+        Functions { images, context, loaded: HashMap::new(), cublaslt: None }
+    }
+
+    /// Loads what some work runs on.
+    pub(crate) fn load(&mut self, work: &Work) -> Result<(), CudaError> {
+        match work {
+            Work::Launch(launch) => self.get(&launch.kernel).map(drop),
+            Work::Product(_) => self.cublaslt().map(drop),
+        }
+    }
+
+    fn cublaslt(&mut self) -> Result<Arc<CublasLt>, CudaError> {
+        if let Some(loaded) = &self.cublaslt {
+            return Ok(Arc::clone(loaded));
+        }
+        Ok(Arc::clone(self.cublaslt.insert(Arc::new(CublasLt::new(self.context)?))))
     }
 
     pub(crate) fn get(&mut self, kernel: &Kernel) -> Result<Function, CudaError> {
@@ -104,6 +126,29 @@ pub(crate) fn read_words(
     unsafe { function.launch(stream, config, &params) }
 }
 
+/// Bytes of workspace for [`multiply_squares`].
+pub(crate) const WORKSPACE: usize = mixtral_kernels::scratch::PRODUCT_WORKSPACE;
+
+/// Multiplies the first two of three `[side, side]` bf16 matrices into the last. Memory holds them and a workspace, one behind the
+/// other.
+pub(crate) fn multiply_squares(
+    cublaslt: &CublasLt,
+    stream: &Stream,
+    side: usize,
+    memory: &DeviceMemory,
+) -> Result<(), CudaError> {
+    let each = side * side * 2;
+    if memory.len() < 3 * each + WORKSPACE {
+        return Err(CudaError::Unsupported(format!("{} bytes for matrices of {side} rows", memory.len())));
+    }
+    let (rows, tokens, depth, workspace) = (side, side, side, WORKSPACE);
+    let shape = ProductShape { rows, tokens, depth, dtype: ElemType::Bf16, out: ElemType::Bf16, workspace };
+    let [weight, tokens, out, workspace] = [0, 1, 2, 3].map(|i| memory.address() + (i * each) as u64);
+    // SAFETY: three matrices and the workspace lie within the memory, which is freed after the driver has waited for what uses
+    // it.
+    unsafe { cublaslt.multiply(stream, shape, ProductOperands { weight, tokens, out, workspace }) }
+}
+
 /// A step, as far as grids depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
@@ -130,17 +175,16 @@ fn ctas(grid: Grid, cluster: u32, shape: Shape, multiprocessors: u32) -> u32 {
 }
 
 /// One launch, resolved.
-struct Prepared {
+struct PreparedLaunch {
     symbol: String,
     function: Function,
     grid: Grid,
     config: Config,
-    op: usize,
     params: Box<[Param]>,
 }
 
-impl Prepared {
-    fn new(launch: &Launch, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Prepared, CudaError> {
+impl PreparedLaunch {
+    fn new(launch: &Launch, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Self, CudaError> {
         let symbol = &launch.kernel.symbol;
         if launch.args.len() > MAX_PARAMS {
             return Err(launch_error(symbol, format!("{} parameters, at most {MAX_PARAMS}", launch.args.len())));
@@ -148,7 +192,7 @@ impl Prepared {
         if launch.cluster > 8 {
             return Err(launch_error(symbol, format!("a cluster of {}, at most 8", launch.cluster)));
         }
-        Ok(Prepared {
+        Ok(PreparedLaunch {
             symbol: symbol.clone(),
             function: functions.get(&launch.kernel)?,
             grid: launch.grid,
@@ -159,7 +203,6 @@ impl Prepared {
                 cluster: launch.cluster.max(1),
                 overlaps: launch.overlaps,
             },
-            op: launch.op,
             params: launch.args.iter().map(|arg| addresses.param(symbol, arg)).collect::<Result<_, _>>()?,
         })
     }
@@ -189,29 +232,97 @@ impl Prepared {
     }
 }
 
+/// A product, resolved but for the number of tokens.
+struct PreparedProduct {
+    cublaslt: Arc<CublasLt>,
+    shape: ProductShape,
+    operands: ProductOperands,
+}
+
+impl PreparedProduct {
+    fn new(product: &Product, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Self, CudaError> {
+        let address = |arg| addresses.known("cublasLtMatmul", arg);
+        let (place, workspace) = &product.workspace;
+        Ok(PreparedProduct {
+            cublaslt: functions.cublaslt()?,
+            shape: ProductShape {
+                rows: product.rows,
+                tokens: 0,
+                depth: product.depth,
+                dtype: product.dtype,
+                out: product.out_type,
+                workspace: *workspace,
+            },
+            operands: ProductOperands {
+                weight: address(&product.weight)?,
+                tokens: address(&product.tokens)?,
+                out: address(&product.out)?,
+                workspace: address(place)?,
+            },
+        })
+    }
+
+    /// Multiplies a step's tokens; `false` if it has none.
+    fn launch(&self, stream: &Stream, shape: Shape) -> Result<bool, CudaError> {
+        if shape.tokens == 0 {
+            return Ok(false);
+        }
+        let product = ProductShape { tokens: shape.tokens, ..self.shape };
+        // SAFETY: lowering gives operands of a program that passed its check, for as many tokens as a step may have; they lie in
+        // the backend's allocations, which it frees after the stream is idle.
+        unsafe { self.cublaslt.multiply(stream, product, self.operands) }?;
+        Ok(true)
+    }
+}
+
+/// What a step does, resolved.
+enum Prepared {
+    Launch(PreparedLaunch),
+    Product(PreparedProduct),
+}
+
+impl Prepared {
+    fn new(work: &Work, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Self, CudaError> {
+        Ok(match work {
+            Work::Launch(launch) => Prepared::Launch(PreparedLaunch::new(launch, functions, addresses)?),
+            Work::Product(product) => Prepared::Product(PreparedProduct::new(product, functions, addresses)?),
+        })
+    }
+
+    /// Does it for a step, if there is something to do, which is what is returned.
+    fn launch(&self, stream: &Stream, shape: Shape, overlaps: bool) -> Result<bool, CudaError> {
+        match self {
+            Prepared::Launch(launch) => launch.launch(stream, shape, overlaps),
+            Prepared::Product(product) => product.launch(stream, shape),
+        }
+    }
+}
+
 /// Launches in order.
 pub(crate) struct Sequence {
-    launches: Vec<Prepared>,
+    /// Each with the first operation that it computes.
+    launches: Vec<(usize, Prepared)>,
     graph: Option<Graph>,
 }
 
 impl Sequence {
     pub(crate) fn new(
-        launches: &[Launch],
+        work: &[Work],
         functions: &mut Functions<'_>,
         addresses: &Addresses,
     ) -> Result<Sequence, CudaError> {
-        let launches =
-            launches.iter().map(|launch| Prepared::new(launch, functions, addresses)).collect::<Result<_, _>>()?;
-        Ok(Sequence { launches, graph: None })
+        let prepare = |work: &Work| Ok((work.op(), Prepared::new(work, functions, addresses)?));
+        Ok(Sequence { launches: work.iter().map(prepare).collect::<Result<_, CudaError>>()?, graph: None })
     }
 
     /// Whether an operation is the first that a launch computes.
     pub(crate) fn begins(&self, op: usize) -> bool {
-        self.launches.iter().any(|launch| launch.op == op)
+        self.launches.iter().any(|(first, _)| *first == op)
     }
 
-    /// Launches those of some operations one by one. The first of them waits for all that is in the stream.
+    /// Launches those of some operations one by one. The first of them waits for all that is in the stream. So does what follows
+    /// a library's product: a kernel may only overlap one that waits before it ends, and of a library's that is not known. The
+    /// product itself waits for what it reads.
     pub(crate) fn run(
         &self,
         stream: &Stream,
@@ -220,9 +331,11 @@ impl Sequence {
         overlaps: bool,
     ) -> Result<(), CudaError> {
         stream.context().bind()?;
-        let mut first = true;
-        for launch in self.launches.iter().filter(|l| ops.contains(&l.op)) {
-            first &= !launch.launch(stream, shape, overlaps && !first)?;
+        let mut behind_a_kernel = false;
+        for (_, launch) in self.launches.iter().filter(|(op, _)| ops.contains(op)) {
+            if launch.launch(stream, shape, overlaps && behind_a_kernel)? {
+                behind_a_kernel = matches!(launch, Prepared::Launch(_));
+            }
         }
         Ok(())
     }
@@ -237,12 +350,12 @@ impl Sequence {
     ) -> Result<(), CudaError> {
         stream.context().bind()?;
         timer.begin(stream)?;
-        let all: Vec<&Prepared> = self.launches.iter().filter(|l| ops.contains(&l.op)).collect();
-        for group in all.chunk_by(|a, b| a.op == b.op) {
-            for launch in group {
+        let all: Vec<&(usize, Prepared)> = self.launches.iter().filter(|(op, _)| ops.contains(op)).collect();
+        for group in all.chunk_by(|a, b| a.0 == b.0) {
+            for (_, launch) in group {
                 launch.launch(stream, shape, false)?;
             }
-            timer.mark(stream, group[0].op)?;
+            timer.mark(stream, group[0].0)?;
         }
         Ok(())
     }

@@ -7,8 +7,8 @@ use mixtral_kernels::KernelImages;
 use mixtral_kernels::lower::probe;
 
 use crate::CudaError;
-use crate::driver::{Config, Context, DeviceMemory, Event, Product, Stream};
-use crate::execute::{Functions, read_words};
+use crate::driver::{Config, Context, CublasLt, DeviceMemory, Event, Stream};
+use crate::execute::{Functions, WORKSPACE, multiply_squares, read_words};
 
 /// Bytes that are enough to look at a GPU in passing: far more than its caches hold.
 pub const QUICK: usize = 1 << 30;
@@ -21,9 +21,6 @@ const ROUNDS: usize = 20;
 
 /// Rows and columns of the matrices.
 const SIDE: usize = 8192;
-
-/// Bytes of workspace for the product.
-const WORKSPACE: usize = 64 << 20;
 
 /// CTAs of the reading kernel on a multiprocessor: the best of these.
 const READERS: [u32; 3] = [1, 2, 4];
@@ -111,11 +108,11 @@ fn read(context: &Context, stream: &Stream, images: &KernelImages, bytes: usize)
 #[expect(clippy::cast_precision_loss, reason = "a rate")]
 fn multiply(context: &Context, stream: &Stream) -> Result<f64, CudaError> {
     let each = SIDE * SIDE * 2;
-    let Some(product) = Product::new(SIDE, WORKSPACE) else { return Ok(0.0) };
+    let Ok(cublaslt) = CublasLt::new(context) else { return Ok(0.0) };
     if context.free_memory()? < 3 * each + WORKSPACE + (64 << 20) {
         return Ok(0.0);
     }
-    let (matrices, workspace) = (DeviceMemory::new(context, 3 * each)?, DeviceMemory::new(context, WORKSPACE)?);
+    let memory = DeviceMemory::new(context, 3 * each + WORKSPACE)?;
     // The power that a product takes, and with it the clock, depends on the numbers: these are spread as a model's are.
     let key = dummy::key(0, "probe");
     let tile: Vec<u8> = (0..1u64 << 22)
@@ -125,10 +122,10 @@ fn multiply(context: &Context, stream: &Stream) -> Result<f64, CudaError> {
         })
         .collect();
     for offset in (0..2 * each).step_by(tile.len()) {
-        stream.upload(&tile, &matrices, offset)?;
+        stream.upload(&tile, &memory, offset)?;
     }
     let flops = 2.0 * (SIDE as f64).powi(3);
-    let rate = best(context, stream, flops, || product.run(stream, &matrices, &workspace));
+    let rate = best(context, stream, flops, || multiply_squares(&cublaslt, stream, SIDE, &memory));
     stream.synchronize()?;
     // A product that does not run is no reason to fail: the ceiling is then unknown.
     Ok(rate.unwrap_or(0.0))

@@ -12,11 +12,12 @@ use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 /// Alignment of weights, in bytes: that of allocations, more than any vector load or tensor map wants.
 const ALIGN: usize = 256;
 
-/// Bytes of one copy. Large enough for the bus, small enough that all threads end together.
-const CHUNK: usize = 8 << 20;
+/// Bytes of one copy. Large enough for the bus, and small enough that all threads end together and that the pinned buffers, which
+/// the driver makes one after another, are soon made.
+const CHUNK: usize = 4 << 20;
 
-/// Threads that copy out of the mapping at most: a few saturate a PCIe 5 bus.
-const MAX_THREADS: usize = 12;
+/// Threads that read at most. Each copies a few GB/s, a PCIe 5 bus takes 50.
+const MAX_THREADS: usize = 16;
 
 /// Where each weight begins, and the bytes of all.
 pub(crate) fn layout(program: &Program) -> (Vec<usize>, usize) {
@@ -30,9 +31,9 @@ pub(crate) fn layout(program: &Program) -> (Vec<usize>, usize) {
     (starts, end)
 }
 
-/// The bytes of each weight of the program, if the source has what the program expects.
-fn views<'a>(program: &Program, source: &'a dyn WeightSource) -> Result<Vec<&'a [u8]>, BackendError> {
-    let view = |weight: &Weight| {
+/// Checks that the source has what the program expects.
+fn check(program: &Program, source: &dyn WeightSource) -> Result<(), BackendError> {
+    program.weights.iter().try_for_each(|weight| {
         let missing = || BackendError::MissingWeight { name: weight.name.clone() };
         let found = source.weight(&weight.name).ok_or_else(missing)?;
         if found.dtype != weight.dtype || found.shape != weight.shape || found.bytes.len() != weight.num_bytes() {
@@ -42,13 +43,14 @@ fn views<'a>(program: &Program, source: &'a dyn WeightSource) -> Result<Vec<&'a 
                 expected: format!("{} {:?} of {} bytes", weight.dtype, weight.shape, weight.num_bytes()),
             });
         }
-        Ok(found.bytes)
-    };
-    program.weights.iter().map(view).collect()
+        Ok(())
+    })
 }
 
-/// Copies all weights. Threads take turns at copying chunks out of the mapping into pinned memory, each having two such
-/// buffers, so that the bus is busy while the next chunk is read.
+/// Copies all weights. Threads take turns at reading chunks into pinned memory, each having two such buffers, so that the bus is
+/// busy while the next chunk is read. They read the file rather than its mapping: to touch a page that is not mapped yet costs
+/// about as much as to copy it, all threads meet in the kernel over one address space, and when the mapping goes, one thread
+/// takes all of its pages out again.
 pub(crate) fn upload(
     program: &Program,
     source: &dyn WeightSource,
@@ -56,40 +58,52 @@ pub(crate) fn upload(
     memory: &DeviceMemory,
     starts: &[usize],
 ) -> Result<(), BackendError> {
-    let views = views(program, source)?;
-    let chunks = chunks(&views, starts);
+    check(program, source)?;
+    let chunks = chunks(program, starts);
     let next = AtomicUsize::new(0);
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(MAX_THREADS).min(chunks.len());
-    let work = || -> Result<(), CudaError> {
+    let work = || -> Result<(), BackendError> {
         let stream = Stream::new(context)?;
         let mut buffers = [Pinned::new(context, CHUNK)?, Pinned::new(context, CHUNK)?];
         for turn in 0.. {
-            let Some(&(bytes, offset)) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
+            let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
             let buffer = &mut buffers[turn % 2];
-            buffer.bytes()?[..bytes.len()].copy_from_slice(bytes);
-            buffer.upload(&stream, 0, bytes.len(), memory, offset)?;
+            source.read(chunk.name, chunk.from, &mut buffer.bytes()?[..chunk.len])?;
+            buffer.upload(&stream, 0, chunk.len, memory, chunk.to)?;
         }
-        stream.synchronize()
+        Ok(stream.synchronize()?)
     };
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let joined = workers.into_iter().map(|worker| {
-            worker
-                .join()
-                .unwrap_or_else(|_| Err(CudaError::Unsupported("a thread that copies weights failed".to_owned())))
+            let failed = || CudaError::Unsupported("a thread that copies weights failed".to_owned()).into();
+            worker.join().unwrap_or_else(|_| Err(failed()))
         });
-        joined.collect::<Result<(), CudaError>>()
-    })?;
-    Ok(())
+        joined.collect()
+    })
+}
+
+/// A piece of a weight.
+#[derive(Debug, PartialEq, Eq)]
+struct Chunk<'a> {
+    /// The weight.
+    name: &'a str,
+    /// Bytes before it in the weight.
+    from: usize,
+    len: usize,
+    /// Bytes before it in the memory of all weights.
+    to: usize,
 }
 
 /// The weights cut into pieces, each with its place on the device.
-fn chunks<'a>(views: &[&'a [u8]], starts: &[usize]) -> Vec<(&'a [u8], usize)> {
-    let cut = |(view, &start): (&&'a [u8], &usize)| {
-        let pieces: Vec<_> = view.chunks(CHUNK).enumerate().map(|(i, piece)| (piece, start + i * CHUNK)).collect();
-        pieces
+fn chunks<'a>(program: &'a Program, starts: &[usize]) -> Vec<Chunk<'a>> {
+    let cut = |(weight, &start): (&'a Weight, &usize)| {
+        let bytes = weight.num_bytes();
+        let piece =
+            move |from: usize| Chunk { name: &weight.name, from, len: CHUNK.min(bytes - from), to: start + from };
+        (0..bytes).step_by(CHUNK).map(piece)
     };
-    views.iter().zip(starts).flat_map(cut).collect()
+    program.weights.iter().zip(starts).flat_map(cut).collect()
 }
 
 #[cfg(test)]
@@ -101,10 +115,23 @@ mod tests {
 
     #[test]
     fn chunks_cover_every_byte_once() {
-        let (a, b) = (vec![1u8; CHUNK + 5], vec![2u8; 3]);
-        let chunks = chunks(&[&a, &[], &b], &[0, 2 * CHUNK, 2 * CHUNK + 256]);
-        let places: Vec<_> = chunks.iter().map(|(bytes, at)| (bytes.len(), bytes[0], *at)).collect();
-        assert_eq!(places, [(CHUNK, 1, 0), (5, 1, CHUNK), (3, 2, 2 * CHUNK + 256)]);
+        let mut a = Assembly::new(DType::F32);
+        a.declare("a", DType::F32, &[CHUNK / 4 + 5]);
+        a.declare("b", DType::F32, &[3]);
+        a.declare("c", DType::F32, &[2 * CHUNK / 4]);
+        let (starts, _) = layout(&a.program);
+        let [b, c] = [CHUNK + 256, CHUNK + 512];
+        let chunk = |name, from, len, to| Chunk { name, from, len, to };
+        assert_eq!(
+            chunks(&a.program, &starts),
+            [
+                chunk("a", 0, CHUNK, 0),
+                chunk("a", CHUNK, 20, CHUNK),
+                chunk("b", 0, 12, b),
+                chunk("c", 0, CHUNK, c),
+                chunk("c", CHUNK, CHUNK, c + CHUNK),
+            ]
+        );
     }
 
     #[test]
@@ -114,10 +141,14 @@ mod tests {
         a.weight("b", DType::F32, &[100], &[1.0; 100]);
         a.weight("c", DType::F32, &[1], &[1.0]);
         assert_eq!(layout(&a.program), (vec![0, 256, 768], 1024));
-        assert_eq!(views(&a.program, &a.weights).unwrap().iter().map(|v| v.len()).collect::<Vec<_>>(), [30, 400, 4]);
+        check(&a.program, &a.weights).unwrap();
+        let mut bytes = [0; 8];
+        a.weights.read("b", 392, &mut bytes).unwrap();
+        assert_eq!(bytes, [0, 0, 128, 63, 0, 0, 128, 63]);
+        insta::assert_snapshot!(a.weights.read("b", 396, &mut bytes).unwrap_err(), @"bytes 396 + 8 of the 400 of weight `b`");
         a.weights.insert("b", DType::F16, &[100], vec![0; 200]);
-        insta::assert_snapshot!(views(&a.program, &a.weights).unwrap_err(), @"weight `b` is f16 [100] of 200 bytes, but the program expects f32 [100] of 400 bytes; the engine's files do not belong together, build it again");
+        insta::assert_snapshot!(check(&a.program, &a.weights).unwrap_err(), @"weight `b` is f16 [100] of 200 bytes, but the program expects f32 [100] of 400 bytes; the engine's files do not belong together, build it again");
         a.weights.remove("b");
-        insta::assert_snapshot!(views(&a.program, &a.weights).unwrap_err(), @"the weight file has no tensor `b`; the engine is incomplete, build it again");
+        insta::assert_snapshot!(check(&a.program, &a.weights).unwrap_err(), @"the weight file has no tensor `b`; the engine is incomplete, build it again");
     }
 }

@@ -22,6 +22,21 @@ pub struct WeightView<'a> {
 pub trait WeightSource: Send + Sync {
     /// The weight of that name, if there is one.
     fn weight(&self, name: &str) -> Option<WeightView<'_>>;
+
+    /// Copies bytes of a weight, from its byte `offset` on: for backends that read each weight once.
+    ///
+    /// # Errors
+    /// If there is no such weight, it has fewer bytes, or they cannot be read.
+    fn read(&self, name: &str, offset: usize, into: &mut [u8]) -> Result<(), BackendError> {
+        let missing = || BackendError::MissingWeight { name: name.to_owned() };
+        let bytes = self.weight(name).ok_or_else(missing)?.bytes;
+        let part = bytes.get(offset..).and_then(|rest| rest.get(..into.len()));
+        let outside = || {
+            BackendError::Other(format!("bytes {offset} + {} of the {} of weight `{name}`", into.len(), bytes.len()))
+        };
+        into.copy_from_slice(part.ok_or_else(outside)?);
+        Ok(())
+    }
 }
 
 /// Where a backend gets its weights.

@@ -21,7 +21,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::program::FORMAT_VERSION;
-use crate::{Limits, Program, TextError, WeightSource, WeightView};
+use crate::{BackendError, Limits, Program, TextError, WeightSource, WeightView};
 
 /// Where an engine's weights are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -463,6 +463,10 @@ impl WeightSource for MappedWeights {
     fn weight(&self, name: &str) -> Option<WeightView<'_>> {
         let tensor = self.0.tensor(name).ok()?;
         Some(WeightView { dtype: tensor.dtype, shape: tensor.shape, bytes: tensor.bytes })
+    }
+
+    fn read(&self, name: &str, offset: usize, into: &mut [u8]) -> Result<(), BackendError> {
+        self.0.read(name, offset, into).map_err(|error| BackendError::Other(error.to_string()))
     }
 }
 

@@ -1,5 +1,6 @@
 //! A kernel with its grid and parameters, symbolic in everything that is known only when a program is loaded or a step
-//! begins. One [`Arg`] is one parameter of the `__global__` function, in order.
+//! begins. One [`Arg`] is one parameter of the `__global__` function, in order. And the other thing that a step can be made of:
+//! a product of matrices that a library computes.
 
 use mixtral_engine::ElemType;
 
@@ -100,4 +101,64 @@ pub struct Launch {
     /// Whether it may start while its predecessor still runs. The kernel waits (`griddepcontrol.wait`) before it reads what
     /// another kernel writes, before it writes, and before it exits, on every path.
     pub overlaps: bool,
+}
+
+/// A matrix product of a step's n tokens that cuBLASLt computes: `out[t][r] = Σ tokens[t][k] · weight[r][k]` over k, accumulated
+/// in f32 and rounded once. Matrices are row-major and dense.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Product {
+    /// Pointer to the weight `[rows, depth]`.
+    pub weight: Arg,
+    /// Pointer to the tokens `[n, depth]`.
+    pub tokens: Arg,
+    /// Pointer to the output `[n, rows]`; overlaps neither of them.
+    pub out: Arg,
+    /// Output features.
+    pub rows: usize,
+    /// Input features.
+    pub depth: usize,
+    /// Type of weight and tokens.
+    pub dtype: ElemType,
+    /// Type of the output.
+    pub out_type: ElemType,
+    /// Pointer to memory that the library may use, and its bytes.
+    pub workspace: (Arg, usize),
+    /// Index of the operation that it computes (part of).
+    pub op: usize,
+}
+
+/// What a step is made of, one after another.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Work {
+    /// A kernel of the engine.
+    Launch(Launch),
+    /// A library's product. Nothing may overlap it: whether its kernels wait before they end is not known.
+    Product(Box<Product>),
+}
+
+impl Work {
+    /// The kernel that it launches, if it is one of the engine's.
+    #[must_use]
+    pub fn kernel(&self) -> Option<&Kernel> {
+        match self {
+            Work::Launch(launch) => Some(&launch.kernel),
+            Work::Product(_) => None,
+        }
+    }
+
+    /// Index of the first operation that it computes (part of).
+    #[must_use]
+    pub fn op(&self) -> usize {
+        match self {
+            Work::Launch(launch) => launch.op,
+            Work::Product(product) => product.op,
+        }
+    }
+
+    pub(crate) fn set_op(&mut self, op: usize) {
+        match self {
+            Work::Launch(launch) => launch.op = op,
+            Work::Product(product) => product.op = op,
+        }
+    }
 }

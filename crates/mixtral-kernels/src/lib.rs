@@ -33,7 +33,7 @@ pub use cache::Cache;
 pub use compile::{Code, CompileError, Compiled, Compiler};
 pub use images::{ImagesError, KernelImage, KernelImages};
 pub use kernel::Kernel;
-pub use launch::{Arg, Grid, Launch, TensorMap};
+pub use launch::{Arg, Grid, Launch, Product, TensorMap, Work};
 pub use locate::Search;
 pub use lower::{LowerError, Regime, Schedule, Target};
 pub use nvrtc::{Nvrtc, NvrtcError};

@@ -1,4 +1,5 @@
-//! Where NVRTC may be. It comes with a CUDA toolkit or with pip, and neither need be on the dynamic linker's path.
+//! Where NVRTC may be, and cuBLASLt. They come with a CUDA toolkit or with pip, and neither need be on the dynamic linker's
+//! path.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -16,8 +17,8 @@ const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 /// Where a toolkit keeps its libraries.
 const TOOLKIT_FOLDERS: [&str; 3] = ["lib64", "lib", "targets/x86_64-linux/lib"];
 
-/// Where pip's packages of CUDA 13 and 12 keep theirs.
-const PIP_FOLDERS: [&str; 2] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"];
+/// Where pip's packages of CUDA 13, and those of 12, keep theirs.
+const PIP_FOLDERS: [&str; 3] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cublas/lib"];
 
 /// A library that may be there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,11 +72,19 @@ impl Search {
             return Box::new(if only.is_dir() { in_folder(only) } else { beside(only) }.into_iter());
         }
         let named = NAMES.iter().map(|name| Candidate { library: name.into(), builtins: None });
+        Box::new(named.chain(self.folders().filter_map(|folder| in_folder(&folder))))
+    }
+
+    /// Where CUDA's libraries may lie beside the dynamic linker's path, best first; some may not be there. Lazy as well.
+    pub fn folders(&self) -> Box<dyn Iterator<Item = PathBuf> + '_> {
+        if let Some(only) = &self.only {
+            let folder = if only.is_dir() { Some(only.as_path()) } else { only.parent() };
+            return Box::new(folder.map(Path::to_owned).into_iter());
+        }
         let toolkits = self.toolkits.iter().flat_map(|t| TOOLKIT_FOLDERS.iter().map(|folder| t.join(folder)));
         let venv = self.venv.iter().flat_map(|venv| site_packages(venv));
         let packages = venv.chain(std::iter::once_with(python_packages).flatten());
-        let packages = packages.flat_map(|site| PIP_FOLDERS.map(|folder| site.join(folder)));
-        Box::new(named.chain(toolkits.chain(packages).filter_map(|folder| in_folder(&folder))))
+        Box::new(toolkits.chain(packages.flat_map(|site| PIP_FOLDERS.map(|folder| site.join(folder)))))
     }
 }
 

@@ -36,6 +36,9 @@ pub enum LinearPlan {
         /// Whether tiles are handed out as CTAs become free.
         dynamic: bool,
     },
+    /// cuBLASLt's product, with what it chooses at run time. Only where it was asked for: it gives up that a row's bits do not
+    /// depend on the other rows.
+    CublasLt,
 }
 
 /// Not a plan's text.
@@ -52,6 +55,7 @@ impl fmt::Display for LinearPlan {
                 write!(f, "wgmma:{rows}x{cols}:k{depth}:s{stages}:w{warpgroups}:c{cluster}")?;
                 if *dynamic { write!(f, ":dynamic") } else { Ok(()) }
             }
+            LinearPlan::CublasLt => write!(f, "cublaslt"),
         }
     }
 }
@@ -86,6 +90,7 @@ impl FromStr for LinearPlan {
                 }
                 LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic }
             }
+            "cublaslt" => LinearPlan::CublasLt,
             _ => return Err(error()),
         };
         if words.next().is_some() { Err(error()) } else { Ok(plan) }
@@ -103,6 +108,7 @@ mod tests {
             LinearPlan::Mma { rows: 64, cols: 32 },
             LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1, cluster: 1, dynamic: false },
             LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 2, dynamic: true },
+            LinearPlan::CublasLt,
         ];
         for plan in plans {
             let text = plan.to_string();
@@ -110,9 +116,16 @@ mod tests {
             // It stands in a program's text, whose operands are parted by spaces.
             assert!(!text.contains(' '), "{text}");
         }
-        for text in
-            ["", "mma", "mma:64", "simt:3", "wgmma:64x8:k128:s5", "wgmma:64x8:k128:s5:w1", "wgmma:64x8:k128:s5:w1:c1:x"]
-        {
+        for text in [
+            "",
+            "mma",
+            "mma:64",
+            "simt:3",
+            "cublaslt:1",
+            "wgmma:64x8:k128:s5",
+            "wgmma:64x8:k128:s5:w1",
+            "wgmma:64x8:k128:s5:w1:c1:x",
+        ] {
             assert!(text.parse::<LinearPlan>().is_err(), "{text}");
         }
     }

@@ -3,8 +3,12 @@
 
 use mixtral_engine::Program;
 
+use crate::LinearPlan;
 use crate::lower::CHUNK;
 use crate::step_block::DECODE_SPLIT;
+
+/// Bytes of a workspace for products of cuBLASLt: twice what its makers recommend for Hopper.
+pub const PRODUCT_WORKSPACE: usize = 64 << 20;
 
 /// Where the workspaces lie, in bytes from the scratch memory's start.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,6 +19,11 @@ pub struct Scratch {
     pub attention_tickets: usize,
     /// Tokens by expert: `[T · top_k, hidden]` of the program's type; as wide as the widest expert input.
     pub permuted: usize,
+    /// Products by cuBLASLt before a residual is added: `[T, widest such linear]` of the program's type. The same place as
+    /// `permuted`: neither outlives its operation.
+    pub product: usize,
+    /// What cuBLASLt itself works in: [`PRODUCT_WORKSPACE`] bytes if it computes anything.
+    pub workspace: usize,
     /// Assignments of each chunk for each local expert: i32 `[chunks, experts]`.
     pub chunk_sizes: usize,
     /// Cosines and sines of the step's positions: f32 pairs `[T, head_dim / 2]`.
@@ -33,7 +42,7 @@ impl Scratch {
     /// The scratch memory of a program.
     #[must_use]
     pub fn new(program: &Program) -> Self {
-        use mixtral_engine::Op;
+        use mixtral_engine::{Epilogue, Op};
         let (l, kv) = (program.limits, program.kv);
         let heads = program
             .ops
@@ -59,7 +68,18 @@ impl Scratch {
         let splits = l.max_seq_len.div_ceil(DECODE_SPLIT);
         let attention_partials = region(4 * l.max_batch_size * splits * heads * (kv.head_dim + 4));
         let attention_tickets = region(4 * l.max_batch_size * heads);
-        let permuted = region(l.max_num_tokens * program.top_k * hidden * program.dtype.size());
+        let by_cublaslt = |op: &&Op| match op {
+            Op::Linear { ladder, .. } => ladder.iter().any(|rung| rung.plan == LinearPlan::CublasLt.to_string()),
+            _ => false,
+        };
+        let added_to = |op: &Op| match op {
+            Op::Linear { epilogue: Epilogue::Residual, out, .. } => cols(out),
+            _ => 0,
+        };
+        let products = program.ops.iter().filter(by_cublaslt);
+        let product = products.clone().map(added_to).max().unwrap_or(0);
+        let permuted = region(l.max_num_tokens * (program.top_k * hidden).max(product) * program.dtype.size());
+        let workspace = region(if products.count() > 0 { PRODUCT_WORKSPACE } else { 0 });
         let chunks = (l.max_num_tokens * program.top_k).div_ceil(CHUNK);
         let chunk_sizes = region(4 * chunks * program.num_experts);
         let angles = region(8 * l.max_num_tokens * (kv.head_dim / 2));
@@ -70,6 +90,8 @@ impl Scratch {
             attention_partials,
             attention_tickets,
             permuted,
+            product: permuted,
+            workspace,
             chunk_sizes,
             angles,
             sampling,

@@ -1,7 +1,8 @@
 //! Which plan a linear is computed by, from its shape, type and token count: the tables behind `mixtral build`'s ladders.
 
-use mixtral_engine::{ElemType, Op, Program, Rung};
+use mixtral_engine::{ElemType, Op, Program, Rows, Rung};
 
+use crate::plan::RUNGS;
 use crate::{Family, LinearPlan};
 
 /// A linear as its kernels see it.
@@ -115,14 +116,31 @@ fn few_rows(rows: usize) -> u32 {
     fitting.max_by_key(|&r| tiles(r)).unwrap_or(64)
 }
 
-/// The ladder of an operation of `program`; empty for operations that are no linears.
+/// Whether cuBLASLt can compute an operation of `program` for `tokens` tokens: dense linears of every token, of 16-bit types and
+/// of rows that begin at multiples of 16 bytes, in steps past the last rung. Those are never captured in a graph, and so large
+/// that a call of a library costs nothing beside them. The vocabulary's linear is not among them: it sees a step's few rows of
+/// logits, not its tokens.
 #[must_use]
-pub fn ladder(program: &Program, op: &Op, family: Family) -> Vec<Rung> {
+pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
+    let Op::Linear { input, .. } = op else { return false };
+    let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
+    let fits = LinearShape::of(program, op).is_some_and(|shape| shape.is_16_bit() && shape.is_aligned());
+    of_tokens && fits && tokens > RUNGS[RUNGS.len() - 1]
+}
+
+/// The ladder of an operation of `program`; empty for operations that are no linears. With `cublaslt`, that is what computes
+/// whatever it can.
+#[must_use]
+pub fn ladder(program: &Program, op: &Op, family: Family, cublaslt: bool) -> Vec<Rung> {
     let Some(shape) = LinearShape::of(program, op) else { return Vec::new() };
     let mut ladder: Vec<Rung> = Vec::new();
     let most = program.limits.max_num_tokens;
-    for tokens in crate::plan::RUNGS.into_iter().filter(|&r| r < most).chain([most]) {
-        let plan = plan(&shape, tokens, family).to_string();
+    for tokens in RUNGS.into_iter().filter(|&r| r < most).chain([most]) {
+        let plan = match cublaslt && takes_cublaslt(program, op, tokens) {
+            true => LinearPlan::CublasLt,
+            false => plan(&shape, tokens, family),
+        };
+        let plan = plan.to_string();
         match ladder.last_mut() {
             Some(last) if last.plan == plan => last.max_tokens = tokens,
             _ => ladder.push(Rung { max_tokens: tokens, plan }),

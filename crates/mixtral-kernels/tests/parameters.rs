@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use mixtral_engine::Program;
 use mixtral_kernels::lower::dummy;
 use mixtral_kernels::{
-    Arch, Arg, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, compile_all,
+    Arch, Arg, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, Work, compile_all,
 };
 use mixtral_model::DType;
 use mixtral_testkit::decoder::{self, Geometry};
@@ -64,7 +64,8 @@ fn launches_have_their_kernels_parameters() {
         let mut launches: BTreeMap<Kernel, Launch> = BTreeMap::new();
         for program in programs() {
             let schedule = Schedule::new(&program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
-            let all = schedule.regimes.into_iter().flat_map(|(_, launches)| launches);
+            let launch = |work| if let Work::Launch(launch) = work { Some(launch) } else { None };
+            let all = schedule.regimes.into_iter().flat_map(|(_, work)| work).filter_map(launch);
             launches.extend(all.chain(dummy::launches(&program, 1)).map(|launch| (launch.kernel.clone(), launch)));
         }
         let work: Vec<_> = launches.keys().map(|kernel| (kernel.clone(), code)).collect();

@@ -289,9 +289,54 @@ pub fn all() -> Vec<Case> {
     [DType::F32, DType::F16, DType::Bf16]
         .into_iter()
         .flat_map(|dtype| {
-            [dense(dtype), attention(dtype), attention_by_tiles(dtype), routing(dtype), experts(dtype)].concat()
+            [
+                dense(dtype),
+                long_linears(dtype),
+                attention(dtype),
+                attention_by_tiles(dtype),
+                routing(dtype),
+                experts(dtype),
+            ]
+            .concat()
         })
         .collect()
+}
+
+/// Linears of more tokens than any rung, and of sizes that are multiples of 8 and of little else: what cuBLASLt takes of 16-bit
+/// types.
+#[must_use]
+pub fn long_linears(dtype: DType) -> Vec<Case> {
+    let (n, k, weight_rows) = (300, 104, 136);
+    let mut cases = Vec::new();
+    for (epilogue, in_place, rows) in [
+        (Epilogue::Store, false, [0, 136]),
+        (Epilogue::Store, false, [24, 96]),
+        (Epilogue::Residual, false, [0, 136]),
+        (Epilogue::Residual, true, [56, 136]),
+        (Epilogue::F32, false, [0, 136]),
+    ] {
+        let mut a = Assembly::new(dtype);
+        (a.program.limits.max_num_tokens, a.program.limits.max_seq_len) = (320, 320);
+        let weight = a.weight("w", dtype, &[weight_rows, k], &values("w", weight_rows * k, 0.3));
+        let input = a.activation("x", Rows::Tokens, k);
+        let cols = rows[1] - rows[0];
+        let out = match epilogue {
+            Epilogue::F32 => a.buffer("out", ElemType::F32, Rows::Tokens, cols),
+            _ => a.activation("out", Rows::Tokens, cols),
+        };
+        let residual = match (epilogue, in_place) {
+            (Epilogue::Residual, true) => Some(out.clone()),
+            (Epilogue::Residual, false) => Some(a.activation("residual", Rows::Tokens, cols)),
+            _ => None,
+        };
+        let added = residual.clone();
+        a.op(Op::Linear { input, weight, rows: Some(rows), epilogue, residual, out, ladder: vec![] });
+        let inputs = tokens(&a, n);
+        let name = format!("long linear {n}x{k}x{rows:?} {epilogue:?} {in_place}");
+        let case = Case::new(name, a, inputs).fill("x", 1.0);
+        cases.push(if let Some(added) = added { case.fill(&added, 1.0) } else { case });
+    }
+    cases
 }
 
 fn name(text: &str) -> String {

@@ -30,7 +30,9 @@ macro_rules! functions {
                     Ok(Api {
                         $($name: *library
                             .get(concat!(stringify!($name), "\0").as_bytes())
-                            .map_err(|_| CudaError::OldDriver { symbol: stringify!($name) })?,)*
+                            .map_err(|_| CudaError::NoDriver {
+                                detail: format!("it has no {}, which every driver has", stringify!($name)),
+                            })?,)*
                         cuFuncLoad: library.get(b"cuFuncLoad\0").ok().map(|symbol| *symbol),
                         _library: library,
                     })
@@ -89,6 +91,11 @@ functions! {
 /// `CUDA_ERROR_NO_DEVICE`.
 const NO_DEVICE: c_uint = 100;
 
+/// The oldest driver that knows all that is asked of it, as `cuDriverGetVersion` counts: since CUDA 12.3 a captured launch may
+/// overlap its predecessor, and what else is called here is older. The kernels may want a newer one, which shows when they are
+/// loaded.
+const OLDEST: c_int = 12030;
+
 /// The driver, initialized. It is looked for once a process.
 pub(crate) fn api() -> Result<&'static Api, CudaError> {
     static API: OnceLock<Result<Api, CudaError>> = OnceLock::new();
@@ -103,6 +110,16 @@ fn load() -> Result<Api, CudaError> {
         let cause = std::error::Error::source(&error).map(ToString::to_string);
         CudaError::NoDriver { detail: cause.unwrap_or_else(|| error.to_string()) }
     })?;
+    // An old driver may lack functions, so its version is looked at before them.
+    // SAFETY: the type is that of cuda.h; one integer is written.
+    let version = unsafe {
+        let version: Option<unsafe extern "C" fn(*mut c_int) -> c_uint> =
+            library.get(b"cuDriverGetVersion\0").ok().map(|symbol| *symbol);
+        version.map(|version| version_of(version))
+    };
+    if let Some(found) = version.filter(|&found| found < OLDEST) {
+        return Err(CudaError::OldDriver { found: named(found), oldest: named(OLDEST) });
+    }
     let api = Api::find(library)?;
     // SAFETY: the flags must be 0.
     match unsafe { (api.cuInit)(0) } {
@@ -110,9 +127,43 @@ fn load() -> Result<Api, CudaError> {
         code => {
             let (name, text) = api.describe(code);
             let detail = format!("{name}: {text}");
-            Err(if code == NO_DEVICE { CudaError::NoDevice { detail } } else { CudaError::NoDriver { detail } })
+            Err(match code {
+                NO_DEVICE => CudaError::NoDevice { detail },
+                _ => CudaError::Start { driver: api.version(), detail, advice: advice(code) },
+            })
         }
     }
+}
+
+/// What to do about a return code of `cuInit`.
+fn advice(code: c_uint) -> &'static str {
+    match code {
+        // System not ready.
+        802 => {
+            "the service that joins this machine's GPUs (nvidia-fabricmanager) is not running yet: start it, or wait"
+        }
+        // System driver mismatch, compatibility not supported on this device.
+        803 | 804 => {
+            "libcuda and the kernel's NVIDIA module are of different versions: restart the machine if the driver was just updated; in a container, take the host's libcuda, and no other of LD_LIBRARY_PATH or a cuda-compat package"
+        }
+        // Stub library.
+        34 => "this libcuda is a toolkit's, for linking alone: take it off LD_LIBRARY_PATH",
+        _ => "check nvidia-smi and the kernel's log",
+    }
+}
+
+/// # Safety
+/// The function is `cuDriverGetVersion`.
+unsafe fn version_of(function: unsafe extern "C" fn(*mut c_int) -> c_uint) -> c_int {
+    let mut version = 0;
+    // SAFETY: one integer is written.
+    unsafe { function(&raw mut version) };
+    version
+}
+
+/// A version as `cuDriverGetVersion` counts, for people: `CUDA 13.0`.
+fn named(version: c_int) -> String {
+    format!("CUDA {}.{}", version / 1000, version % 1000 / 10)
 }
 
 impl Api {
@@ -139,11 +190,9 @@ impl Api {
         (name, of(self.cuGetErrorString).unwrap_or_else(|| "unknown to this driver".to_owned()))
     }
 
-    /// The newest CUDA version that the driver knows, as `13.0`.
+    /// The newest CUDA version that the driver knows, as `CUDA 13.0`.
     pub(crate) fn version(&self) -> String {
-        let mut version = 0;
-        // SAFETY: one integer is written.
-        unsafe { (self.cuDriverGetVersion)(&raw mut version) };
-        format!("CUDA {}.{}", version / 1000, version % 1000 / 10)
+        // SAFETY: it is that function.
+        named(unsafe { version_of(self.cuDriverGetVersion) })
     }
 }

@@ -1,31 +1,47 @@
-//! cuBLASLt, as the yardstick of matrix products: one product of bf16 matrices, f32 accumulated. Nothing else uses it.
+//! cuBLASLt: products of 16-bit matrices, accumulated in f32. Engines that were built so have it compute the dense linears of
+//! long steps, and it is the yardstick of matrix products.
 
-use std::ffi::{c_int, c_void};
+use std::collections::HashMap;
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
+use mixtral_engine::ElemType;
 use mixtral_kernels::Search;
 
-use super::{DeviceMemory, Stream};
+use super::{Context, Stream};
 use crate::CudaError;
 
 /// What the dynamic linker is asked for, newest first.
 const NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
 
-/// `CUDA_R_16BF`, `CUDA_R_32F`, `CUBLAS_COMPUTE_32F`, `CUBLAS_OP_T`, and names of attributes.
-const BF16: c_int = 14;
-const F32: c_int = 0;
+/// `CUBLAS_COMPUTE_32F`, `CUDA_R_32F`, `CUBLAS_OP_T`, and `CUBLASLT_MATMUL_DESC_TRANSA`.
 const COMPUTE_F32: c_int = 68;
+const F32: c_int = 0;
 const TRANSPOSED: c_int = 1;
 const TRANSPOSE_A: c_int = 3;
+
+/// `CUBLASLT_MATMUL_PREF_…`: the workspace's bytes, how parts of a sum are added, and the alignment of A, B, C and D.
 const MAX_WORKSPACE: c_int = 1;
+const REDUCTIONS: c_int = 3;
+const ALIGNMENTS: [c_int; 4] = [5, 6, 7, 8];
+/// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: parts are added in f32. The other schemes round each to the output's type.
+const IN_F32: u32 = 2;
+/// Bytes at whose multiples all rows of all operands begin.
+const ALIGNMENT: u32 = 16;
+
+/// Products whose algorithms are kept: an engine has a few shapes, a step has one number of tokens, and to choose again takes
+/// some microseconds.
+const KEPT: usize = 256;
 
 type Handle = *mut c_void;
+type Destroy = unsafe extern "C" fn(Handle) -> c_int;
 
 /// `cublasLtMatmulHeuristicResult_t`.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Choice {
     algorithm: [u64; 8],
     workspace: usize,
@@ -35,15 +51,15 @@ struct Choice {
 }
 
 macro_rules! functions {
-    ($($field:ident = $name:literal: fn($($arg:ty),*);)*) => {
+    ($($field:ident = $name:literal: fn($($arg:ty),*) -> $result:ty;)*) => {
         struct Api {
-            $($field: unsafe extern "C" fn($($arg),*) -> c_int,)*
+            $($field: unsafe extern "C" fn($($arg),*) -> $result,)*
             _library: Library,
         }
 
         impl Api {
             /// `None` if the library lacks one of them.
-            fn find(library: Library) -> Option<Api> {
+            fn of(library: Library) -> Option<Api> {
                 // SAFETY: the types are those of cublasLt.h.
                 unsafe {
                     Some(Api { $($field: *library.get(concat!($name, "\0").as_bytes()).ok()?,)* _library: library })
@@ -54,138 +70,257 @@ macro_rules! functions {
 }
 
 functions! {
-    create = "cublasLtCreate": fn(*mut Handle);
-    destroy = "cublasLtDestroy": fn(Handle);
-    desc_create = "cublasLtMatmulDescCreate": fn(*mut Handle, c_int, c_int);
-    desc_set = "cublasLtMatmulDescSetAttribute": fn(Handle, c_int, *const c_void, usize);
-    desc_destroy = "cublasLtMatmulDescDestroy": fn(Handle);
-    layout_create = "cublasLtMatrixLayoutCreate": fn(*mut Handle, c_int, u64, u64, i64);
-    layout_destroy = "cublasLtMatrixLayoutDestroy": fn(Handle);
-    preference_create = "cublasLtMatmulPreferenceCreate": fn(*mut Handle);
-    preference_set = "cublasLtMatmulPreferenceSetAttribute": fn(Handle, c_int, *const c_void, usize);
-    preference_destroy = "cublasLtMatmulPreferenceDestroy": fn(Handle);
+    status_name = "cublasLtGetStatusName": fn(c_int) -> *const c_char;
+    create = "cublasLtCreate": fn(*mut Handle) -> c_int;
+    destroy = "cublasLtDestroy": fn(Handle) -> c_int;
+    desc_create = "cublasLtMatmulDescCreate": fn(*mut Handle, c_int, c_int) -> c_int;
+    desc_set = "cublasLtMatmulDescSetAttribute": fn(Handle, c_int, *const c_void, usize) -> c_int;
+    desc_destroy = "cublasLtMatmulDescDestroy": fn(Handle) -> c_int;
+    layout_create = "cublasLtMatrixLayoutCreate": fn(*mut Handle, c_int, u64, u64, i64) -> c_int;
+    layout_destroy = "cublasLtMatrixLayoutDestroy": fn(Handle) -> c_int;
+    preference_create = "cublasLtMatmulPreferenceCreate": fn(*mut Handle) -> c_int;
+    preference_set = "cublasLtMatmulPreferenceSetAttribute": fn(Handle, c_int, *const c_void, usize) -> c_int;
+    preference_destroy = "cublasLtMatmulPreferenceDestroy": fn(Handle) -> c_int;
     heuristic = "cublasLtMatmulAlgoGetHeuristic":
-        fn(Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Choice, *mut c_int);
+        fn(Handle, Handle, Handle, Handle, Handle, Handle, Handle, c_int, *mut Choice, *mut c_int) -> c_int;
     matmul = "cublasLtMatmul": fn(
         Handle, Handle, *const f32, u64, Handle, u64, Handle, *const f32, u64, Handle, u64, Handle, *const [u64; 8], u64,
         usize, *mut c_void
-    );
+    ) -> c_int;
 }
 
-/// A product of two `[n, n]` bf16 matrices, the first transposed, and its workspace: memory is the caller's.
-pub(crate) struct Product {
-    api: Api,
+/// A product `out[t][r] = Σ tokens[t][k] · weight[r][k]`, as far as the choice of an algorithm depends on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct ProductShape {
+    /// Rows of the weight `[rows, depth]`, columns of the output `[tokens, rows]`.
+    pub(crate) rows: usize,
+    /// Rows of the tokens `[tokens, depth]`.
+    pub(crate) tokens: usize,
+    pub(crate) depth: usize,
+    /// Type of weight and tokens.
+    pub(crate) dtype: ElemType,
+    pub(crate) out: ElemType,
+    /// Bytes of workspace.
+    pub(crate) workspace: usize,
+}
+
+/// Where a product's operands lie on the device. The output overlaps neither of the others.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProductOperands {
+    pub(crate) weight: u64,
+    pub(crate) tokens: u64,
+    pub(crate) out: u64,
+    pub(crate) workspace: u64,
+}
+
+/// Something that cuBLASLt has made.
+struct Made {
     handle: Handle,
-    desc: Handle,
-    layout: Handle,
+    destroy: Destroy,
+}
+
+impl Drop for Made {
+    fn drop(&mut self) {
+        // SAFETY: it was made, and nothing else destroys it.
+        unsafe { (self.destroy)(self.handle) };
+    }
+}
+
+/// A product with its algorithm. To cuBLASLt, whose matrices are column-major, the weight is A transposed.
+struct Chosen {
+    desc: Made,
+    weight: Made,
+    tokens: Made,
+    out: Made,
     choice: Choice,
 }
 
-impl Product {
-    /// `None` if cuBLASLt cannot be found or does not want to.
-    pub(crate) fn new(n: usize, workspace: usize) -> Option<Product> {
-        let api = find()?;
-        let nul = ptr::null_mut;
-        let (mut handle, mut desc, mut layout, mut preference): (Handle, Handle, Handle, Handle) =
-            (nul(), nul(), nul(), nul());
-        let mut choice = Choice { algorithm: [0; 8], workspace: 0, state: 0, waves: 0.0, reserved: [0; 4] };
-        let mut found = 0;
-        let size = n as u64;
-        // SAFETY: every call writes one handle, reads an attribute of the size that is given, or fills one choice; a handle
-        // is used only if it was made.
-        unsafe {
-            if (api.create)(&raw mut handle) != 0 {
-                return None;
-            }
-            let made = (api.desc_create)(&raw mut desc, COMPUTE_F32, F32) == 0
-                && (api.desc_set)(desc, TRANSPOSE_A, ptr::from_ref(&TRANSPOSED).cast(), 4) == 0
-                && (api.layout_create)(&raw mut layout, BF16, size, size, i64::try_from(n).unwrap_or(0)) == 0
-                && (api.preference_create)(&raw mut preference) == 0
-                && (api.preference_set)(preference, MAX_WORKSPACE, (&raw const workspace).cast(), 8) == 0
-                && (api.heuristic)(
-                    handle,
-                    desc,
-                    layout,
-                    layout,
-                    layout,
-                    layout,
-                    preference,
-                    1,
-                    &raw mut choice,
-                    &raw mut found,
-                ) == 0;
-            if !preference.is_null() {
-                (api.preference_destroy)(preference);
-            }
-            let product = Product { api, handle, desc, layout, choice };
-            (made && found > 0 && choice.workspace <= workspace).then_some(product)
-        }
+/// cuBLASLt on a context.
+pub(crate) struct CublasLt {
+    api: &'static Api,
+    chosen: Mutex<HashMap<ProductShape, Chosen>>,
+    handle: Made,
+}
+
+// SAFETY: a handle may be used from any thread, and by several at a time; what has been chosen is behind a lock.
+unsafe impl Send for CublasLt {}
+// SAFETY: as above.
+unsafe impl Sync for CublasLt {}
+
+impl CublasLt {
+    /// # Errors
+    /// It cannot be found, or does not start.
+    pub(crate) fn new(context: &Context) -> Result<CublasLt, CudaError> {
+        context.bind()?;
+        let api = api()?;
+        let what = || "does not start".to_owned();
+        // SAFETY: one handle is written; the context is current.
+        let handle = unsafe { api.make("cublasLtCreate", what, api.destroy, |handle| (api.create)(handle)) }?;
+        Ok(CublasLt { api, chosen: Mutex::default(), handle })
     }
 
-    /// Multiplies the first two thirds of `matrices` into the last.
-    pub(crate) fn run(
+    /// Multiplies.
+    ///
+    /// # Safety
+    /// The operands are the device's, of the shape's sizes and of its alignment, and outlive the product.
+    pub(crate) unsafe fn multiply(
         &self,
         stream: &Stream,
-        matrices: &DeviceMemory,
-        workspace: &DeviceMemory,
+        shape: ProductShape,
+        operands: ProductOperands,
     ) -> Result<(), CudaError> {
         stream.context().bind()?;
-        let third = matrices.len() / 3;
-        let [a, b, c] = [0, third, 2 * third].map(|offset| matrices.address() + offset as u64);
+        let mut kept = self.chosen.lock().unwrap_or_else(PoisonError::into_inner);
+        if !kept.contains_key(&shape) {
+            if kept.len() >= KEPT {
+                kept.clear();
+            }
+            kept.insert(shape, self.choose(shape)?);
+        }
+        let Chosen { desc, weight, tokens, out, choice } = &kept[&shape];
         let (one, zero) = (1.0f32, 0.0f32);
-        let (desc, layout) = (self.desc, self.layout);
-        // SAFETY: three matrices of the layout's size and the workspace of the chosen algorithm are allocated, and outlive the
-        // stream's work, which the caller waits for.
+        // SAFETY: the handles are live, the factors are read before the call returns, and the operands are as the caller says.
         let status = unsafe {
             (self.api.matmul)(
-                self.handle,
-                desc,
+                self.handle.handle,
+                desc.handle,
                 &raw const one,
-                a,
-                layout,
-                b,
-                layout,
+                operands.weight,
+                weight.handle,
+                operands.tokens,
+                tokens.handle,
                 &raw const zero,
-                c,
-                layout,
-                c,
-                layout,
-                &raw const self.choice.algorithm,
-                workspace.address(),
-                workspace.len(),
+                operands.out,
+                out.handle,
+                operands.out,
+                out.handle,
+                &raw const choice.algorithm,
+                operands.workspace,
+                shape.workspace,
                 stream.handle.cast(),
             )
         };
-        let failed = || CudaError::Unsupported(format!("cublasLtMatmul failed with status {status}"));
-        if status == 0 { Ok(()) } else { Err(failed()) }
+        self.api.check("cublasLtMatmul", status, || shape.refusal())
     }
-}
 
-impl Drop for Product {
-    fn drop(&mut self) {
-        // SAFETY: what was made is destroyed once.
+    /// Asks which algorithm is the fastest.
+    fn choose(&self, shape: ProductShape) -> Result<Chosen, CudaError> {
+        let api = self.api;
+        let what = || shape.refusal();
+        let layout = |dtype, rows: usize, cols: usize| {
+            let make = |handle: *mut Handle| {
+                let stride = i64::try_from(rows).unwrap_or(i64::MAX);
+                // SAFETY: one handle is written.
+                unsafe { (api.layout_create)(handle, data_type(dtype), rows as u64, cols as u64, stride) }
+            };
+            // SAFETY: as above.
+            unsafe { api.make("cublasLtMatrixLayoutCreate", what, api.layout_destroy, make) }
+        };
+        // SAFETY: every call writes one handle, reads an attribute of the size that is given, or fills one choice and their
+        // count; handles are live.
         unsafe {
-            if !self.layout.is_null() {
-                (self.api.layout_destroy)(self.layout);
+            let make = |handle| (api.desc_create)(handle, COMPUTE_F32, F32);
+            let desc = api.make("cublasLtMatmulDescCreate", what, api.desc_destroy, make)?;
+            let set = (api.desc_set)(desc.handle, TRANSPOSE_A, ptr::from_ref(&TRANSPOSED).cast(), size_of::<c_int>());
+            api.check("cublasLtMatmulDescSetAttribute", set, what)?;
+            let mut chosen = Chosen {
+                desc,
+                weight: layout(shape.dtype, shape.depth, shape.rows)?,
+                tokens: layout(shape.dtype, shape.depth, shape.tokens)?,
+                out: layout(shape.out, shape.rows, shape.tokens)?,
+                choice: Choice::default(),
+            };
+            let make = |handle| (api.preference_create)(handle);
+            let preference = api.make("cublasLtMatmulPreferenceCreate", what, api.preference_destroy, make)?;
+            let prefer = |attribute, value: *const c_void, size| {
+                let set = (api.preference_set)(preference.handle, attribute, value, size);
+                api.check("cublasLtMatmulPreferenceSetAttribute", set, what)
+            };
+            prefer(MAX_WORKSPACE, ptr::from_ref(&shape.workspace).cast(), size_of::<usize>())?;
+            prefer(REDUCTIONS, ptr::from_ref(&IN_F32).cast(), size_of::<u32>())?;
+            for operand in ALIGNMENTS {
+                prefer(operand, ptr::from_ref(&ALIGNMENT).cast(), size_of::<u32>())?;
             }
-            if !self.desc.is_null() {
-                (self.api.desc_destroy)(self.desc);
-            }
-            (self.api.destroy)(self.handle);
+            let mut found = 0;
+            let status = (api.heuristic)(
+                self.handle.handle,
+                chosen.desc.handle,
+                chosen.weight.handle,
+                chosen.tokens.handle,
+                chosen.out.handle,
+                chosen.out.handle,
+                preference.handle,
+                1,
+                &raw mut chosen.choice,
+                &raw mut found,
+            );
+            let status = if status == 0 && found < 1 { NOT_SUPPORTED } else { status };
+            api.check("cublasLtMatmulAlgoGetHeuristic", status, what)?;
+            Ok(chosen)
         }
     }
 }
 
-/// On the dynamic linker's path, or beside NVRTC, with which it comes.
-fn find() -> Option<Api> {
-    // SAFETY: the library's initializers have no preconditions.
-    let open = |path: &Path| unsafe { Library::new(path) }.ok().and_then(Api::find);
-    let named = NAMES.iter().find_map(|name| open(Path::new(name)));
-    named.or_else(|| {
-        let search = Search::from_environment();
-        let folders = search.candidates().filter_map(|c| c.library.parent().map(Path::to_owned));
-        let folders: Vec<_> = folders.filter(|folder| folder.is_dir() && folder.is_absolute()).collect();
-        let places = folders.iter().flat_map(|folder| [folder.clone(), folder.join("../../cublas/lib")]);
-        places.into_iter().find_map(|folder| NAMES.iter().find_map(|name| open(&folder.join(name))))
-    })
+/// `CUBLAS_STATUS_NOT_SUPPORTED`.
+const NOT_SUPPORTED: c_int = 15;
+
+/// `cudaDataType_t`.
+fn data_type(dtype: ElemType) -> c_int {
+    match dtype {
+        ElemType::F32 => F32,
+        ElemType::F16 => 2,
+        ElemType::Bf16 => 14,
+        ElemType::I32 => 10,
+    }
+}
+
+impl ProductShape {
+    fn refusal(&self) -> String {
+        let ProductShape { rows, tokens, depth, dtype, out, .. } = self;
+        format!("does not multiply {tokens} tokens by a weight [{rows}, {depth}] ({dtype} to {out})")
+    }
+}
+
+impl Api {
+    fn check(&self, call: &'static str, status: c_int, what: impl FnOnce() -> String) -> Result<(), CudaError> {
+        if status == 0 {
+            return Ok(());
+        }
+        // SAFETY: a static text is returned, for any number.
+        let name = unsafe {
+            let name = (self.status_name)(status);
+            if name.is_null() { String::new() } else { CStr::from_ptr(name).to_string_lossy().into_owned() }
+        };
+        Err(CudaError::CublasLt { what: what(), call, status, name })
+    }
+
+    /// What `make` makes.
+    ///
+    /// # Safety
+    /// It writes a handle that `destroy` takes, unless it fails.
+    unsafe fn make(
+        &self,
+        call: &'static str,
+        what: impl FnOnce() -> String,
+        destroy: Destroy,
+        make: impl FnOnce(*mut Handle) -> c_int,
+    ) -> Result<Made, CudaError> {
+        let mut handle = ptr::null_mut();
+        self.check(call, make(&raw mut handle), what)?;
+        Ok(Made { handle, destroy })
+    }
+}
+
+/// The library. It is looked for once a process: on the dynamic linker's path, or where NVRTC may be, with which it comes.
+fn api() -> Result<&'static Api, CudaError> {
+    static API: OnceLock<Option<Api>> = OnceLock::new();
+    let search = Search::from_environment();
+    let found = API.get_or_init(|| {
+        // SAFETY: the library's initializers have no preconditions.
+        let open = |path: &Path| unsafe { Library::new(path) }.ok().and_then(Api::of);
+        let named = NAMES.iter().find_map(|name| open(Path::new(name)));
+        let in_folder = |folder: &Path| NAMES.iter().find_map(|name| open(&folder.join(name)));
+        named.or_else(|| search.folders().filter(|folder| folder.is_absolute()).find_map(|f| in_folder(&f)))
+    });
+    found.as_ref().ok_or_else(|| CudaError::NoCublasLt { places: search.places() })
 }

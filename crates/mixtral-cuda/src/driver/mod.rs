@@ -15,7 +15,7 @@ pub(crate) use api::api;
 pub(crate) use context::Context;
 pub use context::Device;
 pub use context::devices;
-pub(crate) use cublas::Product;
+pub(crate) use cublas::{CublasLt, ProductOperands, ProductShape};
 pub(crate) use graph::Graph;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use module::{Config, Function, MAX_PARAMS, Module, Param};

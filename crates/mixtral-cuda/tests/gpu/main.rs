@@ -5,6 +5,7 @@
 //! called that.
 
 mod cases;
+mod cublaslt;
 mod faults;
 mod kernels;
 mod steps;

@@ -41,6 +41,15 @@ fn grid(context: &Context<'_>, buffer: &Buffer, times: usize) -> Grid {
     }
 }
 
+/// `out = a + b`, all of them of `buffer`'s rows and columns.
+pub(super) fn add(context: &Context<'_>, buffer: &Buffer, [a, b, out]: [Arg; 3]) -> Launch {
+    let (kind, times) = rows(context, buffer);
+    let symbol = format!("elementwise::add<{}, {}, {kind}>", type_name(context.program.dtype), buffer.cols);
+    let grid = grid(context, buffer, buffer.cols.div_ceil(VECTOR).div_ceil(THREADS));
+    let args = vec![Arg::Step(Array::Header), int(times), a, b, out];
+    launch(portable("elementwise/elementwise.cuh", symbol, THREADS), grid, args)
+}
+
 pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
     let dtype = type_name(context.program.dtype);
     let header = Arg::Step(Array::Header);
@@ -74,12 +83,8 @@ pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, Lower
             launch(kernel, grid(context, buffer, 1), args)
         }
         Op::Add { a, b, out } => {
-            let (_, buffer) = context.buffer(op, out)?;
-            let (kind, times) = rows(context, buffer);
-            let symbol = format!("elementwise::add<{dtype}, {}, {kind}>", buffer.cols);
-            let args = vec![header, int(times), context.at(op, a)?, context.at(op, b)?, context.at(op, out)?];
-            let grid = grid(context, buffer, buffer.cols.div_ceil(VECTOR).div_ceil(THREADS));
-            launch(portable("elementwise/elementwise.cuh", symbol, THREADS), grid, args)
+            let operands = [context.at(op, a)?, context.at(op, b)?, context.at(op, out)?];
+            add(context, context.buffer(op, out)?.1, operands)
         }
         Op::SiluMul { input, out } => {
             let (_, buffer) = context.buffer(op, out)?;

@@ -2,12 +2,13 @@
 
 use mixtral_engine::{Epilogue, Op, Rows};
 
-use super::{Context, LowerError, moe, type_name};
+use super::{Context, LowerError, elementwise, moe, of_launches, type_name};
+use crate::scratch::PRODUCT_WORKSPACE;
 use crate::select::{self, LinearShape};
 use crate::step_block::Array;
-use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, TensorMap};
+use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, Product, TensorMap, Work};
 
-pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
+pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Work>, LowerError> {
     let linear = Linear::new(context, op)?;
     let ladder = match op {
         Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } => &ladder[..],
@@ -18,15 +19,23 @@ pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, Lower
     let plan = match chosen {
         // A ladder is for the fastest family that an engine was built for; the others choose anew.
         Some(LinearPlan::Wgmma { .. }) if context.target.family == Family::Portable => None,
+        // A library's product takes the step's size from the host, which a captured one could not.
+        Some(LinearPlan::CublasLt)
+            if context.regime.decodes || !select::takes_cublaslt(context.program, op, tokens) =>
+        {
+            None
+        }
         chosen => chosen,
     };
-    match plan.unwrap_or_else(|| select::plan(&linear.shape, tokens, context.target.family)) {
+    let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, tokens, context.target.family)) {
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
             linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic })
         }
-    }
+        LinearPlan::CublasLt => return Ok(linear.cublaslt()),
+    };
+    launches.map(of_launches)
 }
 
 /// `epilogue::Kind`.
@@ -277,6 +286,31 @@ impl<'a> Linear<'a> {
         let args = vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out), turns];
         launches.push(Launch { cluster, ..self.launch(kernel(symbol), 1, None, args) });
         Ok(launches)
+    }
+
+    /// The product, and the residual's sum, which rounds what was rounded, as the epilogue does. The product goes to a place of
+    /// its own then: the residual often is the output.
+    fn cublaslt(&self) -> Vec<Work> {
+        let out = &self.context.program.buffers[self.out];
+        let scratch = self.context.scratch;
+        let place = match self.kind {
+            Kind::Residual => Arg::Scratch(scratch.product),
+            _ => Arg::Buffer(self.out),
+        };
+        let product = Product {
+            weight: self.weight_at_first_row(),
+            tokens: Arg::Buffer(self.input),
+            out: place.clone(),
+            rows: self.outputs,
+            depth: self.shape.depth,
+            dtype: self.shape.weight,
+            out_type: out.dtype,
+            workspace: (Arg::Scratch(scratch.workspace), PRODUCT_WORKSPACE),
+            op: 0,
+        };
+        let added = (self.kind == Kind::Residual)
+            .then(|| elementwise::add(self.context, out, [place, Arg::Buffer(self.residual), Arg::Buffer(self.out)]));
+        std::iter::once(Work::Product(Box::new(product))).chain(added.map(Work::Launch)).collect()
     }
 
     /// The weight, in boxes of 64 elements of `rows` rows.

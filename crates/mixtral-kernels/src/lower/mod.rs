@@ -18,7 +18,7 @@ use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
 use mixtral_model::DType;
 
 use crate::plan::RUNGS;
-use crate::{Arg, Family, Grid, Kernel, Launch, Scratch};
+use crate::{Arg, Family, Grid, Kernel, Launch, Scratch, Work};
 
 /// What a program is lowered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -37,11 +37,11 @@ pub struct Regime {
     pub decodes: bool,
 }
 
-/// Every regime's launches, in the order in which they run.
+/// Every regime's work, in the order in which it runs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
     /// Ascending by tokens, decodes and others apart.
-    pub regimes: Vec<(Regime, Vec<Launch>)>,
+    pub regimes: Vec<(Regime, Vec<Work>)>,
     /// Where the workspaces lie.
     pub scratch: Scratch,
 }
@@ -92,7 +92,7 @@ impl Schedule {
             .chain(mixed)
             .map(|regime| {
                 let context = Context { program, target, regime, scratch: &scratch };
-                Ok((regime, context.launches()?))
+                Ok((regime, context.work()?))
             })
             .collect::<Result<_, LowerError>>()?;
         Ok(Schedule { regimes, scratch })
@@ -101,12 +101,12 @@ impl Schedule {
     /// Everything that has to be compiled.
     #[must_use]
     pub fn kernels(&self) -> BTreeSet<&Kernel> {
-        self.regimes.iter().flat_map(|(_, launches)| launches).map(|l| &l.kernel).collect()
+        self.regimes.iter().flat_map(|(_, work)| work).filter_map(Work::kernel).collect()
     }
 
-    /// The launches of a step of `tokens` tokens.
+    /// The work of a step of `tokens` tokens.
     #[must_use]
-    pub fn for_step(&self, tokens: usize, decodes: bool) -> Option<&(Regime, Vec<Launch>)> {
+    pub fn for_step(&self, tokens: usize, decodes: bool) -> Option<&(Regime, Vec<Work>)> {
         let fits = |r: &Regime| r.max_tokens >= tokens;
         let exact = self.regimes.iter().find(|(r, _)| r.decodes == decodes && fits(r));
         exact.or_else(|| self.regimes.iter().find(|(r, _)| !r.decodes && fits(r)))
@@ -122,25 +122,27 @@ pub(crate) struct Context<'a> {
 }
 
 impl Context<'_> {
-    fn launches(&self) -> Result<Vec<Launch>, LowerError> {
+    fn work(&self) -> Result<Vec<Work>, LowerError> {
         let ops = &self.program.ops;
-        let (mut launches, mut index) = (Vec::new(), 0);
+        let (mut all, mut index) = (Vec::new(), 0);
         while index < ops.len() {
             let (taken, mut some) = self.lower(&ops[index..])?;
-            some.iter_mut().for_each(|launch| launch.op = index);
-            launches.extend(some);
+            some.iter_mut().for_each(|work| work.set_op(index));
+            all.extend(some);
             index += taken;
         }
-        Ok(launches)
+        Ok(all)
     }
 
-    /// The launches of the first operation, or of the first few where one kernel computes them; and how many those are.
-    fn lower(&self, ops: &[Op]) -> Result<(usize, Vec<Launch>), LowerError> {
+    /// The work of the first operation, or of the first few where one kernel computes them; and how many those are.
+    fn lower(&self, ops: &[Op]) -> Result<(usize, Vec<Work>), LowerError> {
         if let Some(launches) = moe::norm_router_route(self, ops)? {
-            return Ok((3, launches));
+            return Ok((3, of_launches(launches)));
         }
         let launches = match &ops[0] {
-            op @ (Op::Linear { .. } | Op::ExpertGateUp { .. } | Op::ExpertDown { .. }) => linear::lower(self, op)?,
+            op @ (Op::Linear { .. } | Op::ExpertGateUp { .. } | Op::ExpertDown { .. }) => {
+                return Ok((1, linear::lower(self, op)?));
+            }
             op @ (Op::Attention { .. } | Op::Rope { .. } | Op::WriteKv { .. } | Op::RopeWriteKv { .. }) => {
                 attention::lower(self, op)?
             }
@@ -162,7 +164,7 @@ impl Context<'_> {
                 });
             }
         };
-        Ok((1, launches))
+        Ok((1, of_launches(launches)))
     }
 
     /// A buffer's index and description.
@@ -181,6 +183,10 @@ impl Context<'_> {
         let found = self.program.weights.iter().enumerate().find(|(_, w)| w.name == name);
         found.ok_or_else(|| LowerError::Missing { op: op.name(), name: name.to_owned() })
     }
+}
+
+fn of_launches(launches: Vec<Launch>) -> Vec<Work> {
+    launches.into_iter().map(Work::Launch).collect()
 }
 
 /// A portable kernel without dynamic shared memory.

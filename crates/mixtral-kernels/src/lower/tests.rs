@@ -1,12 +1,12 @@
 //! Which kernels the operations of a layer of Mixtral 8x7B become.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{ElemType, Epilogue, KvLayout, Limits, Op, Program, Rows};
+use mixtral_engine::{ElemType, Epilogue, KvLayout, Limits, Op, Program, Rows, Rung};
 use mixtral_model::{DType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 
-use crate::{Family, Launch, Schedule, Target};
+use crate::{Family, Schedule, Target, Work, select};
 
 fn name(text: &str) -> String {
     text.to_owned()
@@ -78,14 +78,20 @@ fn layer(dtype: DType) -> Program {
     a.program
 }
 
-/// A line a launch: operation, kernel, threads, dynamic shared memory, grid.
-fn lines(launches: &[Launch]) -> String {
-    let line = |l: &Launch| {
-        // The table's 64 constants are not told.
-        let symbol = l.kernel.symbol.split_once("angles<").map_or(&*l.kernel.symbol, |_| "attention::angles");
-        format!("{} {symbol} {} {} {:?}\n", l.op, l.kernel.threads, l.kernel.shared_bytes, l.grid)
+/// A line a launch: operation, kernel, threads, dynamic shared memory, grid. Of a product: its operands and sizes.
+fn lines(work: &[Work]) -> String {
+    let line = |work: &Work| match work {
+        Work::Launch(l) => {
+            // The table's 64 constants are not told.
+            let symbol = l.kernel.symbol.split_once("angles<").map_or(&*l.kernel.symbol, |_| "attention::angles");
+            format!("{} {symbol} {} {} {:?}\n", l.op, l.kernel.threads, l.kernel.shared_bytes, l.grid)
+        }
+        Work::Product(p) => format!(
+            "{} cublaslt {:?} [{}, {}] x {:?} -> {:?}, {} to {}\n",
+            p.op, p.weight, p.rows, p.depth, p.tokens, p.out, p.dtype, p.out_type
+        ),
     };
-    launches.iter().map(line).collect()
+    work.iter().map(line).collect()
 }
 
 #[test]
@@ -103,8 +109,9 @@ fn every_regime_has_the_kernels_of_its_steps() {
     {
         let program = layer(dtype);
         let schedule = Schedule::new(&program, Target { family }).expect("kernels");
-        for (regime, launches) in &schedule.regimes {
-            let count = |part: &str| launches.iter().filter(|l| l.kernel.symbol.contains(part)).count();
+        for (regime, work) in &schedule.regimes {
+            let kernels = || work.iter().filter_map(Work::kernel);
+            let count = |part: &str| kernels().filter(|kernel| kernel.symbol.contains(part)).count();
             assert_eq!(count("::angles<"), 1, "one table for all layers");
             assert_eq!(count("::rope_write_kv<"), 2);
             // Prefill attention has no work where every sequence is a decode.
@@ -144,4 +151,127 @@ fn a_program_cut_short_needs_no_other_kernels() {
             }
         }
     }
+}
+
+/// The linears of a layer, of logits, and of experts, with cuBLASLt wherever it can be; in the order of the snapshot below.
+fn linears(dtype: DType) -> Program {
+    let mut a = Assembly::new(dtype);
+    (a.program.num_experts, a.program.top_k) = (8, 2);
+    a.program.limits =
+        Limits { max_batch_size: 64, max_num_tokens: 2048, max_seq_len: 4096, max_num_logits: 2048, block_size: 64 };
+    a.activation("x", Rows::Tokens, 512);
+    a.activation("qkv", Rows::Tokens, 768);
+    a.activation("part", Rows::Tokens, 512);
+    a.activation("odd", Rows::Tokens, 500);
+    a.activation("last", Rows::Logits, 512);
+    a.activation("gate_up", Rows::Assignments, 128);
+    a.buffer("scores", ElemType::F32, Rows::Tokens, 64);
+    a.buffer("logits", ElemType::F32, Rows::Logits, 1024);
+    a.buffer("offsets", ElemType::I32, Rows::One, 9);
+    a.buffer("order", ElemType::I32, Rows::Assignments, 1);
+    for (weight, shape) in
+        [("qkv", vec![768, 512]), ("dense", vec![1024, 512]), ("odd", vec![500, 512]), ("scores", vec![64, 512])]
+    {
+        a.declare(weight, dtype, &shape);
+    }
+    a.declare("lm_head", dtype, &[1024, 512]);
+    a.declare("fc", dtype, &[8, 256, 512]);
+    let linear = |input: &str, weight: &str, rows, epilogue, out: &str| Op::Linear {
+        input: name(input),
+        weight: name(weight),
+        rows,
+        epilogue,
+        residual: (epilogue == Epilogue::Residual).then(|| name(out)),
+        out: name(out),
+        ladder: vec![],
+    };
+    a.op(linear("x", "qkv", None, Epilogue::Store, "qkv"));
+    a.op(linear("x", "dense", Some([512, 1024]), Epilogue::Residual, "part"));
+    a.op(linear("x", "scores", None, Epilogue::F32, "scores"));
+    a.op(linear("x", "odd", None, Epilogue::Store, "odd"));
+    a.op(linear("last", "lm_head", None, Epilogue::F32, "logits"));
+    a.op(Op::ExpertGateUp {
+        input: name("x"),
+        weight: name("fc"),
+        offsets: name("offsets"),
+        order: name("order"),
+        silu_mul: true,
+        out: name("gate_up"),
+        ladder: vec![],
+    });
+    a.program
+}
+
+/// A program with ladders of a family's plans, and cuBLASLt's where it can be.
+fn with_cublaslt(mut program: Program, family: Family) -> Program {
+    let ladders: Vec<_> = program.ops.iter().map(|op| select::ladder(&program, op, family, true)).collect();
+    for (op, rungs) in program.ops.iter_mut().zip(ladders) {
+        if let Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } = op {
+            *ladder = rungs;
+        }
+    }
+    program
+}
+
+#[test]
+fn cublaslt_computes_dense_linears_of_long_steps() {
+    let program = with_cublaslt(linears(DType::Bf16), Family::Hopper);
+    let ladders = program.ops.iter().map(|op| match op {
+        Op::Linear { weight, ladder, .. } | Op::ExpertGateUp { weight, ladder, .. } => {
+            let rungs: Vec<_> = ladder.iter().map(|rung| format!("{} {}", rung.max_tokens, rung.plan)).collect();
+            format!("{weight}: {}\n", rungs.join(", "))
+        }
+        _ => String::new(),
+    });
+    let ladders: String = ladders.collect();
+    let schedule = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels");
+    let (_, many) = schedule.for_step(2048, false).expect("a regime");
+    insta::assert_snapshot!(format!("{ladders}\nprompts of 2048 tokens\n{}", lines(many)));
+    // It needs no architecture of its own, and leaves the other regimes alone, of which some are captured.
+    for family in [Family::Hopper, Family::Portable] {
+        let schedule = Schedule::new(&program, Target { family }).expect("kernels");
+        for (regime, work) in &schedule.regimes {
+            let products = work.iter().filter(|work| matches!(work, Work::Product(_))).count();
+            assert_eq!(products, if regime.max_tokens > 256 { 3 } else { 0 }, "{regime:?}");
+            assert!(products == 0 || !regime.decodes, "{regime:?}");
+        }
+    }
+}
+
+#[test]
+fn cublaslt_has_its_workspace_only_where_it_is_used() {
+    let program = linears(DType::Bf16);
+    let plain = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch;
+    let program = with_cublaslt(program, Family::Hopper);
+    let with = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch;
+    assert_eq!(with.bytes, plain.bytes + crate::scratch::PRODUCT_WORKSPACE);
+    // Products that a residual is added to lie where tokens are gathered by expert; without experts, that has to be made.
+    let mut dense = linears(DType::Bf16);
+    dense.ops.truncate(2);
+    (dense.num_experts, dense.top_k) = (0, 0);
+    let [without, with] = [dense.clone(), with_cublaslt(dense, Family::Hopper)]
+        .map(|program| Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch.bytes);
+    assert_eq!(with, without + crate::scratch::PRODUCT_WORKSPACE + 2048 * 512 * 2);
+}
+
+#[test]
+fn a_plan_that_cublaslt_cannot_follow_is_chosen_anew() {
+    // As an engine's file might say it.
+    let mut program = linears(DType::Bf16);
+    let limits = program.limits;
+    for op in &mut program.ops {
+        if let Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } = op {
+            *ladder = vec![Rung { max_tokens: limits.max_num_tokens, plan: name("cublaslt") }];
+        }
+    }
+    let schedule = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels");
+    for (regime, work) in &schedule.regimes {
+        let products: Vec<usize> = work.iter().filter(|work| matches!(work, Work::Product(_))).map(Work::op).collect();
+        assert_eq!(products, if regime.max_tokens > 256 { vec![0, 1, 2] } else { vec![] }, "{regime:?}");
+    }
+    // f32 has no tensor cores to run on.
+    let schedule =
+        Schedule::new(&with_cublaslt(linears(DType::F32), Family::Hopper), Target { family: Family::Hopper });
+    let work = schedule.expect("kernels").regimes.into_iter().flat_map(|(_, work)| work).collect::<Vec<_>>();
+    assert!(work.iter().all(|work| work.kernel().is_some()));
 }

@@ -37,7 +37,8 @@ pub struct BuildArgs {
     /// GPU architectures to build for (sm_80, sm_90a, …); no GPU is needed for that
     #[arg(long, num_args = 1.., value_delimiter = ',', value_parser = clap::value_parser!(Arch))]
     pub arch: Vec<Arch>,
-    /// Kernels of dense linears: auto, a data type (the model's), or disable (portable kernels)
+    /// Kernels of dense linears: auto, a data type (the model's), disable (portable kernels), or cublaslt (in steps of more
+    /// than 256 tokens; the machine that runs the engine needs it, and results depend on what else is in a step)
     #[arg(long, default_value = "auto")]
     pub gemm_plugin: String,
     /// Kernels of the experts: auto, a data type (the model's), or disable (portable kernels)
@@ -138,6 +139,8 @@ pub struct BuildOptions {
     pub output_dir: PathBuf,
     /// What to build for.
     pub build_for: BuildFor,
+    /// Whether dense linears of steps of many tokens are cuBLASLt's.
+    pub cublaslt: bool,
     /// The flags that ask for portable kernels, of those that make a difference on a GPU.
     pub portable: Vec<&'static str>,
     /// Ranks and kernels built at a time, if that was asked for.
@@ -171,9 +174,6 @@ impl BuildArgs {
         if self.tune {
             usage!("--tune (measuring kernel candidates on this GPU) is not supported by this version; leave it out");
         }
-        if self.gemm_plugin == "cublaslt" {
-            usage!("--gemm-plugin cublaslt is not supported by this version; auto selects its own kernels");
-        }
         if self.max_beam_width > 1 {
             usage!(
                 "--max-beam-width {}: beam search is not supported by this version; leave it at 1",
@@ -200,8 +200,11 @@ impl BuildArgs {
             match value.parse::<DType>() {
                 Ok(dtype) => plugins.push((flag, dtype)),
                 Err(_) if matches!(value.as_str(), "auto" | "disable") => {}
+                Err(_) if flag == "gemm_plugin" && value == "cublaslt" => {}
                 Err(_) => {
-                    usage!("--{} is `{value}`; expected auto, f16, bf16, f32 or disable", flag.replace('_', "-"));
+                    let library = if flag == "gemm_plugin" { ", cublaslt" } else { "" };
+                    let flag = flag.replace('_', "-");
+                    usage!("--{flag} is `{value}`; expected auto, f16, bf16, f32{library} or disable");
                 }
             }
         }
@@ -233,6 +236,7 @@ impl BuildArgs {
             mapping: mapping(&self.parallel)?,
             output_dir: self.output_dir,
             build_for,
+            cublaslt: self.gemm_plugin == "cublaslt",
             portable,
             workers: self.workers,
             limits: Limits {

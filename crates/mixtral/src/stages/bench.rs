@@ -71,7 +71,7 @@ struct Bench {
     engine: String,
     /// Where it ran.
     place: String,
-    /// Loading the engine, weights and all.
+    /// Loading the engine: kernels, weights, cache and graphs. A GPU's context was made before, to measure its rates.
     load_s: f64,
     /// From nothing to the first token of the first batch.
     first_token_s: Option<f64>,

@@ -5,10 +5,12 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{KernelOptions, Kernels, Roof, WeightsFrom, dot};
+use mixtral_build::{DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot};
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig};
 use mixtral_convert::recipes;
-use mixtral_kernels::{Arch, Cache, Search};
+use mixtral_engine::{Op, Program};
+use mixtral_kernels::plan::RUNGS;
+use mixtral_kernels::{Arch, Cache, LinearPlan, Search};
 use mixtral_model::ModelConfig;
 
 use crate::args::build::{BuildFor, BuildOptions, Model};
@@ -71,9 +73,12 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         eprintln!("weights: dummy, seed {}", options.seed);
     }
     match &built.kernels {
-        Some(kernels) => report(kernels, &options.portable),
+        Some(kernels) => report(kernels, options, &built.programs),
         None if options.recorded.values().any(|v| v == "disable") => {
             eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
+        }
+        None if options.cublaslt => {
+            eprintln!("warning: --gemm-plugin cublaslt: on the CPU that changes nothing");
         }
         None => {}
     }
@@ -127,7 +132,11 @@ fn archs(build_for: &BuildFor) -> Result<Option<Vec<Arch>>> {
 fn kernel_options(archs: Vec<Arch>, options: &BuildOptions) -> KernelOptions {
     KernelOptions {
         archs,
-        tuned_linears: !options.portable.contains(&"--gemm-plugin"),
+        dense_linears: match options.portable.contains(&"--gemm-plugin") {
+            true => DenseLinears::Portable,
+            false if options.cublaslt => DenseLinears::CublasLt,
+            false => DenseLinears::Tuned,
+        },
         tuned_experts: !options.portable.contains(&"--moe-plugin"),
         workers: options.workers.unwrap_or_else(machine::cores),
         nvrtc: Search::from_environment(),
@@ -136,7 +145,7 @@ fn kernel_options(archs: Vec<Arch>, options: &BuildOptions) -> KernelOptions {
 }
 
 /// Says what was compiled and what to know about it.
-fn report(kernels: &Kernels, portable: &[&str]) {
+fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
     let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
     eprintln!(
         "kernels: {} compiled for {}, {} found in the cache, {:.1} s",
@@ -148,13 +157,31 @@ fn report(kernels: &Kernels, portable: &[&str]) {
     for warning in &kernels.warnings {
         eprintln!("warning: {warning}");
     }
-    if !portable.is_empty() {
-        let flags: Vec<_> = portable.iter().map(|flag| format!("{flag} disable")).collect();
+    if options.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
+        eprintln!(
+            "warning: --gemm-plugin cublaslt: in steps of more than {LAST_RUNG} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
+        );
+    } else if options.cublaslt {
+        eprintln!(
+            "warning: --gemm-plugin cublaslt changes nothing: it is for steps of more than {LAST_RUNG} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
+        );
+    }
+    if !options.portable.is_empty() {
+        let flags: Vec<_> = options.portable.iter().map(|flag| format!("{flag} disable")).collect();
         eprintln!(
             "warning: {}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
             flags.join(", ")
         );
     }
+}
+
+/// Steps of more tokens are those that cuBLASLt is for.
+const LAST_RUNG: usize = RUNGS[RUNGS.len() - 1];
+
+/// Whether cuBLASLt computes it, in some steps.
+fn is_by_cublaslt(op: &Op) -> bool {
+    let plan = LinearPlan::CublasLt.to_string();
+    matches!(op, Op::Linear { ladder, .. } if ladder.iter().any(|rung| rung.plan == plan))
 }
 
 fn write_graph(path: &Path, text: &str) -> Result<()> {

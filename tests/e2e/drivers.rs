@@ -1,0 +1,103 @@
+//! What is said where the NVIDIA driver is missing, too old, of another version than the kernel's, or sees no GPU: with a driver
+//! made for the tests, so that it is said on any machine.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::TempDir;
+
+use crate::kernels::has_nvrtc;
+use crate::tool::{Said, binary, example_engine, root, said};
+
+/// A folder with the driver. Nothing, and a word about it, where the dynamic linker would not take it.
+fn driver() -> Option<TempDir> {
+    if !cfg!(target_os = "linux") {
+        println!("skipped: what is said of NVIDIA drivers, which needs Linux");
+        return None;
+    }
+    let folder = TempDir::new().unwrap();
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"]).arg(folder.path().join("libcuda.so.1"));
+    cc.arg(root().join("tests/e2e/libcuda.c"));
+    assert!(cc.status().expect("there is a C compiler").success(), "libcuda.c compiles");
+    Some(folder)
+}
+
+/// Runs the tool in `dir` with the driver in `folder`, told what to be.
+fn with_driver(folder: &Path, dir: &Path, line: &str, variables: &[(&str, &str)]) -> Said {
+    let mut command = Command::new(binary());
+    command.args(line.split_whitespace()).current_dir(dir).env("LD_LIBRARY_PATH", folder);
+    said(command.envs(variables.iter().copied()).env_remove("RUST_BACKTRACE").output().expect("the binary starts"))
+}
+
+/// The message of a command that has to fail.
+#[track_caller]
+fn refused(said: Said, folder: &Path) -> String {
+    assert_eq!(said.code, 1, "{}{}", said.out, said.err);
+    assert!(!said.err.contains("panicked"), "{}", said.err);
+    said.err.replace(&folder.display().to_string(), "DIR")
+}
+
+const RUN: &str = "run --backend cuda --max_output_len 2 --input_text KING";
+
+#[test]
+fn drivers_that_do_not_start() {
+    let Some(folder) = driver() else { return };
+    let at = folder.path();
+    let dir = TempDir::new().unwrap();
+    let mut text = String::new();
+    // A build for the GPUs of this machine needs neither an engine nor NVRTC to find that it has none.
+    let build = "build --model-config mixtral-8x7b --backend cuda";
+    for variables in [
+        [("DRIVER_VERSION", "11040"), ("DRIVER_INIT", "0")],
+        [("DRIVER_VERSION", "12020"), ("DRIVER_INIT", "0")],
+        [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "100")],
+        [("DRIVER_VERSION", "12080"), ("DRIVER_INIT", "803")],
+        [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "802")],
+        [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "999")],
+        // A code that the driver itself has no name for.
+        [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "35")],
+        [("DRIVER_VERSION", "13000"), ("DRIVER_DEVICES", "0")],
+    ] {
+        let message = refused(with_driver(at, dir.path(), build, &variables), at);
+        text.push_str(&format!("# {variables:?}\n{message}\n"));
+    }
+    // Found first, and no library: as where there is none.
+    for name in ["libcuda.so.1", "libcuda.so"] {
+        fs::write(at.join(name), "no library").unwrap();
+    }
+    let message = refused(with_driver(at, dir.path(), build, &[]), at);
+    text.push_str(&format!("# no library\n{message}"));
+    insta::assert_snapshot!(text);
+}
+
+#[test]
+fn an_engine_says_what_its_driver_lacks() {
+    let Some(folder) = driver() else { return };
+    if !has_nvrtc() {
+        return;
+    }
+    let at = folder.path();
+    let engine = example_engine("--dtype auto", "--arch sm_90a");
+    let mut text = String::new();
+    for variables in [
+        [("DRIVER_VERSION", "11040"), ("DRIVER_INIT", "0")],
+        [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "100")],
+        [("DRIVER_VERSION", "12080"), ("DRIVER_INIT", "803")],
+        // Kernels of a newer CUDA than the driver's.
+        [("DRIVER_VERSION", "12040"), ("DRIVER_LOAD", "222")],
+    ] {
+        let message = refused(with_driver(at, engine.path(), RUN, &variables), at);
+        text.push_str(&format!("# {variables:?}\n{message}\n"));
+    }
+    // An engine whose linears want a library that is not there: found first, and no library.
+    let engine = example_engine("--dtype auto", "--arch sm_90a --gemm-plugin cublaslt");
+    for name in ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"] {
+        fs::write(at.join(name), "no library").unwrap();
+    }
+    let nowhere = at.join("nowhere").display().to_string();
+    let message = refused(with_driver(at, engine.path(), RUN, &[("MIXTRAL_NVRTC", &nowhere)]), at);
+    text.push_str(&format!("# no cuBLASLt\n{message}"));
+    insta::assert_snapshot!(text);
+}

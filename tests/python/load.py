@@ -1,0 +1,123 @@
+#!/usr/bin/env python3
+"""How fast an engine's weights get onto a GPU, from files that are in memory.
+
+    load.py --mixtral PATH [--layers N] [--backend cuda]
+
+A model of Mixtral 8x7B's shape with N layers in bf16 (4 are 12 GB) is written as Hugging Face would, converted and built, in
+/dev/shm where that has room. `mixtral bench` says what loading took; so it does of an engine of the same shape with dummy
+weights, which are made on the device: the difference is what the weights took. Beside that stands the rate of copies from pinned
+memory, by torch.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from common import run_tool
+
+GEOMETRY = {
+    "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "torch_dtype": "bfloat16", "hidden_act": "silu",
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
+}
+# Loads of each engine: the best counts, since whatever else the machine does only ever slows one down.
+ROUNDS = 3
+
+
+def layer_shapes():
+    """Names within a layer, and shapes."""
+    hidden, inner = GEOMETRY["hidden_size"], GEOMETRY["intermediate_size"]
+    kv = hidden // GEOMETRY["num_attention_heads"] * GEOMETRY["num_key_value_heads"]
+    shapes = {f"self_attn.{part}_proj.weight": (rows, hidden)
+              for part, rows in {"q": hidden, "k": kv, "v": kv, "o": hidden}.items()}
+    shapes |= {f"{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+    shapes["block_sparse_moe.gate.weight"] = (GEOMETRY["num_local_experts"], hidden)
+    for expert in range(GEOMETRY["num_local_experts"]):
+        parts = {"w1": (inner, hidden), "w2": (hidden, inner), "w3": (inner, hidden)}
+        shapes |= {f"block_sparse_moe.experts.{expert}.{part}.weight": shape for part, shape in parts.items()}
+    return shapes
+
+
+def write_model(directory, layers, device):
+    """The model; all layers have the same weights, which are drawn once."""
+    draw = lambda shape: torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(0.02).cpu()
+    layer = {name: draw(shape) for name, shape in layer_shapes().items()}
+    table = (GEOMETRY["vocab_size"], GEOMETRY["hidden_size"])
+    ends = {"model.embed_tokens.weight": draw(table), "lm_head.weight": draw(table),
+            "model.norm.weight": draw(table[1:])}
+    parts = [{f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()} for i in range(layers)] + [ends]
+    weight_map = {}
+    for number, tensors in enumerate(parts, 1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(GEOMETRY | {"num_hidden_layers": layers}))
+
+
+def pinned_rate():
+    """Bytes a second from pinned memory to the GPU."""
+    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    best = float("inf")
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        device.copy_(host, non_blocking=True)
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end) / 1e3)
+    return host.nbytes / best
+
+
+def load_seconds(args, engine):
+    """The best of some loads."""
+    seconds = []
+    for _ in range(ROUNDS):
+        said = run_tool(args.mixtral, "bench", "--engine-dir", engine, "--backend", args.backend, "--quick", "--json",
+                        "--batch-size", 1, "--context", 16, "--steps", 1, "--warmup", 0, "--prefill", 16)
+        seconds.append(json.loads(said)["load_s"])
+    print(f"{engine.name}: loaded in {', '.join(f'{s:.3f}' for s in seconds)} s", flush=True)
+    return min(seconds)
+
+
+def measure(args, scratch):
+    model, checkpoint, engine, dummy = (scratch / name for name in ("model", "checkpoint", "engine", "dummy"))
+    model.mkdir()
+    write_model(model, args.layers, args.backend)
+    run_tool(args.mixtral, "convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", "bfloat16")
+    shutil.rmtree(model)
+    limits = ["--max-batch-size", 8, "--max-num-tokens", 512, "--max-seq-len", 512, "--backend", args.backend]
+    run_tool(args.mixtral, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, *limits)
+    run_tool(args.mixtral, "build", "--model-config", checkpoint / "config.json", "--output_dir", dummy, *limits)
+    weights = json.loads(run_tool(args.mixtral, "inspect", engine, "--json"))["ranks"][0]["bytes"]
+    loaded, without = load_seconds(args, engine), load_seconds(args, dummy)
+    pinned = f"{pinned_rate() / 1e9:.1f} GB/s from pinned memory" if args.backend == "cuda" else "no bus"
+    rate = f"{weights / (loaded - without) / 1e9:.1f} GB/s" if loaded > without else "in no time"
+    print(f"{weights / 1e9:.1f} GB loaded in {loaded:.2f} s ({weights / loaded / 1e9:.1f} GB/s), {without:.2f} s of it "
+          f"not for weights: those at {rate}, {pinned}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixtral", required=True, help="the tool's binary")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cuda")
+    args = parser.parse_args()
+    # 2.9 GB a layer and 0.5 GB beside; the model and its checkpoint at the same time.
+    needed = 2 * (args.layers * 3_000_000_000 + 600_000_000)
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free > needed
+    with tempfile.TemporaryDirectory(prefix="load-", dir=memory if has_room else None) as scratch:
+        print(f"in {scratch}", flush=True)
+        measure(args, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
