@@ -79,8 +79,8 @@ __device__ __forceinline__ void add_values(float (&o)[STEPS][HALVES][4], const u
     }
 }
 
-// Takes the CTA's works. `tiles` gives the tiles of each, in ascending order: `keys()`, then `values()`, return when they have arrived
-// and say where, `release()` ends a warp's reading of either, `skip()` does without both. What is not visible of the 16 tokens of a
+// Takes the CTA's works. `tiles` gives the tiles of each, in ascending order: all warps go on to the `next()`; of that `keys()`, then
+// `values()`, return when they have arrived and say where, `release()` ends a warp's reading of either, `skip()` does without both. What is not visible of the 16 tokens of a
 // warp that sees some is there, too: zero if Tiles::ZEROED, or any bits. Called by the first DECODE_THREADS, after the wait.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
@@ -90,8 +90,9 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
     constexpr int D = C::D, GROUP = C::GROUP, PARTS = C::PARTS, HALVES = C::HALVES, PER_ITEM = C::PER_ITEM, STEPS = D / 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = lane / 4, column = lane % 4 * 2;
-    // Where a lane finds its row of the four matrices of 8 tokens × 8 elements: the first 8 tokens' two, then the others'.
-    const u32 own = Layout::at(warp * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2);
+    // Where a lane finds its row of the four matrices of 8 tokens × 8 elements: the first 8 tokens' two, then the others'. (What comes
+    // out of a shuffle is kept, where the rest would be computed anew for each tile.)
+    const u32 own = __shfl_sync(ALL_LANES, Layout::at(warp * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2), lane);
     const auto sync = [] { ptx::sync_threads(1, DECODE_THREADS); };
 
     // Rows of the product past the part's heads hold its last one again: nothing comes of them.
@@ -128,6 +129,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) max[half] = math::minus_infinity();
         for (; c.tile < c.last; ++c.tile) {
+            tiles.next();
             const int token = c.tile * TILE + warp * 16;
             if (token >= c.end || token + 16 <= c.first) {
                 tiles.skip();

@@ -93,14 +93,10 @@ struct DecodeCopies : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
             load_next(stage == 0 ? STAGES - 1 : stage - 1);
             stage = stage == STAGES - 1 ? 0 : stage + 1;
         }
-        __device__ __forceinline__ u32 last() const { return ring + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE; }
-        __device__ __forceinline__ u32 keys() {
-            next();
-            return last();
-        }
-        __device__ __forceinline__ u32 values() const { return last() + Kv::BYTES; }
+        __device__ __forceinline__ u32 keys() const { return ring + (stage == 0 ? STAGES - 1 : stage - 1) * STAGE; }
+        __device__ __forceinline__ u32 values() const { return keys() + Kv::BYTES; }
         __device__ __forceinline__ void release() const {}
-        __device__ __forceinline__ void skip() { next(); }
+        __device__ __forceinline__ void skip() const {}
     };
 };
 

@@ -52,6 +52,7 @@ struct DecodeStream : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
         u32 base;
         Buffers<SLOTS> ring;
 
+        __device__ __forceinline__ void next() const {}
         __device__ __forceinline__ u32 keys() const {
             ring.wait_full();
             return base + ring.stage * SLOT;
@@ -164,7 +165,8 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     // waits would end before its predecessors.)
     if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= list.num_works) return;
     u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
-    const u32 base = ptx::shared_address(shared);
+    // (Taken from lane 0: known to be uniform.)
+    const u32 base = __shfl_sync(~0u, ptx::shared_address(shared), 0);
     const Buffers<C::SLOTS> ring{base + C::BARRIERS_AT};
     if (threadIdx.x == DECODE_THREADS) {
         ring.init(DECODE_WARPS);

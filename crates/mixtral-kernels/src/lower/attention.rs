@@ -7,7 +7,7 @@ use super::{Context, LowerError, count, int, is_16_bit, launch, portable, type_n
 use crate::step_block::{Array, DECODE_SPLIT, PREFILL_TILE};
 use crate::{Arg, Family, Grid, Kernel, Launch, TensorMap};
 
-/// Threads of a CTA of every attention kernel.
+/// Threads of a CTA of every attention kernel, without those that only load.
 const THREADS: usize = 128;
 /// Tiles of decode attention's ring. More CTAs hide latencies better than more stages do: three CTAs of two stages take 50 µs where two
 /// of three take 57.
