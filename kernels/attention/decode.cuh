@@ -80,8 +80,9 @@ __device__ __forceinline__ void add_values(float (&o)[STEPS][HALVES][4], const u
 }
 
 // Takes the CTA's works. `tiles` gives the tiles of each, in ascending order: all warps go on to the `next()`; of that `keys()`, then
-// `values()`, return when they have arrived and say where, `release()` ends a warp's reading of either, `skip()` does without both. What is not visible of the 16 tokens of a
-// warp that sees some is there, too: zero if Tiles::ZEROED, or any bits. Called by the first DECODE_THREADS, after the wait.
+// `values()`, return when they have arrived and say where, `release()` ends a warp's reading of either, `skip()` does without both.
+// What is not visible of the 16 tokens of a warp that sees some is there, too: zero if Tiles::ZEROED, or any bits. Called by the first
+// DECODE_THREADS, after the wait.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
                                        float scale, typename C::T* out, float* partials, int max_splits, u32* tickets) {
