@@ -13,6 +13,7 @@
 // out as the first operand of the product with the values is. Two warpgroups take turns at the tensor cores.
 #pragma once
 
+#include "attention/buffers.cuh"
 #include "attention/tile.cuh"
 #include "base/math.cuh"
 #include "base/reduce.cuh"
@@ -58,42 +59,6 @@ struct Prefill {
     static_assert((D == 64 || D == 128) && BLOCK_SIZE % TILE == 0 && (KEYS == 64 || KEYS == 128), "whole boxes");
     static_assert(WARPGROUPS <= 3 && HEADS / KV_HEADS % WARPGROUPS == 0, "heads of one group");
     static_assert(SHARED <= 232448, "shared memory of a CTA");
-};
-
-// COUNT buffers that TMA fills in turn and the warpgroups empty, and their barriers.
-template <int COUNT>
-struct Buffers {
-    u32 barriers;
-    int stage = 0;
-    u32 phase = 0;
-
-    // For so many warps that empty each buffer.
-    __device__ __forceinline__ void init(int warps) const {
-        for (int i = 0; i < COUNT; i++) {
-            mbarrier::init(barriers + i * 8, 1);
-            mbarrier::init(barriers + (COUNT + i) * 8, warps);
-        }
-    }
-    __device__ __forceinline__ u32 full() const { return barriers + stage * 8; }
-    __device__ __forceinline__ u32 empty() const { return barriers + (COUNT + stage) * 8; }
-    __device__ __forceinline__ void wait_full() const { mbarrier::wait(full(), phase); }
-    __device__ __forceinline__ void wait_empty() const { mbarrier::wait(empty(), phase ^ 1); }
-    __device__ __forceinline__ void advance() {
-        if (++stage == COUNT) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-    __device__ __forceinline__ void wait_next_full() const {
-        Buffers next = *this;
-        next.advance();
-        next.wait_full();
-    }
-    // A warp has read the buffer, and takes the next one.
-    __device__ __forceinline__ void release() {
-        if (threadIdx.x % 32 == 0) mbarrier::arrive(empty());
-        advance();
-    }
 };
 
 // The rings of a CTA.

@@ -189,38 +189,70 @@ fn one_bad_kernel_fails_the_batch_by_name() {
     }
 }
 
-/// Prefill attention of groups of `group` heads on Hopper.
-fn prefill(dtype: DType, head_dim: usize, group: usize, window: Option<usize>) -> Kernel {
+/// A kernel of attention of groups of `group` heads.
+fn attention(name: &str, dtype: DType, head_dim: usize, group: usize, window: Option<usize>, family: Family) -> Kernel {
     let (mut a, kv_heads) = (Assembly::new(dtype), 2);
     let heads = kv_heads * group;
     (a.program.kv.num_kv_heads, a.program.kv.head_dim, a.program.limits.block_size) = (kv_heads, head_dim, 64);
     let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * head_dim);
     let out = a.activation("out", Rows::Tokens, heads * head_dim);
     a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
-    let schedule = Schedule::new(&a.program, Target { family: Family::Hopper }).expect("kernels");
-    let kernel = schedule.kernels().into_iter().find(|kernel| kernel.symbol.contains("::prefill_wgmma<")).cloned();
-    kernel.expect("prefill attention")
+    let schedule = Schedule::new(&a.program, Target { family }).expect("kernels");
+    let kernel = schedule.kernels().into_iter().find(|kernel| kernel.symbol.contains(&format!("::{name}<"))).cloned();
+    kernel.expect("attention")
 }
 
-#[test]
-fn prefill_attention_spills_nothing_and_is_not_serialised() {
+/// Compiles kernels that are to have no defect and no stack.
+fn assert_clean(work: &[(Kernel, Code)]) {
     let compiler = match Nvrtc::load(&Search::from_environment()) {
         Ok(nvrtc) => Compiler::new(nvrtc, Sources::embedded()),
         Err(error) => return println!("skipped: {error}"),
     };
+    let batch = compile_all(&compiler, work, 2, None, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+    assert_eq!(batch.kernels.len(), work.len());
+    for (kernel, code, compiled) in batch.kernels {
+        let resources = compiled.resources.expect("known of SASS");
+        println!("{} for {code}: {} registers", kernel.symbol, resources.registers);
+        assert_eq!(compiled.defects, [], "{} for {code}", kernel.symbol);
+        assert_eq!(resources.stack, 0, "{} for {code}", kernel.symbol);
+    }
+}
+
+#[test]
+fn prefill_attention_spills_nothing_and_is_not_serialised() {
+    let prefill = |dtype, head_dim, group, window| {
+        (attention("prefill_wgmma", dtype, head_dim, group, window, Family::Hopper), SM_90A)
+    };
     let mut work = Vec::new();
     for head_dim in [64, 128] {
         for group in [1, 3, 4, 6, 8] {
-            work.push((prefill(DType::Bf16, head_dim, group, None), SM_90A));
-            work.push((prefill(DType::F16, head_dim, group, Some(4096)), SM_90A));
+            work.push(prefill(DType::Bf16, head_dim, group, None));
+            work.push(prefill(DType::F16, head_dim, group, Some(4096)));
         }
-        work.push((prefill(DType::Bf16, head_dim, 4, Some(100)), SM_90A));
-        work.push((prefill(DType::F16, head_dim, 4, None), SM_90A));
+        work.push(prefill(DType::Bf16, head_dim, 4, Some(100)));
+        work.push(prefill(DType::F16, head_dim, 4, None));
     }
-    let batch = compile_all(&compiler, &work, 2, None, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
-    assert_eq!(batch.kernels.len(), work.len());
-    for (kernel, _, compiled) in batch.kernels {
-        assert_eq!(compiled.defects, [], "{}", kernel.symbol);
-        assert_eq!(compiled.resources.expect("known of SASS").stack, 0, "{}", kernel.symbol);
+    assert_clean(&work);
+}
+
+#[test]
+fn decode_attention_spills_nothing() {
+    let mut work = Vec::new();
+    for head_dim in [64, 128] {
+        for (group, dtype, window) in [
+            (1, DType::Bf16, None),
+            (3, DType::F16, Some(100)),
+            (4, DType::Bf16, None),
+            (4, DType::F16, Some(4096)),
+            (6, DType::Bf16, Some(4096)),
+            (8, DType::F16, None),
+            (16, DType::Bf16, None),
+            (30, DType::F16, Some(100)),
+        ] {
+            work.push((attention("decode_tma", dtype, head_dim, group, window, Family::Hopper), SM_90A));
+            let portable = attention("decode_paged", dtype, head_dim, group, window, Family::Portable);
+            work.extend([(portable.clone(), SM_80), (portable, SM_90A)]);
+        }
     }
+    assert_clean(&work);
 }

@@ -289,16 +289,10 @@ pub fn all() -> Vec<Case> {
     [DType::F32, DType::F16, DType::Bf16]
         .into_iter()
         .flat_map(|dtype| {
-            [
-                dense(dtype),
-                long_linears(dtype),
-                attention(dtype),
-                attention_by_tiles(dtype),
-                routing(dtype),
-                experts(dtype),
-            ]
-            .concat()
+            let attention = [attention(dtype), attention_by_tiles(dtype), decodes_by_tiles(dtype)].concat();
+            [dense(dtype), long_linears(dtype), attention, routing(dtype), experts(dtype)].concat()
         })
+        .chain([many_decodes()])
         .collect()
 }
 
@@ -493,6 +487,47 @@ fn attention_by_tiles(dtype: DType) -> Vec<Case> {
         }
     }
     cases
+}
+
+/// Decodes alone, of sequences that fill their last tile of keys or hardly begin it, in one split or in several.
+fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, windows: &[Option<usize>]) -> Vec<Case> {
+    let program = &mut base.program;
+    (program.limits.block_size, program.limits.max_seq_len) = (64, 1024);
+    let (kv_heads, d) = (program.kv.num_kv_heads, program.kv.head_dim);
+    let blocks = lengths.iter().map(|len| len.div_ceil(64)).sum::<usize>() + 1;
+    let sequences = batch::sequences(7, lengths, &program.limits, program.vocab_size, blocks);
+    let parts: Vec<Part<'_>> =
+        sequences.iter().map(|sequence| Part { sequence, past: sequence.tokens.len() - 1, new: 1 }).collect();
+    let mut inputs = batch::step(&program.limits, &parts);
+    inputs.logits_indices.truncate(1);
+    let case = |&window: &Option<usize>| {
+        let mut a = base.clone();
+        let query = a.activation("qkv", Rows::Tokens, (group + 2) * kv_heads * d);
+        let out = a.activation("out", Rows::Tokens, group * kv_heads * d);
+        a.op(Op::Attention { query, num_heads: group * kv_heads, window, layer: 0, out });
+        let text = format!("{name} {kv_heads}x{group}x{d} window {window:?}");
+        Case::over_blocks(blocks, text, a, inputs.clone()).fill("qkv", 1.0).fill_cache()
+    };
+    windows.iter().map(case).collect()
+}
+
+fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
+    let shapes = [(2, 1, 64), (1, 4, 128), (1, 6, 128), (1, 8, 64), (1, 12, 128), (1, 30, 64)];
+    let of = |(kv_heads, group, d)| {
+        let mut base = Assembly::new(dtype);
+        (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (kv_heads, d);
+        let lengths = [600, 1, 16, 64, 65, 97, 256, 257];
+        decodes("decodes by tiles", base, &lengths, group, &[None, Some(1), Some(21), Some(300)])
+    };
+    shapes.into_iter().flat_map(of).collect()
+}
+
+/// More decodes of a head than a GPU has CTAs, so that some take several.
+fn many_decodes() -> Case {
+    let mut base = Assembly::new(DType::Bf16);
+    (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (9, 64);
+    let lengths: Vec<usize> = (0..base.program.limits.max_batch_size).map(|i| i * 29 % 150 + 1).collect();
+    decodes("many decodes", base, &lengths, 2, &[None]).remove(0)
 }
 
 /// Buffers of the routing operations.

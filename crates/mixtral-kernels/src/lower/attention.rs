@@ -7,13 +7,17 @@ use super::{Context, LowerError, count, int, is_16_bit, launch, portable, type_n
 use crate::step_block::{Array, DECODE_SPLIT, PREFILL_TILE};
 use crate::{Arg, Family, Grid, Kernel, Launch, TensorMap};
 
-/// Threads of a CTA of every attention kernel.
+/// Threads of a CTA of every attention kernel, without those that only load.
 const THREADS: usize = 128;
 /// Tiles of decode attention's ring. More CTAs hide latencies better than more stages do: three CTAs of two stages take 50 µs where two
 /// of three take 57.
 const DECODE_STAGES: usize = 2;
 /// Tokens of a tile of keys and values: `attention::TILE`.
 const TILE: usize = 64;
+/// Tokens of a tile that a warp of `attention::decode_tma` takes.
+const STRIP: usize = 16;
+/// Bytes of shared memory of a Hopper multiprocessor.
+const HOPPER_SHARED: usize = 228 * 1024;
 /// Whether prefill multiplies the values by probabilities in two 16-bit parts, as decode does, or by one rounded part, which is half
 /// the products and 256 (bf16) or 32 (f16) times the error.
 const EXACT_PREFILL: bool = false;
@@ -155,21 +159,39 @@ fn attention(
     let row = 2 * head_dim + if head_dim.is_multiple_of(64) { 0 } else { 16 };
 
     let group = heads / kv_heads;
-    let sums = 4 * group.min(16) * (head_dim + 8) * 4;
-    let kernel = Kernel {
-        shared_bytes: count(DECODE_STAGES * 2 * TILE * row + sums),
-        ..portable("attention/decode_paged.cuh", format!("attention::decode_paged<{shape}, {DECODE_STAGES}>"), THREADS)
-    };
     let steps = [Array::Header, Array::DecodeItems].map(Arg::Step);
     let scratch = [
         Arg::Scratch(context.scratch.attention_partials),
         int(limits.max_seq_len.div_ceil(DECODE_SPLIT)),
         Arg::Scratch(context.scratch.attention_tickets),
     ];
-    let args = steps.into_iter().chain(table.clone()).chain(operands(scale)?).chain(scratch).collect();
-    // Of 128 elements a head three CTAs fit on a Hopper multiprocessor, two on an older one.
-    let per_sm = if context.target.family == Family::Hopper { 3 } else { 2 };
-    launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
+    if let Some(ring) = DecodeRing::new(kv, heads, limits.block_size, context.target.family) {
+        let [query, keys, values, scale, out] = operands(scale)?;
+        let dims = [head_dim as u64, ANY_ROWS];
+        let maps = [(&keys, TILE), (&keys, STRIP), (&values, TILE), (&values, STRIP)]
+            .map(|(base, rows)| map(base.clone(), kv, dims, rows));
+        let args =
+            maps.into_iter().chain(steps).chain(table.clone()).chain([query, scale, out]).chain(scratch).collect();
+        let shared = ring.shared_bytes(kv, heads);
+        let DecodeRing { per_sm, slots } = ring;
+        let kernel = Kernel {
+            header: "attention/decode_tma.cuh",
+            symbol: format!("attention::decode_tma<attention::DecodeStream<{shape}, {slots}, {per_sm}, {shared}>>"),
+            threads: count(THREADS + 32),
+            shared_bytes: count(shared),
+            family: Family::Hopper,
+        };
+        launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
+    } else {
+        let symbol = format!("attention::decode_paged<{shape}, {DECODE_STAGES}>");
+        let shared = DECODE_STAGES * 2 * TILE * row + merge_bytes(group, head_dim);
+        let kernel = Kernel { shared_bytes: count(shared), ..portable("attention/decode_paged.cuh", symbol, THREADS) };
+        let args = steps.into_iter().chain(table.clone()).chain(operands(scale)?).chain(scratch).collect();
+        // Of 128 elements a head three CTAs fit on a Hopper multiprocessor, two on an older one.
+        let hopper = context.target.family == Family::Hopper;
+        let per_sm = if hopper { count(HOPPER_SHARED / (shared + 1024)).min(3) } else { 2 };
+        launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
+    }
 
     if context.regime.decodes {
         return Ok(launches);
@@ -180,9 +202,9 @@ fn attention(
         let [query, keys, values, scale, out] = operands;
         let tokens = limits.max_num_tokens as u64;
         let maps = [
-            map(query, kv, [buffer.cols as u64, tokens]),
-            map(keys, kv, [head_dim as u64, ANY_ROWS]),
-            map(values, kv, [head_dim as u64, ANY_ROWS]),
+            map(query, kv, [buffer.cols as u64, tokens], TILE),
+            map(keys, kv, [head_dim as u64, ANY_ROWS], TILE),
+            map(values, kv, [head_dim as u64, ANY_ROWS], TILE),
         ];
         let args = maps.into_iter().chain(steps).chain(table).chain([scale, out]).collect();
         let kernel = tiling.kernel(kv, heads, limits.block_size, window);
@@ -208,10 +230,10 @@ fn attention(
 /// no row is named but of a block that a step's table holds.
 const ANY_ROWS: u64 = i32::MAX as u64;
 
-/// Rows of so many elements, in boxes of 64 elements of 64 rows.
-fn map(base: Arg, kv: KvLayout, [cols, rows]: [u64; 2]) -> Arg {
+/// Rows of so many elements, in boxes of 64 elements of `of` rows.
+fn map(base: Arg, kv: KvLayout, [cols, rows]: [u64; 2], of: usize) -> Arg {
     let (dtype, row) = (ElemType::from(kv.dtype), cols * kv.dtype.size() as u64);
-    let tile = vec![64, count(TILE)];
+    let tile = vec![64, count(of)];
     Arg::TensorMap(TensorMap {
         base: Box::new(base),
         dtype,
@@ -220,6 +242,48 @@ fn map(base: Arg, kv: KvLayout, [cols, rows]: [u64; 2]) -> Arg {
         tile,
         swizzle: 128,
     })
+}
+
+/// Whether TMA can fetch tiles: swizzle atoms of 64 elements, each tile inside of one block.
+fn has_boxes(kv: KvLayout, block_size: usize, family: Family) -> bool {
+    let boxes = matches!(kv.head_dim, 64 | 128) && block_size.is_multiple_of(TILE);
+    family == Family::Hopper && is_16_bit(kv.dtype) && boxes
+}
+
+/// Bytes of `attention::Decode::Merge`: the warps' sums, maxima and totals, and a flag.
+fn merge_bytes(group: usize, head_dim: usize) -> usize {
+    4 * group.min(16) * (head_dim + 4) * 4 + 2 * 4 * 16 * 4 + 16
+}
+
+/// How `attention::decode_tma` uses shared memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct DecodeRing {
+    /// CTAs of a multiprocessor.
+    per_sm: u32,
+    /// Tiles of keys or values in shared memory.
+    slots: usize,
+}
+
+impl DecodeRing {
+    /// `None` where decodes stay with the portable kernel.
+    fn new(kv: KvLayout, heads: usize, block_size: usize, family: Family) -> Option<Self> {
+        if !has_boxes(kv, block_size, family) {
+            return None;
+        }
+        // As many as fit beside each other, each with 1 KiB of the system's.
+        let of = |per_sm: u32| {
+            let fixed = DecodeRing { per_sm, slots: 0 }.shared_bytes(kv, heads);
+            let each = DecodeRing { per_sm, slots: 1 }.shared_bytes(kv, heads) - fixed;
+            DecodeRing { per_sm, slots: ((HOPPER_SHARED / per_sm as usize - 1024 - fixed) / each).min(8) }
+        };
+        // Three CTAs hide each other's merges better than two, unless they leave each other no room for two tiles' keys and values.
+        Some([3, 2].map(of).into_iter().find(|ring| ring.slots >= 4).unwrap_or(of(2)))
+    }
+
+    /// Bytes of shared memory, as `attention::DecodeStream::SHARED` has them (which asserts that it is so).
+    fn shared_bytes(self, kv: KvLayout, heads: usize) -> usize {
+        self.slots * (TILE * 2 * kv.head_dim + 16) + merge_bytes(heads / kv.num_kv_heads, kv.head_dim) + 1024
+    }
 }
 
 /// How `attention::prefill_wgmma` divides its work.
@@ -236,8 +300,7 @@ struct PrefillTiling {
 impl PrefillTiling {
     /// `None` where prefill stays with the portable kernel. It depends on nothing that differs between steps: their bits may not.
     fn new(kv: KvLayout, heads: usize, block_size: usize, family: Family) -> Option<Self> {
-        let boxes = matches!(kv.head_dim, 64 | 128) && block_size.is_multiple_of(TILE);
-        if family != Family::Hopper || !is_16_bit(kv.dtype) || !boxes {
+        if !has_boxes(kv, block_size, family) {
             return None;
         }
         let group = heads / kv.num_kv_heads;
@@ -289,6 +352,29 @@ mod tests {
     use mixtral_model::DType;
 
     use super::*;
+
+    #[test]
+    fn decode_has_a_ring_where_boxes_allow() {
+        let of = |head_dim, group: usize, block_size, family| {
+            let kv = KvLayout { num_layers: 1, num_kv_heads: 8, head_dim, dtype: DType::Bf16 };
+            let ring = DecodeRing::new(kv, 8 * group, block_size, family)?;
+            let shared = ring.shared_bytes(kv, 8 * group) + 1024;
+            assert!(
+                shared * ring.per_sm as usize <= HOPPER_SHARED,
+                "{shared} bytes for groups of {group} heads of {head_dim}"
+            );
+            Some((ring.per_sm, ring.slots))
+        };
+        for (group, slots) in [(1, (3, 4)), (4, (3, 4)), (6, (2, 6)), (8, (2, 5)), (16, (2, 4)), (30, (2, 4))] {
+            assert_eq!(of(128, group, 64, Family::Hopper), Some(slots), "groups of {group}");
+        }
+        for (group, slots) in [(1, (3, 8)), (4, (3, 8)), (8, (3, 8)), (16, (3, 7))] {
+            assert_eq!(of(64, group, 128, Family::Hopper), Some(slots), "groups of {group}");
+        }
+        assert_eq!(of(128, 4, 64, Family::Portable), None);
+        assert_eq!(of(128, 4, 32, Family::Hopper), None, "a tile may cross blocks");
+        assert_eq!(of(96, 4, 64, Family::Hopper), None);
+    }
 
     #[test]
     fn prefill_is_chosen_by_what_boxes_and_groups_allow() {

@@ -116,10 +116,12 @@ fn every_regime_has_the_kernels_of_its_steps() {
             assert_eq!(count("::rope_write_kv<"), 2);
             // Prefill attention has no work where every sequence is a decode.
             let tensor_cores = dtype != DType::F32;
-            assert_eq!(count("::decode_paged<"), if tensor_cores { 2 } else { 0 });
-            let prefill = if tensor_cores && !regime.decodes { 2 } else { 0 };
-            let hopper = if family == Family::Hopper { prefill } else { 0 };
-            assert_eq!((count("::prefill_wgmma<"), count("::prefill_paged<")), (hopper, prefill - hopper));
+            let by_family = |portable, hopper, expected| {
+                let expected = if family == Family::Hopper { (0, expected) } else { (expected, 0) };
+                assert_eq!((count(portable), count(hopper)), expected);
+            };
+            by_family("::decode_paged<", "::decode_tma<", if tensor_cores { 2 } else { 0 });
+            by_family("::prefill_paged<", "::prefill_wgmma<", if tensor_cores && !regime.decodes { 2 } else { 0 });
             assert_eq!(count("::simt<"), if tensor_cores { 0 } else { 2 });
             // The router lists the assignments itself as long as one CTA can.
             assert_eq!(count("::router<"), 1);

@@ -1,0 +1,45 @@
+// Buffers in shared memory between a producer that fills them by TMA and the warps that read them.
+#pragma once
+
+#include "base/types.cuh"
+#include "ptx/mbarrier.cuh"
+
+namespace attention {
+
+// COUNT buffers that TMA fills in turn and warps empty, and their barriers.
+template <int COUNT>
+struct Buffers {
+    u32 barriers;
+    int stage = 0;
+    u32 phase = 0;
+
+    // For so many warps that empty each buffer.
+    __device__ __forceinline__ void init(int warps) const {
+        for (int i = 0; i < COUNT; i++) {
+            mbarrier::init(barriers + i * 8, 1);
+            mbarrier::init(barriers + (COUNT + i) * 8, warps);
+        }
+    }
+    __device__ __forceinline__ u32 full() const { return barriers + stage * 8; }
+    __device__ __forceinline__ u32 empty() const { return barriers + (COUNT + stage) * 8; }
+    __device__ __forceinline__ void wait_full() const { mbarrier::wait(full(), phase); }
+    __device__ __forceinline__ void wait_empty() const { mbarrier::wait(empty(), phase ^ 1); }
+    __device__ __forceinline__ void advance() {
+        if (++stage == COUNT) {
+            stage = 0;
+            phase ^= 1;
+        }
+    }
+    __device__ __forceinline__ void wait_next_full() const {
+        Buffers next = *this;
+        next.advance();
+        next.wait_full();
+    }
+    // A warp has read the buffer, and takes the next one.
+    __device__ __forceinline__ void release() {
+        if (threadIdx.x % 32 == 0) mbarrier::arrive(empty());
+        advance();
+    }
+};
+
+}  // namespace attention

@@ -1,0 +1,188 @@
+// Op: attention of decodes (the first `num_decodes` sequences, one query each). CPU twin: kernels/attention.rs.
+// Regime: any batch and context; 16-bit types.
+// Tile: 64 tokens of one KV head, keys and values apart; the rest as decode_paged, whose arithmetic (decode.cuh) and bits it shares.
+// Grid: as decode_paged; a ring of SLOTS tiles of keys or values runs ahead across work items.
+// Numerics: as decode_paged.
+// Requires: sm_90a; D of 64 or 128, blocks of whole 64 tokens. Keys and values of earlier steps are read before the wait: nothing in
+//   a step writes them.
+// Traffic: keys and values once for 16 heads of a group; of a tile's tokens those 16 at a time of which one is visible.
+// Measured: not yet; what decode_paged took is told there.
+//
+// A producer, one thread of a warp of its own, looks works and blocks up and has TMA fill the ring; the four warps that compute wait
+// for full slots only, and not for each other before they merge.
+#pragma once
+
+#include "attention/buffers.cuh"
+#include "attention/decode.cuh"
+#include "ptx/pdl.cuh"
+#include "ptx/tma.cuh"
+
+namespace attention {
+
+template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int SLOTS_, int PER_SM_, int SHARED_>
+struct DecodeStream : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
+    using Base = Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
+    static constexpr int SLOTS = SLOTS_;    // tiles of keys or values in shared memory
+    static constexpr int PER_SM = PER_SM_;  // CTAs of a multiprocessor
+    static constexpr int THREADS = DECODE_THREADS + 32;
+
+    // A tile is so many atoms of 64 rows of 128 bytes, one for each 64 elements of D. A strip is a warp's 16 rows of an atom.
+    static constexpr int ATOMS = D / 64, ATOM = TILE * 128, STRIP = 16 * 128, SLOT = ATOMS * ATOM;
+    static constexpr int MERGE_AT = SLOTS * SLOT, BARRIERS_AT = MERGE_AT + sizeof(typename Base::Merge);
+    static constexpr int SHARED = BARRIERS_AT + SLOTS * 16 + 1024;  // 1024 to align
+    static_assert(SHARED == SHARED_, "what the launch asks for");
+    static_assert((D == 64 || D == 128) && BLOCK_SIZE % TILE == 0, "whole boxes");
+
+    // As TMA swizzles.
+    struct Layout {
+        static __device__ __forceinline__ u32 at(int row, int piece) {
+            return piece / 8 * ATOM + row * 128 + (piece % 8 ^ row % 8) * 16;
+        }
+        // The address 2 · k pieces after that of a row's piece 0 or 1.
+        static __device__ __forceinline__ u32 step(u32 address, int k) { return (address ^ k % 4 * 32) + k / 4 * ATOM; }
+    };
+
+    // The tiles as the computing warps see them. A warp's reads are done before its arrival at the slot's barrier, all lanes' by the
+    // __syncwarp, and the producer's copies follow that barrier. No warp writes to a slot, so that no fence is due between its
+    // accesses and TMA's.
+    struct Tiles {
+        using Layout = DecodeStream::Layout;
+        static constexpr bool ZEROED = false;
+
+        u32 base;
+        Buffers<SLOTS> ring;
+
+        __device__ __forceinline__ void next() const {}
+        __device__ __forceinline__ u32 keys() const {
+            ring.wait_full();
+            return base + ring.stage * SLOT;
+        }
+        __device__ __forceinline__ u32 values() const { return keys(); }
+        __device__ __forceinline__ void release() {
+            __syncwarp();
+            ring.release();
+        }
+        // (Who would not wait for a slot to be full might release it twice for one filling.)
+        __device__ __forceinline__ void skip() {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                ring.wait_full();
+                release();
+            }
+        }
+    };
+};
+
+// Boxes of a whole tile's rows of 64 elements, and of a strip of 16.
+struct DecodeMaps {
+    const TensorMap &tile, &strip;
+};
+
+// The producer: one thread.
+template <typename C>
+__device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const DecodeList<typename C::Base>& list,
+                                        const DecodeMaps& keys, const DecodeMaps& values, const i32* block_table, i32 table_width) {
+    using Work = DecodeWork<typename C::Base>;
+    // Read once, unless several parts of a group read it.
+    constexpr u64 POLICY = C::PARTS == 1 ? tma::EVICT_FIRST : tma::EVICT_NORMAL;
+    const auto tile_of = [](const Work& work, int i) { return work.split * C::SPLIT_TILES + i; };
+    const auto has = [&](const Work& work, int i) { return tile_of(work, i) >= work.tile && tile_of(work, i) < work.last; };
+    // The rows of a work's tiles among those of all blocks, [blocks, KV_HEADS, BLOCK_SIZE].
+    const auto locate = [&](const Work& work, int (&rows)[C::SPLIT_TILES]) {
+        const i32* blocks = block_table + static_cast<i64>(work.seq) * table_width;
+#pragma unroll
+        for (int i = 0; i < C::SPLIT_TILES; ++i) {
+            if (!has(work, i)) continue;
+            const int token = tile_of(work, i) * TILE;
+            rows[i] = (blocks[token / C::BLOCK_SIZE] * C::KV_HEADS + work.head) * C::BLOCK_SIZE + token % C::BLOCK_SIZE;
+        }
+    };
+    // Strips [first, end) of a tile.
+    const auto load = [&](const DecodeMaps& maps, int row, int first, int end) {
+        ring.wait_empty();
+        mbarrier::arrive_expect(ring.full(), (end - first) * C::ATOMS * C::STRIP);
+        const u32 to = base + ring.stage * C::SLOT;
+        if (end - first == TILE / 16) {
+#pragma unroll
+            for (int atom = 0; atom < C::ATOMS; ++atom) {
+                tma::load(to + atom * C::ATOM, maps.tile, ring.full(), POLICY, atom * 64, row);
+            }
+        } else {
+#pragma unroll 1
+            for (int i = first; i < end; ++i) {
+#pragma unroll
+                for (int atom = 0; atom < C::ATOMS; ++atom) {
+                    tma::load(to + atom * C::ATOM + i * C::STRIP, maps.strip, ring.full(), POLICY, atom * 64, row + i * 16);
+                }
+            }
+        }
+        ring.advance();
+    };
+
+    // What is needed next is asked for before: the blocks of the next work, the item of the one after.
+    int index = blockIdx.x;
+    const int stride = gridDim.x;
+    Work work(index, list.at(index));
+    int4 next_item = list.at(index + stride);
+    int rows[C::SPLIT_TILES] = {}, next_rows[C::SPLIT_TILES] = {};
+    locate(work, rows);
+    bool waited = false;
+    for (; index < list.num_works; index += stride) {
+        const Work next(index + stride, next_item);
+        locate(next, next_rows);
+        next_item = list.at(index + 2 * stride);
+#pragma unroll
+        for (int i = 0; i < C::SPLIT_TILES; ++i) {
+            if (!has(work, i)) continue;
+            const int token = tile_of(work, i) * TILE;
+            // The last token is this step's.
+            if (!waited && token + TILE >= work.end) {
+                pdl::wait();
+                waited = true;
+            }
+            const int first = max(work.first - token, 0) / 16, end = ceil_div(min(work.end - token, TILE), 16);
+            load(keys, rows[i], first, end);
+            load(values, rows[i], first, end);
+        }
+        work = next;
+#pragma unroll
+        for (int i = 0; i < C::SPLIT_TILES; ++i) rows[i] = next_rows[i];
+    }
+}
+
+// Maps: keys and values [blocks · KV_HEADS · BLOCK_SIZE][D], in boxes of 64 rows, and of 16, of 64 elements.
+template <typename C>
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+    decode_tma(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap key_strips,
+               const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap value_strips, const step::Header* header,
+               const int4* items, const i32* block_table, i32 table_width, const typename C::T* query, float scale,
+               typename C::T* out, float* partials, i32 max_splits, u32* tickets) {
+    pdl::launch_dependents();
+    using Base = typename C::Base;
+    extern __shared__ u8 dynamic_shared[];
+    const DecodeList<Base> list = {items, header->num_decode_items * C::PER_ITEM};
+    // Who has nothing to do makes room for the next kernel, whose weights can then be under way. (CTA 0 stays: a grid of which none
+    // waits would end before its predecessors.)
+    if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= list.num_works) return;
+    u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
+    // (Taken from lane 0: known to be uniform.)
+    const u32 base = __shfl_sync(~0u, ptx::shared_address(shared), 0);
+    const Buffers<C::SLOTS> ring{base + C::BARRIERS_AT};
+    if (threadIdx.x == DECODE_THREADS) {
+        ring.init(DECODE_WARPS);
+        mbarrier::fence_init();
+        for (const TensorMap* map : {&keys, &key_strips, &values, &value_strips}) tma::prefetch(*map);
+    }
+    __syncthreads();
+    if (threadIdx.x >= DECODE_THREADS) {
+        if (ptx::elect()) produce<C>(base, ring, list, {keys, key_strips}, {values, value_strips}, block_table, table_width);
+        pdl::wait();
+    } else {
+        pdl::wait();
+        typename C::Tiles tiles{base, ring};
+        attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT), list, query, scale, out, partials,
+                     max_splits, tickets);
+    }
+}
+
+}  // namespace attention
