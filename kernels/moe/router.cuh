@@ -58,9 +58,7 @@ __global__ void __launch_bounds__(rms::threads(COLS))
     __shared__ bool last;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int num_tokens = header->num_tokens;
-    // Tokens that are under way: with one, a multiprocessor asks for too few bytes at a time.
-    constexpr int AHEAD = 2;
-    Row scale, x, next[AHEAD];
+    Row scale, x, next;
     Row w[RESIDENT ? EXPERTS : 1];
     if (static_cast<int>(blockIdx.x) < num_tokens) {
         scale.load(weight);
@@ -72,18 +70,10 @@ __global__ void __launch_bounds__(rms::threads(COLS))
         }
     }
     pdl::wait();
-#pragma unroll
-    for (int i = 0; i < AHEAD; ++i) {
-        const i64 token = blockIdx.x + static_cast<i64>(i) * gridDim.x;
-        if (token < num_tokens) next[i].load(input + token * COLS);
-    }
-    for (i64 first = blockIdx.x; first < num_tokens; first += AHEAD * static_cast<i64>(gridDim.x)) {
-#pragma unroll
-      for (int i = 0; i < AHEAD; ++i) {
-        const i64 token = first + static_cast<i64>(i) * gridDim.x, later = token + AHEAD * static_cast<i64>(gridDim.x);
-        if (token >= num_tokens) break;
-        x = next[i];
-        if (later < num_tokens) next[i].load(input + later * COLS);
+    if (static_cast<int>(blockIdx.x) < num_tokens) next.load(input + static_cast<i64>(blockIdx.x) * COLS);
+    for (i64 token = blockIdx.x; token < num_tokens; token += gridDim.x) {
+        x = next;
+        if (token + gridDim.x < num_tokens) next.load(input + (token + gridDim.x) * COLS);
         x.template normalize<T>(scale, eps, shared);
         x.store(normalized + token * COLS);
 #pragma unroll
@@ -137,7 +127,6 @@ __global__ void __launch_bounds__(rms::threads(COLS))
         }
         // In a CTA of one warp nothing else keeps the next token's partial sums from those being read.
         if constexpr (WARPS == 1) __syncwarp();
-      }
     }
     if constexpr (CHOOSE) {
         if (num_tokens == 1) return;
