@@ -39,6 +39,14 @@ impl LinearShape {
         Some(LinearShape { rows, depth: weight.cols(), tokens, weight: weight.dtype.into(), silu_mul, grouped })
     }
 
+    /// Columns at most of a step of up to `tokens` tokens: those, or the rows of logits that a step may have.
+    #[must_use]
+    pub fn columns(program: &Program, op: &Op, tokens: usize) -> usize {
+        let input = if let Op::Linear { input, .. } = op { program.buffer(input) } else { None };
+        let of_logits = input.is_some_and(|buffer| buffer.rows == Rows::Logits);
+        if of_logits { tokens.min(program.limits.max_num_logits) } else { tokens }
+    }
+
     /// Whether tensor cores take it.
     fn is_16_bit(&self) -> bool {
         self.tokens == self.weight && matches!(self.tokens, ElemType::F16 | ElemType::Bf16)
@@ -138,7 +146,7 @@ pub fn ladder(program: &Program, op: &Op, family: Family, cublaslt: bool) -> Vec
     for tokens in RUNGS.into_iter().filter(|&r| r < most).chain([most]) {
         let plan = match cublaslt && takes_cublaslt(program, op, tokens) {
             true => LinearPlan::CublasLt,
-            false => plan(&shape, tokens, family),
+            false => plan(&shape, LinearShape::columns(program, op, tokens), family),
         };
         let plan = plan.to_string();
         match ladder.last_mut() {

@@ -27,7 +27,8 @@ pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Work>, LowerEr
         }
         chosen => chosen,
     };
-    let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, tokens, context.target.family)) {
+    let columns = LinearShape::columns(context.program, op, tokens);
+    let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, columns, context.target.family)) {
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
@@ -162,7 +163,7 @@ impl<'a> Linear<'a> {
 
     /// Tiles of a dense linear in this regime.
     fn items(&self, out_rows: u32, cols: u32) -> Option<u32> {
-        let tokens = self.context.regime.max_tokens;
+        let tokens = LinearShape::columns(self.context.program, self.op, self.context.regime.max_tokens);
         let tiles = self.outputs.div_ceil(out_rows as usize) * tokens.div_ceil(cols as usize);
         self.lists.is_none().then(|| u32::try_from(tiles).unwrap_or(u32::MAX))
     }
