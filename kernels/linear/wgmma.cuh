@@ -2,7 +2,8 @@
 // Regime: one token to prefill, by Config · Tile: ROWS output features × up to COLS tokens, DEPTH elements of K a stage
 // Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on COLS, ROWS,
 // DEPTH or the tokens beside · Requires: sm_90a, 16-bit types, K and row length multiples of 8
-// Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows (through L2) · Measured: docs/perf/cuda.md
+// Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows and CTAs of a cluster (through L2)
+// Measured: docs/perf/cuda.md
 //
 // One producer thread streams both operands through a ring of stages by TMA; consumer warpgroups multiply. Weights are the M side:
 // a token more costs 8 columns of N, not 64 rows of M.
@@ -41,7 +42,7 @@ struct Config {
     static constexpr int BLOCKS = (ROWS + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS);  // of 64 rows, of a warpgroup
     static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;                          // outputs of a tile
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
-    // Of tiles of rows, for clusters.
+    // Tiles of rows, those of a cluster counted once.
     static constexpr int ROW_TURNS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
     static constexpr int ATOMS = DEPTH / 64;  // swizzle atoms of 128 bytes along K
@@ -251,7 +252,7 @@ struct Turns {
                 cluster::store(index(slot), rank, turn);
                 mbarrier::arrive_release(full(slot), rank);
             } else {
-                asm volatile("st.shared.s32 [%0], %1;" ::"r"(index(slot)), "r"(turn) : "memory");
+                ptx::store_shared(index(slot), turn);
                 mbarrier::arrive(full(slot));
             }
         }
@@ -263,17 +264,18 @@ struct Turns {
         const int slot = read & 1;
         wait(full(slot), read >> 1 & 1);
         read++;
-        int turn;
-        asm volatile("ld.shared.s32 %0, [%1];" : "=r"(turn) : "r"(index(slot)) : "memory");
-        if constexpr (!SOLE) __syncwarp();
+        int turn = 0;
         if (SOLE || threadIdx.x % 32 == 0) {
+            turn = ptx::load_shared(index(slot));
+            // That it was read is said once it has been: turns are not negative, which the compiler does not know.
+            const u32 done = empty(slot) + min(turn, 0);
             if constexpr (C::CLUSTER > 1) {
-                mbarrier::arrive(empty(slot), 0);
+                mbarrier::arrive(done, 0);
             } else {
-                mbarrier::arrive(empty(slot));
+                mbarrier::arrive(done);
             }
         }
-        return turn;
+        return SOLE ? turn : __shfl_sync(~0u, turn, 0);
     }
 
   private:
@@ -317,7 +319,7 @@ __device__ __forceinline__ void end() {
     }
 }
 
-// A turn is a tile for each CTA of a cluster: of the same tokens, of rows beside each other.
+// The tile of a turn. A cluster's turn is a tile for each of its CTAs: of the same tokens, of rows beside each other.
 template <typename C, typename Tiles>
 __device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& tile) {
     const bool found = tiles.at(index, tile);
