@@ -1,4 +1,4 @@
-//! Embeds `kernels/`: writes a table of its headers, `lab/` aside, for `src/source.rs` to include.
+//! Embeds `kernels/`: writes a table of its headers for `src/source.rs` to include.
 
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
@@ -24,9 +24,7 @@ fn walk(folder: &Path, headers: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();
         if path.is_dir() {
-            if path.file_name().is_none_or(|name| name != "lab") {
-                walk(&path, headers)?;
-            }
+            walk(&path, headers)?;
         } else if path.extension().is_some_and(|extension| extension == "cuh") {
             headers.push(path);
         }

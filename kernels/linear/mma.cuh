@@ -14,12 +14,16 @@
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
 #include "sched/tiles.cuh"
+#include "weight/plain.cuh"
 
 namespace linear {
 
-template <typename Element, int ROWS_, int COLS_, int OUTPUTS_, int K_, int KIND_, int SHARED_>
+template <typename Weight, int ROWS_, int COLS_, int OUTPUTS_, int K_, int KIND_, int SHARED_>
 struct MmaConfig {
-    using T = Element;
+    using W = Weight;  // a format: weight/
+    using Row = typename W::Row;
+    using T = typename W::T;
+    using Tokens = weight::Plain<T>;
     static constexpr int ROWS = ROWS_;
     static constexpr int COLS = COLS_;
     static constexpr int OUTPUTS = OUTPUTS_;
@@ -35,8 +39,9 @@ struct MmaConfig {
     static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
-    static constexpr bool VECTORS = K % 8 == 0;  // rows begin at multiples of 16 bytes
-    static constexpr int STAGE = (ROWS + COLS) * 128;
+    static constexpr int A_ROW = W::bytes(DEPTH), B_ROW = Tokens::bytes(DEPTH);  // bytes of a stage's rows
+    static constexpr int A_BYTES = ROWS * A_ROW;
+    static constexpr int STAGE = A_BYTES + COLS * B_ROW;
     static constexpr int SHARED = STAGES * STAGE + 2 * COLS * 4;
     static_assert(SHARED == SHARED_, "what the launch asks for");
     // CTAs of a multiprocessor, as many as are launched. Told none, ptxas may spill to make room for more.
@@ -44,42 +49,25 @@ struct MmaConfig {
     static_assert(ROWS % 64 == 0 && COLS % 8 == 0, "");
 };
 
-// Byte offset of 16-byte piece `piece` of row `row` in a stage's tile of 128-byte rows.
-__device__ __forceinline__ int piece_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
-
-// Starts the copy of one row's 64 elements from `k`; a null row or elements past K are zeros.
-template <typename C>
-__device__ __forceinline__ void copy_piece(u8* tile, int row, int piece, const typename C::T* source, int k) {
-    u8* to = tile + piece_offset(row, piece);
-    const int first = k + piece * 8;
-    if constexpr (C::VECTORS) {
-        const bool valid = source != nullptr && first < C::K;
-        ptx::cp_async_16(ptx::shared_address(to), valid ? source + first : source, valid);
-    } else {
-        alignas(16) u16 values[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++) values[i] = source != nullptr && first + i < C::K ? source[first + i].bits : u16{0};
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(values);
-    }
-}
-
 // The products of a tile whose weight rows and token rows are given by functions (null: none), and its epilogue.
 template <typename C, typename Out, typename WeightRow>
 __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
                                          WeightRow weight_row, const typename C::T* tokens, Out* out, const Out* residual) {
     using T = typename C::T;
+    using Tokens = typename C::Tokens;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float d[C::BLOCKS][C::COLS / 8][4] = {};
     const auto copy = [&](int k_block) {
         if (k_block < C::K_BLOCKS) {
             u8* stage = shared + k_block % C::STAGES * C::STAGE;
-            for (int i = threadIdx.x; i < C::ROWS * 8; i += C::THREADS) {
-                copy_piece<C>(stage, i / 8, i % 8, weight_row(i / 8), k_block * C::DEPTH);
+            constexpr int A_PIECES = C::A_ROW / 16, B_PIECES = C::B_ROW / 16;
+            for (int i = threadIdx.x; i < C::ROWS * A_PIECES; i += C::THREADS) {
+                C::W::template copy<C::K>(stage, i / A_PIECES, i % A_PIECES, weight_row(i / A_PIECES), k_block * C::DEPTH);
             }
-            for (int i = threadIdx.x; i < C::COLS * 8; i += C::THREADS) {
-                const int source = sources[i / 8];
-                const T* row = source < 0 ? nullptr : tokens + static_cast<i64>(source) * C::K;
-                copy_piece<C>(stage + C::ROWS * 128, i / 8, i % 8, row, k_block * C::DEPTH);
+            for (int i = threadIdx.x; i < C::COLS * B_PIECES; i += C::THREADS) {
+                const int source = sources[i / B_PIECES];
+                const T* from = source < 0 ? nullptr : tokens + static_cast<i64>(source) * C::K;
+                Tokens::template copy<C::K>(stage + C::A_BYTES, i / B_PIECES, i % B_PIECES, from, k_block * C::DEPTH);
             }
         }
         ptx::cp_async_commit();
@@ -89,19 +77,16 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
         ptx::cp_async_wait_group<C::STAGES - 2>();
         __syncthreads();
         copy(k + C::STAGES - 1);
-        const u32 a_tile = ptx::shared_address(shared + k % C::STAGES * C::STAGE), b_tile = a_tile + C::ROWS * 128;
+        const u32 a_tile = ptx::shared_address(shared + k % C::STAGES * C::STAGE), b_tile = a_tile + C::A_BYTES;
 #pragma unroll
         for (int i = 0; i < C::DEPTH / 16; i++) {
             u32 a[C::BLOCKS][4];
 #pragma unroll
-            for (int m = 0; m < C::BLOCKS; m++) {
-                const int row = (warp * C::BLOCKS + m) * 16 + lane % 16;
-                ptx::ldmatrix_x4(a[m], a_tile + piece_offset(row, i * 2 + lane / 16));
-            }
+            for (int m = 0; m < C::BLOCKS; m++) C::W::fragment(a[m], a_tile, (warp * C::BLOCKS + m) * 16, i, lane);
 #pragma unroll
             for (int c = 0; c < C::COLS / 8; c++) {
                 u32 b[2];
-                ptx::ldmatrix_x2(b, b_tile + piece_offset(c * 8 + lane % 8, i * 2 + lane / 8 % 2));
+                ptx::ldmatrix_x2(b, b_tile + Tokens::offset(c * 8 + lane % 8, i * 2 + lane / 8 % 2));
 #pragma unroll
                 for (int m = 0; m < C::BLOCKS; m++) ptx::mma<T>(d[m][c], a[m], b);
             }
@@ -145,7 +130,7 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
 // Dense linear of weight [OUTPUTS][K] with tokens [·][K].
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
-    mma_dense(const typename C::T* weight, const typename C::T* tokens, const step::Header* header, Out* out,
+    mma_dense(typename C::Row weight, const typename C::T* tokens, const step::Header* header, Out* out,
               const Out* residual) {
     pdl::launch_dependents();
     extern __shared__ __align__(128) u8 dynamic_shared[];
@@ -160,9 +145,9 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        const auto weight_row = [&](int row) -> const typename C::T* {
+        const auto weight_row = [&](int row) -> typename C::Row {
             const i64 at = tile.row * C::ROWS + row;
-            return at < C::OUTPUTS ? weight + at * C::K : nullptr;
+            return at < C::OUTPUTS ? C::W::after(weight, at, C::K) : typename C::Row{};
         };
         mma_tile<C>(dynamic_shared, tile, sources, map, weight_row, tokens, out, residual);
     }
@@ -172,7 +157,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
 // [T][K], results by expert. DOWN: tokens by expert [T·k][K], results by assignment.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
-    mma_grouped(const typename C::T* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+    mma_grouped(typename C::Row weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                 const int* order, typename C::T* out) {
     extern __shared__ __align__(128) u8 dynamic_shared[];
     int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
@@ -189,15 +174,15 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
         }
         __syncthreads();
         constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
-        const typename C::T* expert = weight + tile.expert * EXPERT_ROWS * C::K;
-        const auto weight_row = [&](int row) -> const typename C::T* {
+        const typename C::Row expert = C::W::after(weight, tile.expert * EXPERT_ROWS, C::K);
+        const auto weight_row = [&](int row) -> typename C::Row {
             if constexpr (C::SILU) {
                 // Eight up rows, then eight gate rows: a thread's accumulators meet their partners.
                 const i64 at = tile.row * C::OUT_ROWS + row / 16 * 8 + row % 8;
-                return at < C::OUTPUTS ? expert + (at + (row % 16 < 8 ? 0 : C::OUTPUTS)) * C::K : nullptr;
+                return at < C::OUTPUTS ? C::W::after(expert, at + (row % 16 < 8 ? 0 : C::OUTPUTS), C::K) : typename C::Row{};
             } else {
                 const i64 at = tile.row * C::ROWS + row;
-                return at < C::OUTPUTS ? expert + at * C::K : nullptr;
+                return at < C::OUTPUTS ? C::W::after(expert, at, C::K) : typename C::Row{};
             }
         };
         mma_tile<C>(dynamic_shared, tile, sources, map, weight_row, tokens, out, static_cast<const typename C::T*>(nullptr));

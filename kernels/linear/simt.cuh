@@ -10,12 +10,14 @@
 #include "epilogue/tile.cuh"
 #include "ptx/pdl.cuh"
 #include "sched/tiles.cuh"
+#include "weight/plain.cuh"
 
 namespace linear {
 
 template <typename Weight, typename Element, int OUTPUTS_, int K_, int KIND_>
 struct SimtConfig {
-    using W = Weight;
+    using W = Weight;  // a format: weight/
+    using Row = typename W::Row;
     using T = Element;
     static constexpr int ROWS = 64;
     static constexpr int COLS = 32;
@@ -48,8 +50,8 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
     for (int k0 = 0; k0 < C::K; k0 += C::DEPTH) {
         for (int at = threadIdx.x; at < C::ROWS * C::DEPTH; at += C::THREADS) {
             const int row = at / C::DEPTH, k = at % C::DEPTH;
-            const typename C::W* source = weight_row(row);
-            shared.weights[k][row] = source != nullptr && k0 + k < C::K ? to_float(source[k0 + k]) : 0.0f;
+            const typename C::Row source = weight_row(row);
+            shared.weights[k][row] = source && k0 + k < C::K ? C::W::at(source, k0 + k) : 0.0f;
         }
         for (int at = threadIdx.x; at < C::COLS * C::DEPTH; at += C::THREADS) {
             const int col = at / C::DEPTH, k = at % C::DEPTH, source = shared.sources[col];
@@ -90,7 +92,7 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
 // As `mma_dense`.
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS)
-    simt_dense(const typename C::W* weight, const typename C::T* tokens, const step::Header* header, Out* out,
+    simt_dense(typename C::Row weight, const typename C::T* tokens, const step::Header* header, Out* out,
                const Out* residual) {
     pdl::launch_dependents();
     __shared__ SimtShared<C> shared;
@@ -104,9 +106,9 @@ __global__ void __launch_bounds__(C::THREADS)
             shared.sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        const auto weight_row = [&](int row) -> const typename C::W* {
+        const auto weight_row = [&](int row) -> typename C::Row {
             const i64 at = tile.row * C::ROWS + row;
-            return at < C::OUTPUTS ? weight + at * C::K : nullptr;
+            return at < C::OUTPUTS ? C::W::after(weight, at, C::K) : typename C::Row{};
         };
         simt_tile<C>(shared, tile, weight_row, tokens, out, residual);
     }
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(C::THREADS)
 // As `mma_grouped`.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS)
-    simt_grouped(const typename C::W* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+    simt_grouped(typename C::Row weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                  const int* order, typename C::T* out) {
     __shared__ SimtShared<C> shared;
     pdl::wait();
@@ -130,14 +132,14 @@ __global__ void __launch_bounds__(C::THREADS)
         }
         __syncthreads();
         constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
-        const typename C::W* expert = weight + tile.expert * EXPERT_ROWS * C::K;
-        const auto weight_row = [&](int row) -> const typename C::W* {
+        const typename C::Row expert = C::W::after(weight, tile.expert * EXPERT_ROWS, C::K);
+        const auto weight_row = [&](int row) -> typename C::Row {
             if constexpr (C::SILU) {
                 const i64 at = tile.row * C::OUT_ROWS + row % 32;
-                return at < C::OUTPUTS ? expert + (at + (row < 32 ? 0 : C::OUTPUTS)) * C::K : nullptr;
+                return at < C::OUTPUTS ? C::W::after(expert, at + (row < 32 ? 0 : C::OUTPUTS), C::K) : typename C::Row{};
             } else {
                 const i64 at = tile.row * C::ROWS + row;
-                return at < C::OUTPUTS ? expert + at * C::K : nullptr;
+                return at < C::OUTPUTS ? C::W::after(expert, at, C::K) : typename C::Row{};
             }
         };
         simt_tile<C>(shared, tile, weight_row, tokens, out, static_cast<const typename C::T*>(nullptr));

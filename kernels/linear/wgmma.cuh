@@ -20,13 +20,15 @@
 #include "ptx/tma.cuh"
 #include "ptx/wgmma.cuh"
 #include "sched/tiles.cuh"
+#include "weight/plain.cuh"
 
 namespace linear {
 
-template <typename Element, int ROWS_, int COLS_, int BOX_, int DEPTH_, int STAGES_, int WARPGROUPS_, int CLUSTER_, bool DYNAMIC_,
+template <typename Weight, int ROWS_, int COLS_, int BOX_, int DEPTH_, int STAGES_, int WARPGROUPS_, int CLUSTER_, bool DYNAMIC_,
           int OUTPUTS_, int K_, int KIND_, int SHARED_>
 struct Config {
-    using T = Element;
+    using W = Weight;  // a format: weight/
+    using T = typename W::T;
     static constexpr int ROWS = ROWS_;              // weight rows of a tile
     static constexpr int COLS = COLS_;              // tokens of a tile at most
     static constexpr int DEPTH = DEPTH_;            // elements of K in a stage
@@ -45,7 +47,7 @@ struct Config {
     // Tiles of rows, those of a cluster counted once.
     static constexpr int ROW_TURNS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
-    static constexpr int ATOMS = DEPTH / 64;  // swizzle atoms of 128 bytes along K
+    static constexpr int ATOMS = DEPTH / W::ATOM;  // swizzle atoms of 128 bytes along K
     // Tokens are copied in boxes of this many, as many as a tile needs: all, or a quarter.
     static constexpr int BOX = BOX_;
     static_assert(BOX == COLS || BOX * 4 == COLS, "multiply() has these widths");
@@ -71,7 +73,7 @@ struct Config {
     static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
 
     static_assert(ROWS % 16 == 0 && (ROWS <= 64 || ROWS % (64 * WARPGROUPS) == 0), "whole blocks of 64 rows");
-    static_assert(BOX % 8 == 0 && COLS % MOVED_COLS == 0 && DEPTH % 64 == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
+    static_assert(BOX % 8 == 0 && COLS % MOVED_COLS == 0 && DEPTH % W::ATOM == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
     static_assert(MOVED == 32 || MOVED == 64, "as epilogue::Tile");
     static_assert(SHARED <= 232448, "shared memory of a CTA");
 };
@@ -336,7 +338,7 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
     const auto begin_stage = [&](u32 a, u32 full, int k, const sched::Tile& tile) {
         mbarrier::arrive_expect(full, C::A_BYTES + C::ATOMS * boxes(tile) * C::BOX * 128);
 #pragma unroll
-        for (int i = 0; i < C::ATOMS; i++) load_weights(a + i * C::A_ATOM, full, k * C::DEPTH + i * 64, tile);
+        for (int i = 0; i < C::ATOMS; i++) load_weights(a + i * C::A_ATOM, full, k * C::DEPTH + i * C::W::ATOM, tile);
     };
     Turns<C> turns{ring.base};
     const bool leads = C::CLUSTER == 1 || cluster::rank() == 0;
@@ -364,7 +366,7 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
             }
 #pragma unroll
             for (int i = 0; i < C::ATOMS; i++) {
-                const int column = k * C::DEPTH + i * 64;
+                const int column = k * C::DEPTH + i * C::W::ATOM;
                 const u32 to = ring.b() + i * C::B_ATOM;
                 if constexpr (C::CLUSTER > 1) {
                     for (int box = cluster::rank(); box < boxes(tile); box += C::CLUSTER) {

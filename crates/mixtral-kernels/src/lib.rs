@@ -1,10 +1,10 @@
 //! The Rust side of `kernels/`: which kernels a program needs, how they are launched, and how they are compiled. No
 //! driver and no GPU is needed for any of it; the CUDA backend only carries out what is decided here.
 //!
-//! Reading order: [`arch`] (what is compiled for), [`plan`] (the kernel plans of linears and their text), [`select`] (which plan
-//! for which shape and token count), [`kernel`] (one instantiation of a template), [`launch`] (a kernel with its grid and
-//! parameters), [`step_block`] (a step's inputs as the device sees them), [`scratch`] (workspaces between kernels), [`lower`]
-//! (a program's operations → launches); then [`source`] (the embedded headers), [`locate`] and [`nvrtc`] (the compiler's
+//! Reading order: [`arch`] (what is compiled for), [`plan`] (the kernel plans of linears and their text), [`weight`] (how their
+//! weights are stored), [`select`] (which plan for which shape and token count), [`kernel`] (one instantiation of a template),
+//! [`launch`] (a kernel with its grid and parameters), [`step_block`] (a step's inputs as the device sees them), [`scratch`]
+//! (workspaces between kernels), [`lower`] (a program's operations → launches); then [`source`] (the embedded headers), [`locate`] and [`nvrtc`] (the compiler's
 //! library), [`resources`] (what a compiled kernel takes, and its defects), [`compile`] (one kernel), [`cache`] and [`batch`]
 //! (many), [`needed`] (which ones), [`images`] (how an engine holds them).
 #![deny(unsafe_code)]
@@ -26,6 +26,7 @@ pub mod scratch;
 pub mod select;
 pub mod source;
 pub mod step_block;
+pub mod weight;
 
 pub use arch::{Arch, Family};
 pub use batch::{Batch, compile_all};
@@ -42,3 +43,4 @@ pub use resources::{Defect, Resources};
 pub use scratch::Scratch;
 pub use source::Sources;
 pub use step_block::StepBlock;
+pub use weight::WeightRows;

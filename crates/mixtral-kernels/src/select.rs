@@ -3,7 +3,7 @@
 use mixtral_engine::{ElemType, Op, Program, Rows, Rung};
 
 use crate::plan::RUNGS;
-use crate::{Family, LinearPlan};
+use crate::{Family, LinearPlan, WeightRows};
 
 /// A linear as its kernels see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,8 +14,8 @@ pub struct LinearShape {
     pub depth: usize,
     /// Type of the tokens.
     pub tokens: ElemType,
-    /// Type of the weight.
-    pub weight: ElemType,
+    /// How the weight is stored.
+    pub weight: WeightRows,
     /// Whether up and gate rows meet in the epilogue.
     pub silu_mul: bool,
     /// Whether tokens are sent to experts.
@@ -32,11 +32,12 @@ impl LinearShape {
             _ => return None,
         };
         let (weight, tokens) = (program.weight(name)?, program.buffer(input)?.dtype);
+        let stored = WeightRows::of(weight);
         let (grouped, rows) = match op {
             Op::Linear { rows, .. } => (false, rows.map_or(weight.rows(), |[start, end]| end - start)),
             _ => (true, weight.rows() / weight.shape.first().copied().unwrap_or(1).max(1)),
         };
-        Some(LinearShape { rows, depth: weight.cols(), tokens, weight: weight.dtype.into(), silu_mul, grouped })
+        Some(LinearShape { rows, depth: weight.cols(), tokens, weight: stored, silu_mul, grouped })
     }
 
     /// Columns at most of a step of up to `tokens` tokens: those, or the rows of logits that a step may have.
@@ -47,14 +48,12 @@ impl LinearShape {
         if of_logits { tokens.min(program.limits.max_num_logits) } else { tokens }
     }
 
-    /// Whether tensor cores take it.
-    fn is_16_bit(&self) -> bool {
-        self.tokens == self.weight && matches!(self.tokens, ElemType::F16 | ElemType::Bf16)
-    }
-
     /// Whether TMA takes it: rows of weights, tokens and outputs begin at multiples of 16 bytes.
     fn is_aligned(&self) -> bool {
-        self.depth.is_multiple_of(8) && self.rows.is_multiple_of(if self.silu_mul { 16 } else { 8 })
+        let (weight, tokens) = (self.weight.bytes(self.depth), self.depth * self.tokens.size());
+        weight.is_multiple_of(16)
+            && tokens.is_multiple_of(16)
+            && self.rows.is_multiple_of(if self.silu_mul { 16 } else { 8 })
     }
 }
 
@@ -65,7 +64,7 @@ const RING: u32 = 184 << 10;
 /// The plan for up to `tokens` tokens.
 #[must_use]
 pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
-    if !shape.is_16_bit() {
+    if !shape.weight.suits_tensor_cores(shape.tokens) {
         return LinearPlan::Simt;
     }
     if family == Family::Portable || !shape.is_aligned() {
@@ -132,7 +131,8 @@ fn few_rows(rows: usize) -> u32 {
 pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let Op::Linear { input, .. } = op else { return false };
     let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
-    let fits = LinearShape::of(program, op).is_some_and(|shape| shape.is_16_bit() && shape.is_aligned());
+    let fits = LinearShape::of(program, op)
+        .is_some_and(|shape| shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned());
     of_tokens && fits && tokens > RUNGS[RUNGS.len() - 1]
 }
 
@@ -159,6 +159,8 @@ pub fn ladder(program: &Program, op: &Op, family: Family, cublaslt: bool) -> Vec
 
 #[cfg(test)]
 mod tests {
+    use mixtral_model::DType;
+
     use super::*;
 
     #[test]
@@ -173,7 +175,7 @@ mod tests {
             rows: 64,
             depth: 100,
             tokens: ElemType::Bf16,
-            weight: ElemType::Bf16,
+            weight: WeightRows::Plain(DType::Bf16),
             silu_mul: false,
             grouped: false,
         };
@@ -185,6 +187,9 @@ mod tests {
             plan(&LinearShape { rows: 72, silu_mul: true, ..even }, 1, Family::Hopper),
             LinearPlan::Mma { .. }
         ));
-        assert_eq!(plan(&LinearShape { weight: ElemType::F32, ..even }, 1, Family::Hopper), LinearPlan::Simt);
+        assert_eq!(
+            plan(&LinearShape { weight: WeightRows::Plain(DType::F32), ..even }, 1, Family::Hopper),
+            LinearPlan::Simt
+        );
     }
 }

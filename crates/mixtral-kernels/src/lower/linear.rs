@@ -2,7 +2,7 @@
 
 use mixtral_engine::{Epilogue, Op, Rows};
 
-use super::{Context, LowerError, elementwise, moe, of_launches, type_name};
+use super::{Context, LowerError, count, elementwise, moe, of_launches, type_name};
 use crate::scratch::PRODUCT_WORKSPACE;
 use crate::select::{self, LinearShape};
 use crate::step_block::Array;
@@ -157,8 +157,8 @@ impl<'a> Linear<'a> {
     }
 
     fn weight_at_first_row(&self) -> Arg {
-        let element = self.context.program.weights[self.weight].dtype.size();
-        Arg::Weight { index: self.weight, offset: self.first_row * self.shape.depth * element }
+        let offset = self.first_row * self.shape.weight.bytes(self.shape.depth);
+        Arg::Weight { index: self.weight, offset }
     }
 
     /// Tiles of a dense linear in this regime.
@@ -217,7 +217,7 @@ impl<'a> Linear<'a> {
     fn simt(&self) -> Result<Vec<Launch>, LowerError> {
         let config = format!(
             "linear::SimtConfig<{}, {}, {}, {}, {}>",
-            type_name(self.shape.weight),
+            self.shape.weight.symbol(),
             type_name(self.shape.tokens),
             self.outputs,
             self.shape.depth,
@@ -227,10 +227,10 @@ impl<'a> Linear<'a> {
     }
 
     fn mma(&self, rows: u32, cols: u32) -> Result<Vec<Launch>, LowerError> {
-        let shared = 3 * (rows + cols) * 128 + 2 * cols * 4;
+        let shared = 3 * (rows * count(self.shape.weight.bytes(64)) + cols * 128) + 2 * cols * 4;
         let config = format!(
             "linear::MmaConfig<{}, {rows}, {cols}, {}, {}, {}, {shared}>",
-            type_name(self.shape.tokens),
+            self.shape.weight.symbol(),
             self.outputs,
             self.shape.depth,
             self.kind as u32
@@ -248,7 +248,7 @@ impl<'a> Linear<'a> {
         let part = if cols < 32 || full && cols <= 64 && cluster == 1 { cols } else { cols / 4 };
         let config = format!(
             "linear::Config<{}, {rows}, {cols}, {part}, {depth}, {stages}, {warpgroups}, {cluster}, {dynamic}, {}, {}, {}, {shared}>",
-            type_name(self.shape.tokens),
+            self.shape.weight.symbol(),
             self.outputs,
             self.shape.depth,
             self.kind as u32
@@ -304,7 +304,7 @@ impl<'a> Linear<'a> {
             out: place.clone(),
             rows: self.outputs,
             depth: self.shape.depth,
-            dtype: self.shape.weight,
+            dtype: self.shape.weight.atom().1,
             out_type: out.dtype,
             workspace: (Arg::Scratch(scratch.workspace), PRODUCT_WORKSPACE),
             op: 0,
@@ -314,36 +314,37 @@ impl<'a> Linear<'a> {
         std::iter::once(Work::Product(Box::new(product))).chain(added.map(Work::Launch)).collect()
     }
 
-    /// The weight, in boxes of 64 elements of `rows` rows.
+    /// The weight, in boxes of 128 bytes of `rows` rows.
     fn weight_map(&self, rows: u32) -> Arg {
-        let (depth, size) = (self.shape.depth as u64, 2);
-        let row = depth * size;
+        let (depth, row) = (self.shape.depth as u64, self.shape.weight.bytes(self.shape.depth) as u64);
+        let (atom, dtype) = self.shape.weight.atom();
+        let atom = count(atom);
         let (outputs, experts) = (self.outputs as u64, self.experts() as u64);
         let (dims, strides, tile) = match (self.lists, self.kind) {
-            (None, _) => (vec![depth, outputs], vec![row], vec![64, rows]),
+            (None, _) => (vec![depth, outputs], vec![row], vec![atom, rows]),
             // Eight up rows and eight gate rows in turn.
             (Some(_), Kind::SiluMul) => (
                 vec![depth, 8, 2, outputs / 8, experts],
                 vec![row, outputs * row, 8 * row, 2 * outputs * row],
-                vec![64, 8, 2, rows / 16, 1],
+                vec![atom, 8, 2, rows / 16, 1],
             ),
-            (Some(_), _) => (vec![depth, outputs, experts], vec![row, outputs * row], vec![64, rows, 1]),
+            (Some(_), _) => (vec![depth, outputs, experts], vec![row, outputs * row], vec![atom, rows, 1]),
         };
         let base = Box::new(self.weight_at_first_row());
-        Arg::TensorMap(TensorMap { base, dtype: self.shape.weight, dims, strides, tile, swizzle: 128 })
+        Arg::TensorMap(TensorMap { base, dtype, dims, strides, tile, swizzle: 128 })
     }
 
-    /// Token rows, in boxes of 64 elements of `tokens` tokens.
+    /// Token rows, in boxes of 128 bytes of `tokens` tokens.
     fn token_map(&self, base: Arg, rows: Rows, tokens: u32) -> Arg {
         let limits = self.context.program.limits;
         let rows = self.context.program.num_rows(rows, limits.max_num_tokens, limits.max_num_logits) as u64;
-        let depth = self.shape.depth as u64;
+        let (depth, size) = (self.shape.depth as u64, self.shape.tokens.size());
         Arg::TensorMap(TensorMap {
             base: Box::new(base),
             dtype: self.shape.tokens,
             dims: vec![depth, rows],
-            strides: vec![depth * 2],
-            tile: vec![64, tokens],
+            strides: vec![depth * size as u64],
+            tile: vec![count(128 / size), tokens],
             swizzle: 128,
         })
     }

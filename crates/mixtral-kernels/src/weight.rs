@@ -1,0 +1,75 @@
+//! How the rows of a linear's weight are stored, as its kernels see it: the Rust side of `kernels/weight/`, a variant a header.
+
+use mixtral_engine::{ElemType, Weight, WeightFormat};
+use mixtral_model::DType;
+
+use crate::lower::type_name;
+
+/// A format with its types.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum WeightRows {
+    /// `weight::Plain`: elements of this type, one after another.
+    Plain(DType),
+}
+
+impl WeightRows {
+    /// Those of `weight`.
+    #[must_use]
+    pub fn of(weight: &Weight) -> Self {
+        match weight.format {
+            WeightFormat::Plain => WeightRows::Plain(weight.dtype),
+        }
+    }
+
+    /// Bytes of so many elements of a row.
+    #[must_use]
+    pub fn bytes(self, elements: usize) -> usize {
+        match self {
+            WeightRows::Plain(dtype) => elements * dtype.size(),
+        }
+    }
+
+    /// Whether there are kernels that multiply it with tokens of type `tokens` on tensor cores.
+    #[must_use]
+    pub fn suits_tensor_cores(self, tokens: ElemType) -> bool {
+        match self {
+            WeightRows::Plain(dtype) => matches!(dtype, DType::F16 | DType::Bf16) && tokens == dtype.into(),
+        }
+    }
+
+    /// Elements that TMA lays into a 128-byte row of swizzled shared memory, and their type in a tensor map.
+    #[must_use]
+    pub fn atom(self) -> (usize, ElemType) {
+        match self {
+            WeightRows::Plain(dtype) => (128 / dtype.size(), dtype.into()),
+        }
+    }
+
+    /// The type in `kernels/weight/`, as kernels are instantiated with it.
+    #[must_use]
+    pub fn symbol(self) -> String {
+        match self {
+            WeightRows::Plain(dtype) => format!("weight::Plain<{}>", type_name(dtype)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plain_rows_are_their_elements() {
+        for (dtype, bytes, name) in
+            [(DType::F32, 400, "float"), (DType::F16, 200, "f16_t"), (DType::Bf16, 200, "bf16_t")]
+        {
+            let rows = WeightRows::Plain(dtype);
+            assert_eq!(rows.bytes(100), bytes);
+            assert_eq!(rows.bytes(rows.atom().0), 128);
+            assert_eq!(rows.symbol(), format!("weight::Plain<{name}>"));
+            for tokens in [DType::F32, DType::F16, DType::Bf16] {
+                assert_eq!(rows.suits_tensor_cores(tokens.into()), dtype == tokens && dtype != DType::F32);
+            }
+        }
+    }
+}
