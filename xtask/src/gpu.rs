@@ -46,7 +46,7 @@ const ENGINES: &[(&str, &[&[&str]])] = &[
     ("8x7b-logits", &[GATHERED]),
     ("8x7b-portable-logits", &[GATHERED, PORTABLE]),
 ];
-const MEASURED: &[&str] = &["--max-batch-size", "256", "--max-num-tokens", "16384", "--max-seq-len", "4608"];
+const MEASURED: &[&str] = &["--max-batch-size", "512", "--max-num-tokens", "16384", "--max-seq-len", "4608"];
 const GATHERED: &[&str] = &["--gather-context-logits", "--max-num-tokens", "2048", "--max-seq-len", "4096"];
 const PORTABLE: &[&str] = &["--gemm-plugin", "disable", "--moe-plugin", "disable"];
 

@@ -5,7 +5,10 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Token counts at which kernels change.
-pub const RUNGS: [usize; 9] = [1, 2, 4, 8, 16, 32, 64, 128, 256];
+pub const RUNGS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+
+/// The last of them: decodes of more sequences are not captured as a graph.
+pub const LAST_RUNG: usize = RUNGS[RUNGS.len() - 1];
 
 /// How a linear is computed for token counts up to a rung's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -2,7 +2,7 @@
 
 use mixtral_engine::{ElemType, Op, Program, Rows, Rung};
 
-use crate::plan::RUNGS;
+use crate::plan::{LAST_RUNG, RUNGS};
 use crate::{Family, LinearPlan, WeightRows};
 
 /// A linear as its kernels see it.
@@ -95,9 +95,13 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         // An expert's share of 128 tokens are about 32, of 256 about 64 and seldom over 96: wider tiles would leave less room to stages.
         (33..=128, true) => ring(128, 64, 64, 2),
         (129..=256, true) => ring(128, 96, 64, 2),
+        (257..=512, true) => ring(128, 192, 64, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
         (65..=256, false) if shape.rows.div_ceil(64) * tokens.div_ceil(128) <= MULTIPROCESSORS => ring(64, 128, 64, 1),
-        // Taller tiles rather than a second round.
+        // Larger tiles rather than a second round.
+        (65..=512, false) if shape.rows.div_ceil(128) * tokens.div_ceil(128) <= MULTIPROCESSORS => {
+            ring(128, 128, 64, 2)
+        }
         (65..=256, false) => ring(128, 128, 64, 2),
         // What limits prefill is what a multiprocessor can take in, and with it the power that goes into moving it. Two warpgroups of
         // 128 × 192 fill the register file and take in a quarter less than 64 × 256 each; a dense linear has too few such tiles where
@@ -133,7 +137,7 @@ pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
     let fits = LinearShape::of(program, op)
         .is_some_and(|shape| shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned());
-    of_tokens && fits && tokens > RUNGS[RUNGS.len() - 1]
+    of_tokens && fits && tokens > LAST_RUNG
 }
 
 /// The ladder of an operation of `program`; empty for operations that are no linears. With `cublaslt`, that is what computes

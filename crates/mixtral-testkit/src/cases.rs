@@ -300,7 +300,7 @@ pub fn all() -> Vec<Case> {
 /// types.
 #[must_use]
 pub fn long_linears(dtype: DType) -> Vec<Case> {
-    let (n, k, weight_rows) = (300, 104, 136);
+    let (n, k, weight_rows) = (520, 104, 136);
     let mut cases = Vec::new();
     for (epilogue, in_place, rows) in [
         (Epilogue::Store, false, [0, 136]),
@@ -310,7 +310,7 @@ pub fn long_linears(dtype: DType) -> Vec<Case> {
         (Epilogue::F32, false, [0, 136]),
     ] {
         let mut a = Assembly::new(dtype);
-        (a.program.limits.max_num_tokens, a.program.limits.max_seq_len) = (320, 320);
+        (a.program.limits.max_num_tokens, a.program.limits.max_seq_len) = (544, 544);
         let weight = a.weight("w", dtype, &[weight_rows, k], &values("w", weight_rows * k, 0.3));
         let input = a.activation("x", Rows::Tokens, k);
         let cols = rows[1] - rows[0];

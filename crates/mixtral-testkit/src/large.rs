@@ -110,7 +110,7 @@ const LITTLE: usize = 1 << 20;
 /// Tokens of a prompt's step: past the last rung.
 const PREFILL: usize = 300;
 /// Tokens of the steps of linears and experts. The last is repeated often.
-const TOKENS: [usize; 5] = [1, 8, 256, PREFILL, 64];
+const TOKENS: [usize; 6] = [1, 8, 256, 500, PREFILL, 64];
 /// Tokens of the steps of routing: the longest is listed by several CTAs.
 const ROUTED: [usize; 6] = [1, 8, 64, PREFILL, 2100, 600];
 

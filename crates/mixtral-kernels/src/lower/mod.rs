@@ -17,7 +17,7 @@ use std::collections::BTreeSet;
 use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
 use mixtral_model::DType;
 
-use crate::plan::RUNGS;
+use crate::plan::{LAST_RUNG, RUNGS};
 use crate::{Arg, Family, Grid, Kernel, Launch, Scratch, Work};
 
 /// What a program is lowered for.
@@ -81,12 +81,12 @@ impl Schedule {
         let batch = limits.max_batch_size.min(limits.max_num_logits).min(limits.max_num_tokens);
         let rungs_to = |most: usize| {
             let below = RUNGS.iter().copied().filter(move |&r| r < most);
-            below.chain(if most <= RUNGS[8] { Some(most) } else { None })
+            below.chain(if most <= LAST_RUNG { Some(most) } else { None })
         };
         let decodes = rungs_to(batch).map(|max_tokens| Regime { max_tokens, decodes: true });
         // Below eight tokens no kernel changes.
         let mixed = rungs_to(limits.max_num_tokens).filter(|&r| r >= 8 || r == limits.max_num_tokens);
-        let mixed = mixed.chain((limits.max_num_tokens > RUNGS[8]).then_some(limits.max_num_tokens));
+        let mixed = mixed.chain((limits.max_num_tokens > LAST_RUNG).then_some(limits.max_num_tokens));
         let mixed = mixed.map(|max_tokens| Regime { max_tokens, decodes: false });
         let regimes = decodes
             .chain(mixed)

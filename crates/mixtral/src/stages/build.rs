@@ -9,7 +9,7 @@ use mixtral_build::{DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig};
 use mixtral_convert::recipes;
 use mixtral_engine::{Op, Program};
-use mixtral_kernels::plan::RUNGS;
+use mixtral_kernels::plan::LAST_RUNG;
 use mixtral_kernels::{Arch, Cache, LinearPlan, Search};
 use mixtral_model::ModelConfig;
 
@@ -174,9 +174,6 @@ fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
         );
     }
 }
-
-/// Steps of more tokens are those that cuBLASLt is for.
-const LAST_RUNG: usize = RUNGS[RUNGS.len() - 1];
 
 /// Whether cuBLASLt computes it, in some steps.
 fn is_by_cublaslt(op: &Op) -> bool {
