@@ -108,11 +108,11 @@ const REPEATS: [usize; 2] = [100, 2];
 const LITTLE: usize = 1 << 20;
 
 /// Tokens of a prompt's step: past the last rung.
-const PREFILL: usize = 300;
+const PREFILL: usize = 600;
 /// Tokens of the steps of linears and experts. The last is repeated often.
-const TOKENS: [usize; 6] = [1, 8, 256, 500, PREFILL, 64];
+const TOKENS: [usize; 6] = [1, 8, 256, 300, PREFILL, 64];
 /// Tokens of the steps of routing: the longest is listed by several CTAs.
-const ROUTED: [usize; 6] = [1, 8, 64, PREFILL, 2100, 600];
+const ROUTED: [usize; 6] = [1, 8, 64, 300, 2100, PREFILL];
 
 /// All operations of 8x7B and 8x22B in bf16 and f16, and what depends on heads and experts of an odd model.
 pub fn all() -> impl Iterator<Item = Large> {
