@@ -6,7 +6,7 @@
 //   of which a row sees nothing changes nothing of it, so a row's bits do not depend on the chunking.
 // Requires: sm_90a; D of 64 or 128, blocks of whole 64 tokens, rows of the query that are whole 16-byte pieces.
 // Traffic: keys and values once for each tile of queries and WARPGROUPS heads, from L2 for all but the first.
-// Measured: not yet.
+// Measured: H200, 8 × 2048 tokens, 32 query over 8 KV heads of 128: 574 µs, 479 TFLOP/s.
 //
 // One producer thread streams queries, keys and values by TMA, each through a ring of its own. A warpgroup has the next tile's scores
 // and this one's sum of values under way while it computes probabilities, which stay in registers: the accumulators of scores are laid

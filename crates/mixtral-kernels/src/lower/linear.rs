@@ -211,7 +211,9 @@ impl<'a> Linear<'a> {
         let per_sm = ((100 << 10) / (shared + 1024)).clamp(1, 8);
         let out_rows = if self.kind == Kind::SiluMul { tile[0] / 2 } else { tile[0] };
         let items = self.items(out_rows, tile[1]);
-        self.launch(kernel, per_sm, items, args)
+        // Begun early they would lie where there happens to be room, several on one multiprocessor and none on others, and what they
+        // read of weights waits for their predecessor all the same.
+        Launch { overlaps: false, ..self.launch(kernel, per_sm, items, args) }
     }
 
     fn simt(&self) -> Result<Vec<Launch>, LowerError> {
