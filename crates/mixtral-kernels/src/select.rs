@@ -2,7 +2,7 @@
 
 use mixtral_engine::{ElemType, Op, Program, Rows, Rung};
 
-use crate::plan::{LAST_RUNG, RUNGS};
+use crate::plan::RUNGS;
 use crate::{Family, LinearPlan, WeightRows};
 
 /// A linear as its kernels see it.
@@ -127,9 +127,12 @@ fn few_rows(rows: usize) -> u32 {
     fitting.max_by_key(|&r| tiles(r)).unwrap_or(64)
 }
 
+/// Tokens above which cuBLASLt is asked, if it may be.
+pub const CUBLASLT_ABOVE: usize = 256;
+
 /// Whether cuBLASLt can compute an operation of `program` for `tokens` tokens: dense linears of every token, of 16-bit types and
-/// of rows that begin at multiples of 16 bytes, in steps past the last rung. Those are never captured in a graph, and so large
-/// that a call of a library costs nothing beside them. The vocabulary's linear is not among them: it sees a step's few rows of
+/// of rows that begin at multiples of 16 bytes, in steps so large that a call of a library costs nothing beside them. (None is
+/// captured in a graph: decodes of so many sequences keep their kernels.) The vocabulary's linear is not among them: it sees a step's few rows of
 /// logits, not its tokens.
 #[must_use]
 pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
@@ -137,7 +140,7 @@ pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
     let fits = LinearShape::of(program, op)
         .is_some_and(|shape| shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned());
-    of_tokens && fits && tokens > LAST_RUNG
+    of_tokens && fits && tokens > CUBLASLT_ABOVE
 }
 
 /// The ladder of an operation of `program`; empty for operations that are no linears. With `cublaslt`, that is what computes

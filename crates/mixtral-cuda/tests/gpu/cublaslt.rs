@@ -64,7 +64,7 @@ fn linears_by_cublaslt_are_within_their_limits() {
     }
 }
 
-/// Mixtral 8x7B's, in steps of every size: those of up to 512 tokens keep their kernels.
+/// Mixtral 8x7B's, in steps of every size: those of up to 256 tokens keep their kernels.
 #[test]
 fn large_linears_by_cublaslt_are_within_their_limits() {
     let Some(machine) = Machine::find() else { return };

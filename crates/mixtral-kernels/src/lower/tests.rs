@@ -6,7 +6,7 @@ use mixtral_model::{DType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 
-use crate::plan::LAST_RUNG;
+use crate::select::CUBLASLT_ABOVE;
 use crate::{Family, Schedule, Target, Work, select};
 
 fn name(text: &str) -> String {
@@ -235,7 +235,7 @@ fn cublaslt_computes_dense_linears_of_long_steps() {
         let schedule = Schedule::new(&program, Target { family }).expect("kernels");
         for (regime, work) in &schedule.regimes {
             let products = work.iter().filter(|work| matches!(work, Work::Product(_))).count();
-            assert_eq!(products, if regime.max_tokens > LAST_RUNG { 3 } else { 0 }, "{regime:?}");
+            assert_eq!(products, if regime.max_tokens > CUBLASLT_ABOVE { 3 } else { 0 }, "{regime:?}");
             assert!(products == 0 || !regime.decodes, "{regime:?}");
         }
     }
@@ -270,7 +270,7 @@ fn a_plan_that_cublaslt_cannot_follow_is_chosen_anew() {
     let schedule = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels");
     for (regime, work) in &schedule.regimes {
         let products: Vec<usize> = work.iter().filter(|work| matches!(work, Work::Product(_))).map(Work::op).collect();
-        assert_eq!(products, if regime.max_tokens > LAST_RUNG { vec![0, 1, 2] } else { vec![] }, "{regime:?}");
+        assert_eq!(products, if regime.max_tokens > CUBLASLT_ABOVE { vec![0, 1, 2] } else { vec![] }, "{regime:?}");
     }
     // f32 has no tensor cores to run on.
     let schedule =

@@ -38,7 +38,7 @@ pub struct BuildArgs {
     #[arg(long, num_args = 1.., value_delimiter = ',', value_parser = clap::value_parser!(Arch))]
     pub arch: Vec<Arch>,
     /// Kernels of dense linears: auto, a data type (the model's), disable (portable kernels), or cublaslt (in steps of more
-    /// than 512 tokens; the machine that runs the engine needs it, and results depend on what else is in a step)
+    /// than 256 tokens; the machine that runs the engine needs it, and results depend on what else is in a step)
     #[arg(long, default_value = "auto")]
     pub gemm_plugin: String,
     /// Kernels of the experts: auto, a data type (the model's), or disable (portable kernels)

@@ -9,7 +9,7 @@ use mixtral_build::{DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig};
 use mixtral_convert::recipes;
 use mixtral_engine::{Op, Program};
-use mixtral_kernels::plan::LAST_RUNG;
+use mixtral_kernels::select::CUBLASLT_ABOVE;
 use mixtral_kernels::{Arch, Cache, LinearPlan, Search};
 use mixtral_model::ModelConfig;
 
@@ -159,11 +159,11 @@ fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
     }
     if options.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
         eprintln!(
-            "warning: --gemm-plugin cublaslt: in steps of more than {LAST_RUNG} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
+            "warning: --gemm-plugin cublaslt: in steps of more than {CUBLASLT_ABOVE} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
         );
     } else if options.cublaslt {
         eprintln!(
-            "warning: --gemm-plugin cublaslt changes nothing: it is for steps of more than {LAST_RUNG} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
+            "warning: --gemm-plugin cublaslt changes nothing: it is for steps of more than {CUBLASLT_ABOVE} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
         );
     }
     if !options.portable.is_empty() {
