@@ -148,7 +148,6 @@ fn config_of(record: RankRecord) -> Vec<u8> {
         model: ModelConfig::mixtral_8x7b(DType::F32),
         mapping: Mapping::single(),
         targets: Vec::new(),
-        kernel_tree_hash: None,
         limits: LIMITS,
         gather_context_logits: false,
         options: BTreeMap::new(),

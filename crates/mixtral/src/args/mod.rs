@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod legacy;
 #[cfg(test)]
 mod ranges;
+pub mod rebuild;
 pub mod run;
 pub mod verify;
 
@@ -91,6 +92,9 @@ pub fn chain(error: &anyhow::Error) -> String {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, clap::Error> {
     let (args, ignored) = legacy::take_out(legacy::hyphenate(args));
     let matches = Cli::command().try_get_matches_from(args)?;
+    if let Some(problem) = rebuild::contradiction(&matches) {
+        return Err(Cli::command().error(clap::error::ErrorKind::ArgumentConflict, problem));
+    }
     Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, ignored })
 }
 
