@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use mixtral_checkpoint::disk::free_bytes;
 use mixtral_checkpoint::names::is_tokenizer_file;
-use mixtral_checkpoint::staged::free_bytes;
 use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
 use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe};
 

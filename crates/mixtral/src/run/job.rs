@@ -152,7 +152,7 @@ impl Job<'_> {
                     time_ops,
                     ..CudaOptions::default()
                 };
-                Box::new(CudaBackend::load(self.program.clone(), &weights(self.engine, Rank(0))?, images, cuda)?)
+                Box::new(CudaBackend::load(self.program.clone(), &weights(self.engine, Rank(0), false)?, images, cuda)?)
             }
         };
         let executor: Box<dyn Executor> = match self.world {
@@ -172,10 +172,16 @@ fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
     Ok(usize::try_from(u64::from_le_bytes(bytes))?)
 }
 
-/// Where a rank's weights come from.
-fn weights(engine: &EngineDir, rank: Rank) -> Result<Weights> {
+/// Where a rank's weights come from. With `in_place` the backend reads them where they lie, so that their file is mapped now.
+fn weights(engine: &EngineDir, rank: Rank, in_place: bool) -> Result<Weights> {
     Ok(match engine.config().weights {
-        WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(rank)?))),
+        WeightsKind::File => {
+            let file = engine.weight_file(rank)?;
+            if in_place {
+                file.map()?;
+            }
+            Weights::Source(Arc::new(MappedWeights(file)))
+        }
         WeightsKind::Dummy { seed } => Weights::Dummy { seed },
     })
 }
@@ -183,7 +189,7 @@ fn weights(engine: &EngineDir, rank: Rank) -> Result<Weights> {
 /// Loads this rank's part of the engine on the CPU.
 fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_blocks: usize) -> Result<CpuBackend> {
     let rank = Rank(world.map_or(0, World::rank));
-    let weights = weights(engine, rank)?;
+    let weights = weights(engine, rank, true)?;
     let local_ranks = world.map_or(1, World::local_size);
     let threads = options.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
     let LoadOptions { count_experts, time_ops, .. } = options;
@@ -198,7 +204,7 @@ fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_bloc
 
 /// Loads a program of an engine of one rank, with nothing of its own around it, to be looked into.
 pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
-    let weights = weights(engine, Rank(0))?;
+    let weights = weights(engine, Rank(0), matches!(place, Place::Cpu(_)))?;
     match place {
         Place::Cpu(threads) => {
             let plan = program.memory_plan();
@@ -252,15 +258,23 @@ fn kv_blocks(engine: &EngineDir, local_ranks: usize, wanted: Blocks) -> Result<u
     let Blocks { most, least } = wanted;
     let Some(available) = machine::available_memory() else { return Ok(most) };
     let is_file = engine.config().weights == WeightsKind::File;
-    let (mut fixed, mut block) = (0usize, 0usize);
+    let (mut fixed, mut block, mut dummies) = (0usize, 0usize, 0usize);
     for rank in engine.config().mapping.ranks().take(local_ranks) {
         let plan = engine.program(rank)?.memory_plan();
         // Mapped weights live in the page cache; dummy ones are taken.
         let weights = if is_file { 0 } else { plan.weights };
         fixed = fixed.saturating_add(plan.total(0) - plan.weights).saturating_add(weights);
         block = block.saturating_add(plan.kv_block);
+        dummies = dummies.saturating_add(weights);
     }
     let room = available.saturating_sub(fixed) / block.max(1);
+    if dummies > available {
+        bail!(
+            "the dummy weights alone need {}, but {} of memory are available, and they cannot be paged out; use a machine with more memory, or build a smaller model (--model-config)",
+            bytes(dummies),
+            bytes(available)
+        );
+    }
     if room < least {
         bail!(
             "the engine needs {} for {}activations and inputs and {} for the KV cache of the longest prompt, but {} of memory are available; lower --max-output-len, or build with a smaller --max-num-tokens (now {})",
