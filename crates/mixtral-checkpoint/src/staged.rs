@@ -23,7 +23,7 @@ pub const LOCK_FILE: &str = ".mixtral-lock";
 /// The folder that new files are written into.
 const NEW: &str = ".mixtral-new";
 
-/// The name of that folder once it is complete and the older files are gone.
+/// There once that folder is complete and the older files are gone, until all of its files are where they belong.
 const MOVING: &str = ".mixtral-moving";
 
 const TEMPORARY: &str = "config.json.partial";
@@ -308,7 +308,7 @@ impl State {
         let dir = &self.dir;
         if phase == Phase::Moving {
             let _ = remove(&dir.join(CONFIG_FILE)).and_then(|()| remove_owned(dir, self.ownership));
-            let _ = fs::remove_dir_all(dir.join(MOVING));
+            let _ = remove(&dir.join(MOVING));
         }
         // Again, if another thread was just making a file.
         let _ = (0..3).find(|_| fs::remove_dir_all(dir.join(NEW)).is_ok());
@@ -370,20 +370,22 @@ fn put_in_place(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
         disk::sync_dir(dir).map_err(failed("write", dir))?;
         remove_owned(dir, ownership)?;
         // From here on, files of ours in the directory are new ones.
-        fs::rename(&new, &moving).map_err(failed("rename", &new))?;
+        File::create(&moving).map_err(failed("create", &moving))?;
+        disk::sync_dir(dir).map_err(failed("write", dir))?;
     }
     let move_in = |name: &str| {
-        let (from, to) = (moving.join(name), dir.join(name));
+        let (from, to) = (new.join(name), dir.join(name));
         fs::rename(from, &to).map_err(failed("write", &to))
     };
-    let names = names(&moving)?;
+    let names = if new.exists() { names(&new)? } else { Vec::new() };
     names.iter().filter(|name| *name != CONFIG_FILE).try_for_each(|name| move_in(name))?;
     disk::sync_dir(dir).map_err(failed("write", dir))?;
     if names.iter().any(|name| name == CONFIG_FILE) {
         move_in(CONFIG_FILE)?;
         disk::sync_dir(dir).map_err(failed("write", dir))?;
     }
-    fs::remove_dir_all(&moving).map_err(failed("remove", &moving))
+    remove_folder(&new)?;
+    remove(&moving)
 }
 
 /// Finishes what a run that was killed began to put in place, and removes what it did not finish writing.
@@ -392,8 +394,12 @@ fn recover(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     if dir.join(MOVING).exists() || (new.join(CONFIG_FILE).exists() && !dir.join(CONFIG_FILE).exists()) {
         return put_in_place(dir, ownership);
     }
-    match fs::remove_dir_all(&new) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", &new)(e)),
+    remove_folder(&new)
+}
+
+fn remove_folder(path: &Path) -> Result<(), StagedError> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
         _ => Ok(()),
     }
 }
@@ -586,19 +592,20 @@ mod tests {
     /// As many states as a kill can leave, made by doing so many steps of a move.
     #[test]
     fn a_move_that_was_killed_is_finished_by_the_next_run_even_if_that_fails() {
-        for steps in 0..7 {
+        for steps in 0..8 {
             let root = older();
-            let (dir, new, moving) = (root.path(), root.path().join(NEW), root.path().join(MOVING));
+            let (dir, new) = (root.path(), root.path().join(NEW));
             fs::write(dir.join(LOCK_FILE), "").unwrap();
             fs::create_dir(&new).unwrap();
             ["0.part", "2.part", "config.json"].iter().for_each(|name| fs::write(new.join(name), "ours, new").unwrap());
-            let step: [&dyn Fn() -> io::Result<()>; 6] = [
+            let step: [&dyn Fn() -> io::Result<()>; 7] = [
                 &|| fs::remove_file(dir.join("config.json")),
                 &|| fs::remove_file(dir.join("0.part")),
-                &|| fs::remove_file(dir.join("1.part")).and_then(|()| fs::rename(&new, &moving)),
-                &|| fs::rename(moving.join("0.part"), dir.join("0.part")),
-                &|| fs::rename(moving.join("2.part"), dir.join("2.part")),
-                &|| fs::rename(moving.join("config.json"), dir.join("config.json")),
+                &|| fs::remove_file(dir.join("1.part")).and_then(|()| fs::write(dir.join(MOVING), "")),
+                &|| fs::rename(new.join("0.part"), dir.join("0.part")),
+                &|| fs::rename(new.join("2.part"), dir.join("2.part")),
+                &|| fs::rename(new.join("config.json"), dir.join("config.json")),
+                &|| fs::remove_dir(&new),
             ];
             step[..steps].iter().for_each(|step| step().unwrap());
             drop(StagedDir::begin(dir, TEST).unwrap());

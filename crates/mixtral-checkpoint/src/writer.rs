@@ -122,6 +122,8 @@ impl CheckpointWriter {
             }
             self.config.run_id = Some(run_id);
         }
+        // Some file systems move no file that is open.
+        self.ranks.clear();
         self.staged.commit(self.config.to_json().as_bytes())?;
         Ok(self.config.run_id)
     }

@@ -10,7 +10,7 @@ use super::{Layout, Stored};
 use crate::names::HfTensor;
 
 /// Ends of the names that quantized weights and their scales have.
-const QUANTIZED: [&str; 14] = [
+const QUANTIZED: [&str; 17] = [
     ".qweight",
     ".qzeros",
     ".scales",
@@ -22,6 +22,9 @@ const QUANTIZED: [&str; 14] = [
     ".weight_shape",
     ".weight_zero_point",
     ".input_scale",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
     ".activation_scale",
     ".absmax",
     ".SCB",
