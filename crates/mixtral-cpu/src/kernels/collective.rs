@@ -1,33 +1,33 @@
 //! `all_reduce` and `all_gather`: what is done with the parts once they are here.
 
-use super::context::Context;
+use super::workers::Workers;
 use crate::memory::take;
 
 /// `parts` are the ranks' buffers one after another. `sum = round(Σ parts)` in ascending rank; then `out = sum`, or
 /// `out = round(sum + out)` unless `alone`.
-pub(crate) fn add_sum(ctx: &Context<'_>, parts: &[u8], cols: usize, alone: bool, out: &mut [u8]) {
-    let (row_bytes, len) = (ctx.row_bytes(cols), out.len());
+pub(crate) fn add_sum(workers: &Workers<'_>, parts: &[u8], cols: usize, alone: bool, out: &mut [u8]) {
+    let (row_bytes, len) = (workers.row_bytes(cols), out.len());
     if len == 0 {
         return;
     }
-    ctx.for_chunks(out, row_bytes, parts.len(), |t, out| {
-        ctx.with_scratch(|mut scratch| {
+    workers.for_chunks(out, row_bytes, parts.len(), |t, out| {
+        workers.with_scratch(|mut scratch| {
             let (sum, row) = (take(&mut scratch, cols), take(&mut scratch, cols));
             for (rank, part) in parts.chunks_exact(len).enumerate() {
                 let part = &part[t * row_bytes..][..row_bytes];
                 if rank == 0 {
-                    ctx.simd.widen(ctx.dtype, part, sum);
+                    workers.simd.widen(workers.dtype, part, sum);
                 } else {
-                    ctx.simd.widen(ctx.dtype, part, row);
+                    workers.simd.widen(workers.dtype, part, row);
                     sum.iter_mut().zip(&*row).for_each(|(sum, x)| *sum += *x);
                 }
             }
-            ctx.simd.round(ctx.dtype, sum);
+            workers.simd.round(workers.dtype, sum);
             if !alone {
-                ctx.simd.widen(ctx.dtype, out, row);
+                workers.simd.widen(workers.dtype, out, row);
                 sum.iter_mut().zip(&*row).for_each(|(sum, x)| *sum += *x);
             }
-            ctx.simd.narrow(ctx.dtype, sum, out);
+            workers.simd.narrow(workers.dtype, sum, out);
         });
     });
 }
