@@ -13,17 +13,17 @@ use mixtral_engine::{Backend, EngineDir, Inspect, MappedWeights, Program, Weight
 use mixtral_kernels::{Code, KernelImages};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
-use mixtral_runtime::session::Geometry;
+use mixtral_runtime::session::Capabilities;
 use mixtral_runtime::{Executor, Local, Request, Session, Tokenizer};
 
 use super::{machine, ranks};
-use crate::args::build::Backend as Where;
+use crate::args::build::BackendChoice;
 
 /// How every rank loads its part of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
     /// Where it runs.
-    pub backend: Where,
+    pub backend: BackendChoice,
     /// Part of the GPU's free memory for the cache, 0 to 1.
     pub kv_cache_fraction: f32,
     /// Workers of each rank; all cores of the host, shared evenly, when absent.
@@ -62,9 +62,9 @@ impl fmt::Display for Place {
 
 impl Place {
     /// Where to run an engine: as asked, or on a GPU if the engine has kernels for one.
-    pub fn choose(engine: &EngineDir, backend: Where, threads: Option<usize>) -> Result<Place> {
+    pub fn choose(engine: &EngineDir, backend: BackendChoice, threads: Option<usize>) -> Result<Place> {
         let codes: Vec<Code> = engine.images(Rank(0))?.into_iter().filter_map(Code::of_image).collect();
-        if backend == Where::Cpu || backend == Where::Auto && codes.is_empty() {
+        if backend == BackendChoice::Cpu || backend == BackendChoice::Auto && codes.is_empty() {
             return Ok(Place::Cpu(threads.unwrap_or_else(machine::cores)));
         }
         if codes.is_empty() {
@@ -115,8 +115,8 @@ pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> 
 
 impl Job<'_> {
     /// What the engine takes.
-    pub fn geometry(&self) -> Geometry {
-        Geometry {
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities {
             limits: self.program.limits,
             vocab_size: self.program.vocab_size,
             gather_context_logits: self.engine.config().gather_context_logits,
@@ -159,7 +159,7 @@ impl Job<'_> {
             None => Box::new(Local::new(backend)),
             Some(world) => Box::new(Driver::new(world, self.engine.config().mapping, backend)?),
         };
-        Ok(Session::new(executor, self.geometry(), tokenizer))
+        Ok(Session::new(executor, self.capabilities(), tokenizer))
     }
 }
 
