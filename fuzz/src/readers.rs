@@ -102,12 +102,10 @@ fn safetensors_header(bytes: &[u8]) {
 fn safetensors_index(bytes: &[u8]) {
     let shards = [("a.safetensors", &b""[..]), ("b.safetensors", b"")];
     let dir = directory("indexed", &[shards[0], shards[1], ("model.safetensors.index.json", bytes)]);
-    let Ok(weights) = files::find(&dir, Dialect::HuggingFace) else { return };
-    for path in &weights.paths {
+    let Ok(paths) = files::find(&dir, Dialect::HuggingFace) else { return };
+    for path in &paths {
         assert_eq!(path.parent(), Some(dir.as_path()), "a shard lies in the model's directory");
     }
-    let (index, map) = weights.index.expect("there is an index");
-    let _ = files::check_index(index, &map, |tensor| tensor.starts_with('x').then_some("a.safetensors"));
 }
 
 fn source_config(bytes: &[u8], dialect: Dialect) {

@@ -187,6 +187,31 @@ fn from_engine_leaves_what_it_cannot_build() {
     insta::assert_snapshot!(said);
 }
 
+/// Whoever planned it: an engine of which one buffer lies in another's memory runs nowhere.
+#[test]
+fn an_arena_with_overlapping_buffers_is_refused() {
+    let engine = example_engine("--dtype auto", "--backend cpu");
+    let dir = engine.path();
+    let from = EngineDir::open(&dir.join("engine_outputs")).unwrap();
+    let mut program = from.program(Rank(0)).unwrap();
+    let offset = program.buffer("layer0.attention_input").unwrap().offset;
+    program.buffers.iter_mut().find(|buffer| buffer.name == "layer0.qkv").unwrap().offset = offset + 64;
+    let writer = EngineWriter::create(&dir.join("overlapping")).unwrap();
+    let mut config = from.config().clone();
+    let weights = from.dir().join(weights_file_name(Rank(0)));
+    config.ranks = vec![writer.rank(&program, &BTreeMap::new(), Some(&weights)).unwrap()];
+    config.files.clear();
+    writer.finish(config).unwrap();
+    let mut said = BTreeSet::new();
+    for line in ["run --backend cpu --input_text KING", "bench", "verify", "inspect"] {
+        let flag = if matches!(line, "verify" | "inspect") { "overlapping" } else { "--engine-dir overlapping" };
+        let found = mixtral_in(dir, &format!("{line} {flag}"), &[]);
+        assert_eq!(found.code, 1, "{line}: {}{}", found.out, found.err);
+        said.insert(found.err);
+    }
+    insta::assert_snapshot!(said.into_iter().collect::<Vec<_>>().join(""));
+}
+
 #[test]
 fn from_engine_takes_other_architectures_and_plugins() {
     if !has_nvrtc() {

@@ -6,7 +6,7 @@ use mixtral_convert::recipes;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_engine::{Limits, RandomKey, SamplingParams, Weights};
 use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
-use mixtral_runtime::session::Geometry;
+use mixtral_runtime::session::Capabilities;
 use mixtral_runtime::{Local, Request, RequestId, Session};
 use proptest::prelude::*;
 
@@ -25,10 +25,10 @@ fn session(dtype: DType, max_batch_size: usize, max_num_tokens: usize, kv_blocks
     for recipe in recipes(&config, Rank(0), false) {
         program.weights.iter_mut().filter(|w| w.name == recipe.name).for_each(|w| w.pieces.clone_from(&recipe.pieces));
     }
-    let geometry = Geometry { limits, vocab_size: program.vocab_size, gather_context_logits: true };
+    let capabilities = Capabilities { limits, vocab_size: program.vocab_size, gather_context_logits: true };
     let options = CpuOptions { kv_blocks, threads: 1, ..CpuOptions::default() };
     let backend = CpuBackend::load(program, Weights::Dummy { seed: 9 }, options).unwrap();
-    Session::new(Box::new(Local::new(Box::new(backend))), geometry, None)
+    Session::new(Box::new(Local::new(Box::new(backend))), capabilities, None)
 }
 
 fn request(seed: u32, len: usize, output: usize) -> Request {

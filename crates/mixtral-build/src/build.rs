@@ -91,9 +91,14 @@ pub enum BuildError {
         kernels: Vec<String>,
     },
     /// More memory than the machine has.
-    #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; lower --max-num-tokens (now {max_num_tokens}){}, or spread the model over more ranks",
-        human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget),
-        if *gathers { ", build without --gather-context-logits" } else { "" })]
+    #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; {}",
+        human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget), if weights > budget {
+            format!("the weights alone do not fit, and dummy weights cannot be paged out: use a machine with more memory, a smaller model{}",
+                ", or fewer layers (--model-config with a config.json of your own)")
+        } else {
+            format!("lower --max-num-tokens (now {max_num_tokens}){}, or spread the model over more ranks",
+                if *gathers { ", build without --gather-context-logits" } else { "" })
+        })]
     Memory {
         /// The rank.
         rank: Rank,

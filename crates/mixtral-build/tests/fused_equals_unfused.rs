@@ -8,7 +8,7 @@ use mixtral_convert::recipes;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_engine::{Limits, Program, SamplingParams, Weights};
 use mixtral_model::{DType, Mapping, ModelConfig, ModelFamily, MoeNormalization, Rank, TokenId};
-use mixtral_runtime::session::Geometry;
+use mixtral_runtime::session::Capabilities;
 use mixtral_runtime::{Local, Request, Session};
 
 const LIMITS: Limits =
@@ -33,8 +33,8 @@ fn logits(config: &CheckpointConfig, mut program: Program) -> Vec<u32> {
     let (limits, vocab_size) = (program.limits, program.vocab_size);
     let options = CpuOptions { kv_blocks: 12, threads: 2, ..CpuOptions::default() };
     let backend = CpuBackend::load(program, Weights::Dummy { seed: 5 }, options).unwrap();
-    let geometry = Geometry { limits, vocab_size, gather_context_logits: true };
-    let mut session = Session::new(Box::new(Local::new(Box::new(backend))), geometry, None);
+    let capabilities = Capabilities { limits, vocab_size, gather_context_logits: true };
+    let mut session = Session::new(Box::new(Local::new(Box::new(backend))), capabilities, None);
     for len in [1u32, 17, 30] {
         let prompt = (0..len).map(|i| TokenId((7 * i + len) % 101)).collect();
         let request = Request {

@@ -10,9 +10,9 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::cache::KvCache;
 use crate::execute::Machine;
-use crate::kernels::context::{Context, ROW_SCRATCH};
 use crate::kernels::linear::Workspace;
 use crate::kernels::rope::RopeTable;
+use crate::kernels::workers::{ROW_SCRATCH, Workers};
 use crate::memory::Memory;
 use crate::resolve::{Resolved, resolve};
 use crate::simd::{Isa, LANES, Simd};
@@ -144,7 +144,7 @@ impl CpuBackend {
 
 impl Backend for CpuBackend {
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        self.run_ops(0..self.resolved.steps.len(), inputs)
+        self.run_ops(0..self.resolved.ops.len(), inputs)
     }
 
     fn kv_blocks(&self) -> usize {
@@ -172,13 +172,13 @@ impl Inspect for CpuBackend {
 
     fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         inputs.check(&self.program, self.cache.blocks())?;
-        let steps = self.resolved.steps.get(ops.clone()).ok_or_else(|| {
-            BackendError::Other(format!("operations {ops:?} of a program of {}", self.resolved.steps.len()))
+        let resolved = self.resolved.ops.get(ops.clone()).ok_or_else(|| {
+            BackendError::Other(format!("operations {ops:?} of a program of {}", self.resolved.ops.len()))
         })?;
         let (thetas, head_dim) = (&self.resolved.thetas, self.program.kv.head_dim);
         let mut machine = Machine {
             program: &self.program,
-            ctx: Context::new(self.simd, self.program.dtype, &self.scratch),
+            workers: Workers::new(self.simd, self.program.dtype, &self.scratch),
             inputs,
             weights: self.weights.matrices()?,
             rope: thetas.iter().map(|&theta| RopeTable::new(theta, head_dim, &inputs.positions)).collect(),
@@ -193,10 +193,10 @@ impl Inspect for CpuBackend {
         contained(move || {
             pool.install(move || {
                 match times {
-                    None => steps.iter().try_for_each(|step| machine.run(step))?,
-                    Some(times) => steps.iter().zip(&mut times[ops]).try_for_each(|(step, time)| {
+                    None => resolved.iter().try_for_each(|op| machine.run(op))?,
+                    Some(times) => resolved.iter().zip(&mut times[ops]).try_for_each(|(op, time)| {
                         let start = Instant::now();
-                        let done = machine.run(step);
+                        let done = machine.run(op);
                         *time += start.elapsed();
                         done
                     })?,

@@ -6,21 +6,21 @@ use mixtral_engine::{BackendError, Collectives, Program, StepInputs, StepOutputs
 use mixtral_model::MoeNormalization;
 
 use crate::cache::KvCache;
-use crate::kernels::context::{Context, index};
 use crate::kernels::experts::ExpertLists;
 use crate::kernels::kv::Heads;
 use crate::kernels::linear::Workspace;
 use crate::kernels::rope::RopeTable;
+use crate::kernels::workers::{Workers, index};
 use crate::kernels::{
     attention, collective, combine, elementwise, embed, experts, kv, linear, norm, rope, routing, sample,
 };
-use crate::resolve::{BufferId, Chosen, Finish, Norm, Residual, Step};
+use crate::resolve::{BufferId, Chosen, Finish, Norm, Residual, ResolvedOp};
 use crate::weights::Matrix;
 
 /// Everything that the operations of one step touch.
 pub(crate) struct Machine<'a> {
     pub(crate) program: &'a Program,
-    pub(crate) ctx: Context<'a>,
+    pub(crate) workers: Workers<'a>,
     pub(crate) inputs: &'a StepInputs<'a>,
     pub(crate) weights: Vec<Matrix<'a>>,
     /// Tables of the program's rotary bases at this step's positions.
@@ -80,111 +80,113 @@ impl<'a> Machine<'a> {
             .ok_or_else(|| BackendError::Other("the program speaks to other ranks, but there are none".to_owned()))
     }
 
-    pub(crate) fn run(&mut self, step: &Step) -> Result<(), BackendError> {
-        let ctx = self.ctx;
+    pub(crate) fn run(&mut self, op: &ResolvedOp) -> Result<(), BackendError> {
+        let workers = self.workers;
         let inputs = self.inputs;
         let top_k = self.program.top_k;
-        match step {
-            Step::Embed { table, vocab_start, out } => {
+        match op {
+            ResolvedOp::Embed { table, vocab_start, out } => {
                 let table = self.weights[*table];
                 let [out] = self.carve([*out])?;
-                embed::embed(&ctx, table, *vocab_start, &inputs.token_ids, out);
+                embed::embed(&workers, table, *vocab_start, &inputs.token_ids, out);
             }
-            Step::Norm(norm) => self.norm(norm)?,
-            Step::Add { a, b, out } => {
+            ResolvedOp::Norm(norm) => self.norm(norm)?,
+            ResolvedOp::Add { a, b, out } => {
                 self.copy(*b, *out)?;
                 let cols = self.cols(*out);
                 let [a, out] = self.carve([*a, *out])?;
-                elementwise::add(&ctx, a, cols, out);
+                elementwise::add(&workers, a, cols, out);
             }
-            Step::Linear { input, weight, rows, finish, out } => self.linear(*input, *weight, *rows, *finish, *out)?,
-            Step::Rope { data, num_heads, theta } => self.rope(*data, *num_heads, *theta)?,
-            Step::WriteKv { key, value, layer } => {
+            ResolvedOp::Linear { input, weight, rows, finish, out } => {
+                self.linear(*input, *weight, *rows, *finish, *out)?
+            }
+            ResolvedOp::Rope { data, num_heads, theta } => self.rope(*data, *num_heads, *theta)?,
+            ResolvedOp::WriteKv { key, value, layer } => {
                 let spans = [self.span(*key), self.span(*value)];
                 let shape = self.cache.shape();
-                let stride = ctx.row_bytes(shape.num_kv_heads * shape.head_dim);
+                let stride = workers.row_bytes(shape.num_kv_heads * shape.head_dim);
                 let [key, value] = carve(self.arena, spans)?;
                 let (keys, values) = self.cache.layer_mut(*layer);
                 for (bytes, cache) in [(key, keys), (value, values)] {
                     kv::write_kv(Heads { bytes, start: 0, stride }, &inputs.slot_mapping, shape, cache);
                 }
             }
-            Step::RopeWriteKv { qkv, num_heads, theta, layer } => {
+            ResolvedOp::RopeWriteKv { qkv, num_heads, theta, layer } => {
                 let (shape, span) = (self.cache.shape(), self.span(*qkv));
                 self.rope(*qkv, num_heads + shape.num_kv_heads, *theta)?;
-                let stride = ctx.row_bytes(self.cols(*qkv));
+                let stride = workers.row_bytes(self.cols(*qkv));
                 let bytes = &self.arena[span];
                 let (keys, values) = self.cache.layer_mut(*layer);
                 for (head, cache) in [(*num_heads, keys), (num_heads + shape.num_kv_heads, values)] {
-                    let start = ctx.row_bytes(head * shape.head_dim);
+                    let start = workers.row_bytes(head * shape.head_dim);
                     kv::write_kv(Heads { bytes, start, stride }, &inputs.slot_mapping, shape, cache);
                 }
             }
-            Step::Attention { query, num_heads, window, layer, out } => {
+            ResolvedOp::Attention { query, num_heads, window, layer, out } => {
                 let (cols, spans) = (self.cols(*query), [self.span(*query), self.span(*out)]);
                 let [query, out] = carve(self.arena, spans)?;
                 let cache = self.cache.layer(*layer);
-                attention::attention(&ctx, inputs, query, cols, *num_heads, *window, cache, out)?;
+                attention::attention(&workers, inputs, query, cols, *num_heads, *window, cache, out)?;
             }
-            Step::Softmax { logits, probs } => {
+            ResolvedOp::Softmax { logits, probs } => {
                 let cols = self.cols(*logits);
                 let [logits, probs] = self.carve([*logits, *probs])?;
                 let rows = floats(logits).chunks_exact(cols).zip(floats_mut(probs).chunks_exact_mut(cols));
                 rows.for_each(|(logits, probs)| routing::softmax_row(logits, probs));
             }
-            Step::TopK { probs, normalization, layer, chosen } => {
+            ResolvedOp::TopK { probs, normalization, layer, chosen } => {
                 self.top_k(*probs, *normalization, *chosen, false)?;
                 self.count(*layer, *chosen);
             }
-            Step::ExpertSort { expert_ids, experts, lists } => {
+            ResolvedOp::ExpertSort { expert_ids, experts, lists } => {
                 let [ids, offsets, order] = self.carve([*expert_ids, lists.offsets, lists.order])?;
                 routing::expert_sort(ints(ids), experts, ints_mut(offsets), ints_mut(order));
             }
-            Step::Route { logits, normalization, layer, experts, chosen, lists } => {
+            ResolvedOp::Route { logits, normalization, layer, experts, chosen, lists } => {
                 self.top_k(*logits, *normalization, *chosen, true)?;
                 self.count(*layer, *chosen);
                 let [ids, offsets, order] = self.carve([chosen.ids, lists.offsets, lists.order])?;
                 routing::expert_sort(ints(ids), experts, ints_mut(offsets), ints_mut(order));
             }
-            Step::ExpertGateUp { input, weight, lists, silu_mul, out } => {
+            ResolvedOp::ExpertGateUp { input, weight, lists, silu_mul, out } => {
                 let spans = [*input, lists.offsets, lists.order, *out].map(|b| self.span(b));
                 let [input, offsets, order, out] = carve(self.arena, spans)?;
                 let lists = ExpertLists { offsets: ints(offsets), order: ints(order) };
                 let weight = self.weights[*weight];
-                experts::expert_gate_up(&ctx, self.work, input, weight, lists, top_k, *silu_mul, out)?;
+                experts::expert_gate_up(&workers, self.work, input, weight, lists, top_k, *silu_mul, out)?;
             }
-            Step::SiluMul { input, out } => {
+            ResolvedOp::SiluMul { input, out } => {
                 let cols = self.cols(*out);
                 let [input, out] = self.carve([*input, *out])?;
-                elementwise::silu_mul(&ctx, input, cols, out);
+                elementwise::silu_mul(&workers, input, cols, out);
             }
-            Step::ExpertDown { input, weight, lists, out } => {
+            ResolvedOp::ExpertDown { input, weight, lists, out } => {
                 let spans = [*input, lists.offsets, lists.order, *out].map(|b| self.span(b));
                 let [input, offsets, order, out] = carve(self.arena, spans)?;
                 let lists = ExpertLists { offsets: ints(offsets), order: ints(order) };
-                experts::expert_down(&ctx, self.work, input, self.weights[*weight], lists, out)?;
+                experts::expert_down(&workers, self.work, input, self.weights[*weight], lists, out)?;
             }
-            Step::Combine { input, chosen, experts, residual, out, norm } => {
+            ResolvedOp::Combine { input, chosen, experts, residual, out, norm } => {
                 self.begin_sum(*residual, *out)?;
                 let cols = self.cols(*out);
                 let [input, ids, weights, out] = self.carve([*input, chosen.ids, chosen.weights, *out])?;
-                combine::combine(&ctx, input, ints(ids), floats(weights), experts, cols, out);
+                combine::combine(&workers, input, ints(ids), floats(weights), experts, cols, out);
                 if let Some(norm) = norm {
                     self.norm(norm)?;
                 }
             }
-            Step::AllReduce { input, residual, out, norm } => {
+            ResolvedOp::AllReduce { input, residual, out, norm } => {
                 self.begin_sum(*residual, *out)?;
                 let (ranks, tp_size, cols) = (self.ranks()?, self.program.tp_size, self.cols(*out));
                 let [input, out] = self.carve([*input, *out])?;
                 let mut parts = vec![0; tp_size * input.len()];
                 ranks.all_gather(input, &mut parts)?;
-                collective::add_sum(&ctx, &parts, cols, matches!(residual, Residual::None), out);
+                collective::add_sum(&workers, &parts, cols, matches!(residual, Residual::None), out);
                 if let Some(norm) = norm {
                     self.norm(norm)?;
                 }
             }
-            Step::AllGather { input, out } => {
+            ResolvedOp::AllGather { input, out } => {
                 let (ranks, tp_size) = (self.ranks()?, self.program.tp_size);
                 let row_bytes = self.cols(*input) * self.program.buffers[*input].dtype.size();
                 let [input, out] = self.carve([*input, *out])?;
@@ -192,25 +194,26 @@ impl<'a> Machine<'a> {
                 ranks.all_gather(input, &mut parts)?;
                 collective::join_columns(&parts, tp_size, row_bytes, out);
             }
-            Step::Send { input, to } => {
+            ResolvedOp::Send { input, to } => {
                 let ranks = self.ranks()?;
                 let [input] = self.carve([*input])?;
                 ranks.send(*to, input)?;
             }
-            Step::Recv { out, from } => {
+            ResolvedOp::Recv { out, from } => {
                 let ranks = self.ranks()?;
                 let [out] = self.carve([*out])?;
                 ranks.recv(*from, out)?;
             }
-            Step::GatherRows { input, out } => {
-                let row_bytes = ctx.row_bytes(self.cols(*out));
+            ResolvedOp::GatherRows { input, out } => {
+                let row_bytes = workers.row_bytes(self.cols(*out));
                 let [input, out] = self.carve([*input, *out])?;
                 embed::gather_rows(input, &inputs.logits_indices, row_bytes, out);
             }
-            Step::Sample { logits } => {
+            ResolvedOp::Sample { logits } => {
                 let (cols, vocab_size, span) = (self.cols(*logits), self.program.vocab_size, self.span(*logits));
                 let logits = floats(&self.arena[span]);
-                self.outputs.tokens = sample::sample(logits, cols, vocab_size, inputs)?;
+                let dtype = self.program.dtype;
+                self.outputs.tokens = sample::sample(logits, cols, vocab_size, dtype, inputs)?;
                 if inputs.return_logits {
                     self.outputs.logits =
                         logits.chunks_exact(cols).flat_map(|row| &row[..vocab_size]).copied().collect();
@@ -220,10 +223,10 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    fn norm(&mut self, step: &Norm) -> Result<(), BackendError> {
-        let (ctx, weight) = (self.ctx, self.weights[step.weight]);
-        let [input, out] = self.carve([step.input, step.out])?;
-        norm::norm(&ctx, input, weight, step.eps, out);
+    fn norm(&mut self, op: &Norm) -> Result<(), BackendError> {
+        let (workers, weight) = (self.workers, self.weights[op.weight]);
+        let [input, out] = self.carve([op.input, op.out])?;
+        norm::norm(&workers, input, weight, op.eps, out);
         Ok(())
     }
 
@@ -238,8 +241,8 @@ impl<'a> Machine<'a> {
         if let Finish::Residual(residual) = finish {
             self.copy(residual, out)?;
         }
-        let ctx = self.ctx;
-        let (in_bytes, num_rows) = (ctx.row_bytes(self.cols(input)), rows[1] - rows[0]);
+        let workers = self.workers;
+        let (in_bytes, num_rows) = (workers.row_bytes(self.cols(input)), rows[1] - rows[0]);
         let out_bytes = num_rows * self.program.buffers[out].dtype.size();
         let spans = [self.span(input), self.span(out)];
         let [input, out] = carve(self.arena, spans)?;
@@ -248,23 +251,24 @@ impl<'a> Machine<'a> {
         let weight = self.weights[weight].rows(rows[0], rows[1]);
         let work = &mut *self.work;
         match finish {
-            Finish::Store => linear::linear(&ctx, work, weight, &inputs, &mut outs, 0, |acc, out, _| {
-                linear::store(&ctx, acc, out);
+            Finish::Store => linear::linear(&workers, work, weight, &inputs, &mut outs, 0, |acc, out, _| {
+                linear::store(&workers, acc, out);
             }),
-            Finish::F32 => linear::linear(&ctx, work, weight, &inputs, &mut outs, 0, |acc, out, _| {
-                linear::store_f32(&ctx, acc, out);
+            Finish::F32 => linear::linear(&workers, work, weight, &inputs, &mut outs, 0, |acc, out, _| {
+                linear::store_f32(&workers, acc, out);
             }),
             Finish::Residual(_) => {
-                linear::linear(&ctx, work, weight, &inputs, &mut outs, num_rows, |acc, out, scratch| {
-                    linear::store_residual(&ctx, acc, out, scratch);
+                linear::linear(&workers, work, weight, &inputs, &mut outs, num_rows, |acc, out, scratch| {
+                    linear::store_residual(&workers, acc, out, scratch);
                 })
             }
         }
     }
 
     fn rope(&mut self, data: BufferId, num_heads: usize, theta: usize) -> Result<(), BackendError> {
-        let (ctx, cols, head_dim, span) = (self.ctx, self.cols(data), self.program.kv.head_dim, self.span(data));
-        rope::rope(&ctx, &self.rope[theta], num_heads, head_dim, cols, &mut self.arena[span]);
+        let (workers, cols, head_dim, span) =
+            (self.workers, self.cols(data), self.program.kv.head_dim, self.span(data));
+        rope::rope(&workers, &self.rope[theta], num_heads, head_dim, cols, &mut self.arena[span]);
         Ok(())
     }
 

@@ -15,7 +15,7 @@ pub(crate) type WeightId = usize;
 /// An [`Op`] that knows where its operands are. Fields mean what they mean there; an operand that may be in place is
 /// `None` when it is.
 #[derive(Clone, Debug)]
-pub(crate) enum Step {
+pub(crate) enum ResolvedOp {
     Embed {
         table: WeightId,
         vocab_start: usize,
@@ -176,8 +176,8 @@ pub(crate) struct Lists {
 
 /// A whole program, resolved.
 pub(crate) struct Resolved {
-    pub(crate) steps: Vec<Step>,
-    /// The distinct rotary bases, which steps name by index.
+    pub(crate) ops: Vec<ResolvedOp>,
+    /// The distinct rotary bases, which ops name by index.
     pub(crate) thetas: Vec<f64>,
 }
 
@@ -191,12 +191,12 @@ pub(crate) fn resolve(program: &Program) -> Result<Resolved, BackendError> {
         weights: program.weights.iter().enumerate().map(|(i, w)| (w.name.as_str(), i)).collect(),
         thetas: vec![],
     };
-    let mut steps = Vec::with_capacity(program.ops.len());
+    let mut ops = Vec::with_capacity(program.ops.len());
     for (index, op) in program.ops.iter().enumerate() {
         check_overlap(program, index, op)?;
-        steps.push(resolver.step(program, op)?);
+        ops.push(resolver.op(program, op)?);
     }
-    Ok(Resolved { steps, thetas: resolver.thetas })
+    Ok(Resolved { ops, thetas: resolver.thetas })
 }
 
 /// Distinct operands may not share memory, and only those that an operation allows may be the same buffer.
@@ -288,23 +288,23 @@ impl Resolver<'_> {
         Ok(Lists { offsets: self.buffer(offsets)?, order: self.buffer(order)? })
     }
 
-    fn step(&mut self, program: &Program, op: &Op) -> Result<Step, BackendError> {
+    fn op(&mut self, program: &Program, op: &Op) -> Result<ResolvedOp, BackendError> {
         Ok(match op {
             Op::Embed { table, vocab_start, out } => {
-                Step::Embed { table: self.weight(table)?, vocab_start: *vocab_start, out: self.buffer(out)? }
+                ResolvedOp::Embed { table: self.weight(table)?, vocab_start: *vocab_start, out: self.buffer(out)? }
             }
-            Op::Norm { input, weight, eps, out } => Step::Norm(Norm {
+            Op::Norm { input, weight, eps, out } => ResolvedOp::Norm(Norm {
                 input: self.buffer(input)?,
                 weight: self.weight(weight)?,
                 eps: *eps,
                 out: self.buffer(out)?,
             }),
             Op::Add { a, b, out } => {
-                Step::Add { a: self.buffer(a)?, b: self.unless_in_place(b, out)?, out: self.buffer(out)? }
+                ResolvedOp::Add { a: self.buffer(a)?, b: self.unless_in_place(b, out)?, out: self.buffer(out)? }
             }
             Op::Linear { input, weight, rows, epilogue, residual, out, ladder: _ } => {
                 let weight = self.weight(weight)?;
-                Step::Linear {
+                ResolvedOp::Linear {
                     input: self.buffer(input)?,
                     weight,
                     rows: rows.unwrap_or([0, program.weights[weight].rows()]),
@@ -317,38 +317,40 @@ impl Resolver<'_> {
                 }
             }
             Op::Rope { data, num_heads, theta } => {
-                Step::Rope { data: self.buffer(data)?, num_heads: *num_heads, theta: self.theta(*theta) }
+                ResolvedOp::Rope { data: self.buffer(data)?, num_heads: *num_heads, theta: self.theta(*theta) }
             }
             Op::WriteKv { key, value, layer } => {
-                Step::WriteKv { key: self.buffer(key)?, value: self.buffer(value)?, layer: *layer }
+                ResolvedOp::WriteKv { key: self.buffer(key)?, value: self.buffer(value)?, layer: *layer }
             }
-            Op::RopeWriteKv { qkv, num_heads, theta, layer } => Step::RopeWriteKv {
+            Op::RopeWriteKv { qkv, num_heads, theta, layer } => ResolvedOp::RopeWriteKv {
                 qkv: self.buffer(qkv)?,
                 num_heads: *num_heads,
                 theta: self.theta(*theta),
                 layer: *layer,
             },
-            Op::Attention { query, num_heads, window, layer, out } => Step::Attention {
+            Op::Attention { query, num_heads, window, layer, out } => ResolvedOp::Attention {
                 query: self.buffer(query)?,
                 num_heads: *num_heads,
                 window: *window,
                 layer: *layer,
                 out: self.buffer(out)?,
             },
-            Op::Softmax { logits, probs } => Step::Softmax { logits: self.buffer(logits)?, probs: self.buffer(probs)? },
-            Op::TopK { probs, normalization, layer, expert_ids, expert_weights } => Step::TopK {
+            Op::Softmax { logits, probs } => {
+                ResolvedOp::Softmax { logits: self.buffer(logits)?, probs: self.buffer(probs)? }
+            }
+            Op::TopK { probs, normalization, layer, expert_ids, expert_weights } => ResolvedOp::TopK {
                 probs: self.buffer(probs)?,
                 normalization: *normalization,
                 layer: *layer,
                 chosen: self.chosen(expert_ids, expert_weights)?,
             },
-            Op::ExpertSort { expert_ids, experts, offsets, order } => Step::ExpertSort {
+            Op::ExpertSort { expert_ids, experts, offsets, order } => ResolvedOp::ExpertSort {
                 expert_ids: self.buffer(expert_ids)?,
                 experts: experts[0]..experts[1],
                 lists: self.lists(offsets, order)?,
             },
             Op::Route { logits, normalization, layer, experts, expert_ids, expert_weights, offsets, order } => {
-                Step::Route {
+                ResolvedOp::Route {
                     logits: self.buffer(logits)?,
                     normalization: *normalization,
                     layer: *layer,
@@ -357,21 +359,21 @@ impl Resolver<'_> {
                     lists: self.lists(offsets, order)?,
                 }
             }
-            Op::ExpertGateUp { input, weight, offsets, order, silu_mul, out, ladder: _ } => Step::ExpertGateUp {
+            Op::ExpertGateUp { input, weight, offsets, order, silu_mul, out, ladder: _ } => ResolvedOp::ExpertGateUp {
                 input: self.buffer(input)?,
                 weight: self.weight(weight)?,
                 lists: self.lists(offsets, order)?,
                 silu_mul: *silu_mul,
                 out: self.buffer(out)?,
             },
-            Op::SiluMul { input, out } => Step::SiluMul { input: self.buffer(input)?, out: self.buffer(out)? },
-            Op::ExpertDown { input, weight, offsets, order, out, ladder: _ } => Step::ExpertDown {
+            Op::SiluMul { input, out } => ResolvedOp::SiluMul { input: self.buffer(input)?, out: self.buffer(out)? },
+            Op::ExpertDown { input, weight, offsets, order, out, ladder: _ } => ResolvedOp::ExpertDown {
                 input: self.buffer(input)?,
                 weight: self.weight(weight)?,
                 lists: self.lists(offsets, order)?,
                 out: self.buffer(out)?,
             },
-            Op::Combine { input, expert_ids, expert_weights, experts, residual, out, norm } => Step::Combine {
+            Op::Combine { input, expert_ids, expert_weights, experts, residual, out, norm } => ResolvedOp::Combine {
                 input: self.buffer(input)?,
                 chosen: self.chosen(expert_ids, expert_weights)?,
                 experts: experts[0]..experts[1],
@@ -379,17 +381,21 @@ impl Resolver<'_> {
                 out: self.buffer(out)?,
                 norm: self.fused_norm(norm.as_ref(), out)?,
             },
-            Op::AllReduce { input, residual, out, norm } => Step::AllReduce {
+            Op::AllReduce { input, residual, out, norm } => ResolvedOp::AllReduce {
                 input: self.buffer(input)?,
                 residual: self.residual(residual.as_deref(), out)?,
                 out: self.buffer(out)?,
                 norm: self.fused_norm(norm.as_ref(), out)?,
             },
-            Op::AllGather { input, out } => Step::AllGather { input: self.buffer(input)?, out: self.buffer(out)? },
-            Op::Send { input, to } => Step::Send { input: self.buffer(input)?, to: *to },
-            Op::Recv { out, from } => Step::Recv { out: self.buffer(out)?, from: *from },
-            Op::GatherRows { input, out } => Step::GatherRows { input: self.buffer(input)?, out: self.buffer(out)? },
-            Op::Sample { logits } => Step::Sample { logits: self.buffer(logits)? },
+            Op::AllGather { input, out } => {
+                ResolvedOp::AllGather { input: self.buffer(input)?, out: self.buffer(out)? }
+            }
+            Op::Send { input, to } => ResolvedOp::Send { input: self.buffer(input)?, to: *to },
+            Op::Recv { out, from } => ResolvedOp::Recv { out: self.buffer(out)?, from: *from },
+            Op::GatherRows { input, out } => {
+                ResolvedOp::GatherRows { input: self.buffer(input)?, out: self.buffer(out)? }
+            }
+            Op::Sample { logits } => ResolvedOp::Sample { logits: self.buffer(logits)? },
         })
     }
 }

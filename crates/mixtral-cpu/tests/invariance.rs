@@ -3,7 +3,7 @@
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{Backend as _, Inspect as _, StepInputs, Weights};
 use mixtral_model::{DType, TokenId};
-use mixtral_testkit::batch::{self, Part, Sequence};
+use mixtral_testkit::batch::{self, PagedTokens, Part};
 use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::poison::poison;
 
@@ -28,7 +28,7 @@ fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> C
 type Logits = Vec<Vec<Vec<u32>>>;
 
 /// Runs steps of `(sequence, past, new)` parts and collects the logits of every position.
-fn run(backend: &mut CpuBackend, sequences: &[Sequence], steps: &[Vec<(usize, usize, usize)>]) -> Logits {
+fn run(backend: &mut CpuBackend, sequences: &[PagedTokens], steps: &[Vec<(usize, usize, usize)>]) -> Logits {
     let (limits, vocab_size) = (backend.program().limits, backend.program().vocab_size);
     let mut logits: Logits = sequences.iter().map(|s| vec![vec![]; s.tokens.len()]).collect();
     for step in steps {
@@ -48,13 +48,13 @@ fn run(backend: &mut CpuBackend, sequences: &[Sequence], steps: &[Vec<(usize, us
     logits
 }
 
-fn whole(sequences: &[Sequence], s: usize) -> Vec<Vec<(usize, usize, usize)>> {
+fn whole(sequences: &[PagedTokens], s: usize) -> Vec<Vec<(usize, usize, usize)>> {
     vec![vec![(s, 0, sequences[s].tokens.len())]]
 }
 
 const LENGTHS: [usize; 6] = [37, 1, 16, 50, 5, 90];
 
-fn sequences(geometry: &Geometry, seed: u32) -> Vec<Sequence> {
+fn sequences(geometry: &Geometry, seed: u32) -> Vec<PagedTokens> {
     let limits = decoder::program(geometry, true).limits;
     let mut sequences = batch::sequences(3, &LENGTHS, &limits, geometry.vocab_size, KV_BLOCKS);
     // The same tokens in blocks elsewhere.
@@ -106,6 +106,21 @@ fn nothing_that_may_not_matter_changes_a_bit() {
             }
         }
     }
+}
+
+/// The bits of some models' logits, as a hash: what no change may move without saying so.
+#[test]
+fn logits_are_what_they_were() {
+    let models = DTYPES.into_iter().flat_map(|dtype| [None, Some(11)].map(|window| (dtype, window)));
+    let hash = |(dtype, window): (DType, Option<usize>)| {
+        let mut hasher = blake3::Hasher::new();
+        let logits = alone(&Geometry { window, ..Geometry::small(dtype) });
+        for bits in logits.iter().flatten().flatten() {
+            hasher.update(&bits.to_le_bytes());
+        }
+        format!("{dtype}, window {window:?}: {}", &hasher.finalize().to_hex()[..16])
+    };
+    insta::assert_snapshot!(models.map(hash).collect::<Vec<_>>().join("\n"));
 }
 
 #[test]

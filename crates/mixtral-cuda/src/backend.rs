@@ -210,7 +210,8 @@ impl CudaBackend {
         let bytes = inputs.samples.len() * size_of::<Drawn>();
         for (sample, drawn) in inputs::drawn(&self.landing.bytes()?[..bytes]).into_iter().enumerate() {
             if let Ok(token) = usize::try_from(drawn.bad_token) {
-                return Err(BackendError::NonFinite { sample, token, value: drawn.bad_value });
+                let (value, dtype) = (drawn.bad_value, self.program.dtype);
+                return Err(BackendError::NonFinite { sample, token, value, dtype });
             }
             let token = u32::try_from(drawn.token).ok().filter(|&t| (t as usize) < self.program.vocab_size);
             let wrong = || {

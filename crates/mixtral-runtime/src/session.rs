@@ -16,7 +16,7 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// What an engine takes, as far as a session must know.
 #[derive(Clone, Copy, Debug)]
-pub struct Geometry {
+pub struct Capabilities {
     /// What a step may hold.
     pub limits: Limits,
     /// Entries of the vocabulary.
@@ -89,7 +89,7 @@ struct Flight {
 pub struct Session {
     executor: Box<dyn Executor>,
     tokenizer: Option<Arc<Tokenizer>>,
-    geometry: Geometry,
+    capabilities: Capabilities,
     pool: BlockPool,
     queue: VecDeque<Sequence>,
     running: Vec<Sequence>,
@@ -104,12 +104,12 @@ pub struct Session {
 impl Session {
     /// A session without requests. Without a tokenizer events carry no text and stop words have no effect.
     #[must_use]
-    pub fn new(executor: Box<dyn Executor>, geometry: Geometry, tokenizer: Option<Arc<Tokenizer>>) -> Self {
+    pub fn new(executor: Box<dyn Executor>, capabilities: Capabilities, tokenizer: Option<Arc<Tokenizer>>) -> Self {
         let pool = BlockPool::new(executor.kv_blocks());
         Session {
             executor,
             tokenizer,
-            geometry,
+            capabilities,
             pool,
             queue: VecDeque::new(),
             running: Vec::new(),
@@ -134,7 +134,7 @@ impl Session {
     }
 
     fn refuse(&self, request: &Request) -> Result<(), Refusal> {
-        let Geometry { limits, vocab_size, gather_context_logits } = self.geometry;
+        let Capabilities { limits, vocab_size, gather_context_logits } = self.capabilities;
         let (prompt, output) = (request.prompt.len(), request.max_output_len);
         if prompt == 0 {
             return Err(Refusal::EmptyPrompt);
@@ -237,7 +237,7 @@ impl Session {
 
     /// Launches a step, if there is anything to compute.
     fn launch(&mut self, depth: usize) -> Result<bool, SessionError> {
-        let limits = self.geometry.limits;
+        let limits = self.capabilities.limits;
         schedule::admit(&mut self.queue, &mut self.running, &mut self.pool, &limits);
         let chunks = schedule::plan(&self.running, &limits, depth);
         if chunks.is_empty() {
@@ -280,7 +280,7 @@ impl Session {
         if sequence.cancelled {
             return Ok(None);
         }
-        let vocab_size = self.geometry.vocab_size;
+        let vocab_size = self.capabilities.vocab_size;
         let rows = |first: usize, count: usize| outputs.logits[first * vocab_size..][..count * vocab_size].to_vec();
         let mut event = Event {
             id,

@@ -4,7 +4,7 @@ use mixtral_engine::{Limits, RandomKey, SampleRequest, SamplingParams, StepInput
 
 /// A sequence and the blocks that it was given.
 #[derive(Clone, Debug)]
-pub struct Sequence {
+pub struct PagedTokens {
     /// Blocks in order, enough for all its tokens.
     pub blocks: Vec<i32>,
     /// All its tokens.
@@ -15,7 +15,7 @@ pub struct Sequence {
 #[derive(Clone, Debug)]
 pub struct Part<'a> {
     /// The sequence.
-    pub sequence: &'a Sequence,
+    pub sequence: &'a PagedTokens,
     /// Tokens computed before.
     pub past: usize,
     /// Tokens computed now.
@@ -33,10 +33,16 @@ pub fn shuffled(seed: u32, n: usize) -> Vec<usize> {
 /// Sequences of the given lengths, with seeded tokens and blocks scattered over a cache of `kv_blocks`, which has
 /// enough of them.
 #[must_use]
-pub fn sequences(seed: u32, lengths: &[usize], limits: &Limits, vocab_size: usize, kv_blocks: usize) -> Vec<Sequence> {
+pub fn sequences(
+    seed: u32,
+    lengths: &[usize],
+    limits: &Limits,
+    vocab_size: usize,
+    kv_blocks: usize,
+) -> Vec<PagedTokens> {
     let mut free = shuffled(seed, kv_blocks).into_iter();
     let int = |n: usize| i32::try_from(n).unwrap_or(0);
-    let sequence = |(s, &len): (usize, &usize)| Sequence {
+    let sequence = |(s, &len): (usize, &usize)| PagedTokens {
         blocks: free.by_ref().take(limits.blocks_for(len)).map(int).collect(),
         tokens: (0..len)
             .map(|i| int(dummy::mix(seed ^ u32::try_from(s * 1000 + i).unwrap_or(0)) as usize % vocab_size))

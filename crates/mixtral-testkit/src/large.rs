@@ -90,12 +90,12 @@ pub struct Large {
     pub kv_blocks: usize,
     /// Whether CTAs meet in it through memory, so that it is repeated often.
     racy: bool,
-    steps: Vec<Step>,
+    steps: Vec<StepCase>,
 }
 
 /// One step's inputs.
 #[derive(Clone, Debug)]
-struct Step {
+struct StepCase {
     name: String,
     inputs: StepInputs<'static>,
     /// Contents of integer buffers; those of others are seeded.
@@ -159,7 +159,7 @@ fn assembly(model: &Model, dtype: DType, max_num_tokens: usize) -> Assembly {
 }
 
 impl Large {
-    fn new(op: &str, model: &Model, mut a: Assembly, steps: Vec<Step>) -> Large {
+    fn new(op: &str, model: &Model, mut a: Assembly, steps: Vec<StepCase>) -> Large {
         a.place_apart();
         let blocks = steps.iter().flat_map(|step| step.inputs.block_table.iter().max()).max();
         let kv_blocks = blocks.map_or(1, |&last| usize::try_from(last).expect("a block") + 1);
@@ -217,14 +217,14 @@ impl Large {
     }
 
     /// Bytes of a buffer in a step.
-    fn len(&self, name: &str, step: &Step) -> usize {
+    fn len(&self, name: &str, step: &StepCase) -> usize {
         let buffer = self.program.buffer(name).expect("a buffer");
         let (tokens, logits) = (step.inputs.num_tokens(), step.inputs.num_logits());
         self.program.num_rows(buffer.rows, tokens, logits) * buffer.cols * buffer.dtype.size()
     }
 
     /// Contents of what is read before it is written.
-    fn given(&self, step: &Step) -> Contents {
+    fn given(&self, step: &StepCase) -> Contents {
         let (mut given, mut made) = (Contents::new(), Vec::new());
         for op in &self.program.ops {
             for name in op.reads() {
@@ -259,7 +259,7 @@ impl Large {
     /// what the step has changed of its operands is written again.
     fn run(
         &self,
-        step: &Step,
+        step: &StepCase,
         given: &Contents,
         cache: &Contents,
         first: bool,
@@ -297,7 +297,7 @@ impl Large {
     /// Holds each operation's outputs against what f64 makes of its operands: those given, or what the backend has made before.
     fn compare(
         &self,
-        step: &Step,
+        step: &StepCase,
         given: &Contents,
         cache: &Contents,
         found: &Contents,
@@ -335,11 +335,11 @@ impl Large {
 }
 
 /// Steps of one prompt each.
-fn prompts(a: &Assembly, tokens: &[usize]) -> Vec<Step> {
+fn prompts(a: &Assembly, tokens: &[usize]) -> Vec<StepCase> {
     let p = &a.program;
     let step = |&n: &usize| {
         let inputs = batch::prompt(&p.limits, p.vocab_size, p.limits.blocks_for(n), n);
-        Step { name: format!("{n} tokens"), inputs, ints: Vec::new() }
+        StepCase { name: format!("{n} tokens"), inputs, ints: Vec::new() }
     };
     tokens.iter().map(step).collect()
 }
@@ -427,7 +427,7 @@ fn lm_head(model: &Model, dtype: DType) -> Large {
 
 /// A program over a cache of the model's heads, and sequences of its contexts: decodes of all, and prompts that begin one and
 /// go on with others.
-fn over_contexts(model: &Model, dtype: DType) -> (Assembly, Vec<Step>) {
+fn over_contexts(model: &Model, dtype: DType) -> (Assembly, Vec<StepCase>) {
     let mut a = assembly(model, dtype, PREFILL);
     let p = &mut a.program;
     (p.kv.num_kv_heads, p.kv.head_dim) = (model.num_kv_heads, model.head_dim);
@@ -448,7 +448,7 @@ fn over_contexts(model: &Model, dtype: DType) -> (Assembly, Vec<Step>) {
         let mut inputs = batch::step(&a.program.limits, &parts);
         inputs.logits_indices.truncate(1);
         inputs.return_logits = false;
-        Step { name: text(name), inputs, ints: Vec::new() }
+        StepCase { name: text(name), inputs, ints: Vec::new() }
     });
     (a, steps.to_vec())
 }
@@ -517,7 +517,7 @@ fn router(model: &Model, dtype: DType) -> Large {
 }
 
 /// Steps of expert lists: spread over all experts but one, and crowded on as few as can be.
-fn listed(model: &Model, a: &Assembly) -> Vec<Step> {
+fn listed(model: &Model, a: &Assembly) -> Vec<StepCase> {
     let int = |n: usize| i32::try_from(n).expect("small");
     let (experts, k) = (model.num_experts, model.top_k);
     let spread = |t: usize| {
@@ -528,8 +528,8 @@ fn listed(model: &Model, a: &Assembly) -> Vec<Step> {
         ids
     };
     let crowded = |_: usize| (experts - k..experts).collect();
-    let steps = |kind: &str, of: &dyn Fn(usize) -> Vec<usize>| -> Vec<Step> {
-        let with_lists = |mut step: Step| {
+    let steps = |kind: &str, of: &dyn Fn(usize) -> Vec<usize>| -> Vec<StepCase> {
+        let with_lists = |mut step: StepCase| {
             let token = |t| {
                 let mut ids = of(t);
                 ids.sort_unstable();
@@ -538,7 +538,7 @@ fn listed(model: &Model, a: &Assembly) -> Vec<Step> {
             let ids: Vec<i32> = (0..step.inputs.num_tokens()).flat_map(token).collect();
             let (offsets, order) = lists(&ids, [0, experts]);
             step.ints = vec![(text("ids"), ids), (text("offsets"), offsets), (text("order"), order)];
-            Step { name: format!("{} {kind}", step.name), ..step }
+            StepCase { name: format!("{} {kind}", step.name), ..step }
         };
         prompts(a, &TOKENS).into_iter().map(with_lists).collect()
     };

@@ -9,7 +9,7 @@ use std::ops::Range;
 use mixtral_engine::{BackendError, StepInputs};
 use rayon::prelude::*;
 
-use super::context::{Context, index};
+use super::workers::{Workers, index};
 use crate::cache::KvView;
 use crate::memory::take;
 use crate::simd::{BLOCK_ROWS, LANES, WEIGHTED_ROWS};
@@ -52,7 +52,7 @@ impl Shape {
 
 /// `query` has rows of `query_cols` elements, of which the first `num_heads · d` are the queries.
 pub(crate) fn attention(
-    ctx: &Context<'_>,
+    workers: &Workers<'_>,
     inputs: &StepInputs<'_>,
     query: &[u8],
     query_cols: usize,
@@ -70,7 +70,7 @@ pub(crate) fn attention(
         table_width: inputs.block_table.len() / inputs.num_seqs().max(1),
     };
     let tokens_per_task = (QUERY_ROWS / shape.group).max(1);
-    let mut outs = out.chunks_exact_mut(ctx.row_bytes(shape.group * head_dim));
+    let mut outs = out.chunks_exact_mut(workers.row_bytes(shape.group * head_dim));
     let mut tasks: Vec<Task<'_>> = Vec::new();
     let (mut longest, mut work) = (0, 0);
     for (seq, edge) in inputs.cu_query_lens.windows(2).enumerate() {
@@ -98,13 +98,13 @@ pub(crate) fn attention(
     }
     let rows = tokens_per_task * shape.group;
     let block = KEYS * shape.padded;
-    ctx.reserve_scratch(rows * (2 * shape.padded + KEYS * LANES + KEYS + longest) + block)?;
+    workers.reserve_scratch(rows * (2 * shape.padded + KEYS * LANES + KEYS + longest) + block)?;
     let run = |task: Task<'_>| {
-        let tile = Tile { ctx, shape, keys, values, blocks: &inputs.block_table[task.seq * shape.table_width..] };
-        let queries = &query[task.token * ctx.row_bytes(query_cols)..];
-        ctx.with_scratch(|scratch| tile.run(task, queries, ctx.row_bytes(query_cols), scratch));
+        let tile = Tile { workers, shape, keys, values, blocks: &inputs.block_table[task.seq * shape.table_width..] };
+        let queries = &query[task.token * workers.row_bytes(query_cols)..];
+        workers.with_scratch(|scratch| tile.run(task, queries, workers.row_bytes(query_cols), scratch));
     };
-    if ctx.is_parallel(work) {
+    if workers.is_parallel(work) {
         tasks.into_par_iter().with_max_len(1).for_each(run);
     } else {
         tasks.into_iter().for_each(run);
@@ -114,7 +114,7 @@ pub(crate) fn attention(
 
 /// What a task reads.
 struct Tile<'a> {
-    ctx: &'a Context<'a>,
+    workers: &'a Workers<'a>,
     shape: Shape,
     keys: KvView<'a>,
     values: KvView<'a>,
@@ -125,7 +125,7 @@ struct Tile<'a> {
 impl Tile<'_> {
     fn run(&self, task: Task<'_>, queries: &[u8], query_stride: usize, mut scratch: &mut [f32]) {
         let Shape { group, head_dim, padded, .. } = self.shape;
-        let ctx = self.ctx;
+        let workers = self.workers;
         let rows = task.outs.len() * group;
         let visible: Vec<Range<usize>> = (0..rows).map(|row| self.shape.visible(task.position + row / group)).collect();
         // The keys that any of the rows sees.
@@ -141,8 +141,15 @@ impl Tile<'_> {
 
         for row in 0..rows {
             let head = task.kv_head * group + row % group;
-            let first = row / group * query_stride + ctx.row_bytes(head * head_dim);
-            ctx.simd.pack_column(ctx.dtype, &queries[first..][..ctx.row_bytes(head_dim)], row, rows, padded, q);
+            let first = row / group * query_stride + workers.row_bytes(head * head_dim);
+            workers.simd.pack_column(
+                workers.dtype,
+                &queries[first..][..workers.row_bytes(head_dim)],
+                row,
+                rows,
+                padded,
+                q,
+            );
         }
 
         #[expect(clippy::cast_precision_loss, reason = "the contract's f32 constant")]
@@ -151,9 +158,9 @@ impl Tile<'_> {
             let n = self.pack_keys(task.kv_head, &keys, block);
             let lanes = &mut lanes[..rows * n * LANES];
             lanes.fill(0.0);
-            ctx.simd.block(block, n, q, rows, padded, lanes);
+            workers.simd.block(block, n, q, rows, padded, lanes);
             let dots = &mut dots[..rows * n];
-            ctx.simd.reduce(lanes, dots);
+            workers.simd.reduce(lanes, dots);
             for (dots, scores) in dots.chunks_exact(n).zip(scores.chunks_exact_mut(len)) {
                 let scores = &mut scores[keys.start - span.start..keys.end - span.start];
                 scores.iter_mut().zip(dots).for_each(|(score, dot)| *score = dot * scale);
@@ -163,8 +170,8 @@ impl Tile<'_> {
         let local = |range: &Range<usize>| range.start - span.start..range.end - span.start;
         for (scores, visible) in scores.chunks_exact_mut(len).zip(&visible) {
             let scores = &mut scores[local(visible)];
-            let max = ctx.simd.max(scores);
-            ctx.simd.exp(scores, max);
+            let max = workers.simd.max(scores);
+            workers.simd.exp(scores, max);
         }
 
         acc.fill(0.0);
@@ -178,11 +185,11 @@ impl Tile<'_> {
 
         let sums: Vec<f32> = ascending_sums(scores.chunks_exact(len).zip(&visible).map(|(s, v)| &s[local(v)]));
         for (token, out) in task.outs.into_iter().enumerate() {
-            for (head, out) in out.chunks_exact_mut(ctx.row_bytes(head_dim)).enumerate() {
+            for (head, out) in out.chunks_exact_mut(workers.row_bytes(head_dim)).enumerate() {
                 let row = token * group + head;
                 let acc = &mut acc[row * padded..][..head_dim];
                 acc.iter_mut().for_each(|x| *x /= sums[row]);
-                ctx.simd.narrow(ctx.dtype, acc, out);
+                workers.simd.narrow(workers.dtype, acc, out);
             }
         }
     }
@@ -208,7 +215,7 @@ impl Tile<'_> {
     /// Packs the keys of a piece as rows, and returns how many they are when rounded up to whole tiles.
     fn pack_keys(&self, kv_head: usize, keys: &Range<usize>, panel: &mut [f32]) -> usize {
         for (row, key) in self.vectors(self.keys, kv_head, keys).enumerate() {
-            self.ctx.simd.pack_row(self.keys.shape.dtype, key, row, self.shape.padded, panel);
+            self.workers.simd.pack_row(self.keys.shape.dtype, key, row, self.shape.padded, panel);
         }
         keys.len().next_multiple_of(BLOCK_ROWS)
     }
@@ -218,7 +225,7 @@ impl Tile<'_> {
         let values = self.vectors(self.values, kv_head, keys);
         for (value, out) in values.zip(out.chunks_exact_mut(self.shape.padded)) {
             let (head, padding) = out.split_at_mut(self.shape.head_dim);
-            self.ctx.simd.widen(self.values.shape.dtype, value, head);
+            self.workers.simd.widen(self.values.shape.dtype, value, head);
             padding.fill(0.0);
         }
     }
@@ -241,7 +248,7 @@ impl Tile<'_> {
                 let p = &scores[rows.start * len + part.start - span.start..];
                 let v = &values[(part.start - keys.start) * padded..];
                 let acc = &mut acc[rows.start * padded..rows.end * padded];
-                self.ctx.simd.weighted_rows(p, len, rows.len(), part.len(), v, padded, acc);
+                self.workers.simd.weighted_rows(p, len, rows.len(), part.len(), v, padded, acc);
             }
         };
         let clip = |range: &Range<usize>| range.start.max(keys.start)..range.end.min(keys.end);

@@ -1,33 +1,33 @@
 //! `all_reduce` and `all_gather`: what is done with the parts once they are here.
 
-use super::context::Context;
+use super::workers::Workers;
 use crate::memory::take;
 
 /// `parts` are the ranks' buffers one after another. `sum = round(Σ parts)` in ascending rank; then `out = sum`, or
 /// `out = round(sum + out)` unless `alone`.
-pub(crate) fn add_sum(ctx: &Context<'_>, parts: &[u8], cols: usize, alone: bool, out: &mut [u8]) {
-    let (row_bytes, len) = (ctx.row_bytes(cols), out.len());
+pub(crate) fn add_sum(workers: &Workers<'_>, parts: &[u8], cols: usize, alone: bool, out: &mut [u8]) {
+    let (row_bytes, len) = (workers.row_bytes(cols), out.len());
     if len == 0 {
         return;
     }
-    ctx.for_chunks(out, row_bytes, parts.len(), |t, out| {
-        ctx.with_scratch(|mut scratch| {
+    workers.for_chunks(out, row_bytes, parts.len(), |t, out| {
+        workers.with_scratch(|mut scratch| {
             let (sum, row) = (take(&mut scratch, cols), take(&mut scratch, cols));
             for (rank, part) in parts.chunks_exact(len).enumerate() {
                 let part = &part[t * row_bytes..][..row_bytes];
                 if rank == 0 {
-                    ctx.simd.widen(ctx.dtype, part, sum);
+                    workers.simd.widen(workers.dtype, part, sum);
                 } else {
-                    ctx.simd.widen(ctx.dtype, part, row);
+                    workers.simd.widen(workers.dtype, part, row);
                     sum.iter_mut().zip(&*row).for_each(|(sum, x)| *sum += *x);
                 }
             }
-            ctx.simd.round(ctx.dtype, sum);
+            workers.simd.round(workers.dtype, sum);
             if !alone {
-                ctx.simd.widen(ctx.dtype, out, row);
+                workers.simd.widen(workers.dtype, out, row);
                 sum.iter_mut().zip(&*row).for_each(|(sum, x)| *sum += *x);
             }
-            ctx.simd.narrow(ctx.dtype, sum, out);
+            workers.simd.narrow(workers.dtype, sum, out);
         });
     });
 }
@@ -38,5 +38,46 @@ pub(crate) fn join_columns(parts: &[u8], ranks: usize, row_bytes: usize, out: &m
         for (row, out) in part.chunks_exact(row_bytes).zip(out.chunks_exact_mut(ranks * row_bytes)) {
             out[rank * row_bytes..][..row_bytes].copy_from_slice(row);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mixtral_model::DType;
+
+    use super::super::workers::with_worker;
+    use super::*;
+
+    /// The sum of `parts`, one element a rank, and then of `before` if that is there.
+    fn sum(dtype: DType, parts: &[f32], before: Option<f32>) -> f32 {
+        with_worker(dtype, 2, |workers| {
+            let bytes = |values: &[f32]| {
+                let mut bytes = vec![0; values.len() * dtype.size()];
+                workers.simd.narrow(dtype, values, &mut bytes);
+                bytes
+            };
+            let mut out = bytes(&[before.unwrap_or(0.0)]);
+            add_sum(workers, &bytes(parts), 1, before.is_none(), &mut out);
+            let mut value = [0.0];
+            workers.simd.widen(dtype, &out, &mut value);
+            value[0]
+        })
+    }
+
+    #[test]
+    fn parts_are_added_in_ascending_rank() {
+        // In any other order one of the small parts is lost beside a large one.
+        assert_eq!(sum(DType::F32, &[3e8, -3e8, 1.0], None), 1.0);
+        assert_eq!(sum(DType::F32, &[1.0, 3e8, -3e8], None), 0.0);
+        assert_eq!(sum(DType::F32, &[3e8, 1.0, -3e8, 2.0], None), 2.0);
+    }
+
+    #[test]
+    fn the_sum_is_rounded_before_the_residual_is_added() {
+        // 256 + 1 is halfway between two bf16 numbers, and rounds to the even one below: 256. With the residual's 1 in the same
+        // sum it would be 258.
+        assert_eq!(sum(DType::Bf16, &[256.0, 1.0], Some(1.0)), 256.0);
+        assert_eq!(sum(DType::F32, &[3e8, -3e8], Some(5.0)), 5.0);
+        assert_eq!(sum(DType::F32, &[1.0, 2.0], Some(5.0)), 8.0);
     }
 }

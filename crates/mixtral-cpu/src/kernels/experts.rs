@@ -3,9 +3,9 @@
 use mixtral_engine::BackendError;
 use rayon::prelude::*;
 
-use super::context::{Context, index};
 use super::elementwise::silu_mul_row;
 use super::linear::{Workspace, linear, store};
+use super::workers::{Workers, index};
 use crate::weights::Matrix;
 
 /// The assignments of the local experts: those of expert e are `order[offsets[e]..offsets[e + 1]]`.
@@ -45,31 +45,31 @@ const SMALL: usize = 1 << 19;
 
 /// All products of an operation, each row finished by `finish`.
 fn multiply(
-    ctx: &Context<'_>,
+    workers: &Workers<'_>,
     work: &mut Workspace,
     mut products: Vec<Product<'_>>,
     finish: impl Fn(&mut [f32], &mut [u8]) + Sync,
 ) -> Result<(), BackendError> {
     products.retain(|p| !p.inputs.is_empty());
-    let one = |ctx: &Context<'_>, work: &mut Workspace, mut p: Product<'_>| {
-        linear(ctx, work, p.weight, &p.inputs, &mut p.outs, 0, |acc, out, _| finish(acc, out))
+    let one = |workers: &Workers<'_>, work: &mut Workspace, mut p: Product<'_>| {
+        linear(workers, work, p.weight, &p.inputs, &mut p.outs, 0, |acc, out, _| finish(acc, out))
     };
     let elements = |p: &Product<'_>| p.weight.num_rows() * p.weight.cols;
     let work_in_all = products.iter().map(|p| elements(p) * p.inputs.len()).sum();
     let is_small = products.iter().all(|p| elements(p) <= SMALL);
-    if products.len() > 1 && is_small && ctx.is_parallel(work_in_all) {
+    if products.len() > 1 && is_small && workers.is_parallel(work_in_all) {
         // The longest first, so that the last one to finish is short.
         products.sort_by_key(|p| std::cmp::Reverse(p.inputs.len()));
         let spaces = work.apart(products.len())?;
-        products.into_par_iter().zip(spaces).with_max_len(1).try_for_each(|(p, work)| one(&ctx.alone(), work, p))
+        products.into_par_iter().zip(spaces).with_max_len(1).try_for_each(|(p, work)| one(&workers.alone(), work, p))
     } else {
-        products.into_iter().try_for_each(|p| one(ctx, work, p))
+        products.into_iter().try_for_each(|p| one(workers, work, p))
     }
 }
 
 /// Row p of `out` is token `order[p] / top_k` by its expert's rows, up ‖ gate; `silu_mul` joins the halves.
 pub(crate) fn expert_gate_up(
-    ctx: &Context<'_>,
+    workers: &Workers<'_>,
     work: &mut Workspace,
     input: &[u8],
     weight: Matrix<'_>,
@@ -80,8 +80,8 @@ pub(crate) fn expert_gate_up(
 ) -> Result<(), BackendError> {
     let experts = lists.experts()?;
     let rows = weight.num_rows() / experts.len();
-    let in_bytes = ctx.row_bytes(weight.cols);
-    let out_bytes = ctx.row_bytes(if silu_mul { rows / 2 } else { rows });
+    let in_bytes = workers.row_bytes(weight.cols);
+    let out_bytes = workers.row_bytes(if silu_mul { rows / 2 } else { rows });
     let mut products = Vec::with_capacity(experts.len());
     // The lists lie one after another, and so do their rows.
     let first = experts.first().map_or(0, |(start, _)| *start);
@@ -95,19 +95,19 @@ pub(crate) fn expert_gate_up(
             outs: outs.chunks_exact_mut(out_bytes).collect(),
         });
     }
-    multiply(ctx, work, products, |acc, out| {
+    multiply(workers, work, products, |acc, out| {
         if silu_mul {
-            ctx.simd.round(ctx.dtype, acc);
-            silu_mul_row(ctx, acc, out);
+            workers.simd.round(workers.dtype, acc);
+            silu_mul_row(workers, acc, out);
         } else {
-            store(ctx, acc, out);
+            store(workers, acc, out);
         }
     })
 }
 
 /// Row `order[p]` of `out` is row p of `input` by its expert's rows.
 pub(crate) fn expert_down(
-    ctx: &Context<'_>,
+    workers: &Workers<'_>,
     work: &mut Workspace,
     input: &[u8],
     weight: Matrix<'_>,
@@ -116,7 +116,7 @@ pub(crate) fn expert_down(
 ) -> Result<(), BackendError> {
     let experts = lists.experts()?;
     let rows = weight.num_rows() / experts.len();
-    let (in_bytes, out_bytes) = (ctx.row_bytes(weight.cols), ctx.row_bytes(rows));
+    let (in_bytes, out_bytes) = (workers.row_bytes(weight.cols), workers.row_bytes(rows));
     let mut free: Vec<Option<&mut [u8]>> = out.chunks_exact_mut(out_bytes).map(Some).collect();
     let mut products = Vec::with_capacity(experts.len());
     for (e, (start, list)) in experts.into_iter().enumerate() {
@@ -127,5 +127,5 @@ pub(crate) fn expert_down(
             outs: outs.ok_or_else(|| BackendError::Other("the expert lists name an assignment twice".to_owned()))?,
         });
     }
-    multiply(ctx, work, products, |acc, out| store(ctx, acc, out))
+    multiply(workers, work, products, |acc, out| store(workers, acc, out))
 }

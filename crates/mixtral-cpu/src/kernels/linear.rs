@@ -8,7 +8,7 @@ use mixtral_engine::BackendError;
 use mixtral_model::DType;
 use rayon::prelude::*;
 
-use super::context::Context;
+use super::workers::Workers;
 use crate::memory::{Memory, take};
 use crate::simd::{BLOCK_ROWS, LANES, STREAM_COLUMNS};
 use crate::weights::Matrix;
@@ -49,7 +49,7 @@ impl Workspace {
 /// For each token i: `acc[r] = dot(inputs[i], weight[r])` for all rows, then `finish(acc, outs[i], scratch)`, in which
 /// the accumulators may be overwritten and `scratch` is `extra` f32.
 pub(crate) fn linear(
-    ctx: &Context<'_>,
+    workers: &Workers<'_>,
     work: &mut Workspace,
     weight: Matrix<'_>,
     inputs: &[&[u8]],
@@ -59,34 +59,34 @@ pub(crate) fn linear(
 ) -> Result<(), BackendError> {
     let rows = weight.num_rows();
     let padded = weight.cols.next_multiple_of(LANES);
-    ctx.reserve_scratch((ROWS * DEPTH.min(padded) + TOKENS.min(inputs.len()) * ROWS * LANES).max(rows + extra))?;
+    workers.reserve_scratch((ROWS * DEPTH.min(padded) + TOKENS.min(inputs.len()) * ROWS * LANES).max(rows + extra))?;
     for (inputs, outs) in inputs.chunks(TOKENS).zip(outs.chunks_mut(TOKENS)) {
         let n = inputs.len();
         let streamed = n <= STREAM_COLUMNS;
         // A few tasks a worker, so that an interrupted one holds the others up little.
-        let share = rows.div_ceil(4 * ctx.num_workers()).next_multiple_of(ROWS);
+        let share = rows.div_ceil(4 * workers.num_workers()).next_multiple_of(ROWS);
         let task_rows = if streamed { share.min(STREAMED_ROWS) } else { ROWS };
         work.x.reserve_floats(n * padded)?;
         work.acc.reserve_floats(n * rows.next_multiple_of(task_rows))?;
         let x = &mut work.x.floats_mut()[..n * padded];
         let acc = &mut work.acc.floats_mut()[..n * rows.next_multiple_of(task_rows)];
         if streamed {
-            widen_inputs(ctx, inputs, weight.cols, x);
+            widen_inputs(workers, inputs, weight.cols, x);
         } else {
-            pack_inputs(ctx, inputs, weight.cols, x);
+            pack_inputs(workers, inputs, weight.cols, x);
         }
         let x = &*x;
-        ctx.for_chunks(acc, task_rows * n, rows * padded * n, |task, acc| {
+        workers.for_chunks(acc, task_rows * n, rows * padded * n, |task, acc| {
             let rows = weight.rows(task * task_rows, ((task + 1) * task_rows).min(rows));
             if streamed {
-                ctx.simd.stream(rows.dtype, rows.bytes, rows.cols, x, padded, n, acc, task_rows);
+                workers.simd.stream(rows.dtype, rows.bytes, rows.cols, x, padded, n, acc, task_rows);
             } else {
-                ctx.with_scratch(|scratch| block(ctx, rows, x, n, acc, scratch));
+                workers.with_scratch(|scratch| block(workers, rows, x, n, acc, scratch));
             }
         });
         let acc = &*acc;
         let finish_one = |i: usize, out: &mut [u8]| {
-            ctx.with_scratch(|mut scratch| {
+            workers.with_scratch(|mut scratch| {
                 let (row, extra) = (take(&mut scratch, rows), take(&mut scratch, extra));
                 for (task, row) in row.chunks_mut(task_rows).enumerate() {
                     row.copy_from_slice(&acc[(task * n + i) * task_rows..][..row.len()]);
@@ -94,7 +94,7 @@ pub(crate) fn linear(
                 finish(row, out, extra);
             });
         };
-        if n > 1 && ctx.is_parallel(n * rows) {
+        if n > 1 && workers.is_parallel(n * rows) {
             outs.par_iter_mut().enumerate().for_each(|(i, out)| finish_one(i, out));
         } else {
             outs.iter_mut().enumerate().for_each(|(i, out)| finish_one(i, out));
@@ -104,28 +104,28 @@ pub(crate) fn linear(
 }
 
 /// `x[token][column]`, widened; padded with −0, which adds nothing to any accumulator.
-fn widen_inputs(ctx: &Context<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
+fn widen_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
     let padded = cols.next_multiple_of(LANES);
-    ctx.for_chunks(x, padded, inputs.len() * padded, |token, x| {
-        ctx.simd.widen(ctx.dtype, inputs[token], &mut x[..cols]);
+    workers.for_chunks(x, padded, inputs.len() * padded, |token, x| {
+        workers.simd.widen(workers.dtype, inputs[token], &mut x[..cols]);
         x[cols..].fill(-0.0);
     });
 }
 
 /// The same, packed, one block of K after another.
-fn pack_inputs(ctx: &Context<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
-    let (n, padded, size) = (inputs.len(), cols.next_multiple_of(LANES), ctx.dtype.size());
-    ctx.for_chunks(x, n * DEPTH, n * padded, |block, x| {
+fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
+    let (n, padded, size) = (inputs.len(), cols.next_multiple_of(LANES), workers.dtype.size());
+    workers.for_chunks(x, n * DEPTH, n * padded, |block, x| {
         let start = block * DEPTH;
         let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
         for (token, input) in inputs.iter().enumerate() {
-            ctx.simd.pack_column(ctx.dtype, &input[start * size..end * size], token, n, depth, x);
+            workers.simd.pack_column(workers.dtype, &input[start * size..end * size], token, n, depth, x);
         }
     });
 }
 
 /// `out[token][row] = dot(rows[row], x[token])`, `out` with a row stride of [`ROWS`].
-fn block(ctx: &Context<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], mut scratch: &mut [f32]) {
+fn block(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], mut scratch: &mut [f32]) {
     let (num_rows, cols, size) = (rows.num_rows(), rows.cols, rows.dtype.size());
     let (tile_rows, padded) = (num_rows.next_multiple_of(BLOCK_ROWS), cols.next_multiple_of(LANES));
     let acc = take(&mut scratch, n * tile_rows * LANES);
@@ -134,30 +134,30 @@ fn block(ctx: &Context<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f3
     for start in (0..cols).step_by(DEPTH) {
         let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
         for (r, row) in rows.bytes.chunks_exact(cols * size).enumerate() {
-            ctx.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
+            workers.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
         }
         // Rows past the last are whatever lies there; their accumulators are not read.
-        ctx.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);
+        workers.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);
     }
     for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
-        ctx.simd.reduce(acc, &mut out[..num_rows]);
+        workers.simd.reduce(acc, &mut out[..num_rows]);
     }
 }
 
 /// `out = round(acc)`.
-pub(crate) fn store(ctx: &Context<'_>, acc: &[f32], out: &mut [u8]) {
-    ctx.simd.narrow(ctx.dtype, acc, out);
+pub(crate) fn store(workers: &Workers<'_>, acc: &[f32], out: &mut [u8]) {
+    workers.simd.narrow(workers.dtype, acc, out);
 }
 
 /// `out = acc`.
-pub(crate) fn store_f32(ctx: &Context<'_>, acc: &[f32], out: &mut [u8]) {
-    ctx.simd.narrow(DType::F32, acc, out);
+pub(crate) fn store_f32(workers: &Workers<'_>, acc: &[f32], out: &mut [u8]) {
+    workers.simd.narrow(DType::F32, acc, out);
 }
 
 /// `out = round(round(acc) + residual)`, `out` holding the residual. `scratch` is as long as `acc`.
-pub(crate) fn store_residual(ctx: &Context<'_>, acc: &mut [f32], out: &mut [u8], scratch: &mut [f32]) {
-    ctx.simd.round(ctx.dtype, acc);
-    ctx.simd.widen(ctx.dtype, out, scratch);
+pub(crate) fn store_residual(workers: &Workers<'_>, acc: &mut [f32], out: &mut [u8], scratch: &mut [f32]) {
+    workers.simd.round(workers.dtype, acc);
+    workers.simd.widen(workers.dtype, out, scratch);
     acc.iter_mut().zip(scratch).for_each(|(acc, residual)| *acc += *residual);
-    ctx.simd.narrow(ctx.dtype, acc, out);
+    workers.simd.narrow(workers.dtype, acc, out);
 }

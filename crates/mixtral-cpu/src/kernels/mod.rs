@@ -3,7 +3,6 @@
 pub(crate) mod attention;
 pub(crate) mod collective;
 pub(crate) mod combine;
-pub(crate) mod context;
 pub(crate) mod elementwise;
 pub(crate) mod embed;
 pub(crate) mod experts;
@@ -13,3 +12,4 @@ pub(crate) mod norm;
 pub(crate) mod rope;
 pub(crate) mod routing;
 pub(crate) mod sample;
+pub(crate) mod workers;

@@ -1,6 +1,6 @@
 //! `rope`.
 
-use super::context::Context;
+use super::workers::Workers;
 use crate::memory::take;
 
 /// Cosines and sines of a step's positions, `[T, d/2]` each.
@@ -33,7 +33,7 @@ impl RopeTable {
 
 /// Rotates the first `num_heads` heads of each row of `cols` elements.
 pub(crate) fn rope(
-    ctx: &Context<'_>,
+    workers: &Workers<'_>,
     table: &RopeTable,
     num_heads: usize,
     head_dim: usize,
@@ -42,19 +42,19 @@ pub(crate) fn rope(
 ) {
     let half = head_dim / 2;
     let work = data.len() * 2;
-    ctx.for_chunks(data, ctx.row_bytes(cols), work, |t, row| {
-        let row = &mut row[..ctx.row_bytes(num_heads * head_dim)];
+    workers.for_chunks(data, workers.row_bytes(cols), work, |t, row| {
+        let row = &mut row[..workers.row_bytes(num_heads * head_dim)];
         let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
-        ctx.with_scratch(|mut scratch| {
+        workers.with_scratch(|mut scratch| {
             let x = take(&mut scratch, num_heads * head_dim);
-            ctx.simd.widen(ctx.dtype, row, x);
+            workers.simd.widen(workers.dtype, row, x);
             for head in x.chunks_exact_mut(head_dim) {
                 let (a, b) = head.split_at_mut(half);
                 for i in 0..half {
                     (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
                 }
             }
-            ctx.simd.narrow(ctx.dtype, x, row);
+            workers.simd.narrow(workers.dtype, x, row);
         });
     });
 }

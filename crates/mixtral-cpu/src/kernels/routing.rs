@@ -5,7 +5,7 @@ use std::ops::Range;
 use mixtral_engine::math;
 use mixtral_model::MoeNormalization;
 
-use super::context::index;
+use super::workers::index;
 
 /// `exp(x − max)` divided by its sum in ascending order.
 pub(crate) fn softmax_row(logits: &[f32], probs: &mut [f32]) {

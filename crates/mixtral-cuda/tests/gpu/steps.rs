@@ -5,7 +5,7 @@ use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
 use mixtral_engine::{Backend, Inspect as _, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling};
 use mixtral_kernels::Executable;
 use mixtral_model::{DType, TokenId};
-use mixtral_testkit::batch::{self, Part, Sequence};
+use mixtral_testkit::batch::{self, PagedTokens, Part};
 use mixtral_testkit::decoder::{self, Geometry};
 
 use crate::kernels::{Library, Machine};
@@ -40,7 +40,7 @@ type Chunk = (usize, usize, usize);
 fn run(
     backend: &mut dyn Backend,
     program: &Program,
-    sequences: &[Sequence],
+    sequences: &[PagedTokens],
     steps: &[Vec<Chunk>],
 ) -> Vec<Vec<Vec<f32>>> {
     let mut logits: Vec<Vec<Vec<f32>>> = sequences.iter().map(|s| vec![vec![]; s.tokens.len()]).collect();
@@ -88,7 +88,7 @@ fn together() -> Vec<Vec<Chunk>> {
     steps
 }
 
-fn sequences(program: &Program) -> Vec<Sequence> {
+fn sequences(program: &Program) -> Vec<PagedTokens> {
     batch::sequences(3, &LENGTHS, &program.limits, program.vocab_size, KV_BLOCKS)
 }
 

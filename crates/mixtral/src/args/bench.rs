@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::build::Backend;
+use super::build::BackendChoice;
 use super::{Usage, at_least_one, probability, usage};
 
 /// As typed.
@@ -13,7 +13,7 @@ pub struct BenchArgs {
     pub engine_dir: PathBuf,
     /// Where to run; auto is a GPU if the engine was built for one, else the CPU
     #[arg(long, default_value = "auto")]
-    pub backend: Backend,
+    pub backend: BackendChoice,
     /// Threads of the CPU backend [default: all cores]
     #[arg(long, value_parser = at_least_one)]
     pub threads: Option<usize>,

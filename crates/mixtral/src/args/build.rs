@@ -37,7 +37,7 @@ pub struct BuildArgs {
     pub output_dir: PathBuf,
     /// What to build for; auto is cuda if a GPU is visible or --arch is given
     #[arg(long, default_value = "auto")]
-    pub backend: Backend,
+    pub backend: BackendChoice,
     /// GPU architectures to build for (sm_80, sm_90a, …); no GPU is needed for that
     #[arg(long, num_args = 1.., value_delimiter = ',', value_parser = clap::value_parser!(Arch))]
     pub arch: Vec<Arch>,
@@ -97,7 +97,7 @@ pub struct BuildArgs {
 
 /// `--backend`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Backend {
+pub enum BackendChoice {
     /// The GPU if there is one.
     Auto,
     /// The CPU.
@@ -186,13 +186,13 @@ impl BuildArgs {
     /// Checks the flags against each other.
     pub fn validate(self) -> Result<BuildOptions, Usage> {
         let build_for = match self.backend {
-            Backend::Cpu if !self.arch.is_empty() => {
+            BackendChoice::Cpu if !self.arch.is_empty() => {
                 usage!("--backend cpu builds no kernels, and --arch asks for some; leave one of them out")
             }
-            Backend::Cpu => BuildFor::Cpu,
+            BackendChoice::Cpu => BuildFor::Cpu,
             _ if !self.arch.is_empty() => BuildFor::Archs(self.arch.clone()),
-            Backend::Cuda => BuildFor::Gpus,
-            Backend::Auto => BuildFor::Visible,
+            BackendChoice::Cuda => BuildFor::Gpus,
+            BackendChoice::Auto => BuildFor::Visible,
         };
         if self.tune {
             usage!("--tune (measuring kernel candidates on this GPU) is not supported by this version; leave it out");

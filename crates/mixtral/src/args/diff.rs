@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::build::Backend;
+use super::build::BackendChoice;
 use super::run::Prompts;
 use super::{Usage, at_least_one, usage};
 
@@ -14,7 +14,7 @@ pub struct DiffArgs {
     pub engines: Vec<PathBuf>,
     /// Where the reference runs, and the other [default: auto for each of two engines]
     #[arg(long, num_args = 1, value_delimiter = ',', value_name = "A,B")]
-    pub backends: Vec<Backend>,
+    pub backends: Vec<BackendChoice>,
     /// Compare the models of the first N layers: less memory, and less to wait for
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub layers: Option<usize>,
@@ -72,7 +72,7 @@ pub struct DiffOptions {
     /// Everything that needs no check of its own.
     pub args: DiffArgs,
     /// Engine and backend of the reference, and of the other.
-    pub sides: [(PathBuf, Backend); 2],
+    pub sides: [(PathBuf, BackendChoice); 2],
     /// Prompts, if they are not to be drawn.
     pub prompts: Option<Prompts>,
 }
@@ -86,7 +86,7 @@ impl DiffArgs {
             ([_], _) => {
                 usage!("one engine is compared on two backends: add --backends cpu,cuda, or name a second engine")
             }
-            ([a, b], []) => [(a.clone(), Backend::Auto), (b.clone(), Backend::Auto)],
+            ([a, b], []) => [(a.clone(), BackendChoice::Auto), (b.clone(), BackendChoice::Auto)],
             ([a, b], &[on]) => [(a.clone(), on), (b.clone(), on)],
             ([a, b], &[on_a, on_b]) => [(a.clone(), on_a), (b.clone(), on_b)],
             (engines, _) => usage!("{} engines; expected one or two", engines.len()),

@@ -22,6 +22,8 @@ use std::str::FromStr;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use mixtral_model::DType;
 
+use crate::interrupt::Output;
+
 /// The command line.
 #[derive(Debug, Parser)]
 #[command(name = "mixtral", version, about = "From a Hugging Face Mixtral checkpoint to text: convert, build, run")]
@@ -49,6 +51,21 @@ pub enum Command {
     Inspect(inspect::InspectArgs),
     /// Whether a checkpoint or an engine is as it was written: reads every byte
     Verify(verify::VerifyArgs),
+}
+
+impl Command {
+    /// The directory that the command writes, if it does.
+    pub fn output(&self) -> Option<Output> {
+        match self {
+            Command::Convert(args) if !args.dry_run => {
+                Some(Output { dir: args.output_dir.clone(), ownership: mixtral_checkpoint::writer::OWNERSHIP })
+            }
+            Command::Build(args) => {
+                Some(Output { dir: args.output_dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A command line and what was taken out of it.

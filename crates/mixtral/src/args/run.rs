@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use mixtral_engine::SamplingParams;
 
-use super::build::Backend;
+use super::build::BackendChoice;
 use super::{Usage, at_least_one, finite, non_negative, positive, probability, usage};
 
 /// As typed.
@@ -18,7 +18,7 @@ pub struct RunArgs {
     pub tokenizer_dir: Option<PathBuf>,
     /// Where to run; auto is a GPU if the engine was built for one, else the CPU
     #[arg(long, default_value = "auto")]
-    pub backend: Backend,
+    pub backend: BackendChoice,
     /// Threads of the CPU backend [default: all cores]
     #[arg(long, value_parser = at_least_one)]
     pub threads: Option<usize>,

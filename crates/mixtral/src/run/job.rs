@@ -13,17 +13,17 @@ use mixtral_engine::{Backend, EngineDir, Inspect, MappedWeights, Program, Weight
 use mixtral_kernels::{Code, Executable};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
-use mixtral_runtime::session::Geometry;
+use mixtral_runtime::session::Capabilities;
 use mixtral_runtime::{Executor, Local, Request, Session, Tokenizer};
 
 use super::{machine, ranks};
-use crate::args::build::Backend as Where;
+use crate::args::build::BackendChoice;
 
 /// How every rank loads its part of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
     /// Where it runs.
-    pub backend: Where,
+    pub backend: BackendChoice,
     /// Part of the GPU's free memory for the cache, 0 to 1.
     pub kv_cache_fraction: f32,
     /// Workers of each rank; all cores of the host, shared evenly, when absent.
@@ -62,9 +62,9 @@ impl fmt::Display for Place {
 
 impl Place {
     /// Where to run an engine: as asked, or on a GPU if the engine has kernels for one.
-    pub fn choose(engine: &EngineDir, backend: Where, threads: Option<usize>) -> Result<Place> {
+    pub fn choose(engine: &EngineDir, backend: BackendChoice, threads: Option<usize>) -> Result<Place> {
         let codes: Vec<Code> = engine.images(Rank(0))?.into_iter().filter_map(Code::of_image).collect();
-        if backend == Where::Cpu || backend == Where::Auto && codes.is_empty() {
+        if backend == BackendChoice::Cpu || backend == BackendChoice::Auto && codes.is_empty() {
             return Ok(Place::Cpu(threads.unwrap_or_else(machine::cores)));
         }
         if codes.is_empty() {
@@ -115,8 +115,8 @@ pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> 
 
 impl Job<'_> {
     /// What the engine takes.
-    pub fn geometry(&self) -> Geometry {
-        Geometry {
+    pub fn capabilities(&self) -> Capabilities {
+        Capabilities {
             limits: self.program.limits,
             vocab_size: self.program.vocab_size,
             gather_context_logits: self.engine.config().gather_context_logits,
@@ -152,14 +152,15 @@ impl Job<'_> {
                     time_ops,
                     ..CudaOptions::default()
                 };
-                Box::new(CudaBackend::load(self.program.clone(), &weights(self.engine, Rank(0))?, executable, cuda)?)
+                let weights = weights(self.engine, Rank(0), false)?;
+                Box::new(CudaBackend::load(self.program.clone(), &weights, executable, cuda)?)
             }
         };
         let executor: Box<dyn Executor> = match self.world {
             None => Box::new(Local::new(backend)),
             Some(world) => Box::new(Driver::new(world, self.engine.config().mapping, backend)?),
         };
-        Ok(Session::new(executor, self.geometry(), tokenizer))
+        Ok(Session::new(executor, self.capabilities(), tokenizer))
     }
 }
 
@@ -172,10 +173,16 @@ fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
     Ok(usize::try_from(u64::from_le_bytes(bytes))?)
 }
 
-/// Where a rank's weights come from.
-fn weights(engine: &EngineDir, rank: Rank) -> Result<Weights> {
+/// Where a rank's weights come from. With `in_place` the backend reads them where they lie, so that their file is mapped now.
+fn weights(engine: &EngineDir, rank: Rank, in_place: bool) -> Result<Weights> {
     Ok(match engine.config().weights {
-        WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(rank)?))),
+        WeightsKind::File => {
+            let file = engine.weight_file(rank)?;
+            if in_place {
+                file.map()?;
+            }
+            Weights::Source(Arc::new(MappedWeights(file)))
+        }
         WeightsKind::Dummy { seed } => Weights::Dummy { seed },
     })
 }
@@ -183,7 +190,7 @@ fn weights(engine: &EngineDir, rank: Rank) -> Result<Weights> {
 /// Loads this rank's part of the engine on the CPU.
 fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_blocks: usize) -> Result<CpuBackend> {
     let rank = Rank(world.map_or(0, World::rank));
-    let weights = weights(engine, rank)?;
+    let weights = weights(engine, rank, true)?;
     let local_ranks = world.map_or(1, World::local_size);
     let threads = options.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
     let LoadOptions { count_experts, time_ops, .. } = options;
@@ -198,7 +205,7 @@ fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_bloc
 
 /// Loads the program of an engine of one rank, or its first layers, with nothing of its own around it, to be looked into.
 pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
-    let weights = weights(engine, Rank(0))?;
+    let weights = weights(engine, Rank(0), matches!(place, Place::Cpu(_)))?;
     match place {
         Place::Cpu(threads) => {
             let plan = program.memory_plan();
@@ -259,15 +266,23 @@ fn kv_blocks(engine: &EngineDir, local_ranks: usize, wanted: Blocks) -> Result<u
     let Blocks { most, least } = wanted;
     let Some(available) = machine::available_memory() else { return Ok(most) };
     let is_file = engine.config().weights == WeightsKind::File;
-    let (mut fixed, mut block) = (0usize, 0usize);
+    let (mut fixed, mut block, mut dummies) = (0usize, 0usize, 0usize);
     for rank in engine.config().mapping.ranks().take(local_ranks) {
         let plan = engine.program(rank)?.memory_plan();
         // Mapped weights live in the page cache; dummy ones are taken.
         let weights = if is_file { 0 } else { plan.weights };
         fixed = fixed.saturating_add(plan.total(0) - plan.weights).saturating_add(weights);
         block = block.saturating_add(plan.kv_block);
+        dummies = dummies.saturating_add(weights);
     }
     let room = available.saturating_sub(fixed) / block.max(1);
+    if dummies > available {
+        bail!(
+            "the dummy weights alone need {}, but {} of memory are available, and they cannot be paged out; use a machine with more memory, or build a smaller model (--model-config)",
+            bytes(dummies),
+            bytes(available)
+        );
+    }
     if room < least {
         bail!(
             "the engine needs {} for {}activations and inputs and {} for the KV cache of the longest prompt, but {} of memory are available; lower --max-output-len, or build with a smaller --max-num-tokens (now {})",

@@ -146,8 +146,8 @@ impl Numbers {
 }
 
 fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench> {
-    let geometry = job.geometry();
-    let (limits, vocab_size) = (geometry.limits, geometry.vocab_size);
+    let capabilities = job.capabilities();
+    let (limits, vocab_size) = (capabilities.limits, capabilities.vocab_size);
     let mut numbers = Numbers::new(args.random_seed);
     let output = args.warmup + args.steps + 1;
     let batches: Vec<Vec<Request>> = args
@@ -191,7 +191,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
             let prompts = steps.iter().take_while(|s| s.stats.prefill_tokens > 0);
             load_s + prompts.map(|s| s.stats.time.as_secs_f64()).sum::<f64>()
         });
-        let decodes = |s: &Step| s.stats.prefill_tokens == 0 && s.stats.decode_tokens == batch.len();
+        let decodes = |s: &MeasuredStep| s.stats.prefill_tokens == 0 && s.stats.decode_tokens == batch.len();
         decode_steps.push((batch.len(), steps.into_iter().filter(decodes).skip(args.warmup).collect::<Vec<_>>()));
     }
 
@@ -250,7 +250,7 @@ fn better(a: Roof, b: Roof) -> Roof {
 }
 
 /// The times of all operations over some steps.
-fn summed<'a>(steps: impl Iterator<Item = &'a Step>) -> Vec<Duration> {
+fn summed<'a>(steps: impl Iterator<Item = &'a MeasuredStep>) -> Vec<Duration> {
     let mut sum: Vec<Duration> = Vec::new();
     for step in steps {
         sum.resize(step.ops.len(), Duration::ZERO);
@@ -277,9 +277,9 @@ impl Decode {
 }
 
 impl Prefill {
-    fn new(program: &Program, roof: Roof, shape: StepShape, rounds: &[Vec<Step>]) -> Self {
+    fn new(program: &Program, roof: Roof, shape: StepShape, rounds: &[Vec<MeasuredStep>]) -> Self {
         let flops: f64 = program.ops.iter().map(|op| cost(program, op, shape).flops).sum();
-        let seconds = |steps: &Vec<Step>| steps.iter().map(|s| s.stats.time).sum::<Duration>().as_secs_f64();
+        let seconds = |steps: &Vec<MeasuredStep>| steps.iter().map(|s| s.stats.time).sum::<Duration>().as_secs_f64();
         let times: Vec<f64> = rounds.iter().map(seconds).collect();
         let typical = median(times.clone());
         let rate = ratio(flops, typical);
@@ -297,13 +297,13 @@ impl Prefill {
 }
 
 /// A step, and the time of each of its operations if they are timed.
-struct Step {
+struct MeasuredStep {
     stats: StepStats,
     ops: Vec<Duration>,
 }
 
 /// Answers requests together; the steps it took.
-fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<Step>> {
+fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<MeasuredStep>> {
     for request in requests {
         session.submit(request.clone()).context("the engine does not take what is to be measured")?;
     }
@@ -313,7 +313,7 @@ fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<Step>> {
         session.step()?;
         let after = session.op_times();
         let ops = after.iter().zip(&before).map(|(after, before)| after.saturating_sub(*before)).collect();
-        steps.push(Step { stats: session.last_step(), ops });
+        steps.push(MeasuredStep { stats: session.last_step(), ops });
         before = after;
     }
     Ok(steps)

@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use mixtral_build::explain::{bytes, explain};
 use mixtral_build::{Built, DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot};
-use mixtral_checkpoint::{Checkpoint, CheckpointConfig};
+use mixtral_checkpoint::names::CONFIG_FILE;
+use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ConfigFileError, ReadError};
 use mixtral_convert::recipes;
 use mixtral_engine::{Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
@@ -24,7 +26,7 @@ const DEFAULT_MAX_SEQ_LEN: usize = 4096;
 /// Runs the stage.
 pub fn main(options: &BuildOptions) -> Result<()> {
     let checkpoint = match &options.model {
-        Model::Checkpoint(dir) => Some(Checkpoint::open(dir)?),
+        Model::Checkpoint(dir) => Some(open(dir)?),
         Model::Dummy(_) => None,
     };
     let config = match (&checkpoint, &options.model) {
@@ -54,6 +56,13 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         _ => WeightsFrom::Dummy { seed: options.seed, recipes: &dummy },
     };
     let is_dummy = matches!(weights, WeightsFrom::Dummy { .. });
+    if let (Some(checkpoint), true) = (&checkpoint, is_dummy) {
+        eprintln!(
+            "warning: {} has a config.json and no weights; the engine gets dummy weights (seed {})",
+            checkpoint.dir().display(),
+            options.seed
+        );
+    }
     let plugins = Plugins::of(&options.recorded);
     let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, plugins.clone(), options.workers));
     // Mapped weights can be paged out; dummy ones cannot. GPUs have a memory of their own.
@@ -143,6 +152,33 @@ pub fn show(built: &Built, explains: bool, graph: Option<&Path>) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Opens the checkpoint, and says which it is: what lies there may be older than one thinks.
+fn open(dir: &Path) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(dir).map_err(|error| match error {
+        ReadError::NoDirectory { .. } | ReadError::NoConfig { .. } => {
+            anyhow!("{error}. For an engine with dummy weights name a geometry: --model-config mixtral-8x7b")
+        }
+        ReadError::Config(ConfigFileError::HuggingFace { .. }) => {
+            anyhow!("{error}. For an engine with dummy weights of its geometry: --model-config {}", dir.display())
+        }
+        error => error.into(),
+    })?;
+    let written = std::fs::metadata(dir.join(CONFIG_FILE)).and_then(|meta| meta.modified());
+    let age = written.ok().and_then(|time| time.elapsed().ok()).map(|age| format!(", written {}", ago(age)));
+    eprintln!("from {}: {}{}", dir.display(), checkpoint.config().model, age.unwrap_or_default());
+    Ok(checkpoint)
+}
+
+/// How long ago, roughly: `just now`, `90 seconds ago`, `3 days ago`.
+fn ago(time: Duration) -> String {
+    let units = [("days", 86_400), ("hours", 3600), ("minutes", 60), ("seconds", 1)];
+    let seconds = time.as_secs();
+    match units.into_iter().find(|(_, length)| seconds >= 2 * length) {
+        Some((unit, length)) => format!("{} {unit} ago", seconds / length),
+        None => "just now".to_owned(),
+    }
 }
 
 /// The architectures to build for; none for the CPU alone.

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context, Result, bail};
 use mixtral_engine::{EngineDir, Inspect, Program};
 use mixtral_model::Rank;
-use mixtral_runtime::session::Geometry;
+use mixtral_runtime::session::Capabilities;
 use mixtral_runtime::{Local, Request, Session, Tokenizer};
 use serde_json::json;
 
 use super::bench::Numbers;
-use crate::args::build::Backend;
+use crate::args::build::BackendChoice;
 use crate::args::diff::DiffOptions;
 use crate::diff::difference::Tolerance;
 use crate::diff::{Findings, Lockstep, find, same_operations};
@@ -27,7 +27,7 @@ struct Side {
 }
 
 impl Side {
-    fn open(dir: &Path, backend: Backend, options: &DiffOptions) -> Result<Side> {
+    fn open(dir: &Path, backend: BackendChoice, options: &DiffOptions) -> Result<Side> {
         let engine = EngineDir::open(dir)?;
         let ranks = engine.config().mapping.world_size();
         if ranks > 1 {
@@ -68,8 +68,8 @@ pub fn main(options: &DiffOptions) -> Result<()> {
     let findings = Arc::new(Mutex::new(findings));
     let both = Lockstep::new(reference.load(kv_blocks)?, other.load(kv_blocks)?, compared, Arc::clone(&findings));
     let Program { limits, vocab_size, .. } = reference.program;
-    let geometry = Geometry { limits, vocab_size, gather_context_logits: false };
-    let mut session = Session::new(Box::new(Local::new(Box::new(both))), geometry, None);
+    let capabilities = Capabilities { limits, vocab_size, gather_context_logits: false };
+    let mut session = Session::new(Box::new(Local::new(Box::new(both))), capabilities, None);
     for request in requests {
         session.submit(request).context("the engine does not take the prompts")?;
     }

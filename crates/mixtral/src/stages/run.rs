@@ -7,7 +7,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail};
 use mixtral_engine::EngineDir;
 use mixtral_model::TokenId;
-use mixtral_runtime::session::{Geometry, StepStats};
+use mixtral_runtime::session::{Capabilities, StepStats};
 use mixtral_runtime::{Request, Session, Tokenizer};
 use serde_json::json;
 
@@ -43,8 +43,8 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
         let special = !args.no_add_special_tokens;
         prompts::read(&options.prompts, special, args.max_input_length, tokenizer.as_deref())?
     };
-    let geometry = job.geometry();
-    let requests = requests(options, &prompts, tokenizer.as_deref(), geometry.gather_context_logits)?;
+    let capabilities = job.capabilities();
+    let requests = requests(options, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
     let mut session = job.session(&requests, tokenizer)?;
     let mut out = std::io::stdout().lock();
 
@@ -81,7 +81,7 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
             write!(out, "{}", expert_table(counts))?;
         }
     }
-    write_files(args, &prompts, &outputs, &geometry)?;
+    write_files(args, &prompts, &outputs, &capabilities)?;
     if args.run_profiling {
         profile(&mut session, &requests, args, &mut out)?;
     }
@@ -230,7 +230,7 @@ fn ids_text(ids: &[TokenId]) -> String {
     format!("[{}]", ids.join(", "))
 }
 
-fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], geometry: &Geometry) -> Result<()> {
+fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilities: &Capabilities) -> Result<()> {
     if let Some(path) = &args.output_csv {
         write_csv(path, outputs)?;
     }
@@ -238,10 +238,10 @@ fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], geometry:
         write_npy(path, outputs, args.max_output_len)?;
     }
     if let Some(stem) = &args.output_logits_npy {
-        let vocab_size = geometry.vocab_size;
+        let vocab_size = capabilities.vocab_size;
         let generated = outputs.iter().map(|o| &o.generation_logits[..]);
         write_logits(&logits_path(stem, "generation"), generated, args.max_output_len, vocab_size)?;
-        if geometry.gather_context_logits {
+        if capabilities.gather_context_logits {
             let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
             let first: Vec<&[f32]> = outputs.iter().filter(|o| o.beam == 0).map(|o| &o.context_logits[..]).collect();
             write_logits(&logits_path(stem, "context"), first.into_iter(), longest, vocab_size)?;

@@ -9,9 +9,9 @@ use rayon::prelude::*;
 use crate::memory::Memory;
 use crate::simd::Simd;
 
-/// Shared by all kernels of a step. Kernels run on the backend's own pool.
+/// The workers of the backend's pool, and what kernels need on each of them: shared by all kernels of a step.
 #[derive(Clone, Copy)]
-pub(crate) struct Context<'a> {
+pub(crate) struct Workers<'a> {
     pub(crate) simd: Simd,
     /// Data type of the activations.
     pub(crate) dtype: DType,
@@ -27,9 +27,9 @@ pub(crate) const ROW_SCRATCH: usize = 3;
 /// Work below this many elementary operations is not worth waking another thread for.
 const MIN_PARALLEL: usize = 1 << 15;
 
-impl<'a> Context<'a> {
+impl<'a> Workers<'a> {
     pub(crate) fn new(simd: Simd, dtype: DType, scratch: &'a [Mutex<Memory>]) -> Self {
-        Context { simd, dtype, alone: false, scratch }
+        Workers { simd, dtype, alone: false, scratch }
     }
 
     /// The worker that this runs on.
@@ -44,7 +44,7 @@ impl<'a> Context<'a> {
 
     /// The same, for work that is one worker's share.
     pub(crate) fn alone(self) -> Self {
-        Context { alone: true, ..self }
+        Workers { alone: true, ..self }
     }
 
     /// Whether a loop of so many elementary operations is shared out.
@@ -90,4 +90,13 @@ impl<'a> Context<'a> {
 /// An i32 that was checked to be an index.
 pub(crate) fn index(value: i32) -> usize {
     usize::try_from(value).unwrap_or(0)
+}
+
+/// Calls `f` with one worker that has `floats` f32 of scratch.
+#[cfg(test)]
+pub(crate) fn with_worker<R>(dtype: DType, floats: usize, f: impl FnOnce(&Workers<'_>) -> R) -> R {
+    let scratch = [Mutex::new(Memory::empty().expect("nothing"))];
+    let workers = Workers::new(Simd::detect(), dtype, &scratch);
+    workers.reserve_scratch(floats).expect("a few bytes");
+    f(&workers)
 }
