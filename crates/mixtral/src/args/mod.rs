@@ -61,7 +61,8 @@ impl Command {
                 Some(Output { dir: args.output_dir.clone(), ownership: mixtral_checkpoint::writer::OWNERSHIP })
             }
             Command::Build(args) => {
-                Some(Output { dir: args.output_dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
+                let dir = args.from_engine.as_ref().unwrap_or(&args.output_dir);
+                Some(Output { dir: dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
             }
             _ => None,
         }
