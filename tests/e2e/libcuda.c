@@ -147,7 +147,8 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 #ifndef BEFORE_12_4
 int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
     const Kernel* kernel = function;
-    if (index >= (size_t)kernel->num_params) return kernel->num_params < 0 ? 801 : 1;
+    if (kernel->num_params < 0) return 801;
+    if (index >= (size_t)kernel->num_params) return 1;
     *offset = kernel->offsets[index];
     *size = kernel->sizes[index];
     return 0;
