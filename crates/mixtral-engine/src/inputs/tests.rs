@@ -86,9 +86,9 @@ fn limits_and_lengths() {
         refused(|i| i.token_ids.extend([1, 1])),
         refused(|i| i.seq_lens.extend([1, 1])),
         refused(|i| i.logits_indices = vec![0, 1, 2]),
-        refused(|i| drop(i.positions.pop())),
+        refused(|i| i.positions.truncate(6)),
         refused(|i| i.slot_mapping.push(4)),
-        refused(|i| drop(i.block_table.pop())),
+        refused(|i| i.block_table.truncate(5)),
         refused(|i| i.cu_query_lens.push(7)),
         refused(|i| i.num_decodes = 3),
     ];
