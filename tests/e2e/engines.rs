@@ -68,7 +68,7 @@ fn an_engine_of_another_build_is_launched_as_it_was_built() {
             let other = of_another_build(program);
             images.insert(CODE.image_name(), other.images.to_bytes());
             if schedule {
-                let text = other.schedule.to_text(program).into_bytes();
+                let text = other.schedule.to_text().into_bytes();
                 images.insert(Family::Hopper.schedule_name().to_owned(), text);
             }
         }
