@@ -1,19 +1,23 @@
 //! `mixtral`: from a Hugging Face checkpoint to text in three stages, `convert` → `build` → `run`.
 //!
 //! [`args`] turns what was typed into validated options, [`stages`] runs one stage with them. Errors are printed here
-//! and nowhere else: exit code 0 is done, 1 the work failed, 2 wrong usage.
+//! and nowhere else: exit code 0 is done, 1 the work failed, 2 wrong usage, 130 or 143 interrupted.
 #![forbid(unsafe_code)]
 #![allow(unreachable_pub, reason = "a binary has no outside; pub is what the other modules use")]
 
 mod args;
 mod diff;
+mod interrupt;
 mod progress;
 mod run;
 mod stages;
+mod warnings;
 
 use std::process::ExitCode;
 
 use args::{Cli, Command, Parsed};
+use interrupt::Output;
+use mixtral_checkpoint::staged::note_failure;
 
 fn main() -> ExitCode {
     let Parsed { cli: Cli { command }, ignored } = match args::parse(std::env::args_os()) {
@@ -27,27 +31,37 @@ fn main() -> ExitCode {
     if !ignored.is_empty() {
         eprintln!("warning: accepted for old command lines, without effect here: {}", ignored.join(", "));
     }
+    warnings::print();
+    let output = command.output();
+    if let Some(Err(error)) = output.clone().map(interrupt::watch) {
+        eprintln!("warning: {}", args::chain(&error));
+    }
     let result = match command {
         Command::Convert(args) => args.validate().map(|options| stages::convert::main(&options)),
-        Command::Build(args) => args.validate().map(|options| stages::build::main(&options)),
+        Command::Build(args) => match args.rebuild() {
+            Ok(Some(options)) => Ok(stages::rebuild::main(&options)),
+            Ok(None) => args.validate().map(|options| stages::build::main(&options)),
+            Err(usage) => Err(usage),
+        },
         Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
         Command::Bench(args) => args.validate().map(|args| stages::bench::main(&args)),
         Command::Diff(args) => args.validate().map(|options| stages::diff::main(&options)),
         Command::Inspect(args) => Ok(stages::inspect::main(&args)),
         Command::Verify(args) => Ok(stages::verify::main(&args)),
     };
-    match result {
-        Ok(Ok(())) => ExitCode::SUCCESS,
-        Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Ok(Err(error)) => {
-            eprintln!("error: {}", args::chain(&error));
-            ExitCode::FAILURE
-        }
-        Err(usage) => {
-            eprintln!("error: {usage}");
-            ExitCode::from(2)
-        }
+    interrupt::settle();
+    let (message, code) = match result {
+        Ok(Ok(())) => return ExitCode::SUCCESS,
+        Ok(Err(error)) if is_broken_pipe(&error) => return ExitCode::SUCCESS,
+        Ok(Err(error)) => (args::chain(&error), ExitCode::FAILURE),
+        Err(usage) => (usage.to_string(), ExitCode::from(2)),
+    };
+    eprintln!("error: {message}");
+    if let Some(Output { dir, ownership }) = output {
+        // What an older output is followed by then, the next stage says.
+        note_failure(&dir, ownership, message.lines().next().unwrap_or_default());
     }
+    code
 }
 
 /// Whether the reader of our output went away (`mixtral inspect … | head`), which is no failure.

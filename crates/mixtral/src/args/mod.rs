@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod legacy;
 #[cfg(test)]
 mod ranges;
+pub mod rebuild;
 pub mod run;
 pub mod verify;
 
@@ -20,6 +21,8 @@ use std::str::FromStr;
 
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use mixtral_model::DType;
+
+use crate::interrupt::Output;
 
 /// The command line.
 #[derive(Debug, Parser)]
@@ -48,6 +51,22 @@ pub enum Command {
     Inspect(inspect::InspectArgs),
     /// Whether a checkpoint or an engine is as it was written: reads every byte
     Verify(verify::VerifyArgs),
+}
+
+impl Command {
+    /// The directory that the command writes, if it does.
+    pub fn output(&self) -> Option<Output> {
+        match self {
+            Command::Convert(args) if !args.dry_run => {
+                Some(Output { dir: args.output_dir.clone(), ownership: mixtral_checkpoint::writer::OWNERSHIP })
+            }
+            Command::Build(args) => {
+                let dir = args.from_engine.as_ref().unwrap_or(&args.output_dir);
+                Some(Output { dir: dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A command line and what was taken out of it.
@@ -91,6 +110,9 @@ pub fn chain(error: &anyhow::Error) -> String {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, clap::Error> {
     let (args, ignored) = legacy::take_out(legacy::hyphenate(args));
     let matches = Cli::command().try_get_matches_from(args)?;
+    if let Some(problem) = rebuild::contradiction(&matches) {
+        return Err(Cli::command().error(clap::error::ErrorKind::ArgumentConflict, problem));
+    }
     Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, ignored })
 }
 
