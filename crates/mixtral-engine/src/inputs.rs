@@ -9,9 +9,8 @@ use crate::{Limits, Op, Program, RandomKey, SamplingParams};
 /// The inputs of one step. All arrays are those that a GPU step reads, in its layout.
 ///
 /// Only two of them may hold −1. In the block table it fills a row behind the blocks that the sequence needs. In the slot mapping it
-/// stands for a token whose key and value are not kept, in programs without attention: with attention every token reads its own
-/// key back.
-///
+/// stands for a token whose key and value are not kept: all tokens of a dead sequence, which fills a step up and is of no
+/// consequence; or any token in programs without attention. A live token reads its own key back.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepInputs<'a> {
     /// How many of the sequences are decodes (one token each); they come first.
@@ -197,14 +196,16 @@ impl StepInputs<'_> {
             if let Some(i) = blocks.iter().position(|&block| block < 0) {
                 return wrong("block_table", seq * width + i, blocks[i], "an allocated block".to_owned());
             }
-            for (i, token) in (index(edge[0])..index(edge[1])).enumerate() {
+            let tokens = index(edge[0])..index(edge[1]);
+            let unkept = !attends || self.slot_mapping[tokens.clone()].iter().all(|&slot| slot < 0);
+            for (i, token) in tokens.enumerate() {
                 let expected = index(seq_len - query_len) + i;
                 let (position, slot) = (self.positions[token], self.slot_mapping[token]);
                 if usize::try_from(position) != Ok(expected) {
                     return wrong("positions", token, position, expected.to_string());
                 }
                 let expected = index(blocks[expected / block_size]) * block_size + expected % block_size;
-                if usize::try_from(slot) != Ok(expected) && (slot >= 0 || attends) {
+                if usize::try_from(slot) != Ok(expected) && !(slot < 0 && unkept) {
                     let expected = format!("{expected}, where the block table has position {position}");
                     return wrong("slot_mapping", token, slot, expected);
                 }

@@ -78,6 +78,9 @@ fn a_step_that_keeps_the_rules_passes() {
     // A key that nothing reads need not be kept.
     inputs.slot_mapping[4] = -1;
     inputs.check(&program(false), KV_BLOCKS).unwrap();
+    // Nor do those of a dead sequence.
+    inputs.slot_mapping[1..].fill(-1);
+    inputs.check(&program(true), KV_BLOCKS).unwrap();
 }
 
 #[test]
