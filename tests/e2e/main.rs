@@ -7,6 +7,7 @@ mod damage;
 mod diff;
 mod disks;
 mod drivers;
+mod engines;
 mod faults;
 mod filesystems;
 mod generate;

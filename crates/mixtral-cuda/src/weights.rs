@@ -47,10 +47,9 @@ fn check(program: &Program, source: &dyn WeightSource) -> Result<(), BackendErro
     })
 }
 
-/// Copies all weights. Threads take turns at reading chunks into pinned memory, each having two such buffers, so that the bus is
-/// busy while the next chunk is read. They read the file rather than its mapping: to touch a page that is not mapped yet costs
-/// about as much as to copy it, all threads meet in the kernel over one address space, and when the mapping goes, one thread
-/// takes all of its pages out again.
+/// Copies all weights to the device. Each thread reads chunks of the file into its two pinned buffers, one after the other, so that
+/// one is copied over the bus while the next is read. It calls pread and does not touch the mapping, because pread is faster: a
+/// page fault costs about as much as copying the page, and page faults of all threads wait for one lock, that of the address space.
 pub(crate) fn upload(
     program: &Program,
     source: &dyn WeightSource,
@@ -147,7 +146,7 @@ mod tests {
         assert_eq!(bytes, [0, 0, 128, 63, 0, 0, 128, 63]);
         insta::assert_snapshot!(a.weights.read("b", 396, &mut bytes).unwrap_err(), @"bytes 396 + 8 of the 400 of weight `b`");
         a.weights.insert("b", DType::F16, &[100], vec![0; 200]);
-        insta::assert_snapshot!(check(&a.program, &a.weights).unwrap_err(), @"weight `b` is f16 [100] of 200 bytes, but the program expects f32 [100] of 400 bytes; the engine's files do not belong together, build it again");
+        insta::assert_snapshot!(check(&a.program, &a.weights).unwrap_err(), @"weight `b` is f16 [100], but the program expects f32 [100]; the engine's files do not belong together, build it again");
         a.weights.remove("b");
         insta::assert_snapshot!(check(&a.program, &a.weights).unwrap_err(), @"the weight file has no tensor `b`; the engine is incomplete, build it again");
     }

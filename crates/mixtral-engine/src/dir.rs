@@ -64,8 +64,6 @@ pub struct EngineConfig {
     pub mapping: Mapping,
     /// Architectures there are kernels for; `cpu` needs none.
     pub targets: Vec<String>,
-    /// BLAKE3 of the kernel sources; absent without kernels.
-    pub kernel_tree_hash: Option<String>,
     /// What a step may hold.
     pub limits: Limits,
     /// Whether the logits of every prompt token can be had.
@@ -341,6 +339,14 @@ impl EngineDir {
             });
         }
         Ok(program)
+    }
+
+    /// Checks that the weight file of a rank has every weight that its program reads, in its type and shape.
+    ///
+    /// # Errors
+    /// If it is missing, damaged, or of another engine, or lacks one.
+    pub fn check_weights(&self, program: &Program) -> Result<(), EngineError> {
+        check_weights(program, &self.weight_file(Rank(program.rank))?)
     }
 
     /// Names of what the engine of `rank` holds beside its program, for backends to know the meaning of.

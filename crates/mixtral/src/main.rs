@@ -38,7 +38,11 @@ fn main() -> ExitCode {
     }
     let result = match command {
         Command::Convert(args) => args.validate().map(|options| stages::convert::main(&options)),
-        Command::Build(args) => args.validate().map(|options| stages::build::main(&options)),
+        Command::Build(args) => match args.rebuild() {
+            Ok(Some(options)) => Ok(stages::rebuild::main(&options)),
+            Ok(None) => args.validate().map(|options| stages::build::main(&options)),
+            Err(usage) => Err(usage),
+        },
         Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
         Command::Bench(args) => args.validate().map(|args| stages::bench::main(&args)),
         Command::Diff(args) => args.validate().map(|options| stages::diff::main(&options)),

@@ -12,6 +12,7 @@ pub mod inspect;
 pub mod legacy;
 #[cfg(test)]
 mod ranges;
+pub mod rebuild;
 pub mod run;
 pub mod verify;
 
@@ -60,7 +61,8 @@ impl Command {
                 Some(Output { dir: args.output_dir.clone(), ownership: mixtral_checkpoint::writer::OWNERSHIP })
             }
             Command::Build(args) => {
-                Some(Output { dir: args.output_dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
+                let dir = args.from_engine.as_ref().unwrap_or(&args.output_dir);
+                Some(Output { dir: dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
             }
             _ => None,
         }
@@ -108,6 +110,9 @@ pub fn chain(error: &anyhow::Error) -> String {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, clap::Error> {
     let (args, ignored) = legacy::take_out(legacy::hyphenate(args));
     let matches = Cli::command().try_get_matches_from(args)?;
+    if let Some(problem) = rebuild::contradiction(&matches) {
+        return Err(Cli::command().error(clap::error::ErrorKind::ArgumentConflict, problem));
+    }
     Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, ignored })
 }
 

@@ -10,7 +10,7 @@ use mixtral_comm::World;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, Device, KvBlocks};
 use mixtral_engine::{Backend, EngineDir, Inspect, MappedWeights, Program, Weights, WeightsKind};
-use mixtral_kernels::{Code, KernelImages};
+use mixtral_kernels::{Code, Executable};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
 use mixtral_runtime::session::Capabilities;
@@ -47,15 +47,15 @@ pub struct Job<'a> {
 pub enum Place {
     /// On all cores of the host, or on so many threads.
     Cpu(usize),
-    /// On a GPU, with the engine's kernels for it.
-    Cuda(Device, Box<KernelImages>),
+    /// On a GPU, with what it runs of the engine.
+    Cuda(Device, Box<Executable>),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Place::Cpu(threads) => write!(f, "{threads} threads"),
-            Place::Cuda(device, images) => write!(f, "{} ({})", device.name, images.code),
+            Place::Cuda(device, executable) => write!(f, "{} ({})", device.name, executable.images.code),
         }
     }
 }
@@ -80,8 +80,8 @@ impl Place {
         }
         let device = mixtral_cuda::devices()?.swap_remove(0);
         let code = mixtral_cuda::choose(&device, &codes)?;
-        let bytes = engine.image(Rank(0), &code.image_name())?;
-        Ok(Place::Cuda(device, Box::new(KernelImages::from_bytes(code, &bytes)?)))
+        let executable = Executable::read(engine, Rank(0), &engine.program(Rank(0))?, code)?;
+        Ok(Place::Cuda(device, Box::new(executable)))
     }
 
     /// Measures what it can do at most: in passing, or for a figure to be reported. A ceiling that cannot be measured is 0.
@@ -91,9 +91,9 @@ impl Place {
                 let bytes = if quick { mixtral_cpu::probe::QUICK } else { mixtral_cpu::probe::THOROUGH };
                 Ok(machine::roof(mixtral_cpu::probe::measure(*threads, bytes)))
             }
-            Place::Cuda(device, images) => {
+            Place::Cuda(device, executable) => {
                 let bytes = if quick { mixtral_cuda::probe::QUICK } else { mixtral_cuda::probe::THOROUGH };
-                let probe = mixtral_cuda::probe::measure(device.ordinal, images, bytes)?;
+                let probe = mixtral_cuda::probe::measure(device.ordinal, executable, bytes)?;
                 Ok(Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s })
             }
         }
@@ -142,7 +142,7 @@ impl Job<'_> {
                 let blocks = agree_on_blocks(self.world, wanted)?;
                 Box::new(load(self.engine, self.options, self.world, blocks)?)
             }
-            Place::Cuda(device, images) => {
+            Place::Cuda(device, executable) => {
                 let LoadOptions { kv_cache_fraction, count_experts, time_ops, .. } = self.options;
                 let Blocks { most: at_most, least: at_least } = wanted;
                 let cuda = CudaOptions {
@@ -152,7 +152,8 @@ impl Job<'_> {
                     time_ops,
                     ..CudaOptions::default()
                 };
-                Box::new(CudaBackend::load(self.program.clone(), &weights(self.engine, Rank(0), false)?, images, cuda)?)
+                let weights = weights(self.engine, Rank(0), false)?;
+                Box::new(CudaBackend::load(self.program.clone(), &weights, executable, cuda)?)
             }
         };
         let executor: Box<dyn Executor> = match self.world {
@@ -202,7 +203,7 @@ fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_bloc
     Ok(backend)
 }
 
-/// Loads a program of an engine of one rank, with nothing of its own around it, to be looked into.
+/// Loads the program of an engine of one rank, or its first layers, with nothing of its own around it, to be looked into.
 pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
     let weights = weights(engine, Rank(0), matches!(place, Place::Cpu(_)))?;
     match place {
@@ -222,10 +223,17 @@ pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks
             let cpu = CpuOptions { kv_blocks, threads: *threads, ..CpuOptions::default() };
             Ok(Box::new(CpuBackend::load(program, weights, cpu)?))
         }
-        Place::Cuda(device, images) => {
+        Place::Cuda(device, executable) => {
+            let whole = engine.program(Rank(0))?;
+            let schedule = match program == whole {
+                true => Some(executable.schedule.clone()),
+                false => executable.schedule.first_layers(&whole, &program),
+            };
+            let schedule = schedule.ok_or_else(|| anyhow!("the engine's schedule cannot be cut to fewer --layers"))?;
+            let executable = Executable { schedule, images: executable.images.clone() };
             let kv_blocks = KvBlocks::Exactly(kv_blocks);
             let cuda = CudaOptions { device: device.ordinal, kv_blocks, graphs: false, ..CudaOptions::default() };
-            Ok(Box::new(CudaBackend::load(program, &weights, images, cuda)?))
+            Ok(Box::new(CudaBackend::load(program, &weights, &executable, cuda)?))
         }
     }
 }

@@ -1,12 +1,13 @@
 //! `mixtral build`: a checkpoint, or a geometry and dummy weights → an engine.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot};
+use mixtral_build::{Built, DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot};
 use mixtral_checkpoint::names::CONFIG_FILE;
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ConfigFileError, ReadError};
 use mixtral_convert::recipes;
@@ -62,7 +63,8 @@ pub fn main(options: &BuildOptions) -> Result<()> {
             options.seed
         );
     }
-    let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, options));
+    let plugins = Plugins::of(&options.recorded);
+    let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, plugins.clone(), options.workers));
     // Mapped weights can be paged out; dummy ones cannot. GPUs have a memory of their own.
     let budget = machine::available_memory().filter(|_| is_dummy && kernels.is_none());
     let build = mixtral_build::BuildOptions {
@@ -82,30 +84,58 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         eprintln!("weights: dummy, seed {}", options.seed);
     }
     match &built.kernels {
-        Some(kernels) => report(kernels, options, &built.programs),
+        Some(kernels) => report(kernels, &plugins, &built.programs),
         None if options.recorded.values().any(|v| v == "disable") => {
             eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
         }
-        None if options.cublaslt => {
+        None if plugins.cublaslt => {
             eprintln!("warning: --gemm-plugin cublaslt: on the CPU that changes nothing");
         }
         None => {}
     }
+    show(&built, options.explain, options.graph.as_deref())?;
+    eprintln!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id);
+    Ok(())
+}
+
+/// What the plugin flags of a build ask for, as far as they make a difference on a GPU.
+#[derive(Clone, Debug)]
+pub struct Plugins {
+    /// Whether dense linears of steps of many tokens are cuBLASLt's.
+    cublaslt: bool,
+    /// The flags that ask for portable kernels.
+    portable: Vec<&'static str>,
+}
+
+impl Plugins {
+    /// Of the options that an engine records.
+    pub fn of(recorded: &BTreeMap<String, String>) -> Self {
+        let is = |name: &str, value: &str| recorded.get(name).is_some_and(|found| found == value);
+        let tunable = [("gemm_plugin", "--gemm-plugin"), ("moe_plugin", "--moe-plugin")];
+        Plugins {
+            cublaslt: is("gemm_plugin", "cublaslt"),
+            portable: tunable.into_iter().filter(|(name, _)| is(name, "disable")).map(|(_, flag)| flag).collect(),
+        }
+    }
+}
+
+/// Prints and draws the programs, as far as that was asked for, and says how large they are.
+pub fn show(built: &Built, explains: bool, graph: Option<&Path>) -> Result<()> {
     let mut out = std::io::stdout().lock();
     // This machine's CPU says nothing of a GPU.
-    let roof = (options.explain && built.kernels.is_none()).then(|| machine::measure_roof(machine::cores()));
+    let roof = (explains && built.kernels.is_none()).then(|| machine::measure_roof(machine::cores()));
     if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
         writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
     }
     for program in &built.programs {
-        if options.explain {
+        if explains {
             let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks[program.rank]);
             writeln!(out, "{}", explain(program, kernels, roof))?;
         }
-        if let Some(path) = &options.graph {
+        if let Some(path) = graph {
             // One file a rank, where there are several.
             let path = match built.programs.len() {
-                1 => path.clone(),
+                1 => path.to_owned(),
                 _ => path.with_extension(format!("rank{}.dot", program.rank)),
             };
             write_graph(&path, &dot::dot(program))?;
@@ -121,7 +151,6 @@ pub fn main(options: &BuildOptions) -> Result<()> {
             program.limits.block_size
         );
     }
-    eprintln!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id);
     Ok(())
 }
 
@@ -165,23 +194,24 @@ fn archs(build_for: &BuildFor) -> Result<Option<Vec<Arch>>> {
     }
 }
 
-fn kernel_options(archs: Vec<Arch>, options: &BuildOptions) -> KernelOptions {
+/// The kernels to build.
+pub fn kernel_options(archs: Vec<Arch>, plugins: Plugins, workers: Option<usize>) -> KernelOptions {
     KernelOptions {
         archs,
-        dense_linears: match options.portable.contains(&"--gemm-plugin") {
+        dense_linears: match plugins.portable.contains(&"--gemm-plugin") {
             true => DenseLinears::Portable,
-            false if options.cublaslt => DenseLinears::CublasLt,
+            false if plugins.cublaslt => DenseLinears::CublasLt,
             false => DenseLinears::Tuned,
         },
-        tuned_experts: !options.portable.contains(&"--moe-plugin"),
-        workers: options.workers.unwrap_or_else(machine::cores),
+        tuned_experts: !plugins.portable.contains(&"--moe-plugin"),
+        workers: workers.unwrap_or_else(machine::cores),
         nvrtc: Search::from_environment(),
         cache: Cache::folder_from_environment(),
     }
 }
 
 /// Says what was compiled and what to know about it.
-fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
+pub fn report(kernels: &Kernels, plugins: &Plugins, programs: &[Program]) {
     let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
     eprintln!(
         "kernels: {} compiled for {}, {} found in the cache, {:.1} s",
@@ -193,17 +223,17 @@ fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
     for warning in &kernels.warnings {
         eprintln!("warning: {warning}");
     }
-    if options.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
+    if plugins.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
         eprintln!(
             "warning: --gemm-plugin cublaslt: in steps of more than {CUBLASLT_ABOVE} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
         );
-    } else if options.cublaslt {
+    } else if plugins.cublaslt {
         eprintln!(
             "warning: --gemm-plugin cublaslt changes nothing: it is for steps of more than {CUBLASLT_ABOVE} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
         );
     }
-    if !options.portable.is_empty() {
-        let flags: Vec<_> = options.portable.iter().map(|flag| format!("{flag} disable")).collect();
+    if !plugins.portable.is_empty() {
+        let flags: Vec<_> = plugins.portable.iter().map(|flag| format!("{flag} disable")).collect();
         eprintln!(
             "warning: {}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
             flags.join(", ")
