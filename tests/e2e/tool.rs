@@ -1,6 +1,6 @@
 //! Running the binary.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -25,20 +25,12 @@ impl Said {
 
 /// The workspace's root.
 pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the package lies in the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).expect("the package lies in crates/ of the workspace")
 }
 
-/// The binary, built once by cargo in the profile of the tests.
+/// The binary, which cargo builds in the profile of the tests.
 pub fn binary() -> &'static Path {
-    static BINARY: OnceLock<PathBuf> = OnceLock::new();
-    BINARY.get_or_init(|| {
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--package", "mixtral"]).current_dir(root());
-        assert!(build.status().expect("cargo runs").success(), "the binary builds");
-        // This test lies in target/<profile>/deps.
-        let test = std::env::current_exe().expect("this test has a path");
-        test.ancestors().nth(2).expect("deps lies in the profile's directory").join("mixtral")
-    })
+    Path::new(env!("CARGO_BIN_EXE_mixtral"))
 }
 
 /// A temporary directory in memory, where there is one: for what writes much and waits for the disk each time.

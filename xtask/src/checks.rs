@@ -4,9 +4,9 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-use crate::demo::demo;
+use crate::demo::run_stages;
 use crate::needs::{NEEDS, python, venv};
-use crate::steps::Steps;
+use crate::steps::{Captured, Steps};
 use crate::tidy::tidy;
 use crate::workspace::{Workspace, cargo};
 
@@ -29,33 +29,29 @@ const PYTHON_CHECKS: &[PythonCheck] = &[
 
 /// Everything a machine without a GPU can prove.
 pub(crate) fn test(workspace: &Workspace, steps: &mut Steps, skip_python: bool) -> Result<()> {
-    if !skip_python {
-        meet_needs(workspace, steps)?;
-    }
-    cargo_test(workspace, steps)?;
     if skip_python {
-        println!(
-            "\nskipped, as asked: {}",
-            PYTHON_CHECKS.iter().map(|check| check.name).collect::<Vec<_>>().join(", ")
-        );
-        return Ok(());
+        let skipped: Vec<_> = PYTHON_CHECKS.iter().map(|check| check.name).collect();
+        println!("\nskipped, as asked: {}", skipped.join(", "));
+        return steps.run(CARGO_TEST, || workspace.run(&mut cargo_test(workspace)));
     }
-    python_checks(workspace, steps)
+    steps.run("what the tests need", || NEEDS.iter().try_for_each(|need| need.meet(workspace)))?;
+    compile(workspace, steps)?;
+    all_tests(workspace, steps)
 }
 
-/// The lints, the demo, and all that `test` does. Cargo's tests come last, so that their results are the log's end.
+/// The lints, the demo, and all that `test` does.
 pub(crate) fn ci(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     steps.run("formatting", || workspace.cargo(&["fmt", "--all", "--check"]))?;
+    steps.run("tidy", || tidy(workspace))?;
+    steps.run("what the tests need", || NEEDS.iter().try_for_each(|need| need.meet(workspace)))?;
     let clippy = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
     steps.run("clippy", || workspace.cargo(&clippy))?;
     let mut rustdoc = cargo();
     rustdoc.args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings");
     steps.run("rustdoc", || workspace.run(&mut rustdoc))?;
-    steps.run("tidy", || tidy(workspace))?;
-    steps.run("demo", || demo(workspace))?;
-    meet_needs(workspace, steps)?;
-    python_checks(workspace, steps)?;
-    cargo_test(workspace, steps)
+    compile(workspace, steps)?;
+    steps.run("demo", || run_stages(workspace))?;
+    all_tests(workspace, steps)
 }
 
 /// The CPU benchmarks; they are a package of their own.
@@ -66,22 +62,36 @@ pub(crate) fn bench(workspace: &Workspace) -> Result<()> {
     workspace.cargo(&["bench", "--package", "benches"])
 }
 
-fn meet_needs(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
-    steps.run("what the tests need", || NEEDS.iter().try_for_each(|need| need.meet(workspace)))
+const CARGO_TEST: &str = "cargo test";
+
+/// The tests and the tool, in one build: a second one with other features would compile half of the dependencies again.
+fn compile(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
+    steps.run("compiling", || workspace.run(cargo_test(workspace).arg("--no-run")))
+}
+
+/// Cargo's tests, and beside them the checks in Python, whose single threads leave a core free. What cargo's tests print comes
+/// last, so that their results are the log's end.
+fn all_tests(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
+    std::thread::scope(|scope| {
+        let tests = scope.spawn(|| Captured::run(cargo_test(workspace).current_dir(&workspace.root)));
+        let python = python_checks(workspace, steps);
+        let tests = tests.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        steps.add(CARGO_TEST, tests)?;
+        python
+    })
 }
 
 /// The tests find NVRTC in the Python environment, if that was made.
-fn cargo_test(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
+fn cargo_test(workspace: &Workspace) -> Command {
     let mut test = cargo();
     test.args(["test", "--workspace"]);
     if venv(workspace).exists() {
         test.env("VIRTUAL_ENV", venv(workspace));
     }
-    steps.run("cargo test", || workspace.run(&mut test))
+    test
 }
 
 fn python_checks(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
-    steps.run("the tool that Python checks", || workspace.cargo(&["build", "--package", "mixtral"]))?;
     PYTHON_CHECKS.iter().try_for_each(|check| {
         let mut script = Command::new(python(workspace));
         script.arg("-u").arg(check.script);

@@ -14,9 +14,14 @@ const PROMPT: &str = "ROMEO:\n";
 /// Greedy text of so small a model soon repeats itself.
 const SAMPLING: &[&str] = &["--temperature", "0.8", "--top_k", "0", "--top_p", "0.95", "--random_seed", "1"];
 
-/// Builds the tool, then runs the stages into `target/demo`. The text comes last.
+/// Builds the tool, then runs the stages.
 pub(crate) fn demo(workspace: &Workspace) -> Result<()> {
     workspace.cargo(&["build", "--package", "mixtral"])?;
+    run_stages(workspace)
+}
+
+/// Runs the stages of the tool that was built, into `target/demo`. The text comes last.
+pub(crate) fn run_stages(workspace: &Workspace) -> Result<()> {
     let directory = workspace.target.join("demo");
     if directory.exists() {
         fs::remove_dir_all(&directory).with_context(|| format!("emptying {}", directory.display()))?;

@@ -2,7 +2,6 @@
 //! wgmma. Needs NVRTC and no GPU; says so where there is none.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use mixtral_build::{BuildOptions, DenseLinears, KernelOptions, plan};
 use mixtral_checkpoint::CheckpointConfig;
@@ -20,7 +19,7 @@ fn kernel_options(archs: Vec<Arch>) -> KernelOptions {
         tuned_experts: true,
         workers: std::thread::available_parallelism().map_or(1, usize::from),
         nvrtc: Search::from_environment(),
-        cache: Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels")),
+        cache: Cache::folder_from_environment(),
     }
 }
 

@@ -11,10 +11,10 @@ fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendErro
     CpuBackend::load(case.assembly.program.clone(), case.weights(), options)
 }
 
-#[test]
-fn all_cases_are_within_their_limits() {
-    let cases = cases::all();
-    assert!(cases.len() > 200, "{} cases", cases.len());
+/// Every case of a type, on every instruction set.
+fn check_all(dtype: DType) {
+    let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.assembly.program.dtype == dtype).collect();
+    assert!(cases.len() > 60, "{} cases", cases.len());
     let mut failures = Vec::new();
     for isa in Isa::available() {
         for case in &cases {
@@ -25,6 +25,21 @@ fn all_cases_are_within_their_limits() {
         }
     }
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
+}
+
+#[test]
+fn f32_cases_are_within_their_limits() {
+    check_all(DType::F32);
+}
+
+#[test]
+fn f16_cases_are_within_their_limits() {
+    check_all(DType::F16);
+}
+
+#[test]
+fn bf16_cases_are_within_their_limits() {
+    check_all(DType::Bf16);
 }
 
 /// Operations of a small model as they are checked at real models' sizes, and a few of those sizes.

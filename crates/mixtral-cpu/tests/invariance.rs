@@ -108,6 +108,21 @@ fn nothing_that_may_not_matter_changes_a_bit() {
     }
 }
 
+/// The bits of some models' logits, as a hash: what no change may move without saying so.
+#[test]
+fn logits_are_what_they_were() {
+    let models = DTYPES.into_iter().flat_map(|dtype| [None, Some(11)].map(|window| (dtype, window)));
+    let hash = |(dtype, window): (DType, Option<usize>)| {
+        let mut hasher = blake3::Hasher::new();
+        let logits = alone(&Geometry { window, ..Geometry::small(dtype) });
+        for bits in logits.iter().flatten().flatten() {
+            hasher.update(&bits.to_le_bytes());
+        }
+        format!("{dtype}, window {window:?}: {}", &hasher.finalize().to_hex()[..16])
+    };
+    insta::assert_snapshot!(models.map(hash).collect::<Vec<_>>().join("\n"));
+}
+
 #[test]
 fn head_groups_and_expert_counts_of_all_kinds_agree() {
     for (num_heads, num_kv_heads, num_experts, top_k) in [(2, 2, 1, 1), (4, 2, 8, 3), (6, 1, 4, 4), (3, 1, 5, 1)] {

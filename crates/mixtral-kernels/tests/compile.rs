@@ -208,7 +208,8 @@ fn assert_clean(work: &[(Kernel, Code)]) {
         Ok(nvrtc) => Compiler::new(nvrtc, Sources::embedded()),
         Err(error) => return println!("skipped: {error}"),
     };
-    let batch = compile_all(&compiler, work, 2, None, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+    let cache = Cache::folder_from_environment().map(Cache::new);
+    let batch = compile_all(&compiler, work, 2, cache.as_ref(), &|_| {}).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(batch.kernels.len(), work.len());
     for (kernel, code, compiled) in batch.kernels {
         let resources = compiled.resources.expect("known of SASS");

@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use mixtral_engine::Program;
 use mixtral_kernels::lower::dummy;
 use mixtral_kernels::{
-    Arch, Arg, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, Work, compile_all,
+    Arch, Arg, Cache, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, Work,
+    compile_all,
 };
 use mixtral_model::DType;
 use mixtral_testkit::decoder::{self, Geometry};
@@ -60,6 +61,7 @@ fn launches_have_their_kernels_parameters() {
             return;
         }
     };
+    let cache = Cache::folder_from_environment().map(Cache::new);
     for (family, code) in [(Family::Portable, Code::Ptx(Arch::BASE)), (Family::Hopper, Code::Ptx(Arch::SM_90A))] {
         let mut launches: BTreeMap<Kernel, Launch> = BTreeMap::new();
         for program in programs() {
@@ -69,7 +71,7 @@ fn launches_have_their_kernels_parameters() {
             launches.extend(all.chain(dummy::launches(&program, 1)).map(|launch| (launch.kernel.clone(), launch)));
         }
         let work: Vec<_> = launches.keys().map(|kernel| (kernel.clone(), code)).collect();
-        let batch = compile_all(&compiler, &work, 4, None, &|_| ()).unwrap_or_else(|e| panic!("{e}"));
+        let batch = compile_all(&compiler, &work, 2, cache.as_ref(), &|_| ()).unwrap_or_else(|e| panic!("{e}"));
         assert!(batch.kernels.len() > 40, "{} kernels", batch.kernels.len());
         for (kernel, _, compiled) in batch.kernels {
             let wanted = parameters(std::str::from_utf8(&compiled.image).expect("PTX is text"));

@@ -56,6 +56,10 @@ pub struct Tolerance {
     pub f32_error: f64,
     /// The same of a 16-bit buffer.
     pub half_error: f64,
+    /// How far any single element of an f32 buffer may be off, as a part of its own size plus the buffer's root mean square.
+    pub f32_element: f64,
+    /// The same of a 16-bit buffer, in steps of its type: one is 2^-10 in f16 and 2^-7 in bf16.
+    pub half_steps: f64,
     /// The part of a 16-bit buffer's elements, beside two of them, that may differ from the rounded reference: a rounding too
     /// many or too few inside of an operation would not leave most of them equal.
     pub half_unequal: f64,
@@ -64,7 +68,7 @@ pub struct Tolerance {
 impl Default for Tolerance {
     /// Of a backend that rounds where the contract does, and nowhere else.
     fn default() -> Self {
-        Tolerance { f32_error: 1e-10, half_error: 1e-5, half_unequal: 0.01 }
+        Tolerance { f32_error: 1e-10, half_error: 1e-5, f32_element: 1e-4, half_steps: 2.0, half_unequal: 0.01 }
     }
 }
 
@@ -251,7 +255,8 @@ impl Case {
     }
 }
 
-/// Holds values against the reference's: NaN exactly where it has NaN, the rest within the tolerance.
+/// Holds values against the reference's: NaN exactly where it has NaN, the rest within the tolerance, all together and each on its
+/// own: a few wrong elements of a large buffer hardly move its mean.
 pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: Tolerance) -> Result<(), String> {
     let rounded = from_bytes(dtype, &to_bytes(dtype, expected));
     let (mut error, mut size, mut unequal) = (0.0, 0.0, 0);
@@ -269,6 +274,17 @@ pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: To
     let limit = if is_f32 { tolerance.f32_error } else { tolerance.half_error };
     if error > limit * size {
         return Err(format!("NMSE {:e}, limit {limit:e}", error / size));
+    }
+    #[expect(clippy::cast_precision_loss, reason = "counts are small")]
+    let typical = (size / found.len().max(1) as f64).sqrt();
+    let element = match dtype {
+        DType::F32 => tolerance.f32_element,
+        DType::F16 => tolerance.half_steps / 1024.0,
+        DType::Bf16 => tolerance.half_steps / 128.0,
+    };
+    let is_off = |(found, expected): (&f64, &f64)| (found - expected).abs() > element * (expected.abs() + typical);
+    if let Some(i) = found.iter().zip(expected).position(is_off) {
+        return Err(format!("element {i} is {}, expected {}", found[i], expected[i]));
     }
     #[expect(clippy::cast_precision_loss, reason = "counts are small")]
     let (count, most) = (unequal as f64, 2.0 + found.len() as f64 * tolerance.half_unequal);
@@ -678,5 +694,23 @@ impl Case {
     #[must_use]
     pub fn weights(&self) -> Weights {
         self.assembly.weights.clone().into_weights()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_wrong_element_among_many_is_found() {
+        let expected = vec![1.0; 1 << 20];
+        let mut found = expected.clone();
+        for (dtype, off) in [(DType::F32, 1.0005), (DType::F16, 1.01), (DType::Bf16, 1.0625)] {
+            assert_eq!(close(&found, &expected, dtype, Tolerance::default()), Ok(()));
+            found[77] = off;
+            let problem = format!("element 77 is {off}, expected 1");
+            assert_eq!(close(&found, &expected, dtype, Tolerance::default()), Err(problem));
+            found[77] = 1.0;
+        }
     }
 }

@@ -30,7 +30,6 @@ const CRATES: &[(&str, &[&str])] = &[
     ("mixtral-runtime", &["mixtral-model", "mixtral-engine", "mixtral-comm"]),
     ("mixtral", PRODUCT),
     ("mixtral-testkit", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine"]),
-    ("tests", PRODUCT),
     ("benches", PRODUCT),
     ("fuzz", PRODUCT),
     ("xtask", &[]),

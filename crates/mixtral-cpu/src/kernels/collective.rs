@@ -40,3 +40,44 @@ pub(crate) fn join_columns(parts: &[u8], ranks: usize, row_bytes: usize, out: &m
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use mixtral_model::DType;
+
+    use super::super::workers::with_worker;
+    use super::*;
+
+    /// The sum of `parts`, one element a rank, and then of `before` if that is there.
+    fn sum(dtype: DType, parts: &[f32], before: Option<f32>) -> f32 {
+        with_worker(dtype, 2, |workers| {
+            let bytes = |values: &[f32]| {
+                let mut bytes = vec![0; values.len() * dtype.size()];
+                workers.simd.narrow(dtype, values, &mut bytes);
+                bytes
+            };
+            let mut out = bytes(&[before.unwrap_or(0.0)]);
+            add_sum(workers, &bytes(parts), 1, before.is_none(), &mut out);
+            let mut value = [0.0];
+            workers.simd.widen(dtype, &out, &mut value);
+            value[0]
+        })
+    }
+
+    #[test]
+    fn parts_are_added_in_ascending_rank() {
+        // In any other order one of the small parts is lost beside a large one.
+        assert_eq!(sum(DType::F32, &[3e8, -3e8, 1.0], None), 1.0);
+        assert_eq!(sum(DType::F32, &[1.0, 3e8, -3e8], None), 0.0);
+        assert_eq!(sum(DType::F32, &[3e8, 1.0, -3e8, 2.0], None), 2.0);
+    }
+
+    #[test]
+    fn the_sum_is_rounded_before_the_residual_is_added() {
+        // 256 + 1 is halfway between two bf16 numbers, and rounds to the even one below: 256. With the residual's 1 in the same
+        // sum it would be 258.
+        assert_eq!(sum(DType::Bf16, &[256.0, 1.0], Some(1.0)), 256.0);
+        assert_eq!(sum(DType::F32, &[3e8, -3e8], Some(5.0)), 5.0);
+        assert_eq!(sum(DType::F32, &[1.0, 2.0], Some(5.0)), 8.0);
+    }
+}

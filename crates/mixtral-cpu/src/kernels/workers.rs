@@ -91,3 +91,12 @@ impl<'a> Workers<'a> {
 pub(crate) fn index(value: i32) -> usize {
     usize::try_from(value).unwrap_or(0)
 }
+
+/// Calls `f` with one worker that has `floats` f32 of scratch.
+#[cfg(test)]
+pub(crate) fn with_worker<R>(dtype: DType, floats: usize, f: impl FnOnce(&Workers<'_>) -> R) -> R {
+    let scratch = [Mutex::new(Memory::empty().expect("nothing"))];
+    let workers = Workers::new(Simd::detect(), dtype, &scratch);
+    workers.reserve_scratch(floats).expect("a few bytes");
+    f(&workers)
+}
