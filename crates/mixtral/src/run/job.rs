@@ -91,7 +91,7 @@ impl Place {
     /// Measures what it can do at most: in passing, or for figures of an engine with so many bytes of weights to be compared
     /// with. A ceiling that cannot be measured is 0.
     pub fn roof(&self, quick: bool, weights: usize) -> Result<Roof> {
-        match self {
+        say::timed("the machine's own rates", || match self {
             Place::Cpu(threads) => {
                 let (least, most) = (mixtral_cpu::probe::QUICK, mixtral_cpu::probe::THOROUGH);
                 // What a small engine reads is no more than a small probe.
@@ -103,7 +103,7 @@ impl Place {
                 let probe = mixtral_cuda::probe::measure(device.ordinal, images, bytes)?;
                 Ok(Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s })
             }
-        }
+        })
     }
 }
 
