@@ -101,15 +101,15 @@ fn flags_beside_a_directory_are_compared_with_it() {
         convert("--n_layer 4 --hidden_act silu --rotary_base 10000 --moe_num_experts 8"),
         "--n-layer, --hidden-act, --rotary-base, --moe-num-experts change nothing",
     );
-    differs(convert("--n_layer 5"), ["--n-layer 5, but ", "says 4"]);
-    differs(convert("--vocab_size 2050"), ["--vocab-size 2050, but ", "says 2048"]);
-    differs(convert("--rms_norm_eps 0.1"), ["--rms-norm-eps 0.1, but ", "config.json says"]);
-    differs(convert("--moe_top_k 1"), ["--moe-top-k 1, but ", "says 2"]);
+    differs(convert("--n_layer 5"), ["--n-layer 5, but ", "says num_hidden_layers 4;"]);
+    differs(convert("--vocab_size 2050"), ["--vocab-size 2050, but ", "says vocab_size 2048;"]);
+    differs(convert("--rms_norm_eps 0.1"), ["--rms-norm-eps 0.1, but ", "says rms_norm_eps 0.00001;"]);
+    differs(convert("--moe_top_k 1"), ["--moe-top-k 1, but ", "says num_experts_per_tok 2;"]);
     agrees(build("--tp_size 2"), "--tp-size changes nothing");
     agrees(build("--pp_size 1 --moe_tp_mode 2 --dtype f16"), "--pp-size, --moe-tp-mode change nothing");
-    differs(build("--tp_size 4"), ["--tp-size 4, but ", "says 2"]);
+    differs(build("--tp_size 4"), ["--tp-size 4, but ", "says tp_size 2;"]);
     differs(build("--moe_tp_mode 1"), ["--moe-tp-mode 1, but ", "experts in 2 slices over 1 ranks"]);
-    differs(build("--dtype bf16"), ["--dtype bf16, but ", "says f16"]);
+    differs(build("--dtype bf16"), ["--dtype bf16, but ", "says dtype f16;"]);
     differs(build("--seed 3"), ["--seed is for dummy weights", "leave it out"]);
 }
 

@@ -288,10 +288,10 @@ impl BuildArgs {
 }
 
 impl BuildOptions {
-    /// Compares the flags that describe a model with the checkpoint that is built, whose `config.json` is at `place`.
+    /// Compares the flags that describe a model with the checkpoint that is built, which `place` names.
     pub fn beside(&self, mapping: &Mapping, dtype: DType, has_weights: bool, place: &str) -> Result<(), Usage> {
         let parallel = self.parallel.beside(mapping, place)?;
-        let dtype = compare(place, "convert the model again", [described("--dtype", self.dtype, dtype)])?;
+        let dtype = compare(place, "convert the model again", [described("--dtype", self.dtype, "dtype", dtype)])?;
         parallel.into_iter().chain(dtype).for_each(say::warning);
         if self.seed.is_some() && has_weights {
             usage!("--seed is for dummy weights, and the checkpoint has weights; leave it out");

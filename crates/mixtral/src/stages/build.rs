@@ -35,7 +35,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         (None, Model::Checkpoint(_)) => unreachable!("a checkpoint was opened above"),
     };
     if let Some(checkpoint) = &checkpoint {
-        let place = checkpoint.dir().join("config.json").display().to_string();
+        let place = format!("the checkpoint in {}", checkpoint.dir().display());
         options.beside(&config.mapping, config.model.dtype, checkpoint.has_weights(), &place)?;
     }
     check_plugins(options, &config.model)?;
