@@ -26,7 +26,7 @@ const SM_90A: Code = Code::Sass(Arch::SM_90A);
 const PTX: Code = Code::Ptx(Arch::BASE);
 
 fn kernel(header: &'static str, symbol: &str) -> Kernel {
-    Kernel { header, symbol: symbol.to_owned(), threads: 128, shared_bytes: 0, family: Family::Portable }
+    Kernel { header: header.into(), symbol: symbol.to_owned(), threads: 128, shared_bytes: 0, family: Family::Portable }
 }
 
 fn scale(n: usize) -> Kernel {
