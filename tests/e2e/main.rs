@@ -20,5 +20,6 @@ mod mapped;
 mod older;
 mod refusals;
 mod sessions;
+mod sources;
 mod stages;
 mod tool;

@@ -119,6 +119,7 @@ fn directories_that_are_something_else() {
         "build --checkpoint-dir empty".to_owned(),
         format!("build --checkpoint-dir {model}"),
         "build --checkpoint-dir engine_outputs".to_owned(),
+        "build --checkpoint-dir tllm_checkpoint/config.json".to_owned(),
         "build --output-dir mine".to_owned(),
         "build --gemm-plugin f16".to_owned(),
         "build --model-config mixtral-9x9b".to_owned(),

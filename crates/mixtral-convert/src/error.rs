@@ -25,7 +25,7 @@ pub enum ConvertError {
     },
     /// A folder of the hub's cache in place of what is in it.
     #[error("{dir} is a folder of the Hugging Face cache; {}", match .snapshot {
-        Some(snapshot) => format!("the model is in {}: pass that as --model-dir", snapshot.display()),
+        Some(snapshot) => format!("the model is in {}: name that directory instead", snapshot.display()),
         None => "no snapshot in it has a config.json: the download is incomplete, do it again".to_owned(),
     })]
     HubCache {
@@ -35,7 +35,7 @@ pub enum ConvertError {
         snapshot: Option<PathBuf>,
     },
     /// A folder above the model.
-    #[error("{dir} has neither config.json nor params.json, but {model} has: pass that as --model-dir")]
+    #[error("{dir} has neither config.json nor params.json, but {model} has: name that directory instead")]
     Above {
         /// The folder.
         dir: PathBuf,
