@@ -68,8 +68,8 @@ fn every_geometry_is_planned_or_refused() {
             let Ok(programs) = plan(&config, &options) else { return Ok(()) };
             planned.set(planned.get() + 1);
             for program in &programs {
-                let _ = explain::explain(program, &[], None);
-                let _ = dot::dot(program);
+                let _ = explain::explain(std::slice::from_ref(program), &[], None);
+                let _ = dot::dot(std::slice::from_ref(program), None);
                 prop_assert_eq!(&Program::parse(&program.to_text()).unwrap(), program);
             }
             Ok(())
