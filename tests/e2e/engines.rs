@@ -68,7 +68,7 @@ fn an_engine_of_another_build_is_launched_as_it_was_built() {
             let other = of_another_build(program);
             images.insert(CODE.image_name(), other.images.to_bytes());
             if schedule {
-                let text = other.schedule.to_text(program).into_bytes();
+                let text = other.schedule.to_text().into_bytes();
                 images.insert(Family::Hopper.schedule_name().to_owned(), text);
             }
         }
@@ -184,6 +184,14 @@ fn from_engine_leaves_what_it_cannot_build() {
     assert_eq!(found.code, 1, "{}{}", found.out, found.err);
     assert!(found.err.contains("the program has BLAKE3"), "{}", found.err);
     assert!(fs::read(&path).unwrap() == damaged);
+    fs::write(&path, &whole).unwrap();
+    let tokenizer = dir.join("engine_outputs/tokenizer.json");
+    fs::write(&tokenizer, fs::read_to_string(&tokenizer).unwrap() + " ").unwrap();
+    let (found, damaged) = (mixtral_in(dir, "build --from-engine engine_outputs", &[]), files());
+    assert_eq!(found.code, 1, "{}{}", found.out, found.err);
+    assert!(found.err.contains("tokenizer.json: the file has BLAKE3"), "{}", found.err);
+    assert!(damaged.iter().all(|(name, bytes)| name == "tokenizer.json" || before[name] == *bytes));
+    assert_eq!(damaged.len(), before.len());
     let found = mixtral_in(dir, "build --from-engine nothing", &[]);
     said.push_str(&format!("# nothing\n{}", found.err));
     insta::assert_snapshot!(said);

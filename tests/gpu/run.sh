@@ -5,7 +5,7 @@
 #
 #     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), twin, load, peers
 #
-# parity     operations and decoder steps against the CPU backend, and bits that may not change
+# parity     operations and decoder steps against the CPU backend, bits that may not change, and an engine of another build
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
 # sanitizer  memory errors and races of the kernels
 # bench      Mixtral 8x7B's shape: decode, prefill, ceilings

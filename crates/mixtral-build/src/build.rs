@@ -193,7 +193,7 @@ pub fn build(
         let rank = Rank(program.rank);
         // Opened for its checks only: header, shapes and run id.
         checkpoint.map(|c| c.rank(rank)).transpose()?;
-        let images = kernels.as_ref().map(|kernels| kernels.images(program)).unwrap_or_default();
+        let images = kernels.as_ref().map(|kernels| kernels.images(rank)).unwrap_or_default();
         Ok(writer.rank(program, &images, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
     })?;
     let files = checkpoint.map_or(Ok(BTreeMap::new()), |checkpoint| copy_tokenizer(checkpoint, &writer))?;

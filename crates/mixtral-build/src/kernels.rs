@@ -63,11 +63,11 @@ pub struct Kernels {
 impl Kernels {
     /// What the engine of a rank holds of them, by name.
     #[must_use]
-    pub fn images(&self, program: &Program) -> BTreeMap<String, Vec<u8>> {
-        let images = self.ranks[program.rank].iter().map(|images| (images.code.image_name(), images.to_bytes()));
-        let schedules = self.schedules[program.rank].iter();
-        let texts = schedules
-            .map(|(family, schedule)| (family.schedule_name().to_owned(), schedule.to_text(program).into_bytes()));
+    pub fn images(&self, rank: Rank) -> BTreeMap<String, Vec<u8>> {
+        let images = self.ranks[rank.0].iter().map(|images| (images.code.image_name(), images.to_bytes()));
+        let schedules = self.schedules[rank.0].iter();
+        let texts =
+            schedules.map(|(family, schedule)| (family.schedule_name().to_owned(), schedule.to_text().into_bytes()));
         images.chain(texts).collect()
     }
 }

@@ -49,7 +49,7 @@ pub fn rebuild(
     let ranks = for_each_rank(&programs, options.workers, |program| {
         let rank = Rank(program.rank);
         let weights = (old.weights == WeightsKind::File).then(|| engine.dir().join(weights_file_name(rank)));
-        Ok(writer.rank(program, &kernels.images(program), weights.as_deref())?)
+        Ok(writer.rank(program, &kernels.images(rank), weights.as_deref())?)
     })?;
     for (name, hash) in &old.files {
         writer.copy_in(name, &engine.dir().join(name), Some(hash))?;

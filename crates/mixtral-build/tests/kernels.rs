@@ -81,7 +81,7 @@ fn schedules_of_large_models_are_short_and_read_back() {
             .unwrap()
             .into_values()
             .map(|schedule| {
-                let text = schedule.to_text(&program);
+                let text = schedule.to_text();
                 assert_eq!(Schedule::parse(&text, &program).unwrap(), schedule);
                 println!("{:?}: {} lines, {} bytes", schedule.family, text.lines().count(), text.len());
                 text.lines().count()

@@ -142,9 +142,9 @@ fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
             }
             // Where there is no residual, the output is passed, and not read.
             "residual" => fields.get("residual").filter(|r| r.is_string()).unwrap_or(&fields["out"]),
-            // A combine without a norm gets its output in place of both.
             name => &fields[name],
         };
+        // A combine without a norm gets its output in place of the norm's.
         field == buffer || name == "normalized" && fields["norm"].is_null() && fields["out"] == buffer
     };
     ops.iter().any(field_of)
@@ -156,29 +156,17 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
     let base = if let Arg::TensorMap(map) = arg { &*map.base } else { arg };
     match (kind, arg) {
         (Kind::TensorMap, Arg::TensorMap(_)) => {}
-        (Kind::TensorMap, _) | (_, Arg::TensorMap(_)) => return wrong("a tensor map and something else"),
+        (Kind::TensorMap, _) | (_, Arg::TensorMap(_)) => return wrong("only one of both is a tensor map"),
         (Kind::Number { bytes }, Arg::I32(_) | Arg::F32(_)) if *bytes == 4 => return None,
         (Kind::Number { bytes }, Arg::U64(_)) if *bytes == 8 => return None,
-        (Kind::Number { bytes: 8 }, Arg::Piece(what)) => {
-            let expected = match name {
-                "key" => PieceArg::Key,
-                "first" => PieceArg::First,
-                "rows" => PieceArg::Rows,
-                "cols" => PieceArg::Cols,
-                _ => PieceArg::SourceCols,
-            };
-            return if *what == expected { None } else { wrong("another value") };
-        }
-        (Kind::Number { bytes: 4 }, Arg::Piece(what)) => {
-            let expected = if name == "scale" { PieceArg::Scale } else { PieceArg::Bias };
-            return if *what == expected { None } else { wrong("another value") };
+        (Kind::Number { bytes }, Arg::Piece(what)) => {
+            // Each is called as the parameter is.
+            let called = serde_json::to_value(what).expect("a name") == name && arg.size() == *bytes;
+            return if called { None } else { wrong("another value of a piece") };
         }
         (Kind::Number { bytes: 8 }, Arg::Probe(ProbeArg::Words)) => return None,
-        (Kind::Number { .. }, _) => return wrong("a number"),
-        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_)) => {
-            // The norm that a combine lacks: nothing is read.
-            return wrong("a pointer");
-        }
+        (Kind::Number { .. }, _) => return wrong("no number"),
+        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_)) => return wrong("no pointer"),
         (Kind::Pointer { .. }, _) => {}
     }
     let (to, written) = match kind {
@@ -192,16 +180,12 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
         Arg::ExpertCounts(_) => (name != "counts").then(|| format!("counts for {name}")),
         Arg::Weight { index, .. } => {
             let weight = &program.weights[*index];
-            // A norm's scale comes before the router's matrix.
-            let of = |field: &str| {
-                ops.iter().any(|op| {
-                    op.weights().contains(&weight.name.as_str()) && (op.name() == "norm") == (field == "norm")
-                })
-            };
+            let of =
+                |kind: &str| ops.iter().any(|op| op.name() == kind && op.weights().contains(&weight.name.as_str()));
             let fits = match name {
                 "table" => weight.shape.len() == 2,
                 "router_weight" => weight.dtype == DType::F32 && of("linear"),
-                "weight" if function_is_router(ops) => of("norm"),
+                "weight" if is_router(ops) => of("norm"),
                 "weight" => true,
                 _ => false,
             };
@@ -235,7 +219,8 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
     }
 }
 
-fn function_is_router(ops: &[Op]) -> bool {
+/// Whether one launch computes a norm and the router behind it, which has a weight of its own.
+fn is_router(ops: &[Op]) -> bool {
     ops.len() >= 3 && ops[0].name() == "norm" && ops[1].name() == "linear"
 }
 

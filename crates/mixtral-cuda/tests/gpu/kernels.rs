@@ -103,7 +103,7 @@ impl Machine {
         let batch = compile_all(&compiler, &work, threads, cache.as_ref(), &|_| ()).unwrap();
         let images = KernelImages::new(code, batch.kernels.iter().map(|(kernel, _, compiled)| (kernel, compiled)));
         // As it is read out of the engine.
-        let schedule = Schedule::parse(&schedule.to_text(program), program).unwrap();
+        let schedule = Schedule::parse(&schedule.to_text(), program).unwrap();
         Executable { schedule, images }
     }
 
@@ -147,7 +147,7 @@ impl Library {
     /// What a GPU runs of a program, read back from what an engine holds of it. The error of a program that has no kernels.
     pub(crate) fn executable(&self, program: &Program) -> Result<Executable, String> {
         let schedule = Schedule::new(program, Target { family: self.code.family() }).map_err(|e| e.to_string())?;
-        let schedule = Schedule::parse(&schedule.to_text(program), program).map_err(|e| e.to_string())?;
+        let schedule = Schedule::parse(&schedule.to_text(), program).map_err(|e| e.to_string())?;
         let found = schedule.kernels().into_iter().filter_map(|kernel| self.kernels.get_key_value(kernel));
         let images = KernelImages::new(self.code, found);
         Ok(Executable { schedule, images })

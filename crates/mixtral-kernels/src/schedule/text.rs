@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! mixtral-schedule 1
-//! schedule family=hopper scratch_bytes=4096 program=f3a9…
+//! schedule family=hopper scratch_bytes=4096
 //! step_block bytes=1664 constants={"decode_split":256,…}
 //! structure name=Header bytes=64 fields={"num_tokens":["i32",0],…}
 //! array name=token_ids offset=128 bytes=64
@@ -59,14 +59,6 @@ pub enum ScheduleError {
     /// A record that must be there once.
     #[error("its schedule has no `{0}` record")]
     Missing(&'static str),
-    /// A schedule of another program.
-    #[error("its schedule was made for another program (BLAKE3 {found}, and this one has {expected})")]
-    OtherProgram {
-        /// The hash in the schedule.
-        found: String,
-        /// The program's.
-        expected: String,
-    },
     /// The step block of the kernels is not what this version writes.
     #[error("its kernels read {what} as {found}, and this version of mixtral writes {expected}")]
     Differs {
@@ -92,7 +84,6 @@ pub enum ScheduleError {
 struct HeadRecord {
     family: Family,
     scratch_bytes: usize,
-    program: String,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -159,23 +150,18 @@ fn structures() -> Vec<StructureRecord> {
     STRUCTURES.iter().map(of).collect()
 }
 
-/// What the schedule of a program says of it, to be told from those of others.
-fn identity(program: &Program) -> String {
-    blake3::hash(program.to_text().as_bytes()).to_string()
-}
-
 /// The name of an array in the text.
 fn array_name(array: Array) -> String {
     serde_json::to_value(array).ok().and_then(|name| name.as_str().map(str::to_owned)).unwrap_or_default()
 }
 
 impl Schedule {
-    /// The schedule's text, for the program that it was made of. [`Schedule::parse`] reads it back.
+    /// The schedule's text. [`Schedule::parse`] reads it back.
     #[must_use]
-    pub fn to_text(&self, program: &Program) -> String {
+    pub fn to_text(&self) -> String {
         let mut text = format!("mixtral-schedule {FORMAT_VERSION}\n");
         let (family, scratch_bytes) = (self.family, self.scratch_bytes);
-        record::write(&mut text, "schedule", &HeadRecord { family, scratch_bytes, program: identity(program) });
+        record::write(&mut text, "schedule", &HeadRecord { family, scratch_bytes });
         record::write(&mut text, "step_block", &BlockRecord { bytes: self.block.bytes, constants: constants() });
         structures().iter().for_each(|structure| record::write(&mut text, "structure", structure));
         for &Place { array, offset, bytes } in &self.block.places {
@@ -333,10 +319,6 @@ impl Reading {
 
     fn finish(self, program: &Program) -> Result<Schedule, ScheduleError> {
         let head = self.head.ok_or(ScheduleError::Missing("schedule"))?;
-        let expected = identity(program);
-        if head.program != expected {
-            return Err(ScheduleError::OtherProgram { found: record::shorten(&head.program), expected });
-        }
         let block = self.block.ok_or(ScheduleError::Missing("step_block"))?;
         same_structures(&self.structures, &block.constants)?;
         Ok(Schedule {
