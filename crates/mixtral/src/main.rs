@@ -9,25 +9,38 @@ mod args;
 mod diff;
 mod progress;
 mod run;
+mod say;
 mod stages;
+mod version;
 
 use std::process::ExitCode;
 
-use args::{Cli, Command, Parsed};
+use args::{Cli, Command, NotParsed, Parsed, Usage};
+use clap::error::ErrorKind;
 
 fn main() -> ExitCode {
-    let Parsed { cli: Cli { command }, ignored } = match args::parse(std::env::args_os()) {
+    let line: Vec<_> = std::env::args_os().collect();
+    let is_long_version = line.iter().any(|arg| arg == "--version");
+    let Parsed { cli: Cli { loudness, command }, left_out } = match args::parse(line) {
         Ok(parsed) => parsed,
-        Err(error) => {
-            // Help and version come this way too; clap knows which is a success.
+        Err(NotParsed::Usage(usage)) => return refused(&usage),
+        Err(NotParsed::Clap(error)) if error.kind() == ErrorKind::DisplayVersion && is_long_version => {
+            println!("{}", version::long());
+            return ExitCode::SUCCESS;
+        }
+        Err(NotParsed::Clap(error)) => {
+            // Help and the short version come this way too; clap knows which is a success.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    if !ignored.is_empty() {
-        eprintln!("warning: accepted for old command lines, without effect here: {}", ignored.join(", "));
+    say::set(loudness.level());
+    if !left_out.is_empty() {
+        let flags: Vec<_> = left_out.iter().map(|old| old.flag.as_str()).collect();
+        say::warning(format_args!("accepted for old command lines, without effect here: {}", flags.join(", ")));
+        left_out.iter().for_each(|old| say::detail(format_args!("  {}: {}", old.flag, old.why)));
     }
-    let result = match command {
+    let result = say::timed("all", || match command {
         Command::Convert(args) => args.validate().map(|options| stages::convert::main(&options)),
         Command::Build(args) => args.validate().map(|options| stages::build::main(&options)),
         Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
@@ -35,19 +48,27 @@ fn main() -> ExitCode {
         Command::Diff(args) => args.validate().map(|options| stages::diff::main(&options)),
         Command::Inspect(args) => Ok(stages::inspect::main(&args)),
         Command::Verify(args) => Ok(stages::verify::main(&args)),
-    };
+        Command::Completions(args) => Ok(stages::shell::completions(&args)),
+        Command::Man(args) => Ok(stages::shell::man(&args)),
+    });
     match result {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Ok(Err(error)) => {
-            eprintln!("error: {}", args::chain(&error));
-            ExitCode::FAILURE
-        }
-        Err(usage) => {
-            eprintln!("error: {usage}");
-            ExitCode::from(2)
-        }
+        Ok(Err(error)) => match error.downcast_ref::<Usage>() {
+            Some(usage) => refused(usage),
+            None => {
+                eprintln!("error: {}", args::chain(&error));
+                ExitCode::FAILURE
+            }
+        },
+        Err(usage) => refused(&usage),
     }
+}
+
+/// Says what is wrong with the command line.
+fn refused(usage: &Usage) -> ExitCode {
+    eprintln!("error: {usage}");
+    ExitCode::from(2)
 }
 
 /// Whether the reader of our output went away (`mixtral inspect … | head`), which is no failure.

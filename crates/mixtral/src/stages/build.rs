@@ -5,20 +5,18 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot};
+use mixtral_build::{DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot, fold};
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig};
 use mixtral_convert::recipes;
-use mixtral_engine::{Op, Program};
+use mixtral_engine::{Limits, Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
-use mixtral_kernels::{Arch, Cache, LinearPlan, Search};
-use mixtral_model::ModelConfig;
+use mixtral_kernels::{Arch, Cache, KernelImages, LinearPlan, Search};
+use mixtral_model::{DType, Mapping, ModelConfig};
 
 use crate::args::build::{BuildFor, BuildOptions, Model};
 use crate::progress::Kernels as Progress;
 use crate::run::machine;
-
-/// Sequences are at most this long unless asked for.
-const DEFAULT_MAX_SEQ_LEN: usize = 4096;
+use crate::say;
 
 /// Runs the stage.
 pub fn main(options: &BuildOptions) -> Result<()> {
@@ -29,33 +27,38 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     let config = match (&checkpoint, &options.model) {
         (Some(checkpoint), _) => checkpoint.config().clone(),
         (None, Model::Dummy(name)) => {
-            let config = CheckpointConfig::new(geometry(name, options)?, options.mapping);
+            let (model, mapping) = geometry(name, options)?;
+            let config = CheckpointConfig::new(model, mapping);
             config.validate()?;
             config
         }
         (None, Model::Checkpoint(_)) => unreachable!("a checkpoint was opened above"),
     };
+    if let Some(checkpoint) = &checkpoint {
+        let place = checkpoint.dir().join("config.json").display().to_string();
+        options.beside(&config.mapping, config.model.dtype, checkpoint.has_weights(), &place)?;
+    }
     check_plugins(options, &config.model)?;
 
-    let mut limits = options.limits;
     let model_limit = config.model.max_position_embeddings;
-    if limits.max_seq_len == 0 {
-        limits.max_seq_len = model_limit.min(DEFAULT_MAX_SEQ_LEN);
-    } else if limits.max_seq_len > model_limit {
-        eprintln!(
-            "warning: --max-seq-len {} is more than the {model_limit} positions that the model was trained for",
+    let limits = Limits { max_seq_len: options.max_seq_len.resolve(model_limit), ..options.limits };
+    if limits.max_seq_len > model_limit {
+        say::warning(format_args!(
+            "--max-seq-len {} is more than the {model_limit} positions that the model was trained for",
             limits.max_seq_len
-        );
+        ));
     }
+    let seed = options.seed.unwrap_or(0);
     let dummy = |rank| recipes(&config, rank, false);
     let weights = match &checkpoint {
         Some(checkpoint) if checkpoint.has_weights() => WeightsFrom::Checkpoint(checkpoint),
-        _ => WeightsFrom::Dummy { seed: options.seed, recipes: &dummy },
+        _ => WeightsFrom::Dummy { seed, recipes: &dummy },
     };
     let is_dummy = matches!(weights, WeightsFrom::Dummy { .. });
     let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, options));
     // Mapped weights can be paged out; dummy ones cannot. GPUs have a memory of their own.
-    let budget = machine::available_memory().filter(|_| is_dummy && kernels.is_none());
+    let is_held_here = is_dummy && kernels.is_none() && !options.dry_run;
+    let budget = machine::available_memory().filter(|_| is_held_here);
     let build = mixtral_build::BuildOptions {
         limits,
         gather_context_logits: options.gather_context_logits,
@@ -64,55 +67,62 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         kernels,
         memory_budget: budget,
     };
+    if options.dry_run {
+        let programs = mixtral_build::plan(&config, &build)?;
+        return show(options, &programs, &[], build.kernels.is_none());
+    }
     let progress = Progress::new();
     let advance = |done, total| progress.advance(done, total);
     let built = mixtral_build::build(&config, &weights, &build, &options.output_dir, &advance);
     progress.finish();
     let built = built?;
     if is_dummy {
-        eprintln!("weights: dummy, seed {}", options.seed);
+        say::note(format_args!("weights: dummy, seed {seed}"));
     }
     match &built.kernels {
         Some(kernels) => report(kernels, options, &built.programs),
         None if options.recorded.values().any(|v| v == "disable") => {
-            eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
+            say::warning("plugins are disabled (the portable kernels only); on the CPU that changes nothing");
         }
         None if options.cublaslt => {
-            eprintln!("warning: --gemm-plugin cublaslt: on the CPU that changes nothing");
+            say::warning("--gemm-plugin cublaslt: on the CPU that changes nothing");
         }
         None => {}
     }
+    let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks);
+    show(options, &built.programs, kernels, built.kernels.is_none())?;
+    say::note(format_args!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id));
+    Ok(())
+}
+
+/// Prints and draws the programs, as far as that was asked for, and says what they need.
+fn show(options: &BuildOptions, programs: &[Program], kernels: &[Vec<KernelImages>], on_cpu: bool) -> Result<()> {
     let mut out = std::io::stdout().lock();
     // This machine's CPU says nothing of a GPU.
-    let roof = (options.explain && built.kernels.is_none()).then(|| machine::measure_roof(machine::cores()));
-    if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
-        writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
+    let is_shown = options.explain || options.graph.is_some();
+    let roof = (is_shown && on_cpu).then(|| machine::measure_roof(machine::cores()));
+    if options.explain {
+        if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
+            writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
+        }
+        writeln!(out, "{}", explain(programs, kernels, roof))?;
     }
-    for program in &built.programs {
-        if options.explain {
-            let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks[program.rank]);
-            writeln!(out, "{}", explain(program, kernels, roof))?;
-        }
-        if let Some(path) = &options.graph {
-            // One file a rank, where there are several.
-            let path = match built.programs.len() {
-                1 => path.clone(),
-                _ => path.with_extension(format!("rank{}.dot", program.rank)),
-            };
-            write_graph(&path, &dot::dot(program))?;
-        }
+    if let Some(path) = &options.graph {
+        std::fs::write(path, dot::dot(programs, roof)).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    for members in fold::alike(programs) {
+        let program = &programs[members[0]];
         let memory = program.memory_plan();
-        eprintln!(
-            "rank {}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens",
-            program.rank,
+        say::note(format_args!(
+            "{}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens",
+            fold::ranks_text(&members, program.world_size),
             program.ops.len(),
             bytes(memory.weights),
             bytes(memory.arena),
             bytes(memory.kv_block),
             program.limits.block_size
-        );
+        ));
     }
-    eprintln!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id);
     Ok(())
 }
 
@@ -147,31 +157,29 @@ fn kernel_options(archs: Vec<Arch>, options: &BuildOptions) -> KernelOptions {
 /// Says what was compiled and what to know about it.
 fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
     let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
-    eprintln!(
+    say::note(format_args!(
         "kernels: {} compiled for {}, {} found in the cache, {:.1} s",
         kernels.compiled,
         targets.join(", "),
         kernels.from_cache,
         kernels.took.as_secs_f64()
-    );
-    for warning in &kernels.warnings {
-        eprintln!("warning: {warning}");
-    }
+    ));
+    kernels.warnings.iter().for_each(say::warning);
     if options.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
-        eprintln!(
-            "warning: --gemm-plugin cublaslt: in steps of more than {CUBLASLT_ABOVE} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
-        );
+        say::warning(format_args!(
+            "--gemm-plugin cublaslt: in steps of more than {CUBLASLT_ABOVE} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
+        ));
     } else if options.cublaslt {
-        eprintln!(
-            "warning: --gemm-plugin cublaslt changes nothing: it is for steps of more than {CUBLASLT_ABOVE} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
-        );
+        say::warning(format_args!(
+            "--gemm-plugin cublaslt changes nothing: it is for steps of more than {CUBLASLT_ABOVE} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
+        ));
     }
     if !options.portable.is_empty() {
         let flags: Vec<_> = options.portable.iter().map(|flag| format!("{flag} disable")).collect();
-        eprintln!(
-            "warning: {}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
+        say::warning(format_args!(
+            "{}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
             flags.join(", ")
-        );
+        ));
     }
 }
 
@@ -181,15 +189,13 @@ fn is_by_cublaslt(op: &Op) -> bool {
     matches!(op, Op::Linear { ladder, .. } if ladder.iter().any(|rung| rung.plan == plan))
 }
 
-fn write_graph(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// The geometry of `--model-config`: a preset's name, or a config.json of a checkpoint or of Hugging Face.
-fn geometry(name: &str, options: &BuildOptions) -> Result<ModelConfig> {
+/// The geometry of `--model-config` and its mapping: of a preset's name, or a config.json of a checkpoint or of Hugging Face. The
+/// flags count where they say something.
+fn geometry(name: &str, options: &BuildOptions) -> Result<(ModelConfig, Mapping)> {
+    let preset = options.dtype.unwrap_or(DType::F16);
     match name {
-        "mixtral-8x7b" => return Ok(ModelConfig::mixtral_8x7b(options.dtype)),
-        "mixtral-8x22b" => return Ok(ModelConfig::mixtral_8x22b(options.dtype)),
+        "mixtral-8x7b" => return Ok((ModelConfig::mixtral_8x7b(preset), options.mapping)),
+        "mixtral-8x22b" => return Ok((ModelConfig::mixtral_8x22b(preset), options.mapping)),
         _ => {}
     }
     let path = Path::new(name);
@@ -198,12 +204,14 @@ fn geometry(name: &str, options: &BuildOptions) -> Result<ModelConfig> {
         bail!("--model-config {name}: expected mixtral-8x7b, mixtral-8x22b, or a config.json that exists");
     }
     if let Ok(config) = CheckpointConfig::read(dir) {
-        return Ok(config.model);
+        let dtype = options.dtype.unwrap_or(config.model.dtype);
+        let mapping = if options.parallel.is_given() { options.mapping } else { config.mapping };
+        return Ok((ModelConfig { dtype, ..config.model }, mapping));
     }
     let input = mixtral_convert::Input::Directory(dir.to_owned());
     let mut convert = mixtral_convert::ConvertOptions::new(input, options.output_dir.clone());
-    (convert.dtype, convert.save_config_only) = (None, true);
-    Ok(mixtral_convert::plan(&convert)?.model)
+    (convert.dtype, convert.save_config_only) = (options.dtype, true);
+    Ok((mixtral_convert::plan(&convert)?.model, options.mapping))
 }
 
 /// A plugin of another data type than the model's is a mistake in the command line.

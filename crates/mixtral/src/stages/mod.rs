@@ -6,4 +6,5 @@ pub mod convert;
 pub mod diff;
 pub mod inspect;
 pub mod run;
+pub mod shell;
 pub mod verify;

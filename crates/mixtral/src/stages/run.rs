@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 use mixtral_engine::EngineDir;
 use mixtral_model::TokenId;
 use mixtral_runtime::session::{Capabilities, StepStats};
@@ -15,7 +15,11 @@ use crate::args::run::{RunArgs, RunOptions};
 use crate::run::job::{self, Job, LoadOptions};
 use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
-use crate::run::report::{Stats, expert_table};
+use crate::run::report::{Profile, Stats, expert_table, logits_hash};
+use crate::say;
+
+/// Tokens between two prints of a stream unless asked for.
+const STREAMING_INTERVAL: usize = 5;
 
 /// Iterations of `--run-profiling`, as many to warm up as to measure.
 const PROFILING_ITERATIONS: u32 = 10;
@@ -44,15 +48,16 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
         prompts::read(&options.prompts, special, args.max_input_length, tokenizer.as_deref())?
     };
     let capabilities = job.capabilities();
+    check_against_engine(args, engine, &prompts)?;
     let requests = requests(options, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
     let mut session = job.session(&requests, tokenizer)?;
     let mut out = std::io::stdout().lock();
 
-    let stream = args.streaming.then_some(args.streaming_interval);
+    let stream = args.streaming.then(|| args.streaming_interval.unwrap_or(STREAMING_INTERVAL));
     let (outputs, steps) = generate(&mut session, &requests, args, stream, &mut out)?;
 
-    let bandwidth = if args.stats { job.place().roof(true)?.bytes_per_s } else { 0.0 };
-    let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs, bandwidth));
+    let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs));
+    let hash = args.logits_hash.then(|| logits_hash(&outputs));
     let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
     if args.json {
         let prompts: Vec<_> = prompts
@@ -63,12 +68,16 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
                 json!({ "text": prompt.text, "ids": prompt.ids, "outputs": of_prompt })
             })
             .collect();
-        let object = json!({
-            "engine": engine.config().run_id,
-            "prompts": prompts,
-            "stats": stats,
-            "expert_counts": counts,
-        });
+        let mut object = json!({ "engine": engine.config().run_id, "prompts": prompts, "stats": stats });
+        if let Some(hash) = hash {
+            object["logits_hash"] = json!(hash);
+        }
+        if let Some(counts) = counts {
+            object["expert_counts"] = json!(counts);
+        }
+        if args.run_profiling {
+            object["profiling"] = json!(profile(&mut session, &requests, args)?);
+        }
         writeln!(out, "{object:#}")?;
     } else {
         if !args.streaming {
@@ -77,13 +86,41 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
         if let Some(stats) = &stats {
             writeln!(out, "{stats}")?;
         }
+        if let Some(hash) = &hash {
+            writeln!(out, "logits        {hash}")?;
+        }
         if let Some(counts) = &counts {
             write!(out, "{}", expert_table(counts))?;
         }
+        if args.run_profiling {
+            writeln!(out, "{}", profile(&mut session, &requests, args)?)?;
+        }
     }
-    write_files(args, &prompts, &outputs, &capabilities)?;
-    if args.run_profiling {
-        profile(&mut session, &requests, args, &mut out)?;
+    write_files(args, &prompts, &outputs, &capabilities)
+}
+
+/// What the flags say beside what the engine is.
+fn check_against_engine(args: &RunArgs, engine: &EngineDir, prompts: &[Prompt]) -> Result<()> {
+    let model = &engine.config().model;
+    let vocab_size = model.vocab_size;
+    if let Some(id) = args.end_id.filter(|&id| usize::try_from(id).is_ok_and(|id| id >= vocab_size)) {
+        bail!(
+            "--end-id {id}: the model's vocabulary has {vocab_size} entries, so ids end at {}; -1 is none",
+            vocab_size - 1
+        );
+    }
+    let window = model.sliding_window;
+    let longest = prompts.iter().map(|p| p.ids.len().saturating_add(args.max_output_len)).max().unwrap_or(0);
+    for &asked in &args.max_attention_window_size {
+        if asked < longest && Some(asked) != window {
+            bail!(
+                "--max-attention-window-size {asked}: attention sees {}, as the model says, and the longest sequence of this run may have {longest} tokens; leave the flag out, or change sliding_window in the model's config.json and convert again",
+                window.map_or("all of a sequence".to_owned(), |window| format!("the last {window} tokens"))
+            );
+        }
+        say::warning(format_args!(
+            "--max-attention-window-size {asked} changes nothing: attention sees that much anyway"
+        ));
     }
     Ok(())
 }
@@ -107,6 +144,7 @@ fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
     if !texts && args.tokenizer_dir.is_none() && !dir.join("tokenizer.json").exists() {
         return Ok(None);
     }
+    say::detail(format_args!("tokenizer: {}", dir.display()));
     Ok(Some(Arc::new(Tokenizer::load(dir)?)))
 }
 
@@ -119,10 +157,8 @@ fn requests(
     let args = &options.args;
     let end_ids = match args.end_id {
         None => tokenizer.map_or(Vec::new(), |t| t.end_ids().to_vec()),
-        Some(-1) => Vec::new(),
-        Some(id) => {
-            vec![TokenId(u32::try_from(id).map_err(|_| anyhow!("--end-id {id} is not a token id; -1 is none"))?)]
-        }
+        // −1 is none.
+        Some(id) => u32::try_from(id).map(TokenId).into_iter().collect(),
     };
     let mut bad_words = Vec::new();
     for word in &args.bad_words {
@@ -147,7 +183,7 @@ fn requests(
                 end_ids: end_ids.clone(),
                 stop_words: args.stop_words.clone(),
                 bad_words: bad_words.clone(),
-                generation_logits: logits || args.stats,
+                generation_logits: logits || args.logits_hash,
                 context_logits: logits && gathers && hypothesis == 0,
             });
         }
@@ -183,7 +219,7 @@ fn generate(
             output.ids.extend(event.token);
             output.text += &event.text;
             output.context_logits.extend(event.context_logits);
-            if args.stats {
+            if args.logits_hash {
                 output.logits_hash.update(bytemuck::cast_slice(&event.generation_logits));
             }
             if args.output_logits_npy.is_some() {
@@ -250,7 +286,8 @@ fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilit
     Ok(())
 }
 
-fn profile(session: &mut Session, requests: &[Request], args: &RunArgs, out: &mut dyn Write) -> Result<()> {
+/// The mean latency of all requests together, after as many iterations to warm up.
+fn profile(session: &mut Session, requests: &[Request], args: &RunArgs) -> Result<Profile> {
     let mut sink = std::io::sink();
     let mut seconds = 0.0;
     for iteration in 0..2 * PROFILING_ITERATIONS {
@@ -260,11 +297,9 @@ fn profile(session: &mut Session, requests: &[Request], args: &RunArgs, out: &mu
             seconds += started.elapsed().as_secs_f64();
         }
     }
-    writeln!(
-        out,
-        "batch_size: {}, avg latency of {PROFILING_ITERATIONS} iterations: {:.6} sec",
-        requests.len(),
-        seconds / f64::from(PROFILING_ITERATIONS)
-    )?;
-    Ok(())
+    Ok(Profile {
+        batch_size: requests.len(),
+        iterations: PROFILING_ITERATIONS,
+        mean_latency_s: seconds / f64::from(PROFILING_ITERATIONS),
+    })
 }
