@@ -18,4 +18,5 @@ mod mapped;
 mod refusals;
 mod sessions;
 mod stages;
+mod text;
 mod tool;
