@@ -12,6 +12,7 @@ use mixtral_convert::source::config::SourceConfig;
 use mixtral_convert::source::files::{self, Dialect};
 use mixtral_engine::dir::RankRecord;
 use mixtral_engine::{EngineConfig, EngineDir, Limits, Program, StepInputs, StepOutputs, WeightsKind};
+use mixtral_kernels::{Arch, Code, KernelImages, Schedule};
 use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
 use mixtral_tokenizer::{TextStream, Tokenizer, model_end_ids};
 use tempfile::TempDir;
@@ -36,6 +37,8 @@ pub const READERS: &[Reader] = &[
     Reader { name: "engine-config", read: engine_config },
     Reader { name: "engine-file", read: engine_file },
     Reader { name: "program-text", read: program_text },
+    Reader { name: "schedule-text", read: schedule_text },
+    Reader { name: "kernel-images", read: kernel_images },
     Reader { name: "step", read: step },
     Reader { name: "tokenizer-json", read: tokenizer_json },
     Reader { name: "tokenizer-config", read: tokenizer_config },
@@ -107,12 +110,10 @@ fn safetensors_header(bytes: &[u8]) {
 fn safetensors_index(bytes: &[u8]) {
     let shards = [("a.safetensors", &b""[..]), ("b.safetensors", b"")];
     let dir = directory("indexed", &[shards[0], shards[1], ("model.safetensors.index.json", bytes)]);
-    let Ok(weights) = files::find(&dir, Dialect::HuggingFace) else { return };
-    for path in &weights.paths {
+    let Ok(paths) = files::find(&dir, Dialect::HuggingFace) else { return };
+    for path in &paths {
         assert_eq!(path.parent(), Some(dir.as_path()), "a shard lies in the model's directory");
     }
-    let (index, map) = weights.index.expect("there is an index");
-    let _ = files::check_index(index, &map, |tensor| tensor.starts_with('x').then_some("a.safetensors"));
 }
 
 fn source_config(bytes: &[u8], dialect: Dialect) {
@@ -153,7 +154,6 @@ fn config_of(record: RankRecord) -> Vec<u8> {
         model: ModelConfig::mixtral_8x7b(DType::F32),
         mapping: Mapping::single(),
         targets: Vec::new(),
-        kernel_tree_hash: None,
         limits: LIMITS,
         gather_context_logits: false,
         options: BTreeMap::new(),
@@ -194,6 +194,32 @@ fn program_text(bytes: &[u8]) {
     if let Ok(program) = Program::parse(text) {
         use_program(&program);
     }
+}
+
+/// The text of a schedule of a small program, whose hash it may leave to the reader (`program=its`).
+fn schedule_text(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let program = small_program();
+    let hash = blake3_of(program.to_text().as_bytes());
+    let Ok(schedule) = Schedule::parse(&text.replace("program=its", &format!("program=\"{hash}\"")), program) else {
+        return;
+    };
+    let again = Schedule::parse(&schedule.to_text(program), program).expect("what is written is read");
+    assert_eq!(again, schedule);
+    let _ = schedule.kernels();
+    for tokens in 0..=program.limits.max_num_tokens {
+        for decodes in [true, false] {
+            assert!(tokens == 0 || schedule.for_step(tokens, decodes).is_some(), "a step without work");
+        }
+    }
+}
+
+/// The kernels of an engine.
+fn kernel_images(bytes: &[u8]) {
+    let code = Code::Sass(Arch::SM_90A);
+    let Ok(images) = KernelImages::from_bytes(code, bytes) else { return };
+    let again = KernelImages::from_bytes(code, &images.to_bytes()).expect("what is written is read");
+    assert_eq!(again, images);
 }
 
 /// What is done with every program that was read, before anything of its size is allocated.

@@ -10,8 +10,8 @@ use tempfile::TempDir;
 use crate::kernels::has_nvrtc;
 use crate::tool::{Said, binary, example_engine, root, said};
 
-/// A folder with the driver. Nothing, and a word about it, where the dynamic linker would not take it.
-fn driver() -> Option<TempDir> {
+/// A folder with the driver, compiled with some flags. Nothing, and a word about it, where the dynamic linker would not take it.
+pub fn driver(flags: &[&str]) -> Option<TempDir> {
     if !cfg!(target_os = "linux") {
         println!("skipped: what is said of NVIDIA drivers, which needs Linux");
         return None;
@@ -19,13 +19,13 @@ fn driver() -> Option<TempDir> {
     let folder = TempDir::new().unwrap();
     let mut cc = Command::new("cc");
     cc.args(["-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o"]).arg(folder.path().join("libcuda.so.1"));
-    cc.arg(root().join("tests/e2e/libcuda.c"));
+    cc.args(flags).arg(root().join("tests/e2e/libcuda.c"));
     assert!(cc.status().expect("there is a C compiler").success(), "libcuda.c compiles");
     Some(folder)
 }
 
 /// Runs the tool in `dir` with the driver in `folder`, told what to be.
-fn with_driver(folder: &Path, dir: &Path, line: &str, variables: &[(&str, &str)]) -> Said {
+pub fn with_driver(folder: &Path, dir: &Path, line: &str, variables: &[(&str, &str)]) -> Said {
     let mut command = Command::new(binary());
     command.args(line.split_whitespace()).current_dir(dir).env("LD_LIBRARY_PATH", folder);
     said(command.envs(variables.iter().copied()).env_remove("RUST_BACKTRACE").output().expect("the binary starts"))
@@ -33,17 +33,18 @@ fn with_driver(folder: &Path, dir: &Path, line: &str, variables: &[(&str, &str)]
 
 /// The message of a command that has to fail.
 #[track_caller]
-fn refused(said: Said, folder: &Path) -> String {
+pub fn refused(said: Said, folder: &Path) -> String {
     assert_eq!(said.code, 1, "{}{}", said.out, said.err);
     assert!(!said.err.contains("panicked"), "{}", said.err);
     said.err.replace(&folder.display().to_string(), "DIR")
 }
 
-const RUN: &str = "run --backend cuda --max_output_len 2 --input_text KING";
+/// A run of the engine in `engine_outputs`, if no other is named.
+pub const RUN: &str = "run --backend cuda --max_output_len 2 --input_text KING";
 
 #[test]
 fn drivers_that_do_not_start() {
-    let Some(folder) = driver() else { return };
+    let Some(folder) = driver(&[]) else { return };
     let at = folder.path();
     let dir = TempDir::new().unwrap();
     let mut text = String::new();
@@ -74,7 +75,7 @@ fn drivers_that_do_not_start() {
 
 #[test]
 fn an_engine_says_what_its_driver_lacks() {
-    let Some(folder) = driver() else { return };
+    let Some(folder) = driver(&[]) else { return };
     if !has_nvrtc() {
         return;
     }

@@ -1,6 +1,7 @@
 /* Preloaded into the tool, makes its file operations fail: FAULTS="<operations>:<what>:<when>,…".
  *
- * operations  letters: R reads, W writes, S what makes writes last (fsync, rename, unlink, truncate), L hard links
+ * operations  letters: R reads, W writes, S what makes writes last (fsync, rename, unlink, truncate), L hard links,
+ *             D fsync of directories, K locks, M mappings of files
  * what        count   nothing, but say at the end how many there were
  *             kill    the process dies, as by kill -9, before the operation
  *             eof     it and all later reads find the end of the file
@@ -18,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -33,13 +35,15 @@ static int num_rules;
 
 static const struct { const char *name; int value; } ERRORS[] = {
     {"enospc", ENOSPC}, {"eio", EIO}, {"erofs", EROFS}, {"exdev", EXDEV}, {"eintr", EINTR},
+    {"enosys", ENOSYS}, {"enolck", ENOLCK}, {"ebadf", EBADF}, {"einval", EINVAL}, {"eperm", EPERM},
+    {"eopnotsupp", EOPNOTSUPP}, {"enodev", ENODEV}, {"eacces", EACCES}, {"emlink", EMLINK}, {"enotty", ENOTTY},
 };
 
 __attribute__((constructor)) static void parse(void) {
     const char *text = getenv("FAULTS");
     while (text && *text && num_rules < 4) {
         struct rule *rule = &rules[num_rules];
-        if (sscanf(text, "%7[RWSL]:%15[a-z]:%d", rule->operations, rule->what, &rule->when) != 3) abort();
+        if (sscanf(text, "%7[RWSLDKM]:%15[a-z]:%d", rule->operations, rule->what, &rule->when) != 3) abort();
         num_rules++;
         text = strchr(text, ',');
         if (text) text++;
@@ -117,8 +121,29 @@ ssize_t pwrite64(int fd, const void *buffer, size_t size, off64_t at) {
 
 int fsync(int fd) {
     REAL(int, "fsync", int);
+    struct stat stat;
+    if (!fstat(fd, &stat) && S_ISDIR(stat.st_mode)) {
+        FAIL('D');
+    }
     FAIL('S');
     return real(fd);
+}
+
+int flock(int fd, int operation) {
+    REAL(int, "flock", int, int);
+    FAIL('K');
+    return real(fd, operation);
+}
+
+void *mmap64(void *at, size_t size, int access, int flags, int fd, off64_t from) {
+    REAL(void *, "mmap64", void *, size_t, int, int, int, off64_t);
+    int f = fd >= 0 && is_plain(fd) ? fault('M') : 0;
+    if (f > 0) return errno = f, MAP_FAILED;
+    return real(at, size, access, flags, fd, from);
+}
+
+void *mmap(void *at, size_t size, int access, int flags, int fd, off_t from) {
+    return mmap64(at, size, access, flags, fd, from);
 }
 
 int fdatasync(int fd) {

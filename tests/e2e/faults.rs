@@ -5,7 +5,7 @@ use std::process::Command;
 
 use tempfile::TempDir;
 
-use crate::kills::{contents, loads, small_model};
+use crate::kills::{contents, loads, outputs, small_model};
 use crate::tool::{Said, binary, fast_dir, mixtral_in, root, said};
 
 /// The library.
@@ -44,6 +44,11 @@ impl Faults {
     }
 }
 
+/// The last line, which says what went wrong; others may say what was done.
+fn error(said: &Said) -> &str {
+    said.err.lines().last().unwrap_or_default()
+}
+
 /// Both stages on a small model; `also` goes before every fault.
 fn stages(at: &Path) -> Vec<(String, &'static str)> {
     small_model(at);
@@ -79,12 +84,58 @@ fn every_operation_that_fails_is_an_error_that_leaves_nothing() {
                 }
                 failed += 1;
                 assert_eq!(said.code, 1, "{line}, {what} at {n}: {}", said.err);
-                assert!(said.err.starts_with("error: ") && said.err.contains(word), "{what} at {n}: {}", said.err);
+                assert!(error(&said).starts_with("error: ") && said.err.contains(word), "{what} at {n}: {}", said.err);
                 // What fails after the directory was made whole, when its lock is removed, leaves it whole.
                 assert!(!out.exists() || loads(&out), "{line}, {what} at {n} left {:?}", contents(&out).keys());
             }
             println!("{line}: {what} at each of {count} operations {operations}, {failed} refused");
             assert!(failed * 2 > count, "{line}: {what} at {failed} of {count}");
+        }
+    }
+}
+
+#[test]
+fn an_operation_that_fails_leaves_an_older_output_or_says_what_finishes_the_new_one() {
+    let Some(faults) = Faults::new() else { return };
+    let dir = fast_dir();
+    let at = dir.path();
+    let out = at.join("out");
+    for (line, also) in stages(at) {
+        let other = if line.starts_with("convert") { "--dtype f32" } else { "--max_batch_size 2" };
+        mixtral_in(at, &format!("{line} {other}"), &[]).ok();
+        let old = contents(&out);
+        mixtral_in(at, &line, &[]).ok();
+        let new = contents(&out);
+        let prepare = || {
+            let _ = std::fs::remove_dir_all(&out);
+            std::fs::create_dir(&out).unwrap();
+            old.iter().for_each(|(name, bytes)| std::fs::write(out.join(name), bytes).unwrap());
+        };
+        for (operations, what) in [("W", "enospc"), ("S", "eio"), ("R", "eio")] {
+            prepare();
+            let count = Faults::counted(&faults.run(at, &line, &format!("{also}{operations}:count:0")));
+            let (mut stayed, mut moving) = (0, 0);
+            for n in 1..=count {
+                prepare();
+                let said = faults.run(at, &line, &format!("{also}{operations}:{what}:{n}"));
+                if loads(&out) {
+                    let left = outputs(&out);
+                    assert!(left == old || left == new, "{line}, {what} at {n} left {:?}", left.keys());
+                    assert!(left == new || said.code == 1, "{line}, {what} at {n}: {}", said.err);
+                    stayed += usize::from(left == old);
+                    continue;
+                }
+                moving += 1;
+                let hint =
+                    "the new files are complete, and the next run with --output-dir out puts them in place first";
+                assert!(said.code == 1 && said.err.contains(hint), "{line}, {what} at {n}: {}", said.err);
+                mixtral_in(at, &line, &[]).ok();
+                assert!(contents(&out) == new, "{line}, {what} at {n}: the next run wrote other files");
+            }
+            println!(
+                "{line}: {what} at each of {count} {operations}: the older stayed {stayed} times, {moving} unfinished"
+            );
+            assert!(stayed > 0, "{line}, {what}: {stayed} and {moving} of {count}");
         }
     }
 }
@@ -106,7 +157,7 @@ fn a_source_that_shrinks_while_it_is_read_is_an_error_that_leaves_nothing() {
                 continue;
             }
             assert_eq!(said.code, 1, "{line}, the end at {n}: {}", said.err);
-            assert!(said.err.starts_with("error: ") && !out.exists(), "{line}, the end at {n}: {}", said.err);
+            assert!(error(&said).starts_with("error: ") && !out.exists(), "{line}, the end at {n}: {}", said.err);
         }
     }
 }

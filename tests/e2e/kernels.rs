@@ -59,7 +59,6 @@ fn an_engine_holds_the_kernels_of_its_architectures() {
     let value: Value = serde_json::from_str(&said).unwrap();
     let targets = ["sm_80", "sm_90a", "compute_80"];
     assert_eq!(value["config"]["targets"], serde_json::json!(["cpu", "sm_80", "sm_90a", "compute_80"]));
-    assert_eq!(value["config"]["kernel_tree_hash"].as_str().map(str::len), Some(64));
     for (index, target) in targets.iter().enumerate() {
         let held = &value["ranks"][0]["kernels"][index];
         assert_eq!(held["target"], *target);

@@ -1,11 +1,13 @@
-//! `kill -9` in the middle of `convert` and of `build`: at random moments, and before every one of their file operations.
-//! What is left never loads and is wrong, and the next run finishes with the bytes of an undisturbed one.
+//! `kill -9`, Ctrl-C and SIGTERM in the middle of `convert` and of `build`: at random moments, and `kill -9` before every one of
+//! their file operations. What is left never loads and is wrong, an older output is whole until the new one is, and the next
+//! run finishes with the bytes of an undisturbed one.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::hash::{BuildHasher as _, RandomState};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use mixtral_checkpoint::Checkpoint;
@@ -20,14 +22,25 @@ use crate::tool::{binary, fast_dir, mixtral_in, root};
 /// Kills of each stage at random moments.
 const KILLS: usize = 50;
 
-/// All files of a directory with their bytes; nothing if it is not there.
+/// All files of a directory with their bytes, those of its folders too; nothing if it is not there.
 pub fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let Ok(entries) = fs::read_dir(dir) else { return BTreeMap::new() };
-    let file = |entry: std::io::Result<fs::DirEntry>| {
+    let mut files = BTreeMap::new();
+    for entry in entries {
         let entry = entry.unwrap();
-        (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())
-    };
-    entries.map(file).collect()
+        let name = entry.file_name().into_string().unwrap();
+        if entry.file_type().unwrap().is_dir() {
+            files.extend(contents(&entry.path()).into_iter().map(|(inner, bytes)| (format!("{name}/{inner}"), bytes)));
+        } else {
+            files.insert(name, fs::read(entry.path()).unwrap());
+        }
+    }
+    files
+}
+
+/// The same without what a run leaves that did not finish.
+pub fn outputs(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    contents(dir).into_iter().filter(|(name, _)| !name.starts_with(".mixtral-")).collect()
 }
 
 /// Whether the directory is one that a later stage would take.
@@ -45,11 +58,14 @@ struct Stage {
     undisturbed: BTreeMap<String, Vec<u8>>,
     /// Another output of the stage's, which may lie in the same place.
     old: BTreeMap<String, Vec<u8>>,
+    /// A command of the same stage that begins to write and is refused then.
+    refused: String,
 }
 
 impl Stage {
     /// `prepare` lines run first; then `older` and `line`, which both write `output`.
     fn new(at: TempDir, prepare: &[String], older: &str, line: &str, output: &'static str) -> Self {
+        let refused = refused(at.path(), line);
         prepare.iter().for_each(|line| drop(mixtral_in(at.path(), line, &[]).ok()));
         let run = |line: &str| {
             mixtral_in(at.path(), line, &[]).ok();
@@ -57,7 +73,7 @@ impl Stage {
         };
         let (old, undisturbed) = (run(older), run(line));
         assert!(old != undisturbed && undisturbed.contains_key("config.json"));
-        Stage { at, line: line.to_owned(), output, undisturbed, old }
+        Stage { at, line: line.to_owned(), output, undisturbed, old, refused }
     }
 
     /// Empties the output, or puts the older one there.
@@ -71,13 +87,19 @@ impl Stage {
     }
 
     /// What must hold after a run that was killed, and that the next run mends it.
-    fn check_and_mend(&self, when: &str) {
+    fn check_and_mend(&self, with_older: bool, when: &str) {
         let dir = self.at.path().join(self.output);
         if loads(&dir) {
-            let mut left = contents(&dir);
-            // A kill between the last rename and the lock's removal.
-            left.remove(".mixtral-lock");
+            let left = outputs(&dir);
             assert!(left == self.undisturbed || left == self.old, "{when}: a directory that loads is not whole");
+        } else if with_older {
+            // Only while new files, which are complete, take the places of older ones.
+            let is_complete = loads_in_part(&dir.join(".mixtral-new"), &dir);
+            assert!(is_complete, "{when}: neither the older output is whole nor the new one");
+            // What a run that fails finishes all the same.
+            let refused = format!("{} --output_dir {}", self.refused, self.output);
+            assert_eq!(mixtral_in(self.at.path(), &refused, &[]).code, 1);
+            assert!(loads(&dir) && outputs(&dir) == self.undisturbed, "{when}: the next run did not finish the move");
         }
         mixtral_in(self.at.path(), &self.line, &[]).ok();
         let mended = contents(&dir);
@@ -85,7 +107,9 @@ impl Stage {
         assert!(mended == self.undisturbed, "{when}: the next run wrote other bytes");
     }
 
-    fn kill_at_random_moments(&self) {
+    /// Runs the stage over and over and ends it with `signal` at random moments; `check` is told whether there was an older
+    /// output, how the stage ended, and when.
+    fn end_at_random_moments(&self, signals: &[&str], check: impl Fn(bool, ExitStatus, &str)) {
         let random = RandomState::new();
         let time = |_| {
             self.prepare(false);
@@ -98,19 +122,42 @@ impl Stage {
         let takes = u64::try_from(takes.as_micros()).unwrap();
         let mut killed = 0;
         for index in 0..KILLS {
-            self.prepare(index % 2 == 1);
+            let (with_older, signal) = (index % 2 == 1, signals[index / 2 % signals.len()]);
+            self.prepare(with_older);
             let moment = Duration::from_micros(random.hash_one(index) % takes);
             let mut command = Command::new(binary());
             command.args(self.line.split_whitespace()).current_dir(self.at.path()).stderr(Stdio::null());
             let mut child = command.spawn().unwrap();
             std::thread::sleep(moment);
-            child.kill().unwrap();
+            let ended = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
+            ended.expect("there is a kill");
+            let status = child.wait().unwrap();
             // One that was faster than its killer is whole.
-            killed += usize::from(!child.wait().unwrap().success());
-            self.check_and_mend(&format!("killed after {moment:?}"));
+            killed += usize::from(!status.success());
+            check(with_older, status, &format!("{signal} after {moment:?}"));
         }
-        println!("{}: {killed} of {KILLS} died", self.line);
+        println!("{}: {killed} of {KILLS} ended by {signals:?}", self.line);
         assert!(killed > KILLS / 2, "{killed} of {KILLS} were killed before they ended");
+    }
+
+    fn kill_at_random_moments(&self) {
+        self.end_at_random_moments(&["-KILL"], |with_older, _, when| self.check_and_mend(with_older, when));
+    }
+
+    fn interrupt_at_random_moments(&self) {
+        let dir = self.at.path().join(self.output);
+        self.end_at_random_moments(&["-INT", "-TERM"], |with_older, status, when| {
+            let code = if when.starts_with("-INT") { 130 } else { 143 };
+            // Before it listens it dies of the signal itself.
+            let died = status.signal().is_some_and(|signal| 128 + signal == code);
+            assert!(status.success() || status.code() == Some(code) || died, "{when}: {status}");
+            let left = outputs(&dir);
+            assert!(with_older || left.is_empty() || left == self.undisturbed, "{when}: left {:?}", left.keys());
+            assert!(!with_older || left == self.undisturbed || left == self.old, "{when}: left {:?}", left.keys());
+            assert!(contents(&dir).keys().all(|name| !name.contains('/')), "{when}: new files are left");
+            assert!(left.is_empty() || loads(&dir), "{when}: it does not load");
+            self.check_and_mend(with_older, when);
+        });
     }
 
     fn kill_before_every_operation(&self, faults: &Faults, also: &str) {
@@ -124,11 +171,38 @@ impl Stage {
                 self.prepare(with_older);
                 let said = faults.run(self.at.path(), &self.line, &format!("{also}RWSL:kill:{n}"));
                 assert_eq!(said.code, -1, "operation {n} is there: {}", said.err);
-                self.check_and_mend(&format!("killed before operation {n}"));
+                self.check_and_mend(with_older, &format!("killed before operation {n}"));
             }
             println!("{}: killed before each of {operations} operations", self.line);
         }
     }
+}
+
+/// Whether the marker of a complete output is in `folder`, and all of its files are there or in `dir` already.
+fn loads_in_part(folder: &Path, dir: &Path) -> bool {
+    let both = tempfile::tempdir().unwrap();
+    for from in [dir, folder] {
+        for (name, bytes) in contents(from).into_iter().filter(|(name, _)| !name.contains('/')) {
+            fs::write(both.path().join(name), bytes).unwrap();
+        }
+    }
+    folder.join("config.json").exists() && loads(both.path())
+}
+
+/// A command of the stage of `line` whose source is spoiled in a way that shows after it began to write.
+fn refused(at: &Path, line: &str) -> String {
+    if line.starts_with("convert") {
+        let model = TinyModel::mixtral(DType::F32, 8);
+        let mut tensors = model.weights();
+        tensors.last_mut().unwrap().data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        model.write_tensors(&at.join("spoiled"), Layout::V4, 1, &tensors);
+        return "convert --model_dir spoiled".to_owned();
+    }
+    small_model(&at.join("unspoiled"));
+    mixtral_in(at, "convert --model_dir unspoiled/model --output_dir spoiled", &[]).ok();
+    let tokenizer = at.join("spoiled/tokenizer.model");
+    fs::write(&tokenizer, "changed").unwrap();
+    "build --checkpoint_dir spoiled".to_owned()
 }
 
 fn example() -> String {
@@ -148,6 +222,21 @@ fn build_killed_at_random_moments() {
     let line = "build --checkpoint_dir checkpoint --output_dir out";
     let at = tempfile::tempdir().unwrap();
     Stage::new(at, &[convert], &format!("{line} --max_batch_size 2"), line, "out").kill_at_random_moments();
+}
+
+#[test]
+fn convert_interrupted_at_random_moments() {
+    let line = format!("convert --model_dir {} --tp_size 2 --output_dir out", example());
+    let at = tempfile::tempdir().unwrap();
+    Stage::new(at, &[], &format!("{line} --dtype bf16"), &line, "out").interrupt_at_random_moments();
+}
+
+#[test]
+fn build_interrupted_at_random_moments() {
+    let convert = format!("convert --model_dir {} --tp_size 2 --output_dir checkpoint", example());
+    let line = "build --checkpoint_dir checkpoint --output_dir out";
+    let at = tempfile::tempdir().unwrap();
+    Stage::new(at, &[convert], &format!("{line} --max_batch_size 2"), line, "out").interrupt_at_random_moments();
 }
 
 /// A small model in `at/model`, in two files.

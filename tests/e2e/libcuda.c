@@ -1,6 +1,10 @@
 // A driver that is as the tests say, for machines without one. DRIVER_VERSION is what cuDriverGetVersion says, as 12040;
-// DRIVER_INIT the return code of cuInit, DRIVER_LOAD that of loading a kernel, each 0 by default. It has one Hopper GPU, which
-// loads kernels and has no memory.
+// DRIVER_INIT the return code of cuInit, DRIVER_LOAD that of loading a kernel, each 0 by default. It has one Hopper GPU, whose
+// memory is the host's. It knows from a kernel's machine code which parameters it takes, and refuses a launch that passes fewer or
+// more; of an image that is none it takes any. Kernels do nothing, but for the one that draws tokens: it draws 1, 2, 3 … for the samples of a step. Compiled with
+// -DBEFORE_12_4 it cannot be asked for parameters, as drivers of that age.
+#include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -74,15 +78,114 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     return 0;
 }
 
+// A kernel, and the module that holds it: an image of an engine has one kernel.
+typedef struct {
+    char name[256];
+    int num_params;  // -1: not known
+    size_t sizes[64], offsets[64];
+} Kernel;
+
+// Reads the parameters out of a cubin, an ELF file, whose section `.nv.info.NAME` has an attribute for each: a format (4: bytes
+// follow), its kind (0x17), how many bytes; then 4 bytes, the parameter's number and offset, and its size above bit 18.
+static void read_parameters(Kernel* kernel, const uint8_t* image) {
+    kernel->num_params = -1;
+    if (memcmp(image, "\177ELF", 4) != 0) return;
+    uint64_t sections;
+    uint16_t size, count, names;
+    memcpy(&sections, image + 40, 8);
+    memcpy(&size, image + 58, 2);
+    memcpy(&count, image + 60, 2);
+    memcpy(&names, image + 62, 2);
+    uint64_t texts;
+    memcpy(&texts, image + sections + names * size + 24, 8);
+    for (int i = 0; i < count; ++i) {
+        const uint8_t* section = image + sections + i * size;
+        uint32_t name;
+        uint64_t start, bytes;
+        memcpy(&name, section, 4);
+        memcpy(&start, section + 24, 8);
+        memcpy(&bytes, section + 32, 8);
+        const char* text = (const char*)image + texts + name;
+        if (strncmp(text, ".nv.info.", 9) != 0) continue;
+        snprintf(kernel->name, sizeof kernel->name, "%s", text + 9);
+        kernel->num_params = 0;
+        for (uint64_t at = 0; at + 4 <= bytes;) {
+            const uint8_t* attribute = image + start + at;
+            uint16_t length = 0;
+            if (attribute[0] == 4) memcpy(&length, attribute + 2, 2);
+            if (attribute[0] == 4 && attribute[1] == 0x17) {
+                uint16_t number, offset;
+                uint32_t word;
+                memcpy(&number, attribute + 8, 2);
+                memcpy(&offset, attribute + 10, 2);
+                memcpy(&word, attribute + 12, 4);
+                kernel->sizes[number] = word >> 18;
+                kernel->offsets[number] = offset;
+                if (number >= kernel->num_params) kernel->num_params = number + 1;
+            }
+            at += 4 + length;
+        }
+        return;
+    }
+}
+
 int cuModuleLoadDataEx(void** module, const void* image, unsigned options, int* names, void** values) {
-    (void)image, (void)options, (void)names, (void)values;
-    *module = NULL;
+    (void)options, (void)names, (void)values;
+    Kernel* kernel = calloc(1, sizeof *kernel);
+    read_parameters(kernel, image);
+    *module = kernel;
     return number("DRIVER_LOAD", 0);
 }
 
 int cuModuleGetFunction(void** function, void* module, const char* name) {
-    (void)module, (void)name;
-    *function = function;
+    Kernel* kernel = module;
+    if (kernel->num_params >= 0 && strcmp(kernel->name, name) != 0) return 500;
+    *function = kernel;
+    return 0;
+}
+
+#ifndef BEFORE_12_4
+int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* size) {
+    const Kernel* kernel = function;
+    if (kernel->num_params < 0) return 801;
+    if (index >= (size_t)kernel->num_params) return 1;
+    *offset = kernel->offsets[index];
+    *size = kernel->sizes[index];
+    return 0;
+}
+#endif
+
+// The step's counts and what it drew, where the last launch of the drawing kernel left them for the graph.
+static const int32_t* header;
+static int32_t* drawn;
+
+static void draw(void) {
+    for (int i = 0; header && i < header[4]; ++i) {
+        drawn[4 * i] = i + 1;
+        drawn[4 * i + 1] = -1;
+    }
+}
+
+int cuLaunchKernelEx(const void* config, void* function, void** params, void** extra) {
+    (void)config, (void)extra;
+    const Kernel* kernel = function;
+    int passed = 0;
+    while (passed < 32 && params[passed]) ++passed;
+    if (kernel->num_params >= 0 && passed != kernel->num_params) {
+        fprintf(stderr, "driver: %d parameters for %s, which takes %d\n", passed, kernel->name, kernel->num_params);
+        return 1;
+    }
+    if (strstr(kernel->name, "sample4draw")) {
+        memcpy(&header, params[0], sizeof header);
+        memcpy(&drawn, params[passed - 1], sizeof drawn);
+        draw();
+    }
+    return 0;
+}
+
+int cuGraphLaunch(void* graph, void* stream) {
+    (void)graph, (void)stream;
+    draw();
     return 0;
 }
 
@@ -98,7 +201,45 @@ int cuFuncSetAttribute(void* function, int attribute, int value) {
 }
 
 int cuModuleUnload(void* module) {
-    (void)module;
+    free(module);
+    return 0;
+}
+
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+    *free = *total = 80000000000;
+    return 0;
+}
+
+int cuMemAlloc_v2(void** memory, size_t bytes) {
+    *memory = calloc(1, bytes ? bytes : 1);
+    return *memory ? 0 : 2;
+}
+
+int cuMemFree_v2(void* memory) {
+    free(memory);
+    return 0;
+}
+
+int cuMemHostAlloc(void** memory, size_t bytes, unsigned flags) {
+    (void)flags;
+    return cuMemAlloc_v2(memory, bytes);
+}
+
+int cuMemFreeHost(void* memory) { return cuMemFree_v2(memory); }
+
+int cuMemcpyHtoDAsync_v2(void* to, const void* from, size_t bytes, void* stream) {
+    (void)stream;
+    memcpy(to, from, bytes);
+    return 0;
+}
+
+int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t bytes, void* stream) {
+    return cuMemcpyHtoDAsync_v2(to, from, bytes, stream);
+}
+
+int cuMemsetD8Async(void* memory, unsigned char byte, size_t bytes, void* stream) {
+    (void)stream;
+    memset(memory, byte, bytes);
     return 0;
 }
 
@@ -124,28 +265,23 @@ int cuStreamDestroy_v2(void* stream) {
     return 0;
 }
 
-// What a test reaches fails with `unknown error`, if it is not above.
-#define NOTHING(name) \
-    int name(void) { return 999; }
-NOTHING(cuMemGetInfo_v2)
-NOTHING(cuMemAlloc_v2)
-NOTHING(cuMemFree_v2)
-NOTHING(cuMemHostAlloc)
-NOTHING(cuMemFreeHost)
-NOTHING(cuMemcpyHtoDAsync_v2)
-NOTHING(cuMemcpyDtoHAsync_v2)
-NOTHING(cuMemsetD8Async)
-NOTHING(cuStreamSynchronize)
-NOTHING(cuStreamBeginCapture_v2)
-NOTHING(cuStreamEndCapture)
-NOTHING(cuEventCreate)
-NOTHING(cuEventDestroy_v2)
-NOTHING(cuEventRecord)
-NOTHING(cuEventSynchronize)
-NOTHING(cuEventElapsedTime)
-NOTHING(cuLaunchKernelEx)
-NOTHING(cuGraphInstantiateWithFlags)
-NOTHING(cuGraphLaunch)
-NOTHING(cuGraphExecDestroy)
-NOTHING(cuGraphDestroy)
-NOTHING(cuTensorMapEncodeTiled)
+int cuEventElapsedTime(float* ms, void* from, void* to) {
+    (void)from, (void)to;
+    *ms = 1;
+    return 0;
+}
+
+// Whatever else is asked for is done, and nothing happens. Handles are never looked into.
+#define DONE(name) \
+    int name(void) { return 0; }
+DONE(cuStreamSynchronize)
+DONE(cuStreamBeginCapture_v2)
+DONE(cuStreamEndCapture)
+DONE(cuEventCreate)
+DONE(cuEventDestroy_v2)
+DONE(cuEventRecord)
+DONE(cuEventSynchronize)
+DONE(cuGraphInstantiateWithFlags)
+DONE(cuGraphExecDestroy)
+DONE(cuGraphDestroy)
+DONE(cuTensorMapEncodeTiled)

@@ -16,6 +16,8 @@ fn refused(dir: &Path, said: Said, code: i32) -> String {
     let text = said.err.replace(&dir.display().to_string(), "DIR").replace(&root().display().to_string(), "ROOT");
     let hashes = |word: &str| word.len() >= 32 && word.chars().all(|c| c.is_ascii_hexdigit());
     let lines = text.lines().map(|line| {
+        // What follows says how long ago.
+        let line = line.split(", written ").next().unwrap_or_default();
         line.split_inclusive(|c: char| !c.is_ascii_alphanumeric())
             .map(|word| {
                 let bare = word.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
@@ -108,11 +110,16 @@ fn directories_that_are_something_else() {
         "convert --model-dir nowhere".to_owned(),
         "convert --model-dir empty".to_owned(),
         "convert --model-dir tllm_checkpoint".to_owned(),
+        "convert --model-dir engine_outputs".to_owned(),
+        format!("convert --model-dir {model}/model.safetensors"),
+        "convert --model-dir .".to_owned(),
         format!("convert --model-dir {model} --output-dir mine"),
         format!("convert --model-dir {model} --tp-size 16"),
         "build --checkpoint-dir nowhere".to_owned(),
         "build --checkpoint-dir empty".to_owned(),
         format!("build --checkpoint-dir {model}"),
+        "build --checkpoint-dir engine_outputs".to_owned(),
+        "build --checkpoint-dir tllm_checkpoint/config.json".to_owned(),
         "build --output-dir mine".to_owned(),
         "build --gemm-plugin f16".to_owned(),
         "build --model-config mixtral-9x9b".to_owned(),

@@ -91,9 +91,14 @@ pub enum BuildError {
         kernels: Vec<String>,
     },
     /// More memory than the machine has.
-    #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; lower --max-num-tokens (now {max_num_tokens}){}, or spread the model over more ranks",
-        human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget),
-        if *gathers { ", build without --gather-context-logits" } else { "" })]
+    #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; {}",
+        human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget), if weights > budget {
+            format!("the weights alone do not fit, and dummy weights cannot be paged out: use a machine with more memory, a smaller model{}",
+                ", or fewer layers (--model-config with a config.json of your own)")
+        } else {
+            format!("lower --max-num-tokens (now {max_num_tokens}){}, or spread the model over more ranks",
+                if *gathers { ", build without --gather-context-logits" } else { "" })
+        })]
     Memory {
         /// The rank.
         rank: Rank,
@@ -184,17 +189,21 @@ pub fn build(
         WeightsFrom::Checkpoint(checkpoint) => Some(*checkpoint),
         WeightsFrom::Dummy { .. } => None,
     };
-    let ranks = write_ranks(&writer, &programs, kernels.as_ref(), checkpoint, options.workers)?;
+    let ranks = for_each_rank(&programs, options.workers, |program| {
+        let rank = Rank(program.rank);
+        // Opened for its checks only: header, shapes and run id.
+        checkpoint.map(|c| c.rank(rank)).transpose()?;
+        let images = kernels.as_ref().map(|kernels| kernels.images(program)).unwrap_or_default();
+        Ok(writer.rank(program, &images, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
+    })?;
     let files = checkpoint.map_or(Ok(BTreeMap::new()), |checkpoint| copy_tokenizer(checkpoint, &writer))?;
-    let codes = kernels.iter().flat_map(|kernels| &kernels.codes);
     let engine = EngineConfig {
         mixtral_engine_format: FORMAT_VERSION,
         tool_version: env!("CARGO_PKG_VERSION").to_owned(),
         run_id: String::new(),
         model: config.model.clone(),
         mapping: config.mapping,
-        targets: std::iter::once("cpu".to_owned()).chain(codes.map(ToString::to_string)).collect(),
-        kernel_tree_hash: kernels.as_ref().map(|k| k.tree_hash.clone()),
+        targets: targets(kernels.as_ref()),
         limits: programs[0].limits,
         gather_context_logits: options.gather_context_logits,
         options: options.recorded.clone(),
@@ -208,22 +217,19 @@ pub fn build(
     Ok(Built { config: writer.finish(engine)?, programs, kernels })
 }
 
-/// Writes every rank's files, `workers` at a time: weights that cannot be linked are copied, which takes its time.
-fn write_ranks(
-    writer: &EngineWriter,
+/// What an engine says that it was built for.
+pub(crate) fn targets(kernels: Option<&Kernels>) -> Vec<String> {
+    let codes = kernels.iter().flat_map(|kernels| &kernels.codes);
+    std::iter::once("cpu".to_owned()).chain(codes.map(ToString::to_string)).collect()
+}
+
+/// Writes every rank's files by `write`, `workers` at a time: weights that cannot be linked are copied, which takes its time.
+pub(crate) fn for_each_rank(
     programs: &[Program],
-    kernels: Option<&Kernels>,
-    checkpoint: Option<&Checkpoint>,
     workers: usize,
+    write: impl Fn(&Program) -> Result<RankRecord, BuildError> + Sync,
 ) -> Result<Vec<RankRecord>, BuildError> {
-    let write = |program: &Program| -> Result<RankRecord, BuildError> {
-        let rank = Rank(program.rank);
-        // Opened for its checks only: header, shapes and run id.
-        checkpoint.map(|c| c.rank(rank)).transpose()?;
-        let images = kernels.map(|kernels| &kernels.ranks[rank.0]).into_iter().flatten();
-        let images = images.map(|images| (images.code.image_name(), images.to_bytes())).collect();
-        Ok(writer.rank(program, &images, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
-    };
+    let write = &write;
     let share = programs.len().div_ceil(workers.max(1));
     std::thread::scope(|scope| {
         let shares = programs.chunks(share.max(1));

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use mixtral_engine::{Op, Program};
 use mixtral_kernels::{
-    Arch, Cache, Code, Compiler, Defect, Family, Kernel, KernelImages, Nvrtc, Search, Sources, batch, needed, select,
+    Arch, Cache, Code, Compiler, Defect, Family, Kernel, KernelImages, Nvrtc, Schedule, Search, Sources, batch, needed,
+    select,
 };
 use mixtral_model::Rank;
 
@@ -45,10 +46,10 @@ pub struct KernelOptions {
 pub struct Kernels {
     /// What they are compiled to.
     pub codes: BTreeSet<Code>,
-    /// Hash of their sources.
-    pub tree_hash: String,
     /// Of each rank, one for every code.
     pub ranks: Vec<Vec<KernelImages>>,
+    /// Of each rank, how they are launched: one for every family of codes.
+    pub schedules: Vec<BTreeMap<Family, Schedule>>,
     /// How many had to be compiled.
     pub compiled: usize,
     /// How many were found in the cache.
@@ -57,6 +58,18 @@ pub struct Kernels {
     pub took: Duration,
     /// What is not as it should be, but does no harm to results.
     pub warnings: Vec<String>,
+}
+
+impl Kernels {
+    /// What the engine of a rank holds of them, by name.
+    #[must_use]
+    pub fn images(&self, program: &Program) -> BTreeMap<String, Vec<u8>> {
+        let images = self.ranks[program.rank].iter().map(|images| (images.code.image_name(), images.to_bytes()));
+        let schedules = self.schedules[program.rank].iter();
+        let texts = schedules
+            .map(|(family, schedule)| (family.schedule_name().to_owned(), schedule.to_text(program).into_bytes()));
+        images.chain(texts).collect()
+    }
 }
 
 impl KernelOptions {
@@ -108,9 +121,10 @@ impl KernelOptions {
         let codes = self.codes();
         let of_rank = |program: &Program| {
             let rank = Rank(program.rank);
-            needed::kernels(program, &codes).map_err(|source| BuildError::Lower { rank, source })
+            needed::schedules(program, &codes).map_err(|source| BuildError::Lower { rank, source })
         };
-        let needs = programs.iter().map(of_rank).collect::<Result<Vec<_>, _>>()?;
+        let schedules = programs.iter().map(of_rank).collect::<Result<Vec<_>, _>>()?;
+        let needs: Vec<_> = schedules.iter().map(|schedules| needed::kernels(schedules, &codes)).collect();
         let work: Vec<(Kernel, Code)> = needs.iter().flatten().collect::<BTreeSet<_>>().into_iter().cloned().collect();
         let nvrtc = Nvrtc::load(&self.nvrtc).map_err(mixtral_kernels::CompileError::from)?;
         let compiler = Compiler::new(nvrtc, Sources::embedded());
@@ -137,7 +151,7 @@ impl KernelOptions {
         };
         let ranks = needs.iter().map(|needed| codes.iter().map(|code| images(needed, *code)).collect()).collect();
         let compiled = work.len() - batch.from_cache;
-        let tree_hash = compiler.sources().tree_hash();
-        Ok(Kernels { codes, tree_hash, ranks, compiled, from_cache: batch.from_cache, took: begun.elapsed(), warnings })
+        let (from_cache, took) = (batch.from_cache, begun.elapsed());
+        Ok(Kernels { codes, ranks, schedules, compiled, from_cache, took, warnings })
     }
 }

@@ -2,7 +2,7 @@
 //! engine directory. Knows the model and the checkpoint's tensor names; knows no driver and no runtime.
 //!
 //! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`mod@lower`] (graph →
-//! passes → planned program), [`kernels`] (CUDA's part of an engine), [`mod@build`] (directories), [`mod@cost`] (bytes and FLOPs of an operation),
+//! passes → planned program), [`kernels`] (CUDA's part of an engine), [`mod@build`] and [`mod@rebuild`] (directories), [`mod@cost`] (bytes and FLOPs of an operation),
 //! [`mod@explain`] and [`mod@dot`] (the program for people), [`mod@fold`] (what is alike in it, to be shown once).
 #![forbid(unsafe_code)]
 
@@ -15,6 +15,7 @@ pub mod graph;
 pub mod kernels;
 pub mod lower;
 pub mod passes;
+pub mod rebuild;
 
 pub use build::{BuildError, BuildOptions, Built, WeightsFrom, build, plan};
 pub use cost::Cost;

@@ -2,14 +2,13 @@
 //! wgmma. Needs NVRTC and no GPU; says so where there is none.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 
 use mixtral_build::{BuildOptions, DenseLinears, KernelOptions, plan};
 use mixtral_checkpoint::CheckpointConfig;
 use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Program};
 use mixtral_kernels::{
-    Arch, Cache, Code, CompileError, Compiler, Family, Kernel, Nvrtc, Search, Sources, compile_all, needed,
+    Arch, Cache, Code, CompileError, Compiler, Family, Kernel, Nvrtc, Schedule, Search, Sources, compile_all, needed,
 };
 use mixtral_model::{DType, Mapping, ModelConfig, Rank};
 
@@ -20,7 +19,7 @@ fn kernel_options(archs: Vec<Arch>) -> KernelOptions {
         tuned_experts: true,
         workers: std::thread::available_parallelism().map_or(1, usize::from),
         nvrtc: Search::from_environment(),
-        cache: Some(Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels")),
+        cache: Cache::folder_from_environment(),
     }
 }
 
@@ -71,6 +70,28 @@ fn tiny(dtype: DType) -> ModelConfig {
     model
 }
 
+/// Layers that are alike are written once: 56 of them take no more lines than 32, and few.
+#[test]
+fn schedules_of_large_models_are_short_and_read_back() {
+    let options = kernel_options(vec![Arch::SM_90A]);
+    let codes = options.codes();
+    let lines = [ModelConfig::mixtral_8x7b(DType::Bf16), ModelConfig::mixtral_8x22b(DType::Bf16)].map(|model| {
+        let program = programs(model, Mapping::single(), &options).remove(0);
+        needed::schedules(&program, &codes)
+            .unwrap()
+            .into_values()
+            .map(|schedule| {
+                let text = schedule.to_text(&program);
+                assert_eq!(Schedule::parse(&text, &program).unwrap(), schedule);
+                println!("{:?}: {} lines, {} bytes", schedule.family, text.lines().count(), text.len());
+                text.lines().count()
+            })
+            .collect::<Vec<_>>()
+    });
+    assert_eq!(lines[0], lines[1], "lines of Mixtral 8x7B and 8x22B");
+    assert!(lines[0].iter().all(|&lines| lines < 700), "{lines:?}");
+}
+
 #[test]
 fn every_kernel_compiles_without_a_defect() {
     let options = kernel_options(vec![Arch::BASE, Arch::SM_90A]);
@@ -80,7 +101,7 @@ fn every_kernel_compiles_without_a_defect() {
     let models = large.iter().flat_map(|d| [ModelConfig::mixtral_8x7b(*d), ModelConfig::mixtral_8x22b(*d)]);
     let models = models.chain(small.iter().flat_map(|d| [odd(*d), tiny(*d)]));
     let programs: Vec<_> = models.flat_map(|model| programs(model, Mapping::single(), &options)).collect();
-    let needed = programs.iter().map(|program| needed::kernels(program, &sass).unwrap());
+    let needed = programs.iter().map(|program| needed::kernels(&needed::schedules(program, &sass).unwrap(), &sass));
     let work: Vec<(Kernel, Code)> = needed.flatten().collect::<BTreeSet<_>>().into_iter().collect();
     assert!(work.iter().any(|(kernel, _)| kernel.family == Family::Hopper));
 

@@ -50,6 +50,14 @@ pub enum ConfigFileError {
         /// The file.
         path: PathBuf,
     },
+    /// An engine's config.json in place of a checkpoint's.
+    #[error(
+        "{path} is an engine's, not a checkpoint's; run it (`mixtral run --engine-dir`), or name the checkpoint it was built from"
+    )]
+    Engine {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another text than was written.
     #[error(
         "{path} was changed after it was written; convert the model again, or, if the change is meant, remove its key `mixtral.seal`"
@@ -134,6 +142,9 @@ impl CheckpointConfig {
         let root = Keys::new(path, &map);
         if root.contains("model_type") && !root.contains("architecture") {
             return Err(ConfigFileError::HuggingFace { path: path.to_owned() });
+        }
+        if root.contains("mixtral_engine_format") {
+            return Err(ConfigFileError::Engine { path: path.to_owned() });
         }
         refuse_unsupported(root)?;
         let config = read_config(root)?;

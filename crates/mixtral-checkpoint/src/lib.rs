@@ -7,10 +7,11 @@
 //!
 //! Reading order: [`names`], [`keys`], [`config`], [`layout`] say what a checkpoint holds; [`header`], [`map`], [`scan`],
 //! [`reader`] read it, [`mod@verify`] all of it; [`staged`], [`writer`] write it so that a directory is either whole or
-//! does not load; [`mod@seal`] and [`progress`] serve both.
+//! does not load; [`mod@seal`], [`disk`] and [`progress`] serve both.
 #![deny(unsafe_code)]
 
 pub mod config;
+pub mod disk;
 pub mod header;
 pub mod keys;
 pub mod layout;

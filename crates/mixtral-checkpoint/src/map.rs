@@ -4,21 +4,39 @@
 use std::fs::File;
 use std::io;
 use std::ops::Deref;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
 
-/// A file's bytes, paged in as they are touched.
+use memmap2::{Mmap, MmapMut, MmapOptions};
+
+use crate::disk::Lack;
+
+/// A file's bytes: paged in as they are touched, or, where the file cannot be mapped, read into memory.
 #[derive(Debug)]
-pub struct FileMap(memmap2::Mmap);
+pub struct FileMap(Mmap);
 
 impl FileMap {
-    /// Maps all of `file`.
+    /// Maps all of `file`, or reads it. `path` is for the warning that says so.
     ///
     /// # Errors
-    /// What the system said.
-    pub fn new(file: &File) -> io::Result<Self> {
+    /// If the file can neither be mapped nor read, or memory is too small for it.
+    pub fn new(file: &File, path: &Path) -> io::Result<Self> {
         // SAFETY: the mapping is private and read-only, and only plain numbers are read through it, for which every
         // bit pattern is valid. Someone who truncates the file meanwhile makes reads fault (SIGBUS), which no
         // reader of mapped files can prevent; our own writers never shorten a committed file, they replace it.
-        unsafe { memmap2::Mmap::map(file) }.map(FileMap)
+        let mapped = unsafe { MmapOptions::new().map_copy_read_only(file) };
+        mapped.map(FileMap).or_else(|error| {
+            Lack::Map.warn(path, &error);
+            Self::read(file)
+        })
+    }
+
+    /// All of `file`, in memory of its own.
+    fn read(file: &File) -> io::Result<Self> {
+        let len = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
+        let mut memory = MmapMut::map_anon(len)?;
+        file.read_exact_at(&mut memory, 0)?;
+        memory.make_read_only().map(FileMap)
     }
 }
 
@@ -27,5 +45,19 @@ impl Deref for FileMap {
 
     fn deref(&self) -> &[u8] {
         &self.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_read_has_the_bytes_of_one_that_is_mapped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("weights");
+        std::fs::write(&path, [7; 5000]).unwrap();
+        let file = File::open(&path).unwrap();
+        assert_eq!(FileMap::new(&file, &path).unwrap()[..], FileMap::read(&file).unwrap()[..]);
     }
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use mixtral_model::{DType, Rank};
 
@@ -15,7 +15,7 @@ use crate::layout::{TensorSpec, rank_tensors};
 use crate::map::FileMap;
 use crate::names::{CONFIG_FILE, rank_file_name};
 use crate::progress::Progress;
-use crate::staged::LOCK_FILE;
+use crate::staged::{LOCK_FILE, warn_if_older};
 use crate::verify::{Item, Problem, Verified, verify};
 use crate::writer::{HASH_PREFIX, RUN_ID_KEY};
 
@@ -27,6 +27,12 @@ pub enum ReadError {
     NoDirectory {
         /// The directory.
         dir: PathBuf,
+    },
+    /// A file in place of the directory.
+    #[error("{path} is a file; name the directory that it is in")]
+    NotADirectory {
+        /// The file.
+        path: PathBuf,
     },
     /// No `config.json`, so whatever else is in the directory is not a checkpoint.
     #[error("{dir} has no config.json, so it is no checkpoint; run `mixtral convert` to write one")]
@@ -153,6 +159,9 @@ impl Checkpoint {
     /// If there is no complete checkpoint in `dir`.
     pub fn open(dir: &Path) -> Result<Self, ReadError> {
         let own = || dir.to_owned();
+        if dir.is_file() {
+            return Err(ReadError::NotADirectory { path: own() });
+        }
         if !dir.is_dir() {
             return Err(ReadError::NoDirectory { dir: own() });
         }
@@ -163,7 +172,9 @@ impl Checkpoint {
                 false => ReadError::NoConfig { dir: own() },
             });
         }
-        Ok(Checkpoint { dir: own(), config: CheckpointConfig::read(dir)? })
+        let config = CheckpointConfig::read(dir)?;
+        warn_if_older(dir, "mixtral convert");
+        Ok(Checkpoint { dir: own(), config })
     }
 
     /// What `config.json` says.
@@ -247,19 +258,20 @@ pub struct TensorView<'a> {
     pub bytes: &'a [u8],
 }
 
-/// A safetensors file of float tensors, mapped. Tensors of other types are ignored.
+/// A safetensors file of float tensors. Tensors of other types are ignored.
 #[derive(Debug)]
 pub struct RankFile {
     path: PathBuf,
     file: Arc<File>,
-    map: FileMap,
+    /// Mapped when it is first needed: who only reads, or only asks for shapes, needs no mapping.
+    map: OnceLock<std::io::Result<FileMap>>,
     header_blake3: String,
     metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, (DType, TensorEntry)>,
 }
 
 impl RankFile {
-    /// Maps `path` and checks its header, but not which tensors there are (see [`RankFile::check`]).
+    /// Opens `path` and checks its header, but not which tensors there are (see [`RankFile::check`]).
     ///
     /// # Errors
     /// If it cannot be opened or is damaged.
@@ -267,15 +279,24 @@ impl RankFile {
         let io = |source| ReadError::Io { path: path.to_owned(), source };
         let file = File::open(path).map_err(io)?;
         let Header { metadata, tensors, blake3, .. } = Header::read(&file, path)?;
-        let map = FileMap::new(&file).map_err(io)?;
-        let end = tensors.iter().map(|t| t.end).max().unwrap_or(0);
-        if end > map.len() as u64 {
-            let (path, found) = (path.to_owned(), map.len() as u64);
-            return Err(HeaderError::FileLength { path, expected: end, found }.into());
-        }
         let floats = tensors.into_iter().filter_map(|t| Some((t.name.clone(), (t.float()?, t)))).collect();
         let (path, file, header_blake3) = (path.to_owned(), Arc::new(file), blake3.to_string());
-        Ok(RankFile { path, file, map, header_blake3, metadata, tensors: floats })
+        Ok(RankFile { path, file, map: OnceLock::new(), header_blake3, metadata, tensors: floats })
+    }
+
+    /// The file's bytes, all that the header speaks of.
+    ///
+    /// # Errors
+    /// If it can neither be mapped nor read into memory, or has become shorter.
+    pub fn map(&self) -> Result<&[u8], ReadError> {
+        let map = self.map.get_or_init(|| FileMap::new(&self.file, &self.path));
+        let again = |e: &std::io::Error| std::io::Error::new(e.kind(), e.to_string());
+        let map = map.as_ref().map_err(|e| ReadError::Io { path: self.path.clone(), source: again(e) })?;
+        let (expected, found) = (self.tensors.values().map(|(_, t)| t.end).max().unwrap_or(0), map.len() as u64);
+        if expected > found {
+            return Err(HeaderError::FileLength { path: self.path.clone(), expected, found }.into());
+        }
+        Ok(map)
     }
 
     /// Checks that the file holds `specs`, aligned, and was written by `run_id` (by another tool, if there is none).
@@ -334,14 +355,28 @@ impl RankFile {
         self.tensors.keys().map(String::as_str)
     }
 
-    /// The tensor `name`.
+    /// Type and shape of the tensor `name`.
     ///
     /// # Errors
     /// If it is not in the file.
+    pub fn shape(&self, name: &str) -> Result<(DType, &[usize]), ReadError> {
+        self.entry(name).map(|(dtype, entry)| (*dtype, entry.shape.as_slice()))
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// If it is not in the file, or the file cannot be mapped.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, ReadError> {
+        let (dtype, entry) = self.entry(name)?;
+        let at = |offset: u64| usize::try_from(offset).expect("inside the map");
+        let bytes = &self.map()?[at(entry.start)..at(entry.end)];
+        Ok(TensorView { dtype: *dtype, shape: &entry.shape, bytes })
+    }
+
+    fn entry(&self, name: &str) -> Result<&(DType, TensorEntry), ReadError> {
         let missing = || ReadError::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
-        let (dtype, entry) = self.tensors.get(name).ok_or_else(missing)?;
-        Ok(TensorView { dtype: *dtype, shape: &entry.shape, bytes: self.bytes(entry) })
+        self.tensors.get(name).ok_or_else(missing)
     }
 
     /// Copies bytes of the tensor `name`, from its byte `offset` on, out of the file: who reads all of it once need not have its
@@ -350,8 +385,7 @@ impl RankFile {
     /// # Errors
     /// If it is not in the file, has fewer bytes, or cannot be read.
     pub fn read(&self, name: &str, offset: usize, into: &mut [u8]) -> Result<(), ReadError> {
-        let missing = || ReadError::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
-        let (_, entry) = self.tensors.get(name).ok_or_else(missing)?;
+        let (_, entry) = self.entry(name)?;
         let start = entry.start.checked_add(offset as u64);
         let start = start.filter(|&start| start.checked_add(into.len() as u64).is_some_and(|end| end <= entry.end));
         let read = match start {
@@ -359,12 +393,6 @@ impl RankFile {
             None => Err(std::io::ErrorKind::UnexpectedEof.into()),
         };
         read.map_err(|source| ReadError::Bytes { path: self.path.clone(), tensor: name.to_owned(), source })
-    }
-
-    /// The bytes of `entry`, whose range was checked against the length of the map in [`RankFile::open`].
-    fn bytes(&self, entry: &TensorEntry) -> &[u8] {
-        let at = |offset: u64| usize::try_from(offset).expect("inside the map");
-        &self.map[at(entry.start)..at(entry.end)]
     }
 
     /// Every tensor, to be read and compared ([`crate::verify()`]).

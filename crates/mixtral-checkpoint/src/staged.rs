@@ -1,18 +1,30 @@
-//! A directory that is either whole or does not load.
+//! A directory that is either whole or does not load, and that is replaced as a whole.
 //!
-//! Its marker, `config.json`, is removed before anything else is touched and written last (temporary file, fsync,
-//! rename). A lock file keeps a second writer out; left behind by a killed run, it marks the directory as ours to
-//! clean. A run that fails removes what it wrote. Used for checkpoints and engines alike.
+//! New files are written into a folder inside of it, so that an older output stays as it was until they are complete and on the
+//! disk. Then the older marker, `config.json`, is removed, the older files go, the new ones are moved in, and their marker
+//! last. A run that fails or is interrupted before that removes what it wrote; what a killed one left is finished or removed by the
+//! next run. A lock file keeps a second writer out; left behind, it marks the directory as ours and says that the last run
+//! did not finish. Used for checkpoints and engines alike.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 
+use crate::disk::{self, Lack};
 use crate::names::CONFIG_FILE;
 
-/// Held for as long as a directory is being written.
+/// Locked for as long as a directory is being written. Beside an output that a run was to replace and did not, it stays, and
+/// holds the reason.
 pub const LOCK_FILE: &str = ".mixtral-lock";
+
+/// The folder that new files are written into.
+const NEW: &str = ".mixtral-new";
+
+/// There once that folder is complete and the older files are gone, until all of its files are where they belong.
+const MOVING: &str = ".mixtral-moving";
 
 const TEMPORARY: &str = "config.json.partial";
 
@@ -42,7 +54,8 @@ pub enum StagedError {
     },
     /// The disk is too full for what will be written.
     #[error(
-        "{dir} needs {needed} bytes, but its disk has {free} free; free some space, or choose another --output-dir"
+        "{dir} needs {needed} bytes, but its disk has {free} free; free some space, or choose another --output-dir{}",
+        .older.map(|what| format!(" ({what} is there, which stays until the new one is complete; remove it first if it may go)")).unwrap_or_default()
     )]
     NoSpace {
         /// The directory.
@@ -51,6 +64,24 @@ pub enum StagedError {
         needed: u64,
         /// Bytes there are.
         free: u64,
+        /// What is there and stays until then, with its article.
+        older: Option<&'static str>,
+    },
+    /// New files could not take the places of older ones.
+    #[error(
+        "{source}; the new files are complete, and the next run with --output-dir {dir} puts them in place first. Until then it does not load"
+    )]
+    Moving {
+        /// The directory.
+        dir: PathBuf,
+        /// What failed.
+        source: Box<StagedError>,
+    },
+    /// Given up by [`abandon`].
+    #[error("{dir} is not written: the work was interrupted")]
+    Abandoned {
+        /// The directory.
+        dir: PathBuf,
     },
     /// Someone else is writing there.
     #[error("another process is writing {dir}; wait for it, or choose another --output-dir")]
@@ -91,20 +122,48 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Staged
     move |source| StagedError::Io { action, path, source }
 }
 
-/// A directory being written. Dropped without [`StagedDir::commit`], it removes what it wrote.
+/// A directory being written, beside what is in it. Dropped without [`StagedDir::commit`], it leaves that as it was.
 #[derive(Debug)]
 pub struct StagedDir {
     dir: PathBuf,
     ownership: Ownership,
-    /// Held, not read: the lock goes when the file closes.
-    _lock: File,
+    state: Arc<Mutex<State>>,
+}
+
+/// How far a directory is. Shared with [`abandon`], which a thread of its own may call.
+#[derive(Debug)]
+struct State {
+    dir: PathBuf,
+    ownership: Ownership,
+    /// The lock goes when the file closes.
+    lock: File,
     /// Whether the directory was not there before, so that a failure removes it too.
     created: bool,
-    committed: bool,
+    /// Whether it held an output of ours before.
+    replaces: bool,
+    phase: Phase,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// New files are written; the older output is untouched.
+    Writing,
+    /// New files take the places of older ones.
+    Moving,
+    /// Committed, or given up and cleaned.
+    Over,
+}
+
+/// The directories that this process is writing.
+static ACTIVE: Mutex<Vec<Weak<Mutex<State>>>> = Mutex::new(Vec::new());
+
+fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl StagedDir {
-    /// Locks `dir`, which is created if need be, and empties it of our own files. From here on it does not load.
+    /// Locks `dir`, which is created if need be. What an earlier run of ours left unfinished is finished or removed; an output
+    /// that is there stays as it is until [`StagedDir::commit`].
     ///
     /// # Errors
     /// If it is locked, holds what is not ours, or cannot be written. Nothing of it was changed then.
@@ -117,12 +176,30 @@ impl StagedDir {
         if !created {
             check_ours(dir, ownership)?;
         }
+        // Held until the directory is known, so that whoever abandons the work does not miss it.
+        let mut active = hold(&ACTIVE);
         fs::create_dir_all(dir).map_err(failed("create", dir))?;
-        let lock = lock(dir)?;
-        let staged = StagedDir { dir: dir.to_owned(), ownership, _lock: lock, created, committed: false };
-        staged.remove(CONFIG_FILE)?;
-        staged.sync_dir()?;
-        staged.clean()?;
+        let lock = lock(dir).inspect_err(|_| {
+            if created {
+                // Nobody else can have come to want it in the meantime.
+                let _ = remove(&dir.join(LOCK_FILE)).map(|()| fs::remove_dir(dir));
+            }
+        })?;
+        let (own, phase) = (dir.to_owned(), Phase::Writing);
+        let state = State { dir: own, ownership, lock, created, replaces: false, phase };
+        let state = Arc::new(Mutex::new(state));
+        let staged = StagedDir { dir: dir.to_owned(), ownership, state };
+        recover(dir, ownership)?;
+        {
+            let mut state = hold(&staged.state);
+            state.replaces = dir.join(CONFIG_FILE).exists();
+            // What an earlier run noted there is not true of this one.
+            state.lock.set_len(0).map_err(failed("write", &dir.join(LOCK_FILE)))?;
+        }
+        let new = dir.join(NEW);
+        fs::create_dir(&new).map_err(failed("create", &new))?;
+        active.retain(|state| state.strong_count() > 0);
+        active.push(Arc::downgrade(&staged.state));
         Ok(staged)
     }
 
@@ -132,20 +209,21 @@ impl StagedDir {
         &self.dir
     }
 
-    /// Where the file `name` goes. Its name must be one that the directory owns.
+    /// Where the file `name` is to be written. Its name must be one that the directory owns.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         debug_assert!((self.ownership.owns)(name), "{name} would not be cleaned up");
-        self.dir.join(name)
+        self.dir.join(NEW).join(name)
     }
 
-    /// Checks that `needed` bytes fit on the disk.
+    /// Checks that `needed` bytes fit on the disk, beside what is there.
     ///
     /// # Errors
     /// If they do not. A filesystem that does not say is believed to have room.
     pub fn reserve(&self, needed: u64) -> Result<(), StagedError> {
-        match free_bytes(&self.dir) {
-            Some(free) if free < needed => Err(StagedError::NoSpace { dir: self.dir.clone(), needed, free }),
+        let older = hold(&self.state).replaces.then_some(self.ownership.what);
+        match disk::free_bytes(&self.dir) {
+            Some(free) if free < needed => Err(StagedError::NoSpace { dir: self.dir.clone(), needed, free, older }),
             _ => Ok(()),
         }
     }
@@ -159,7 +237,7 @@ impl StagedDir {
         let write = || {
             let mut file = File::create(&path)?;
             file.write_all(bytes)?;
-            file.sync_all()
+            disk::sync(&file, &path)
         };
         write().map_err(failed("write", &path))?;
         Ok(blake3::hash(bytes))
@@ -191,71 +269,167 @@ impl StagedDir {
             let what = format!("it had {expected} bytes when it was opened, and {} were read", hasher.count());
             return Err(failed("read", from)(io::Error::other(what)));
         }
-        target.sync_all().map_err(failed("write", &path))?;
+        disk::sync(&target, &path).map_err(failed("write", &path))?;
         Ok(hasher.finalize())
     }
 
-    /// Writes the marker and with it makes the directory valid. All other files must be on the disk by now.
+    /// Writes the marker, and puts all that was written in the place of what was there. All other files must be on the disk by
+    /// now.
     ///
     /// # Errors
-    /// If it cannot be written; the directory is cleaned then.
-    pub fn commit(mut self, marker: &[u8]) -> Result<(), StagedError> {
-        self.sync_dir()?;
-        let temporary = self.dir.join(TEMPORARY);
+    /// If it cannot be written: what was there stays. If the new files cannot be put in place, see [`StagedError::Moving`].
+    pub fn commit(self, marker: &[u8]) -> Result<(), StagedError> {
+        let mut state = hold(&self.state);
+        if state.phase == Phase::Over {
+            return Err(StagedError::Abandoned { dir: self.dir.clone() });
+        }
+        let new = self.dir.join(NEW);
+        let temporary = new.join(TEMPORARY);
         let write = || {
+            disk::sync_dir(&new)?;
             let mut file = File::create(&temporary)?;
             file.write_all(marker)?;
-            file.sync_all()
+            disk::sync(&file, &temporary)
         };
         write().map_err(failed("write", &temporary))?;
-        let path = self.dir.join(CONFIG_FILE);
+        let path = new.join(CONFIG_FILE);
         fs::rename(&temporary, &path).map_err(failed("write", &path))?;
-        self.sync_dir()?;
-        self.committed = true;
-        self.remove(LOCK_FILE)
-    }
-
-    fn sync_dir(&self) -> Result<(), StagedError> {
-        File::open(&self.dir).and_then(|d| d.sync_all()).map_err(failed("write", &self.dir))
-    }
-
-    fn remove(&self, name: &str) -> Result<(), StagedError> {
-        let path = self.dir.join(name);
-        match fs::remove_file(&path) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", &path)(e)),
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes all files of ours but the lock.
-    fn clean(&self) -> Result<(), StagedError> {
-        for name in names(&self.dir)? {
-            if name == TEMPORARY || (self.ownership.owns)(&name) {
-                self.remove(&name)?;
-            }
-        }
-        Ok(())
+        disk::sync_dir(&new).map_err(failed("write", &new))?;
+        state.phase = Phase::Moving;
+        put_in_place(&self.dir, self.ownership).map_err(|source| match state.replaces {
+            true => StagedError::Moving { dir: self.dir.clone(), source: Box::new(source) },
+            false => source,
+        })?;
+        state.phase = Phase::Over;
+        remove(&self.dir.join(LOCK_FILE))
     }
 }
 
 impl Drop for StagedDir {
     fn drop(&mut self) {
-        if self.committed {
+        hold(&self.state).give_up("it failed");
+    }
+}
+
+impl State {
+    /// Removes what was written, and notes `why` beside an older output. A failure here cannot be reported, and the next run cleans
+    /// up what is left.
+    fn give_up(&mut self, why: &str) {
+        let phase = std::mem::replace(&mut self.phase, Phase::Over);
+        // Half of an older output is gone while files are moved: the next run finishes that.
+        if phase == Phase::Over || phase == Phase::Moving && self.replaces {
             return;
         }
-        // A failure here cannot be reported, and the next run cleans up what is left.
-        let _ = self.remove(CONFIG_FILE).and_then(|()| self.clean()).and_then(|()| self.remove(LOCK_FILE));
+        let dir = &self.dir;
+        if phase == Phase::Moving {
+            let _ = remove(&dir.join(CONFIG_FILE)).and_then(|()| remove_owned(dir, self.ownership));
+            let _ = remove(&dir.join(MOVING));
+        }
+        // Again, if another thread was just making a file.
+        let _ = (0..3).find(|_| fs::remove_dir_all(dir.join(NEW)).is_ok());
+        let lock = dir.join(LOCK_FILE);
+        if self.replaces {
+            let _ = fs::write(lock, why);
+            return;
+        }
+        let _ = remove(&lock);
         if self.created {
-            let _ = fs::remove_dir(&self.dir);
+            let _ = fs::remove_dir(dir);
         }
     }
 }
 
-/// Bytes free on the disk of `path`, or of its nearest parent that exists.
-#[must_use]
-pub fn free_bytes(path: &Path) -> Option<u64> {
-    let stat = std::path::absolute(path).ok()?.ancestors().find_map(|p| rustix::fs::statvfs(p).ok())?;
-    stat.f_bavail.checked_mul(stat.f_frsize)
+/// Gives up every directory that this process is writing, as a failure would, because of `why`: for a process that is about
+/// to be ended. One that is just being committed is waited for. Says whether there was any.
+pub fn abandon(why: &str) -> bool {
+    let states: Vec<_> = hold(&ACTIVE).iter().filter_map(Weak::upgrade).collect();
+    states.iter().for_each(|state| hold(state).give_up(why));
+    !states.is_empty()
+}
+
+/// Notes in `dir` that a run which was to replace the output of ours there came to nothing, and `why`. Does nothing where there
+/// is none, or where another run is at work.
+pub fn note_failure(dir: &Path, ownership: Ownership, why: &str) {
+    if (ownership.is_marker)(&fs::read(dir.join(CONFIG_FILE)).unwrap_or_default())
+        && let Ok(_lock) = lock(dir)
+    {
+        // Where that cannot be written nothing could be replaced either.
+        let _ = fs::write(dir.join(LOCK_FILE), why);
+    }
+}
+
+/// Warns if what is in `dir` is older than it should be: because a run is replacing it, or because the last run that was to did not
+/// finish. `command` is what writes such directories.
+pub fn warn_if_older(dir: &Path, command: &str) {
+    let path = dir.join(LOCK_FILE);
+    let Ok(file) = File::open(&path) else { return };
+    if hold(&ACTIVE).iter().filter_map(Weak::upgrade).any(|state| hold(&state).dir == dir) {
+        return;
+    }
+    let dir = dir.display();
+    if matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+        log::warn!("`{command}` is replacing {dir} just now; what was there before is used");
+        return;
+    }
+    let why = fs::read_to_string(&path).unwrap_or_default();
+    let why = if why.is_empty() { "it was stopped" } else { &why };
+    log::warn!("the last `{command}` into {dir} did not finish ({why}); what was there before is used");
+}
+
+/// Moves all new files, which are whole, to where they belong; whatever is interrupted, calling it again finishes it. The
+/// marker goes first and comes last, so that nothing loads meanwhile.
+fn put_in_place(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
+    let (new, moving) = (dir.join(NEW), dir.join(MOVING));
+    if !moving.exists() {
+        remove(&dir.join(CONFIG_FILE))?;
+        disk::sync_dir(dir).map_err(failed("write", dir))?;
+        remove_owned(dir, ownership)?;
+        // From here on, files of ours in the directory are new ones.
+        File::create(&moving).map_err(failed("create", &moving))?;
+        disk::sync_dir(dir).map_err(failed("write", dir))?;
+    }
+    let move_in = |name: &str| {
+        let (from, to) = (new.join(name), dir.join(name));
+        fs::rename(from, &to).map_err(failed("write", &to))
+    };
+    let names = if new.exists() { names(&new)? } else { Vec::new() };
+    names.iter().filter(|name| *name != CONFIG_FILE).try_for_each(|name| move_in(name))?;
+    disk::sync_dir(dir).map_err(failed("write", dir))?;
+    if names.iter().any(|name| name == CONFIG_FILE) {
+        move_in(CONFIG_FILE)?;
+        disk::sync_dir(dir).map_err(failed("write", dir))?;
+    }
+    remove_folder(&new)?;
+    remove(&moving)
+}
+
+/// Finishes what a run that was killed began to put in place, and removes what it did not finish writing.
+fn recover(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
+    let new = dir.join(NEW);
+    if dir.join(MOVING).exists() || (new.join(CONFIG_FILE).exists() && !dir.join(CONFIG_FILE).exists()) {
+        return put_in_place(dir, ownership);
+    }
+    remove_folder(&new)
+}
+
+fn remove_folder(path: &Path) -> Result<(), StagedError> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+fn remove(path: &Path) -> Result<(), StagedError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", path)(e)),
+        _ => Ok(()),
+    }
+}
+
+/// Removes all files of ours but the marker and the lock.
+fn remove_owned(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
+    let is_owned = |name: &String| name == TEMPORARY || (ownership.owns)(name);
+    names(dir)?.iter().filter(|name| is_owned(name)).try_for_each(|name| remove(&dir.join(name)))
 }
 
 fn names(dir: &Path) -> Result<Vec<String>, StagedError> {
@@ -267,29 +441,35 @@ fn names(dir: &Path) -> Result<Vec<String>, StagedError> {
     Ok(names)
 }
 
-/// Ours is what has our marker, what a killed run of ours left (its lock file), and what is empty.
+/// Ours is what has our marker, what a killed run of ours left (a lock file and no marker), and what is empty.
 fn check_ours(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     let names = names(dir)?;
-    if names.is_empty() || names.iter().any(|n| n == LOCK_FILE) {
+    let has = |name: &str| names.iter().any(|n| n == name);
+    let is_marker = || fs::read(dir.join(CONFIG_FILE)).is_ok_and(|text| (ownership.is_marker)(&text));
+    if names.is_empty() || if has(CONFIG_FILE) { is_marker() } else { has(LOCK_FILE) } {
         return Ok(());
     }
-    let config = dir.join(CONFIG_FILE);
-    let is_marker = |path: &Path| fs::read(path).is_ok_and(|text| (ownership.is_marker)(&text));
-    if names.iter().any(|n| n == CONFIG_FILE) && is_marker(&config) {
-        return Ok(());
-    }
-    let found = names.into_iter().next().unwrap_or_default();
+    let found = names.into_iter().find(|name| name != LOCK_FILE).unwrap_or_default();
     Err(StagedError::NotOurs { dir: dir.to_owned(), found, what: ownership.what })
 }
 
+/// Takes the lock of `dir`. One that is taken is waited for a moment: whoever looks at an output has it that long.
 fn lock(dir: &Path) -> Result<File, StagedError> {
+    const TRIES: usize = 10;
     let path = dir.join(LOCK_FILE);
+    let mut taken = 0;
     loop {
         let file = OpenOptions::new().create(true).truncate(false).write(true).open(&path);
         let file = file.map_err(failed("write", &path))?;
         match file.try_lock() {
             Ok(()) => {}
+            Err(TryLockError::WouldBlock) if taken < TRIES => {
+                taken += 1;
+                std::thread::sleep(Duration::from_millis(10));
+                continue;
+            }
             Err(TryLockError::WouldBlock) => return Err(StagedError::Locked { dir: dir.to_owned() }),
+            Err(TryLockError::Error(error)) if disk::is_lacking(&error) => Lack::Lock.warn(dir, &error),
             Err(TryLockError::Error(source)) => return Err(failed("lock", &path)(source)),
         }
         // The holder before us may have removed the file between our open and our lock; then we hold nothing.
@@ -314,15 +494,45 @@ mod tests {
         names(dir).unwrap()
     }
 
+    fn write(staged: &StagedDir, names: &[&str]) {
+        names.iter().for_each(|name| fs::write(staged.path(name), "new").unwrap());
+    }
+
+    /// A directory with an output of ours, and someone's file.
+    fn older() -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        let staged = StagedDir::begin(root.path(), TEST).unwrap();
+        ["0.part", "1.part"].iter().for_each(|name| fs::write(staged.path(name), "old").unwrap());
+        staged.commit(b"ours, old").unwrap();
+        fs::write(root.path().join("notes.txt"), "theirs").unwrap();
+        root
+    }
+
+    fn is_older(dir: &Path) -> bool {
+        let text = |name: &str| fs::read_to_string(dir.join(name)).unwrap_or_default();
+        text("config.json") == "ours, old" && ["0.part", "1.part"].iter().all(|name| text(name) == "old")
+    }
+
     #[test]
     fn a_commit_leaves_the_marker_and_the_files_and_nothing_else() {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("a/b");
         let staged = StagedDir::begin(&dir, TEST).unwrap();
-        fs::write(staged.path("0.part"), "x").unwrap();
+        write(&staged, &["0.part"]);
         assert!(!dir.join(CONFIG_FILE).exists());
         staged.commit(b"ours").unwrap();
         assert_eq!(listing(&dir), ["0.part", "config.json"]);
+    }
+
+    #[test]
+    fn an_older_output_is_whole_until_the_new_one_is() {
+        let root = older();
+        let staged = StagedDir::begin(root.path(), TEST).unwrap();
+        write(&staged, &["0.part", "2.part"]);
+        assert!(is_older(root.path()));
+        staged.commit(b"ours, new").unwrap();
+        assert_eq!(listing(root.path()), ["0.part", "2.part", "config.json", "notes.txt"]);
+        assert_eq!(fs::read_to_string(root.path().join("0.part")).unwrap(), "new");
     }
 
     #[test]
@@ -330,7 +540,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let dir = root.path().join("new");
         let staged = StagedDir::begin(&dir, TEST).unwrap();
-        fs::write(staged.path("0.part"), "x").unwrap();
+        write(&staged, &["0.part"]);
         drop(staged);
         assert!(!dir.exists());
         fs::create_dir(&dir).unwrap();
@@ -339,12 +549,42 @@ mod tests {
     }
 
     #[test]
+    fn a_failure_leaves_an_older_output_with_a_note() {
+        let root = older();
+        let staged = StagedDir::begin(root.path(), TEST).unwrap();
+        write(&staged, &["0.part"]);
+        drop(staged);
+        assert!(is_older(root.path()));
+        assert_eq!(listing(root.path()), [LOCK_FILE, "0.part", "1.part", "config.json", "notes.txt"]);
+        note_failure(root.path(), TEST, "the disk is full");
+        assert_eq!(fs::read_to_string(root.path().join(LOCK_FILE)).unwrap(), "the disk is full");
+        StagedDir::begin(root.path(), TEST).unwrap().commit(b"ours").unwrap();
+        assert_eq!(listing(root.path()), ["config.json", "notes.txt"]);
+        // Nothing of ours, so nothing to be mistaken for what was wanted.
+        let empty = tempfile::tempdir().unwrap();
+        note_failure(empty.path(), TEST, "the disk is full");
+        assert!(listing(empty.path()).is_empty());
+    }
+
+    #[test]
+    fn what_is_abandoned_is_cleaned_and_cannot_be_committed() {
+        let root = older();
+        let staged = StagedDir::begin(root.path(), TEST).unwrap();
+        write(&staged, &["0.part"]);
+        hold(&staged.state).give_up("interrupted");
+        assert!(matches!(staged.commit(b"ours, new"), Err(StagedError::Abandoned { .. })));
+        assert!(is_older(root.path()));
+        assert_eq!(fs::read_to_string(root.path().join(LOCK_FILE)).unwrap(), "interrupted");
+    }
+
+    #[test]
     fn a_second_writer_is_refused_and_disturbs_nothing() {
         let root = tempfile::tempdir().unwrap();
         let first = StagedDir::begin(root.path(), TEST).unwrap();
-        fs::write(first.path("0.part"), "x").unwrap();
+        write(&first, &["0.part"]);
         let second = StagedDir::begin(root.path(), TEST).unwrap_err();
         assert!(matches!(second, StagedError::Locked { .. }));
+        note_failure(root.path(), TEST, "the second");
         first.commit(b"ours").unwrap();
         assert_eq!(listing(root.path()), ["0.part", "config.json"]);
     }
@@ -355,8 +595,39 @@ mod tests {
         for name in [LOCK_FILE, "7.part", TEMPORARY, "notes.txt"] {
             fs::write(root.path().join(name), "x").unwrap();
         }
+        fs::create_dir(root.path().join(NEW)).unwrap();
+        fs::write(root.path().join(NEW).join("8.part"), "half").unwrap();
         StagedDir::begin(root.path(), TEST).unwrap().commit(b"ours").unwrap();
         assert_eq!(listing(root.path()), ["config.json", "notes.txt"]);
+    }
+
+    /// As many states as a kill can leave, made by doing so many steps of a move.
+    #[test]
+    fn a_move_that_was_killed_is_finished_by_the_next_run_even_if_that_fails() {
+        for steps in 0..8 {
+            let root = older();
+            let (dir, new) = (root.path(), root.path().join(NEW));
+            fs::write(dir.join(LOCK_FILE), "").unwrap();
+            fs::create_dir(&new).unwrap();
+            ["0.part", "2.part", "config.json"].iter().for_each(|name| fs::write(new.join(name), "ours, new").unwrap());
+            let step: [&dyn Fn() -> io::Result<()>; 7] = [
+                &|| fs::remove_file(dir.join("config.json")),
+                &|| fs::remove_file(dir.join("0.part")),
+                &|| fs::remove_file(dir.join("1.part")).and_then(|()| fs::write(dir.join(MOVING), "")),
+                &|| fs::rename(new.join("0.part"), dir.join("0.part")),
+                &|| fs::rename(new.join("2.part"), dir.join("2.part")),
+                &|| fs::rename(new.join("config.json"), dir.join("config.json")),
+                &|| fs::remove_dir(&new),
+            ];
+            step[..steps].iter().for_each(|step| step().unwrap());
+            drop(StagedDir::begin(dir, TEST).unwrap());
+            if steps == 0 {
+                assert!(is_older(dir), "nothing was replaced yet");
+                continue;
+            }
+            assert_eq!(listing(dir), [LOCK_FILE, "0.part", "2.part", "config.json", "notes.txt"], "{steps} steps");
+            assert_eq!(fs::read_to_string(dir.join("0.part")).unwrap(), "ours, new");
+        }
     }
 
     #[test]
@@ -373,6 +644,10 @@ mod tests {
             "DIR holds `0.part` and is not a test directory of ours; choose another --output-dir, or empty it yourself"
         );
         assert_eq!(listing(root.path()), ["0.part", "config.json"]);
+        // Nor does the note that a failed run of another stage left make it ours.
+        fs::write(root.path().join(LOCK_FILE), "it failed").unwrap();
+        assert!(matches!(StagedDir::begin(root.path(), TEST), Err(StagedError::NotOurs { .. })));
+        fs::remove_file(root.path().join(LOCK_FILE)).unwrap();
         let file = root.path().join("0.part");
         assert!(matches!(StagedDir::begin(&file, TEST), Err(StagedError::NotADirectory { .. })));
     }
@@ -385,6 +660,15 @@ mod tests {
         staged.reserve(1).unwrap();
         let refused = staged.reserve(u64::MAX).unwrap_err().to_string();
         assert!(refused.contains("needs 18446744073709551615 bytes, but its disk has "), "{refused}");
+        let root = older();
+        let staged_over = StagedDir::begin(root.path(), TEST).unwrap();
+        let refused = staged_over.reserve(u64::MAX).unwrap_err().to_string();
+        assert!(
+            refused.ends_with(
+                "(a test directory is there, which stays until the new one is complete; remove it first if it may go)"
+            ),
+            "{refused}"
+        );
         let full = failed("write", &dir)(io::ErrorKind::StorageFull.into()).to_string();
         assert!(full.ends_with("; free some space, or choose another --output-dir"), "{full}");
         drop(staged);

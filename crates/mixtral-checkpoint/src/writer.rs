@@ -9,6 +9,7 @@ use mixtral_model::Rank;
 use serde_json::{Map, Value, json};
 
 use crate::config::{CheckpointConfig, is_ours};
+use crate::disk;
 use crate::header::{LENGTH_BYTES, safetensors_name};
 use crate::layout::{TensorSpec, rank_tensors};
 use crate::names::{is_rank_file, is_tokenizer_file, rank_file_name};
@@ -131,6 +132,8 @@ impl CheckpointWriter {
             }
             self.config.run_id = Some(run_id);
         }
+        // Some file systems move no file that is open.
+        self.ranks.clear();
         self.staged.commit(self.config.to_json().as_bytes())?;
         Ok(self.config.run_id)
     }
@@ -167,12 +170,7 @@ impl RankWriter {
         }
         let open = || {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
-            // Blocks are taken now, so that a full disk is known before any work. Not every filesystem can.
-            match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, at) {
-                Ok(()) => {}
-                Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS) => file.set_len(at)?,
-                Err(e) => return Err(e.into()),
-            }
+            disk::allocate(&file, at)?;
             Ok(file)
         };
         let file = match open() {
@@ -205,7 +203,7 @@ impl RankWriter {
     /// # Errors
     /// If the disk refuses.
     pub fn sync(&self) -> Result<(), WriteError> {
-        Ok(self.file.sync_data().map_err(|source| self.failed(source))?)
+        Ok(disk::sync(&self.file, &self.path).map_err(|source| self.failed(source))?)
     }
 
     fn failed(&self, source: std::io::Error) -> StagedError {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use mixtral_checkpoint::staged::free_bytes;
+use mixtral_checkpoint::disk::free_bytes;
 use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
 use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe};
 
@@ -84,14 +84,17 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
     let (mut model, tied) = match &options.input {
         Input::Geometry(model) => (ModelConfig { dtype: options.dtype.unwrap_or(model.dtype), ..model.clone() }, false),
         Input::Directory(dir) => {
-            let config = if options.save_config_only {
-                open_config(dir)?.1
+            let (config, tied) = if options.save_config_only {
+                let config = open_config(dir)?.1;
+                let tied = config.tied;
+                (config, tied)
             } else {
-                source.insert(Source::open(dir)?).config.clone()
+                let source = source.insert(Source::open(dir)?);
+                (source.config.clone(), source.tied)
             };
             tokenizer = TokenizerFiles::read(dir, config.model.vocab_size)?;
             let dtype = options.dtype.or(source.as_ref().map(Source::dtype)).or(config.dtype);
-            let SourceConfig { path, model, tied, .. } = config;
+            let SourceConfig { path, model, .. } = config;
             let dtype = dtype.ok_or(ConvertError::NoDType { path })?;
             (ModelConfig { dtype, ..model }, tied)
         }

@@ -1,20 +1,58 @@
 //! Why a model cannot be converted.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::config::ConfigRuleError;
 use mixtral_checkpoint::{HeaderError, KeyError, WriteError, lines};
 use mixtral_model::{ConfigError, DType};
 use mixtral_tokenizer::TokenizerError;
 
+use crate::source::diagnosis::Diagnosis;
+
 /// A conversion that cannot be done.
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
     /// The model directory is not there.
-    #[error("there is no model directory {dir}; --model-dir names one with config.json and *.safetensors")]
+    #[error("there is no model directory {dir}; --model-dir names one with config.json and *.safetensors{}", download(.dir))]
     NoDirectory {
         /// The directory.
         dir: PathBuf,
+    },
+    /// A file in place of a directory.
+    #[error("{path} is a file; --model-dir names the directory with config.json and all of the model's *.safetensors")]
+    NotADirectory {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A folder of the hub's cache in place of what is in it.
+    #[error("{dir} is a folder of the Hugging Face cache; {}", match .snapshot {
+        Some(snapshot) => format!("the model is in {}: name that directory instead", snapshot.display()),
+        None => "no snapshot in it has a config.json: the download is incomplete, do it again".to_owned(),
+    })]
+    HubCache {
+        /// The folder.
+        dir: PathBuf,
+        /// The model in it.
+        snapshot: Option<PathBuf>,
+    },
+    /// A folder above the model.
+    #[error("{dir} has neither config.json nor params.json, but {model} has: name that directory instead")]
+    Above {
+        /// The folder.
+        dir: PathBuf,
+        /// The first one in it that may be a model.
+        model: PathBuf,
+    },
+    /// An adapter in place of a model.
+    #[error(
+        "{dir} holds a LoRA adapter, not a model; merge it into its base model{} first (with peft: `PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(merged)`), and convert what that saved",
+        .base.as_ref().map(|base| format!(", {base},")).unwrap_or_default()
+    )]
+    Adapter {
+        /// The directory.
+        dir: PathBuf,
+        /// What the adapter was made for, if it says.
+        base: Option<String>,
     },
     /// Neither of the files that describe a model.
     #[error("{dir} has neither config.json nor params.json, so it is no model directory; download the whole model")]
@@ -25,6 +63,14 @@ pub enum ConvertError {
     /// A checkpoint in place of a model.
     #[error("{path} is a checkpoint's: this directory was converted before; pass it to `mixtral build`")]
     AlreadyCheckpoint {
+        /// Its config.json.
+        path: PathBuf,
+    },
+    /// An engine in place of a model.
+    #[error(
+        "{path} is an engine's: pass this directory to `mixtral run` (--engine-dir), or name the model it was made of"
+    )]
+    AlreadyEngine {
         /// Its config.json.
         path: PathBuf,
     },
@@ -62,11 +108,35 @@ pub enum ConvertError {
     },
     /// Weights in a format that runs code when it is read.
     #[error(
-        "{path} is a PyTorch pickle, which can run code when it is read; download or export the model as safetensors"
+        "{path} is a PyTorch pickle, which can run code when it is read; download the model as safetensors, or export it (with transformers: `AutoModelForCausalLM.from_pretrained(dir, dtype=\"auto\").save_pretrained(new_dir)`)"
     )]
     Pickle {
         /// A weight file.
         path: PathBuf,
+    },
+    /// Weights in another tool's format.
+    #[error("{path} is {what}, which is not read; download the model as safetensors (f16, bf16 or f32)")]
+    Foreign {
+        /// A weight file.
+        path: PathBuf,
+        /// The format.
+        what: &'static str,
+    },
+    /// What PyTorch's FSDP saves.
+    #[error(
+        "{dir} holds the shards of PyTorch's distributed checkpoint (FSDP); merge them into safetensors first (`accelerate merge-weights`)"
+    )]
+    Fsdp {
+        /// The directory.
+        dir: PathBuf,
+    },
+    /// What DeepSpeed saves.
+    #[error(
+        "{dir} holds DeepSpeed's shards; make weights of them first (in it: `python zero_to_fp32.py . merged --safe_serialization`, then copy config.json and the tokenizer's files along)"
+    )]
+    DeepSpeed {
+        /// The directory.
+        dir: PathBuf,
     },
     /// No weights at all.
     #[error("{dir} has no weights; download {expected}")]
@@ -92,13 +162,21 @@ pub enum ConvertError {
         /// One line each.
         missing: Vec<String>,
     },
-    /// A tensor that is not where the index says, all of them.
-    #[error("{index} does not fit its files; download the model again:\n{}", lines(.problems))]
+    /// A single file of weights under a name that nobody looks for.
+    #[error(
+        "{path} is not called model.safetensors; rename it so if it is the whole model, else download the model again"
+    )]
+    OtherName {
+        /// The file.
+        path: PathBuf,
+    },
+    /// An index that is none.
+    #[error("{index}: {problem}; download it again")]
     Index {
         /// The index.
         index: PathBuf,
-        /// One line each.
-        problems: Vec<String>,
+        /// What is wrong.
+        problem: String,
     },
     /// A file cannot be read.
     #[error("cannot read {path}: {source}")]
@@ -138,6 +216,14 @@ pub enum ConvertError {
         layout: &'static str,
         /// One line each.
         problems: Vec<String>,
+    },
+    /// Weights that do not fit their configuration, for a reason that is known.
+    #[error("the weights in {dir} cannot be used: {diagnosis}")]
+    Diagnosed {
+        /// The directory.
+        dir: PathBuf,
+        /// The reason.
+        diagnosis: Box<Diagnosis>,
     },
     /// Weights that are infinite or not a number.
     #[error(
@@ -189,4 +275,15 @@ pub enum ConvertError {
     /// The checkpoint cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
+}
+
+/// How to download what looks like a name on the hub: `owner/model`.
+fn download(dir: &Path) -> String {
+    let name = dir.to_string_lossy();
+    match name.split('/').collect::<Vec<_>>()[..] {
+        [owner, model] if !owner.is_empty() && !owner.starts_with('.') && !model.is_empty() => {
+            format!("; to download {name}: `hf download {name} --local-dir {model}`")
+        }
+        _ => String::new(),
+    }
 }

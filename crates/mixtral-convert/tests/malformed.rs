@@ -101,7 +101,14 @@ fn configurations() {
     m.config("another activation", "hidden_act", json!("gelu"));
     m.config("scaled rotary frequencies", "rope_scaling", json!({ "type": "linear", "factor": 4.0 }));
     m.config("scaled rotary frequencies, new spelling", "rope_parameters", json!({ "rope_type": "yarn" }));
-    m.config("quantized weights", "quantization_config", json!({ "quant_method": "awq" }));
+    m.config("a quantizer that is no object", "quantization_config", json!("awq"));
+    m.plain("heads do not group by the default", |dir| {
+        edit(&dir.join("config.json"), "num_attention_heads", json!(12));
+        edit(&dir.join("config.json"), "num_key_value_heads", json!("remove"));
+    });
+    m.plain("config is an engine's", |dir| {
+        fs::write(dir.join("config.json"), r#"{"mixtral_engine_format": 3}"#).unwrap();
+    });
     m.config("an unknown type", "torch_dtype", json!("float8_e4m3fn"));
     m.config("a norm without epsilon", "rms_norm_eps", json!(0.0));
     let model = TinyModel::mixtral(DType::F32, 1);
@@ -140,17 +147,6 @@ fn files() {
             fs::remove_file(dir.join(format!("model-0000{shard}-of-00002.safetensors"))).unwrap();
         }
     });
-    m.case("shards swapped", &model, (Layout::V5, 2), |dir, _| {
-        let [a, b] = [1, 2].map(|n| dir.join(format!("model-0000{n}-of-00002.safetensors")));
-        fs::rename(&a, dir.join("x")).unwrap();
-        fs::rename(&b, &a).unwrap();
-        fs::rename(dir.join("x"), &b).unwrap();
-        let file = dir.join(index);
-        let mut json: Value = serde_json::from_slice(&fs::read(&file).unwrap()).unwrap();
-        json["weight_map"].as_object_mut().unwrap().retain(|name, _| name.contains("layers.1.mlp"));
-        json["weight_map"]["a tensor of another model"] = json!("model-00001-of-00002.safetensors");
-        fs::write(file, json.to_string()).unwrap();
-    });
     m.case("a tensor in two files", &model, (Layout::Consolidated, 2), |dir, _| {
         fs::remove_file(dir.join("consolidated.safetensors.index.json")).unwrap();
         fs::copy(
@@ -183,6 +179,67 @@ fn files() {
     insta::assert_snapshot!(m.text());
 }
 
+const ADAPTER: &str = r#"{"peft_type": "LORA", "base_model_name_or_path": "mistralai/Mixtral-8x22B-v0.1"}"#;
+
+#[test]
+fn directories_that_are_no_model() {
+    let mut m = Messages::default();
+    let model = TinyModel::mixtral(DType::F32, 1);
+    let plain = (Layout::V4, 1);
+    let weights = "model.safetensors";
+    m.case("a file", &model, plain, |dir, options| options.input = Input::Directory(dir.join(weights)));
+    m.case("a name on the hub", &model, plain, |_, options| {
+        options.input = Input::Directory("someone/Mixtral-tuned".into());
+    });
+    // As huggingface_hub lays its cache out.
+    let cached = |dir: &Path, hashes: &[&str]| {
+        for hash in hashes {
+            fs::create_dir_all(dir.join("snapshots").join(hash)).unwrap();
+            fs::copy(dir.join("config.json"), dir.join("snapshots").join(hash).join("config.json")).unwrap();
+        }
+        fs::create_dir_all(dir.join("blobs")).unwrap();
+        fs::create_dir_all(dir.join("snapshots/0dead")).unwrap();
+        fs::remove_file(dir.join("config.json")).unwrap();
+    };
+    m.plain("the hub's cache", |dir| cached(dir, &["4fc1d2"]));
+    m.plain("the hub's cache of two versions", |dir| {
+        cached(dir, &["4fc1d2", "9a8b7c"]);
+        fs::create_dir(dir.join("refs")).unwrap();
+        fs::write(dir.join("refs/main"), "4fc1d2\n").unwrap();
+    });
+    m.plain("the hub's whole cache", |dir| {
+        cached(dir, &["4fc1d2"]);
+        fs::create_dir(dir.join("models--someone--Mixtral-tuned")).unwrap();
+        fs::rename(dir.join("snapshots"), dir.join("models--someone--Mixtral-tuned/snapshots")).unwrap();
+    });
+    m.plain("the hub's cache without a model", |dir| cached(dir, &[]));
+    m.plain("the folder above", |dir| {
+        fs::create_dir(dir.join("checkpoint-500")).unwrap();
+        fs::rename(dir.join("config.json"), dir.join("checkpoint-500/config.json")).unwrap();
+    });
+    m.plain("an adapter with its base's configuration", |dir| {
+        fs::rename(dir.join(weights), dir.join("adapter_model.safetensors")).unwrap();
+        fs::write(dir.join("adapter_config.json"), ADAPTER).unwrap();
+    });
+    m.plain("an adapter alone", |dir| {
+        fs::remove_file(dir.join("config.json")).unwrap();
+        fs::rename(dir.join(weights), dir.join("adapter_model.bin")).unwrap();
+        fs::write(dir.join("adapter_config.json"), "{}").unwrap();
+    });
+    let renamed = |m: &mut Messages, name: &str, files: &[&str]| {
+        m.plain(name, |dir| {
+            fs::remove_file(dir.join(weights)).unwrap();
+            files.iter().for_each(|file| fs::write(dir.join(file), "x").unwrap());
+        });
+    };
+    renamed(&mut m, "GGUF", &["mixtral-8x7b.Q5_0.gguf"]);
+    renamed(&mut m, "TensorFlow", &["tf_model.h5"]);
+    renamed(&mut m, "FSDP", &["__0_0.distcp", "training_args.bin"]);
+    renamed(&mut m, "DeepSpeed", &["zero_to_fp32.py", "latest"]);
+    m.plain("another name", |dir| fs::rename(dir.join(weights), dir.join("mixtral.safetensors")).unwrap());
+    insta::assert_snapshot!(m.text());
+}
+
 fn tensor<'a>(tensors: &'a mut [Tensor], name: &str) -> &'a mut Tensor {
     tensors.iter_mut().find(|t| t.name == name).unwrap()
 }
@@ -205,13 +262,7 @@ fn tensors() {
         tensors.push(Tensor::new("lm_head.bias", DType::F32, &[97], &[1.0; 97]));
     });
     m.plain("weights of another type", |dir| {
-        let path = dir.join("model.safetensors");
-        let bytes = fs::read(&path).unwrap();
-        let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
-        let text = String::from_utf8(bytes[8..8 + header].to_vec()).unwrap();
-        let at = text.find("\"model.norm.weight\"").unwrap();
-        let text = format!("{}{}", &text[..at], text[at..].replacen("F32", "I32", 1));
-        fs::write(&path, [&bytes[..8], text.as_bytes(), &bytes[8 + header..]].concat()).unwrap();
+        retype(&dir.join("model.safetensors"), "model.norm.weight", "F32", "C64x");
     });
     let model = TinyModel::mixtral(DType::F32, 1);
     m.case("fused experts of another size", &model, (Layout::V5, 1), |dir, _| {
@@ -235,6 +286,95 @@ fn tensors() {
         set(w2, 10, 1e9);
     });
     m.tensors("past the range of bf16", Some(DType::Bf16), |tensors| set(tensor(tensors, W2), 0, f32::MAX));
+    insta::assert_snapshot!(m.text());
+}
+
+/// Gives the first tensor of that name another type, of as many bytes.
+fn retype(path: &Path, name: &str, old: &str, new: &str) {
+    let bytes = fs::read(path).unwrap();
+    let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
+    let text = String::from_utf8(bytes[8..8 + header].to_vec()).unwrap();
+    let at = text.find(&format!("\"{name}\"")).unwrap();
+    let text = format!("{}{}", &text[..at], text[at..].replacen(old, new, 1));
+    let length = (text.len() as u64).to_le_bytes();
+    fs::write(path, [&length[..], text.as_bytes(), &bytes[8 + header..]].concat()).unwrap();
+}
+
+/// Weights that do not fit, for a reason that can be told.
+#[test]
+fn diagnoses() {
+    let mut m = Messages::default();
+    let model = TinyModel::mixtral(DType::F32, 1);
+    for prefix in ["module.", "_orig_mod.", "base_model.model.", "language_model.", "student.backbone."] {
+        m.tensors(&format!("names begin with {prefix}"), None, |tensors| {
+            tensors.iter_mut().for_each(|t| t.name = format!("{prefix}{}", t.name));
+        });
+    }
+    m.tensors("the model without its head", None, |tensors| {
+        tensors.retain(|t| t.name != "lm_head.weight");
+        tensors.iter_mut().for_each(|t| t.name = t.name.replacen("model.", "", 1));
+    });
+    m.tensors("an adapter beside its base", None, |tensors| {
+        for t in tensors {
+            t.name = format!("base_model.model.{}", t.name.replace("v_proj.weight", "v_proj.base_layer.weight"));
+        }
+    });
+    m.tensors("an adapter's deltas", None, |tensors| {
+        tensors.push(Tensor::new("model.layers.1.self_attn.k_proj.lora_B.weight", DType::F32, &[32, 2], &[0.0; 64]));
+    });
+    m.tensors("a bias", None, |tensors| {
+        tensors.push(Tensor::new("model.layers.1.self_attn.v_proj.bias", DType::F32, &[16], &[1.0; 16]));
+    });
+    m.tensors("without elements", None, |tensors| {
+        for t in tensors {
+            (t.shape, t.data) = (vec![0], Vec::new());
+        }
+    });
+    let rows = |tensors: &mut Vec<Tensor>, name: &str, add: usize| {
+        let t = tensor(tensors, name);
+        t.shape[0] += add;
+        t.data.extend(vec![0; add * 32 * 4]);
+    };
+    m.tensors("more rows than the vocabulary", None, |tensors| {
+        rows(tensors, "model.embed_tokens.weight", 5);
+        rows(tensors, "lm_head.weight", 5);
+    });
+    m.tensors("more rows in the head alone", None, |tensors| rows(tensors, "lm_head.weight", 5));
+    m.tensors("without a head", None, |tensors| tensors.retain(|t| t.name != "lm_head.weight"));
+    m.tensors("a reward model", None, |tensors| {
+        tensors.retain(|t| t.name != "lm_head.weight");
+        tensors.push(Tensor::new("score.weight", DType::F32, &[1, 32], &[1.0; 32]));
+    });
+    m.config("fewer layers than the weights have", "num_hidden_layers", json!(1));
+    m.config("more layers than the weights have", "num_hidden_layers", json!(5));
+    m.config("fewer experts than the weights have", "num_local_experts", json!(2));
+    m.config("more experts than the weights have", "num_local_experts", json!(7));
+    m.config("experts of a dense configuration", "model_type", json!("mistral"));
+    m.case("a dense model of experts", &TinyModel::mistral(DType::F32, 1), (Layout::V4, 1), |dir, _| {
+        edit(&dir.join("config.json"), "model_type", json!("mixtral"));
+    });
+    let weights = |dir: &Path| dir.join("model.safetensors");
+    let (norm, awq) = ("model.norm.weight", json!({ "quant_method": "awq", "bits": 4 }));
+    m.plain("quantized, and the configuration says how", |dir| {
+        retype(&weights(dir), W2, W2, &W2.replace("weight", "qweight"));
+        retype(&weights(dir), &W2.replace("weight", "qweight"), "F32", "I32");
+        edit(&dir.join("config.json"), "quantization_config", awq);
+    });
+    m.plain("quantized, and a file beside says how", |dir| {
+        retype(&weights(dir), W2, W2, &W2.replace("weight", "g_idx"));
+        fs::write(dir.join("quantize_config.json"), "{}").unwrap();
+    });
+    m.plain("fp8, and nothing says so", |dir| {
+        retype(&weights(dir), norm, "[32]", "[128]");
+        retype(&weights(dir), norm, "F32", "F8_E4M3");
+    });
+    m.plain("float64", |dir| {
+        retype(&weights(dir), norm, "[32]", "[16]");
+        retype(&weights(dir), norm, "F32", "F64");
+    });
+    m.case("quantized, in Mistral's own files", &model, (Layout::Consolidated, 1), |dir, _| {
+        retype(&dir.join("consolidated.safetensors"), "norm.weight", "F32", "I32");
+    });
     insta::assert_snapshot!(m.text());
 }
 

@@ -202,7 +202,7 @@ fn progress_ends_at_its_total_and_a_second_writer_is_refused_meanwhile() {
     options.mapping = Mapping::tensor_parallel(2, 1);
     let refused = Mutex::new(String::new());
     let second = || {
-        assert!(!to.join("config.json").exists(), "an unfinished checkpoint does not load");
+        assert!(Checkpoint::open(&to).is_err(), "an unfinished checkpoint does not load");
         *refused.lock().unwrap() = convert(&options, &()).unwrap_err().to_string();
     };
     let watch = Watch { total: AtomicU64::new(0), done: AtomicU64::new(0), once: Mutex::new(Some(second)) };
@@ -324,4 +324,73 @@ fn a_model_may_keep_one_tensor_in_another_type() {
     let ckpt = root.path().join("plain-ckpt");
     convert(&options(&plain, ckpt.clone()), &()).unwrap();
     assert_eq!(contents(&to), contents(&ckpt));
+}
+
+/// The bytes of a tensor of the only rank.
+fn written(checkpoint: &Path, tensor: &str) -> Vec<u8> {
+    Checkpoint::open(checkpoint).unwrap().rank(Rank(0)).unwrap().tensor(tensor).unwrap().bytes.to_vec()
+}
+
+#[test]
+fn a_configuration_that_ties_counts_only_where_one_of_the_two_is_missing() {
+    let root = tempfile::tempdir().unwrap();
+    for layout in LAYOUTS {
+        let (from, to) = (root.path().join("model"), root.path().join("ckpt"));
+        let mut model = TinyModel::mixtral(DType::Bf16, 13);
+        let tensors = model.weights_in(layout);
+        model.tied = true;
+        let find = |names: [&str; 2]| tensors.iter().find(|t| names.contains(&t.name.as_str())).unwrap().data.clone();
+        const EMBEDDING: [&str; 2] = ["model.embed_tokens.weight", "tok_embeddings.weight"];
+        const HEAD: [&str; 2] = ["lm_head.weight", "output.weight"];
+        let (embedding, head) = (find(EMBEDDING), find(HEAD));
+        assert_ne!(embedding, head);
+        for (left_out, expected) in
+            [(["", ""], [&embedding, &head]), (HEAD, [&embedding, &embedding]), (EMBEDDING, [&head, &head])]
+        {
+            let _ = fs::remove_dir_all(&from);
+            let kept: Vec<_> = tensors.iter().filter(|t| !left_out.contains(&t.name.as_str())).cloned().collect();
+            model.write_tensors(&from, layout, 1, &kept);
+            convert(&options(&from, to.clone()), &()).unwrap();
+            let found = ["transformer.vocab_embedding.weight", "lm_head.weight"].map(|name| written(&to, name));
+            assert!([&found[0], &found[1]] == expected, "{layout:?} without {left_out:?}");
+        }
+    }
+}
+
+#[test]
+fn an_index_says_which_files_there_are_and_nothing_else() {
+    let root = tempfile::tempdir().unwrap();
+    let (from, to) = (root.path().join("model"), root.path().join("ckpt"));
+    let model = TinyModel::mixtral(DType::Bf16, 14);
+    model.write(&from, Layout::V4, 3);
+    convert(&options(&from, to.clone()), &()).unwrap();
+    let expected = contents(&to);
+    let index = from.join("model.safetensors.index.json");
+    let shard = |n: usize| format!("model-0000{n}-of-00003.safetensors");
+    for map in [
+        // Swapped, of another model, and far too few.
+        serde_json::json!({ "model.norm.weight": shard(1), "lm_head.weight": shard(2), "a.b.c": shard(3) }),
+        serde_json::json!({ "x": shard(3), "y": shard(1), "z": shard(2) }),
+    ] {
+        fs::write(&index, serde_json::json!({ "weight_map": map }).to_string()).unwrap();
+        convert(&options(&from, to.clone()), &()).unwrap();
+        assert!(contents(&to) == expected, "{map}");
+    }
+}
+
+#[test]
+fn a_quantizer_left_in_the_configuration_of_plain_weights_changes_nothing() {
+    let root = tempfile::tempdir().unwrap();
+    let (from, to) = (root.path().join("model"), root.path().join("ckpt"));
+    let model = TinyModel::mixtral(DType::F16, 15);
+    model.write(&from, Layout::V5, 1);
+    convert(&options(&from, to.clone()), &()).unwrap();
+    let expected = contents(&to);
+    for left in [serde_json::json!({ "quant_method": "gptq", "bits": 3 }), serde_json::json!({})] {
+        let mut config = model.config_json(Layout::V5);
+        config["quantization_config"] = left;
+        fs::write(from.join("config.json"), config.to_string()).unwrap();
+        convert(&options(&from, to.clone()), &()).unwrap();
+        assert!(contents(&to) == expected);
+    }
 }

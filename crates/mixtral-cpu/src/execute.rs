@@ -212,7 +212,8 @@ impl<'a> Machine<'a> {
             ResolvedOp::Sample { logits } => {
                 let (cols, vocab_size, span) = (self.cols(*logits), self.program.vocab_size, self.span(*logits));
                 let logits = floats(&self.arena[span]);
-                self.outputs.tokens = sample::sample(logits, cols, vocab_size, inputs)?;
+                let dtype = self.program.dtype;
+                self.outputs.tokens = sample::sample(logits, cols, vocab_size, dtype, inputs)?;
                 if inputs.return_logits {
                     self.outputs.logits =
                         logits.chunks_exact(cols).flat_map(|row| &row[..vocab_size]).copied().collect();

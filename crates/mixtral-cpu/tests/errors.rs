@@ -1,7 +1,7 @@
 //! What is refused, and in which words.
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{Backend as _, BackendError, Epilogue, Inspect as _, Op, Program, Rows, Weights};
+use mixtral_engine::{Backend as _, BackendError, Epilogue, Inspect as _, Op, Program, Rows, StepInputs, Weights};
 use mixtral_model::DType;
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::batch;
@@ -63,7 +63,7 @@ fn operands_in_the_same_memory_are_refused() {
     let y = a.program.buffers.iter().position(|b| b.name == "y").unwrap();
     a.program.buffers[y].offset = 0;
     let error = refused(a.program, a.weights.into_weights(), OPTIONS).to_string();
-    assert_eq!(error, "operation 0 (linear): `x` and `y` lie in the same memory; build the engine again");
+    assert_eq!(error, "program: buffers `x` and `y` overlap in the arena, and operation 0 (linear) needs both");
 }
 
 #[test]
@@ -103,6 +103,20 @@ fn a_step_over_the_limits_is_refused() {
     inputs.slot_mapping[4] = 20 * 16;
     let error = backend.step(&inputs).unwrap_err();
     assert_eq!(error.to_string(), "step input `slot_mapping`[4] is 320, expected -1 to 319");
+    let changes: [fn(&mut StepInputs<'static>); 6] = [
+        |inputs| inputs.block_table[0] = -1,
+        |inputs| inputs.block_table[0] = 20,
+        |inputs| inputs.positions[2] = 3,
+        |inputs| inputs.positions[2] = -1,
+        |inputs| inputs.slot_mapping[2] = -1,
+        |inputs| inputs.slot_mapping[2] += 1,
+    ];
+    for change in changes {
+        let mut inputs = batch::prompt(&limits, 61, 20, 5);
+        change(&mut inputs);
+        let error = backend.step(&inputs).unwrap_err();
+        assert!(matches!(error, BackendError::Inputs(_)), "{error}");
+    }
     // A refused step is without consequence.
     assert!(backend.step(&batch::prompt(&limits, 61, 20, 5)).is_ok());
 }

@@ -6,12 +6,12 @@ use std::time::Duration;
 use mixtral_engine::{Backend, BackendError, Inspect, Op, Program, StepInputs, StepOutputs, Weights};
 use mixtral_kernels::lower::dummy;
 use mixtral_kernels::step_block::{Array, Drawn};
-use mixtral_kernels::{KernelImages, Regime, Schedule, StepBlock, Target, Work};
+use mixtral_kernels::{Executable, Regime, StepBlock, Work};
 use mixtral_model::TokenId;
 
 use crate::budget::{KvBlocks, Needs};
 use crate::driver::{Context, Device, DeviceMemory, Pinned, Stream};
-use crate::execute::{Addresses, Functions, Sequence, Shape, Timer};
+use crate::execute::{Addresses, Functions, Shape, Timer, WorkList};
 use crate::{CudaError, inputs, weights};
 
 /// How a program is loaded.
@@ -50,7 +50,7 @@ const OVERLAPS: u32 = 90;
 
 /// One rank's program on a GPU. Fields are dropped in order: what uses memory before the memory.
 pub struct CudaBackend {
-    sequences: Vec<(Regime, Sequence)>,
+    work: Vec<(Regime, WorkList)>,
     timer: Option<Timer>,
     stream: Stream,
     staging: Pinned,
@@ -77,29 +77,33 @@ struct Memory {
 }
 
 impl CudaBackend {
-    /// Loads a program that passed [`Program::check`], with `images` that the GPU runs: loads its kernels, allocates everything, brings its weights onto the
-    /// device, and captures its graphs.
+    /// Loads a program with the schedule that was made of it and kernels that the GPU runs: loads the kernels, allocates
+    /// everything, brings the weights onto the device, and captures the graphs. Nothing is lowered here.
     ///
     /// # Errors
-    /// No driver or GPU, kernels that the GPU cannot run, a program that has no kernels, too little memory, a missing or wrong
-    /// weight.
+    /// A program or a schedule that does not pass its check, no driver or GPU, kernels that the GPU cannot run or that take other
+    /// parameters than the schedule passes, too little memory, a missing or wrong weight.
     pub fn load(
         program: Program,
         source: &Weights,
-        images: &KernelImages,
+        executable: &Executable,
         options: CudaOptions,
     ) -> Result<CudaBackend, BackendError> {
         program.check().map_err(|e| BackendError::Other(e.to_string()))?;
-        let schedule = Schedule::new(&program, Target { family: images.code.family() })
-            .map_err(|e| BackendError::Other(e.to_string()))?;
+        let schedule = &executable.schedule;
+        schedule.check(&program).map_err(|e| BackendError::Other(e.to_string()))?;
         let context = Context::new(options.device)?;
         let stream = Stream::new(&context)?;
-        let block = StepBlock::new(&program);
+        let block = schedule.block.clone();
 
         // Kernels come before the memory is counted: they take some, too.
-        let mut functions = Functions::new(images, &context);
+        let mut functions = Functions::new(&executable.images, &context);
         let fills: Vec<Work> = match source {
-            Weights::Dummy { seed } => dummy::launches(&program, *seed).into_iter().map(Work::Launch).collect(),
+            Weights::Dummy { seed } => {
+                let fills = dummy::launches(&program, &schedule.fills, *seed);
+                let none = |dtype| BackendError::Other(format!("the engine has no kernel that fills {dtype} weights"));
+                fills.map_err(none)?.into_iter().map(Work::Launch).collect()
+            }
             Weights::Source(_) => Vec::new(),
         };
         for work in schedule.regimes.iter().flat_map(|(_, work)| work).chain(&fills) {
@@ -107,7 +111,7 @@ impl CudaBackend {
         }
 
         let (starts, weight_bytes) = weights::layout(&program);
-        let needs = Needs::new(&program, weight_bytes, &schedule.scratch, &block);
+        let needs = Needs::new(&program, weight_bytes, schedule.scratch_bytes, &block);
         let kv_blocks = needs.kv_blocks(context.free_memory()?, options.kv_blocks)?;
         let memory = Memory::new(&context, &stream, &needs, &program, &block, kv_blocks, options.count_experts)?;
         let addresses = memory.addresses(&program, &starts, &block);
@@ -120,24 +124,24 @@ impl CudaBackend {
                 // What no piece covers is zero.
                 stream.fill(&memory.weights, 0, weight_bytes, 0)?;
                 let shape = Shape { tokens: 0, logits: 0 };
-                let fills = Sequence::new(&fills, &mut functions, &addresses)?;
+                let fills = WorkList::new(&fills, &mut functions, &addresses)?;
                 fills.run(&stream, shape, &(0..usize::MAX), false)?;
                 stream.synchronize()?;
             }
         }
 
         let overlap = options.overlap && context.device().capability >= OVERLAPS;
-        let mut sequences = Vec::with_capacity(schedule.regimes.len());
-        for (regime, work) in &schedule.regimes {
-            let mut sequence = Sequence::new(work, &mut functions, &addresses)?;
+        let mut work = Vec::with_capacity(schedule.regimes.len());
+        for (regime, works) in &schedule.regimes {
+            let mut list = WorkList::new(works, &mut functions, &addresses)?;
             if regime.decodes && options.graphs && !options.time_ops {
-                sequence.capture(&stream, *regime, overlap)?;
+                list.capture(&stream, *regime, overlap)?;
             }
-            sequences.push((*regime, sequence));
+            work.push((*regime, list));
         }
         let draws = block.capacity(Array::Drawn);
         Ok(CudaBackend {
-            sequences,
+            work,
             timer: options.time_ops.then(|| Timer::new(&context, program.ops.len())).transpose()?,
             staging: Pinned::new(&context, block.bytes())?,
             landing: Pinned::new(&context, draws)?,
@@ -174,12 +178,12 @@ impl CudaBackend {
         }
         let shape = Shape { tokens: inputs.num_tokens(), logits: inputs.num_logits() };
         let whole = ops.start == 0 && ops.end >= self.program.ops.len();
-        let sequence = regime_of(&mut self.sequences, inputs)?;
-        let replayed = whole && self.timer.is_none() && sequence.replay(stream)?;
+        let work = regime_of(&mut self.work, inputs)?;
+        let replayed = whole && self.timer.is_none() && work.replay(stream)?;
         if !replayed {
             match &mut self.timer {
-                Some(timer) => sequence.run_timed(stream, shape, &ops, timer)?,
-                None => sequence.run(stream, shape, &ops, self.overlap)?,
+                Some(timer) => work.run_timed(stream, shape, &ops, timer)?,
+                None => work.run(stream, shape, &ops, self.overlap)?,
             }
         }
         if !inputs.samples.is_empty() && self.sampled(&ops).is_some() {
@@ -206,7 +210,8 @@ impl CudaBackend {
         let bytes = inputs.samples.len() * size_of::<Drawn>();
         for (sample, drawn) in inputs::drawn(&self.landing.bytes()?[..bytes]).into_iter().enumerate() {
             if let Ok(token) = usize::try_from(drawn.bad_token) {
-                return Err(BackendError::NonFinite { sample, token, value: drawn.bad_value });
+                let (value, dtype) = (drawn.bad_value, self.program.dtype);
+                return Err(BackendError::NonFinite { sample, token, value, dtype });
             }
             let token = u32::try_from(drawn.token).ok().filter(|&t| (t as usize) < self.program.vocab_size);
             let wrong = || {
@@ -258,23 +263,20 @@ impl CudaBackend {
     }
 }
 
-/// The launches for a step.
-fn regime_of<'a>(
-    sequences: &'a mut [(Regime, Sequence)],
-    inputs: &StepInputs<'_>,
-) -> Result<&'a mut Sequence, CudaError> {
+/// The work for a step.
+fn regime_of<'a>(work: &'a mut [(Regime, WorkList)], inputs: &StepInputs<'_>) -> Result<&'a mut WorkList, CudaError> {
     let seqs = inputs.num_seqs();
     // One token, one row of logits and one draw each, in order.
     let decodes = inputs.num_decodes == seqs
         && inputs.num_logits() == seqs
         && inputs.samples.len() == seqs
         && inputs.samples.iter().enumerate().all(|(i, sample)| sample.row == i);
-    let index = choose(sequences.iter().map(|(regime, _)| *regime), inputs.num_tokens(), decodes);
+    let index = choose(work.iter().map(|(regime, _)| *regime), inputs.num_tokens(), decodes);
     let none = || CudaError::Unsupported(format!("no kernels were chosen for steps of {} tokens", inputs.num_tokens()));
-    Ok(&mut sequences[index.ok_or_else(none)?].1)
+    Ok(&mut work[index.ok_or_else(none)?].1)
 }
 
-/// The smallest regime that a step fits: as [`Schedule::for_step`].
+/// The smallest regime that a step fits: as [`mixtral_kernels::Schedule::for_step`].
 fn choose(regimes: impl Iterator<Item = Regime> + Clone, tokens: usize, decodes: bool) -> Option<usize> {
     let smallest = |of: bool| regimes.clone().position(|r| r.decodes == of && r.max_tokens >= tokens);
     decodes.then(|| smallest(true)).flatten().or_else(|| smallest(false))
@@ -323,6 +325,7 @@ impl Memory {
             cache: (0..program.kv.num_layers)
                 .map(|layer| [at(&self.cache, 2 * layer * half), at(&self.cache, (2 * layer + 1) * half)])
                 .collect(),
+            cache_rows: (half / (program.kv.head_dim * program.kv.dtype.size()).max(1)) as u64,
             step: self.step.address(),
             block: block.clone(),
             scratch: self.scratch.address(),
@@ -367,7 +370,7 @@ impl Inspect for CudaBackend {
 
     /// Where a launch begins, whatever the step.
     fn boundaries(&self) -> Vec<usize> {
-        let begins = |op: &usize| self.sequences.iter().all(|(_, sequence)| sequence.begins(*op));
+        let begins = |op: &usize| self.work.iter().all(|(_, list)| list.begins(*op));
         let ops = self.program.ops.len();
         (0..ops).filter(begins).chain([ops]).collect()
     }

@@ -1,7 +1,7 @@
 //! How much memory a program takes, and how many blocks of cache the rest holds: known before anything is allocated.
 
 use mixtral_engine::Program;
-use mixtral_kernels::{Scratch, StepBlock};
+use mixtral_kernels::StepBlock;
 
 use crate::CudaError;
 
@@ -41,11 +41,11 @@ pub(crate) struct Needs {
 }
 
 impl Needs {
-    pub(crate) fn new(program: &Program, weights: usize, scratch: &Scratch, block: &StepBlock) -> Needs {
+    pub(crate) fn new(program: &Program, weights: usize, scratch: usize, block: &StepBlock) -> Needs {
         Needs {
             weights,
             arena: program.arena_bytes,
-            scratch: scratch.bytes,
+            scratch,
             inputs: block.bytes() + 8 * program.num_layers * program.num_experts,
             kv_block: program.kv.block_bytes(program.limits.block_size),
             max_num_tokens: program.limits.max_num_tokens,

@@ -64,7 +64,9 @@ pub enum CudaError {
         arch: String,
     },
     /// An engine that lacks one of its kernels.
-    #[error("the engine has no image of kernel `{symbol}` for {arch}; it is of another version, build it again")]
+    #[error(
+        "the engine has no image of kernel `{symbol}` for {arch}; build its kernels again with `mixtral build --from-engine DIR`"
+    )]
     MissingKernel {
         /// The kernel's name expression.
         symbol: String,
@@ -92,6 +94,18 @@ pub enum CudaError {
         problem: String,
         /// What to build for.
         arch: String,
+    },
+    /// A kernel that takes other parameters than those it would be launched with.
+    #[error(
+        "kernel `{symbol}` takes parameters of {taken:?} bytes, and its launch passes {passed:?}; the engine's schedule and its kernels do not belong together: build them again with `mixtral build --from-engine DIR`, or run with --backend cpu"
+    )]
+    Parameters {
+        /// The kernel's name expression.
+        symbol: String,
+        /// Bytes of each parameter of the launch.
+        passed: Vec<usize>,
+        /// Bytes of each parameter that the driver knows.
+        taken: Vec<usize>,
     },
     /// cuBLASLt is missing.
     #[error(

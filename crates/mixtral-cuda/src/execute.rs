@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mixtral_engine::ElemType;
-use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, Product, Regime, StepBlock, Work};
+use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work};
 
 use crate::CudaError;
 use crate::driver::{
-    Config, Context, CublasLt, DeviceMemory, Event, Function, Graph, MAX_PARAMS, Module, Param, ProductOperands,
-    ProductShape, Stream, encode,
+    Config, Context, CublasLt, DeviceMemory, Event, Function, Graph, Module, Param, ProductOperands, ProductShape,
+    Stream, encode,
 };
 
 /// Where everything lies on the device.
@@ -25,6 +25,8 @@ pub(crate) struct Addresses {
     pub(crate) weights: Vec<u64>,
     /// Of each layer's keys and values.
     pub(crate) cache: Vec<[u64; 2]>,
+    /// Rows of `head_dim` elements that a layer's keys, and its values, have.
+    pub(crate) cache_rows: u64,
     /// Of the step block.
     pub(crate) step: u64,
     pub(crate) block: StepBlock,
@@ -48,7 +50,7 @@ impl Addresses {
             Arg::I32(value) => u64::from(value.cast_unsigned()),
             Arg::U64(value) => *value,
             Arg::F32(value) => u64::from(value.to_bits()),
-            Arg::TensorMap(_) => return None,
+            Arg::TensorMap(_) | Arg::Piece(_) | Arg::Probe(_) => return None,
         })
     }
 
@@ -59,9 +61,18 @@ impl Addresses {
 
     fn param(&self, symbol: &str, arg: &Arg) -> Result<Param, CudaError> {
         match arg {
-            Arg::TensorMap(map) => Ok(Param::Map(encode(map, self.known(symbol, &map.base)?)?)),
+            Arg::TensorMap(map) => Ok(Param::Map(encode(&self.cut(map), self.known(symbol, &map.base)?)?)),
             arg => Ok(Param::Word(self.known(symbol, arg)?)),
         }
+    }
+
+    /// A map that ends where the cache does. A schedule cannot know how many rows the cache has.
+    fn cut(&self, map: &TensorMap) -> TensorMap {
+        let mut map = map.clone();
+        if let (Arg::Keys(_) | Arg::Values(_), Some(rows)) = (&*map.base, map.dims.last_mut()) {
+            *rows = self.cache_rows.min(*rows);
+        }
+        map
     }
 }
 
@@ -111,19 +122,34 @@ impl<'a> Functions<'a> {
     }
 }
 
-/// Launches the kernel that reads all of `memory`, with its parameters `data, count, out`.
+/// Launches the schedule's probe, which reads all of `memory`, on so many CTAs.
 pub(crate) fn read_words(
+    probe: &Launch,
     function: &Function,
     stream: &Stream,
-    config: Config,
+    ctas: u32,
     memory: &DeviceMemory,
     out: &DeviceMemory,
 ) -> Result<(), CudaError> {
-    let words = (memory.len() / 16) as u64;
-    let params = [memory.address(), words, out.address()].map(Param::Word);
-    // SAFETY: the parameters are those of `probe::read`, which reads so many 16-byte words and writes one integer. Memory is
-    // freed after the driver has waited for what uses it.
+    let symbol = &probe.kernel.symbol;
+    let word = |arg: &Arg| match arg {
+        Arg::Probe(ProbeArg::Data) => Ok(Param::Word(memory.address())),
+        Arg::Probe(ProbeArg::Words) => Ok(Param::Word((memory.len() / 16) as u64)),
+        Arg::Probe(ProbeArg::Out) => Ok(Param::Word(out.address())),
+        other => Err(launch_error(symbol, format!("{other:?} is not of a probe"))),
+    };
+    let params = probe.args.iter().map(|named| word(&named.arg)).collect::<Result<Vec<_>, _>>()?;
+    function.takes(symbol, &sizes(probe))?;
+    let (threads, shared_bytes) = (probe.kernel.threads, probe.kernel.shared_bytes);
+    let config = Config { grid: ctas, threads, shared_bytes, cluster: 1, overlaps: false };
+    // SAFETY: the schedule lists the kernel's parameters in its order. It reads so many 16-byte words and writes one integer.
+    // Memory is freed after the driver has waited for what uses it.
     unsafe { function.launch(stream, config, &params) }
+}
+
+/// Bytes of each parameter of a launch.
+fn sizes(launch: &Launch) -> Vec<usize> {
+    launch.args.iter().map(|named| named.arg.size()).collect()
 }
 
 /// Bytes of workspace for [`multiply_squares`].
@@ -186,15 +212,11 @@ struct PreparedLaunch {
 impl PreparedLaunch {
     fn new(launch: &Launch, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Self, CudaError> {
         let symbol = &launch.kernel.symbol;
-        if launch.args.len() > MAX_PARAMS {
-            return Err(launch_error(symbol, format!("{} parameters, at most {MAX_PARAMS}", launch.args.len())));
-        }
-        if launch.cluster > 8 {
-            return Err(launch_error(symbol, format!("a cluster of {}, at most 8", launch.cluster)));
-        }
+        let function = functions.get(&launch.kernel)?;
+        function.takes(symbol, &sizes(launch))?;
         Ok(PreparedLaunch {
             symbol: symbol.clone(),
-            function: functions.get(&launch.kernel)?,
+            function,
             grid: launch.grid,
             config: Config {
                 grid: 0,
@@ -203,7 +225,7 @@ impl PreparedLaunch {
                 cluster: launch.cluster.max(1),
                 overlaps: launch.overlaps,
             },
-            params: launch.args.iter().map(|arg| addresses.param(symbol, arg)).collect::<Result<_, _>>()?,
+            params: launch.args.iter().map(|named| addresses.param(symbol, &named.arg)).collect::<Result<_, _>>()?,
         })
     }
 
@@ -219,8 +241,8 @@ impl PreparedLaunch {
             return Err(launch_error(&self.symbol, problem));
         }
         let config = Config { grid, overlaps: overlaps && self.config.overlaps, ..self.config };
-        // SAFETY: lowering lists the kernel's parameters in its order; they point into the backend's allocations, which it
-        // frees after the stream is idle.
+        // SAFETY: the schedule was stored with the kernel and lists its parameters in its order; it passed its check, so they
+        // point into the backend's allocations, which it frees after the stream is idle.
         unsafe { self.function.launch(stream, config, &self.params) }.map_err(|error| match error {
             CudaError::Call { code: 1, .. } => launch_error(
                 &self.symbol,
@@ -268,8 +290,8 @@ impl PreparedProduct {
             return Ok(false);
         }
         let product = ProductShape { tokens: shape.tokens, ..self.shape };
-        // SAFETY: lowering gives operands of a program that passed its check, for as many tokens as a step may have; they lie in
-        // the backend's allocations, which it frees after the stream is idle.
+        // SAFETY: the schedule passed its check, so operands of as many tokens as a step may have lie in the backend's
+        // allocations, which it frees after the stream is idle.
         unsafe { self.cublaslt.multiply(stream, product, self.operands) }?;
         Ok(true)
     }
@@ -298,21 +320,21 @@ impl Prepared {
     }
 }
 
-/// Launches in order.
-pub(crate) struct Sequence {
+/// What a step does, in order, resolved.
+pub(crate) struct WorkList {
     /// Each with the first operation that it computes.
     launches: Vec<(usize, Prepared)>,
     graph: Option<Graph>,
 }
 
-impl Sequence {
+impl WorkList {
     pub(crate) fn new(
         work: &[Work],
         functions: &mut Functions<'_>,
         addresses: &Addresses,
-    ) -> Result<Sequence, CudaError> {
+    ) -> Result<WorkList, CudaError> {
         let prepare = |work: &Work| Ok((work.op(), Prepared::new(work, functions, addresses)?));
-        Ok(Sequence { launches: work.iter().map(prepare).collect::<Result<_, CudaError>>()?, graph: None })
+        Ok(WorkList { launches: work.iter().map(prepare).collect::<Result<_, CudaError>>()?, graph: None })
     }
 
     /// Whether an operation is the first that a launch computes.
@@ -340,7 +362,7 @@ impl Sequence {
         Ok(())
     }
 
-    /// As [`Sequence::run`], one operation after another, with the time of each once the stream is idle.
+    /// As [`WorkList::run`], one operation after another, with the time of each once the stream is idle.
     pub(crate) fn run_timed(
         &self,
         stream: &Stream,
@@ -370,7 +392,7 @@ impl Sequence {
     /// Replays the graph, if there is one.
     pub(crate) fn replay(&mut self, stream: &Stream) -> Result<bool, CudaError> {
         let Some(graph) = &mut self.graph else { return Ok(false) };
-        // SAFETY: the backend drops its sequences before its memory.
+        // SAFETY: the backend drops its work lists before its memory.
         unsafe { graph.launch(stream)? };
         Ok(true)
     }
@@ -444,6 +466,7 @@ mod tests {
             buffers: vec![0x1000, 0x2000],
             weights: vec![0x10_0000],
             cache: vec![[0x20_0000, 0x30_0000]],
+            cache_rows: 96,
             step: 0x40_0000,
             block,
             scratch: 0x50_0000,
@@ -465,5 +488,16 @@ mod tests {
         assert_eq!(word(Arg::F32(1.0)), Some(0x3f80_0000));
         assert_eq!(word(Arg::U64(u64::MAX)), Some(u64::MAX));
         assert!(addresses.param("k", &Arg::Buffer(9)).unwrap_err().to_string().contains("Buffer(9)"));
+        // Maps of the cache end where it does; others are as they were given.
+        let map = |base| TensorMap {
+            base: Box::new(base),
+            dtype: ElemType::Bf16,
+            dims: vec![128, 1 << 31],
+            strides: vec![256],
+            tile: vec![64, 64],
+            swizzle: 128,
+        };
+        assert_eq!(addresses.cut(&map(Arg::Values(0))).dims, [128, 96]);
+        assert_eq!(addresses.cut(&map(Arg::Buffer(0))).dims, [128, 1 << 31]);
     }
 }

@@ -1,7 +1,7 @@
 //! The CUDA interpreter of a program.
 //!
-//! [`CudaBackend`] implements [`mixtral_engine::Backend`] by carrying out what `mixtral-kernels` decides: a program's launches
-//! are resolved to functions, pointers and tensor maps when it is loaded, steps of decodes are captured as graphs, and a step
+//! [`CudaBackend`] implements [`mixtral_engine::Backend`] by carrying out the schedule that an engine holds: its launches are
+//! resolved to functions, pointers and tensor maps when it is loaded, steps of decodes are captured as graphs, and a step
 //! uploads one block of inputs, launches, and waits once. The driver is found at run time; a machine without one gets an
 //! error, not a panic.
 //!

@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use mixtral_engine::dummy;
-use mixtral_kernels::KernelImages;
-use mixtral_kernels::lower::probe;
+use mixtral_kernels::Executable;
 
 use crate::CudaError;
-use crate::driver::{Config, Context, CublasLt, DeviceMemory, Event, Stream};
+use crate::driver::{Context, CublasLt, DeviceMemory, Event, Stream};
 use crate::execute::{Functions, WORKSPACE, multiply_squares, read_words};
 
 /// Bytes that are enough to look at a GPU in passing: far more than its caches hold.
@@ -47,14 +46,17 @@ impl Probe {
     }
 }
 
-/// Measures a GPU with `images` that it runs, reading at most `bytes`.
+/// Measures a GPU with what it runs of an engine, reading at most `bytes`.
 ///
 /// # Errors
 /// A device failure, or an engine without the kernel that reads.
-pub fn measure(device: usize, images: &KernelImages, bytes: usize) -> Result<Probe, CudaError> {
+pub fn measure(device: usize, executable: &Executable, bytes: usize) -> Result<Probe, CudaError> {
     let context = Context::new(device)?;
     let stream = Stream::new(&context)?;
-    Ok(Probe { read_bytes_per_s: read(&context, &stream, images, bytes)?, flops_per_s: multiply(&context, &stream)? })
+    Ok(Probe {
+        read_bytes_per_s: read(&context, &stream, executable, bytes)?,
+        flops_per_s: multiply(&context, &stream)?,
+    })
 }
 
 /// The best of some rounds of `work`, as amounts a second.
@@ -79,26 +81,20 @@ fn best(
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a rate")]
-fn read(context: &Context, stream: &Stream, images: &KernelImages, bytes: usize) -> Result<f64, CudaError> {
+fn read(context: &Context, stream: &Stream, executable: &Executable, bytes: usize) -> Result<f64, CudaError> {
     // Half of what is free, in case someone else wants some.
     let bytes = bytes.min(context.free_memory()? / 2) / 4096 * 4096;
     if bytes < 8 * context.device().l2_bytes.max(1) {
         return Ok(0.0);
     }
-    let kernel = probe::read();
-    let function = Functions::new(images, context).get(&kernel)?;
+    let probe = &executable.schedule.probe;
+    let function = Functions::new(&executable.images, context).get(&probe.kernel)?;
     let (memory, out) = (DeviceMemory::new(context, bytes)?, DeviceMemory::new(context, 256)?);
     stream.fill(&memory, 0, bytes, 0x5a)?;
     let mut rate = 0.0f64;
     for per_sm in READERS {
-        let config = Config {
-            grid: context.device().multiprocessors * per_sm,
-            threads: kernel.threads,
-            shared_bytes: kernel.shared_bytes,
-            cluster: 1,
-            overlaps: false,
-        };
-        let pass = || read_words(&function, stream, config, &memory, &out);
+        let ctas = context.device().multiprocessors * per_sm;
+        let pass = || read_words(probe, &function, stream, ctas, &memory, &out);
         rate = rate.max(best(context, stream, bytes as f64, pass)?);
     }
     stream.synchronize()?;

@@ -23,6 +23,11 @@ pub trait WeightSource: Send + Sync {
     /// The weight of that name, if there is one.
     fn weight(&self, name: &str) -> Option<WeightView<'_>>;
 
+    /// Type and shape of the weight of that name, if there is one.
+    fn shape(&self, name: &str) -> Option<(DType, &[usize])> {
+        self.weight(name).map(|weight| (weight.dtype, weight.shape))
+    }
+
     /// Copies bytes of a weight, from its byte `offset` on: for backends that read each weight once.
     ///
     /// # Errors
@@ -85,9 +90,10 @@ pub enum BackendError {
         expected: String,
     },
     /// A logit that is not a number, or infinite.
-    #[error(
-        "the logits of sample {sample} are not finite (first at token {token}, value {value}); the weights or the numerics of this engine are broken, `mixtral verify` checks the weights"
-    )]
+    #[error("the logits of sample {sample} are not finite (first at token {token}, value {value}); {}", match .dtype {
+        DType::F16 => "most likely the model's activations left the range of f16 (±65504), as those of models trained in bf16 may: convert it with --dtype bfloat16",
+        DType::Bf16 | DType::F32 => "the weights or the numerics of this engine are broken, `mixtral verify` checks the weights",
+    })]
     NonFinite {
         /// Which of the step's samples.
         sample: usize,
@@ -95,6 +101,8 @@ pub enum BackendError {
         token: usize,
         /// The value.
         value: f32,
+        /// What the program computes in.
+        dtype: DType,
     },
     /// Another rank, or the way to it.
     #[error("{0}")]

@@ -1,7 +1,7 @@
 //! What a well-formed program is. Every program that was read from a file passes through [`Program::check`] before
 //! a backend sees it, so that backends can index by its numbers.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::memory::ALIGN;
 use crate::op::FusedNorm;
@@ -46,6 +46,18 @@ pub enum ProgramError {
         /// Its offset.
         offset: usize,
     },
+    /// Two buffers that hold values at the same time, in the same memory.
+    #[error("program: buffers `{first}` and `{second}` overlap in the arena, and operation {index} ({op}) needs both")]
+    Overlap {
+        /// The one that lies before the other.
+        first: String,
+        /// The other one.
+        second: String,
+        /// The first operation that needs both.
+        index: usize,
+        /// Its name.
+        op: &'static str,
+    },
     /// An operation that does not fit its operands.
     #[error("program: operation {index} ({op}): {problem}")]
     Op {
@@ -80,7 +92,7 @@ impl Limits {
 
 impl Program {
     /// Checks that every operand exists and has the shape and type its operation needs, and that buffers lie in
-    /// the arena.
+    /// the arena, apart from all others that hold a value at the same time.
     ///
     /// # Errors
     /// The first rule that the program breaks.
@@ -126,6 +138,37 @@ impl Program {
         };
         for (index, op) in self.ops.iter().enumerate() {
             scope.check_op(op).map_err(|problem| ProgramError::Op { index, op: op.name(), problem })?;
+        }
+        self.check_overlaps()
+    }
+
+    /// At every operation the buffers that are needed, from their first use to their last, lie apart. An operation that writes
+    /// where it reads names one buffer for both, so that is no overlap.
+    fn check_overlaps(&self) -> Result<(), ProgramError> {
+        let lifetimes = self.lifetimes();
+        let (mut begins, mut ends) = (vec![Vec::new(); self.ops.len()], vec![Vec::new(); self.ops.len()]);
+        for buffer in self.buffers.iter().filter(|buffer| self.max_bytes(buffer) > 0) {
+            if let Some(&(first, last)) = lifetimes.get(buffer.name.as_str()) {
+                begins[first].push(buffer);
+                ends[last].push(buffer);
+            }
+        }
+        let mut live: BTreeMap<usize, &Buffer> = BTreeMap::new();
+        for (index, op) in self.ops.iter().enumerate() {
+            for buffer in &begins[index] {
+                // Those that are there lie apart, so only the neighbours can be in the way.
+                let before = live.range(..=buffer.offset).next_back().map(|(_, other)| (*other, *buffer));
+                let behind = live.range(buffer.offset..).next().map(|(_, other)| (*buffer, *other));
+                let overlaps = |pair: &(&Buffer, &Buffer)| pair.0.offset + self.max_bytes(pair.0) > pair.1.offset;
+                if let Some((first, second)) = before.into_iter().chain(behind).find(overlaps) {
+                    let (first, second) = (first.name.clone(), second.name.clone());
+                    return Err(ProgramError::Overlap { first, second, index, op: op.name() });
+                }
+                live.insert(buffer.offset, buffer);
+            }
+            for buffer in &ends[index] {
+                live.remove(&buffer.offset);
+            }
         }
         Ok(())
     }
@@ -449,3 +492,6 @@ fn alike(a: &Buffer, b: &Buffer) -> Result<(), String> {
     same(&format!("columns of `{}` and `{}`", a.name, b.name), a.cols, b.cols)?;
     same(&format!("rows of `{}` and `{}`", a.name, b.name), a.rows, b.rows)
 }
+
+#[cfg(test)]
+mod tests;

@@ -12,11 +12,11 @@ use std::sync::Arc;
 
 use mixtral_checkpoint::names::{CONFIG_FILE, is_tokenizer_file};
 use mixtral_checkpoint::seal::{UNSEALED, is_intact, seal};
-use mixtral_checkpoint::staged::LOCK_FILE;
+use mixtral_checkpoint::staged::{LOCK_FILE, warn_if_older};
 use mixtral_checkpoint::{
-    Header, HeaderError, Item, Ownership, Progress, RankFile, ReadError, StagedDir, StagedError, Verified, verify,
+    Header, HeaderError, Item, Ownership, Progress, RankFile, ReadError, StagedDir, StagedError, Verified, disk, verify,
 };
-use mixtral_model::{Mapping, ModelConfig, Rank};
+use mixtral_model::{DType, Mapping, ModelConfig, Rank};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
@@ -64,8 +64,6 @@ pub struct EngineConfig {
     pub mapping: Mapping,
     /// Architectures there are kernels for; `cpu` needs none.
     pub targets: Vec<String>,
-    /// BLAKE3 of the kernel sources; absent without kernels.
-    pub kernel_tree_hash: Option<String>,
     /// What a step may hold.
     pub limits: Limits,
     /// Whether the logits of every prompt token can be had.
@@ -303,6 +301,7 @@ impl EngineDir {
         if !is_intact(&text, &config.run_id) {
             return Err(EngineError::Changed { path });
         }
+        warn_if_older(dir, "mixtral build");
         Ok(EngineDir { dir: dir.to_owned(), config })
     }
 
@@ -340,6 +339,14 @@ impl EngineDir {
             });
         }
         Ok(program)
+    }
+
+    /// Checks that the weight file of a rank has every weight that its program reads, in its type and shape.
+    ///
+    /// # Errors
+    /// If it is missing, damaged, or of another engine, or lacks one.
+    pub fn check_weights(&self, program: &Program) -> Result<(), EngineError> {
+        check_weights(program, &self.weight_file(Rank(program.rank))?)
     }
 
     /// Names of what the engine of `rank` holds beside its program, for backends to know the meaning of.
@@ -380,7 +387,7 @@ impl EngineDir {
         Ok((path, bytes))
     }
 
-    /// Maps the weight file of `rank`, its length and header checked against the config.
+    /// Opens the weight file of `rank`, its length and header checked against the config.
     ///
     /// # Errors
     /// If it is missing, damaged, or of another engine.
@@ -435,13 +442,13 @@ fn same_hash(path: &Path, what: &'static str, expected: &str, found: blake3::Has
 /// Whether the file has every weight that the program reads, in its type and shape.
 fn check_weights(program: &Program, file: &RankFile) -> Result<(), EngineError> {
     for weight in &program.weights {
-        let found = file.tensor(&weight.name)?;
-        if (found.dtype, found.shape) != (weight.dtype, weight.shape.as_slice()) {
+        let (dtype, shape) = file.shape(&weight.name)?;
+        if (dtype, shape) != (weight.dtype, weight.shape.as_slice()) {
             return Err(EngineError::Shape {
                 path: file.path().to_owned(),
                 tensor: weight.name.clone(),
                 expected: format!("{} {:?}", weight.dtype, weight.shape),
-                found: format!("{} {:?}", found.dtype, found.shape),
+                found: format!("{dtype} {shape:?}"),
             });
         }
     }
@@ -456,13 +463,17 @@ fn weight_file_identity(path: &Path) -> Result<(u64, blake3::Hash), EngineError>
     Ok((file.metadata().map_err(io)?.len(), header.blake3))
 }
 
-/// A mapped rank file as a source of weights.
+/// A rank file as a source of weights, mapped once a weight is asked for.
 pub struct MappedWeights(pub RankFile);
 
 impl WeightSource for MappedWeights {
     fn weight(&self, name: &str) -> Option<WeightView<'_>> {
         let tensor = self.0.tensor(name).ok()?;
         Some(WeightView { dtype: tensor.dtype, shape: tensor.shape, bytes: tensor.bytes })
+    }
+
+    fn shape(&self, name: &str) -> Option<(DType, &[usize])> {
+        self.0.shape(name).ok()
     }
 
     fn read(&self, name: &str, offset: usize, into: &mut [u8]) -> Result<(), BackendError> {
@@ -476,7 +487,7 @@ pub struct EngineWriter {
 }
 
 impl EngineWriter {
-    /// Locks and empties `dir`.
+    /// Locks `dir`; an engine that is in it stays until [`EngineWriter::finish`].
     ///
     /// # Errors
     /// If it is locked, holds what is not ours, or cannot be written.
@@ -508,7 +519,7 @@ impl EngineWriter {
         let write = || {
             fs::write(&path, &bytes)?;
             let file = File::open(&path)?;
-            file.sync_all().map(|()| file)
+            disk::sync(&file, &path).map(|()| file)
         };
         let file = write().map_err(failed)?;
         let hashes = tensors.iter().map(|(name, bytes)| ((*name).to_owned(), blake3::hash(bytes).to_string()));

@@ -4,9 +4,14 @@ use std::borrow::Cow;
 
 use mixtral_model::TokenId;
 
-use crate::{Limits, Program, RandomKey, SamplingParams};
+use crate::{Limits, Op, Program, RandomKey, SamplingParams};
 
-/// The inputs of one step. All arrays are those that a GPU step reads, in its layout; dead slots are −1.
+/// The inputs of one step. All arrays are those that a GPU step reads, in its layout.
+///
+/// Only two of them may hold −1. In the block table it fills a row behind the blocks that the sequence needs. In the slot mapping it
+/// stands for a token whose key and value are not kept, in programs without attention: with attention every token reads its own
+/// key back.
+///
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepInputs<'a> {
     /// How many of the sequences are decodes (one token each); they come first.
@@ -15,9 +20,11 @@ pub struct StepInputs<'a> {
     pub token_ids: Vec<i32>,
     /// Position of each token in its sequence `[T]`.
     pub positions: Vec<i32>,
-    /// Cache slot each token's key and value go to, `block · block_size + offset`, `[T]`.
+    /// Cache slot each token's key and value go to: the one that the block table has for its position, `block · block_size +
+    /// offset`, `[T]`.
     pub slot_mapping: Vec<i32>,
-    /// Blocks of each sequence in order, `[S, max_blocks_per_seq]`, padded with −1.
+    /// Blocks of each sequence in order, `[S, max_blocks_per_seq]`: those of its tokens, then any blocks or −1, which are not
+    /// looked at.
     pub block_table: Vec<i32>,
     /// Tokens of each sequence with this step's included, `[S]`.
     pub seq_lens: Vec<i32>,
@@ -152,10 +159,21 @@ impl StepInputs<'_> {
         within("seq_lens", &self.seq_lens, 1, int(max_seq_len) + 1)?;
         within("cu_query_lens", &self.cu_query_lens, 0, int(tokens) + 1)?;
         within("logits_indices", &self.logits_indices, 0, int(tokens))?;
-        self.check_sequences(width, block_size, tokens)
+        if self.num_decodes > seqs {
+            let (value, expected) = (int(self.num_decodes), format!("at most the {seqs} sequences"));
+            return Err(InputError::Value { name: "num_decodes", index: 0, value, expected });
+        }
+        if let Some(index) = self.logits_indices.windows(2).position(|pair| pair[0] >= pair[1]) {
+            let (value, before) = (self.logits_indices[index + 1], self.logits_indices[index]);
+            let (value, expected) = (i64::from(value), format!("more than the {before} before it"));
+            return Err(InputError::Value { name: "logits_indices", index: index + 1, value, expected });
+        }
+        let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
+        self.check_sequences(width, block_size, tokens, attends)
     }
 
-    fn check_sequences(&self, width: usize, block_size: usize, tokens: usize) -> Result<(), InputError> {
+    /// Edges, positions, blocks and slots of the sequences fit each other. `attends`: the program has attention.
+    fn check_sequences(&self, width: usize, block_size: usize, tokens: usize, attends: bool) -> Result<(), InputError> {
         let wrong = |name, index, value: i32, expected: String| {
             Err(InputError::Value { name, index, value: i64::from(value), expected })
         };
@@ -173,18 +191,22 @@ impl StepInputs<'_> {
                 let expected = format!("{} plus this sequence's 1 to {seq_len} tokens (1 for a decode)", edge[0]);
                 return wrong("cu_query_lens", seq + 1, edge[1], expected);
             }
-            for (i, token) in (edge[0]..edge[1]).enumerate() {
-                // Both were checked to be within range above.
-                let (token, i) = (usize::try_from(token).unwrap_or(0), i32::try_from(i).unwrap_or(0));
-                let expected = seq_len - query_len + i;
-                if self.positions[token] != expected {
-                    return wrong("positions", token, self.positions[token], expected.to_string());
-                }
+            // All of these were checked to be within range above.
+            let index = |n: i32| usize::try_from(n).unwrap_or(0);
+            let blocks = &self.block_table[seq * width..][..index(seq_len).div_ceil(block_size)];
+            if let Some(i) = blocks.iter().position(|&block| block < 0) {
+                return wrong("block_table", seq * width + i, blocks[i], "an allocated block".to_owned());
             }
-            let needed = usize::try_from(seq_len).unwrap_or(0).div_ceil(block_size);
-            for (i, &block) in self.block_table[seq * width..][..needed].iter().enumerate() {
-                if block < 0 {
-                    return wrong("block_table", seq * width + i, block, "an allocated block".to_owned());
+            for (i, token) in (index(edge[0])..index(edge[1])).enumerate() {
+                let expected = index(seq_len - query_len) + i;
+                let (position, slot) = (self.positions[token], self.slot_mapping[token]);
+                if usize::try_from(position) != Ok(expected) {
+                    return wrong("positions", token, position, expected.to_string());
+                }
+                let expected = index(blocks[expected / block_size]) * block_size + expected % block_size;
+                if usize::try_from(slot) != Ok(expected) && (slot >= 0 || attends) {
+                    let expected = format!("{expected}, where the block table has position {position}");
+                    return wrong("slot_mapping", token, slot, expected);
                 }
             }
         }
@@ -198,3 +220,6 @@ impl StepInputs<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;

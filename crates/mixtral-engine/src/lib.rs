@@ -5,7 +5,7 @@
 //! [`Backend`] interprets it; none of them knows Mixtral.
 //!
 //! Reading order: [`op`] (the operations and what each one computes, to the rounding), [`program`] (buffers,
-//! weights, limits), [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
+//! weights, limits), [`record`] and [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
 //! offsets and the closed-form memory plan), [`inputs`] (the ragged, paged inputs of a step), [`math`],
 //! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`], [`inspect`]
 //! (a backend looked into), [`first_layers`] (a program cut short), [`wire`] (a step on its way to other ranks), and [`dir`] (the engine directory).
@@ -22,6 +22,7 @@ pub mod math;
 pub mod memory;
 pub mod op;
 pub mod program;
+pub mod record;
 pub mod sampling;
 pub mod text;
 pub mod wire;

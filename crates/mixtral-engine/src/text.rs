@@ -1,4 +1,4 @@
-//! A program's written form: one record a line, `kind key=value …`, values being bare words or compact JSON.
+//! A program's written form: one record a line ([`record`]).
 //!
 //! ```text
 //! mixtral-program 1
@@ -8,18 +8,15 @@
 //! op norm input=x weight=transformer.ln_f.weight eps=1e-5 out=y
 //! ```
 //!
-//! Every field of every record is written by its type's `Serialize` and read by its `Deserialize`, so a new
-//! operation needs nothing here. Blank lines and lines that start with `#` are skipped.
-
-use std::fmt::Write as _;
+//! Blank lines and lines that start with `#` are skipped.
 
 use mixtral_model::{DType, Piece};
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::check::ProgramError;
 use crate::program::FORMAT_VERSION;
+use crate::record::{self, shorten};
 use crate::{Buffer, KvLayout, Limits, Op, Program, Weight};
 
 /// A program text that cannot be read.
@@ -83,16 +80,16 @@ impl Program {
             top_k: self.top_k,
             arena_bytes: self.arena_bytes,
         };
-        record(&mut text, "program", &header);
-        record(&mut text, "limits", &self.limits);
-        record(&mut text, "kv", &self.kv);
+        record::write(&mut text, "program", &header);
+        record::write(&mut text, "limits", &self.limits);
+        record::write(&mut text, "kv", &self.kv);
         for buffer in &self.buffers {
-            record(&mut text, "buffer", buffer);
+            record::write(&mut text, "buffer", buffer);
         }
         for weight in &self.weights {
-            record(&mut text, "weight", weight);
+            record::write(&mut text, "weight", weight);
             for piece in &weight.pieces {
-                record(&mut text, "piece", piece);
+                record::write(&mut text, "piece", piece);
             }
         }
         for op in &self.ops {
@@ -123,19 +120,19 @@ impl Program {
             let at = |problem: String| TextError::Line { line: index + 1, problem };
             let (kind, rest) = line.split_once(' ').unwrap_or((line, ""));
             match kind {
-                "program" => header = Some(from_fields(rest).map_err(at)?),
-                "limits" => limits = Some(from_fields(rest).map_err(at)?),
-                "kv" => kv = Some(from_fields(rest).map_err(at)?),
-                "buffer" => buffers.push(from_fields(rest).map_err(at)?),
-                "weight" => weights.push(from_fields(rest).map_err(at)?),
+                "program" => header = Some(record::read(rest).map_err(at)?),
+                "limits" => limits = Some(record::read(rest).map_err(at)?),
+                "kv" => kv = Some(record::read(rest).map_err(at)?),
+                "buffer" => buffers.push(record::read(rest).map_err(at)?),
+                "weight" => weights.push(record::read(rest).map_err(at)?),
                 "piece" => {
-                    let piece: Piece = from_fields(rest).map_err(at)?;
+                    let piece: Piece = record::read(rest).map_err(at)?;
                     let weight = weights.last_mut().ok_or_else(|| at("a `piece` before any `weight`".to_owned()))?;
                     weight.pieces.push(piece);
                 }
                 "op" => {
                     let (name, rest) = rest.split_once(' ').unwrap_or((rest, ""));
-                    let fields = fields(rest).map_err(at)?;
+                    let fields = record::read_fields(rest).map_err(at)?;
                     let tagged = Value::Object(Map::from_iter([(name.to_owned(), Value::Object(fields))]));
                     ops.push(serde_json::from_value(tagged).map_err(|e| at(format!("operation `{name}`: {e}")))?);
                 }
@@ -170,58 +167,7 @@ pub fn op_text(op: &Op) -> String {
     let value = serde_json::to_value(op).unwrap_or_default();
     let mut text = format!("op {}", op.name());
     if let Some(Value::Object(fields)) = value.get(op.name()) {
-        write_fields(&mut text, fields);
+        record::write_fields(&mut text, fields);
     }
     text
-}
-
-fn record<T: Serialize>(text: &mut String, kind: &str, value: &T) {
-    text.push_str(kind);
-    if let Ok(Value::Object(fields)) = serde_json::to_value(value) {
-        write_fields(text, &fields);
-    }
-    text.push('\n');
-}
-
-fn write_fields(text: &mut String, fields: &Map<String, Value>) {
-    for (key, value) in fields {
-        let written = match value {
-            Value::String(word) if is_bare(word) => word.clone(),
-            other => other.to_string(),
-        };
-        // Writing to a String cannot fail.
-        let _ = write!(text, " {key}={written}");
-    }
-}
-
-/// Whether a string reads back as itself without quotes.
-fn is_bare(word: &str) -> bool {
-    word.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
-        && word.chars().all(|c| c.is_ascii_alphanumeric() || "_.-/:".contains(c))
-        && !matches!(word, "true" | "false" | "null")
-}
-
-fn fields(rest: &str) -> Result<Map<String, Value>, String> {
-    let mut map = Map::new();
-    for token in rest.split_ascii_whitespace() {
-        let (key, written) = token.split_once('=').ok_or_else(|| format!("`{}` is not key=value", shorten(token)))?;
-        let value = if is_bare(written) {
-            Value::String(written.to_owned())
-        } else {
-            serde_json::from_str(written).map_err(|e| format!("`{}`: {e}", shorten(token)))?
-        };
-        if map.insert(key.to_owned(), value).is_some() {
-            return Err(format!("`{key}` is given twice"));
-        }
-    }
-    Ok(map)
-}
-
-fn from_fields<T: DeserializeOwned>(rest: &str) -> Result<T, String> {
-    serde_json::from_value(Value::Object(fields(rest)?)).map_err(|e| e.to_string())
-}
-
-/// At most the first 60 characters, for messages.
-fn shorten(text: &str) -> String {
-    text.chars().take(60).collect()
 }

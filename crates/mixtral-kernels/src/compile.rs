@@ -183,12 +183,12 @@ impl Compiler {
 
     fn reached(&self, kernel: &Kernel) -> Result<Vec<(&'static str, &'static str)>, CompileError> {
         let failed = |source| CompileError::Source { symbol: kernel.symbol.clone(), source };
-        self.sources.reached(kernel.header).map_err(failed)
+        self.sources.reached(&kernel.header).map_err(failed)
     }
 
     fn key(&self, kernel: &Kernel, code: Code, headers: &[(&'static str, &'static str)]) -> String {
         let (options, version) = (options(code).join(" "), format!("{:?}", self.nvrtc.version()));
-        let unit = [(kernel.header, kernel.symbol.as_str()), (&options, &version)];
+        let unit = [(&*kernel.header, kernel.symbol.as_str()), (&options, &version)];
         hash(unit.into_iter().chain(headers.iter().copied())).to_string()
     }
 }

@@ -195,7 +195,7 @@ mod tests {
     #[test]
     fn images_are_read_back_and_damage_is_an_error() {
         let kernel = |n: u32| Kernel {
-            header: "k.cuh",
+            header: "k.cuh".into(),
             symbol: format!("k<{n}>"),
             threads: 128,
             shared_bytes: n,

@@ -1,12 +1,14 @@
 //! One instantiation of a kernel template: what NVRTC is asked to compile.
 
+use std::borrow::Cow;
+
 use crate::Family;
 
 /// A `__global__` template with all its arguments given.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Kernel {
     /// The header that defines it, below `kernels/`.
-    pub header: &'static str,
+    pub header: Cow<'static, str>,
     /// Its name expression: what is instantiated, e.g. `norm::rms_norm<bf16_t, 4096>`.
     pub symbol: String,
     /// Threads of a CTA.

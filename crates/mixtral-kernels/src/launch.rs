@@ -1,14 +1,18 @@
 //! A kernel with its grid and parameters, symbolic in everything that is known only when a program is loaded or a step
-//! begins. One [`Arg`] is one parameter of the `__global__` function, in order. And the other thing that a step can be made of:
-//! a product of matrices that a library computes.
+//! begins. One [`NamedArg`] is one parameter of the `__global__` function, in its order and under its name. And the other thing
+//! that a step can be made of: a product of matrices that a library computes.
+
+use std::borrow::Cow;
 
 use mixtral_engine::ElemType;
+use serde::{Deserialize, Serialize};
 
 use crate::Kernel;
 use crate::step_block::Array;
 
-/// A parameter.
-#[derive(Clone, Debug, PartialEq)]
+/// What is passed for a parameter.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Arg {
     /// Pointer to a buffer of the arena: index in the program's buffers.
     Buffer(usize),
@@ -37,10 +41,71 @@ pub enum Arg {
     F32(f32),
     /// A `const __grid_constant__ TensorMap`, encoded when the program is loaded.
     TensorMap(TensorMap),
+    /// Of the piece of a dummy weight that a launch fills. Such launches are written once a data type; loading makes one of it
+    /// for each piece.
+    Piece(PieceArg),
+    /// Of the memory that the probe reads, which only its caller knows.
+    Probe(ProbeArg),
+}
+
+impl Arg {
+    /// Bytes that it takes among a kernel's parameters.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        match self {
+            Arg::I32(_) | Arg::F32(_) | Arg::Piece(PieceArg::Scale | PieceArg::Bias) => 4,
+            Arg::TensorMap(_) => 128,
+            _ => 8,
+        }
+    }
+}
+
+/// What `dummy::fill` is told of a piece. The piece's elements are those of a rectangle of a source tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PieceArg {
+    /// Pointer to its first element in the weight.
+    Out,
+    /// 64 bits: the key of the source tensor's random numbers.
+    Key,
+    /// 64 bits: the index of its first element in the source tensor.
+    First,
+    /// 64 bits: its rows.
+    Rows,
+    /// 64 bits: its columns.
+    Cols,
+    /// 64 bits: columns of the source tensor.
+    SourceCols,
+    /// f32: what a random number is multiplied by.
+    Scale,
+    /// f32: what is added then.
+    Bias,
+}
+
+/// What `probe::read` is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ProbeArg {
+    /// Pointer to the memory.
+    Data,
+    /// 64 bits: its words of 16 bytes.
+    Words,
+    /// Pointer to a 32-bit integer that is written.
+    Out,
+}
+
+/// A parameter: its name in the kernel's signature, and what is passed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NamedArg {
+    /// The name.
+    pub name: Cow<'static, str>,
+    /// What is passed.
+    pub arg: Arg,
 }
 
 /// A TMA descriptor: tiled, zero fill outside, 128-byte L2 promotion.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct TensorMap {
     /// What it points at: a buffer, a weight, keys, values or scratch.
     pub base: Box<Arg>,
@@ -58,7 +123,8 @@ pub struct TensorMap {
 
 /// How many CTAs, as a function of the step: of its token count when launched singly, of the rung when captured. Kernels
 /// read the true counts from the step block's header.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Grid {
     /// Always so many.
     Fixed(u32),
@@ -95,7 +161,7 @@ pub struct Launch {
     /// CTAs of a cluster in x; 1 is none. Divides the grid.
     pub cluster: u32,
     /// Its parameters.
-    pub args: Vec<Arg>,
+    pub args: Vec<NamedArg>,
     /// Index of the first operation that it computes (part of), for timing by operation.
     pub op: usize,
     /// Whether it may start while its predecessor still runs. The kernel waits (`griddepcontrol.wait`) before it reads what
@@ -105,7 +171,8 @@ pub struct Launch {
 
 /// A matrix product of a step's n tokens that cuBLASLt computes: `out[t][r] = Σ tokens[t][k] · weight[r][k]` over k, accumulated
 /// in f32 and rounded once. Matrices are row-major and dense.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Product {
     /// Pointer to the weight `[rows, depth]`.
     pub weight: Arg,

@@ -1,11 +1,11 @@
 //! What has to be compiled for a program to run on given architectures.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use mixtral_engine::Program;
 
 use crate::compile::Code;
-use crate::{Arch, Kernel, LowerError, Schedule, Target, lower};
+use crate::{Arch, Family, Kernel, LowerError, Schedule, Target};
 
 /// What engines for `archs` hold code of: those, and portable assembly for architectures to come.
 #[must_use]
@@ -13,18 +13,21 @@ pub fn codes(archs: &[Arch]) -> BTreeSet<Code> {
     archs.iter().map(|arch| Code::Sass(*arch)).chain([Code::Ptx(Arch::BASE)]).collect()
 }
 
-/// The kernels that `program` launches, that fill its weights if they are dummies, and that measure the device; for each of
-/// `codes`.
+/// The schedule of each family that some of `codes` are of.
 ///
 /// # Errors
 /// An operation that has no kernel.
-pub fn kernels(program: &Program, codes: &BTreeSet<Code>) -> Result<BTreeSet<(Kernel, Code)>, LowerError> {
-    let mut needed = BTreeSet::new();
-    for code in codes {
-        let schedule = Schedule::new(program, Target { family: code.family() })?;
-        let own = schedule.kernels().into_iter().cloned();
-        let others = lower::dummy::kernels(program).into_iter().chain([lower::probe::read()]);
-        needed.extend(own.chain(others).map(|kernel| (kernel, *code)));
-    }
-    Ok(needed)
+pub fn schedules(program: &Program, codes: &BTreeSet<Code>) -> Result<BTreeMap<Family, Schedule>, LowerError> {
+    let families: BTreeSet<Family> = codes.iter().map(|code| code.family()).collect();
+    families.into_iter().map(|family| Ok((family, Schedule::new(program, Target { family })?))).collect()
+}
+
+/// The kernels of schedules, for each of `codes` those of its family's.
+#[must_use]
+pub fn kernels(schedules: &BTreeMap<Family, Schedule>, codes: &BTreeSet<Code>) -> BTreeSet<(Kernel, Code)> {
+    let of = |code: &Code| {
+        let kernels = schedules.get(&code.family()).map(Schedule::kernels).unwrap_or_default();
+        kernels.into_iter().map(|kernel| (kernel.clone(), *code)).collect::<Vec<_>>()
+    };
+    codes.iter().flat_map(of).collect()
 }

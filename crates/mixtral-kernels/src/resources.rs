@@ -156,7 +156,7 @@ ptxas         .     8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loa
 
     fn kernel() -> Kernel {
         let symbol = "k<8>".to_owned();
-        Kernel { header: "k.cuh", symbol, threads: 384, shared_bytes: 200_000, family: Family::Hopper }
+        Kernel { header: "k.cuh".into(), symbol, threads: 384, shared_bytes: 200_000, family: Family::Hopper }
     }
 
     #[test]

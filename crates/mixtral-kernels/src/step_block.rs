@@ -4,6 +4,7 @@
 //! A step uploads the block's prefix up to the last row of its block table, and its adjustments if it has any.
 
 use mixtral_engine::Program;
+use serde::{Deserialize, Serialize};
 
 /// Sequence tokens of one split of decode attention. Fixed: a sequence's bits may not depend on what else is in the step.
 pub const DECODE_SPLIT: usize = 256;
@@ -12,7 +13,8 @@ pub const DECODE_SPLIT: usize = 256;
 pub const PREFILL_TILE: usize = 64;
 
 /// The arrays of the block, in order. Element types are 32-bit integers unless said otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Array {
     /// [`Header`].
     Header,
@@ -42,67 +44,121 @@ pub enum Array {
     Adjustments,
 }
 
-/// Counts of the step, 16 integers.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Header {
-    /// Tokens.
-    pub num_tokens: i32,
-    /// Sequences.
-    pub num_seqs: i32,
-    /// Of those, decodes; they come first.
-    pub num_decodes: i32,
-    /// Rows of logits.
-    pub num_logits: i32,
-    /// Samples.
-    pub num_samples: i32,
-    /// Items of decode attention.
-    pub num_decode_items: i32,
-    /// Items of prefill attention.
-    pub num_prefill_items: i32,
-    /// Zero.
-    pub reserved: [i32; 9],
+/// A structure of the step block, and its layout, which the kernels have to know in the same way.
+macro_rules! structures {
+    ($($(#[$about:meta])* pub struct $name:ident { $($(#[$field_about:meta])* pub $field:ident: $kind:ty,)* })*) => {
+        $($(#[$about])*
+        #[repr(C)]
+        pub struct $name { $($(#[$field_about])* pub $field: $kind,)* })*
+
+        /// The structures of the block, field by field.
+        pub const STRUCTURES: &[Structure] = &[$(Structure {
+            name: stringify!($name),
+            bytes: size_of::<$name>(),
+            fields: &[$(Field {
+                name: stringify!($field),
+                kind: stringify!($kind),
+                offset: std::mem::offset_of!($name, $field),
+            },)*],
+        },)*];
+    };
 }
 
-/// One draw: `SampleRequest` in the numbers that the draw needs.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Sample {
-    /// The random bits of its key.
-    pub bits: u64,
-    /// Weights below it are dropped: `round(2^40 · min_p)`; 0 is off.
-    pub min_weight: u64,
-    /// Row of logits.
-    pub row: i32,
-    /// Candidates by rank; 1 is greedy (also for temperature 0), 0 is off.
-    pub top_k: i32,
-    /// `floor(2^24 · top_p)`; 0 is off.
-    pub top_p: u32,
-    /// The logits' divisor.
-    pub temperature: f32,
-    /// As in `SamplingParams`; 1 is off.
-    pub repetition_penalty: f32,
-    /// As in `SamplingParams`; 0 is off.
-    pub presence_penalty: f32,
-    /// As in `SamplingParams`; 0 is off.
-    pub frequency_penalty: f32,
-    /// Its first adjustment.
-    pub first_adjustment: i32,
-    /// Its adjustments.
-    pub num_adjustments: i32,
-    /// Zero.
-    pub reserved: i32,
+/// How a structure lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Structure {
+    /// Its name.
+    pub name: &'static str,
+    /// Its bytes.
+    pub bytes: usize,
+    /// Its fields, ascending by offset.
+    pub fields: &'static [Field],
 }
 
-/// One token whose logit a draw changes; no token has two of one sample.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Adjustment {
-    /// The token.
-    pub token: i32,
-    /// How often it is in the output, with [`Adjustment::SEEN`] if it is in prompt or output and [`Adjustment::BANNED`] if it
-    /// may not be drawn. The host leaves bans out that would leave no token.
-    pub code: i32,
+/// A field of a [`Structure`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Field {
+    /// Its name.
+    pub name: &'static str,
+    /// Its type, as Rust writes it.
+    pub kind: &'static str,
+    /// Bytes from the structure's start.
+    pub offset: usize,
+}
+
+structures! {
+    /// Counts of the step, 16 integers.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Header {
+        /// Tokens.
+        pub num_tokens: i32,
+        /// Sequences.
+        pub num_seqs: i32,
+        /// Of those, decodes; they come first.
+        pub num_decodes: i32,
+        /// Rows of logits.
+        pub num_logits: i32,
+        /// Samples.
+        pub num_samples: i32,
+        /// Items of decode attention.
+        pub num_decode_items: i32,
+        /// Items of prefill attention.
+        pub num_prefill_items: i32,
+        /// Zero.
+        pub reserved: [i32; 9],
+    }
+
+    /// One draw: `SampleRequest` in the numbers that the draw needs.
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    pub struct Sample {
+        /// The random bits of its key.
+        pub bits: u64,
+        /// Weights below it are dropped: `round(2^40 · min_p)`; 0 is off.
+        pub min_weight: u64,
+        /// Row of logits.
+        pub row: i32,
+        /// Candidates by rank; 1 is greedy (also for temperature 0), 0 is off.
+        pub top_k: i32,
+        /// `floor(2^24 · top_p)`; 0 is off.
+        pub top_p: u32,
+        /// The logits' divisor.
+        pub temperature: f32,
+        /// As in `SamplingParams`; 1 is off.
+        pub repetition_penalty: f32,
+        /// As in `SamplingParams`; 0 is off.
+        pub presence_penalty: f32,
+        /// As in `SamplingParams`; 0 is off.
+        pub frequency_penalty: f32,
+        /// Its first adjustment.
+        pub first_adjustment: i32,
+        /// Its adjustments.
+        pub num_adjustments: i32,
+        /// Zero.
+        pub reserved: i32,
+    }
+
+    /// One token whose logit a draw changes; no token has two of one sample.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Adjustment {
+        /// The token.
+        pub token: i32,
+        /// How often it is in the output, with [`Adjustment::SEEN`] if it is in prompt or output and [`Adjustment::BANNED`] if it
+        /// may not be drawn. The host leaves bans out that would leave no token.
+        pub code: i32,
+    }
+
+    /// What a draw gave.
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    pub struct Drawn {
+        /// The token.
+        pub token: i32,
+        /// The first id (below the vocabulary's size) whose logit was not finite, or −1.
+        pub bad_token: i32,
+        /// Its value.
+        pub bad_value: f32,
+        /// Zero.
+        pub reserved: i32,
+    }
 }
 
 impl Adjustment {
@@ -112,29 +168,25 @@ impl Adjustment {
     pub const BANNED: i32 = 1 << 30;
 }
 
-/// What a draw gave.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Drawn {
-    /// The token.
-    pub token: i32,
-    /// The first id (below the vocabulary's size) whose logit was not finite, or −1.
-    pub bad_token: i32,
-    /// Its value.
-    pub bad_value: f32,
-    /// Zero.
-    pub reserved: i32,
-}
-
-/// Where the arrays lie.
+/// Where the arrays lie: every [`Array`] once, in order, apart from each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepBlock {
-    offsets: Vec<(Array, usize, usize)>,
-    bytes: usize,
+    pub(crate) places: Vec<Place>,
+    pub(crate) bytes: usize,
+}
+
+/// Where an array lies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) array: Array,
+    /// Bytes from the block's start.
+    pub(crate) offset: usize,
+    /// Bytes that it can hold.
+    pub(crate) bytes: usize,
 }
 
 /// Alignment of the arrays, in bytes.
-const ALIGN: usize = 128;
+pub(crate) const ALIGN: usize = 128;
 
 impl StepBlock {
     /// The block of a program.
@@ -160,27 +212,27 @@ impl StepBlock {
             (Array::Adjustments, size_of::<Adjustment>() * 2 * s * l.max_seq_len),
         ];
         let mut bytes = 0;
-        let offsets = sizes
+        let places = sizes
             .iter()
             .map(|&(array, size)| {
                 let offset = bytes;
                 bytes = (bytes + size).next_multiple_of(ALIGN);
-                (array, offset, size)
+                Place { array, offset, bytes: size }
             })
             .collect();
-        StepBlock { offsets, bytes }
+        StepBlock { places, bytes }
     }
 
     /// Bytes from the block's start to an array's.
     #[must_use]
     pub fn offset(&self, array: Array) -> usize {
-        self.offsets[array as usize].1
+        self.places[array as usize].offset
     }
 
     /// Bytes that an array can hold.
     #[must_use]
     pub fn capacity(&self, array: Array) -> usize {
-        self.offsets[array as usize].2
+        self.places[array as usize].bytes
     }
 
     /// Bytes of the block.

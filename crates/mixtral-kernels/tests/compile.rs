@@ -26,7 +26,7 @@ const SM_90A: Code = Code::Sass(Arch::SM_90A);
 const PTX: Code = Code::Ptx(Arch::BASE);
 
 fn kernel(header: &'static str, symbol: &str) -> Kernel {
-    Kernel { header, symbol: symbol.to_owned(), threads: 128, shared_bytes: 0, family: Family::Portable }
+    Kernel { header: header.into(), symbol: symbol.to_owned(), threads: 128, shared_bytes: 0, family: Family::Portable }
 }
 
 fn scale(n: usize) -> Kernel {
@@ -208,7 +208,8 @@ fn assert_clean(work: &[(Kernel, Code)]) {
         Ok(nvrtc) => Compiler::new(nvrtc, Sources::embedded()),
         Err(error) => return println!("skipped: {error}"),
     };
-    let batch = compile_all(&compiler, work, 2, None, &|_| {}).unwrap_or_else(|e| panic!("{e}"));
+    let cache = Cache::folder_from_environment().map(Cache::new);
+    let batch = compile_all(&compiler, work, 2, cache.as_ref(), &|_| {}).unwrap_or_else(|e| panic!("{e}"));
     assert_eq!(batch.kernels.len(), work.len());
     for (kernel, code, compiled) in batch.kernels {
         let resources = compiled.resources.expect("known of SASS");

@@ -1,23 +1,13 @@
-//! A launch's arguments are its kernel's parameters: as many, of the same sizes. Nothing else checks it before a GPU does.
+//! A launch's arguments are its kernel's parameters: as many, of the same sizes, as the compiler sees them.
 
 use std::collections::BTreeMap;
 
 use mixtral_engine::Program;
-use mixtral_kernels::lower::dummy;
 use mixtral_kernels::{
-    Arch, Arg, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, Work, compile_all,
+    Arch, Cache, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, Work, compile_all,
 };
 use mixtral_model::DType;
 use mixtral_testkit::decoder::{self, Geometry};
-
-/// Bytes of an argument.
-fn size(arg: &Arg) -> usize {
-    match arg {
-        Arg::I32(_) | Arg::F32(_) => 4,
-        Arg::TensorMap(_) => 128,
-        _ => 8,
-    }
-}
 
 /// Bytes of each parameter of PTX's only entry.
 fn parameters(ptx: &str) -> Vec<usize> {
@@ -35,18 +25,7 @@ fn parameters(ptx: &str) -> Vec<usize> {
 }
 
 fn programs() -> Vec<Program> {
-    let round = |dtype| Geometry {
-        hidden_size: 256,
-        intermediate_size: 384,
-        num_heads: 8,
-        num_kv_heads: 2,
-        head_dim: 128,
-        num_experts: 8,
-        vocab_size: 512,
-        block_size: 64,
-        ..Geometry::small(dtype)
-    };
-    let programs = [Geometry::small(DType::F32), Geometry::small(DType::F16), round(DType::Bf16)]
+    let programs = [Geometry::small(DType::F32), Geometry::small(DType::F16), Geometry::round(DType::Bf16)]
         .map(|geometry| [true, false].map(|fused| decoder::program(&geometry, fused)));
     programs.into_iter().flatten().collect()
 }
@@ -60,20 +39,23 @@ fn launches_have_their_kernels_parameters() {
             return;
         }
     };
+    let cache = Cache::folder_from_environment().map(Cache::new);
     for (family, code) in [(Family::Portable, Code::Ptx(Arch::BASE)), (Family::Hopper, Code::Ptx(Arch::SM_90A))] {
         let mut launches: BTreeMap<Kernel, Launch> = BTreeMap::new();
         for program in programs() {
             let schedule = Schedule::new(&program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
             let launch = |work| if let Work::Launch(launch) = work { Some(launch) } else { None };
             let all = schedule.regimes.into_iter().flat_map(|(_, work)| work).filter_map(launch);
-            launches.extend(all.chain(dummy::launches(&program, 1)).map(|launch| (launch.kernel.clone(), launch)));
+            let fills = schedule.fills.into_iter().map(|(_, fill)| fill);
+            let all = all.chain(fills).chain([schedule.probe]);
+            launches.extend(all.map(|launch| (launch.kernel.clone(), launch)));
         }
         let work: Vec<_> = launches.keys().map(|kernel| (kernel.clone(), code)).collect();
-        let batch = compile_all(&compiler, &work, 4, None, &|_| ()).unwrap_or_else(|e| panic!("{e}"));
+        let batch = compile_all(&compiler, &work, 2, cache.as_ref(), &|_| ()).unwrap_or_else(|e| panic!("{e}"));
         assert!(batch.kernels.len() > 40, "{} kernels", batch.kernels.len());
         for (kernel, _, compiled) in batch.kernels {
             let wanted = parameters(std::str::from_utf8(&compiled.image).expect("PTX is text"));
-            let given: Vec<usize> = launches[&kernel].args.iter().map(size).collect();
+            let given: Vec<usize> = launches[&kernel].args.iter().map(|named| named.arg.size()).collect();
             assert_eq!(given, wanted, "{} for {code}", kernel.symbol);
         }
     }

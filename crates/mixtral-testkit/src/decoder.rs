@@ -54,6 +54,22 @@ impl Geometry {
             block_size: 16,
         }
     }
+
+    /// Small, with sizes that tensor cores take.
+    #[must_use]
+    pub const fn round(dtype: DType) -> Self {
+        Geometry {
+            hidden_size: 256,
+            intermediate_size: 384,
+            num_heads: 8,
+            num_kv_heads: 2,
+            head_dim: 128,
+            num_experts: 8,
+            vocab_size: 512,
+            block_size: 64,
+            ..Geometry::small(dtype)
+        }
+    }
 }
 
 /// The decoder's program, with every fusion (`fused`) or with none.

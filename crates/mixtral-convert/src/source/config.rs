@@ -23,6 +23,8 @@ pub struct SourceConfig {
     pub dtype: Option<DType>,
     /// Whether lm_head is the embedding.
     pub tied: bool,
+    /// How the weights are quantized, after what the file says. It may be left over from weights that no longer are.
+    pub quantization: Option<String>,
 }
 
 impl SourceConfig {
@@ -37,6 +39,14 @@ impl SourceConfig {
         if keys.contains("architecture") && !keys.contains("model_type") {
             return Err(ConvertError::AlreadyCheckpoint { path });
         }
+        if keys.contains("mixtral_engine_format") {
+            return Err(ConvertError::AlreadyEngine { path });
+        }
+        let quantizer = keys.object("quantization_config", "quantization_config.")?;
+        let quantization = match keys.get("quantization_config") {
+            Some(_) => Some(quantizer.text("quant_method")?.unwrap_or("a method without a name").to_owned()),
+            None => None,
+        };
         let (model, dtype, tied) = match dialect {
             Dialect::HuggingFace => read_hugging_face(keys)?,
             Dialect::Consolidated => read_params(keys)?,
@@ -46,7 +56,7 @@ impl SourceConfig {
         if layers.saturating_mul(experts) > MAX_EXPERTS {
             return Err(ConvertError::TooManyExperts { path, layers, experts, max: MAX_EXPERTS });
         }
-        Ok(SourceConfig { path, model, dtype, tied })
+        Ok(SourceConfig { path, model, dtype, tied, quantization })
     }
 }
 
@@ -65,7 +75,6 @@ fn read_hugging_face(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool
     let model_type = keys.text("model_type")?.ok_or_else(|| keys.missing("model_type", "mixtral or mistral"))?;
     let moe = model_type == "mixtral";
     keys.one_of("hidden_act", &["silu"], "silu")?;
-    refuse(keys, &["quantization_config"], "none; download the model with unquantized weights")?;
     refuse(keys, &["attention_bias", "mlp_bias"], "false")?;
     let rope_theta = read_rope(keys)?.unwrap_or(if moe { 1e6 } else { 1e4 });
     let hidden_size = keys.required_size("hidden_size")?;
@@ -73,7 +82,8 @@ fn read_hugging_face(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool
     // Absent is transformers' default; null, in files of models without grouping, is every head.
     let num_kv_heads = match keys.contains("num_key_value_heads") {
         true => keys.size("num_key_value_heads")?.unwrap_or(num_heads),
-        false => 8,
+        false if num_heads.is_multiple_of(8) => 8,
+        false => return Err(keys.missing("num_key_value_heads", "a whole number (8 without it, which does not fit)")),
     };
     let dtype = match keys.dtype("dtype")? {
         Some(dtype) => Some(dtype),

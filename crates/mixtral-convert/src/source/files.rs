@@ -1,6 +1,6 @@
 //! Which files of a directory are the model.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::keys::{parse_object, read_text};
@@ -28,14 +28,20 @@ impl Dialect {
     }
 }
 
-/// The files with the weights, and what an index says about them: which file each tensor is in.
-#[derive(Debug)]
-pub struct Weights {
-    /// The files.
-    pub paths: Vec<PathBuf>,
-    /// The index and its map, if there is one.
-    pub index: Option<(PathBuf, BTreeMap<String, String>)>,
-}
+/// Formats of other tools, by the ends of their files' names.
+const FOREIGN: [(&str, &str); 7] = [
+    (".gguf", "llama.cpp's GGUF"),
+    (".ggml", "llama.cpp's GGML"),
+    (".msgpack", "Flax's format"),
+    (".h5", "TensorFlow's format"),
+    (".onnx", "an ONNX graph"),
+    (".npz", "NumPy's or MLX's format"),
+    (".nemo", "NeMo's format"),
+];
+
+/// Files beside weights that say how those were quantized.
+const QUANTIZERS: [(&str, &str); 3] =
+    [("hf_quant_config.json", "ModelOpt"), ("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")];
 
 fn list(dir: &Path) -> Result<BTreeSet<String>, ConvertError> {
     let io = |source| ConvertError::Io { path: dir.to_owned(), source };
@@ -48,7 +54,25 @@ fn is_consolidated(name: &str) -> bool {
 }
 
 fn is_hugging_face(name: &str) -> bool {
-    name.ends_with(".safetensors") && !is_consolidated(name)
+    name.ends_with(".safetensors") && !is_consolidated(name) && !is_adapter(name)
+}
+
+/// Whether a file is a LoRA adapter's.
+fn is_adapter(name: &str) -> bool {
+    name.starts_with("adapter_model.") || name.starts_with("adapter_model-") || name == "adapter_config.json"
+}
+
+/// What the adapter in `dir` was made for, if it says.
+fn adapter_base(dir: &Path) -> Option<String> {
+    let path = dir.join("adapter_config.json");
+    let map = parse_object(&read_text(&path).ok()?, &path).ok()?;
+    map.get("base_model_name_or_path")?.as_str().map(str::to_owned)
+}
+
+/// What says how the weights in `dir` were quantized, outside of their configuration.
+#[must_use]
+pub fn quantizer(dir: &Path) -> Option<String> {
+    QUANTIZERS.iter().find(|(file, _)| dir.join(file).exists()).map(|(_, method)| (*method).to_owned())
 }
 
 /// Whose directory `dir` is. Mistral publishes both dialects side by side; Hugging Face's is read if it is whole.
@@ -65,15 +89,71 @@ pub fn dialect(dir: &Path) -> Result<Dialect, ConvertError> {
         }
         (true, false) => Ok(Dialect::HuggingFace),
         (false, true) => Ok(Dialect::Consolidated),
-        (false, false) => Err(ConvertError::NoConfig { dir: dir.to_owned() }),
+        (false, false) => Err(no_config(dir, &names)),
     }
 }
 
-/// Finds the weight files of `dir`.
+/// What a directory without a configuration is, as far as that can be seen.
+fn no_config(dir: &Path, names: &BTreeSet<String>) -> ConvertError {
+    let own = || dir.to_owned();
+    if names.contains("snapshots") {
+        return ConvertError::HubCache { dir: own(), snapshot: snapshot(dir) };
+    }
+    if let Some(model) = names.iter().filter(|n| n.starts_with("models--")).find_map(|n| snapshot(&dir.join(n))) {
+        return ConvertError::Above { dir: own(), model };
+    }
+    if names.iter().any(|name| is_adapter(name)) {
+        return ConvertError::Adapter { dir: own(), base: adapter_base(dir) };
+    }
+    if let Some(error) = foreign(dir, names) {
+        return error;
+    }
+    match names.iter().map(|name| dir.join(name)).find(|path| is_model(path)) {
+        Some(model) => ConvertError::Above { dir: own(), model },
+        None => ConvertError::NoConfig { dir: own() },
+    }
+}
+
+/// Whether a directory has a model's configuration, and not a checkpoint's or an engine's.
+fn is_model(dir: &Path) -> bool {
+    let path = dir.join(Dialect::HuggingFace.config_file());
+    let is_hugging_face = || parse_object(&read_text(&path).ok()?, &path).ok()?.get("model_type").cloned();
+    dir.join(Dialect::Consolidated.config_file()).is_file() || is_hugging_face().is_some()
+}
+
+/// The model inside of a folder of the hub's cache: the main branch's, else the last one downloaded.
+fn snapshot(dir: &Path) -> Option<PathBuf> {
+    let snapshots = dir.join("snapshots");
+    let main = std::fs::read_to_string(dir.join("refs/main")).ok().map(|hash| snapshots.join(hash.trim()));
+    if let Some(path) = main.filter(|path| is_model(path)) {
+        return Some(path);
+    }
+    let paths = std::fs::read_dir(snapshots).ok()?.filter_map(|entry| Some(entry.ok()?.path()));
+    paths.filter(|path| is_model(path)).max_by_key(|path| std::fs::metadata(path).and_then(|m| m.modified()).ok())
+}
+
+/// That the weights are in a format that we do not read.
+fn foreign(dir: &Path, names: &BTreeSet<String>) -> Option<ConvertError> {
+    let ends = |ends: &[&str]| names.iter().find(|name| ends.iter().any(|end| name.ends_with(end)));
+    if names.iter().any(|name| name.ends_with(".distcp") || name.starts_with("pytorch_model_fsdp")) {
+        return Some(ConvertError::Fsdp { dir: dir.to_owned() });
+    }
+    if names.contains("zero_to_fp32.py") {
+        return Some(ConvertError::DeepSpeed { dir: dir.to_owned() });
+    }
+    if let Some(name) = ends(&[".bin", ".pt", ".pth", ".ckpt"]).filter(|name| *name != "training_args.bin") {
+        return Some(ConvertError::Pickle { path: dir.join(name) });
+    }
+    let found = FOREIGN.iter().find_map(|(end, what)| Some((ends(&[end])?, *what)));
+    found.map(|(name, what)| ConvertError::Foreign { path: dir.join(name), what })
+}
+
+/// Finds the weight files of `dir`: a single file first, then an index and the files that it names, as transformers does. Which
+/// tensor is in which of them is read from the files; what the index says of that counts for nothing, there as here.
 ///
 /// # Errors
 /// If there are none that we read, or not all that the index names.
-pub fn find(dir: &Path, dialect: Dialect) -> Result<Weights, ConvertError> {
+pub fn find(dir: &Path, dialect: Dialect) -> Result<Vec<PathBuf>, ConvertError> {
     let names = list(dir)?;
     let (single, expected) = match dialect {
         Dialect::HuggingFace => {
@@ -81,70 +161,67 @@ pub fn find(dir: &Path, dialect: Dialect) -> Result<Weights, ConvertError> {
         }
         Dialect::Consolidated => ("consolidated.safetensors", "consolidated*.safetensors"),
     };
-    if names.contains(single) {
-        return Ok(Weights { paths: vec![dir.join(single)], index: None });
-    }
     let index = format!("{single}.index.json");
-    if names.contains(&index) {
-        return indexed(dir, &index);
-    }
-    match dialect {
-        Dialect::Consolidated => {
-            let paths: Vec<_> = names.iter().filter(|n| is_consolidated(n)).map(|n| dir.join(n)).collect();
-            if !paths.is_empty() {
-                return Ok(Weights { paths, index: None });
-            }
+    let paths = if names.contains(single) {
+        vec![dir.join(single)]
+    } else if names.contains(&index) {
+        indexed(dir, &index)?
+    } else {
+        match dialect {
+            Dialect::Consolidated => names.iter().filter(|n| is_consolidated(n)).map(|n| dir.join(n)).collect(),
+            Dialect::HuggingFace => match names.iter().find(|n| is_hugging_face(n)) {
+                Some(shard) => return Err(no_index(dir, shard)),
+                None => Vec::new(),
+            },
         }
-        Dialect::HuggingFace => {
-            if let Some(shard) = names.iter().find(|n| is_hugging_face(n)) {
-                return Err(ConvertError::NoIndex { dir: dir.to_owned(), shard: shard.clone() });
-            }
-        }
+    };
+    let adapter = names.iter().find(|name| is_adapter(name));
+    if paths.is_empty() {
+        return Err(match (adapter, foreign(dir, &names)) {
+            (Some(_), _) => ConvertError::Adapter { dir: dir.to_owned(), base: adapter_base(dir) },
+            (None, Some(error)) => error,
+            (None, None) => ConvertError::NoWeights { dir: dir.to_owned(), expected },
+        });
     }
-    let pickle = names.iter().find(|n| [".bin", ".pt", ".pth"].iter().any(|end| n.ends_with(end)));
-    Err(match pickle {
-        Some(name) => ConvertError::Pickle { path: dir.join(name) },
-        None => ConvertError::NoWeights { dir: dir.to_owned(), expected },
-    })
+    if let Some(adapter) = adapter {
+        log::warn!(
+            "{} is an adapter beside the model and is left out; merge it into the model first if it is to count",
+            dir.join(adapter).display()
+        );
+    }
+    if names.contains(single) && names.contains(&index) {
+        log::warn!(
+            "{} has {single} and {index}; {single} is read, and shards that the index names are left out; remove what is not the model",
+            dir.display()
+        );
+    }
+    Ok(paths)
 }
 
-fn indexed(dir: &Path, name: &str) -> Result<Weights, ConvertError> {
+fn no_index(dir: &Path, shard: &str) -> ConvertError {
+    let (dir, file) = (dir.to_owned(), shard.to_owned());
+    match shard.contains("-of-") {
+        true => ConvertError::NoIndex { dir, shard: file },
+        false => ConvertError::OtherName { path: dir.join(file) },
+    }
+}
+
+fn indexed(dir: &Path, name: &str) -> Result<Vec<PathBuf>, ConvertError> {
     let index = dir.join(name);
     let root = parse_object(&read_text(&index)?, &index)?;
-    let invalid = |problem: String| ConvertError::Index { index: index.clone(), problems: vec![problem] };
+    let invalid = |problem: String| ConvertError::Index { index: index.clone(), problem };
     let Some(Value::Object(entries)) = root.get("weight_map") else {
-        return Err(invalid("  the key `weight_map` is missing or no object".to_owned()));
+        return Err(invalid("the key `weight_map` is missing or no object".to_owned()));
     };
-    let mut weight_map = BTreeMap::new();
+    let mut shards = BTreeSet::new();
     for (tensor, file) in entries {
         // A name with a directory in it could lead anywhere.
         let file = file.as_str().filter(|f| !f.is_empty() && !f.contains('/') && *f != ".." && *f != ".");
-        let file = file.ok_or_else(|| invalid(format!("  `{tensor}`: its file is not the name of a file")))?;
-        weight_map.insert(tensor.clone(), file.to_owned());
+        shards.insert(file.ok_or_else(|| invalid(format!("`{tensor}`: its file is not the name of a file")))?);
     }
-    let shards: BTreeSet<&String> = weight_map.values().collect();
     let missing: Vec<String> = shards.iter().filter(|f| !dir.join(f).exists()).map(|f| format!("  {f}")).collect();
-    if !missing.is_empty() {
-        return Err(ConvertError::ShardsMissing { index, missing });
+    match missing.is_empty() {
+        true => Ok(shards.into_iter().map(|f| dir.join(f)).collect()),
+        false => Err(ConvertError::ShardsMissing { index, missing }),
     }
-    let paths = shards.into_iter().map(|f| dir.join(f)).collect();
-    Ok(Weights { paths, index: Some((index, weight_map)) })
-}
-
-/// Checks that each tensor is in the file that the index names; `file_of` says which it is in.
-///
-/// # Errors
-/// All tensors that are not.
-pub fn check_index<'a>(
-    index: PathBuf,
-    weight_map: &BTreeMap<String, String>,
-    file_of: impl Fn(&str) -> Option<&'a str>,
-) -> Result<(), ConvertError> {
-    let problem = |(tensor, named): (&String, &String)| match file_of(tensor) {
-        None => Some(format!("  `{tensor}`: {named} does not have it")),
-        Some(found) if found != named => Some(format!("  `{tensor}`: expected in {named}, found in {found}")),
-        Some(_) => None,
-    };
-    let problems: Vec<String> = weight_map.iter().filter_map(problem).collect();
-    if problems.is_empty() { Ok(()) } else { Err(ConvertError::Index { index, problems }) }
 }

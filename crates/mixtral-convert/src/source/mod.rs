@@ -2,6 +2,7 @@
 
 pub mod config;
 pub mod consolidated;
+pub mod diagnosis;
 pub mod files;
 pub mod fused;
 pub mod per_expert;
@@ -17,6 +18,7 @@ use mixtral_model::{DType, ModelConfig};
 use crate::error::ConvertError;
 use crate::names::HfTensor;
 use config::SourceConfig;
+use diagnosis::{Misfits, diagnose};
 use files::Dialect;
 use view::View;
 
@@ -62,6 +64,8 @@ pub struct Source {
     pub dir: PathBuf,
     /// What the configuration says.
     pub config: SourceConfig,
+    /// Whether lm_head is the embedding, after what the weights have.
+    pub tied: bool,
     /// How the weights are laid out.
     pub layout: &'static str,
     /// The weight files.
@@ -81,10 +85,9 @@ impl Source {
     /// What is wrong with the directory. Tensors that are missing, misshapen or without a place are listed at once.
     pub fn open(dir: &Path) -> Result<Self, ConvertError> {
         let (dialect, config) = open_config(dir)?;
-        let weights = files::find(dir, dialect)?;
         let mut files = Vec::new();
         let mut stored: HashMap<String, (usize, TensorEntry)> = HashMap::new();
-        for path in weights.paths {
+        for path in files::find(dir, dialect)? {
             let io = |source| ConvertError::Io { path: path.clone(), source };
             let file = File::open(&path).map_err(io)?;
             for entry in Header::read(&file, &path)?.tensors {
@@ -95,16 +98,19 @@ impl Source {
             }
             files.push((path, file));
         }
-        if let Some((index, weight_map)) = weights.index {
-            files::check_index(index, &weight_map, |tensor| {
-                stored.get(tensor).and_then(|(file, _)| files[*file].0.file_name()?.to_str())
-            })?;
-        }
         let layout = choose_layout(dialect, &stored);
-        let tensors = locate(dir, dialect, layout, &config, &stored)?;
+        let tied = is_tied(&config, layout, &stored);
+        let tensors = locate(dir, dialect, layout, &config, tied, &stored)?;
+        if let Some(method) = &config.quantization {
+            log::warn!(
+                "{} says that the weights are quantized by {method}, but all of them are plain floats; they are converted as they are",
+                config.path.display()
+            );
+        }
         let sizes = || stored.values().map(|(_, entry)| entry.num_bytes());
         let (num_bytes, largest_tensor) = (sizes().sum(), sizes().max().unwrap_or(0));
-        Ok(Source { dir: dir.to_owned(), config, layout: layout.name(), files, tensors, num_bytes, largest_tensor })
+        let (dir, layout) = (dir.to_owned(), layout.name());
+        Ok(Source { dir, config, tied, layout, files, tensors, num_bytes, largest_tensor })
     }
 
     /// The type that the model is in: its configuration's, or else that of its embedding.
@@ -120,8 +126,10 @@ impl Source {
 /// # Errors
 /// If there is none, or it describes a model that we do not know.
 pub fn open_config(dir: &Path) -> Result<(Dialect, SourceConfig), ConvertError> {
-    if !dir.is_dir() {
-        return Err(ConvertError::NoDirectory { dir: dir.to_owned() });
+    match std::fs::metadata(dir) {
+        Ok(meta) if !meta.is_dir() => return Err(ConvertError::NotADirectory { path: dir.to_owned() }),
+        Ok(_) => {}
+        Err(_) => return Err(ConvertError::NoDirectory { dir: dir.to_owned() }),
     }
     let dialect = files::dialect(dir)?;
     Ok((dialect, SourceConfig::read(dir, dialect)?))
@@ -137,9 +145,25 @@ fn choose_layout(dialect: Dialect, stored: &HashMap<String, (usize, TensorEntry)
     }
 }
 
-/// Tensors that published models carry and that nothing is computed from.
-fn is_harmless(name: &str, tied: bool) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || (tied && matches!(name, "lm_head.weight" | "output.weight"))
+/// Whether a tensor is one of those that published models carry and that nothing is computed from: tables of the rotary
+/// embedding, which follow from its base.
+fn is_harmless(name: &str) -> bool {
+    [".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"].iter().any(|end| name.ends_with(end))
+        || name == "rope.freqs"
+}
+
+/// Whether lm_head is the embedding. As in transformers 5, a configuration that says so counts only where one of the two is
+/// missing: if both are there, each is used.
+fn is_tied(config: &SourceConfig, layout: &dyn Layout, stored: &HashMap<String, (usize, TensorEntry)>) -> bool {
+    let has = |tensor| stored.contains_key(&layout.stored(&config.model, tensor).name);
+    let has_both = has(HfTensor::LmHead) && has(HfTensor::EmbedTokens);
+    if config.tied && has_both {
+        log::warn!(
+            "{} says that the embedding is lm_head too, but the weights have both; each is used as it is",
+            config.path.display()
+        );
+    }
+    config.tied && !has_both
 }
 
 fn locate(
@@ -147,13 +171,21 @@ fn locate(
     dialect: Dialect,
     layout: &'static dyn Layout,
     config: &SourceConfig,
+    tied: bool,
     stored: &HashMap<String, (usize, TensorEntry)>,
 ) -> Result<HashMap<String, Located>, ConvertError> {
+    let model = &config.model;
     let mut tensors = HashMap::new();
-    let mut problems = Vec::new();
+    let (mut problems, mut misfits) = (Vec::new(), Misfits::default());
     let mut seen = BTreeSet::new();
-    for tensor in HfTensor::all(&config.model, config.tied) {
-        let Stored { name, shape, view } = layout.stored(&config.model, tensor);
+    // A tied model's one matrix may be stored under either name.
+    let head = layout.stored(model, HfTensor::LmHead);
+    let embedding_is_head = tied && stored.contains_key(&head.name);
+    for tensor in HfTensor::all(model, tied) {
+        let Stored { name, shape, view } = match tensor {
+            HfTensor::EmbedTokens if embedding_is_head => head.clone(),
+            _ => layout.stored(model, tensor),
+        };
         let problem = match stored.get(&name) {
             None => format!("missing, expected shape {shape:?}"),
             Some((_, entry)) if entry.shape != shape => format!("expected shape {shape:?}, found {:?}", entry.shape),
@@ -171,15 +203,19 @@ fn locate(
         // Many experts may live in one stored tensor, which is at fault once.
         if seen.insert(name.clone()) {
             problems.push(format!("  `{name}`: {problem}"));
+            if stored.contains_key(&name) { &mut misfits.wrong } else { &mut misfits.missing }.push(name);
         }
     }
-    let mut extra: Vec<&String> =
-        stored.keys().filter(|name| !seen.contains(*name) && !is_harmless(name, config.tied)).collect();
-    extra.sort();
-    problems.extend(extra.into_iter().map(|name| format!("  `{name}`: the model has no place for it")));
+    misfits.extra = stored.keys().map(String::as_str).filter(|n| !seen.contains(*n) && !is_harmless(n)).collect();
+    misfits.extra.sort_unstable();
+    problems.extend(misfits.extra.iter().map(|name| format!("  `{name}`: the model has no place for it")));
     if problems.is_empty() {
         return Ok(tensors);
     }
-    let config = dialect.config_file();
-    Err(ConvertError::Tensors { dir: dir.to_owned(), config, layout: layout.name(), problems })
+    let method = config.quantization.clone().or_else(|| files::quantizer(dir));
+    let dir = dir.to_owned();
+    if let Some(diagnosis) = diagnose(dialect, layout, model, method.as_ref(), stored, &misfits) {
+        return Err(ConvertError::Diagnosed { dir, diagnosis: Box::new(diagnosis) });
+    }
+    Err(ConvertError::Tensors { dir, config: dialect.config_file(), layout: layout.name(), problems })
 }

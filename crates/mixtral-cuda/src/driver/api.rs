@@ -20,6 +20,9 @@ macro_rules! functions {
             $(pub(super) $name: unsafe extern "C" fn($($arg),*) -> c_uint,)*
             /// Loads a kernel ahead of its first launch; since CUDA 12.4.
             pub(super) cuFuncLoad: Option<unsafe extern "C" fn(CUfunction) -> c_uint>,
+            /// Offset and size of a parameter; since CUDA 12.4.
+            pub(super) cuFuncGetParamInfo:
+                Option<unsafe extern "C" fn(CUfunction, usize, *mut usize, *mut usize) -> c_uint>,
             _library: Library,
         }
 
@@ -34,6 +37,7 @@ macro_rules! functions {
                                 detail: format!("it has no {}, which every driver has", stringify!($name)),
                             })?,)*
                         cuFuncLoad: library.get(b"cuFuncLoad\0").ok().map(|symbol| *symbol),
+                        cuFuncGetParamInfo: library.get(b"cuFuncGetParamInfo\0").ok().map(|symbol| *symbol),
                         _library: library,
                     })
                 }

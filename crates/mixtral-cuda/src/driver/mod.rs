@@ -19,6 +19,6 @@ pub use context::devices;
 pub(crate) use cublas::{CublasLt, ProductOperands, ProductShape};
 pub(crate) use graph::Graph;
 pub(crate) use memory::{DeviceMemory, Pinned};
-pub(crate) use module::{Config, Function, MAX_PARAMS, Module, Param};
+pub(crate) use module::{Config, Function, Module, Param};
 pub(crate) use stream::{Event, Stream};
 pub(crate) use tensor_map::encode;

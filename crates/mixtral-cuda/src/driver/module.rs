@@ -8,13 +8,12 @@ use cudarc::driver::sys::{
     CUlaunchAttributeValue, CUlaunchConfig, CUmodule, CUtensorMap,
 };
 
+use mixtral_kernels::schedule::check::MAX_ARGS;
+
 use super::{Context, Stream, api};
 use crate::CudaError;
 use crate::error::BAD_IMAGE;
 use crate::images::arch_of;
-
-/// Parameters that a kernel may have.
-pub(crate) const MAX_PARAMS: usize = 32;
 
 /// `CU_JIT_ERROR_LOG_BUFFER` and `CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES`.
 const JIT_ERROR_LOG: [c_uint; 2] = [5, 6];
@@ -111,7 +110,7 @@ impl Module {
             // SAFETY: the function is live.
             api.check("cuFuncLoad", unsafe { load(handle) })?;
         }
-        Ok(Function { handle, _module: Arc::clone(&self.0) })
+        Ok(Function { handle, parameters: parameters(handle)?, _module: Arc::clone(&self.0) })
     }
 }
 
@@ -129,6 +128,8 @@ impl Drop for Loaded {
 #[derive(Clone)]
 pub(crate) struct Function {
     handle: CUfunction,
+    /// Bytes of each of its parameters, where the driver says so.
+    parameters: Option<Arc<[usize]>>,
     /// Loaded for as long as one of its functions lives.
     _module: Arc<Loaded>,
 }
@@ -162,15 +163,40 @@ pub(crate) struct Config {
     pub(crate) overlaps: bool,
 }
 
+/// Bytes of each parameter of a kernel; none of a driver that does not say.
+fn parameters(function: CUfunction) -> Result<Option<Arc<[usize]>>, CudaError> {
+    let Some(info) = api()?.cuFuncGetParamInfo else { return Ok(None) };
+    let size = |index| {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the function is live; two sizes are written. An index past the last parameter is an error.
+        let code = unsafe { info(function, index, &raw mut offset, &raw mut size) };
+        (code == 0).then_some(size)
+    };
+    let sizes: Arc<[usize]> = (0..=MAX_ARGS).map_while(size).collect();
+    // No kernel of an engine is without parameters, so a driver that names none does not know them.
+    Ok((!sizes.is_empty()).then_some(sizes))
+}
+
 impl Function {
+    /// Checks that it takes parameters of these sizes: a second look, behind the names that the schedule was made by. A driver
+    /// that does not know takes any.
+    pub(crate) fn takes(&self, symbol: &str, sizes: &[usize]) -> Result<(), CudaError> {
+        match &self.parameters {
+            Some(known) if **known != *sizes => {
+                Err(CudaError::Parameters { symbol: symbol.to_owned(), passed: sizes.to_vec(), taken: known.to_vec() })
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Launches it.
     ///
     /// # Safety
-    /// The parameters are those of the kernel, in its order, at most [`MAX_PARAMS`]; what they point at is the device's, is
+    /// The parameters are those of the kernel, in its order, at most [`MAX_ARGS`]; what they point at is the device's, is
     /// large enough for what the kernel does with it, and outlives the launch.
     pub(crate) unsafe fn launch(&self, stream: &Stream, config: Config, params: &[Param]) -> Result<(), CudaError> {
         let api = api()?;
-        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_PARAMS];
+        let mut pointers = [std::ptr::null_mut::<c_void>(); MAX_ARGS];
         for (pointer, param) in pointers.iter_mut().zip(params) {
             let value: *const c_void = match param {
                 Param::Word(word) => std::ptr::from_ref(word).cast(),

@@ -25,13 +25,20 @@ fn inputs() -> StepInputs<'static> {
         positions.extend(len - new..len);
     }
     let n = positions.len();
-    let width = program().limits.max_blocks_per_seq();
+    let limits = program().limits;
+    let (width, block_size) = (limits.max_blocks_per_seq(), int(limits.block_size));
+    let block_table: Vec<i32> = (0..int(4 * width)).map(|i| i % 40).collect();
+    let slot = |seq: usize, position: i32| {
+        let block = block_table[seq * width + usize::try_from(position / block_size).unwrap()];
+        block * block_size + position % block_size
+    };
+    let sequences = news.into_iter().enumerate().flat_map(|(seq, new)| (0..new).map(move |_| seq));
     StepInputs {
         num_decodes: 2,
         token_ids: (0..int(n)).map(|i| i % 29).collect(),
-        slot_mapping: (0..int(n)).collect(),
+        slot_mapping: sequences.zip(&positions).map(|(seq, &position)| slot(seq, position)).collect(),
         positions,
-        block_table: (0..int(4 * width)).map(|i| i % 40).collect(),
+        block_table,
         seq_lens: lens.to_vec(),
         cu_query_lens: edges,
         logits_indices: vec![0, 1, 69],

@@ -14,8 +14,8 @@ use crate::kernels::{Library, Machine};
 fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
     let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
     let program = case.assembly.program.clone();
-    let images = library.images(&program);
-    CudaBackend::load(program, &case.weights(), &images, options)
+    let executable = library.executable(&program).map_err(BackendError::Other)?;
+    CudaBackend::load(program, &case.weights(), &executable, options)
 }
 
 /// Prefill rounds probabilities to 16 bit before it multiplies them with values, as its tensor cores take them: a third of its
@@ -79,8 +79,9 @@ fn large_cases_are_within_their_limits() {
         for case in &cases {
             let start = Instant::now();
             let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
-            let images = library.images(&case.program);
-            let backend = CudaBackend::load(case.program.clone(), &case.weights(), &images, options);
+            let executable = library.executable(&case.program).map_err(BackendError::Other);
+            let load = |executable| CudaBackend::load(case.program.clone(), &case.weights(), &executable, options);
+            let backend = executable.and_then(load);
             let checked = match backend {
                 Err(error) => Err(format!("{}: {error}", case.name)),
                 Ok(backend) => {

@@ -30,7 +30,8 @@ fn load(
     library: &Library,
 ) -> Result<CudaBackend, BackendError> {
     let options = CudaOptions { kv_blocks: KvBlocks::Exactly(kv), ..CudaOptions::default() };
-    CudaBackend::load(program.clone(), weights, &library.images(program), options)
+    let executable = library.executable(program).map_err(BackendError::Other)?;
+    CudaBackend::load(program.clone(), weights, &executable, options)
 }
 
 /// Whether it is missing on this machine, which is said.

@@ -35,12 +35,12 @@ fn a_kernel_that_traps_is_an_error_with_its_step() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     let load = |library: &crate::kernels::Library| {
         let options = CudaOptions { kv_blocks: KvBlocks::Exactly(8), ..CudaOptions::default() };
-        CudaBackend::load(program.clone(), &Weights::Dummy { seed: 5 }, &library.images(&program), options).unwrap()
+        let executable = library.executable(&program).unwrap();
+        CudaBackend::load(program.clone(), &Weights::Dummy { seed: 5 }, &executable, options).unwrap()
     };
     load(&library).step(&inputs).unwrap();
 
-    let trap = machine.trap(code);
-    let mut backend = load(&library.with("moe::combine", &trap));
+    let mut backend = load(&library.with("moe::combine", &machine.trap(code, &program)));
     let first = backend.step(&inputs).unwrap_err().to_string();
     println!("{first}");
     assert!(first.starts_with("the GPU failed in step "), "{first}");
@@ -65,9 +65,9 @@ fn kernels_of_a_newer_cuda_are_refused() {
         defects: vec![],
         log: String::new(),
     };
-    let images = library.with("moe::combine", &newer).images(&program);
+    let executable = library.with("moe::combine", &newer).executable(&program).unwrap();
     let options = CudaOptions { kv_blocks: KvBlocks::Exactly(8), ..CudaOptions::default() };
-    let loaded = CudaBackend::load(program, &Weights::Dummy { seed: 5 }, &images, options);
+    let loaded = CudaBackend::load(program, &Weights::Dummy { seed: 5 }, &executable, options);
     let error = loaded.err().expect("no driver knows PTX 99.9").to_string();
     println!("{error}");
     assert!(error.contains("cannot load the kernels of this engine") && error.contains("newer driver"), "{error}");

@@ -8,8 +8,11 @@ use mixtral_cuda::{Device, devices};
 use mixtral_engine::Program;
 use mixtral_kernels::nvrtc::{Form, Output, Unit};
 use mixtral_kernels::{
-    Arch, Cache, Code, Compiled, Compiler, Family, Kernel, KernelImages, Nvrtc, Search, Sources, compile_all, needed,
+    Arch, Cache, Code, Compiled, Compiler, Executable, Family, Kernel, KernelImages, Nvrtc, Schedule, Search, Sources,
+    Target, Work, compile_all,
 };
+
+use crate::other_build;
 
 /// A GPU and a compiler. One test has them at a time: a fault of one would be told by all others.
 pub(crate) struct Machine {
@@ -54,8 +57,8 @@ impl Machine {
         let mut wanted = BTreeSet::new();
         for program in programs {
             // A program that has no kernels fails when it is loaded.
-            if let Ok(kernels) = needed::kernels(program, &BTreeSet::from([code])) {
-                wanted.extend(kernels.into_iter().map(|(kernel, _)| kernel));
+            if let Ok(schedule) = Schedule::new(program, Target { family: code.family() }) {
+                wanted.extend(schedule.kernels().into_iter().cloned());
             }
         }
         let wanted: Vec<Kernel> = wanted.into_iter().collect();
@@ -89,10 +92,35 @@ impl Machine {
 }
 
 impl Machine {
-    /// A kernel that stops the GPU.
-    pub(crate) fn trap(&self, code: Code) -> Compiled {
-        let text = "template <int N>\n__global__ void trap() { asm volatile(\"trap;\"); }\n";
-        let unit = Unit { name: "trap.cu", text, headers: &[], expression: "trap<0>" };
+    /// What an engine of another build of `mixtral` holds of a program.
+    pub(crate) fn of_another_build(&self, code: Code, program: &Program) -> Executable {
+        let schedule = Schedule::new(program, Target { family: code.family() }).unwrap();
+        let schedule = other_build::lowered(schedule);
+        let compiler = Compiler::new(Nvrtc::load(&Search::from_environment()).unwrap(), other_build::sources());
+        let work: Vec<_> = schedule.kernels().into_iter().map(|kernel| (kernel.clone(), code)).collect();
+        let cache = Cache::folder_from_environment().map(Cache::new);
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let batch = compile_all(&compiler, &work, threads, cache.as_ref(), &|_| ()).unwrap();
+        let images = KernelImages::new(code, batch.kernels.iter().map(|(kernel, _, compiled)| (kernel, compiled)));
+        // As it is read out of the engine.
+        let schedule = Schedule::parse(&schedule.to_text(program), program).unwrap();
+        Executable { schedule, images }
+    }
+
+    /// A kernel that stops the GPU, with the parameters of the program's combine.
+    pub(crate) fn trap(&self, code: Code, program: &Program) -> Compiled {
+        let schedule = Schedule::new(program, Target { family: code.family() }).unwrap();
+        let launches = schedule.regimes.iter().flat_map(|(_, works)| works).filter_map(|work| match work {
+            Work::Launch(launch) => Some(launch),
+            Work::Product(_) => None,
+        });
+        let combine = launches.into_iter().find(|launch| launch.kernel.symbol.starts_with("moe::combine")).unwrap();
+        let kinds = combine.args.iter().map(|named| if named.arg.size() == 4 { "int" } else { "unsigned long long" });
+        let text = format!(
+            "template <int N>\n__global__ void trap({}) {{ asm volatile(\"trap;\"); }}\n",
+            kinds.collect::<Vec<_>>().join(", ")
+        );
+        let unit = Unit { name: "trap.cu", text: &text, headers: &[], expression: "trap<0>" };
         let options = ["--std=c++17".to_owned(), format!("--gpu-architecture={code}")];
         let output = self.compiler.nvrtc().compile(&unit, Form::Cubin, &options).unwrap();
         let Output { image, entry, log } = output;
@@ -116,10 +144,12 @@ impl Library {
         library
     }
 
-    /// Those of a program, as an engine holds them.
-    pub(crate) fn images(&self, program: &Program) -> KernelImages {
-        let wanted = needed::kernels(program, &BTreeSet::from([self.code])).unwrap_or_default();
-        let found = wanted.iter().filter_map(|(kernel, _)| self.kernels.get_key_value(kernel));
-        KernelImages::new(self.code, found)
+    /// What a GPU runs of a program, read back from what an engine holds of it. The error of a program that has no kernels.
+    pub(crate) fn executable(&self, program: &Program) -> Result<Executable, String> {
+        let schedule = Schedule::new(program, Target { family: self.code.family() }).map_err(|e| e.to_string())?;
+        let schedule = Schedule::parse(&schedule.to_text(program), program).map_err(|e| e.to_string())?;
+        let found = schedule.kernels().into_iter().filter_map(|kernel| self.kernels.get_key_value(kernel));
+        let images = KernelImages::new(self.code, found);
+        Ok(Executable { schedule, images })
     }
 }

@@ -8,4 +8,5 @@ mod cases;
 mod cublaslt;
 mod faults;
 mod kernels;
+mod other_build;
 mod steps;

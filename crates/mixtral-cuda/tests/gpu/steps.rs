@@ -3,6 +3,7 @@
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
 use mixtral_engine::{Backend, Inspect as _, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling};
+use mixtral_kernels::Executable;
 use mixtral_model::{DType, TokenId};
 use mixtral_testkit::batch::{self, PagedTokens, Part};
 use mixtral_testkit::decoder::{self, Geometry};
@@ -15,26 +16,14 @@ const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
 /// Sizes that no vector divides, and sizes that tensor cores take.
 fn geometries(dtype: DType) -> [Geometry; 2] {
-    let small = Geometry::small(dtype);
-    let round = Geometry {
-        hidden_size: 256,
-        intermediate_size: 384,
-        num_heads: 8,
-        num_kv_heads: 2,
-        head_dim: 128,
-        num_experts: 8,
-        vocab_size: 512,
-        window: Some(70),
-        block_size: 64,
-        ..small
-    };
-    [small, round]
+    [Geometry::small(dtype), Geometry { window: Some(70), ..Geometry::round(dtype) }]
 }
 
 fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> CudaBackend {
     let kv_blocks = KvBlocks::Exactly(KV_BLOCKS);
     let options = CudaOptions { kv_blocks, graphs, overlap, count_experts: true, ..CudaOptions::default() };
-    let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &library.images(program), options).unwrap();
+    let mut backend =
+        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(program).unwrap(), options).unwrap();
     // NaN wherever a step may not look.
     backend.poison(0xff).unwrap();
     for layer in 0..program.kv.num_layers {
@@ -230,9 +219,32 @@ fn operations_are_timed() {
     let (library, failures) = machine.compile(machine.codes()[0], &[&program]);
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     let options = CudaOptions { kv_blocks: KvBlocks::Exactly(KV_BLOCKS), time_ops: true, ..CudaOptions::default() };
-    let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &library.images(&program), options).unwrap();
+    let mut backend =
+        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(&program).unwrap(), options).unwrap();
     run(&mut backend, &program, &sequences(&program), &together());
     let times = backend.op_times();
     assert_eq!(times.len(), program.ops.len());
     assert!(times.iter().filter(|t| !t.is_zero()).count() > program.ops.len() / 2, "{times:?}");
+}
+
+#[test]
+fn an_engine_of_another_build_gives_the_same_bits() {
+    let Some(machine) = Machine::find() else { return };
+    let program = decoder::program(&geometries(DType::Bf16)[1], true);
+    let sequences = sequences(&program);
+    for code in machine.codes() {
+        let (library, failures) = machine.compile(code, &[&program]);
+        assert!(failures.is_empty(), "{}", failures.join("\n"));
+        let own = run(&mut load(&program, &library, true, true), &program, &sequences, &together());
+        let other = machine.of_another_build(code, &program);
+        let options = CudaOptions { kv_blocks: KvBlocks::Exactly(KV_BLOCKS), ..CudaOptions::default() };
+        let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &other, options).unwrap();
+        let found = run(&mut backend, &program, &sequences, &together());
+        assert!(bits(&found) == bits(&own), "{code}");
+        // Its kernels under this build's schedule: a driver that knows parameters refuses them before anything is launched.
+        let mixed = Executable { schedule: library.executable(&program).unwrap().schedule, images: other.images };
+        let error = CudaBackend::load(program.clone(), &WEIGHTS, &mixed, options).err();
+        println!("{code}: {}", error.as_ref().map_or("a driver before CUDA 12.4".to_owned(), ToString::to_string));
+        assert!(error.is_none_or(|error| error.to_string().contains("takes parameters of")), "{code}");
+    }
 }

@@ -3,9 +3,9 @@
 use mixtral_engine::{ElemType, KvLayout, Op};
 
 use super::elementwise::{VECTOR, threads_for};
-use super::{Context, LowerError, count, int, is_16_bit, launch, portable, type_name};
+use super::{LowerError, Lowering, count, int, is_16_bit, launch, named, portable, type_name};
 use crate::step_block::{Array, DECODE_SPLIT, PREFILL_TILE};
-use crate::{Arg, Family, Grid, Kernel, Launch, TensorMap};
+use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, TensorMap};
 
 /// Threads of a CTA of every attention kernel, without those that only load.
 const THREADS: usize = 128;
@@ -26,24 +26,28 @@ const ROPE_THREADS: usize = 512;
 
 const ROPE: &str = "attention/rope.cuh";
 
-pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
-    let kv = context.program.kv;
-    if kv.dtype != context.program.dtype {
+pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
+    let kv = lowering.program.kv;
+    if kv.dtype != lowering.program.dtype {
         let reason =
-            format!("a cache of {} for a model of {}; only equal types have kernels", kv.dtype, context.program.dtype);
+            format!("a cache of {} for a model of {}; only equal types have kernels", kv.dtype, lowering.program.dtype);
         return Err(LowerError::Unsupported { op: op.name(), reason });
     }
     match op {
         Op::Attention { query, num_heads, window, layer, out } => {
-            attention(context, op, (query, out), *num_heads, *window, *layer)
+            attention(lowering, op, (query, out), *num_heads, *window, *layer)
         }
         Op::Rope { data, num_heads, theta } => {
-            let (_, buffer) = context.buffer(op, data)?;
+            let (_, buffer) = lowering.buffer(op, data)?;
             let threads = threads_for(num_heads * (kv.head_dim / 2).div_ceil(VECTOR), ROPE_THREADS);
             let dtype = type_name(kv.dtype);
             let symbol = format!("attention::rope<{dtype}, {}, {num_heads}, {}, {threads}>", buffer.cols, kv.head_dim);
-            let args = vec![Arg::Step(Array::Header), Arg::Scratch(context.scratch.angles), context.at(op, data)?];
-            Ok(with_angles(context, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
+            let args = named([
+                ("header", Arg::Step(Array::Header)),
+                ("table", Arg::Scratch(lowering.scratch.angles)),
+                ("data", lowering.at(op, data)?),
+            ]);
+            Ok(with_angles(lowering, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
         }
         Op::WriteKv { key, value, layer } => {
             let threads = threads_for(kv.num_kv_heads * kv.head_dim.div_ceil(VECTOR), ROPE_THREADS);
@@ -52,16 +56,16 @@ pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, Lower
                 type_name(kv.dtype),
                 kv.num_kv_heads,
                 kv.head_dim,
-                context.program.limits.block_size
+                lowering.program.limits.block_size
             );
-            let args = vec![
-                Arg::Step(Array::Header),
-                Arg::Step(Array::SlotMapping),
-                context.at(op, key)?,
-                context.at(op, value)?,
-                Arg::Keys(*layer),
-                Arg::Values(*layer),
-            ];
+            let args = named([
+                ("header", Arg::Step(Array::Header)),
+                ("slots", Arg::Step(Array::SlotMapping)),
+                ("key", lowering.at(op, key)?),
+                ("value", lowering.at(op, value)?),
+                ("keys", Arg::Keys(*layer)),
+                ("values", Arg::Values(*layer)),
+            ]);
             Ok(vec![launch(portable(ROPE, symbol, threads), TOKEN, args)])
         }
         Op::RopeWriteKv { qkv, num_heads, theta, layer } => {
@@ -72,17 +76,17 @@ pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, Lower
                 type_name(kv.dtype),
                 kv.num_kv_heads,
                 kv.head_dim,
-                context.program.limits.block_size
+                lowering.program.limits.block_size
             );
-            let args = vec![
-                Arg::Step(Array::Header),
-                Arg::Step(Array::SlotMapping),
-                Arg::Scratch(context.scratch.angles),
-                context.at(op, qkv)?,
-                Arg::Keys(*layer),
-                Arg::Values(*layer),
-            ];
-            Ok(with_angles(context, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
+            let args = named([
+                ("header", Arg::Step(Array::Header)),
+                ("slots", Arg::Step(Array::SlotMapping)),
+                ("table", Arg::Scratch(lowering.scratch.angles)),
+                ("qkv", lowering.at(op, qkv)?),
+                ("keys", Arg::Keys(*layer)),
+                ("values", Arg::Values(*layer)),
+            ]);
+            Ok(with_angles(lowering, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
         }
         _ => Err(LowerError::Unsupported { op: op.name(), reason: "not an operation of attention".to_owned() }),
     }
@@ -92,25 +96,29 @@ pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, Lower
 const TOKEN: Grid = Grid::Tokens { per: 1, times: 1 };
 
 /// Puts the table of angles before the first of the program's rotations, and before one whose base is not that of the last.
-fn with_angles(context: &Context<'_>, op: &Op, theta: f64, rotation: Launch) -> Vec<Launch> {
+fn with_angles(lowering: &Lowering<'_>, op: &Op, theta: f64, rotation: Launch) -> Vec<Launch> {
     let base = |op: &Op| match op {
         Op::Rope { theta, .. } | Op::RopeWriteKv { theta, .. } => Some(*theta),
         _ => None,
     };
-    let earlier = context.program.ops.iter().take_while(|other| !std::ptr::eq(*other, op));
+    let earlier = lowering.program.ops.iter().take_while(|other| !std::ptr::eq(*other, op));
     if earlier.filter_map(base).last() == Some(theta) {
         return vec![rotation];
     }
-    let half = context.program.kv.head_dim / 2;
+    let half = lowering.program.kv.head_dim / 2;
     let constants: Vec<String> =
-        frequencies(theta, context.program.kv.head_dim).map(|f| format!("{}u", f.to_bits())).collect();
+        frequencies(theta, lowering.program.kv.head_dim).map(|f| format!("{}u", f.to_bits())).collect();
     let kernel = portable(ROPE, format!("attention::angles<{}>", constants.join(", ")), 256);
     // 256 threads of a token and frequency each.
     let grid = match 256 / half {
         0 => Grid::Tokens { per: 1, times: count(half.div_ceil(256)) },
         per => Grid::Tokens { per: count(per), times: 1 },
     };
-    let args = vec![Arg::Step(Array::Header), Arg::Step(Array::Positions), Arg::Scratch(context.scratch.angles)];
+    let args = named([
+        ("header", Arg::Step(Array::Header)),
+        ("positions", Arg::Step(Array::Positions)),
+        ("table", Arg::Scratch(lowering.scratch.angles)),
+    ]);
     vec![launch(kernel, grid, args), rotation]
 }
 
@@ -122,15 +130,15 @@ fn frequencies(theta: f64, head_dim: usize) -> impl Iterator<Item = f32> {
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "a scale in f32")]
 fn attention(
-    context: &Context<'_>,
+    lowering: &Lowering<'_>,
     op: &Op,
     (query, out): (&str, &str),
     heads: usize,
     window: Option<usize>,
     layer: usize,
 ) -> Result<Vec<Launch>, LowerError> {
-    let (kv, limits) = (context.program.kv, context.program.limits);
-    let (_, buffer) = context.buffer(op, query)?;
+    let (kv, limits) = (lowering.program.kv, lowering.program.limits);
+    let (_, buffer) = lowering.buffer(op, query)?;
     let KvLayout { num_kv_heads: kv_heads, head_dim, .. } = kv;
     let shape = format!(
         "{}, {}, {heads}, {kv_heads}, {head_dim}, {}, {}",
@@ -139,15 +147,19 @@ fn attention(
         limits.block_size,
         window.unwrap_or(0)
     );
-    let table = [Arg::Step(Array::BlockTable), int(limits.max_blocks_per_seq())];
+    let table =
+        named([("block_table", Arg::Step(Array::BlockTable)), ("table_width", int(limits.max_blocks_per_seq()))]);
     let scale = 1.0 / (head_dim as f64).sqrt();
-    let operands = |scale: f64| -> Result<[Arg; 5], LowerError> {
-        let (query, out) = (context.at(op, query)?, context.at(op, out)?);
-        Ok([query, Arg::Keys(layer), Arg::Values(layer), Arg::F32(scale as f32), out])
+    let (query, out) = (("query", lowering.at(op, query)?), ("out", lowering.at(op, out)?));
+    let (keys, values) = (("keys", Arg::Keys(layer)), ("values", Arg::Values(layer)));
+    let operands = |scale: f64| {
+        let scale = ("scale", Arg::F32(scale as f32));
+        named([query.clone(), keys.clone(), values.clone(), scale, out.clone()])
     };
     if !is_16_bit(kv.dtype) || !head_dim.is_multiple_of(16) || head_dim > 128 || !buffer.cols.is_multiple_of(VECTOR) {
-        let steps = [Array::Header, Array::Positions, Array::CuQueryLens].map(Arg::Step);
-        let args = steps.into_iter().chain(table).chain(operands(scale)?).collect();
+        let steps =
+            steps([("header", Array::Header), ("positions", Array::Positions), ("cu_query_lens", Array::CuQueryLens)]);
+        let args = [steps, table, operands(scale)].concat();
         let kernel = portable("attention/simt.cuh", format!("attention::simt<{shape}>"), THREADS);
         return Ok(vec![launch(kernel, Grid::Tokens { per: 1, times: count(heads) }, args)]);
     }
@@ -159,23 +171,27 @@ fn attention(
     let row = 2 * head_dim + if head_dim.is_multiple_of(64) { 0 } else { 16 };
 
     let group = heads / kv_heads;
-    let steps = [Array::Header, Array::DecodeItems].map(Arg::Step);
-    let scratch = [
-        Arg::Scratch(context.scratch.attention_partials),
-        int(limits.max_seq_len.div_ceil(DECODE_SPLIT)),
-        Arg::Scratch(context.scratch.attention_tickets),
-    ];
-    if let Some(ring) = DecodeRing::new(kv, heads, limits.block_size, context.target.family) {
-        let [query, keys, values, scale, out] = operands(scale)?;
+    let decodes = steps([("header", Array::Header), ("items", Array::DecodeItems)]);
+    let scratch = named([
+        ("partials", Arg::Scratch(lowering.scratch.attention_partials)),
+        ("max_splits", int(limits.max_seq_len.div_ceil(DECODE_SPLIT))),
+        ("tickets", Arg::Scratch(lowering.scratch.attention_tickets)),
+    ]);
+    if let Some(ring) = DecodeRing::new(kv, heads, limits.block_size, lowering.target.family) {
         let dims = [head_dim as u64, ANY_ROWS];
-        let maps = [(&keys, TILE), (&keys, STRIP), (&values, TILE), (&values, STRIP)]
-            .map(|(base, rows)| map(base.clone(), kv, dims, rows));
-        let args =
-            maps.into_iter().chain(steps).chain(table.clone()).chain([query, scale, out]).chain(scratch).collect();
+        let map_of = |base: &Arg, rows| map(base.clone(), kv, dims, rows);
+        let maps = named([
+            ("keys", map_of(&keys.1, TILE)),
+            ("key_strips", map_of(&keys.1, STRIP)),
+            ("values", map_of(&values.1, TILE)),
+            ("value_strips", map_of(&values.1, STRIP)),
+        ]);
+        let rest = named([query.clone(), ("scale", Arg::F32(scale as f32)), out.clone()]);
+        let args = [maps, decodes, table.clone(), rest, scratch].concat();
         let shared = ring.shared_bytes(kv, heads);
         let DecodeRing { per_sm, slots } = ring;
         let kernel = Kernel {
-            header: "attention/decode_tma.cuh",
+            header: "attention/decode_tma.cuh".into(),
             symbol: format!("attention::decode_tma<attention::DecodeStream<{shape}, {slots}, {per_sm}, {shared}>>"),
             threads: count(THREADS + 32),
             shared_bytes: count(shared),
@@ -186,27 +202,31 @@ fn attention(
         let symbol = format!("attention::decode_paged<{shape}, {DECODE_STAGES}>");
         let shared = DECODE_STAGES * 2 * TILE * row + merge_bytes(group, head_dim);
         let kernel = Kernel { shared_bytes: count(shared), ..portable("attention/decode_paged.cuh", symbol, THREADS) };
-        let args = steps.into_iter().chain(table.clone()).chain(operands(scale)?).chain(scratch).collect();
+        let args = [decodes, table.clone(), operands(scale), scratch].concat();
         // Of 128 elements a head three CTAs fit on a Hopper multiprocessor, two on an older one.
-        let hopper = context.target.family == Family::Hopper;
+        let hopper = lowering.target.family == Family::Hopper;
         let per_sm = if hopper { count(HOPPER_SHARED / (shared + 1024)).min(3) } else { 2 };
         launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
     }
 
-    if context.regime.decodes {
+    if lowering.regime.decodes {
         return Ok(launches);
     }
-    let steps = [Array::Header, Array::PrefillItems, Array::CuQueryLens, Array::SeqLens].map(Arg::Step);
-    let operands = operands(scale)?;
-    if let Some(tiling) = PrefillTiling::new(kv, heads, limits.block_size, context.target.family) {
-        let [query, keys, values, scale, out] = operands;
+    let prompts = steps([
+        ("header", Array::Header),
+        ("items", Array::PrefillItems),
+        ("cu_query_lens", Array::CuQueryLens),
+        ("seq_lens", Array::SeqLens),
+    ]);
+    if let Some(tiling) = PrefillTiling::new(kv, heads, limits.block_size, lowering.target.family) {
         let tokens = limits.max_num_tokens as u64;
-        let maps = [
-            map(query, kv, [buffer.cols as u64, tokens], TILE),
-            map(keys, kv, [head_dim as u64, ANY_ROWS], TILE),
-            map(values, kv, [head_dim as u64, ANY_ROWS], TILE),
-        ];
-        let args = maps.into_iter().chain(steps).chain(table).chain([scale, out]).collect();
+        let maps = named([
+            ("query", map(query.1, kv, [buffer.cols as u64, tokens], TILE)),
+            ("key", map(keys.1, kv, [head_dim as u64, ANY_ROWS], TILE)),
+            ("value", map(values.1, kv, [head_dim as u64, ANY_ROWS], TILE)),
+        ]);
+        let rest = named([("scale", Arg::F32(scale as f32)), out]);
+        let args = [maps, prompts, table, rest].concat();
         let kernel = tiling.kernel(kv, heads, limits.block_size, window);
         launches.push(launch(kernel, Grid::Persistent { per_sm: tiling.per_sm(), items: None }, args));
     } else {
@@ -220,10 +240,15 @@ fn attention(
                 THREADS,
             )
         };
-        let args = steps.into_iter().chain(table).chain(operands).collect();
+        let args = [prompts, table, operands(scale)].concat();
         launches.push(launch(kernel, grid, args));
     }
     Ok(launches)
+}
+
+/// Parameters that point at arrays of the step block.
+fn steps<const N: usize>(arrays: [(&'static str, Array); N]) -> Vec<NamedArg> {
+    named(arrays.map(|(name, array)| (name, Arg::Step(array))))
 }
 
 /// More rows than a pool of blocks can have: how many it has is known only when a program is loaded. A map's bounds cost nothing, and
@@ -338,7 +363,7 @@ impl PrefillTiling {
             window.unwrap_or(0)
         );
         Kernel {
-            header: "attention/prefill_wgmma.cuh",
+            header: "attention/prefill_wgmma.cuh".into(),
             symbol,
             threads: count(warpgroups * 128 + if warpgroups == 1 { 32 } else { 128 }),
             shared_bytes: count(shared),

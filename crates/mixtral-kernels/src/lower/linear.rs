@@ -2,33 +2,33 @@
 
 use mixtral_engine::{Epilogue, Op, Rows};
 
-use super::{Context, LowerError, count, elementwise, moe, of_launches, type_name};
+use super::{LowerError, Lowering, count, elementwise, moe, named, of_launches, type_name};
 use crate::scratch::PRODUCT_WORKSPACE;
 use crate::select::{self, LinearShape};
 use crate::step_block::Array;
-use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, Product, TensorMap, Work};
+use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, NamedArg, Product, TensorMap, Work};
 
-pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Work>, LowerError> {
-    let linear = Linear::new(context, op)?;
+pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, LowerError> {
+    let linear = Linear::new(lowering, op)?;
     let ladder = match op {
         Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } => &ladder[..],
         _ => &[],
     };
-    let tokens = context.regime.max_tokens;
+    let tokens = lowering.regime.max_tokens;
     let chosen = ladder.iter().find(|rung| rung.max_tokens >= tokens).map(|rung| rung.plan.parse()).transpose()?;
     let plan = match chosen {
         // A ladder is for the fastest family that an engine was built for; the others choose anew.
-        Some(LinearPlan::Wgmma { .. }) if context.target.family == Family::Portable => None,
+        Some(LinearPlan::Wgmma { .. }) if lowering.target.family == Family::Portable => None,
         // A library's product takes the step's size from the host, which a captured one could not.
         Some(LinearPlan::CublasLt)
-            if context.regime.decodes || !select::takes_cublaslt(context.program, op, tokens) =>
+            if lowering.regime.decodes || !select::takes_cublaslt(lowering.program, op, tokens) =>
         {
             None
         }
         chosen => chosen,
     };
-    let columns = LinearShape::columns(context.program, op, tokens);
-    let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, columns, context.target.family)) {
+    let columns = LinearShape::columns(lowering.program, op, tokens);
+    let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, columns, lowering.target.family)) {
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
@@ -84,7 +84,7 @@ impl Tiling {
 
 /// What all kernels of a linear share.
 struct Linear<'a> {
-    context: &'a Context<'a>,
+    lowering: &'a Lowering<'a>,
     op: &'a Op,
     shape: LinearShape,
     kind: Kind,
@@ -103,10 +103,10 @@ struct Linear<'a> {
 }
 
 impl<'a> Linear<'a> {
-    fn new(context: &'a Context<'a>, op: &'a Op) -> Result<Self, LowerError> {
+    fn new(lowering: &'a Lowering<'a>, op: &'a Op) -> Result<Self, LowerError> {
         let missing = |name: &str| LowerError::Missing { op: op.name(), name: name.to_owned() };
-        let shape = LinearShape::of(context.program, op).ok_or_else(|| missing("its input or weight"))?;
-        let buffer = |name: &str| Ok::<usize, LowerError>(context.buffer(op, name)?.0);
+        let shape = LinearShape::of(lowering.program, op).ok_or_else(|| missing("its input or weight"))?;
+        let buffer = |name: &str| Ok::<usize, LowerError>(lowering.buffer(op, name)?.0);
         let (input, weight, out) = match op {
             Op::Linear { input, weight, out, .. }
             | Op::ExpertGateUp { input, weight, out, .. }
@@ -129,16 +129,16 @@ impl<'a> Linear<'a> {
             _ => None,
         };
         Ok(Linear {
-            context,
+            lowering,
             op,
             kind,
             outputs: if shape.silu_mul { shape.rows / 2 } else { shape.rows },
             input: buffer(input)?,
             out: buffer(out)?,
             residual: buffer(residual)?,
-            weight: context.weight(op, weight)?.0,
+            weight: lowering.weight(op, weight)?.0,
             first_row,
-            logits: context.buffer(op, input)?.1.rows == Rows::Logits,
+            logits: lowering.buffer(op, input)?.1.rows == Rows::Logits,
             lists,
             shape,
         })
@@ -149,11 +149,11 @@ impl<'a> Linear<'a> {
     }
 
     fn experts(&self) -> usize {
-        self.context.program.weights[self.weight].shape[0]
+        self.lowering.program.weights[self.weight].shape[0]
     }
 
     fn out_type(&self) -> &'static str {
-        type_name(self.context.program.buffers[self.out].dtype)
+        type_name(self.lowering.program.buffers[self.out].dtype)
     }
 
     fn weight_at_first_row(&self) -> Arg {
@@ -163,12 +163,12 @@ impl<'a> Linear<'a> {
 
     /// Tiles of a dense linear in this regime.
     fn items(&self, out_rows: u32, cols: u32) -> Option<u32> {
-        let tokens = LinearShape::columns(self.context.program, self.op, self.context.regime.max_tokens);
+        let tokens = LinearShape::columns(self.lowering.program, self.op, self.lowering.regime.max_tokens);
         let tiles = self.outputs.div_ceil(out_rows as usize) * tokens.div_ceil(cols as usize);
         self.lists.is_none().then(|| u32::try_from(tiles).unwrap_or(u32::MAX))
     }
 
-    fn launch(&self, kernel: Kernel, per_sm: u32, items: Option<u32>, args: Vec<Arg>) -> Launch {
+    fn launch(&self, kernel: Kernel, per_sm: u32, items: Option<u32>, args: Vec<NamedArg>) -> Launch {
         Launch { kernel, grid: Grid::Persistent { per_sm, items }, cluster: 1, args, op: 0, overlaps: true }
     }
 
@@ -181,31 +181,35 @@ impl<'a> Linear<'a> {
         shared: u32,
         tile: [u32; 2],
     ) -> Launch {
-        let (symbol, mut args) = match self.lists {
+        let (symbol, args) = match self.lists {
             None => (
                 format!("linear::{kernel}_dense<{config}, {}, {}>", self.logits, self.out_type()),
-                vec![self.weight_at_first_row(), Arg::Buffer(self.input), Arg::Step(Array::Header)],
+                named([
+                    ("weight", self.weight_at_first_row()),
+                    ("tokens", Arg::Buffer(self.input)),
+                    ("header", Arg::Step(Array::Header)),
+                    ("out", Arg::Buffer(self.out)),
+                    ("residual", Arg::Buffer(self.residual)),
+                ]),
             ),
             Some((offsets, order)) => (
                 format!(
                     "linear::{kernel}_grouped<{config}, {}, {}, {}>",
                     self.experts(),
-                    self.context.program.top_k,
+                    self.lowering.program.top_k,
                     self.is_down()
                 ),
-                vec![
-                    self.weight_at_first_row(),
-                    Arg::Buffer(self.input),
-                    Arg::Step(Array::Header),
-                    Arg::Buffer(offsets),
-                    Arg::Buffer(order),
-                ],
+                named([
+                    ("weight", self.weight_at_first_row()),
+                    ("tokens", Arg::Buffer(self.input)),
+                    ("header", Arg::Step(Array::Header)),
+                    ("offsets", Arg::Buffer(offsets)),
+                    ("order", Arg::Buffer(order)),
+                    ("out", Arg::Buffer(self.out)),
+                ]),
             ),
         };
-        args.push(Arg::Buffer(self.out));
-        if self.lists.is_none() {
-            args.push(Arg::Buffer(self.residual));
-        }
+        let header = header.into();
         let kernel = Kernel { header, symbol, threads: 128, shared_bytes: shared, family: Family::Portable };
         // What is left of 100 KB, the least that an architecture has, counts; eight hide memory's latency.
         let per_sm = ((100 << 10) / (shared + 1024)).clamp(1, 8);
@@ -243,7 +247,7 @@ impl<'a> Linear<'a> {
     fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
         let Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic } = *tiling;
         let shared = tiling.shared_bytes(self.kind);
-        let every = !self.is_down() && cols <= 64 && self.context.regime.max_tokens <= cols as usize;
+        let every = !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
         // An expert's tiles are seldom full: it takes as many quarters as it needs. Full tiles take one box, which costs the
         // producer least, unless it is so large that others have to wait for it.
         let full = self.lists.is_none() || every;
@@ -257,19 +261,21 @@ impl<'a> Linear<'a> {
         );
         let threads = 128 * warpgroups + if warpgroups == 1 { 32 } else { 128 };
         let kernel = |symbol| Kernel {
-            header: "linear/wgmma.cuh",
+            header: "linear/wgmma.cuh".into(),
             symbol,
             threads,
             shared_bytes: shared,
             family: Family::Hopper,
         };
-        let weight = self.weight_map(rows);
-        let header = Arg::Step(Array::Header);
-        let turns = Arg::Scratch(self.context.scratch.turns);
+        let weight = ("weight", self.weight_map(rows));
+        let header = ("header", Arg::Step(Array::Header));
+        let out = ("out", Arg::Buffer(self.out));
+        let turns = ("counter", Arg::Scratch(self.lowering.scratch.turns));
         let Some((offsets, order)) = self.lists else {
             let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
-            let tokens = self.token_map(Arg::Buffer(self.input), self.context.program.buffers[self.input].rows, part);
-            let args = vec![weight, tokens, header, Arg::Buffer(self.out), Arg::Buffer(self.residual), turns];
+            let tokens = self.token_map(Arg::Buffer(self.input), self.lowering.program.buffers[self.input].rows, part);
+            let residual = ("residual", Arg::Buffer(self.residual));
+            let args = named([weight, ("tokens", tokens), header, out, residual, turns]);
             let launch = self.launch(kernel(symbol), 1, self.items(rows * cluster, cols).map(|n| n * cluster), args);
             return Ok(vec![Launch { cluster, ..launch }]);
         };
@@ -280,13 +286,14 @@ impl<'a> Linear<'a> {
             (0, self.token_map(Arg::Buffer(self.input), Rows::Tokens, part))
         } else {
             if let Op::ExpertGateUp { input, offsets, order, .. } = self.op {
-                launches.push(moe::permute(self.context, self.op, (input, self.experts()), (offsets, order))?);
+                launches.push(moe::permute(self.lowering, self.op, (input, self.experts()), (offsets, order))?);
             }
-            (1, self.token_map(Arg::Scratch(self.context.scratch.permuted), Rows::Assignments, part))
+            (1, self.token_map(Arg::Scratch(self.lowering.scratch.permuted), Rows::Assignments, part))
         };
-        let (experts, top_k) = (self.experts(), self.context.program.top_k);
+        let (experts, top_k) = (self.experts(), self.lowering.program.top_k);
         let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
-        let args = vec![weight, tokens, header, Arg::Buffer(offsets), Arg::Buffer(order), Arg::Buffer(self.out), turns];
+        let (offsets, order) = (("offsets", Arg::Buffer(offsets)), ("order", Arg::Buffer(order)));
+        let args = named([weight, ("tokens", tokens), header, offsets, order, out, turns]);
         launches.push(Launch { cluster, ..self.launch(kernel(symbol), 1, None, args) });
         Ok(launches)
     }
@@ -294,8 +301,8 @@ impl<'a> Linear<'a> {
     /// The product, and the residual's sum, which rounds what was rounded, as the epilogue does. The product goes to a place of
     /// its own then: the residual often is the output.
     fn cublaslt(&self) -> Vec<Work> {
-        let out = &self.context.program.buffers[self.out];
-        let scratch = self.context.scratch;
+        let out = &self.lowering.program.buffers[self.out];
+        let scratch = self.lowering.scratch;
         let place = match self.kind {
             Kind::Residual => Arg::Scratch(scratch.product),
             _ => Arg::Buffer(self.out),
@@ -312,7 +319,7 @@ impl<'a> Linear<'a> {
             op: 0,
         };
         let added = (self.kind == Kind::Residual)
-            .then(|| elementwise::add(self.context, out, [place, Arg::Buffer(self.residual), Arg::Buffer(self.out)]));
+            .then(|| elementwise::add(self.lowering, out, [place, Arg::Buffer(self.residual), Arg::Buffer(self.out)]));
         std::iter::once(Work::Product(Box::new(product))).chain(added.map(Work::Launch)).collect()
     }
 
@@ -338,8 +345,8 @@ impl<'a> Linear<'a> {
 
     /// Token rows, in boxes of 128 bytes of `tokens` tokens.
     fn token_map(&self, base: Arg, rows: Rows, tokens: u32) -> Arg {
-        let limits = self.context.program.limits;
-        let rows = self.context.program.num_rows(rows, limits.max_num_tokens, limits.max_num_logits) as u64;
+        let limits = self.lowering.program.limits;
+        let rows = self.lowering.program.num_rows(rows, limits.max_num_tokens, limits.max_num_logits) as u64;
         let (depth, size) = (self.shape.depth as u64, self.shape.tokens.size());
         Arg::TensorMap(TensorMap {
             base: Box::new(base),

@@ -5,45 +5,26 @@ pub mod dummy;
 mod elementwise;
 mod linear;
 mod moe;
-pub mod probe;
+mod probe;
 mod sample;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use moe::CHUNK;
 
-use std::collections::BTreeSet;
+use std::borrow::Cow;
 
 use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
 use mixtral_model::DType;
 
 use crate::plan::{LAST_RUNG, RUNGS};
-use crate::{Arg, Family, Grid, Kernel, Launch, Scratch, Work};
+use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, Regime, Schedule, Scratch, StepBlock, Work};
 
 /// What a program is lowered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Target {
     /// The kernels that may be used.
     pub family: Family,
-}
-
-/// What a step can be, as far as launches depend on it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Regime {
-    /// Tokens at most.
-    pub max_tokens: usize,
-    /// Whether the step is decodes alone, one token, one row of logits and one sample each. Such a regime is captured as a graph
-    /// and replayed for up to `max_tokens` sequences: grids are those of `max_tokens`.
-    pub decodes: bool,
-}
-
-/// Every regime's work, in the order in which it runs.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Schedule {
-    /// Ascending by tokens, decodes and others apart.
-    pub regimes: Vec<(Regime, Vec<Work>)>,
-    /// Where the workspaces lie.
-    pub scratch: Scratch,
 }
 
 /// A program that has no kernels.
@@ -91,37 +72,30 @@ impl Schedule {
         let regimes = decodes
             .chain(mixed)
             .map(|regime| {
-                let context = Context { program, target, regime, scratch: &scratch };
-                Ok((regime, context.work()?))
+                let lowering = Lowering { program, target, regime, scratch: &scratch };
+                Ok((regime, lowering.work()?))
             })
             .collect::<Result<_, LowerError>>()?;
-        Ok(Schedule { regimes, scratch })
-    }
-
-    /// Everything that has to be compiled.
-    #[must_use]
-    pub fn kernels(&self) -> BTreeSet<&Kernel> {
-        self.regimes.iter().flat_map(|(_, work)| work).filter_map(Work::kernel).collect()
-    }
-
-    /// The work of a step of `tokens` tokens.
-    #[must_use]
-    pub fn for_step(&self, tokens: usize, decodes: bool) -> Option<&(Regime, Vec<Work>)> {
-        let fits = |r: &Regime| r.max_tokens >= tokens;
-        let exact = self.regimes.iter().find(|(r, _)| r.decodes == decodes && fits(r));
-        exact.or_else(|| self.regimes.iter().find(|(r, _)| !r.decodes && fits(r)))
+        Ok(Schedule {
+            family: target.family,
+            regimes,
+            fills: dummy::fills(program),
+            probe: probe::read(),
+            scratch_bytes: scratch.bytes,
+            block: StepBlock::new(program),
+        })
     }
 }
 
-/// What lowering one operation can see.
-pub(crate) struct Context<'a> {
+/// A program being lowered for one regime.
+pub(crate) struct Lowering<'a> {
     pub(crate) program: &'a Program,
     pub(crate) target: Target,
     pub(crate) regime: Regime,
     pub(crate) scratch: &'a Scratch,
 }
 
-impl Context<'_> {
+impl Lowering<'_> {
     fn work(&self) -> Result<Vec<Work>, LowerError> {
         let ops = &self.program.ops;
         let (mut all, mut index) = (Vec::new(), 0);
@@ -191,12 +165,17 @@ fn of_launches(launches: Vec<Launch>) -> Vec<Work> {
 
 /// A portable kernel without dynamic shared memory.
 pub(crate) fn portable(header: &'static str, symbol: String, threads: usize) -> Kernel {
-    Kernel { header, symbol, threads: count(threads), shared_bytes: 0, family: Family::Portable }
+    Kernel { header: header.into(), symbol, threads: count(threads), shared_bytes: 0, family: Family::Portable }
 }
 
 /// A launch that may overlap its predecessor. The operation is filled in by the caller.
-pub(crate) fn launch(kernel: Kernel, grid: Grid, args: Vec<Arg>) -> Launch {
+pub(crate) fn launch(kernel: Kernel, grid: Grid, args: Vec<NamedArg>) -> Launch {
     Launch { kernel, grid, cluster: 1, args, op: 0, overlaps: true }
+}
+
+/// Parameters in the kernel's order.
+pub(crate) fn named<const N: usize>(args: [(&'static str, Arg); N]) -> Vec<NamedArg> {
+    args.map(|(name, arg)| NamedArg { name: Cow::Borrowed(name), arg }).into()
 }
 
 /// A size as kernels and grids count; sizes of programs that passed their check fit.

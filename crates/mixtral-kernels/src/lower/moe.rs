@@ -4,7 +4,7 @@ use mixtral_engine::{Epilogue, Op};
 use mixtral_model::{DType, MoeNormalization};
 
 use super::elementwise::{VECTOR, epsilon, row_threads};
-use super::{Context, LowerError, count, launch, portable, type_name};
+use super::{LowerError, Lowering, count, launch, named, portable, type_name};
 use crate::step_block::Array;
 use crate::{Arg, Grid, Launch};
 
@@ -21,27 +21,31 @@ const THREADS: usize = 256;
 
 const ROUTE: &str = "moe/route.cuh";
 
-pub(super) fn lower(context: &Context<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
+pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
     match op {
         Op::Softmax { logits, probs } => {
-            let (_, buffer) = context.buffer(op, probs)?;
-            let args = vec![Arg::Step(Array::Header), context.at(op, logits)?, context.at(op, probs)?];
+            let (_, buffer) = lowering.buffer(op, probs)?;
+            let args = named([
+                ("header", Arg::Step(Array::Header)),
+                ("logits", lowering.at(op, logits)?),
+                ("probs", lowering.at(op, probs)?),
+            ]);
             let kernel = portable(ROUTE, format!("moe::softmax<{}>", buffer.cols), THREADS);
             Ok(vec![launch(kernel, WARP_A_TOKEN, args)])
         }
         Op::TopK { probs, normalization, layer, expert_ids, expert_weights } => {
-            Ok(vec![choose(context, op, (probs, false), *normalization, *layer, (expert_ids, expert_weights))?])
+            Ok(vec![choose(lowering, op, (probs, false), *normalization, *layer, (expert_ids, expert_weights))?])
         }
         Op::ExpertSort { expert_ids, experts, offsets, order } => {
-            list(context, op, expert_ids, *experts, (offsets, order))
+            list(lowering, op, expert_ids, *experts, (offsets, order))
         }
         Op::Route { logits, normalization, layer, experts, expert_ids, expert_weights, offsets, order } => {
-            let choice = choose(context, op, (logits, true), *normalization, *layer, (expert_ids, expert_weights))?;
+            let choice = choose(lowering, op, (logits, true), *normalization, *layer, (expert_ids, expert_weights))?;
             let mut launches = vec![choice];
-            launches.extend(list(context, op, expert_ids, *experts, (offsets, order))?);
+            launches.extend(list(lowering, op, expert_ids, *experts, (offsets, order))?);
             Ok(launches)
         }
-        Op::Combine { .. } => Ok(vec![combine(context, op)?]),
+        Op::Combine { .. } => Ok(vec![combine(lowering, op)?]),
         _ => Err(LowerError::Unsupported { op: op.name(), reason: "not an operation of experts".to_owned() }),
     }
 }
@@ -55,89 +59,89 @@ fn is_renorm(normalization: MoeNormalization) -> bool {
 
 /// The choice of experts, from probabilities or (`softmax`) from logits.
 fn choose(
-    context: &Context<'_>,
+    lowering: &Lowering<'_>,
     op: &Op,
     (input, softmax): (&str, bool),
     normalization: MoeNormalization,
     layer: usize,
     (ids, weights): (&str, &str),
 ) -> Result<Launch, LowerError> {
-    let (_, buffer) = context.buffer(op, input)?;
-    let (experts, k, renorm) = (buffer.cols, context.program.top_k, is_renorm(normalization));
+    let (_, buffer) = lowering.buffer(op, input)?;
+    let (experts, k, renorm) = (buffer.cols, lowering.program.top_k, is_renorm(normalization));
     let symbol = format!("moe::choose<{experts}, {k}, {softmax}, {renorm}>");
-    let args = vec![
-        Arg::Step(Array::Header),
-        Arg::Step(Array::SlotMapping),
-        context.at(op, input)?,
-        context.at(op, ids)?,
-        context.at(op, weights)?,
-        Arg::ExpertCounts(layer),
-    ];
+    let args = named([
+        ("header", Arg::Step(Array::Header)),
+        ("slots", Arg::Step(Array::SlotMapping)),
+        ("input", lowering.at(op, input)?),
+        ("expert_ids", lowering.at(op, ids)?),
+        ("expert_weights", lowering.at(op, weights)?),
+        ("counts", Arg::ExpertCounts(layer)),
+    ]);
     Ok(launch(portable(ROUTE, symbol, THREADS), WARP_A_TOKEN, args))
 }
 
 /// The lists of local experts: by one CTA, or by one for each chunk in two launches.
 fn list(
-    context: &Context<'_>,
+    lowering: &Lowering<'_>,
     op: &Op,
     ids: &str,
     [first, last]: [usize; 2],
     (offsets, order): (&str, &str),
 ) -> Result<Vec<Launch>, LowerError> {
-    let k = context.program.top_k;
-    let (header, ids) = (Arg::Step(Array::Header), context.at(op, ids)?);
-    let (offsets, order) = (context.at(op, offsets)?, context.at(op, order)?);
+    let k = lowering.program.top_k;
+    let (header, ids) = (("header", Arg::Step(Array::Header)), ("expert_ids", lowering.at(op, ids)?));
+    let (offsets, order) = (("offsets", lowering.at(op, offsets)?), ("order", lowering.at(op, order)?));
     let kernel = |name: &str| portable(ROUTE, format!("moe::{name}<{k}, {first}, {last}>"), CHUNK);
-    let assignments = context.regime.max_tokens * k;
+    let assignments = lowering.regime.max_tokens * k;
     if assignments <= ONE_CTA {
-        return Ok(vec![launch(kernel("list"), Grid::Fixed(1), vec![header, ids, offsets, order])]);
+        return Ok(vec![launch(kernel("list"), Grid::Fixed(1), named([header, ids, offsets, order]))]);
     }
     let chunks = Grid::Fixed(count(assignments.div_ceil(CHUNK)));
-    let sizes = Arg::Scratch(context.scratch.chunk_sizes);
+    let sizes = ("sizes", Arg::Scratch(lowering.scratch.chunk_sizes));
     Ok(vec![
-        launch(kernel("count_chunks"), chunks, vec![header.clone(), ids.clone(), sizes.clone()]),
-        launch(kernel("place_chunks"), chunks, vec![header, ids, sizes, offsets, order]),
+        launch(kernel("count_chunks"), chunks, named([header.clone(), ids.clone(), sizes.clone()])),
+        launch(kernel("place_chunks"), chunks, named([header, ids, sizes, offsets, order])),
     ])
 }
 
-fn combine(context: &Context<'_>, op: &Op) -> Result<Launch, LowerError> {
+fn combine(lowering: &Lowering<'_>, op: &Op) -> Result<Launch, LowerError> {
     let Op::Combine { input, expert_ids, expert_weights, experts: [first, last], residual, out, norm } = op else {
         return Err(LowerError::Unsupported { op: op.name(), reason: "not a combine".to_owned() });
     };
-    let (_, buffer) = context.buffer(op, out)?;
-    let (cols, k, dtype) = (buffer.cols, context.program.top_k, type_name(context.program.dtype));
-    let all = *first == 0 && *last >= context.program.num_experts;
+    let (_, buffer) = lowering.buffer(op, out)?;
+    let (cols, k, dtype) = (buffer.cols, lowering.program.top_k, type_name(lowering.program.dtype));
+    let all = *first == 0 && *last >= lowering.program.num_experts;
     let (scale_type, scale, eps, normalized) = match norm {
         Some(norm) => {
-            let (index, weight) = context.weight(op, &norm.weight)?;
+            let (index, weight) = lowering.weight(op, &norm.weight)?;
             let scale = Arg::Weight { index, offset: 0 };
-            (type_name(weight.dtype), scale, epsilon(norm.eps), context.at(op, &norm.out)?)
+            (type_name(weight.dtype), scale, epsilon(norm.eps), lowering.at(op, &norm.out)?)
         }
         // Not read.
-        None => (dtype, context.at(op, out)?, Arg::F32(0.0), context.at(op, out)?),
+        None => (dtype, lowering.at(op, out)?, Arg::F32(0.0), lowering.at(op, out)?),
     };
     let symbol = format!(
         "moe::combine<{dtype}, {scale_type}, {cols}, {k}, {first}, {last}, {all}, {}, {}>",
         residual.is_some(),
         norm.is_some()
     );
-    let args = vec![
-        Arg::Step(Array::Header),
-        context.at(op, input)?,
-        context.at(op, expert_ids)?,
-        context.at(op, expert_weights)?,
-        context.at(op, residual.as_deref().unwrap_or(out))?,
-        context.at(op, out)?,
-        scale,
-        eps,
-        normalized,
-    ];
+    let args = named([
+        ("header", Arg::Step(Array::Header)),
+        ("input", lowering.at(op, input)?),
+        ("expert_ids", lowering.at(op, expert_ids)?),
+        ("expert_weights", lowering.at(op, expert_weights)?),
+        ("residual", lowering.at(op, residual.as_deref().unwrap_or(out))?),
+        ("out", lowering.at(op, out)?),
+        ("weight", scale),
+        ("eps", eps),
+        ("normalized", normalized),
+    ]);
     Ok(launch(portable("moe/combine.cuh", symbol, row_threads(cols)), Grid::Tokens { per: 1, times: 1 }, args))
 }
 
 /// `norm`, `linear` (the router's) and `route` in a row, where each reads what the one before it wrote: in one launch for steps
 /// of a few hundred tokens, in three or four for longer ones.
-pub(super) fn norm_router_route(context: &Context<'_>, ops: &[Op]) -> Result<Option<Vec<Launch>>, LowerError> {
+pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Option<Vec<Launch>>, LowerError> {
     let [
         norm @ Op::Norm { input, weight, eps, out },
         linear @ Op::Linear { input: x, weight: router, rows: None, epilogue: Epilogue::F32, out: made, .. },
@@ -147,42 +151,42 @@ pub(super) fn norm_router_route(context: &Context<'_>, ops: &[Op]) -> Result<Opt
     else {
         return Ok(None);
     };
-    let (router_index, router) = context.weight(linear, router)?;
+    let (router_index, router) = lowering.weight(linear, router)?;
     if x != out || logits != made || router.dtype != DType::F32 || router.rows() > FUSED_EXPERTS {
         return Ok(None);
     }
-    let (scale_index, scale) = context.weight(norm, weight)?;
-    let (_, normalized) = context.buffer(norm, out)?;
-    let (cols, num_experts, k) = (normalized.cols, router.rows(), context.program.top_k);
-    let chooses = context.regime.max_tokens <= CHOOSE;
+    let (scale_index, scale) = lowering.weight(norm, weight)?;
+    let (_, normalized) = lowering.buffer(norm, out)?;
+    let (cols, num_experts, k) = (normalized.cols, router.rows(), lowering.program.top_k);
+    let chooses = lowering.regime.max_tokens <= CHOOSE;
     let symbol = format!(
         "moe::router<{}, {}, {cols}, {num_experts}, {chooses}, {k}, {}, {}, {}>",
-        type_name(context.program.dtype),
+        type_name(lowering.program.dtype),
         type_name(scale.dtype),
         is_renorm(*normalization),
         experts[0],
         experts[1]
     );
-    let args = vec![
-        Arg::Step(Array::Header),
-        context.at(norm, input)?,
-        Arg::Weight { index: scale_index, offset: 0 },
-        epsilon(*eps),
-        Arg::Weight { index: router_index, offset: 0 },
-        context.at(norm, out)?,
-        context.at(linear, logits)?,
-        Arg::Step(Array::SlotMapping),
-        context.at(route, expert_ids)?,
-        context.at(route, expert_weights)?,
-        Arg::ExpertCounts(*layer),
-        context.at(route, offsets)?,
-        context.at(route, order)?,
-        Arg::Scratch(context.scratch.counters),
-    ];
-    let grid = Grid::Persistent { per_sm: 1, items: Some(count(context.regime.max_tokens)) };
+    let args = named([
+        ("header", Arg::Step(Array::Header)),
+        ("input", lowering.at(norm, input)?),
+        ("weight", Arg::Weight { index: scale_index, offset: 0 }),
+        ("eps", epsilon(*eps)),
+        ("router_weight", Arg::Weight { index: router_index, offset: 0 }),
+        ("normalized", lowering.at(norm, out)?),
+        ("logits", lowering.at(linear, logits)?),
+        ("slots", Arg::Step(Array::SlotMapping)),
+        ("expert_ids", lowering.at(route, expert_ids)?),
+        ("expert_weights", lowering.at(route, expert_weights)?),
+        ("counts", Arg::ExpertCounts(*layer)),
+        ("offsets", lowering.at(route, offsets)?),
+        ("order", lowering.at(route, order)?),
+        ("ticket", Arg::Scratch(lowering.scratch.counters)),
+    ]);
+    let grid = Grid::Persistent { per_sm: 1, items: Some(count(lowering.regime.max_tokens)) };
     let mut launches = vec![launch(portable("moe/router.cuh", symbol, row_threads(cols)), grid, args)];
     if !chooses {
-        launches.extend(lower(context, route)?);
+        launches.extend(lower(lowering, route)?);
     }
     Ok(Some(launches))
 }
@@ -190,20 +194,20 @@ pub(super) fn norm_router_route(context: &Context<'_>, ops: &[Op]) -> Result<Opt
 /// Tokens in expert order: row p of the scratch region is row `order[p] / k` of `input`, for the assignments of local experts.
 /// Launched before a linear that wants its tokens in consecutive rows.
 pub(super) fn permute(
-    context: &Context<'_>,
+    lowering: &Lowering<'_>,
     op: &Op,
     (input, experts): (&str, usize),
     (offsets, order): (&str, &str),
 ) -> Result<Launch, LowerError> {
-    let (_, buffer) = context.buffer(op, input)?;
-    let (k, cols) = (context.program.top_k, buffer.cols);
+    let (_, buffer) = lowering.buffer(op, input)?;
+    let (k, cols) = (lowering.program.top_k, buffer.cols);
     let threads = super::elementwise::threads_for(cols.div_ceil(VECTOR), THREADS);
     let symbol = format!("moe::permute<{}, {cols}, {k}, {experts}, {threads}>", type_name(buffer.dtype));
-    let args = vec![
-        context.at(op, input)?,
-        context.at(op, offsets)?,
-        context.at(op, order)?,
-        Arg::Scratch(context.scratch.permuted),
-    ];
+    let args = named([
+        ("input", lowering.at(op, input)?),
+        ("offsets", lowering.at(op, offsets)?),
+        ("order", lowering.at(op, order)?),
+        ("out", Arg::Scratch(lowering.scratch.permuted)),
+    ]);
     Ok(launch(portable(ROUTE, symbol, threads), Grid::Tokens { per: 1, times: count(k) }, args))
 }

@@ -1,15 +1,20 @@
 //! The kernel that measures how fast a device reads its memory.
 
-use crate::{Family, Kernel};
+use super::{named, portable};
+use crate::{Arg, Grid, Launch, ProbeArg};
 
-/// `probe::read<8>`, with parameters `const uint4* data, u64 count, u32* out`: reads `count` 16-byte words.
-#[must_use]
-pub fn read() -> Kernel {
-    Kernel {
-        header: "probe/read.cuh",
-        symbol: "probe::read<8>".to_owned(),
-        threads: 512,
-        shared_bytes: 0,
-        family: Family::Portable,
+/// The launch of `probe::read<8>`, by any number of CTAs.
+pub(super) fn read() -> Launch {
+    Launch {
+        kernel: portable("probe/read.cuh", "probe::read<8>".to_owned(), 512),
+        grid: Grid::Persistent { per_sm: 1, items: None },
+        cluster: 1,
+        args: named([
+            ("data", Arg::Probe(ProbeArg::Data)),
+            ("count", Arg::Probe(ProbeArg::Words)),
+            ("out", Arg::Probe(ProbeArg::Out)),
+        ]),
+        op: 0,
+        overlaps: false,
     }
 }

@@ -244,16 +244,16 @@ fn cublaslt_computes_dense_linears_of_long_steps() {
 #[test]
 fn cublaslt_has_its_workspace_only_where_it_is_used() {
     let program = linears(DType::Bf16);
-    let plain = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch;
+    let plain = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch_bytes;
     let program = with_cublaslt(program, Family::Hopper);
-    let with = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch;
-    assert_eq!(with.bytes, plain.bytes + crate::scratch::PRODUCT_WORKSPACE);
+    let with = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch_bytes;
+    assert_eq!(with, plain + crate::scratch::PRODUCT_WORKSPACE);
     // Products that a residual is added to lie where tokens are gathered by expert; without experts, that has to be made.
     let mut dense = linears(DType::Bf16);
     dense.ops.truncate(2);
     (dense.num_experts, dense.top_k) = (0, 0);
     let [without, with] = [dense.clone(), with_cublaslt(dense, Family::Hopper)]
-        .map(|program| Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch.bytes);
+        .map(|program| Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch_bytes);
     assert_eq!(with, without + crate::scratch::PRODUCT_WORKSPACE + 2048 * 512 * 2);
 }
 

@@ -20,10 +20,15 @@ impl Described {
     }
 }
 
-/// A flag's value beside what was found, if it was given.
-pub fn described<T: PartialEq + Display>(flag: &'static str, given: Option<T>, found: T) -> Option<Described> {
+/// A flag's value beside what was found under a key, if it was given.
+pub fn described<T: PartialEq + Display>(
+    flag: &'static str,
+    given: Option<T>,
+    key: &str,
+    found: T,
+) -> Option<Described> {
     let given = given?;
-    Some(Described::new(flag, &given, &found, given == found))
+    Some(Described::new(flag, &given, format_args!("{key} {found}"), given == found))
 }
 
 /// The warning for flags that agree with what `place` says; `advice` tells those whose flags do not what to do.

@@ -31,6 +31,10 @@ pub struct BuildArgs {
     /// Build with dummy weights of this geometry: mixtral-8x7b, mixtral-8x22b, or a config.json (ours or Hugging Face's)
     #[arg(help_heading = MODEL, long, value_name = "NAME|PATH")]
     pub model_config: Option<String>,
+    /// Build this engine's kernels again, in place: nothing else of it changes, and no checkpoint is needed. --arch and the
+    /// plugins are as they were, or as given
+    #[arg(help_heading = MODEL, long, value_name = "DIR")]
+    pub from_engine: Option<PathBuf>,
     /// Data type of dummy weights [default: the geometry's, f16 for one without]
     #[arg(help_heading = MODEL, long, value_parser = clap::value_parser!(DType))]
     pub dtype: Option<DType>,
@@ -48,15 +52,15 @@ pub struct BuildArgs {
         value_parser = clap::value_parser!(Arch))]
     pub arch: Vec<Arch>,
     /// Kernels of dense linears: auto, a data type (the model's), disable (portable kernels), or cublaslt (in steps of more
-    /// than 256 tokens; the machine that runs the engine needs it, and results depend on what else is in a step)
-    #[arg(help_heading = KERNELS, long, default_value = "auto")]
-    pub gemm_plugin: String,
-    /// Kernels of the experts: auto, a data type (the model's), or disable (portable kernels)
-    #[arg(help_heading = KERNELS, long, default_value = "auto")]
-    pub moe_plugin: String,
-    /// Kernels of attention: auto, a data type (the model's), or disable (there is one kind)
-    #[arg(help_heading = KERNELS, long, default_value = "auto")]
-    pub gpt_attention_plugin: String,
+    /// than 256 tokens; the machine that runs the engine needs it, and results depend on what else is in a step) [default: auto]
+    #[arg(help_heading = KERNELS, long)]
+    pub gemm_plugin: Option<String>,
+    /// Kernels of the experts: auto, a data type (the model's), or disable (portable kernels) [default: auto]
+    #[arg(help_heading = KERNELS, long)]
+    pub moe_plugin: Option<String>,
+    /// Kernels of attention: auto, a data type (the model's), or disable (there is one kind) [default: auto]
+    #[arg(help_heading = KERNELS, long)]
+    pub gpt_attention_plugin: Option<String>,
     /// Ranks and kernels built at a time [default: one rank, and a kernel for each core]
     #[arg(help_heading = MODEL, long, value_parser = numbers::threads)]
     pub workers: Option<usize>,
@@ -172,10 +176,6 @@ pub struct BuildOptions {
     pub output_dir: PathBuf,
     /// What to build for.
     pub build_for: BuildFor,
-    /// Whether dense linears of steps of many tokens are cuBLASLt's.
-    pub cublaslt: bool,
-    /// The flags that ask for portable kernels, of those that make a difference on a GPU.
-    pub portable: Vec<&'static str>,
     /// Ranks and kernels built at a time, if that was asked for.
     pub workers: Option<usize>,
     /// How long a sequence may be.
@@ -196,7 +196,30 @@ pub struct BuildOptions {
     pub graph: Option<PathBuf>,
 }
 
+/// The data type that a plugin flag names, if it names one.
+pub fn check_plugin(flag: &str, value: &str) -> Result<Option<DType>, Usage> {
+    match value.parse::<DType>() {
+        Ok(dtype) => Ok(Some(dtype)),
+        Err(_) if matches!(value, "auto" | "disable") => Ok(None),
+        Err(_) if flag == "gemm_plugin" && value == "cublaslt" => Ok(None),
+        Err(_) => {
+            let library = if flag == "gemm_plugin" { ", cublaslt" } else { "" };
+            let flag = flag.replace('_', "-");
+            usage!("--{flag} is `{value}`; expected auto, f16, bf16, f32{library} or disable")
+        }
+    }
+}
+
 impl BuildArgs {
+    /// The plugin flags, by the names that an engine records them under.
+    pub fn plugins(&self) -> [(&'static str, Option<&String>); 3] {
+        [
+            ("gemm_plugin", self.gemm_plugin.as_ref()),
+            ("moe_plugin", self.moe_plugin.as_ref()),
+            ("gpt_attention_plugin", self.gpt_attention_plugin.as_ref()),
+        ]
+    }
+
     /// Checks the flags against each other.
     pub fn validate(self) -> Result<BuildOptions, Usage> {
         let build_for = match self.backend {
@@ -204,31 +227,17 @@ impl BuildArgs {
                 usage!("--backend cpu builds no kernels, and --arch asks for some; leave one of them out")
             }
             BackendChoice::Cpu => BuildFor::Cpu,
-            _ if !self.arch.is_empty() => BuildFor::Archs(self.arch),
+            _ if !self.arch.is_empty() => BuildFor::Archs(self.arch.clone()),
             BackendChoice::Cuda => BuildFor::Gpus,
             BackendChoice::Auto => BuildFor::Visible,
         };
         let mut plugins = Vec::new();
         let mut recorded = BTreeMap::new();
-        for (flag, value) in [
-            ("gemm_plugin", &self.gemm_plugin),
-            ("moe_plugin", &self.moe_plugin),
-            ("gpt_attention_plugin", &self.gpt_attention_plugin),
-        ] {
-            recorded.insert(flag.to_owned(), value.clone());
-            match value.parse::<DType>() {
-                Ok(dtype) => plugins.push((flag, dtype)),
-                Err(_) if matches!(value.as_str(), "auto" | "disable") => {}
-                Err(_) if flag == "gemm_plugin" && value == "cublaslt" => {}
-                Err(_) => {
-                    let library = if flag == "gemm_plugin" { ", cublaslt" } else { "" };
-                    let flag = flag.replace('_', "-");
-                    usage!("--{flag} is `{value}`; expected auto, f16, bf16, f32{library} or disable");
-                }
-            }
+        for (flag, value) in self.plugins() {
+            let value = value.map_or("auto", String::as_str);
+            recorded.insert(flag.to_owned(), value.to_owned());
+            plugins.extend(check_plugin(flag, value)?.map(|dtype| (flag, dtype)));
         }
-        let tunable = [("--gemm-plugin", &self.gemm_plugin), ("--moe-plugin", &self.moe_plugin)];
-        let portable = tunable.into_iter().filter(|(_, value)| *value == "disable").map(|(flag, _)| flag).collect();
         let max_seq_len = match (self.max_seq_len, self.max_input_len, self.max_output_len) {
             (Some(seq), input, _) if input.is_some_and(|i| i >= seq) => {
                 usage!("--max-input-len {} leaves no room for output in --max-seq-len {seq}", input.unwrap_or(0))
@@ -266,8 +275,6 @@ impl BuildArgs {
             parallel: self.parallel,
             output_dir: self.output_dir,
             build_for,
-            cublaslt: self.gemm_plugin == "cublaslt",
-            portable,
             workers: self.workers,
             max_seq_len,
             limits: Limits {
@@ -288,10 +295,10 @@ impl BuildArgs {
 }
 
 impl BuildOptions {
-    /// Compares the flags that describe a model with the checkpoint that is built, whose `config.json` is at `place`.
+    /// Compares the flags that describe a model with the checkpoint that is built, which `place` names.
     pub fn beside(&self, mapping: &Mapping, dtype: DType, has_weights: bool, place: &str) -> Result<(), Usage> {
         let parallel = self.parallel.beside(mapping, place)?;
-        let dtype = compare(place, "convert the model again", [described("--dtype", self.dtype, dtype)])?;
+        let dtype = compare(place, "convert the model again", [described("--dtype", self.dtype, "dtype", dtype)])?;
         parallel.into_iter().chain(dtype).for_each(say::warning);
         if self.seed.is_some() && has_weights {
             usage!("--seed is for dummy weights, and the checkpoint has weights; leave it out");

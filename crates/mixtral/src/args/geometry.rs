@@ -101,7 +101,7 @@ impl GeometryArgs {
             || self.hidden_act.is_some()
     }
 
-    /// Compares the flags that were given with the model that a directory has, whose `config.json` is at `place`.
+    /// Compares the flags that were given with the model that a directory has, which `place` names.
     pub fn beside(&self, model: &ModelConfig, place: &str) -> Result<Option<String>, Usage> {
         let is_mixtral = model.family == ModelFamily::Mixtral;
         let experts = |n: usize| if is_mixtral { n } else { 0 };
@@ -110,19 +110,24 @@ impl GeometryArgs {
             place,
             "change it there",
             [
-                described("--vocab-size", self.vocab_size, model.vocab_size),
-                described("--n-positions", self.n_positions, model.max_position_embeddings),
-                described("--n-layer", self.n_layer, model.num_layers),
-                described("--n-head", self.n_head, model.num_heads),
-                described("--n-kv-head", self.n_kv_head, model.num_kv_heads),
-                described("--head-size", self.head_size, model.head_dim),
-                described("--n-embd", self.n_embd, model.hidden_size),
-                described("--inter-size", self.inter_size, model.intermediate_size),
-                described("--rms-norm-eps", self.rms_norm_eps, model.norm_eps),
-                described("--hidden-act", act, "silu"),
-                described("--rotary-base", self.rotary_base, model.rope_theta),
-                described("--moe-num-experts", self.moe_num_experts, experts(model.moe.num_experts)),
-                described("--moe-top-k", self.moe_top_k, experts(model.moe.top_k)),
+                described("--vocab-size", self.vocab_size, "vocab_size", model.vocab_size),
+                described("--n-positions", self.n_positions, "max_position_embeddings", model.max_position_embeddings),
+                described("--n-layer", self.n_layer, "num_hidden_layers", model.num_layers),
+                described("--n-head", self.n_head, "num_attention_heads", model.num_heads),
+                described("--n-kv-head", self.n_kv_head, "num_key_value_heads", model.num_kv_heads),
+                described("--head-size", self.head_size, "head_dim", model.head_dim),
+                described("--n-embd", self.n_embd, "hidden_size", model.hidden_size),
+                described("--inter-size", self.inter_size, "intermediate_size", model.intermediate_size),
+                described("--rms-norm-eps", self.rms_norm_eps, "rms_norm_eps", model.norm_eps),
+                described("--hidden-act", act, "hidden_act", "silu"),
+                described("--rotary-base", self.rotary_base, "rope_theta", model.rope_theta),
+                described(
+                    "--moe-num-experts",
+                    self.moe_num_experts,
+                    "num_local_experts",
+                    experts(model.moe.num_experts),
+                ),
+                described("--moe-top-k", self.moe_top_k, "num_experts_per_tok", experts(model.moe.top_k)),
             ],
         )
     }

@@ -20,6 +20,7 @@ mod old_flags_tests;
 pub mod parallel;
 #[cfg(test)]
 mod ranges;
+pub mod rebuild;
 pub mod run;
 pub mod shell;
 pub mod spelling;
@@ -32,6 +33,7 @@ use std::str::FromStr;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use mixtral_model::DType;
 
+use crate::interrupt::Output;
 use old_flags::OldFlag;
 
 /// The command line.
@@ -80,6 +82,22 @@ pub enum Command {
     Completions(shell::CompletionsArgs),
     /// The manual pages
     Man(shell::ManArgs),
+}
+
+impl Command {
+    /// The directory that the command writes, if it does.
+    pub fn output(&self) -> Option<Output> {
+        match self {
+            Command::Convert(args) if !args.dry_run => {
+                Some(Output { dir: args.output_dir.clone(), ownership: mixtral_checkpoint::writer::OWNERSHIP })
+            }
+            Command::Build(args) if !args.dry_run => {
+                let dir = args.from_engine.as_ref().unwrap_or(&args.output_dir);
+                Some(Output { dir: dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A command line and what was taken out of it.
@@ -134,6 +152,9 @@ pub fn chain(error: &anyhow::Error) -> String {
 pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, NotParsed> {
     let spelling::Line { args, left_out } = spelling::read(args).map_err(NotParsed::Usage)?;
     let matches = Cli::command().try_get_matches_from(args).map_err(NotParsed::Clap)?;
+    if let Some(problem) = rebuild::contradiction(&matches) {
+        return Err(NotParsed::Usage(Usage(problem)));
+    }
     let cli = Cli::from_arg_matches(&matches).map_err(NotParsed::Clap)?;
     Ok(Parsed { cli, left_out })
 }

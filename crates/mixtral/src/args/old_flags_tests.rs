@@ -32,7 +32,9 @@ fn lines(old: &OldFlag, values: &[&str]) -> Vec<Vec<String>> {
     }
     let typed = old.flag.replacen("--", "", 1).replace('-', "_");
     let underscored = if old.flag.starts_with("--") { format!("--{typed}") } else { old.flag.clone() };
-    let apart = [&base[..], &[underscored.clone()], &values.iter().map(|&v| v.to_owned()).collect::<Vec<_>>()].concat();
+    let mut apart = base.clone();
+    apart.push(underscored.clone());
+    apart.extend(values.iter().map(|&value| value.to_owned()));
     match (values, old.flag.starts_with("--")) {
         ([one], true) => vec![apart, [&base[..], &[format!("{underscored}={one}")]].concat()],
         _ => vec![apart],

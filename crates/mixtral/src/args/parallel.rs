@@ -82,7 +82,7 @@ impl ParallelArgs {
         }
     }
 
-    /// Compares the flags that were given with the mapping that a directory has, whose `config.json` is at `place`.
+    /// Compares the flags that were given with the mapping that a directory has, which `place` names.
     pub fn beside(&self, mapping: &Mapping, place: &str) -> Result<Option<String>, Usage> {
         let (moe_tp, moe_ep) = self.experts();
         let found = format!("experts in {} slices over {} ranks", mapping.moe_tp_size, mapping.moe_ep_size);
@@ -91,10 +91,10 @@ impl ParallelArgs {
             place,
             "convert the model again for other ranks",
             [
-                described("--tp-size", self.tp_size, mapping.tp_size),
-                described("--pp-size", self.pp_size, mapping.pp_size),
-                described("--moe-tp-size", moe_tp, mapping.moe_tp_size),
-                described("--moe-ep-size", moe_ep, mapping.moe_ep_size),
+                described("--tp-size", self.tp_size, "tp_size", mapping.tp_size),
+                described("--pp-size", self.pp_size, "pp_size", mapping.pp_size),
+                described("--moe-tp-size", moe_tp, "moe_tp_size", mapping.moe_tp_size),
+                described("--moe-ep-size", moe_ep, "moe_ep_size", mapping.moe_ep_size),
                 self.moe_tp_mode.map(mode),
             ],
         )

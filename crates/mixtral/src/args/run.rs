@@ -152,6 +152,9 @@ pub struct RunOptions {
 impl RunArgs {
     /// Checks the flags against each other.
     pub fn validate(mut self) -> Result<RunOptions, Usage> {
+        if self.tokenizer_dir.is_some() && self.hf_model_dir.is_some() {
+            say::warning("--hf-model-dir changes nothing beside --tokenizer-dir: no Hugging Face model is run");
+        }
         self.tokenizer_dir = self.tokenizer_dir.or(self.hf_model_dir.take());
         let sampling = SamplingParams {
             temperature: self.temperature,

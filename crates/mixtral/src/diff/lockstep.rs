@@ -208,6 +208,8 @@ fn run(
 
 impl Backend for Lockstep {
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        // Before operands are read by what the inputs name.
+        inputs.check(self.reference.program(), self.kv_blocks())?;
         let mut outputs = StepOutputs::default();
         for ops in self.groups.clone() {
             // What comes before the compared ones runs on both: kernels leave tables to later ones.

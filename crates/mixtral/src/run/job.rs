@@ -10,7 +10,7 @@ use mixtral_comm::World;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, Device, KvBlocks};
 use mixtral_engine::{Backend, EngineDir, Inspect, MappedWeights, Program, Weights, WeightsKind};
-use mixtral_kernels::{Code, KernelImages};
+use mixtral_kernels::{Code, Executable};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
 use mixtral_runtime::session::Capabilities;
@@ -51,15 +51,15 @@ pub struct Job<'a> {
 pub enum Place {
     /// On all cores of the host, or on so many threads.
     Cpu(usize),
-    /// On a GPU, with the engine's kernels for it.
-    Cuda(Device, Box<KernelImages>),
+    /// On a GPU, with what it runs of the engine.
+    Cuda(Device, Box<Executable>),
 }
 
 impl fmt::Display for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Place::Cpu(threads) => write!(f, "{threads} threads"),
-            Place::Cuda(device, images) => write!(f, "{} ({})", device.name, images.code),
+            Place::Cuda(device, executable) => write!(f, "{} ({})", device.name, executable.images.code),
         }
     }
 }
@@ -84,26 +84,26 @@ impl Place {
         }
         let device = mixtral_cuda::devices()?.swap_remove(0);
         let code = mixtral_cuda::choose(&device, &codes)?;
-        let bytes = engine.image(Rank(0), &code.image_name())?;
-        Ok(Place::Cuda(device, Box::new(KernelImages::from_bytes(code, &bytes)?)))
+        let executable = Executable::read(engine, Rank(0), &engine.program(Rank(0))?, code)?;
+        Ok(Place::Cuda(device, Box::new(executable)))
     }
 
     /// Measures what it can do at most: in passing, or for figures of an engine with so many bytes of weights to be compared
     /// with. A ceiling that cannot be measured is 0.
     pub fn roof(&self, quick: bool, weights: usize) -> Result<Roof> {
-        match self {
+        say::timed("the machine's own rates", || match self {
             Place::Cpu(threads) => {
                 let (least, most) = (mixtral_cpu::probe::QUICK, mixtral_cpu::probe::THOROUGH);
                 // What a small engine reads is no more than a small probe.
                 let bytes = if quick { least } else { weights.clamp(least, most) };
                 Ok(machine::roof(mixtral_cpu::probe::measure(*threads, bytes)))
             }
-            Place::Cuda(device, images) => {
+            Place::Cuda(device, executable) => {
                 let bytes = if quick { mixtral_cuda::probe::QUICK } else { mixtral_cuda::probe::THOROUGH };
-                let probe = mixtral_cuda::probe::measure(device.ordinal, images, bytes)?;
+                let probe = mixtral_cuda::probe::measure(device.ordinal, executable, bytes)?;
                 Ok(Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s })
             }
-        }
+        })
     }
 }
 
@@ -159,7 +159,7 @@ impl Job<'_> {
                 let blocks = agree_on_blocks(self.world, wanted)?;
                 Box::new(load(self.engine, self.options, self.world, blocks)?)
             }
-            Place::Cuda(device, images) => {
+            Place::Cuda(device, executable) => {
                 let LoadOptions { kv_cache_fraction, count_experts, time_ops, .. } = self.options;
                 let Blocks { most: at_most, least: at_least } = wanted;
                 let cuda = CudaOptions {
@@ -173,7 +173,8 @@ impl Job<'_> {
                     time_ops,
                     ..CudaOptions::default()
                 };
-                Box::new(CudaBackend::load(self.program.clone(), &weights(self.engine, Rank(0))?, images, cuda)?)
+                let weights = weights(self.engine, Rank(0), false)?;
+                Box::new(CudaBackend::load(self.program.clone(), &weights, executable, cuda)?)
             }
         };
         let executor: Box<dyn Executor> = match self.world {
@@ -193,10 +194,16 @@ fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
     Ok(usize::try_from(u64::from_le_bytes(bytes))?)
 }
 
-/// Where a rank's weights come from.
-fn weights(engine: &EngineDir, rank: Rank) -> Result<Weights> {
+/// Where a rank's weights come from. With `in_place` the backend reads them where they lie, so that their file is mapped now.
+fn weights(engine: &EngineDir, rank: Rank, in_place: bool) -> Result<Weights> {
     Ok(match engine.config().weights {
-        WeightsKind::File => Weights::Source(Arc::new(MappedWeights(engine.weight_file(rank)?))),
+        WeightsKind::File => {
+            let file = engine.weight_file(rank)?;
+            if in_place {
+                file.map()?;
+            }
+            Weights::Source(Arc::new(MappedWeights(file)))
+        }
         WeightsKind::Dummy { seed } => Weights::Dummy { seed },
     })
 }
@@ -204,7 +211,7 @@ fn weights(engine: &EngineDir, rank: Rank) -> Result<Weights> {
 /// Loads this rank's part of the engine on the CPU.
 fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_blocks: usize) -> Result<CpuBackend> {
     let rank = Rank(world.map_or(0, World::rank));
-    let weights = weights(engine, rank)?;
+    let weights = weights(engine, rank, true)?;
     let local_ranks = world.map_or(1, World::local_size);
     let threads = options.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
     let LoadOptions { count_experts, time_ops, .. } = options;
@@ -217,9 +224,9 @@ fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_bloc
     Ok(backend)
 }
 
-/// Loads a program of an engine of one rank, with nothing of its own around it, to be looked into.
+/// Loads the program of an engine of one rank, or its first layers, with nothing of its own around it, to be looked into.
 pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
-    let weights = weights(engine, Rank(0))?;
+    let weights = weights(engine, Rank(0), matches!(place, Place::Cpu(_)))?;
     match place {
         Place::Cpu(threads) => {
             let plan = program.memory_plan();
@@ -237,10 +244,17 @@ pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks
             let cpu = CpuOptions { kv_blocks, threads: *threads, ..CpuOptions::default() };
             Ok(Box::new(CpuBackend::load(program, weights, cpu)?))
         }
-        Place::Cuda(device, images) => {
+        Place::Cuda(device, executable) => {
+            let whole = engine.program(Rank(0))?;
+            let schedule = match program == whole {
+                true => Some(executable.schedule.clone()),
+                false => executable.schedule.first_layers(&whole, &program),
+            };
+            let schedule = schedule.ok_or_else(|| anyhow!("the engine's schedule cannot be cut to fewer --layers"))?;
+            let executable = Executable { schedule, images: executable.images.clone() };
             let kv_blocks = KvBlocks::Exactly(kv_blocks);
             let cuda = CudaOptions { device: device.ordinal, kv_blocks, graphs: false, ..CudaOptions::default() };
-            Ok(Box::new(CudaBackend::load(program, &weights, images, cuda)?))
+            Ok(Box::new(CudaBackend::load(program, &weights, &executable, cuda)?))
         }
     }
 }
@@ -275,15 +289,23 @@ fn kv_blocks(engine: &EngineDir, local_ranks: usize, wanted: Blocks) -> Result<u
     let Blocks { most, least } = wanted;
     let Some(available) = machine::available_memory() else { return Ok(most) };
     let is_file = engine.config().weights == WeightsKind::File;
-    let (mut fixed, mut block) = (0usize, 0usize);
+    let (mut fixed, mut block, mut dummies) = (0usize, 0usize, 0usize);
     for rank in engine.config().mapping.ranks().take(local_ranks) {
         let plan = engine.program(rank)?.memory_plan();
         // Mapped weights live in the page cache; dummy ones are taken.
         let weights = if is_file { 0 } else { plan.weights };
         fixed = fixed.saturating_add(plan.total(0) - plan.weights).saturating_add(weights);
         block = block.saturating_add(plan.kv_block);
+        dummies = dummies.saturating_add(weights);
     }
     let room = available.saturating_sub(fixed) / block.max(1);
+    if dummies > available {
+        bail!(
+            "the dummy weights alone need {}, but {} of memory are available, and they cannot be paged out; use a machine with more memory, or build a smaller model (--model-config)",
+            bytes(dummies),
+            bytes(available)
+        );
+    }
     if room < least {
         bail!(
             "the engine needs {} for {}activations and inputs and {} for the KV cache of the longest prompt, but {} of memory are available; lower --max-output-len, or build with a smaller --max-num-tokens (now {})",

@@ -16,7 +16,6 @@ use crate::args::bench::BenchArgs;
 use crate::run::job::{self, Job, LoadOptions};
 use crate::run::per_op::OpTable;
 use crate::run::report::{decode_weight_bytes, f, median, quantile, ratio};
-use crate::say;
 
 /// GFLOP/s from which on rates are said in TFLOP/s.
 const TERA: f64 = 1e4;
@@ -188,7 +187,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         .collect();
     let all: Vec<Request> = batches.iter().chain(&prompts).flatten().chain(&many).cloned().collect();
     // The machine's own rates, before and after what is measured against them.
-    let roof = || say::timed("the machine's rates", || job.place().roof(args.quick, job.program().weight_bytes()));
+    let roof = || job.place().roof(args.quick, job.program().weight_bytes());
     let before = roof()?;
     let start = Instant::now();
     let mut session = job.session(&all, None)?;
@@ -276,11 +275,11 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
 fn check_lengths(args: &BenchArgs, output: usize, prefill: &[usize], limits: &Limits) -> Result<()> {
     let longest = limits.max_seq_len;
     let needs = [
-        (args.context + output, "--context, --warmup and --steps", true),
-        (prefill.iter().max().map_or(0, |n| n + 1), "--prefill", true),
-        (args.input_len.1 + args.output_len.1, "--input-len and --output-len", args.requests > 0),
+        (args.context + output, "--context, --warmup and --steps"),
+        (prefill.iter().max().map_or(0, |n| n + 1), "--prefill"),
+        (if args.requests > 0 { args.input_len.1 + args.output_len.1 } else { 0 }, "--input-len and --output-len"),
     ];
-    for (tokens, flags, _) in needs.into_iter().filter(|&(tokens, _, is_asked)| is_asked && tokens > longest) {
+    if let Some((tokens, flags)) = needs.into_iter().find(|&(tokens, _)| tokens > longest) {
         bail!(
             "{flags} come to {tokens} tokens, but the engine's sequences have at most {longest}; ask for fewer, or build it with --max-seq-len {tokens}"
         );

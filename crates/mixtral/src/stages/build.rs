@@ -1,12 +1,15 @@
 //! `mixtral build`: a checkpoint, or a geometry and dummy weights → an engine.
 
+use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot, fold};
-use mixtral_checkpoint::{Checkpoint, CheckpointConfig};
+use mixtral_build::{Built, DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot, fold};
+use mixtral_checkpoint::names::CONFIG_FILE;
+use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ConfigFileError, ReadError};
 use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
@@ -21,7 +24,7 @@ use crate::say;
 /// Runs the stage.
 pub fn main(options: &BuildOptions) -> Result<()> {
     let checkpoint = match &options.model {
-        Model::Checkpoint(dir) => Some(Checkpoint::open(dir)?),
+        Model::Checkpoint(dir) => Some(open(dir)?),
         Model::Dummy(_) => None,
     };
     let config = match (&checkpoint, &options.model) {
@@ -35,7 +38,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         (None, Model::Checkpoint(_)) => unreachable!("a checkpoint was opened above"),
     };
     if let Some(checkpoint) = &checkpoint {
-        let place = checkpoint.dir().join("config.json").display().to_string();
+        let place = format!("the checkpoint in {}", checkpoint.dir().display());
         options.beside(&config.mapping, config.model.dtype, checkpoint.has_weights(), &place)?;
     }
     check_plugins(options, &config.model)?;
@@ -55,7 +58,14 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         _ => WeightsFrom::Dummy { seed, recipes: &dummy },
     };
     let is_dummy = matches!(weights, WeightsFrom::Dummy { .. });
-    let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, options));
+    if let (Some(checkpoint), true) = (&checkpoint, is_dummy) {
+        say::warning(format_args!(
+            "{} has a config.json and no weights; the engine gets dummy weights (seed {seed})",
+            checkpoint.dir().display()
+        ));
+    }
+    let plugins = Plugins::of(&options.recorded);
+    let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, plugins.clone(), options.workers));
     // Mapped weights can be paged out; dummy ones cannot. GPUs have a memory of their own.
     let is_held_here = is_dummy && kernels.is_none() && !options.dry_run;
     let budget = machine::available_memory().filter(|_| is_held_here);
@@ -69,7 +79,8 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     };
     if options.dry_run {
         let programs = mixtral_build::plan(&config, &build)?;
-        return show(options, &programs, &[], build.kernels.is_none());
+        let on_cpu = build.kernels.is_none();
+        return show(&programs, &[], on_cpu, options.explain, options.graph.as_deref());
     }
     let progress = Progress::new();
     let advance = |done, total| progress.advance(done, total);
@@ -80,34 +91,66 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         say::note(format_args!("weights: dummy, seed {seed}"));
     }
     match &built.kernels {
-        Some(kernels) => report(kernels, options, &built.programs),
+        Some(kernels) => report(kernels, &plugins, &built.programs),
         None if options.recorded.values().any(|v| v == "disable") => {
             say::warning("plugins are disabled (the portable kernels only); on the CPU that changes nothing");
         }
-        None if options.cublaslt => {
+        None if plugins.cublaslt => {
             say::warning("--gemm-plugin cublaslt: on the CPU that changes nothing");
         }
         None => {}
     }
-    let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks);
-    show(options, &built.programs, kernels, built.kernels.is_none())?;
+    show_built(&built, options.explain, options.graph.as_deref())?;
     say::note(format_args!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id));
     Ok(())
 }
 
-/// Prints and draws the programs, as far as that was asked for, and says what they need.
-fn show(options: &BuildOptions, programs: &[Program], kernels: &[Vec<KernelImages>], on_cpu: bool) -> Result<()> {
+/// What the plugin flags of a build ask for, as far as they make a difference on a GPU.
+#[derive(Clone, Debug)]
+pub struct Plugins {
+    /// Whether dense linears of steps of many tokens are cuBLASLt's.
+    cublaslt: bool,
+    /// The flags that ask for portable kernels.
+    portable: Vec<&'static str>,
+}
+
+impl Plugins {
+    /// Of the options that an engine records.
+    pub fn of(recorded: &BTreeMap<String, String>) -> Self {
+        let is = |name: &str, value: &str| recorded.get(name).is_some_and(|found| found == value);
+        let tunable = [("gemm_plugin", "--gemm-plugin"), ("moe_plugin", "--moe-plugin")];
+        Plugins {
+            cublaslt: is("gemm_plugin", "cublaslt"),
+            portable: tunable.into_iter().filter(|(name, _)| is(name, "disable")).map(|(_, flag)| flag).collect(),
+        }
+    }
+}
+
+/// Shows what was built.
+pub fn show_built(built: &Built, explains: bool, graph: Option<&Path>) -> Result<()> {
+    let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks);
+    show(&built.programs, kernels, built.kernels.is_none(), explains, graph)
+}
+
+/// Prints and draws the programs, as far as that was asked for, and says how large they are.
+fn show(
+    programs: &[Program],
+    kernels: &[Vec<KernelImages>],
+    on_cpu: bool,
+    explains: bool,
+    graph: Option<&Path>,
+) -> Result<()> {
     let mut out = std::io::stdout().lock();
     // This machine's CPU says nothing of a GPU.
-    let is_shown = options.explain || options.graph.is_some();
+    let is_shown = explains || graph.is_some();
     let roof = (is_shown && on_cpu).then(|| machine::measure_roof(machine::cores()));
-    if options.explain {
+    if explains {
         if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
             writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
         }
         writeln!(out, "{}", explain(programs, kernels, roof))?;
     }
-    if let Some(path) = &options.graph {
+    if let Some(path) = graph {
         std::fs::write(path, dot::dot(programs, roof)).with_context(|| format!("cannot write {}", path.display()))?;
     }
     for members in fold::alike(programs) {
@@ -126,6 +169,33 @@ fn show(options: &BuildOptions, programs: &[Program], kernels: &[Vec<KernelImage
     Ok(())
 }
 
+/// Opens the checkpoint, and says which it is: what lies there may be older than one thinks.
+fn open(dir: &Path) -> Result<Checkpoint> {
+    let checkpoint = Checkpoint::open(dir).map_err(|error| match error {
+        ReadError::NoDirectory { .. } | ReadError::NoConfig { .. } => {
+            anyhow!("{error}. For an engine with dummy weights name a geometry: --model-config mixtral-8x7b")
+        }
+        ReadError::Config(ConfigFileError::HuggingFace { .. }) => {
+            anyhow!("{error}. For an engine with dummy weights of its geometry: --model-config {}", dir.display())
+        }
+        error => error.into(),
+    })?;
+    let written = std::fs::metadata(dir.join(CONFIG_FILE)).and_then(|meta| meta.modified());
+    let age = written.ok().and_then(|time| time.elapsed().ok()).map(|age| format!(", written {}", ago(age)));
+    say::note(format_args!("from {}: {}{}", dir.display(), checkpoint.config().model, age.unwrap_or_default()));
+    Ok(checkpoint)
+}
+
+/// How long ago, roughly: `just now`, `90 seconds ago`, `3 days ago`.
+fn ago(time: Duration) -> String {
+    let units = [("days", 86_400), ("hours", 3600), ("minutes", 60), ("seconds", 1)];
+    let seconds = time.as_secs();
+    match units.into_iter().find(|(_, length)| seconds >= 2 * length) {
+        Some((unit, length)) => format!("{} {unit} ago", seconds / length),
+        None => "just now".to_owned(),
+    }
+}
+
 /// The architectures to build for; none for the CPU alone.
 fn archs(build_for: &BuildFor) -> Result<Option<Vec<Arch>>> {
     match build_for {
@@ -139,23 +209,24 @@ fn archs(build_for: &BuildFor) -> Result<Option<Vec<Arch>>> {
     }
 }
 
-fn kernel_options(archs: Vec<Arch>, options: &BuildOptions) -> KernelOptions {
+/// The kernels to build.
+pub fn kernel_options(archs: Vec<Arch>, plugins: Plugins, workers: Option<usize>) -> KernelOptions {
     KernelOptions {
         archs,
-        dense_linears: match options.portable.contains(&"--gemm-plugin") {
+        dense_linears: match plugins.portable.contains(&"--gemm-plugin") {
             true => DenseLinears::Portable,
-            false if options.cublaslt => DenseLinears::CublasLt,
+            false if plugins.cublaslt => DenseLinears::CublasLt,
             false => DenseLinears::Tuned,
         },
-        tuned_experts: !options.portable.contains(&"--moe-plugin"),
-        workers: options.workers.unwrap_or_else(machine::cores),
+        tuned_experts: !plugins.portable.contains(&"--moe-plugin"),
+        workers: workers.unwrap_or_else(machine::cores),
         nvrtc: Search::from_environment(),
         cache: Cache::folder_from_environment(),
     }
 }
 
 /// Says what was compiled and what to know about it.
-fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
+pub fn report(kernels: &Kernels, plugins: &Plugins, programs: &[Program]) {
     let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
     say::note(format_args!(
         "kernels: {} compiled for {}, {} found in the cache, {:.1} s",
@@ -165,17 +236,17 @@ fn report(kernels: &Kernels, options: &BuildOptions, programs: &[Program]) {
         kernels.took.as_secs_f64()
     ));
     kernels.warnings.iter().for_each(say::warning);
-    if options.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
+    if plugins.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
         say::warning(format_args!(
             "--gemm-plugin cublaslt: in steps of more than {CUBLASLT_ABOVE} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
         ));
-    } else if options.cublaslt {
+    } else if plugins.cublaslt {
         say::warning(format_args!(
             "--gemm-plugin cublaslt changes nothing: it is for steps of more than {CUBLASLT_ABOVE} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
         ));
     }
-    if !options.portable.is_empty() {
-        let flags: Vec<_> = options.portable.iter().map(|flag| format!("{flag} disable")).collect();
+    if !plugins.portable.is_empty() {
+        let flags: Vec<_> = plugins.portable.iter().map(|flag| format!("{flag} disable")).collect();
         say::warning(format_args!(
             "{}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
             flags.join(", ")

@@ -16,7 +16,7 @@ use crate::say;
 pub fn main(options: &ConvertOptions) -> Result<()> {
     let ConvertOptions { convert, dry_run, geometry } = options;
     if let (Input::Directory(dir), true) = (&convert.input, geometry.is_given()) {
-        let place = dir.join("config.json").display().to_string();
+        let place = format!("the configuration in {}", dir.display());
         geometry.beside(&geometry_of(dir)?, &place)?.into_iter().for_each(say::warning);
     }
     if *dry_run {

@@ -1,0 +1,300 @@
+//! What is likely wrong with weights that are not those that their configuration describes.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use mixtral_checkpoint::TensorEntry;
+use mixtral_model::{ModelConfig, ModelFamily};
+
+use super::files::Dialect;
+use super::{Layout, Stored};
+use crate::names::HfTensor;
+
+/// Ends of the names that quantized weights and their scales have.
+const QUANTIZED: [&str; 17] = [
+    ".qweight",
+    ".qzeros",
+    ".scales",
+    ".g_idx",
+    ".weight_scale",
+    ".weight_scale_2",
+    ".weight_scale_inv",
+    ".weight_packed",
+    ".weight_shape",
+    ".weight_zero_point",
+    ".input_scale",
+    ".output_scale",
+    ".k_scale",
+    ".v_scale",
+    ".activation_scale",
+    ".absmax",
+    ".SCB",
+];
+
+/// Names of heads that give a score and no next token.
+const SCORES: [&str; 6] = ["score.", "classifier.", "v_head.", "value_head.", "reward_head.", "qa_outputs."];
+
+/// Tensors that do not fit, by what is wrong with them.
+#[derive(Debug, Default)]
+pub struct Misfits<'a> {
+    /// Names that are not there.
+    pub missing: Vec<String>,
+    /// Names that are there with another shape or type.
+    pub wrong: Vec<String>,
+    /// Names that the model has no place for.
+    pub extra: Vec<&'a str>,
+}
+
+/// One cause that explains all misfits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Diagnosis {
+    /// Quantized weights.
+    Quantized {
+        /// How, if anything says so.
+        method: Option<String>,
+        /// A tensor that shows it.
+        tensor: String,
+        /// Its type.
+        dtype: String,
+    },
+    /// An adapter that was never merged into its base.
+    UnmergedAdapter {
+        /// A tensor that shows it.
+        tensor: String,
+    },
+    /// A prefix that a wrapper around the model left.
+    Prefix {
+        /// With its dot.
+        prefix: String,
+    },
+    /// The model without its language head, whose names lack a prefix.
+    NoPrefix {
+        /// With its dot.
+        prefix: String,
+        /// The configuration file.
+        config: &'static str,
+    },
+    /// Tensors without elements.
+    Empty {
+        /// One of them.
+        tensor: String,
+    },
+    /// A size that the configuration has otherwise.
+    Size {
+        /// The configuration file.
+        config: &'static str,
+        /// The key.
+        key: &'static str,
+        /// What the weights have.
+        found: usize,
+        /// What the configuration says.
+        expected: usize,
+    },
+    /// Experts without a configuration of experts, or the other way round.
+    Family {
+        /// The configuration file.
+        config: &'static str,
+        /// Whether the weights have experts.
+        has_experts: bool,
+    },
+    /// Weights of twice the width.
+    Double {
+        /// One of them.
+        tensor: String,
+    },
+    /// No head where the configuration does not say that the embedding is it.
+    NoHead {
+        /// The configuration file.
+        config: &'static str,
+    },
+    /// A head that gives a score.
+    Score {
+        /// Its tensor.
+        tensor: String,
+    },
+}
+
+impl std::fmt::Display for Diagnosis {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Diagnosis::Quantized { method, tensor, dtype } => {
+                let by = method.as_ref().map(|m| format!(" by {m}")).unwrap_or_default();
+                write!(
+                    f,
+                    "they are quantized{by} (`{tensor}` is {dtype}), and this version converts plain f16, bf16 and f32 weights only; download the model's unquantized weights, or dequantize them first"
+                )
+            }
+            Diagnosis::UnmergedAdapter { tensor } => write!(
+                f,
+                "they hold an adapter that is not merged (`{tensor}`); merge it with peft (`model.merge_and_unload()`), save that (`save_pretrained`), and convert it"
+            ),
+            Diagnosis::Prefix { prefix } => write!(
+                f,
+                "all names begin with `{prefix}`, which a wrapper around the model left; save the model inside of the wrapper, or rename the tensors without `{prefix}`"
+            ),
+            Diagnosis::NoPrefix { prefix, config } => write!(
+                f,
+                "names lack `{prefix}`: this is the model without its language head (lm_head); save the whole model that {config} describes (MixtralForCausalLM or MistralForCausalLM)"
+            ),
+            Diagnosis::Empty { tensor } => write!(
+                f,
+                "they are empty (`{tensor}` has no elements), as DeepSpeed's ZeRO-3 saves them if it does not gather them; run zero_to_fp32.py in the training's folder, or save again with `stage3_gather_16bit_weights_on_model_save`"
+            ),
+            Diagnosis::Size { config, key, found, expected } => write!(
+                f,
+                "{config} says that `{key}` is {expected}, but the weights have {found}; if the weights are right, set `{key}` to {found} in {config}"
+            ),
+            Diagnosis::Family { config, has_experts: true } => write!(
+                f,
+                "{config} describes a dense Mistral, but they have experts; set `model_type` to \"mixtral\" (and the keys of its experts), or use the {config} that belongs to them"
+            ),
+            Diagnosis::Family { config, has_experts: false } => write!(
+                f,
+                "{config} describes a model of experts, but they are a dense model's; use the {config} that belongs to them"
+            ),
+            Diagnosis::Double { tensor } => write!(
+                f,
+                "they are float64 (`{tensor}`); save them as float32, float16 or bfloat16 (with transformers: `model.to(torch.float32).save_pretrained(dir)`)"
+            ),
+            Diagnosis::NoHead { config } => write!(
+                f,
+                "the head for tokens (lm_head) is missing; if the model's embedding is its head too, set `tie_word_embeddings` to true in {config}, else save the whole model"
+            ),
+            Diagnosis::Score { tensor } => write!(
+                f,
+                "they have no head for tokens, but one that gives scores (`{tensor}`): a classifier or a reward model, which generates no text"
+            ),
+        }
+    }
+}
+
+/// The cause of all `misfits`, if one explains them. `method` is how the configuration says that weights are quantized.
+#[must_use]
+pub fn diagnose(
+    dialect: Dialect,
+    layout: &dyn Layout,
+    model: &ModelConfig,
+    method: Option<&String>,
+    stored: &HashMap<String, (usize, TensorEntry)>,
+    misfits: &Misfits<'_>,
+) -> Option<Diagnosis> {
+    let entries = || stored.values().map(|(_, entry)| entry);
+    // By name, so that the same files give the same message.
+    let first = |fits: &dyn Fn(&TensorEntry) -> bool| entries().filter(|e| fits(e)).min_by(|a, b| a.name.cmp(&b.name));
+    if let Some(e) = first(&|e| is_quantized(e)) {
+        return Some(Diagnosis::Quantized { method: method.cloned(), tensor: e.name.clone(), dtype: e.dtype.clone() });
+    }
+    if let Some(e) =
+        first(&|e| [".lora_", ".base_layer.", ".modules_to_save."].iter().any(|part| e.name.contains(part)))
+    {
+        return Some(Diagnosis::UnmergedAdapter { tensor: e.name.clone() });
+    }
+    if let Some(e) = first(&|e| e.dtype == "F64") {
+        return Some(Diagnosis::Double { tensor: e.name.clone() });
+    }
+    if let Some(e) = first(&|e| e.num_bytes() == 0) {
+        return Some(Diagnosis::Empty { tensor: e.name.clone() });
+    }
+    let expected: Vec<Stored> =
+        HfTensor::all(model, false).into_iter().map(|tensor| layout.stored(model, tensor)).collect();
+    if let Some(diagnosis) = prefix(dialect, &expected, stored) {
+        return Some(diagnosis);
+    }
+    let has = |part: &str| stored.keys().any(|name| name.contains(part));
+    let config = dialect.config_file();
+    if dialect == Dialect::HuggingFace {
+        let has_experts = has(".block_sparse_moe.") || has(".mlp.experts.");
+        if has_experts != (model.family == ModelFamily::Mixtral) && (has_experts || has(".mlp.gate_proj.")) {
+            return Some(Diagnosis::Family { config, has_experts });
+        }
+    }
+    if let Some(tensor) = misfits.extra.iter().find(|name| SCORES.iter().any(|head| name.starts_with(head))) {
+        return Some(Diagnosis::Score { tensor: (*tensor).to_owned() });
+    }
+    let head = layout.stored(model, HfTensor::LmHead).name;
+    if misfits.missing == [head] && misfits.wrong.is_empty() && misfits.extra.is_empty() {
+        return Some(Diagnosis::NoHead { config });
+    }
+    size(dialect, layout, model, stored, misfits)
+}
+
+fn is_quantized(entry: &TensorEntry) -> bool {
+    let is_packed = matches!(entry.dtype.as_str(), "I8" | "U8" | "I16" | "U16" | "I32" | "U32")
+        || ["F8_", "F6_", "F4"].iter().any(|narrow| entry.dtype.starts_with(narrow));
+    is_packed || QUANTIZED.iter().any(|end| entry.name.ends_with(end))
+}
+
+/// The prefix that most names have too much, or that the model's names have and the stored ones lack.
+fn prefix(dialect: Dialect, expected: &[Stored], stored: &HashMap<String, (usize, TensorEntry)>) -> Option<Diagnosis> {
+    let names: HashSet<&str> = expected.iter().map(|s| s.name.as_str()).collect();
+    if names.iter().any(|name| stored.contains_key(*name) && *name != "lm_head.weight") {
+        return None;
+    }
+    let suffixes = |name: &'_ str| -> Vec<usize> { name.match_indices('.').map(|(at, _)| at + 1).collect() };
+    let mut too_much: BTreeMap<&str, usize> = BTreeMap::new();
+    for name in stored.keys() {
+        // The longest part of the name that the model knows is what the prefix stands before.
+        if let Some(at) = suffixes(name).into_iter().find(|&at| names.contains(&name[at..])) {
+            *too_much.entry(&name[..at]).or_default() += 1;
+        }
+    }
+    let most = too_much.iter().max_by_key(|(_, count)| **count);
+    if let Some((prefix, count)) = most
+        && count * 2 > names.len()
+    {
+        return Some(Diagnosis::Prefix { prefix: (*prefix).to_owned() });
+    }
+    let lacking = |name: &&str| suffixes(name).into_iter().find(|&at| stored.contains_key(&name[at..]));
+    let lacks: Vec<&str> = names.iter().filter_map(|name| Some(&name[..lacking(name)?])).collect();
+    let prefix = lacks.first().filter(|prefix| lacks.iter().all(|other| other == *prefix))?;
+    let config = dialect.config_file();
+    (lacks.len() * 2 > names.len()).then(|| Diagnosis::NoPrefix { prefix: (*prefix).to_owned(), config })
+}
+
+/// A size of which the weights have more or less than the configuration says, if it explains every misfit.
+fn size(
+    dialect: Dialect,
+    layout: &dyn Layout,
+    model: &ModelConfig,
+    stored: &HashMap<String, (usize, TensorEntry)>,
+    misfits: &Misfits<'_>,
+) -> Option<Diagnosis> {
+    let config = dialect.config_file();
+    let is_hugging_face = dialect == Dialect::HuggingFace;
+    let shape = |tensor| {
+        let Stored { name, .. } = layout.stored(model, tensor);
+        stored.get(&name).map(|(_, entry)| entry.shape.as_slice())
+    };
+    // Rows of a matrix whose columns are right.
+    let rows = |tensor| match shape(tensor) {
+        Some(&[rows, cols]) if cols == model.hidden_size => Some(rows),
+        _ => None,
+    };
+    let heads = [HfTensor::EmbedTokens, HfTensor::LmHead].map(|tensor| layout.stored(model, tensor).name);
+    let only_vocabulary = misfits.missing.is_empty() && misfits.extra.is_empty();
+    if only_vocabulary
+        && misfits.wrong.iter().all(|name| heads.contains(name))
+        && let Some(found) = rows(HfTensor::EmbedTokens)
+        && rows(HfTensor::LmHead).is_none_or(|rows| rows == found)
+        && found != model.vocab_size
+    {
+        return Some(Diagnosis::Size { config, key: "vocab_size", found, expected: model.vocab_size });
+    }
+    let layer = |name: &str| -> Option<usize> { name.split_once("layers.")?.1.split('.').next()?.parse().ok() };
+    let names = || misfits.missing.iter().map(String::as_str).chain(misfits.extra.iter().copied());
+    let found = stored.keys().filter_map(|name| layer(name)).max().map_or(0, |last| last + 1);
+    let expected = model.num_layers;
+    if found > 0
+        && found != expected
+        && misfits.wrong.is_empty()
+        && names().all(|name| layer(name).is_some_and(|l| l >= found.min(expected)))
+    {
+        let key = if is_hugging_face { "num_hidden_layers" } else { "n_layers" };
+        return Some(Diagnosis::Size { config, key, found, expected });
+    }
+    let expected = model.moe.num_experts;
+    let found = rows(HfTensor::Router(0)).filter(|_| model.family == ModelFamily::Mixtral)?;
+    let key = if is_hugging_face { "num_local_experts" } else { "moe.num_experts" };
+    let about_experts =
+        names().chain(misfits.wrong.iter().map(String::as_str)).all(|n| n.contains("expert") || n.contains("gate"));
+    (found != expected && about_experts).then_some(Diagnosis::Size { config, key, found, expected })
+}

@@ -1,0 +1,259 @@
+//! What a schedule may ask for. One that was read from a file passes through [`Schedule::check`] before a backend sees it, so that
+//! a backend can index by its numbers and point at what it names.
+
+use mixtral_engine::Program;
+
+use super::text::ScheduleError;
+use super::{Regime, Schedule};
+use crate::step_block::{ALIGN, Place};
+use crate::{Arg, Grid, Launch, Product, TensorMap, Work};
+
+/// Parameters that a kernel may have.
+pub const MAX_ARGS: usize = 32;
+/// Threads of a CTA.
+const MAX_THREADS: u32 = 1024;
+/// Bytes of shared memory that a CTA can have on any architecture.
+const MAX_SHARED: u32 = 227 << 10;
+/// CTAs of a cluster without asking for more.
+const MAX_CLUSTER: u32 = 8;
+/// CTAs of a launch that the driver takes.
+const MAX_GRID: u64 = (1 << 31) - 1;
+/// Dimensions of a tensor map.
+const MAX_RANK: usize = 5;
+/// Bytes of one allocation, so that sums of a few of them cannot overflow.
+const MAX_BYTES: usize = 1 << 48;
+
+impl Schedule {
+    /// Checks that every index is one of the program's, that everything pointed at lies within its memory as far as the
+    /// schedule says how large it is, and that every launch is one that a driver takes.
+    ///
+    /// # Errors
+    /// The first rule that the schedule breaks.
+    pub fn check(&self, program: &Program) -> Result<(), ScheduleError> {
+        let outside = |place: String| move |problem| ScheduleError::Outside { place, problem };
+        self.check_block().map_err(outside("(step block)".to_owned()))?;
+        if self.scratch_bytes > MAX_BYTES {
+            return Err(outside("(workspaces)".to_owned())(format!("{} bytes", self.scratch_bytes)));
+        }
+        self.check_regimes(program).map_err(outside("(regimes)".to_owned()))?;
+        let scope = Scope { program, scratch_bytes: self.scratch_bytes };
+        for (dtype, fill) in &self.fills {
+            let place = || format!("fills {dtype} weights by `{}`", fill.kernel.symbol);
+            scope.launch(fill, Regime { max_tokens: 0, decodes: false }, Of::Fill).map_err(|p| outside(place())(p))?;
+        }
+        for weight in program.weights.iter().filter(|weight| !weight.pieces.is_empty()) {
+            if !self.fills.iter().any(|(dtype, _)| *dtype == weight.dtype) {
+                return Err(ScheduleError::Missing("fill"));
+            }
+        }
+        let place = || format!("probes by `{}`", self.probe.kernel.symbol);
+        let none = Regime { max_tokens: 0, decodes: false };
+        scope.launch(&self.probe, none, Of::Probe).map_err(|p| outside(place())(p))?;
+        for (regime, works) in &self.regimes {
+            let mut before = 0;
+            for work in works {
+                let place = || {
+                    let what = work.kernel().map_or("cuBLASLt", |kernel| &kernel.symbol);
+                    let kind = if regime.decodes { "decodes" } else { "tokens" };
+                    format!("for steps of up to {} {kind}, operation {}, `{what}`", regime.max_tokens, work.op())
+                };
+                let checked = match work {
+                    _ if work.op() >= program.ops.len() => {
+                        Err(format!("the program has {} operations", program.ops.len()))
+                    }
+                    _ if work.op() < before => Err(format!("it comes after operation {before}")),
+                    Work::Launch(launch) => scope.launch(launch, *regime, Of::Step),
+                    Work::Product(product) => scope.product(product, *regime),
+                };
+                checked.map_err(|problem| outside(place())(problem))?;
+                before = work.op();
+            }
+        }
+        Ok(())
+    }
+
+    /// The arrays lie apart, in order, in the block.
+    fn check_block(&self) -> Result<(), String> {
+        let mut end = 0;
+        for Place { array, offset, bytes } in &self.block.places {
+            if *offset < end || !offset.is_multiple_of(ALIGN) || *bytes > MAX_BYTES {
+                return Err(format!("{array:?} is {bytes} bytes at byte {offset}, behind byte {end}"));
+            }
+            end = offset.checked_add(*bytes).ok_or("its end overflows")?;
+        }
+        if self.block.bytes < end || self.block.bytes > MAX_BYTES {
+            return Err(format!("{} bytes, and its arrays end at byte {end}", self.block.bytes));
+        }
+        Ok(())
+    }
+
+    /// Regimes ascend, and one takes any step that the program does.
+    fn check_regimes(&self, program: &Program) -> Result<(), String> {
+        let limits = program.limits;
+        for decodes in [true, false] {
+            let tokens = self.regimes.iter().map(|(regime, _)| *regime).filter(|r| r.decodes == decodes);
+            let tokens: Vec<usize> = tokens.map(|regime| regime.max_tokens).collect();
+            if !tokens.is_sorted_by(|a, b| a < b) || tokens.first() == Some(&0) {
+                return Err(format!("those of {tokens:?} tokens do not ascend"));
+            }
+            let most = match decodes {
+                true => limits.max_batch_size.min(limits.max_num_logits).min(limits.max_num_tokens),
+                false => limits.max_num_tokens,
+            };
+            if tokens.last().is_some_and(|&last| last > most) || !decodes && tokens.last() != Some(&most) {
+                return Err(format!("those of {tokens:?} tokens, for steps of up to {most}"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a launch belongs to.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Of {
+    Step,
+    Fill,
+    Probe,
+}
+
+/// What work can point at.
+struct Scope<'a> {
+    program: &'a Program,
+    scratch_bytes: usize,
+}
+
+impl Scope<'_> {
+    fn launch(&self, launch: &Launch, regime: Regime, of: Of) -> Result<(), String> {
+        let (kernel, cluster) = (&launch.kernel, launch.cluster);
+        let within = |what: &str, found: u32, most: u32| match found <= most {
+            true => Ok(()),
+            false => Err(format!("{found} {what}, at most {most}")),
+        };
+        if kernel.threads == 0 || !kernel.threads.is_multiple_of(32) {
+            return Err(format!("{} threads, expected a multiple of 32", kernel.threads));
+        }
+        within("threads", kernel.threads, MAX_THREADS)?;
+        within("bytes of shared memory", kernel.shared_bytes, MAX_SHARED)?;
+        within("CTAs in a cluster", cluster, MAX_CLUSTER)?;
+        if !cluster.is_power_of_two() {
+            return Err(format!("a cluster of {cluster} CTAs, expected 1, 2, 4 or 8"));
+        }
+        if launch.args.is_empty() || launch.args.len() > MAX_ARGS {
+            return Err(format!("{} parameters, expected 1 to {MAX_ARGS}", launch.args.len()));
+        }
+        let (tokens, logits) = (regime.max_tokens, self.program.limits.max_num_logits);
+        let ctas = |n: usize, per: u32, times: u32| match per {
+            0 => Err("a CTA for every 0 rows".to_owned()),
+            _ => Ok(n.div_ceil(per as usize) as u64 * u64::from(times)),
+        };
+        let most = match launch.grid {
+            Grid::Fixed(n) => u64::from(n),
+            Grid::Tokens { per, times } => ctas(tokens, per, times)?,
+            Grid::Logits { per, times } => ctas(logits, per, times)?,
+            // A thousand multiprocessors, if no device has as many.
+            Grid::Persistent { per_sm, .. } => u64::from(per_sm) << 10,
+        };
+        if most > MAX_GRID
+            || cluster > 1 && !matches!(launch.grid, Grid::Persistent { .. }) && most % u64::from(cluster) != 0
+        {
+            return Err(format!("{:?} in clusters of {cluster}", launch.grid));
+        }
+        for named in &launch.args {
+            self.arg(&named.arg, of).map_err(|problem| format!("parameter `{}`: {problem}", named.name))?;
+        }
+        Ok(())
+    }
+
+    fn product(&self, product: &Product, regime: Regime) -> Result<(), String> {
+        if regime.decodes {
+            return Err("a captured step cannot have a library's product".to_owned());
+        }
+        let bytes = |what: &str, rows: usize, cols: usize, size: usize, arg: &Arg| {
+            let needed = rows as u128 * cols as u128 * size as u128;
+            let room = self.room(arg)?.ok_or("it points at no memory of a known size")? as u128;
+            if needed > room { Err(format!("{needed} bytes of {what}, where there are {room}")) } else { Ok(()) }
+        };
+        let Product { rows, depth, .. } = *product;
+        let tokens = regime.max_tokens;
+        bytes("weights", rows, depth, product.dtype.size(), &product.weight)?;
+        bytes("tokens", tokens, depth, product.dtype.size(), &product.tokens)?;
+        bytes("outputs", tokens, rows, product.out_type.size(), &product.out)?;
+        bytes("workspace", 1, product.workspace.1, 1, &product.workspace.0)
+    }
+
+    fn arg(&self, arg: &Arg, of: Of) -> Result<(), String> {
+        match arg {
+            Arg::Piece(_) if of == Of::Fill => Ok(()),
+            Arg::Probe(_) if of == Of::Probe => Ok(()),
+            Arg::Piece(_) | Arg::Probe(_) => Err("it is not known in a step".to_owned()),
+            Arg::I32(_) | Arg::U64(_) | Arg::F32(_) => Ok(()),
+            Arg::TensorMap(map) => self.map(map),
+            pointer => self.room(pointer).map(drop),
+        }
+    }
+
+    /// Bytes that lie behind a pointer; none where their number is known only when the cache is allocated, or to the block.
+    fn room(&self, arg: &Arg) -> Result<Option<usize>, String> {
+        let program = self.program;
+        let index = |what: &str, index: usize, count: usize| match index < count {
+            true => Ok(index),
+            false => Err(format!("{what} {index} of {count}")),
+        };
+        let behind = |what: &str, offset: usize, bytes: usize| match offset < bytes {
+            true => Ok(Some(bytes - offset)),
+            false => Err(format!("byte {offset} of the {bytes} of {what}")),
+        };
+        match arg {
+            Arg::Buffer(buffer) => {
+                let buffer = &program.buffers[index("buffer", *buffer, program.buffers.len())?];
+                Ok(Some(program.max_bytes(buffer)))
+            }
+            Arg::Weight { index: weight, offset } => {
+                let weight = &program.weights[index("weight", *weight, program.weights.len())?];
+                behind(&format!("weight `{}`", weight.name), *offset, weight.num_bytes())
+            }
+            Arg::Keys(layer) | Arg::Values(layer) => index("cache layer", *layer, program.kv.num_layers).map(|_| None),
+            Arg::Scratch(offset) => behind("the workspaces", *offset, self.scratch_bytes),
+            Arg::ExpertCounts(layer) => index("layer", *layer, program.num_layers).map(|_| None),
+            Arg::Step(_) => Ok(None),
+            other => Err(format!("{other:?} is no pointer")),
+        }
+    }
+
+    /// A map lies within its base. Of the cache only a row's length is known here; how many rows it has is known when it is
+    /// allocated, and then the map is cut.
+    fn map(&self, map: &TensorMap) -> Result<(), String> {
+        let TensorMap { base, dtype, dims, strides, tile, swizzle } = map;
+        let rank = dims.len();
+        if !(1..=MAX_RANK).contains(&rank) || strides.len() + 1 != rank || tile.len() != rank {
+            return Err(format!(
+                "a tensor map of {rank} dimensions, {} strides, a box of {}",
+                strides.len(),
+                tile.len()
+            ));
+        }
+        if !matches!(swizzle, 0 | 32 | 64 | 128)
+            || dims.contains(&0)
+            || tile.iter().any(|&side| side == 0 || side > 256)
+        {
+            return Err(format!("a tensor map of {dims:?} in boxes of {tile:?}, swizzled by {swizzle}"));
+        }
+        let size = dtype.size() as u128;
+        let row = u128::from(dims[0]) * size;
+        let over = |bytes: u128, room: u128| Err(format!("a tensor map of {bytes} bytes, of {room}"));
+        match self.room(base)? {
+            Some(room) => {
+                let steps = dims[1..].iter().zip(strides);
+                let last: u128 = steps.map(|(&n, &stride)| u128::from(n - 1) * u128::from(stride)).sum();
+                if last + row > room as u128 { over(last + row, room as u128) } else { Ok(()) }
+            }
+            None if matches!(**base, Arg::Keys(_) | Arg::Values(_)) => {
+                let kv = self.program.kv;
+                let head = kv.head_dim as u128 * kv.dtype.size() as u128;
+                let rows_of_heads = rank == 2 && row == head && u128::from(strides[0]) == head;
+                if rows_of_heads { Ok(()) } else { Err(format!("a tensor map of the cache with rows of {row} bytes")) }
+            }
+            None => Err("a tensor map of memory of an unknown size".to_owned()),
+        }
+    }
+}

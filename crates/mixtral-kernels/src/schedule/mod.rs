@@ -1,0 +1,139 @@
+//! What a rank does in every kind of step: launches in order, for every regime. `mixtral build` lowers a program to a schedule
+//! ([`crate::lower`]) and stores it beside the kernels, and a backend carries it out as it was stored. So the kernels of an
+//! engine are launched with the parameters that they were compiled for, whatever build of `mixtral` loads them.
+//!
+//! Reading order: this file (the value), `fold` (layers that are alike), [`text`] (its written form), [`check`] (what a schedule may
+//! ask for).
+
+pub mod check;
+mod fold;
+#[cfg(test)]
+mod tests;
+pub mod text;
+
+use std::collections::{BTreeSet, HashMap};
+
+use mixtral_engine::{Op, Program};
+use mixtral_model::DType;
+use serde::{Deserialize, Serialize};
+
+use crate::{Arg, Family, Kernel, Launch, StepBlock, Work};
+
+/// What a step can be, as far as launches depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Regime {
+    /// Tokens at most.
+    pub max_tokens: usize,
+    /// Whether the step is decodes alone, one token, one row of logits and one sample each. Such a regime is captured as a graph
+    /// and replayed for up to `max_tokens` sequences: grids are those of `max_tokens`.
+    pub decodes: bool,
+}
+
+/// Every regime's work, in the order in which it runs, and what it runs on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schedule {
+    /// The kernels that it launches.
+    pub family: Family,
+    /// Ascending by tokens, decodes and others apart.
+    pub regimes: Vec<(Regime, Vec<Work>)>,
+    /// The launch that fills a piece of a dummy weight, by data type ([`crate::lower::dummy::launches`]).
+    pub fills: Vec<(DType, Launch)>,
+    /// The launch that reads all of a memory.
+    pub probe: Launch,
+    /// Bytes of the workspaces between kernels.
+    pub scratch_bytes: usize,
+    /// Where a step's inputs lie.
+    pub block: StepBlock,
+}
+
+impl Schedule {
+    /// Everything that has to be compiled.
+    #[must_use]
+    pub fn kernels(&self) -> BTreeSet<&Kernel> {
+        let of_steps = self.regimes.iter().flat_map(|(_, work)| work).filter_map(Work::kernel);
+        let of_fills = self.fills.iter().map(|(_, launch)| &launch.kernel);
+        of_steps.chain(of_fills).chain([&self.probe.kernel]).collect()
+    }
+
+    /// The work of a step of `tokens` tokens.
+    #[must_use]
+    pub fn for_step(&self, tokens: usize, decodes: bool) -> Option<&(Regime, Vec<Work>)> {
+        let fits = |r: &Regime| r.max_tokens >= tokens;
+        let exact = self.regimes.iter().find(|(r, _)| r.decodes == decodes && fits(r));
+        exact.or_else(|| self.regimes.iter().find(|(r, _)| !r.decodes && fits(r)))
+    }
+
+    /// The schedule of `short`, which is [`Program::first_layers`] of the schedule's own program `whole`: the work of the
+    /// operations that are left, on the same kernels. `None` if the programs are not of that kind.
+    #[must_use]
+    pub fn first_layers(&self, whole: &Program, short: &Program) -> Option<Schedule> {
+        let gathers = |program: &Program| program.ops.iter().position(|op| matches!(op, Op::GatherRows { .. }));
+        let (behind, cut) = (gathers(whole)?, gathers(short)?);
+        let removed = behind.checked_sub(cut)?;
+        let index_of = |name: &str| short.buffers.iter().position(|b| b.name == name);
+        let mut buffers: HashMap<usize, usize> =
+            whole.buffers.iter().enumerate().filter_map(|(old, b)| Some((old, index_of(&b.name)?))).collect();
+        if let (Op::GatherRows { input: old, .. }, Op::GatherRows { input: new, .. }) =
+            (&whole.ops[behind], &short.ops[cut])
+        {
+            let old = whole.buffers.iter().position(|b| b.name == *old)?;
+            buffers.entry(old).or_insert(index_of(new)?);
+        }
+        let index_of = |name: &str| short.weights.iter().position(|w| w.name == name);
+        let weights: HashMap<usize, usize> =
+            whole.weights.iter().enumerate().filter_map(|(old, w)| Some((old, index_of(&w.name)?))).collect();
+        let mut schedule = self.clone();
+        for (_, work) in &mut schedule.regimes {
+            work.retain(|work| work.op() < cut || work.op() >= behind);
+            for work in work {
+                if work.op() >= behind {
+                    work.set_op(work.op() - removed);
+                }
+                for arg in work.args_mut() {
+                    match arg {
+                        Arg::Buffer(index) => *index = *buffers.get(index)?,
+                        Arg::Weight { index, .. } => *index = *weights.get(index)?,
+                        _ => {}
+                    }
+                }
+            }
+        }
+        Some(schedule)
+    }
+}
+
+impl Work {
+    /// What it is given, the bases of tensor maps in place of the maps.
+    pub(crate) fn args(&self) -> Vec<&Arg> {
+        match self {
+            Work::Launch(launch) => launch.args.iter().map(|named| named.arg.base()).collect(),
+            Work::Product(p) => [&p.weight, &p.tokens, &p.out, &p.workspace.0].into(),
+        }
+    }
+
+    /// As [`Work::args`], to be changed.
+    pub(crate) fn args_mut(&mut self) -> Vec<&mut Arg> {
+        match self {
+            Work::Launch(launch) => launch.args.iter_mut().map(|named| named.arg.base_mut()).collect(),
+            Work::Product(p) => vec![&mut p.weight, &mut p.tokens, &mut p.out, &mut p.workspace.0],
+        }
+    }
+}
+
+impl Arg {
+    /// What a tensor map points at; anything else itself.
+    pub(crate) fn base(&self) -> &Arg {
+        match self {
+            Arg::TensorMap(map) => &map.base,
+            other => other,
+        }
+    }
+
+    fn base_mut(&mut self) -> &mut Arg {
+        match self {
+            Arg::TensorMap(map) => &mut map.base,
+            other => other,
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! Schedules read back as they were written, stay short, and ask for nothing outside of what a program has.
+
+use mixtral_engine::{ElemType, Limits, Program};
+use mixtral_model::DType;
+use mixtral_testkit::cases;
+use mixtral_testkit::decoder::{self, Geometry};
+use mixtral_testkit::large;
+
+use super::fold::fold;
+use super::*;
+use crate::step_block::Array;
+use crate::{Grid, NamedArg, PieceArg, ProbeArg, Product, Target, TensorMap, Work};
+
+/// Decoders of each kind of kernel, with layers that fold and with layers that do not.
+fn programs() -> Vec<Program> {
+    let round = Geometry { num_layers: 5, ..Geometry::round(DType::Bf16) };
+    let geometries = [Geometry::small(DType::F32), Geometry::small(DType::F16), round];
+    geometries.into_iter().flat_map(|g| [true, false].map(|fused| decoder::program(&g, fused))).collect()
+}
+
+fn schedules(program: &Program) -> [Schedule; 2] {
+    [Family::Portable, Family::Hopper].map(|family| Schedule::new(program, Target { family }).expect("kernels"))
+}
+
+#[test]
+fn the_text_reads_back() {
+    for program in programs() {
+        for schedule in schedules(&program) {
+            let text = schedule.to_text(&program);
+            assert_eq!(Schedule::parse(&text, &program).as_ref(), Ok(&schedule));
+            assert_eq!(schedule.to_text(&program), text);
+        }
+    }
+}
+
+/// Every case that backends are held to, and operations at the sizes of real models, pass the check.
+#[test]
+fn whatever_is_lowered_passes_the_check() {
+    let cases: Vec<Program> = cases::all().into_iter().map(|case| case.assembly.program).collect();
+    let programs = cases.into_iter().chain(large::all().map(|case| case.program));
+    let mut checked = 0;
+    for program in programs {
+        for family in [Family::Portable, Family::Hopper] {
+            // Those of several ranks have no kernels.
+            let Ok(schedule) = Schedule::new(&program, Target { family }) else { continue };
+            let text = schedule.to_text(&program);
+            assert_eq!(Schedule::parse(&text, &program), Ok(schedule));
+            checked += 1;
+        }
+    }
+    assert!(checked > 300, "{checked} schedules");
+}
+
+#[test]
+fn folded_works_unfold_to_what_they_were() {
+    let mut folded = 0;
+    for program in programs() {
+        for (_, works) in schedules(&program).into_iter().flat_map(|schedule| schedule.regimes) {
+            let mut unfolded: Vec<Work> = Vec::new();
+            for run in fold(&works) {
+                unfolded.extend(run.works.iter().cloned());
+                if let Some(repeat) = run.repeat {
+                    assert_eq!(repeat.works, run.works.len());
+                    folded += repeat.times;
+                    for time in 1..=repeat.times {
+                        unfolded.extend(run.works.iter().map(|work| repeat.again(work, time).expect("small indices")));
+                    }
+                }
+            }
+            assert_eq!(unfolded, works);
+        }
+    }
+    assert!(folded > 0, "no layers were alike");
+}
+
+#[test]
+fn the_first_layers_are_launched_as_if_lowered_alone() {
+    for program in programs() {
+        for layers in 1..program.kv.num_layers {
+            let short = program.first_layers(layers).expect("layers alike");
+            for (whole, alone) in schedules(&program).into_iter().zip(schedules(&short)) {
+                assert_eq!(whole.first_layers(&program, &short), Some(alone), "{layers} layers");
+            }
+        }
+    }
+}
+
+/// A schedule of the round decoder on Hopper, and its program.
+fn example() -> (Schedule, Program) {
+    let program = programs().remove(4);
+    let [_, schedule] = schedules(&program);
+    (schedule, program)
+}
+
+#[test]
+fn a_text_that_is_damaged_or_of_another_version_says_so() {
+    // Its layers fold.
+    let program = programs().remove(5);
+    let [_, schedule] = schedules(&program);
+    let text = schedule.to_text(&program);
+    let refused = |text: &str| Schedule::parse(text, &program).expect_err("refused").to_string();
+    let with = |old: &str, new: &str| {
+        assert!(text.contains(old), "no `{old}` in\n{text}");
+        refused(&text.replacen(old, new, 1))
+    };
+    let mut said = vec![
+        refused(""),
+        refused("mixtral-program 1\n"),
+        with("mixtral-schedule 1", "mixtral-schedule 2"),
+        with("\nprobe ", "\n# probe "),
+        with("\nregime ", "\nregiment "),
+        with("kernel=0", "kernel=4096"),
+        with("\"num_seqs\":[\"i32\",4]", "\"num_seqs\":[\"i32\",8]"),
+        with("\"num_seqs\":[\"i32\",4],", ""),
+        with("\"num_seqs\":", "\"num_sequences\":[\"i32\",0],\"num_seqs\":"),
+        with("name=Sample bytes=56", "name=Sample bytes=64"),
+        with("\"decode_split\":256", "\"decode_split\":128"),
+        with("name=positions", "name=places"),
+        with("works=", "works=9"),
+        with("times=", "times=99999999"),
+        with("ops=", "ops=18446744073709551"),
+        with(" cluster=1", " cluster=1 clusters=1"),
+        with("{\"step\":\"header\"}", "{\"step\":\"footer\"}"),
+    ];
+    let array = text.lines().find(|line| line.starts_with("array name=block_table")).expect("an array");
+    let (before, _) = array.rsplit_once(' ').expect("its bytes");
+    said.push(with(array, &format!("{before} bytes=4")));
+    said.push(with(array, "# none"));
+    let other = &programs()[4];
+    said.push(Schedule::parse(&text, other).expect_err("another program").to_string());
+    insta::assert_snapshot!(said.join("\n"));
+}
+
+/// What is said of a schedule with one parameter changed: that of the name, in the first launch of a step that has one.
+fn with_arg(name: &str, change: impl Fn(&mut Arg)) -> String {
+    let (mut schedule, program) = example();
+    let works = schedule.regimes.iter_mut().flat_map(|(_, works)| works);
+    let args = works.filter_map(|work| if let Work::Launch(launch) = work { Some(&mut launch.args) } else { None });
+    let arg = args.flatten().find(|named| named.name == name).expect("a parameter of that name");
+    change(&mut arg.arg);
+    schedule.check(&program).expect_err("refused").to_string()
+}
+
+/// What is said of a schedule that was changed.
+fn with_change(change: impl Fn(&mut Schedule)) -> String {
+    let (mut schedule, program) = example();
+    change(&mut schedule);
+    schedule.check(&program).expect_err("refused").to_string()
+}
+
+fn first(schedule: &mut Schedule) -> &mut Launch {
+    match &mut schedule.regimes[0].1[0] {
+        Work::Launch(launch) => launch,
+        Work::Product(_) => panic!("a decode has no product"),
+    }
+}
+
+/// Changes a tensor map. Where the parameter is a norm's weight, it is made a map of it first.
+fn change_map(change: fn(&mut TensorMap)) -> impl Fn(&mut Arg) {
+    move |arg| {
+        if let Arg::Weight { .. } = arg {
+            let base = Box::new(arg.clone());
+            let mut map = TensorMap {
+                base,
+                dtype: ElemType::Bf16,
+                dims: vec![256],
+                strides: vec![],
+                tile: vec![64],
+                swizzle: 128,
+            };
+            change(&mut map);
+            *arg = Arg::TensorMap(map);
+        } else if let Arg::TensorMap(map) = arg {
+            change(map);
+        }
+    }
+}
+
+#[test]
+fn nothing_is_pointed_at_outside_of_the_program() {
+    let in_linear = |change: fn(&mut TensorMap)| with_arg("weight", change_map(change));
+    let said = [
+        with_arg("out", |arg| *arg = Arg::Buffer(1 << 20)),
+        with_arg("weight", |arg| *arg = Arg::Weight { index: 1 << 20, offset: 0 }),
+        with_arg("weight", |arg| *arg = Arg::Weight { index: 1, offset: usize::MAX }),
+        with_arg("keys", |arg| *arg = Arg::Keys(5)),
+        with_arg("values", |arg| *arg = Arg::Values(usize::MAX)),
+        with_arg("counts", |arg| *arg = Arg::ExpertCounts(5)),
+        with_arg("ticket", |arg| *arg = Arg::Scratch(1 << 40)),
+        with_arg("header", |arg| *arg = Arg::Piece(PieceArg::Out)),
+        with_arg("header", |arg| *arg = Arg::Probe(ProbeArg::Out)),
+        in_linear(|map| map.dims[0] = 257),
+        in_linear(|map| map.dims.push(2)),
+        in_linear(|map| map.tile[0] = 512),
+        in_linear(|map| map.swizzle = 3),
+        in_linear(|map| (map.dims, map.strides, map.tile) = (vec![256, 2], vec![u64::MAX], vec![64, 1])),
+        in_linear(|map| *map.base = Arg::Step(Array::Header)),
+        in_linear(|map| *map.base = Arg::I32(1)),
+        with_arg("keys", |arg| {
+            let base = Box::new(Arg::Keys(0));
+            let (dims, strides, tile) = (vec![64, 1 << 30], vec![64], vec![64, 64]);
+            let dtype = ElemType::Bf16;
+            *arg = Arg::TensorMap(TensorMap { base, dtype, dims, strides, tile, swizzle: 128 });
+        }),
+    ];
+    insta::assert_snapshot!(said.join("\n"));
+}
+
+#[test]
+fn no_launch_is_asked_for_that_no_driver_takes() {
+    let said = [
+        with_change(|s| first(s).kernel.threads = 0),
+        with_change(|s| first(s).kernel.threads = 33),
+        with_change(|s| first(s).kernel.threads = 2048),
+        with_change(|s| first(s).kernel.shared_bytes = 1 << 20),
+        with_change(|s| first(s).cluster = 16),
+        with_change(|s| first(s).cluster = 3),
+        with_change(|s| first(s).grid = Grid::Tokens { per: 0, times: 1 }),
+        with_change(|s| first(s).grid = Grid::Fixed(u32::MAX)),
+        with_change(|s| (first(s).grid, first(s).cluster) = (Grid::Fixed(3), 2)),
+        with_change(|s| first(s).args.clear()),
+        with_change(|s| first(s).args = vec![NamedArg { name: "x".into(), arg: Arg::I32(0) }; 33]),
+        with_change(|s| first(s).op = 1 << 20),
+        with_change(|s| first(s).op = 3),
+        with_change(|s| s.regimes[0].0.max_tokens = 0),
+        with_change(|s| s.regimes.swap(0, 1)),
+        with_change(|s| drop(s.regimes.pop())),
+        with_change(|s| s.regimes.iter_mut().for_each(|(regime, _)| regime.max_tokens *= 1000)),
+        with_change(|s| s.block.places[2].offset = 0),
+        with_change(|s| s.block.places[2].bytes = usize::MAX),
+        with_change(|s| s.block.bytes = 128),
+        with_change(|s| s.scratch_bytes = usize::MAX),
+        with_change(|s| s.scratch_bytes = 0),
+        with_change(|s| s.fills.clear()),
+        with_change(|s| s.probe.args.truncate(0)),
+    ];
+    insta::assert_snapshot!(said.join("\n"));
+}
+
+#[test]
+fn a_product_stays_inside_of_its_operands() {
+    let (mut schedule, program) = example();
+    let workspace = (Arg::Scratch(0), 64);
+    let product = |rows, depth| Product {
+        weight: Arg::Weight { index: 2, offset: 0 },
+        tokens: Arg::Buffer(1),
+        out: Arg::Buffer(1),
+        rows,
+        depth,
+        dtype: ElemType::Bf16,
+        out_type: ElemType::Bf16,
+        workspace: workspace.clone(),
+        op: 0,
+    };
+    let last = schedule.regimes.len() - 1;
+    let mut said = Vec::new();
+    for (regime, product) in [
+        (0, product(1, 1)),
+        (last, product(1 << 20, 256)),
+        (last, product(8, 1 << 16)),
+        (last, product(1 << 16, 2)),
+        (last, Product { workspace: (Arg::Scratch(0), 1 << 40), ..product(8, 8) }),
+        (last, Product { out: Arg::Keys(0), ..product(8, 8) }),
+    ] {
+        schedule.regimes[regime].1.insert(0, Work::Product(Box::new(product)));
+        said.push(schedule.check(&program).expect_err("refused").to_string());
+        schedule.regimes[regime].1.remove(0);
+    }
+    schedule.regimes[last].1.insert(0, Work::Product(Box::new(product(8, 8))));
+    schedule.check(&program).expect("it lies inside");
+    insta::assert_snapshot!(said.join("\n"));
+}
+
+/// The text of a decode: how launches, maps and folded layers are written.
+#[test]
+fn the_text_of_a_small_decoder() {
+    let geometry = Geometry { num_layers: 2, ..Geometry::small(DType::F32) };
+    let mut program = decoder::program(&geometry, true);
+    program.limits = Limits { max_batch_size: 2, max_num_tokens: 8, max_num_logits: 2, ..program.limits };
+    program.plan_arena();
+    let schedule = Schedule::new(&program, Target { family: Family::Portable }).expect("kernels");
+    // The table of cosines has its constants in its name.
+    let text: Vec<String> = schedule.to_text(&program).lines().map(|line| line.chars().take(240).collect()).collect();
+    insta::assert_snapshot!(text.join("\n"));
+}

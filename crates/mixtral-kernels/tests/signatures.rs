@@ -1,0 +1,360 @@
+//! Launches are held to the signatures of the kernels' sources: names, order and kinds of parameters, and what each points at.
+//! No compiler and no GPU is needed. Structures of the step block are held to `base/step.cuh` in the same way.
+
+use std::collections::BTreeSet;
+
+use mixtral_engine::{ElemType, Op, Program};
+use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
+use mixtral_kernels::{Arg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
+use mixtral_model::DType;
+use mixtral_testkit::decoder::{self, Geometry};
+use serde_json::Value;
+
+/// What a signature says of a parameter.
+#[derive(Debug, PartialEq, Eq)]
+enum Kind {
+    TensorMap,
+    /// To something that may be written or not, of a type as it is written there.
+    Pointer {
+        to: String,
+        written: bool,
+    },
+    Number {
+        bytes: usize,
+    },
+}
+
+/// The text up to the parenthesis that closes the one before it, and the text behind.
+fn closed(text: &str) -> (&str, &str) {
+    let mut open = 1;
+    let end = text.find(|c| {
+        open += match c {
+            '(' => 1,
+            ')' => -1,
+            _ => 0,
+        };
+        open == 0
+    });
+    let end = end.expect("a closing parenthesis");
+    (&text[..end], &text[end + 1..])
+}
+
+/// The parameters of the kernel `name` in a header's text.
+fn parameters(text: &str, name: &str) -> Vec<(String, Kind)> {
+    let signatures = text.split("__global__").skip(1).filter_map(|rest| {
+        let rest = rest.trim_start().strip_prefix("void")?.trim_start();
+        let rest = match rest.strip_prefix("__launch_bounds__(") {
+            Some(bounds) => closed(bounds).1,
+            None => rest,
+        };
+        let (found, list) = rest.split_once('(')?;
+        (found.trim() == name).then(|| closed(list).0)
+    });
+    let found: Vec<&str> = signatures.collect();
+    assert_eq!(found.len(), 1, "definitions of kernel `{name}`");
+    found[0].split(',').map(parameter).collect()
+}
+
+fn parameter(text: &str) -> (String, Kind) {
+    let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let (kind, name) = text.rsplit_once(' ').expect("a type and a name");
+    let kind = match kind.trim_start_matches("const ") {
+        "__grid_constant__ TensorMap" => Kind::TensorMap,
+        // A format's pointer to a weight: `weight::Plain::Row`.
+        "typename C::Row" => Kind::Pointer { to: "Row".to_owned(), written: false },
+        "i32" | "u32" | "int" | "float" => Kind::Number { bytes: 4 },
+        "u64" | "i64" => Kind::Number { bytes: 8 },
+        pointer => {
+            let to = pointer.strip_suffix('*').unwrap_or_else(|| panic!("parameter `{text}`"));
+            Kind::Pointer { to: to.trim_start_matches("typename ").to_owned(), written: !kind.starts_with("const ") }
+        }
+    };
+    (name.to_owned(), kind)
+}
+
+/// The function of a kernel's name expression: `rms::norm<…>` is `norm`.
+fn function(kernel: &Kernel) -> &str {
+    let path = kernel.symbol.split('<').next().unwrap_or_default();
+    path.rsplit("::").next().unwrap_or_default()
+}
+
+/// Programs of every operation, on every kind of kernel.
+fn programs() -> Vec<Program> {
+    let other = Geometry { num_heads: 6, window: Some(70), ..Geometry::round(DType::F16) };
+    let geometries = [Geometry::small(DType::F32), Geometry::small(DType::F16), Geometry::round(DType::Bf16), other];
+    let mut programs: Vec<Program> =
+        geometries.iter().flat_map(|geometry| [true, false].map(|fused| decoder::program(geometry, fused))).collect();
+    // Long steps list and gather their assignments in kernels of their own.
+    for program in &mut programs {
+        (program.limits.max_num_tokens, program.limits.max_num_logits) = (8192, 8192);
+        program.plan_arena();
+    }
+    programs
+}
+
+/// The kernels that launches of a step, fills and the probe run, with one launch and its operations each.
+fn launches(program: &Program, family: Family) -> Vec<(Launch, Vec<Op>)> {
+    let schedule = Schedule::new(program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
+    let mut found: Vec<(Launch, Vec<Op>)> =
+        schedule.fills.into_iter().map(|(_, fill)| fill).chain([schedule.probe]).map(|l| (l, vec![])).collect();
+    for (_, works) in schedule.regimes {
+        for (at, work) in works.iter().enumerate() {
+            let Work::Launch(launch) = work else { continue };
+            // One launch may compute several operations: those up to the next one's.
+            let next = works[at..].iter().map(Work::op).find(|&op| op > launch.op).unwrap_or(program.ops.len());
+            found.push((launch.clone(), program.ops[launch.op..next].to_vec()));
+        }
+    }
+    found
+}
+
+/// The array of the step block that a parameter of that name and type points at.
+fn array(name: &str, to: &str) -> Option<Array> {
+    Some(match (name, to) {
+        ("header", "step::Header") => Array::Header,
+        ("token_ids", "i32") => Array::TokenIds,
+        ("positions", "i32") => Array::Positions,
+        ("slots", "i32") => Array::SlotMapping,
+        ("cu_query_lens", "i32") => Array::CuQueryLens,
+        ("seq_lens", "i32") => Array::SeqLens,
+        ("indices", "i32") => Array::LogitsIndices,
+        ("items", "int4") => Array::DecodeItems,
+        ("items", "int2") => Array::PrefillItems,
+        ("samples", "step::Sample") => Array::Samples,
+        ("drawn", "step::Drawn") => Array::Drawn,
+        ("block_table", "i32") => Array::BlockTable,
+        ("adjustments", "step::Adjustment") => Array::Adjustments,
+        _ => return None,
+    })
+}
+
+/// Whether some of `ops` have the buffer `buffer` in the field that the parameter `name` is called after.
+fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
+    let field_of = |op: &Op| {
+        let value = serde_json::to_value(op).expect("an operation is JSON");
+        let fields = &value[op.name()];
+        let field = match name {
+            "tokens" => &fields["input"],
+            "normalized" => fields.get("norm").map_or(&fields["out"], |norm| &norm["out"]),
+            // The choice reads probabilities of one operation, logits of the other.
+            "input" => {
+                ["input", "probs", "logits"].iter().map(|f| &fields[f]).find(|f| f.is_string()).unwrap_or(&Value::Null)
+            }
+            // Where there is no residual, the output is passed, and not read.
+            "residual" => fields.get("residual").filter(|r| r.is_string()).unwrap_or(&fields["out"]),
+            // A combine without a norm gets its output in place of both.
+            name => &fields[name],
+        };
+        field == buffer || name == "normalized" && fields["norm"].is_null() && fields["out"] == buffer
+    };
+    ops.iter().any(field_of)
+}
+
+/// What is wrong with what is passed for a parameter.
+fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) -> Option<String> {
+    let wrong = |what: &str| Some(format!("{what}: {arg:?}"));
+    let base = if let Arg::TensorMap(map) = arg { &*map.base } else { arg };
+    match (kind, arg) {
+        (Kind::TensorMap, Arg::TensorMap(_)) => {}
+        (Kind::TensorMap, _) | (_, Arg::TensorMap(_)) => return wrong("a tensor map and something else"),
+        (Kind::Number { bytes }, Arg::I32(_) | Arg::F32(_)) if *bytes == 4 => return None,
+        (Kind::Number { bytes }, Arg::U64(_)) if *bytes == 8 => return None,
+        (Kind::Number { bytes: 8 }, Arg::Piece(what)) => {
+            let expected = match name {
+                "key" => PieceArg::Key,
+                "first" => PieceArg::First,
+                "rows" => PieceArg::Rows,
+                "cols" => PieceArg::Cols,
+                _ => PieceArg::SourceCols,
+            };
+            return if *what == expected { None } else { wrong("another value") };
+        }
+        (Kind::Number { bytes: 4 }, Arg::Piece(what)) => {
+            let expected = if name == "scale" { PieceArg::Scale } else { PieceArg::Bias };
+            return if *what == expected { None } else { wrong("another value") };
+        }
+        (Kind::Number { bytes: 8 }, Arg::Probe(ProbeArg::Words)) => return None,
+        (Kind::Number { .. }, _) => return wrong("a number"),
+        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_)) => {
+            // The norm that a combine lacks: nothing is read.
+            return wrong("a pointer");
+        }
+        (Kind::Pointer { .. }, _) => {}
+    }
+    let (to, written) = match kind {
+        Kind::Pointer { to, written } => (to.as_str(), *written),
+        _ => ("", false),
+    };
+    match base {
+        Arg::Step(found) => (array(name, to) != Some(*found)).then(|| format!("{found:?} for {to}* {name}")),
+        Arg::Keys(_) => (!name.starts_with("key")).then(|| format!("keys for {name}")),
+        Arg::Values(_) => (!name.starts_with("value")).then(|| format!("values for {name}")),
+        Arg::ExpertCounts(_) => (name != "counts").then(|| format!("counts for {name}")),
+        Arg::Weight { index, .. } => {
+            let weight = &program.weights[*index];
+            // A norm's scale comes before the router's matrix.
+            let of = |field: &str| {
+                ops.iter().any(|op| {
+                    op.weights().contains(&weight.name.as_str()) && (op.name() == "norm") == (field == "norm")
+                })
+            };
+            let fits = match name {
+                "table" => weight.shape.len() == 2,
+                "router_weight" => weight.dtype == DType::F32 && of("linear"),
+                "weight" if function_is_router(ops) => of("norm"),
+                "weight" => true,
+                _ => false,
+            };
+            if fits { None } else { wrong("a weight") }
+        }
+        Arg::Buffer(index) => {
+            let buffer = &program.buffers[*index];
+            let type_fits = match to {
+                "float" => buffer.dtype == ElemType::F32,
+                "i32" | "int" => buffer.dtype == ElemType::I32,
+                _ => buffer.dtype != ElemType::I32,
+            };
+            let writes = ops.iter().any(|op| op.writes().contains(&buffer.name.as_str()));
+            // A combine without a norm has no weight and passes its output, which is not read.
+            let unused = name == "weight" && writes;
+            let role_fits = unused || is_operand(ops, name, &buffer.name);
+            let may_write = !written || writes;
+            (!type_fits || !role_fits || !may_write)
+                .then(|| format!("buffer `{}` ({}) for {to}* {name}, written: {written}", buffer.name, buffer.dtype))
+        }
+        Arg::Scratch(_) => {
+            let of_kernels = ["table", "partials", "tickets", "ticket", "counter", "sizes", "copies", "tokens"];
+            // Tokens in expert order, which the next launch reads.
+            let gathered = name == "out" && ops.iter().any(|op| op.name() == "expert_gate_up");
+            let product = name == "a" && ops.iter().any(|op| op.name() == "linear");
+            (!of_kernels.contains(&name) && !gathered && !product).then(|| format!("scratch for {name}"))
+        }
+        Arg::Piece(PieceArg::Out) | Arg::Probe(ProbeArg::Out) => (name != "out").then(|| format!("out for {name}")),
+        Arg::Probe(ProbeArg::Data) => (name != "data").then(|| format!("data for {name}")),
+        other => wrong(&format!("{other:?} for {name}")),
+    }
+}
+
+fn function_is_router(ops: &[Op]) -> bool {
+    ops.len() >= 3 && ops[0].name() == "norm" && ops[1].name() == "linear"
+}
+
+/// What is wrong with a launch.
+fn problems(program: &Program, ops: &[Op], launch: &Launch, signature: &[(String, Kind)]) -> Vec<String> {
+    let names: Vec<&str> = launch.args.iter().map(|named| &*named.name).collect();
+    let wanted: Vec<&str> = signature.iter().map(|(name, _)| name.as_str()).collect();
+    if names != wanted {
+        return vec![format!("{names:?}, but the signature has {wanted:?}")];
+    }
+    let pairs = launch.args.iter().zip(signature);
+    pairs.filter_map(|(named, (name, kind))| problem(program, ops, name, kind, &named.arg)).collect()
+}
+
+fn signature(sources: &Sources, kernel: &Kernel) -> Vec<(String, Kind)> {
+    let headers = sources.reached(&kernel.header).unwrap_or_else(|e| panic!("{e}"));
+    let (_, text) = headers.iter().find(|(name, _)| **name == *kernel.header).expect("the header reaches itself");
+    parameters(text, function(kernel))
+}
+
+#[test]
+fn launches_have_the_names_of_their_kernels_parameters() {
+    let sources = Sources::embedded();
+    let (mut wrong, mut seen) = (BTreeSet::new(), BTreeSet::new());
+    for program in programs() {
+        for family in [Family::Portable, Family::Hopper] {
+            for (launch, ops) in launches(&program, family) {
+                seen.insert((launch.kernel.header.clone().into_owned(), function(&launch.kernel).to_owned()));
+                let found = problems(&program, &ops, &launch, &signature(&sources, &launch.kernel));
+                wrong.extend(found.into_iter().map(|problem| format!("{}: {problem}", launch.kernel.symbol)));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
+    // Every kernel there is was looked at.
+    let defined: usize = sources
+        .names()
+        .map(|name| {
+            let texts = sources.reached(name).unwrap_or_else(|e| panic!("{e}"));
+            texts
+                .iter()
+                .filter(|(header, _)| *header == name)
+                .map(|(_, text)| text.matches("__global__").count())
+                .sum::<usize>()
+        })
+        .sum();
+    assert_eq!(seen.len(), defined, "{seen:?}");
+}
+
+/// Any two parameters that change places are noticed, by name; and so are two of a step's that only point at each other's places.
+#[test]
+fn parameters_that_change_places_are_noticed() {
+    let sources = Sources::embedded();
+    let mut swapped = 0;
+    for program in programs() {
+        for family in [Family::Portable, Family::Hopper] {
+            for (launch, ops) in launches(&program, family) {
+                let signature = signature(&sources, &launch.kernel);
+                for i in 0..launch.args.len() {
+                    for j in i + 1..launch.args.len() {
+                        let mut other = launch.clone();
+                        other.args.swap(i, j);
+                        assert!(!problems(&program, &ops, &other, &signature).is_empty(), "{i} and {j} of {launch:?}");
+                        swapped += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(swapped > 1000, "{swapped} swaps");
+    // Under the right names.
+    let program = &programs()[0];
+    let mut unnoticed = BTreeSet::new();
+    for (launch, ops) in launches(program, Family::Portable) {
+        let signature = signature(&sources, &launch.kernel);
+        for i in 0..launch.args.len() {
+            for j in i + 1..launch.args.len() {
+                let (a, b) = (&launch.args[i], &launch.args[j]);
+                let pointers = [a, b].iter().all(|named| named.arg.size() == 8 && !matches!(named.arg, Arg::U64(_)));
+                if !pointers || a.arg == b.arg {
+                    continue;
+                }
+                let mut other = launch.clone();
+                (other.args[i].arg, other.args[j].arg) = (b.arg.clone(), a.arg.clone());
+                if problems(program, &ops, &other, &signature).is_empty() {
+                    unnoticed.insert(format!("{} and {} of {}", a.name, b.name, function(&launch.kernel)));
+                }
+            }
+        }
+    }
+    assert!(unnoticed.is_empty(), "{unnoticed:?}");
+}
+
+#[test]
+fn structures_of_the_step_block_are_those_of_the_kernels() {
+    let sources = Sources::embedded();
+    let texts = sources.reached("base/step.cuh").unwrap_or_else(|e| panic!("{e}"));
+    let (_, text) = texts.iter().find(|(name, _)| *name == "base/step.cuh").expect("it reaches itself");
+    for structure in STRUCTURES {
+        let body = text.split(&format!("struct {} {{", structure.name)).nth(1).expect("a structure of the name");
+        let body = body.split('}').next().expect("its end");
+        let fields: Vec<(String, String)> = body
+            .split(';')
+            .map(str::trim)
+            .filter(|f| !f.is_empty())
+            .map(|field| {
+                let (kind, name) = field.split_once(' ').expect("a type and a name");
+                let kind = if kind == "float" { "f32" } else { kind };
+                match name.split_once('[') {
+                    Some((name, count)) => (name.to_owned(), format!("[{kind}; {}]", count.trim_end_matches(']'))),
+                    None => (name.to_owned(), kind.to_owned()),
+                }
+            })
+            .collect();
+        let expected: Vec<(String, String)> =
+            structure.fields.iter().map(|f| (f.name.to_owned(), f.kind.to_owned())).collect();
+        assert_eq!(fields, expected, "{}", structure.name);
+    }
+    for (name, value) in [("DECODE_SPLIT", DECODE_SPLIT), ("PREFILL_TILE", PREFILL_TILE)] {
+        assert!(text.contains(&format!("inline constexpr int {name} = {value};")), "{name}");
+    }
+}
