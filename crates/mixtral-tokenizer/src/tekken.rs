@@ -99,7 +99,8 @@ pub(crate) fn read(bytes: &[u8], path: &Path) -> Result<Base, String> {
     if vocab.len() != ids.len() {
         return Err("two of its tokens are the same".to_owned());
     }
-    // A whole word that is a token is that token, whatever it would be merged from.
+    // A whole word that is a token is that token, whatever it would be merged from. The pattern's words hold letters or
+    // brackets, not both, so none is a control token.
     let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(true).build();
     let mut inner = tokenizers::Tokenizer::new(bpe.map_err(|e| e.to_string())?);
     let split = Split::new(SplitPattern::Regex(config.pattern), SplitDelimiterBehavior::Isolated, false);
@@ -146,7 +147,7 @@ mod tests {
             .enumerate()
             .map(|(rank, token)| json!({"rank": rank, "token_bytes": STANDARD.encode(token)}))
             .collect();
-        let config = json!({"pattern": r"\s*\S+|\s+", "default_vocab_size": vocab.len() + 30 - 1,
+        let config = json!({"pattern": r"\s*\p{L}+|\s*[^\s\p{L}]+|\s+", "default_vocab_size": vocab.len() + 30 - 1,
             "default_num_special_tokens": 30});
         json!({"config": config, "vocab": vocab})
     }
@@ -175,7 +176,7 @@ mod tests {
             read(file.to_string().as_bytes(), Path::new("tekken.json")).err().expect("a refusal")
         };
         assert!(refusal(|f| f["vocab"][3]["rank"] = json!(4)).contains("ranks"));
-        assert!(refusal(|f| f["config"]["default_vocab_size"] = json!(1 << 40)).contains("smaller than"));
+        assert!(refusal(|f| f["config"]["default_vocab_size"] = json!(1_u64 << 40)).contains("smaller than"));
         assert!(refusal(|f| f["vocab"][3]["token_bytes"] = json!("%")).contains("symbol"));
         assert!(refusal(|f| f["vocab"][3]["token_bytes"] = json!("BA==")).contains("the same"));
         assert!(refusal(|f| f["special_tokens"] = json!([{"rank": 30, "token_str": "<s>"}])).contains("more control"));

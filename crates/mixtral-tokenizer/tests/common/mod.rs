@@ -1,5 +1,5 @@
 //! Small tokenizers of the two kinds that models have.
-#![allow(dead_code, reason = "not every test needs all of them")]
+#![allow(dead_code, unreachable_pub, reason = "a test has no outside, and not every test needs all of them")]
 
 use std::fs;
 use std::path::Path;

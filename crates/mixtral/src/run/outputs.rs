@@ -63,7 +63,7 @@ impl Streaming {
         if !output.ids.len().is_multiple_of(self.interval) && output.finished.is_none() {
             return Ok(());
         }
-        let (before, now) = (self.printed[index], output.len());
+        let (before, now) = (self.printed[index], output.extent());
         if self.whole {
             output.print(out, Printed::default())?;
         } else if output.text.is_none() || before.text < now.text || (output.finished.is_some() && now.text == 0) {
@@ -109,7 +109,7 @@ impl Output {
     }
 
     /// How much of it there is to print.
-    pub fn len(&self) -> Printed {
+    pub fn extent(&self) -> Printed {
         Printed { ids: self.ids.len(), text: self.text.as_ref().map_or(0, String::len) }
     }
 
