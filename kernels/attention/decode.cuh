@@ -271,7 +271,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
         }
         if (num_splits - first_split == 1) continue;
-        // One thread's fences do for all: what they did before a barrier is before what it does after, and the other way round.
+        // Only thread 0 fences. A fence is cumulative across the barrier: it also covers what the other threads wrote before the
+        // first barrier, and what they read after the second.
         sync();
         if (threadIdx.x == 0) {
             u32* ticket = tickets + c.seq * PER_ITEM + work % PER_ITEM;

@@ -220,9 +220,10 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
     }
 }
 
-// Whose turn is next. Static: every CTA (or cluster) takes every so-manyth. Dynamic: the first turn is its own number, and whoever is
-// done takes the next one there is, so that tiles computed at a time are neighbours however long each takes. Turns are taken from a
-// counter by the producer of the cluster's first CTA (the leader), which passes them on to all others who need to know.
+// Which tile a CTA (or cluster) computes next. Turns number the tiles. Static: CTA i of n takes turns i, i + n, i + 2n and so on.
+// Dynamic: its first turn is i; each later one is the lowest that nobody has taken. Tiles that are computed at the same time then
+// lie beside each other, however long each takes. The leader, which is the producer of the cluster's first CTA, takes turns from a
+// counter in memory and passes each on to the consumers and to the cluster's other producers.
 template <typename C>
 struct Turns {
     u32 base;
@@ -269,7 +270,8 @@ struct Turns {
         int turn = 0;
         if (SOLE || threadIdx.x % 32 == 0) {
             turn = ptx::load_shared(index(slot));
-            // That it was read is said once it has been: turns are not negative, which the compiler does not know.
+            // Arrive only after the load. Turns are never negative, so `min(turn, 0)` adds 0, but it makes the arrival depend on
+            // the loaded value; without it the compiler may arrive first, and the leader overwrite the turn before it is read.
             const u32 done = empty(slot) + min(turn, 0);
             if constexpr (C::CLUSTER > 1) {
                 mbarrier::arrive(done, 0);
@@ -329,9 +331,9 @@ __device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& ti
     return found;
 }
 
-// The producer: one thread. With EARLY the first tile's weights are under way before the kernels before this one are done; the
-// schedule may be known by then. `load_weights(shared, barrier, column, tile)` starts one atom's copy. `counter` is [turns, CTAs
-// that are done], 0 between launches.
+// The producer: one thread. With EARLY it starts to load the first tile's weights before the preceding kernel has finished; the
+// caller must know that the tile list was written earlier than that. `load_weights(shared, barrier, column, tile)` starts the copy
+// of one atom. `counter` is [turns taken, CTAs that are done], both 0 between launches.
 template <typename C, bool EARLY, typename Tiles, typename LoadWeights>
 __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& tokens, u32* counter, LoadWeights load_weights) {
     const auto boxes = [](const sched::Tile& tile) { return (tile.count + C::BOX - 1) / C::BOX; };
@@ -388,7 +390,7 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
         }
         turn = next;
     }
-    // The last to be done leaves the counter as it was.
+    // The last CTA to finish sets the counter back to 0 for the next launch.
     if constexpr (C::DYNAMIC) {
         if (leads && atomicInc(counter + 1, turns.count() - 1) == turns.count() - 1) counter[0] = 0;
     }
@@ -483,8 +485,8 @@ enum Source {
 // Linear of each token by its experts. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
 // [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; tokens as `dense`.
 //
-// It lets its successor start only once it has waited itself. So when expert_down starts, the lists are older than expert_gate_up, and
-// its weights can be under way while that still computes.
+// It calls launch_dependents only after its own wait. Its predecessor, which wrote the experts' lists, is then complete before its
+// successor starts. That is why expert_down may read the lists, and load its first weights, before expert_gate_up has finished.
 template <typename C, int EXPERTS, int TOP_K, int SOURCE>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,

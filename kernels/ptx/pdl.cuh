@@ -1,5 +1,5 @@
-// Programmatic dependent launch. Every kernel calls `launch_dependents` first thing and `wait` on every path before it reads
-// what another kernel writes, before it writes, and before it exits. Below sm_90 both are nothing: launches are in order.
+// Programmatic dependent launch: a kernel may start while its predecessor still runs. kernels/README.md has the rules. Below sm_90
+// both functions are empty, and kernels run one after another.
 #pragma once
 
 namespace pdl {

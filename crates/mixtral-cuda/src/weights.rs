@@ -47,10 +47,9 @@ fn check(program: &Program, source: &dyn WeightSource) -> Result<(), BackendErro
     })
 }
 
-/// Copies all weights. Threads take turns at reading chunks into pinned memory, each having two such buffers, so that the bus is
-/// busy while the next chunk is read. They read the file rather than its mapping: to touch a page that is not mapped yet costs
-/// about as much as to copy it, all threads meet in the kernel over one address space, and when the mapping goes, one thread
-/// takes all of its pages out again.
+/// Copies all weights to the device. Each thread reads chunks of the file into its two pinned buffers, one after the other, so that
+/// one is copied over the bus while the next is read. It calls pread and does not touch the mapping, because pread is faster: a
+/// page fault costs about as much as copying the page, and page faults of all threads wait for one lock, that of the address space.
 pub(crate) fn upload(
     program: &Program,
     source: &dyn WeightSource,

@@ -57,8 +57,8 @@ impl LinearShape {
     }
 }
 
-/// Bytes of a kernel's ring: more than half of a multiprocessor's shared memory, so that no two CTAs of a kernel meet on one. Their
-/// work is dealt beforehand, and two that share a multiprocessor finish last by far.
+/// Bytes of a kernel's ring: more than half of a multiprocessor's shared memory, so that a multiprocessor never runs two CTAs of one
+/// kernel. Each CTA's tiles are fixed beforehand, so two CTAs that shared a multiprocessor would finish long after all others.
 const RING: u32 = 184 << 10;
 
 /// The plan for up to `tokens` tokens.
@@ -92,7 +92,8 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
         }
         (17..=32, true) => ring(64, 32, 128, 1),
-        // An expert's share of 128 tokens are about 32, of 256 about 64 and seldom over 96: wider tiles would leave less room to stages.
+        // Of 128 tokens an expert gets about 32, of 256 about 64 and seldom more than 96. Wider tiles would leave less shared memory
+        // for stages.
         (33..=128, true) => ring(128, 64, 64, 2),
         (129..=256, true) => ring(128, 96, 64, 2),
         (257..=512, true) => ring(128, 192, 64, 2),
@@ -103,10 +104,10 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             ring(128, 128, 64, 2)
         }
         (65..=256, false) => ring(128, 128, 64, 2),
-        // What limits prefill is what a multiprocessor can take in, and with it the power that goes into moving it. Two warpgroups of
-        // 128 × 192 fill the register file and take in a quarter less than 64 × 256 each; a dense linear has too few such tiles where
-        // a prompt has 2048 tokens. Pairs of CTAs share their tokens, and tiles go to who is free, so that experts' ragged last ones
-        // neither leave CTAs idle nor let neighbours drift out of each other's reach in L2.
+        // Prefill is bound by how fast shared memory is filled. A product of two warpgroups with 128 × 192 each needs a quarter less
+        // data than one with 64 × 256 each, and still fits into the registers. A dense linear on a prompt of 2048 tokens has too few
+        // such tiles to occupy every multiprocessor. CTAs work in pairs that share their tokens. Tiles are handed out as CTAs become
+        // free: the experts' ragged last tiles then leave no CTA idle, and neighbours stay close enough to share data in L2.
         (_, true) => {
             LinearPlan::Wgmma { rows: 256, cols: 192, depth: 64, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
         }
@@ -119,8 +120,7 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
 /// Of a Hopper GPU.
 const MULTIPROCESSORS: usize = 132;
 
-/// Rows of a tile when there are few tokens: such that there is work for (nearly) every multiprocessor, but no second round for
-/// some.
+/// Rows of a tile when there are few tokens. Chosen so that nearly every multiprocessor has one tile and none has two.
 fn few_rows(rows: usize) -> u32 {
     let tiles = |r: u32| rows.div_ceil(r as usize);
     let fitting = [64, 48, 32].into_iter().filter(|&r| tiles(r) <= MULTIPROCESSORS);

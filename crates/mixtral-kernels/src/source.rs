@@ -110,4 +110,24 @@ mod tests {
             sources.reached(name).unwrap_or_else(|e| panic!("{e}"));
         }
     }
+
+    /// The rule of kernels/README.md, as far as a kernel's own body shows it: some wait in a helper function.
+    #[test]
+    fn kernels_let_their_successor_start_and_wait_in_the_order_of_the_rule() {
+        let sources = Sources::embedded();
+        let mut kernels = 0;
+        for header in sources.names() {
+            let reached = sources.reached(header).unwrap_or_else(|e| panic!("{e}"));
+            let text = reached.iter().find(|(name, _)| *name == header).expect("itself").1;
+            for kernel in text.split("__global__ ").skip(1) {
+                let (head, body) = kernel.split_once("{\n").expect("a body");
+                let calls: Vec<&str> = body.split("pdl::").skip(1).filter_map(|rest| rest.split('(').next()).collect();
+                let first = if head.contains("grouped(") { "wait" } else { "launch_dependents" };
+                assert_eq!(calls.first(), Some(&first), "{header}: {head}");
+                assert!(calls.contains(&"launch_dependents"), "{header}: {head}");
+                kernels += 1;
+            }
+        }
+        assert!(kernels > 25, "{kernels} kernels");
+    }
 }
