@@ -228,8 +228,8 @@ fn use_program(program: &Program) {
     assert_eq!(&again, program);
     let _ = program.memory_plan().total(1 << 20);
     let _ = program.lifetimes();
-    let _ = mixtral_build::explain::explain(program, &[], None);
-    let _ = mixtral_build::dot::dot(program);
+    let _ = mixtral_build::explain::explain(std::slice::from_ref(program), &[], None);
+    let _ = mixtral_build::dot::dot(std::slice::from_ref(program), None);
 }
 
 const LIMITS: Limits =
