@@ -39,10 +39,15 @@ fn is_plain_npy(bytes: &[u8]) -> bool {
 fn text(path: &Path) -> Result<String> {
     check_size(path)?;
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let units = |pair: fn([u8; 2]) -> u16| bytes[2..].chunks(2).map(move |b| pair([b[0], *b.get(1).unwrap_or(&0)]));
+    let units = |pair: fn([u8; 2]) -> u16| bytes[2..].chunks_exact(2).map(move |b| pair([b[0], b[1]]));
+    let is_even = bytes.len().is_multiple_of(2);
     let text = match bytes.get(..2) {
-        Some([0xFF, 0xFE]) => char::decode_utf16(units(u16::from_le_bytes)).collect::<Result<String, _>>().ok(),
-        Some([0xFE, 0xFF]) => char::decode_utf16(units(u16::from_be_bytes)).collect::<Result<String, _>>().ok(),
+        Some([0xFF, 0xFE]) if is_even => {
+            char::decode_utf16(units(u16::from_le_bytes)).collect::<Result<String, _>>().ok()
+        }
+        Some([0xFE, 0xFF]) if is_even => {
+            char::decode_utf16(units(u16::from_be_bytes)).collect::<Result<String, _>>().ok()
+        }
         _ => String::from_utf8(bytes).ok(),
     };
     let text = text.with_context(|| {
@@ -57,8 +62,7 @@ pub fn text_lines(path: &Path) -> Result<Vec<String>> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// Token ids separated by commas: a prompt a line. Whole numbers may be written as numpy.savetxt writes them, and
-/// negative ids are padding.
+/// Token ids separated by commas: a prompt a line. Whole numbers may be written as numpy.savetxt writes them.
 pub fn csv_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
     let text = text(path)?;
     let mut reader =
@@ -76,10 +80,9 @@ pub fn csv_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
         let ids = record
             .iter()
             .filter(|field| !field.is_empty())
-            .filter_map(|field| match whole_number(field) {
-                Some(id) if id < 0 => None,
-                Some(id) => u32::try_from(id).ok().map(TokenId).map(Ok).or_else(|| Some(wrong(field, line))),
-                None => Some(wrong(field, line)),
+            .map(|field| match whole_number(field).and_then(|id| u32::try_from(id).ok()) {
+                Some(id) => Ok(TokenId(id)),
+                None => wrong(field, line),
             })
             .collect::<Result<Vec<_>>>()?;
         prompts.push(ids);
