@@ -22,4 +22,5 @@ mod refusals;
 mod sessions;
 mod sources;
 mod stages;
+mod text;
 mod tool;

@@ -228,6 +228,21 @@ impl StagedDir {
         }
     }
 
+    /// Writes a file into the directory, onto the disk. Gives the BLAKE3 of it.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_in(&self, name: &str, bytes: &[u8]) -> Result<blake3::Hash, StagedError> {
+        let path = self.path(name);
+        let write = || {
+            let mut file = File::create(&path)?;
+            file.write_all(bytes)?;
+            disk::sync(&file, &path)
+        };
+        write().map_err(failed("write", &path))?;
+        Ok(blake3::hash(bytes))
+    }
+
     /// Copies the file `from` into the directory under `name`, onto the disk. Gives the BLAKE3 of what was copied.
     ///
     /// # Errors

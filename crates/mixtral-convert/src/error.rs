@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use mixtral_checkpoint::config::ConfigRuleError;
 use mixtral_checkpoint::{HeaderError, KeyError, WriteError, lines};
 use mixtral_model::{ConfigError, DType};
+use mixtral_tokenizer::TokenizerError;
 
 use crate::source::diagnosis::Diagnosis;
 
@@ -255,6 +256,21 @@ pub enum ConvertError {
         dtype: DType,
         /// Its largest finite number.
         max: &'static str,
+    },
+    /// The tokenizer's files cannot be read.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Another model's tokenizer.
+    #[error(
+        "{path} has {tokens} tokens, but the model has rows for {vocab_size}; it is another model's tokenizer, or the model's embeddings were not resized: download both from one place"
+    )]
+    TokenizerTooLarge {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// Its tokens.
+        tokens: usize,
+        /// Rows of the embedding.
+        vocab_size: usize,
     },
     /// The checkpoint cannot be written.
     #[error(transparent)]

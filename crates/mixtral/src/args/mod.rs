@@ -25,6 +25,7 @@ pub mod run;
 pub mod shell;
 pub mod spelling;
 pub mod verify;
+pub mod words;
 
 use std::ffi::OsString;
 use std::str::FromStr;

@@ -162,7 +162,10 @@ fn texts_may_begin_like_flags() {
     assert_eq!(texts(&["--input-text", "-not a flag", "-quiche"]), ["-not a flag", "-quiche"]);
     assert_eq!(texts(&["--input_text", "--a_b = c_d"]), ["--a_b = c_d"]);
     assert_eq!(texts(&["--input_text", "a_b", "--output_csv=a_b.csv"]), ["a_b"]);
-    assert_eq!(run_args(&["--bad_words", "- x", "--stop_words", "-- y", "z"]).stop_words, ["-- y", "z"]);
+    assert_eq!(
+        run_args(&["--bad_words", "- x", "--stop_words", "-- y", "z"]).words.stop.for_prompts(1).unwrap(),
+        [["-- y", "z"]]
+    );
     // What is a flag stays one, and a flag with a typo does not become a prompt.
     assert!(parsed(&["mixtral", "run", "--input_text", "a", "--max_ouput_len", "3"]).contains("unexpected argument"));
     assert_eq!(texts(&["--input_text", "a", "--log_level", "error", "-q", "-v"]), ["a"]);

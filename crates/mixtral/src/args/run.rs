@@ -6,13 +6,14 @@ use mixtral_engine::SamplingParams;
 
 use super::build::BackendChoice;
 use super::numbers::{self, finite, non_negative, positive, probability};
+use super::words::Words;
 use super::{Usage, spelling, usage};
 use crate::say;
 
 const ENGINE: &str = "Engine";
 const PROMPTS: &str = "Prompts";
-const LENGTHS: &str = "Lengths and ends";
-const SAMPLING: &str = "Sampling";
+pub(super) const LENGTHS: &str = "Lengths and ends";
+pub(super) const SAMPLING: &str = "Sampling";
 const OUTPUT: &str = "Output";
 const FIGURES: &str = "Figures";
 
@@ -78,24 +79,24 @@ pub struct RunArgs {
     /// Seed of the draws
     #[arg(help_heading = SAMPLING, long, default_value_t = 0)]
     pub random_seed: u64,
-    /// Texts that end a sequence
-    #[arg(help_heading = LENGTHS, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
-    pub stop_words: Vec<String>,
-    /// Texts that may not come up
-    #[arg(help_heading = SAMPLING, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
-    pub bad_words: Vec<String>,
+    /// Texts that end a sequence, and texts that may not come up
+    #[command(flatten)]
+    pub words: Words,
     /// Token that ends a sequence; -1 is none [default: the model's]
     #[arg(help_heading = LENGTHS, long, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=i64::from(u32::MAX)))]
     pub end_id: Option<i64>,
     /// The old commands' window; one shorter than the engine's sequences is refused
     #[arg(long, hide = true, num_args = 1.., action = clap::ArgAction::Set, value_parser = numbers::tokens)]
     pub max_attention_window_size: Vec<usize>,
-    /// Print outputs as they grow
+    /// Print outputs as they grow, each time what is new
     #[arg(help_heading = OUTPUT, long)]
     pub streaming: bool,
     /// Tokens between two prints [default: 5]
     #[arg(help_heading = OUTPUT, long, value_parser = numbers::tokens)]
     pub streaming_interval: Option<usize>,
+    /// Print all of an output each time, as run.py does, and not only what is new
+    #[arg(help_heading = OUTPUT, long, requires = "streaming")]
+    pub streaming_whole: bool,
     /// Do not put the model's start token before prompts
     #[arg(help_heading = PROMPTS, long)]
     pub no_add_special_tokens: bool,
@@ -170,6 +171,7 @@ impl RunArgs {
                 self.num_return_sequences
             );
         }
+        self.warn_of_greedy();
         if self.json && self.streaming {
             usage!("--json prints one object at the end, --streaming prints as it goes; choose one");
         }
@@ -185,5 +187,21 @@ impl RunArgs {
             None => Prompts::Texts(self.input_text.clone()),
         };
         Ok(RunOptions { args: self, prompts, sampling })
+    }
+
+    /// With the default of --top-k nothing is drawn, whatever else is said of how.
+    fn warn_of_greedy(&self) {
+        let unused = [
+            (self.temperature != 1.0 && self.temperature != 0.0, format!("--temperature {}", self.temperature)),
+            (self.top_p > 0.0 && self.top_p < 1.0, format!("--top-p {}", self.top_p)),
+            (self.min_p > 0.0, format!("--min-p {}", self.min_p)),
+        ];
+        let unused: Vec<String> = unused.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect();
+        if self.top_k == 1 && !unused.is_empty() {
+            say::warning(format_args!(
+                "{} changes nothing: --top-k 1, the default, always takes the likeliest token; add --top-k 0 to draw from all of them, or --top-k 40 from 40",
+                unused.join(" ")
+            ));
+        }
     }
 }

@@ -20,7 +20,9 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
         geometry.beside(&geometry_of(dir)?, &place)?.into_iter().for_each(say::warning);
     }
     if *dry_run {
-        writeln!(std::io::stdout(), "{}", mixtral_convert::plan(convert)?)?;
+        let plan = mixtral_convert::plan(convert)?;
+        plan.warnings.iter().for_each(say::warning);
+        writeln!(std::io::stdout(), "{plan}")?;
         return Ok(());
     }
     say::detail(format_args!("{} threads, {} ranks", convert.workers, convert.mapping.world_size()));
@@ -28,6 +30,7 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
     let report = mixtral_convert::convert(convert, &progress);
     progress.finish();
     let report = report?;
+    report.warnings.iter().for_each(say::warning);
     let size = usize::try_from(report.bytes).unwrap_or(usize::MAX);
     say::note(format_args!(
         "wrote {}: {} tensors for {} rank(s), {} in {:.1} s",

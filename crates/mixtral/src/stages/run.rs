@@ -4,16 +4,18 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use mixtral_engine::EngineDir;
 use mixtral_model::TokenId;
 use mixtral_runtime::session::{Capabilities, StepStats};
-use mixtral_runtime::{Request, Session, Tokenizer};
+use mixtral_runtime::{BadWords, Request, Session, Tokenizer};
+use mixtral_tokenizer::{load, model_end_ids};
 use serde_json::json;
 
+use crate::args::Usage;
 use crate::args::run::{RunArgs, RunOptions};
 use crate::run::job::{self, Job, LoadOptions};
-use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
+use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
 use crate::run::report::{Profile, Stats, expert_table, logits_hash};
 use crate::say;
@@ -53,7 +55,11 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let mut session = job.session(&requests, tokenizer)?;
     let mut out = std::io::stdout().lock();
 
-    let stream = args.streaming.then(|| args.streaming_interval.unwrap_or(STREAMING_INTERVAL));
+    let stream = args.streaming.then(|| Streaming {
+        interval: args.streaming_interval.unwrap_or(STREAMING_INTERVAL),
+        whole: args.streaming_whole,
+        printed: vec![Printed::default(); requests.len()],
+    });
     let (outputs, steps) = generate(&mut session, &requests, args, stream, &mut out)?;
 
     let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs));
@@ -140,12 +146,30 @@ fn check_output_paths(args: &RunArgs) -> Result<()> {
 fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
     let args = &options.args;
     let dir: &PathBuf = args.tokenizer_dir.as_ref().unwrap_or(&args.engine_dir);
-    let texts = prompts::are_texts(&options.prompts) || !args.stop_words.is_empty() || !args.bad_words.is_empty();
-    if !texts && args.tokenizer_dir.is_none() && !dir.join("tokenizer.json").exists() {
+    let texts = prompts::are_texts(&options.prompts) || !args.words.stop.is_empty() || !args.words.bad.is_empty();
+    if !texts && args.tokenizer_dir.is_none() && load::find(dir).is_none() {
         return Ok(None);
     }
     say::detail(format_args!("tokenizer: {}", dir.display()));
     Ok(Some(Arc::new(Tokenizer::load(dir)?)))
+}
+
+/// The ids that end a sequence: the model's, and the token that the tokenizer ends texts with. The model is the
+/// tokenizer's, unless only the engine says how its sequences end.
+fn end_ids(args: &RunArgs, tokenizer: Option<&Tokenizer>) -> Result<Vec<TokenId>> {
+    if let Some(id) = args.end_id {
+        // −1 is none.
+        return Ok(u32::try_from(id).map(TokenId).into_iter().collect());
+    }
+    let mut ids = match &args.tokenizer_dir {
+        Some(dir) => model_end_ids(dir)?,
+        None => Vec::new(),
+    };
+    if ids.is_empty() {
+        ids = model_end_ids(&args.engine_dir)?;
+    }
+    ids.extend(tokenizer.and_then(Tokenizer::end_id).filter(|id| !ids.contains(id)));
+    Ok(ids)
 }
 
 fn requests(
@@ -155,23 +179,14 @@ fn requests(
     gathers: bool,
 ) -> Result<Vec<Request>> {
     let args = &options.args;
-    let end_ids = match args.end_id {
-        None => tokenizer.map_or(Vec::new(), |t| t.end_ids().to_vec()),
-        // −1 is none.
-        Some(id) => u32::try_from(id).map(TokenId).into_iter().collect(),
-    };
-    let mut bad_words = Vec::new();
-    for word in &args.bad_words {
-        // In the middle of a text a word usually follows a space.
-        for text in [word.clone(), format!(" {word}")] {
-            if let Some(tokenizer) = tokenizer {
-                bad_words.push(tokenizer.encode(&text, false)?);
-            }
-        }
-    }
+    let end_ids = end_ids(args, tokenizer)?;
+    let usage = |Usage(message)| anyhow!(message);
+    let stop_words = args.words.stop.for_prompts(prompts.len()).map_err(usage)?;
+    let bad_words = args.words.bad.for_prompts(prompts.len()).map_err(usage)?;
     let logits = args.output_logits_npy.is_some();
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
+        let bad_words = Arc::new(tokenizer.map_or_else(BadWords::default, |t| BadWords::new(bad_words[index], t)));
         for hypothesis in 0..args.num_return_sequences {
             requests.push(Request {
                 prompt: prompt.ids.clone(),
@@ -181,7 +196,7 @@ fn requests(
                 prompt_index: u32::try_from(index)?,
                 hypothesis: u32::try_from(hypothesis)?,
                 end_ids: end_ids.clone(),
-                stop_words: args.stop_words.clone(),
+                stop_words: stop_words[index].to_vec(),
                 bad_words: bad_words.clone(),
                 generation_logits: logits || args.logits_hash,
                 context_logits: logits && gathers && hypothesis == 0,
@@ -191,12 +206,12 @@ fn requests(
     Ok(requests)
 }
 
-/// Generates all requests as one batch in flight. With `stream`, prints each output every so many tokens.
+/// Generates all requests as one batch in flight, and prints them as they grow if that is asked for.
 fn generate(
     session: &mut Session,
     requests: &[Request],
     args: &RunArgs,
-    stream: Option<usize>,
+    mut stream: Option<Streaming>,
     out: &mut dyn Write,
 ) -> Result<(Vec<Output>, Vec<StepStats>)> {
     let mut first = None;
@@ -206,18 +221,24 @@ fn generate(
         first.get_or_insert(id.0);
     }
     let first = first.unwrap_or(0);
+    let text = session.makes_text().then(String::new);
     let mut outputs: Vec<Output> = requests
         .iter()
-        .map(|r| Output { prompt: r.prompt_index as usize, beam: r.hypothesis as usize, ..Output::default() })
+        .map(|r| Output {
+            prompt: r.prompt_index as usize,
+            beam: r.hypothesis as usize,
+            text: text.clone(),
+            ..Output::default()
+        })
         .collect();
     let mut steps = Vec::new();
     while !session.is_idle() {
         let events = session.step()?;
         steps.push(session.last_step());
         for event in events {
-            let output = &mut outputs[event.id.0 - first];
-            output.ids.extend(event.token);
-            output.text += &event.text;
+            let index = event.id.0 - first;
+            let output = &mut outputs[index];
+            output.add(&event);
             output.context_logits.extend(event.context_logits);
             if args.logits_hash {
                 output.logits_hash.update(bytemuck::cast_slice(&event.generation_logits));
@@ -225,13 +246,8 @@ fn generate(
             if args.output_logits_npy.is_some() {
                 output.generation_logits.extend(event.generation_logits);
             }
-            output.finished = event.finished.or(output.finished);
-            if let Some(interval) = stream
-                && event.token.is_some()
-                && (output.ids.len().is_multiple_of(interval) || output.finished.is_some())
-            {
-                print_output(out, output)?;
-                out.flush()?;
+            if let (Some(stream), Some(_)) = (&mut stream, event.token) {
+                stream.print(index, output, out)?;
             }
         }
     }
@@ -245,25 +261,10 @@ fn print_outputs(out: &mut dyn Write, prompts: &[Prompt], outputs: &[Output]) ->
             None => writeln!(out, "Input [Text {index}]: {}", ids_text(&prompt.ids))?,
         }
         for output in outputs.iter().filter(|o| o.prompt == index) {
-            print_output(out, output)?;
+            output.print(out, Printed::default())?;
         }
     }
     Ok(())
-}
-
-/// run.py's line; ids stand in for the text where there is no tokenizer.
-fn print_output(out: &mut dyn Write, output: &Output) -> std::io::Result<()> {
-    let Output { prompt, beam, text, ids, .. } = output;
-    if text.is_empty() && !ids.is_empty() {
-        writeln!(out, "Output [Text {prompt} Beam {beam}]: {}", ids_text(ids))
-    } else {
-        writeln!(out, "Output [Text {prompt} Beam {beam}]: \"{text}\"")
-    }
-}
-
-fn ids_text(ids: &[TokenId]) -> String {
-    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
-    format!("[{}]", ids.join(", "))
 }
 
 fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilities: &Capabilities) -> Result<()> {
