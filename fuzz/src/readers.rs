@@ -14,8 +14,7 @@ use mixtral_engine::dir::RankRecord;
 use mixtral_engine::{EngineConfig, EngineDir, Limits, Program, StepInputs, StepOutputs, WeightsKind};
 use mixtral_kernels::{Arch, Code, KernelImages, Schedule};
 use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
-use mixtral_runtime::Tokenizer;
-use mixtral_runtime::tokenizer::DecodeState;
+use mixtral_tokenizer::{TextStream, Tokenizer, model_end_ids};
 use tempfile::TempDir;
 
 use crate::prompt_files::{csv_ids, npy_ids, text_lines};
@@ -43,6 +42,12 @@ pub const READERS: &[Reader] = &[
     Reader { name: "step", read: step },
     Reader { name: "tokenizer-json", read: tokenizer_json },
     Reader { name: "tokenizer-config", read: tokenizer_config },
+    Reader { name: "added-tokens", read: added_tokens },
+    Reader {
+        name: "tokenizer-model",
+        read: |bytes| use_tokenizer(&directory("sentencepiece", &[("tokenizer.model", bytes)])),
+    },
+    Reader { name: "tekken-json", read: |bytes| use_tokenizer(&directory("tekken", &[("tekken.json", bytes)])) },
     Reader { name: "prompts-txt", read: |bytes| drop(text_lines(&file("prompts.txt", bytes))) },
     Reader { name: "prompts-csv", read: |bytes| drop(csv_ids(&file("prompts.csv", bytes))) },
     Reader { name: "prompts-npy", read: |bytes| drop(npy_ids(&file("prompts.npy", bytes))) },
@@ -220,8 +225,8 @@ fn use_program(program: &Program) {
     assert_eq!(&again, program);
     let _ = program.memory_plan().total(1 << 20);
     let _ = program.lifetimes();
-    let _ = mixtral_build::explain::explain(program, &[], None);
-    let _ = mixtral_build::dot::dot(program);
+    let _ = mixtral_build::explain::explain(std::slice::from_ref(program), &[], None);
+    let _ = mixtral_build::dot::dot(std::slice::from_ref(program), None);
 }
 
 const LIMITS: Limits =
@@ -263,28 +268,42 @@ fn tokenizer_json(bytes: &[u8]) {
     use_tokenizer(&directory("tokenizer", &[("tokenizer.json", bytes)]));
 }
 
-/// The files that name the end of a sequence.
+/// The files beside a tokenizer that name tokens and ends, the first two in one input.
 fn tokenizer_config(bytes: &[u8]) {
+    let (generation, tokenizer) = two(bytes);
+    beside_tokenizer(
+        "tokenizer-config",
+        &[("generation_config.json", generation), ("tokenizer_config.json", tokenizer)],
+    );
+}
+
+/// The files of older transformers.
+fn added_tokens(bytes: &[u8]) {
+    let (special, added) = two(bytes);
+    beside_tokenizer("added-tokens", &[("special_tokens_map.json", special), ("added_tokens.json", added)]);
+}
+
+fn beside_tokenizer(name: &str, files: &[(&str, &[u8])]) {
     const TOKENIZER: &[u8] =
         br#"{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
         "pre_tokenizer": null, "post_processor": null, "decoder": null,
         "model": {"type": "WordLevel", "vocab": {"</s>": 0, "a": 1}, "unk_token": "a"}}"#;
-    let (generation, tokenizer) = two(bytes);
-    let files =
-        [("tokenizer.json", TOKENIZER), ("generation_config.json", generation), ("tokenizer_config.json", tokenizer)];
-    use_tokenizer(&directory("tokenizer-config", &files));
+    let mut files = files.to_vec();
+    files.push(("tokenizer.json", TOKENIZER));
+    use_tokenizer(&directory(name, &files));
 }
 
 fn use_tokenizer(dir: &Path) {
+    let _ = model_end_ids(dir);
     let Ok(tokenizer) = Tokenizer::load(dir) else { return };
-    let _ = tokenizer.end_ids();
+    let _ = (tokenizer.start_id(), tokenizer.end_id(), tokenizer.pad_id());
     for text in ["", "ROMEO: what light?\n", "\u{e4} \u{1f600}\u{0}"] {
         let Ok(ids) = tokenizer.encode(text, true) else { continue };
         let _ = tokenizer.decode(&ids);
     }
-    let mut state = DecodeState::default();
+    let mut stream = TextStream::default();
     for id in [0, 1, 2, 300, u32::MAX] {
-        let _ = tokenizer.decode_next(&mut state, TokenId(id));
+        let _ = stream.push(&tokenizer, TokenId(id));
     }
-    let _ = tokenizer.decode_rest(&state);
+    let _ = stream.finish(&tokenizer);
 }

@@ -42,7 +42,7 @@ fn equal_engines_are_equal() {
     for flags in [
         "engine_outputs --backends cpu,cpu",
         "engine_outputs other",
-        "engine_outputs other --layers 2 --verbose",
+        "engine_outputs other --layers 2 -v",
         "engine_outputs other --start layer1.qkv --stop layer1.attended --input-len 9,40,200 --max-output-len 2",
     ] {
         let said = mixtral_in(dir.path(), &format!("diff {flags}"), &[]).ok();

@@ -139,21 +139,6 @@ fn stop_words_and_end_ids_end_a_sequence() {
 }
 
 #[test]
-fn streaming_ends_with_what_is_printed_otherwise() {
-    let dir = example_engine("--dtype auto", "");
-    let at = dir.path();
-    let whole = mixtral_in(at, "run --max-output-len 20 --input-text", &[PROMPT]).ok();
-    let streamed =
-        mixtral_in(at, "run --max-output-len 20 --streaming --streaming-interval 6 --input-text", &[PROMPT]).ok();
-    let start = "Output [Text 0 Beam 0]: \"";
-    let parts: Vec<&str> = streamed.split(start).skip(1).collect();
-    // After 6, 12, 18 and 20 tokens.
-    assert_eq!(parts.len(), 4);
-    assert!(parts.windows(2).all(|pair| pair[1].starts_with(pair[0].trim_end_matches("\"\n"))), "{streamed}");
-    assert!(whole.ends_with(&format!("{start}{}", parts[3])), "{whole}{streamed}");
-}
-
-#[test]
 fn prompts_come_from_files_too() {
     let dir = example_engine("--dtype auto", "");
     let at = dir.path();
@@ -181,18 +166,18 @@ fn prompts_come_from_files_too() {
 fn statistics_are_complete() {
     let dir = example_engine("--dtype auto", "");
     let at = dir.path();
-    let said = json(at, "--max-output-len 12 --stats --expert-stats", &[PROMPT]);
+    let said = json(at, "--max-output-len 12 --stats --expert-stats --logits-hash", &[PROMPT]);
     let stats = &said["stats"];
     assert_eq!(stats["generated_tokens"], 12);
-    assert_eq!(stats["logits_hash"].as_str().unwrap().len(), 64);
+    assert_eq!(said["logits_hash"].as_str().unwrap().len(), 64);
     assert!(stats["decode_step_ms"].as_f64().unwrap() > 0.0);
     let tokens = u64::try_from(said["prompts"][0]["ids"].as_array().unwrap().len()).unwrap() + 11;
     for layer in said["expert_counts"].as_array().unwrap() {
         let total: u64 = layer.as_array().unwrap().iter().map(|n| n.as_u64().unwrap()).sum();
         assert_eq!(total, 2 * tokens);
     }
-    let again = json(at, "--max-output-len 12 --stats", &[PROMPT]);
-    assert_eq!(again["stats"]["logits_hash"], stats["logits_hash"]);
+    let again = json(at, "--max-output-len 12 --logits-hash", &[PROMPT]);
+    assert_eq!(again["logits_hash"], said["logits_hash"]);
     let printed = mixtral_in(at, "run --max-output-len 4 --run-profiling --input-text", &[PROMPT]).ok();
     assert!(printed.contains("batch_size: 1, avg latency of 10 iterations: "), "{printed}");
 }

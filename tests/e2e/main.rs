@@ -3,6 +3,7 @@
 
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod command_line;
 mod damage;
 mod diff;
 mod disks;
@@ -19,5 +20,7 @@ mod mapped;
 mod older;
 mod refusals;
 mod sessions;
+mod sources;
 mod stages;
+mod text;
 mod tool;

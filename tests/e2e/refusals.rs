@@ -63,9 +63,23 @@ fn wrong_command_lines() {
         "build --max-beam-width 4",
         "build --tune",
         "bench --input-len 9-3",
-        "bench --sequential --arrival-rate 2",
+        "bench --sequential --requests 3 --arrival-rate 2",
         "build --max-input-len 64 --max-seq-len 64",
         "build --use-fp8-context-fmha enable",
+        "convert --tp-size 2 --moe-tp-mode 1 --moe-tp-size 2",
+        "convert --workers 2000",
+        "quantize --model-dir m --qformat int4_awq",
+        "quantize --qformat full_prec",
+        "build --weight-only-precision int8",
+        "build --kv-cache-type disabled",
+        "build --profiling-verbosity",
+        "bench --input-len 9",
+        "diff engine --backends cpu,cpu --tokenizer-dir t",
+        "run --threads 100000",
+        "run --num-return-sequences 100000000",
+        "run --max-output-len 18446744073709551615",
+        "run --end-id -7",
+        "run --lora-dir a b",
         "run --max-output-len 0",
         "run --temperature -1",
         "run --top-p 1.5",
@@ -105,6 +119,7 @@ fn directories_that_are_something_else() {
         "build --checkpoint-dir empty".to_owned(),
         format!("build --checkpoint-dir {model}"),
         "build --checkpoint-dir engine_outputs".to_owned(),
+        "build --checkpoint-dir tllm_checkpoint/config.json".to_owned(),
         "build --output-dir mine".to_owned(),
         "build --gemm-plugin f16".to_owned(),
         "build --model-config mixtral-9x9b".to_owned(),
@@ -168,7 +183,8 @@ fn prompts_that_cannot_be_answered() {
     case("run --max-output-len 8 --input-text", &["fine", &long]);
     case("run --max-output-len 64 --input-text", &["fine"]);
     case("run --max-output-len 4 --no-add-special-tokens --input-text", &[""]);
-    case("run --max-output-len 4 --end-id -7 --input-file fine.csv", &[]);
+    case("run --max-output-len 4 --end-id 99999 --input-file fine.csv", &[]);
+    case("run --max-output-len 4 --max-attention-window-size 5 --input-file fine.csv", &[]);
     case("run --max-output-len 4 --output-csv nowhere/out.csv --input-file fine.csv", &[]);
     insta::assert_snapshot!(text);
 }

@@ -139,6 +139,7 @@ fn explain_and_graph_show_the_program() {
     let dir = example_engine("--dtype auto", "--explain --graph program.dot");
     let dot = std::fs::read_to_string(dir.path().join("program.dot")).unwrap();
     assert!(dot.starts_with("digraph program {") && dot.contains("expert_down"));
+    assert!(dot.contains("layers 0 to 2, each as this one") && dot.contains("|prefill: "), "{dot}");
     let said = mixtral_in(dir.path(), "build --explain", &[]).ok();
     assert!(said.contains("us at roof") && said.contains("op route ") && said.contains("decode of 1 token"), "{said}");
 }

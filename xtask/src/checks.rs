@@ -23,6 +23,7 @@ const PYTHON_CHECKS: &[PythonCheck] = &[
     PythonCheck { name: "self-test of the reader", script: "tests/python/check_checkpoint.py", self_test: true },
     PythonCheck { name: "self-test of the layouts", script: "tests/python/layouts.py", self_test: true },
     PythonCheck { name: "source layouts", script: "tests/python/layouts.py", self_test: false },
+    PythonCheck { name: "ids and text of tokenizers", script: "tests/python/text.py", self_test: false },
     PythonCheck { name: "parity with transformers", script: "tests/python/parity.py", self_test: false },
     PythonCheck { name: "dummy weights in transformers", script: "tests/python/twin.py", self_test: false },
 ];

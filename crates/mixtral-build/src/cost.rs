@@ -25,6 +25,12 @@ impl AddAssign for Cost {
 }
 
 impl Cost {
+    /// That of so many operations.
+    #[must_use]
+    pub fn times(&self, n: f64) -> Cost {
+        Cost { weight_bytes: self.weight_bytes * n, activation_bytes: self.activation_bytes * n, flops: self.flops * n }
+    }
+
     /// All bytes.
     #[must_use]
     pub fn bytes(&self) -> f64 {

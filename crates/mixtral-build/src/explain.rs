@@ -7,6 +7,7 @@ use mixtral_engine::{Op, Program};
 use mixtral_kernels::{KernelImages, Resources};
 
 use crate::cost::{Cost, StepShape, cost};
+use crate::fold::{alike, ranks_text, runs};
 
 /// What a machine can do at most.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,16 +36,27 @@ pub fn shapes(program: &Program) -> [(&'static str, StepShape); 2] {
     ]
 }
 
-/// The explanation of a rank's program, and of its kernels if it has any.
+/// The explanation of all ranks' programs, and of their kernels if they have any: `kernels` is by rank, or empty. What is alike
+/// is said once.
 #[must_use]
-pub fn explain(program: &Program, kernels: &[KernelImages], roof: Option<Roof>) -> String {
+pub fn explain(programs: &[Program], kernels: &[Vec<KernelImages>], roof: Option<Roof>) -> String {
     let mut text = String::new();
+    for members in alike(programs) {
+        let program = &programs[members[0]];
+        let kernels = kernels.get(members[0]).map_or(&[][..], Vec::as_slice);
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        explain_rank(&mut text, &ranks_text(&members, program.world_size), program, kernels, roof);
+    }
+    text
+}
+
+fn explain_rank(text: &mut String, who: &str, program: &Program, kernels: &[KernelImages], roof: Option<Roof>) {
     let memory = program.memory_plan();
     let _ = writeln!(
         text,
-        "rank {} of {}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens ({} for {} sequences of {} tokens)",
-        program.rank,
-        program.world_size,
+        "{who}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens ({} for {} sequences of {} tokens)",
         program.ops.len(),
         bytes(memory.weights),
         bytes(memory.arena),
@@ -66,17 +78,37 @@ pub fn explain(program: &Program, kernels: &[KernelImages], roof: Option<Roof>) 
     for (name, shape) in shapes(program) {
         let _ = writeln!(text, "\n{name}: {} tokens, {} keys seen by each", shape.num_tokens, shape.context);
         let _ = writeln!(text, "{:>12} {:>12} {:>10}  operation", "MB", "MFLOP", "us at roof");
-        let (mut total, mut time) = (Cost::default(), 0.0);
-        for op in &program.ops {
-            let one = cost(program, op, shape);
-            let predicted = roof.map(|r| r.time(&one) * 1e6);
-            time += predicted.unwrap_or(0.0);
-            row(&mut text, &one, predicted, &op_line(op, shape.num_tokens));
-            total += one;
+        let time = |cost: &Cost| roof.map(|r| r.time(cost) * 1e6);
+        let (mut total, mut total_time) = (Cost::default(), 0.0);
+        for run in runs(program) {
+            let (mut once, mut once_time) = (Cost::default(), 0.0);
+            let is_folded = run.times > 1;
+            if is_folded {
+                let _ = writeln!(text, "{:>38}{}, each as this one:", "", run.layers(program));
+            }
+            for op in &program.ops[run.shown()] {
+                let one = cost(program, op, shape);
+                let indent = if is_folded { "  " } else { "" };
+                row(text, &one, time(&one), &format!("{indent}{}", op_line(op, shape.num_tokens)));
+                once_time += time(&one).unwrap_or(0.0);
+                once += one;
+            }
+            let times = count(run.times);
+            let all = once.times(times);
+            if is_folded {
+                let predicted = roof.map(|_| once_time * times);
+                row(text, &all, predicted, &format!("all {} of these", run.times));
+            }
+            total_time += once_time * times;
+            total += all;
         }
-        row(&mut text, &total, roof.map(|_| time), "total");
+        row(text, &total, roof.map(|_| total_time), "total");
     }
-    text
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a few hundred at most")]
+fn count(n: usize) -> f64 {
+    n as f64
 }
 
 /// An operation as the program's text has it, with the plan that `tokens` tokens get instead of its ladder.

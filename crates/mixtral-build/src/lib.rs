@@ -3,13 +3,14 @@
 //!
 //! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`mod@lower`] (graph →
 //! passes → planned program), [`kernels`] (CUDA's part of an engine), [`mod@build`] and [`mod@rebuild`] (directories), [`mod@cost`] (bytes and FLOPs of an operation),
-//! [`mod@explain`] and [`mod@dot`] (the program for people).
+//! [`mod@explain`] and [`mod@dot`] (the program for people), [`mod@fold`] (what is alike in it, to be shown once).
 #![forbid(unsafe_code)]
 
 pub mod build;
 pub mod cost;
 pub mod dot;
 pub mod explain;
+pub mod fold;
 pub mod graph;
 pub mod kernels;
 pub mod lower;

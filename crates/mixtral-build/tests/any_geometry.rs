@@ -68,8 +68,8 @@ fn every_geometry_is_planned_or_refused() {
             let Ok(programs) = plan(&config, &options) else { return Ok(()) };
             planned.set(planned.get() + 1);
             for program in &programs {
-                let _ = explain::explain(program, &[], None);
-                let _ = dot::dot(program);
+                let _ = explain::explain(std::slice::from_ref(program), &[], None);
+                let _ = dot::dot(std::slice::from_ref(program), None);
                 prop_assert_eq!(&Program::parse(&program.to_text()).unwrap(), program);
             }
             Ok(())
@@ -77,4 +77,26 @@ fn every_geometry_is_planned_or_refused() {
     result.unwrap();
     println!("{} of 2000 were planned", planned.get());
     assert!(planned.get() > 100, "{} of 2000 were planned", planned.get());
+}
+
+#[test]
+fn what_does_not_fit_into_memory_is_named() {
+    let config = CheckpointConfig::new(ModelConfig::mixtral_8x7b(DType::F16), Mapping::single());
+    let limits =
+        Limits { max_batch_size: 8, max_num_tokens: 8192, max_seq_len: 4096, max_num_logits: 1, block_size: 64 };
+    let refused = |gigabytes: usize| {
+        let options = BuildOptions {
+            limits,
+            gather_context_logits: false,
+            recorded: BTreeMap::new(),
+            workers: 1,
+            memory_budget: Some(gigabytes * 1_000_000_000),
+            kernels: None,
+        };
+        plan(&config, &options).unwrap_err().to_string()
+    };
+    let weights = refused(60);
+    assert!(weights.contains("60.00 GB are there; the weights alone do not fit"), "{weights}");
+    let activations = refused(94);
+    assert!(activations.contains("94.00 GB are there; lower --max-num-tokens (now 8192)"), "{activations}");
 }

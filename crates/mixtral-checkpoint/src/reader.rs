@@ -28,6 +28,12 @@ pub enum ReadError {
         /// The directory.
         dir: PathBuf,
     },
+    /// A file in place of the directory.
+    #[error("{path} is a file; name the directory that it is in")]
+    NotADirectory {
+        /// The file.
+        path: PathBuf,
+    },
     /// No `config.json`, so whatever else is in the directory is not a checkpoint.
     #[error("{dir} has no config.json, so it is no checkpoint; run `mixtral convert` to write one")]
     NoConfig {
@@ -153,6 +159,9 @@ impl Checkpoint {
     /// If there is no complete checkpoint in `dir`.
     pub fn open(dir: &Path) -> Result<Self, ReadError> {
         let own = || dir.to_owned();
+        if dir.is_file() {
+            return Err(ReadError::NotADirectory { path: own() });
+        }
         if !dir.is_dir() {
             return Err(ReadError::NoDirectory { dir: own() });
         }

@@ -228,6 +228,21 @@ impl StagedDir {
         }
     }
 
+    /// Writes a file into the directory, onto the disk. Gives the BLAKE3 of it.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_in(&self, name: &str, bytes: &[u8]) -> Result<blake3::Hash, StagedError> {
+        let path = self.path(name);
+        let write = || {
+            let mut file = File::create(&path)?;
+            file.write_all(bytes)?;
+            disk::sync(&file, &path)
+        };
+        write().map_err(failed("write", &path))?;
+        Ok(blake3::hash(bytes))
+    }
+
     /// Copies the file `from` into the directory under `name`, onto the disk. Gives the BLAKE3 of what was copied.
     ///
     /// # Errors
@@ -426,18 +441,15 @@ fn names(dir: &Path) -> Result<Vec<String>, StagedError> {
     Ok(names)
 }
 
-/// Ours is what has our marker, what a killed run of ours left (its lock file), and what is empty.
+/// Ours is what has our marker, what a killed run of ours left (a lock file and no marker), and what is empty.
 fn check_ours(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     let names = names(dir)?;
-    if names.is_empty() || names.iter().any(|n| n == LOCK_FILE) {
+    let has = |name: &str| names.iter().any(|n| n == name);
+    let is_marker = || fs::read(dir.join(CONFIG_FILE)).is_ok_and(|text| (ownership.is_marker)(&text));
+    if names.is_empty() || if has(CONFIG_FILE) { is_marker() } else { has(LOCK_FILE) } {
         return Ok(());
     }
-    let config = dir.join(CONFIG_FILE);
-    let is_marker = |path: &Path| fs::read(path).is_ok_and(|text| (ownership.is_marker)(&text));
-    if names.iter().any(|n| n == CONFIG_FILE) && is_marker(&config) {
-        return Ok(());
-    }
-    let found = names.into_iter().next().unwrap_or_default();
+    let found = names.into_iter().find(|name| name != LOCK_FILE).unwrap_or_default();
     Err(StagedError::NotOurs { dir: dir.to_owned(), found, what: ownership.what })
 }
 
@@ -632,6 +644,10 @@ mod tests {
             "DIR holds `0.part` and is not a test directory of ours; choose another --output-dir, or empty it yourself"
         );
         assert_eq!(listing(root.path()), ["0.part", "config.json"]);
+        // Nor does the note that a failed run of another stage left make it ours.
+        fs::write(root.path().join(LOCK_FILE), "it failed").unwrap();
+        assert!(matches!(StagedDir::begin(root.path(), TEST), Err(StagedError::NotOurs { .. })));
+        fs::remove_file(root.path().join(LOCK_FILE)).unwrap();
         let file = root.path().join("0.part");
         assert!(matches!(StagedDir::begin(&file, TEST), Err(StagedError::NotADirectory { .. })));
     }

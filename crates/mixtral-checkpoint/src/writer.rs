@@ -96,6 +96,16 @@ impl CheckpointWriter {
         Ok(())
     }
 
+    /// Writes one of the tokenizer's files, and notes its hash.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn write_in(&mut self, name: &str, bytes: &[u8]) -> Result<(), WriteError> {
+        let hash = self.staged.write_in(name, bytes)?;
+        self.config.files.insert(name.to_owned(), hash.to_string());
+        Ok(())
+    }
+
     /// Writes the headers, then `config.json`, each onto the disk, and gives the run id. `hashes` are those of every
     /// rank's tensors, in the order of [`RankWriter::specs`].
     ///

@@ -1,10 +1,9 @@
 //! The stage as a whole: options in, a checkpoint directory out.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use mixtral_checkpoint::disk::free_bytes;
-use mixtral_checkpoint::names::is_tokenizer_file;
 use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
 use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe};
 
@@ -14,6 +13,7 @@ use crate::plan::recipes;
 use crate::report::{ConvertPlan, PlannedTensor, RankPlan, Report};
 use crate::source::config::SourceConfig;
 use crate::source::{Source, open_config};
+use crate::tokenizer::TokenizerFiles;
 
 /// Memory of the program itself, its threads and its lists, beside the buffers.
 const BASE_MEMORY: u64 = 32 << 20;
@@ -75,12 +75,12 @@ struct Prepared {
     source: Option<Source>,
     /// Of each rank, in the order of its file.
     recipes: Vec<Vec<Recipe>>,
-    tokenizer_files: Vec<String>,
+    tokenizer: TokenizerFiles,
 }
 
 fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
     let mut source = None;
-    let mut tokenizer_files = Vec::new();
+    let mut tokenizer = TokenizerFiles::default();
     let (mut model, tied) = match &options.input {
         Input::Geometry(model) => (ModelConfig { dtype: options.dtype.unwrap_or(model.dtype), ..model.clone() }, false),
         Input::Directory(dir) => {
@@ -92,7 +92,7 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
                 let source = source.insert(Source::open(dir)?);
                 (source.config.clone(), source.tied)
             };
-            tokenizer_files = find_tokenizer_files(dir)?;
+            tokenizer = TokenizerFiles::read(dir, config.model.vocab_size)?;
             let dtype = options.dtype.or(source.as_ref().map(Source::dtype)).or(config.dtype);
             let SourceConfig { path, model, .. } = config;
             let dtype = dtype.ok_or(ConvertError::NoDType { path })?;
@@ -108,20 +108,7 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
     if source.is_some() {
         plans.extend(options.mapping.ranks().map(|rank| recipes(&config, rank, tied)));
     }
-    Ok(Prepared { config, source, recipes: plans, tokenizer_files })
-}
-
-fn find_tokenizer_files(dir: &Path) -> Result<Vec<String>, ConvertError> {
-    let io = |source| ConvertError::Io { path: dir.to_owned(), source };
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(io)? {
-        let name = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
-        if is_tokenizer_file(&name) && dir.join(&name).is_file() {
-            names.push(name);
-        }
-    }
-    names.sort();
-    Ok(names)
+    Ok(Prepared { config, source, recipes: plans, tokenizer })
 }
 
 /// What [`convert`] would do with `options`. The source is checked as far as that needs no weights.
@@ -129,7 +116,7 @@ fn find_tokenizer_files(dir: &Path) -> Result<Vec<String>, ConvertError> {
 /// # Errors
 /// As [`convert`], as far as it is known without reading weights.
 pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
-    let Prepared { config, source, recipes, tokenizer_files } = prepare(options)?;
+    let Prepared { config, source, recipes, tokenizer } = prepare(options)?;
     let ranks: Vec<RankPlan> = recipes
         .into_iter()
         .enumerate()
@@ -155,7 +142,8 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
         mapping: config.mapping,
         output_bytes: ranks.iter().map(|r| r.bytes).sum(),
         ranks,
-        tokenizer_files,
+        tokenizer_files: tokenizer.names(),
+        warnings: tokenizer.warnings,
         free_bytes: free_bytes(&options.output_dir),
         workers,
         peak_memory_bytes: source.as_ref().map_or(0, buffer_bytes) * workers as u64 + BASE_MEMORY,
@@ -168,12 +156,10 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
 /// What is wrong with the source, the options, a weight or the output directory.
 pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
-    let Prepared { config, source, mut recipes, tokenizer_files } = prepare(options)?;
+    let Prepared { config, source, mut recipes, tokenizer } = prepare(options)?;
     let mut writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
     if let Input::Directory(dir) = &options.input {
-        for name in &tokenizer_files {
-            writer.copy_in(name, &dir.join(name))?;
-        }
+        tokenizer.write(dir, &mut writer)?;
     }
     let mut hashes = Vec::new();
     if let Some(source) = &source {
@@ -187,5 +173,5 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
     let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());
     let run_id = writer.finish(&hashes)?;
     let seconds = start.elapsed().as_secs_f64();
-    Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds })
+    Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds, warnings: tokenizer.warnings })
 }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use mixtral_checkpoint::config::ConfigRuleError;
 use mixtral_checkpoint::{HeaderError, KeyError, WriteError, lines};
 use mixtral_model::{ConfigError, DType};
+use mixtral_tokenizer::TokenizerError;
 
 use crate::source::diagnosis::Diagnosis;
 
@@ -25,7 +26,7 @@ pub enum ConvertError {
     },
     /// A folder of the hub's cache in place of what is in it.
     #[error("{dir} is a folder of the Hugging Face cache; {}", match .snapshot {
-        Some(snapshot) => format!("the model is in {}: pass that as --model-dir", snapshot.display()),
+        Some(snapshot) => format!("the model is in {}: name that directory instead", snapshot.display()),
         None => "no snapshot in it has a config.json: the download is incomplete, do it again".to_owned(),
     })]
     HubCache {
@@ -35,7 +36,7 @@ pub enum ConvertError {
         snapshot: Option<PathBuf>,
     },
     /// A folder above the model.
-    #[error("{dir} has neither config.json nor params.json, but {model} has: pass that as --model-dir")]
+    #[error("{dir} has neither config.json nor params.json, but {model} has: name that directory instead")]
     Above {
         /// The folder.
         dir: PathBuf,
@@ -255,6 +256,21 @@ pub enum ConvertError {
         dtype: DType,
         /// Its largest finite number.
         max: &'static str,
+    },
+    /// The tokenizer's files cannot be read.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// Another model's tokenizer.
+    #[error(
+        "{path} has {tokens} tokens, but the model has rows for {vocab_size}; it is another model's tokenizer, or the model's embeddings were not resized: download both from one place"
+    )]
+    TokenizerTooLarge {
+        /// The tokenizer's file.
+        path: PathBuf,
+        /// Its tokens.
+        tokens: usize,
+        /// Rows of the embedding.
+        vocab_size: usize,
     },
     /// The checkpoint cannot be written.
     #[error(transparent)]

@@ -5,7 +5,7 @@
 //!
 //! Reading order: [`names`] is transformers' vocabulary of tensors, [`source`] finds them in each layout,
 //! [`mod@plan`] says which rectangles of them make a rank's tensors, [`execute`] streams those through [`number`]'s
-//! conversions, and [`mod@convert`] puts the stage together.
+//! conversions, [`mod@tokenizer`] looks after the tokenizer's files, and [`mod@convert`] puts the stage together.
 #![forbid(unsafe_code)]
 
 pub mod convert;
@@ -16,6 +16,7 @@ pub mod number;
 pub mod plan;
 pub mod report;
 pub mod source;
+pub mod tokenizer;
 
 pub use convert::{ConvertOptions, Input, convert, plan};
 pub use error::ConvertError;

@@ -27,6 +27,8 @@ pub struct ConvertPlan {
     pub ranks: Vec<RankPlan>,
     /// Tokenizer files that will be copied along.
     pub tokenizer_files: Vec<String>,
+    /// What a user should know about them.
+    pub warnings: Vec<String>,
     /// Bytes that will be written.
     pub output_bytes: u64,
     /// Bytes free on the disk that they go to, if the system says.
@@ -74,6 +76,8 @@ pub struct Report {
     pub bytes: u64,
     /// Wall time.
     pub seconds: f64,
+    /// What a user should know about the source.
+    pub warnings: Vec<String>,
 }
 
 /// Bytes for people: `1.93 GB`.

@@ -207,6 +207,11 @@ fn directories_that_are_no_model() {
         fs::create_dir(dir.join("refs")).unwrap();
         fs::write(dir.join("refs/main"), "4fc1d2\n").unwrap();
     });
+    m.plain("the hub's whole cache", |dir| {
+        cached(dir, &["4fc1d2"]);
+        fs::create_dir(dir.join("models--someone--Mixtral-tuned")).unwrap();
+        fs::rename(dir.join("snapshots"), dir.join("models--someone--Mixtral-tuned/snapshots")).unwrap();
+    });
     m.plain("the hub's cache without a model", |dir| cached(dir, &[]));
     m.plain("the folder above", |dir| {
         fs::create_dir(dir.join("checkpoint-500")).unwrap();

@@ -138,8 +138,8 @@ fn harmless_extra_tensors_are_ignored_and_tokenizer_files_carried_along() {
     let mut tensors = model.weights();
     tensors.push(Tensor::new("model.layers.0.self_attn.rotary_emb.inv_freq", DType::F32, &[6], &[1.0; 6]));
     model.write_tensors(&from, Layout::V4, 1, &tensors);
-    for name in ["tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"] {
-        fs::write(from.join(name), name).unwrap();
+    for name in ["special_tokens_map.json", "chat_template.jinja", "generation_config.json", "README.md"] {
+        fs::write(from.join(name), if name.ends_with(".json") { "{}" } else { name }).unwrap();
     }
     convert(&options(&from, to.clone()), &()).unwrap();
     let mut names: Vec<_> = fs::read_dir(&to).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
@@ -147,12 +147,12 @@ fn harmless_extra_tensors_are_ignored_and_tokenizer_files_carried_along() {
     assert_eq!(
         names,
         [
+            "added_tokens.json",
             "chat_template.jinja",
             "config.json",
             "generation_config.json",
             "rank0.safetensors",
-            "tokenizer.json",
-            "tokenizer.model"
+            "special_tokens_map.json"
         ]
     );
     assert_eq!(fs::read_to_string(to.join("chat_template.jinja")).unwrap(), "chat_template.jinja");

@@ -13,10 +13,10 @@ const ROWS: usize = 16;
 const TOKENS: usize = 24;
 const DEPTH: usize = 128;
 
-/// Bytes that are enough to look at a machine in passing: far more than most caches hold.
-pub const QUICK: usize = 1 << 30;
+/// Bytes that are enough to look at a machine in passing: more than most caches hold.
+pub const QUICK: usize = 1 << 28;
 
-/// Bytes for a figure to be reported.
+/// Bytes for a figure to be reported beside that of a large engine.
 pub const THOROUGH: usize = 4 << 30;
 
 /// A machine's ceilings.

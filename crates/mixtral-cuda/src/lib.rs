@@ -22,6 +22,6 @@ mod weights;
 
 pub use backend::{CudaBackend, CudaOptions};
 pub use budget::KvBlocks;
-pub use driver::{Device, devices};
+pub use driver::{Device, devices, driver_version};
 pub use error::CudaError;
 pub use images::choose;

@@ -1,7 +1,8 @@
 //! Generation: from prompts to streams of tokens, over any backend.
 //!
-//! Reading order: [`tokenizer`] (text ↔ ids), [`request`] (what is asked for, and what may be refused), [`blocks`] (the
-//! pool of KV blocks), [`sequence`] (one request under way), [`stop`] (stop words across tokens), [`schedule`] (who
+//! Reading order: [`request`] (what is asked for, and what may be refused), [`blocks`] (the
+//! pool of KV blocks), [`sequence`] (one request under way), [`text`] (its output as text) with [`stop`] (stop words across
+//! tokens), [`schedule`] (who
 //! computes what in the next step), [`execute`] and [`ranks`] (by whom it is computed), [`session`] (submit, step,
 //! cancel).
 #![forbid(unsafe_code)]
@@ -14,12 +15,10 @@ pub mod schedule;
 pub mod sequence;
 pub mod session;
 pub mod stop;
-pub mod tokenizer;
-
-mod guard;
+pub mod text;
 
 pub use blocks::BlockPool;
 pub use execute::{Executor, Local};
+pub use mixtral_tokenizer::{BadWords, Tokenizer, TokenizerError};
 pub use request::{FinishReason, Refusal, Request, RequestId};
 pub use session::{Event, Session, Timing};
-pub use tokenizer::{Tokenizer, TokenizerError};

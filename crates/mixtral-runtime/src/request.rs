@@ -1,9 +1,11 @@
 //! What is asked of a session, and why it may be refused.
 
 use std::fmt;
+use std::sync::Arc;
 
 use mixtral_engine::SamplingParams;
 use mixtral_model::TokenId;
+use mixtral_tokenizer::BadWords;
 use serde::Serialize;
 
 /// A request's number in its session, in order of submission.
@@ -36,8 +38,8 @@ pub struct Request {
     pub end_ids: Vec<TokenId>,
     /// Texts that end the sequence; they are cut from its text, not from its ids.
     pub stop_words: Vec<String>,
-    /// Token sequences that may not come up.
-    pub bad_words: Vec<Vec<TokenId>>,
+    /// Texts that may not come up.
+    pub bad_words: Arc<BadWords>,
     /// Whether the logits of every generated token are wanted.
     pub generation_logits: bool,
     /// Whether the logits of every prompt token are wanted; the engine must gather them.

@@ -6,8 +6,7 @@ use mixtral_engine::{RandomKey, SampleRequest};
 use mixtral_model::{BlockId, TokenId};
 
 use crate::request::{Request, RequestId};
-use crate::stop::StopMatcher;
-use crate::tokenizer::DecodeState;
+use crate::text::SequenceText;
 
 /// The state of a request: its tokens so far, and how many of them the cache holds.
 #[derive(Clone, Debug)]
@@ -22,10 +21,8 @@ pub struct Sequence {
     pub num_computed: usize,
     /// Its blocks, in order of position.
     pub blocks: Vec<BlockId>,
-    /// Decoding of its output.
-    pub decode: DecodeState,
-    /// Stop words.
-    pub stop: StopMatcher,
+    /// Its output as text.
+    pub text: SequenceText,
     /// Steps under way that compute tokens of it.
     pub in_flight: usize,
     /// Whether one of them draws its next token, so that nothing more can be computed before it is back.
@@ -47,8 +44,7 @@ impl Sequence {
             tokens: request.prompt.clone(),
             num_computed: 0,
             blocks: Vec::new(),
-            decode: DecodeState::default(),
-            stop: StopMatcher::new(&request.stop_words),
+            text: SequenceText::new(&request.stop_words),
             in_flight: 0,
             awaits_token: false,
             cancelled: false,
@@ -99,13 +95,7 @@ impl Sequence {
             key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
             tokens: (&self.tokens[..]).into(),
             prompt_len: self.prompt_len(),
-            banned: self.banned(),
+            banned: self.request.bad_words.banned(&self.tokens),
         }
-    }
-
-    /// The last tokens of bad words whose other tokens were just generated.
-    fn banned(&self) -> Vec<TokenId> {
-        let ends = |word: &&Vec<TokenId>| word.split_last().is_some_and(|(_, start)| self.output().ends_with(start));
-        self.request.bad_words.iter().filter(ends).filter_map(|word| word.last().copied()).collect()
     }
 }

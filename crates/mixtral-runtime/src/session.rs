@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use mixtral_engine::{BackendError, Limits, StepOutputs};
 use mixtral_model::TokenId;
+use mixtral_tokenizer::{Tokenizer, TokenizerError};
 
 use crate::blocks::BlockPool;
 use crate::execute::Executor;
 use crate::request::{FinishReason, Refusal, Request, RequestId};
 use crate::schedule::{self, Chunk};
 use crate::sequence::Sequence;
-use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// What an engine takes, as far as a session must know.
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +43,8 @@ pub struct Event {
     pub token: Option<TokenId>,
     /// The text that is certain now; without a tokenizer always empty.
     pub text: String,
+    /// Why the request's text ends here, if the tokenizer failed at it. Its tokens go on, without stop words.
+    pub text_failed: Option<TokenizerError>,
     /// Logits of the prompt's tokens computed in this step, `[n, vocab_size]`, if they were asked for.
     pub context_logits: Vec<f32>,
     /// Logits that the token was drawn from, `[vocab_size]`, if they were asked for.
@@ -62,9 +64,6 @@ pub enum SessionError {
         /// What it said.
         source: BackendError,
     },
-    /// The tokenizer.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
 }
 
 /// What a step was made of.
@@ -182,6 +181,12 @@ impl Session {
         self.queue.is_empty() && self.running.is_empty()
     }
 
+    /// Whether it has a tokenizer, so that events carry text.
+    #[must_use]
+    pub fn makes_text(&self) -> bool {
+        self.tokenizer.is_some()
+    }
+
     /// Blocks that nobody holds.
     #[must_use]
     pub fn free_blocks(&self) -> usize {
@@ -212,7 +217,7 @@ impl Session {
     /// idle session does nothing.
     ///
     /// # Errors
-    /// If the backend or the tokenizer fails.
+    /// If the backend fails.
     pub fn step(&mut self) -> Result<Vec<Event>, SessionError> {
         let depth = self.executor.depth();
         while self.flights.len() < depth && self.launch(depth)? {}
@@ -226,7 +231,7 @@ impl Session {
         self.steps += 1;
         let mut events = Vec::new();
         for (id, chunk) in &flight.parts {
-            events.extend(self.land(*id, chunk, &outputs, now)?);
+            events.extend(self.land(*id, chunk, &outputs, now));
         }
         for event in events.iter().filter(|e| e.finished.is_some()) {
             self.cancel(event.id);
@@ -265,20 +270,14 @@ impl Session {
     }
 
     /// What a step did for one request.
-    fn land(
-        &mut self,
-        id: RequestId,
-        chunk: &Chunk,
-        outputs: &StepOutputs,
-        now: Instant,
-    ) -> Result<Option<Event>, SessionError> {
-        let Some(sequence) = self.running.iter_mut().find(|s| s.id == id) else { return Ok(None) };
+    fn land(&mut self, id: RequestId, chunk: &Chunk, outputs: &StepOutputs, now: Instant) -> Option<Event> {
+        let sequence = self.running.iter_mut().find(|s| s.id == id)?;
         sequence.in_flight -= 1;
         if chunk.sample.is_some() {
             sequence.awaits_token = false;
         }
         if sequence.cancelled {
-            return Ok(None);
+            return None;
         }
         let vocab_size = self.capabilities.vocab_size;
         let rows = |first: usize, count: usize| outputs.logits[first * vocab_size..][..count * vocab_size].to_vec();
@@ -286,6 +285,7 @@ impl Session {
             id,
             token: None,
             text: String::new(),
+            text_failed: None,
             context_logits: Vec::new(),
             generation_logits: Vec::new(),
             finished: None,
@@ -297,46 +297,34 @@ impl Session {
             if sequence.request.generation_logits {
                 event.generation_logits = rows(chunk.first_logits_row + chunk.num_logits - 1, 1);
             }
-            accept(sequence, outputs.tokens[sample], self.tokenizer.as_deref(), now, &mut event)?;
+            accept(sequence, outputs.tokens[sample], self.tokenizer.as_deref(), now, &mut event);
         }
-        Ok((event.token.is_some() || !event.context_logits.is_empty()).then_some(event))
+        (event.token.is_some() || !event.context_logits.is_empty()).then_some(event)
     }
 }
 
 /// Adds a token to its sequence and fills in the event: its text, and whether it was the last.
-fn accept(
-    sequence: &mut Sequence,
-    token: TokenId,
-    tokenizer: Option<&Tokenizer>,
-    now: Instant,
-    event: &mut Event,
-) -> Result<(), TokenizerError> {
+fn accept(sequence: &mut Sequence, token: TokenId, tokenizer: Option<&Tokenizer>, now: Instant, event: &mut Event) {
     sequence.tokens.push(token);
     event.token = Some(token);
     let first_token = *sequence.first_token.get_or_insert(now);
-    let mut reason = None;
-    if sequence.request.end_ids.contains(&token) {
-        reason = Some(FinishReason::EndId);
-    } else {
-        if let Some(tokenizer) = tokenizer {
-            let piece = tokenizer.decode_next(&mut sequence.decode, token)?;
-            let (text, stopped) = sequence.stop.push(&piece);
-            event.text = text;
-            reason = stopped.then_some(FinishReason::StopWord);
-        }
-        if reason.is_none() && sequence.output().len() >= sequence.request.max_output_len {
-            reason = Some(FinishReason::Length);
-        }
+    let is_end = sequence.request.end_ids.contains(&token);
+    let mut reason = is_end.then_some(FinishReason::EndId);
+    if let (Some(tokenizer), false) = (tokenizer, is_end)
+        && sequence.text.push(tokenizer, token, event)
+    {
+        reason = Some(FinishReason::StopWord);
     }
-    if let Some(reason) = reason {
-        if let (Some(tokenizer), true) = (tokenizer, reason != FinishReason::StopWord) {
-            let rest = tokenizer.decode_rest(&sequence.decode)?;
-            let (text, _) = sequence.stop.push(&rest);
-            event.text += &text;
-            event.text += &sequence.stop.finish();
-        }
-        let since = |then: Instant| then.duration_since(sequence.submitted);
-        event.finished = Some((reason, Timing { first_token: since(first_token), total: since(now) }));
+    if reason.is_none() && sequence.output().len() >= sequence.request.max_output_len {
+        reason = Some(FinishReason::Length);
     }
-    Ok(())
+    let Some(mut reason) = reason else { return };
+    if let (Some(tokenizer), true) = (tokenizer, reason != FinishReason::StopWord)
+        && sequence.text.finish(tokenizer, event)
+        && reason == FinishReason::Length
+    {
+        reason = FinishReason::StopWord;
+    }
+    let since = |then: Instant| then.duration_since(sequence.submitted);
+    event.finished = Some((reason, Timing { first_token: since(first_token), total: since(now) }));
 }

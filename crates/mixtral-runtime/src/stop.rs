@@ -1,41 +1,96 @@
 //! Stop words in a stream of text.
 
+use std::ops::Range;
+
 /// Finds the first stop word in text that arrives piece by piece, and holds back what may be the start of one.
+///
+/// Special tokens can be part of a stop word. They are in the text that is searched, and not in the text that comes out.
+/// Decoding drops the space that a text begins with, so a word with a space before it may also stand at the start.
 #[derive(Clone, Debug, Default)]
 pub struct StopMatcher {
-    words: Vec<String>,
+    words: Vec<Word>,
     held: String,
+    /// The parts of `held` that do not come out, as ranges of bytes.
+    hidden: Vec<Range<usize>>,
+}
+
+/// Stands for the start of the text, where it is searched: a character that is reserved for such uses.
+const START: &str = "\u{FDD0}";
+
+/// What is looked for, and how many bytes of it stay in the text.
+#[derive(Clone, Debug)]
+struct Word {
+    text: String,
+    kept: usize,
 }
 
 impl StopMatcher {
-    /// A matcher of `words`; empty ones are ignored.
+    /// A matcher of `words`; empty ones are ignored. One that starts with a space is found at the start of a line too.
     #[must_use]
     pub fn new(words: &[String]) -> Self {
-        StopMatcher { words: words.iter().filter(|w| !w.is_empty()).cloned().collect(), held: String::new() }
+        let mut matcher = StopMatcher::default();
+        for word in words.iter().filter(|word| !word.is_empty()) {
+            matcher.words.push(Word { text: word.clone(), kept: 0 });
+            if let Some(rest) = word.strip_prefix(' ').filter(|rest| !rest.trim().is_empty()) {
+                for before in ["\n", START] {
+                    matcher.words.push(Word { text: format!("{before}{rest}"), kept: before.len() });
+                }
+            }
+        }
+        matcher.push_hidden(START);
+        matcher
     }
 
     /// Takes the next piece; gives back the text that is now certain, and whether a stop word followed it. Of several
     /// words the one that starts first counts.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
-        if let Some(at) = self.words.iter().filter_map(|word| self.held.find(word.as_str())).min() {
-            self.held.truncate(at);
-            return (std::mem::take(&mut self.held), true);
+        let found = self.words.iter().filter_map(|word| Some(self.held.find(&word.text)? + word.kept)).min();
+        match found {
+            Some(at) => (self.release(at), true),
+            None => (self.release(self.held.len() - self.longest_start()), false),
         }
-        let certain = self.held.len() - self.longest_start();
-        let rest = self.held.split_off(certain);
-        (std::mem::replace(&mut self.held, rest), false)
+    }
+
+    /// Takes the content of a special token. As [`StopMatcher::push`].
+    pub fn push_hidden(&mut self, token: &str) -> (String, bool) {
+        self.hidden.push(self.held.len()..self.held.len() + token.len());
+        self.push(token)
+    }
+
+    /// Whether a special token may be part of a stop word.
+    #[must_use]
+    pub fn concerns(&self, special: &str) -> bool {
+        self.words.iter().any(|word| word.text.contains(special))
     }
 
     /// The text held back, at the end of the stream.
     pub fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
+        self.release(self.held.len())
+    }
+
+    /// Takes the first bytes out, and gives what is not hidden of them.
+    fn release(&mut self, bytes: usize) -> String {
+        let rest = self.held.split_off(bytes);
+        let released = std::mem::replace(&mut self.held, rest);
+        let mut text = String::new();
+        let mut from = 0;
+        for part in &self.hidden {
+            text += released.get(from..part.start).unwrap_or_default();
+            from = from.max(part.end);
+        }
+        text += released.get(from..).unwrap_or_default();
+        self.hidden.retain(|part| part.end > bytes);
+        for part in &mut self.hidden {
+            *part = part.start.saturating_sub(bytes)..part.end - bytes;
+        }
+        text
     }
 
     /// Bytes of the longest end of the held text that is the start of a stop word.
     fn longest_start(&self) -> usize {
         let starts = self.held.char_indices().map(|(at, _)| &self.held[at..]);
-        starts.filter(|end| self.words.iter().any(|word| word.starts_with(end))).map(str::len).max().unwrap_or(0)
+        starts.filter(|end| self.words.iter().any(|word| word.text.starts_with(end))).map(str::len).max().unwrap_or(0)
     }
 }
 
@@ -63,6 +118,28 @@ mod tests {
         assert_eq!(matcher.push("xab"), ("x".to_owned(), false));
         assert_eq!(matcher.push("ab"), ("ab".to_owned(), false));
         assert_eq!(matcher.finish(), "ab");
+    }
+
+    #[test]
+    fn a_special_token_is_searched_and_does_not_come_out() {
+        let mut matcher = StopMatcher::new(&words(&["<end>\nUser", "fin"]));
+        assert!(matcher.concerns("<end>") && !matcher.concerns("<pad>"));
+        assert_eq!(matcher.push("yes"), ("yes".to_owned(), false));
+        assert_eq!(matcher.push_hidden("<end>"), (String::new(), false));
+        assert_eq!(matcher.push("\nNo f"), ("\nNo ".to_owned(), false));
+        assert_eq!(matcher.push_hidden("<end>"), ("f".to_owned(), false));
+        assert_eq!(matcher.push("\nUsers"), (String::new(), true));
+    }
+
+    #[test]
+    fn a_word_after_a_space_is_also_found_at_the_start_of_a_line() {
+        let stop = words(&[" dog", "\n\n"]);
+        assert_eq!(StopMatcher::new(&stop).push("dog"), (String::new(), true));
+        assert_eq!(StopMatcher::new(&stop).push("a\ndog"), ("a\n".to_owned(), true));
+        assert_eq!(StopMatcher::new(&stop).push("hot dog"), ("hot".to_owned(), true));
+        assert_eq!(StopMatcher::new(&stop).push("hotdog\nx"), ("hotdog\nx".to_owned(), false));
+        assert_eq!(StopMatcher::new(&stop).push("\nx"), ("\nx".to_owned(), false));
+        assert_eq!(StopMatcher::new(&words(&[" "])).push("a b"), ("a".to_owned(), true));
     }
 
     proptest! {

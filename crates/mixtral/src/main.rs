@@ -10,33 +10,52 @@ mod diff;
 mod interrupt;
 mod progress;
 mod run;
+mod say;
 mod stages;
+mod version;
 mod warnings;
 
 use std::process::ExitCode;
 
-use args::{Cli, Command, Parsed};
+use args::{Cli, Command, NotParsed, Parsed, Usage};
+use clap::error::ErrorKind;
 use interrupt::Output;
 use mixtral_checkpoint::staged::note_failure;
 
+/// Exit code of wrong usage.
+const WRONG_USAGE: u8 = 2;
+
 fn main() -> ExitCode {
-    let Parsed { cli: Cli { command }, ignored } = match args::parse(std::env::args_os()) {
+    let line: Vec<_> = std::env::args_os().collect();
+    let is_long_version = line.iter().any(|arg| arg == "--version");
+    let Parsed { cli: Cli { loudness, command }, left_out } = match args::parse(line) {
         Ok(parsed) => parsed,
-        Err(error) => {
-            // Help and version come this way too; clap knows which is a success.
+        Err(NotParsed::Usage(usage)) => {
+            eprintln!("error: {usage}");
+            return ExitCode::from(WRONG_USAGE);
+        }
+        Err(NotParsed::Clap(error)) if error.kind() == ErrorKind::DisplayVersion && is_long_version => {
+            println!("{}", version::long());
+            return ExitCode::SUCCESS;
+        }
+        Err(NotParsed::Clap(error)) => {
+            // Help and the short version come this way too; clap knows which is a success.
             let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(WRONG_USAGE));
         }
     };
-    if !ignored.is_empty() {
-        eprintln!("warning: accepted for old command lines, without effect here: {}", ignored.join(", "));
-    }
+    say::set(loudness.level());
     warnings::print();
+    if !left_out.is_empty() {
+        let flags: Vec<_> = left_out.iter().map(|old| old.flag.as_str()).collect();
+        say::warning(format_args!("accepted for old command lines, without effect here: {}", flags.join(", ")));
+        left_out.iter().for_each(|old| say::detail(format_args!("  {}: {}", old.flag, old.why)));
+    }
     let output = command.output();
     if let Some(Err(error)) = output.clone().map(interrupt::watch) {
-        eprintln!("warning: {}", args::chain(&error));
+        say::warning(args::chain(&error));
     }
-    let result = match command {
+    let result = say::timed("all", || match command {
         Command::Convert(args) => args.validate().map(|options| stages::convert::main(&options)),
         Command::Build(args) => match args.rebuild() {
             Ok(Some(options)) => Ok(stages::rebuild::main(&options)),
@@ -48,13 +67,16 @@ fn main() -> ExitCode {
         Command::Diff(args) => args.validate().map(|options| stages::diff::main(&options)),
         Command::Inspect(args) => Ok(stages::inspect::main(&args)),
         Command::Verify(args) => Ok(stages::verify::main(&args)),
-    };
+        Command::Completions(args) => Ok(stages::shell::completions(&args)),
+        Command::Man(args) => Ok(stages::shell::man(&args)),
+    });
     interrupt::settle();
     let (message, code) = match result {
         Ok(Ok(())) => return ExitCode::SUCCESS,
         Ok(Err(error)) if is_broken_pipe(&error) => return ExitCode::SUCCESS,
+        Ok(Err(error)) if error.is::<Usage>() => (error.to_string(), ExitCode::from(WRONG_USAGE)),
         Ok(Err(error)) => (args::chain(&error), ExitCode::FAILURE),
-        Err(usage) => (usage.to_string(), ExitCode::from(2)),
+        Err(usage) => (usage.to_string(), ExitCode::from(WRONG_USAGE)),
     };
     eprintln!("error: {message}");
     if let Some(Output { dir, ownership }) = output {

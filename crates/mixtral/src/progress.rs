@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::say::{self, Level};
+
 /// Seconds between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
@@ -18,11 +20,12 @@ struct Shown {
 impl Shown {
     fn new(template: &str) -> Self {
         let terminal = std::io::stderr().is_terminal();
-        let bar = if terminal { ProgressBar::new(0) } else { ProgressBar::hidden() };
+        let shown = say::shows(Level::Normal);
+        let bar = if terminal && shown { ProgressBar::new(0) } else { ProgressBar::hidden() };
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
         }
-        Shown { bar, next_line: (!terminal).then(|| Mutex::new(Instant::now() + LINE_EVERY)) }
+        Shown { bar, next_line: (!terminal && shown).then(|| Mutex::new(Instant::now() + LINE_EVERY)) }
     }
 
     /// Whether a plain line is to be printed now, by whoever asks first.

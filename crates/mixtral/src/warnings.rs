@@ -2,6 +2,8 @@
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
+use crate::say;
+
 struct Stderr;
 
 impl Log for Stderr {
@@ -12,7 +14,7 @@ impl Log for Stderr {
 
     fn log(&self, record: &Record<'_>) {
         if self.enabled(record.metadata()) {
-            eprintln!("warning: {}", record.args());
+            say::warning(record.args());
         }
     }
 

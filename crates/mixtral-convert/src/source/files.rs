@@ -99,6 +99,9 @@ fn no_config(dir: &Path, names: &BTreeSet<String>) -> ConvertError {
     if names.contains("snapshots") {
         return ConvertError::HubCache { dir: own(), snapshot: snapshot(dir) };
     }
+    if let Some(model) = names.iter().filter(|n| n.starts_with("models--")).find_map(|n| snapshot(&dir.join(n))) {
+        return ConvertError::Above { dir: own(), model };
+    }
     if names.iter().any(|name| is_adapter(name)) {
         return ConvertError::Adapter { dir: own(), base: adapter_base(dir) };
     }

@@ -106,6 +106,14 @@ pub(crate) fn api() -> Result<&'static Api, CudaError> {
     API.get_or_init(load).as_ref().map_err(Clone::clone)
 }
 
+/// The newest CUDA version that the driver of this machine knows, as `CUDA 13.0`.
+///
+/// # Errors
+/// If there is no driver, or no GPU.
+pub fn driver_version() -> Result<String, CudaError> {
+    Ok(api()?.version())
+}
+
 fn load() -> Result<Api, CudaError> {
     // SAFETY: libcuda's initializers have no preconditions.
     let open = |name| unsafe { Library::new(name) };

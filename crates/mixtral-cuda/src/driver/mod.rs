@@ -12,6 +12,7 @@ mod stream;
 mod tensor_map;
 
 pub(crate) use api::api;
+pub use api::driver_version;
 pub(crate) use context::Context;
 pub use context::Device;
 pub use context::devices;

@@ -7,91 +7,94 @@ use mixtral_engine::Limits;
 use mixtral_kernels::Arch;
 use mixtral_model::{DType, Mapping};
 
-use super::{Usage, at_least_one, usage};
-use crate::args::convert::{ParallelArgs, mapping};
+use super::beside::{compare, described};
+use super::parallel::ParallelArgs;
+use super::{Usage, numbers, usage};
+use crate::say;
+
+const MODEL: &str = "Model and engine";
+const LIMITS: &str = "Limits";
+const KERNELS: &str = "Kernels";
+const SHOW: &str = "The program for people";
 
 /// As typed.
 #[derive(Debug, clap::Args)]
-#[command(next_line_help = false)]
+#[command(after_help = "\
+Examples:
+  mixtral build --checkpoint-dir ./ckpt --output-dir ./engine --max-batch-size 8 --max-seq-len 4096
+  mixtral build --checkpoint-dir ./ckpt --output-dir ./engine --arch sm_90a
+  mixtral build --model-config mixtral-8x7b --dry-run --explain")]
 pub struct BuildArgs {
     /// Checkpoint to build from [default: tllm_checkpoint, unless --model-config is given]
-    #[arg(long)]
+    #[arg(help_heading = MODEL, long)]
     pub checkpoint_dir: Option<PathBuf>,
     /// Build with dummy weights of this geometry: mixtral-8x7b, mixtral-8x22b, or a config.json (ours or Hugging Face's)
-    #[arg(long, value_name = "NAME|PATH")]
+    #[arg(help_heading = MODEL, long, value_name = "NAME|PATH")]
     pub model_config: Option<String>,
     /// Build this engine's kernels again, in place: nothing else of it changes, and no checkpoint is needed. --arch and the
     /// plugins are as they were, or as given
-    #[arg(long, value_name = "DIR")]
+    #[arg(help_heading = MODEL, long, value_name = "DIR")]
     pub from_engine: Option<PathBuf>,
-    /// Data type of a geometry without one
-    #[arg(long, default_value = "f16", value_parser = clap::value_parser!(DType))]
-    pub dtype: DType,
-    /// Seed of the dummy weights
-    #[arg(long, default_value_t = 0)]
-    pub seed: u64,
-    #[command(flatten)]
-    pub parallel: ParallelArgs,
+    /// Data type of dummy weights [default: the geometry's, f16 for one without]
+    #[arg(help_heading = MODEL, long, value_parser = clap::value_parser!(DType))]
+    pub dtype: Option<DType>,
+    /// Seed of the dummy weights [default: 0]
+    #[arg(help_heading = MODEL, long)]
+    pub seed: Option<u64>,
     /// Where the engine goes
-    #[arg(long, default_value = "engine_outputs")]
+    #[arg(help_heading = MODEL, long, default_value = "engine_outputs")]
     pub output_dir: PathBuf,
     /// What to build for; auto is cuda if a GPU is visible or --arch is given
-    #[arg(long, default_value = "auto")]
+    #[arg(help_heading = KERNELS, long, default_value = "auto")]
     pub backend: BackendChoice,
     /// GPU architectures to build for (sm_80, sm_90a, …); no GPU is needed for that
-    #[arg(long, num_args = 1.., value_delimiter = ',', value_parser = clap::value_parser!(Arch))]
+    #[arg(help_heading = KERNELS, long, num_args = 1.., action = clap::ArgAction::Set, value_delimiter = ',',
+        value_parser = clap::value_parser!(Arch))]
     pub arch: Vec<Arch>,
     /// Kernels of dense linears: auto, a data type (the model's), disable (portable kernels), or cublaslt (in steps of more
     /// than 256 tokens; the machine that runs the engine needs it, and results depend on what else is in a step) [default: auto]
-    #[arg(long)]
+    #[arg(help_heading = KERNELS, long)]
     pub gemm_plugin: Option<String>,
     /// Kernels of the experts: auto, a data type (the model's), or disable (portable kernels) [default: auto]
-    #[arg(long)]
+    #[arg(help_heading = KERNELS, long)]
     pub moe_plugin: Option<String>,
     /// Kernels of attention: auto, a data type (the model's), or disable (there is one kind) [default: auto]
-    #[arg(long)]
+    #[arg(help_heading = KERNELS, long)]
     pub gpt_attention_plugin: Option<String>,
-    /// Attention of prompts in fp8 (needs fp8 weights)
-    #[arg(long, default_value = "disable")]
-    pub use_fp8_context_fmha: String,
     /// Ranks and kernels built at a time [default: one rank, and a kernel for each core]
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(help_heading = MODEL, long, value_parser = numbers::threads)]
     pub workers: Option<usize>,
     /// Sequences in one step
-    #[arg(long, default_value = "64", value_parser = at_least_one)]
+    #[arg(help_heading = LIMITS, long, default_value = "64", value_parser = numbers::sequences)]
     pub max_batch_size: usize,
     /// Tokens in one step
-    #[arg(long, default_value = "8192", value_parser = at_least_one)]
+    #[arg(help_heading = LIMITS, long, default_value = "8192", value_parser = numbers::tokens)]
     pub max_num_tokens: usize,
-    /// Tokens of a prompt; with --max-output-len sets --max-seq-len
-    #[arg(long, value_parser = at_least_one)]
+    /// Tokens of a prompt; with those of an output they make --max-seq-len. Either alone leaves 1024 for the other
+    #[arg(help_heading = LIMITS, long, value_parser = numbers::tokens)]
     pub max_input_len: Option<usize>,
-    /// Tokens of an output; with --max-input-len sets --max-seq-len
-    #[arg(long, value_parser = at_least_one)]
+    /// Tokens of an output, as --max-input-len
+    #[arg(help_heading = LIMITS, long, value_parser = numbers::tokens)]
     pub max_output_len: Option<usize>,
     /// Tokens of a sequence, prompt and output [default: the model's, at most 4096]
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(help_heading = LIMITS, long, alias = "max-decoder-seq-len", value_parser = numbers::tokens)]
     pub max_seq_len: Option<usize>,
-    /// Hypotheses of beam search
-    #[arg(long, default_value = "1", value_parser = at_least_one)]
-    pub max_beam_width: usize,
     /// Tokens of a KV block (16 to 128)
-    #[arg(long, alias = "tokens-per-block", default_value = "64", value_parser = at_least_one)]
+    #[arg(help_heading = LIMITS, long, alias = "tokens-per-block", default_value = "64", value_parser = block_size)]
     pub block_size: usize,
     /// Make the logits of every prompt token available
-    #[arg(long, alias = "gather-all-token-logits")]
+    #[arg(help_heading = LIMITS, long, alias = "gather-all-token-logits")]
     pub gather_context_logits: bool,
-    /// The logits of generated tokens are always available
-    #[arg(long, hide = true)]
-    pub gather_generation_logits: bool,
-    /// Measure kernel candidates on this GPU
-    #[arg(long)]
-    pub tune: bool,
+    /// Say what the engine would hold, and write nothing
+    #[arg(help_heading = MODEL, long)]
+    pub dry_run: bool,
+    #[command(flatten)]
+    pub parallel: ParallelArgs,
     /// Print the program with bytes, FLOPs and predicted time of each operation
-    #[arg(long)]
+    #[arg(help_heading = SHOW, long)]
     pub explain: bool,
     /// Draw the program as a Graphviz file
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = SHOW, long, value_name = "FILE")]
     pub graph: Option<PathBuf>,
 }
 
@@ -119,6 +122,34 @@ pub enum BuildFor {
     Visible,
 }
 
+/// Sequences are at most this long unless asked for.
+const DEFAULT_MAX_SEQ_LEN: usize = 4096;
+
+/// What the old commands left for a length that was not given.
+const DEFAULT_OTHER_LEN: usize = 1024;
+
+/// How long a sequence may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MaxSeqLen {
+    /// As the model was trained for, within reason.
+    Model,
+    /// As asked for.
+    Given(usize),
+    /// One of prompt and output was given, and there is to be room for the other, if the model can.
+    WithRoom(usize),
+}
+
+impl MaxSeqLen {
+    /// In tokens, for a model of so many positions.
+    pub fn resolve(self, positions: usize) -> usize {
+        match self {
+            MaxSeqLen::Model => positions.min(DEFAULT_MAX_SEQ_LEN),
+            MaxSeqLen::Given(tokens) => tokens,
+            MaxSeqLen::WithRoom(one) => one.saturating_add(DEFAULT_OTHER_LEN).min(positions).max(one.saturating_add(1)),
+        }
+    }
+}
+
 /// Where the model comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Model {
@@ -133,19 +164,23 @@ pub enum Model {
 pub struct BuildOptions {
     /// Where the model comes from.
     pub model: Model,
-    /// Data type of a geometry without one.
-    pub dtype: DType,
+    /// Data type of dummy weights.
+    pub dtype: Option<DType>,
     /// Seed of dummy weights.
-    pub seed: u64,
+    pub seed: Option<u64>,
     /// Mapping of dummy weights.
     pub mapping: Mapping,
+    /// The flags that it was made of.
+    pub parallel: ParallelArgs,
     /// Where the engine goes.
     pub output_dir: PathBuf,
     /// What to build for.
     pub build_for: BuildFor,
     /// Ranks and kernels built at a time, if that was asked for.
     pub workers: Option<usize>,
-    /// The limits; `max_seq_len` 0 stands for the model's.
+    /// How long a sequence may be.
+    pub max_seq_len: MaxSeqLen,
+    /// The other limits.
     pub limits: Limits,
     /// Whether context logits are gathered.
     pub gather_context_logits: bool,
@@ -153,6 +188,8 @@ pub struct BuildOptions {
     pub recorded: BTreeMap<String, String>,
     /// Plugin flags that name a data type, to be compared with the model's.
     pub plugins: Vec<(&'static str, DType)>,
+    /// Whether to write nothing.
+    pub dry_run: bool,
     /// Whether to print the program.
     pub explain: bool,
     /// Where to draw it.
@@ -194,24 +231,6 @@ impl BuildArgs {
             BackendChoice::Cuda => BuildFor::Gpus,
             BackendChoice::Auto => BuildFor::Visible,
         };
-        if self.tune {
-            usage!("--tune (measuring kernel candidates on this GPU) is not supported by this version; leave it out");
-        }
-        if self.max_beam_width > 1 {
-            usage!(
-                "--max-beam-width {}: beam search is not supported by this version; leave it at 1",
-                self.max_beam_width
-            );
-        }
-        if !matches!(self.use_fp8_context_fmha.as_str(), "enable" | "disable") {
-            usage!("--use-fp8-context-fmha is `{}`; expected enable or disable", self.use_fp8_context_fmha);
-        }
-        if self.use_fp8_context_fmha == "enable" {
-            usage!("--use-fp8-context-fmha enable needs fp8 weights, which this version does not have");
-        }
-        if !(16..=128).contains(&self.block_size) || !self.block_size.is_power_of_two() {
-            usage!("--block-size is {}; expected 16, 32, 64 or 128", self.block_size);
-        }
         let mut plugins = Vec::new();
         let mut recorded = BTreeMap::new();
         for (flag, value) in self.plugins() {
@@ -219,13 +238,23 @@ impl BuildArgs {
             recorded.insert(flag.to_owned(), value.to_owned());
             plugins.extend(check_plugin(flag, value)?.map(|dtype| (flag, dtype)));
         }
-        let lengths = match (self.max_seq_len, self.max_input_len, self.max_output_len) {
+        let max_seq_len = match (self.max_seq_len, self.max_input_len, self.max_output_len) {
             (Some(seq), input, _) if input.is_some_and(|i| i >= seq) => {
                 usage!("--max-input-len {} leaves no room for output in --max-seq-len {seq}", input.unwrap_or(0))
             }
-            (Some(seq), ..) => seq,
-            (None, Some(input), Some(output)) => input.saturating_add(output),
-            (None, ..) => 0,
+            (Some(seq), input, output) => {
+                for (flag, value) in [("--max-input-len", input), ("--max-output-len", output)] {
+                    if value.is_some() {
+                        say::warning(format_args!(
+                            "{flag} changes nothing beside --max-seq-len {seq}, which is the limit"
+                        ));
+                    }
+                }
+                MaxSeqLen::Given(seq)
+            }
+            (None, Some(input), Some(output)) => MaxSeqLen::Given(input.saturating_add(output)),
+            (None, Some(one), None) | (None, None, Some(one)) => MaxSeqLen::WithRoom(one),
+            (None, None, None) => MaxSeqLen::Model,
         };
         for (name, value) in [("max_input_len", self.max_input_len), ("max_output_len", self.max_output_len)] {
             if let Some(value) = value {
@@ -242,22 +271,46 @@ impl BuildArgs {
             model,
             dtype: self.dtype,
             seed: self.seed,
-            mapping: mapping(&self.parallel)?,
+            mapping: self.parallel.mapping()?,
+            parallel: self.parallel,
             output_dir: self.output_dir,
             build_for,
             workers: self.workers,
+            max_seq_len,
             limits: Limits {
                 max_batch_size: self.max_batch_size,
                 max_num_tokens: self.max_num_tokens,
-                max_seq_len: lengths,
+                max_seq_len: 0,
                 max_num_logits: 1,
                 block_size: self.block_size,
             },
             gather_context_logits: self.gather_context_logits,
             recorded,
             plugins,
+            dry_run: self.dry_run,
             explain: self.explain,
             graph: self.graph,
         })
+    }
+}
+
+impl BuildOptions {
+    /// Compares the flags that describe a model with the checkpoint that is built, which `place` names.
+    pub fn beside(&self, mapping: &Mapping, dtype: DType, has_weights: bool, place: &str) -> Result<(), Usage> {
+        let parallel = self.parallel.beside(mapping, place)?;
+        let dtype = compare(place, "convert the model again", [described("--dtype", self.dtype, "dtype", dtype)])?;
+        parallel.into_iter().chain(dtype).for_each(say::warning);
+        if self.seed.is_some() && has_weights {
+            usage!("--seed is for dummy weights, and the checkpoint has weights; leave it out");
+        }
+        Ok(())
+    }
+}
+
+/// A power of two that attention's kernels take.
+fn block_size(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(size @ (16 | 32 | 64 | 128)) => Ok(size),
+        _ => Err("expected 16, 32, 64 or 128".to_owned()),
     }
 }

@@ -4,65 +4,75 @@ use std::path::PathBuf;
 
 use super::build::BackendChoice;
 use super::run::Prompts;
-use super::{Usage, at_least_one, usage};
+use super::{Usage, numbers, spelling, usage};
+
+const SIDES: &str = "Sides";
+const COMPARED: &str = "What is compared";
+const PROMPTS: &str = "Prompts";
+const OUTPUT: &str = "Output";
 
 /// As typed.
 #[derive(Clone, Debug, clap::Args)]
+#[command(
+    group = clap::ArgGroup::new("prompts").args(["input_text", "input_file"]),
+    after_help = "\
+Examples:
+  mixtral diff ./engine --backends cpu,cuda
+  mixtral diff ./engine ./other --layers 2 --input-text \"I love french quiche\""
+)]
 pub struct DiffArgs {
     /// The reference and the engine to compare with it, or one engine to run on two backends
     #[arg(value_name = "ENGINE", num_args = 1..=2, default_value = "engine_outputs")]
     pub engines: Vec<PathBuf>,
     /// Where the reference runs, and the other [default: auto for each of two engines]
-    #[arg(long, num_args = 1, value_delimiter = ',', value_name = "A,B")]
+    #[arg(help_heading = SIDES, long, num_args = 1, action = clap::ArgAction::Set, value_delimiter = ',', value_name = "A,B")]
     pub backends: Vec<BackendChoice>,
     /// Compare the models of the first N layers: less memory, and less to wait for
-    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[arg(help_heading = COMPARED, long, value_name = "N", value_parser = numbers::tokens)]
     pub layers: Option<usize>,
     /// First operation that is compared: its index, or a buffer that it writes
-    #[arg(long, value_name = "OP")]
+    #[arg(help_heading = COMPARED, long, value_name = "OP")]
     pub start: Option<String>,
     /// Last operation that is compared, and the last that the other runs
-    #[arg(long, value_name = "OP")]
+    #[arg(help_heading = COMPARED, long, value_name = "OP")]
     pub stop: Option<String>,
     /// Largest error of an f32 buffer: the sum of squared differences by the sum of squares of the reference
-    #[arg(long, default_value_t = 1e-10, value_name = "NMSE")]
+    #[arg(help_heading = COMPARED, long, default_value_t = 1e-10, value_name = "NMSE")]
     pub f32_limit: f64,
     /// Largest error of a 16-bit buffer
-    #[arg(long, default_value_t = 1e-5, value_name = "NMSE")]
+    #[arg(help_heading = COMPARED, long, default_value_t = 1e-5, value_name = "NMSE")]
     pub half_limit: f64,
     /// Prompts [default: drawn token ids]
-    #[arg(long, num_args = 1.., allow_hyphen_values = false)]
+    #[arg(help_heading = PROMPTS, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
     pub input_text: Vec<String>,
     /// Prompts from a file, as those of `mixtral run`
-    #[arg(long, conflicts_with = "input_text")]
+    #[arg(help_heading = PROMPTS, long)]
     pub input_file: Option<PathBuf>,
     /// Directory of tokenizer.json [default: the reference's]
-    #[arg(long)]
+    #[arg(help_heading = PROMPTS, long, requires = "prompts")]
     pub tokenizer_dir: Option<PathBuf>,
     /// Cut prompts on the left to this many tokens [default: too long is an error]
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(help_heading = PROMPTS, long, requires = "prompts", value_parser = numbers::tokens)]
     pub max_input_length: Option<usize>,
     /// Do not put the model's start token before prompts
-    #[arg(long)]
+    #[arg(help_heading = PROMPTS, long, requires = "prompts")]
     pub no_add_special_tokens: bool,
     /// Lengths of the prompts that are drawn
-    #[arg(long, num_args = 1.., value_delimiter = ',', default_values_t = [33, 7], value_parser = at_least_one)]
+    #[arg(help_heading = PROMPTS, long, num_args = 1.., action = clap::ArgAction::Set, value_delimiter = ',', default_values_t = [33, 7],
+        value_parser = numbers::tokens, conflicts_with = "prompts")]
     pub input_len: Vec<usize>,
     /// Tokens that each prompt goes on for, as the reference draws them: the first comes with the prompt, each other one is a
     /// step of decodes
-    #[arg(long, default_value = "3", value_parser = at_least_one)]
+    #[arg(help_heading = PROMPTS, long, default_value = "3", value_parser = numbers::tokens)]
     pub max_output_len: usize,
     /// Seed of the prompts that are drawn
-    #[arg(long, default_value_t = 0)]
+    #[arg(help_heading = PROMPTS, long, default_value_t = 0, conflicts_with = "prompts")]
     pub random_seed: u64,
     /// Threads of the CPU backend [default: all cores]
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(help_heading = SIDES, long, value_parser = numbers::threads)]
     pub threads: Option<usize>,
-    /// A row for each operation, not one for the same of all layers
-    #[arg(long)]
-    pub verbose: bool,
     /// Print one JSON object
-    #[arg(long)]
+    #[arg(help_heading = OUTPUT, long)]
     pub json: bool,
 }
 

@@ -4,6 +4,10 @@ use std::path::PathBuf;
 
 /// What to look at.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  mixtral inspect ./ckpt --summary
+  mixtral inspect ./engine --json")]
 pub struct InspectArgs {
     /// A checkpoint or an engine
     pub dir: PathBuf,
@@ -11,6 +15,6 @@ pub struct InspectArgs {
     #[arg(long)]
     pub json: bool,
     /// Leave out the list of tensors and the program
-    #[arg(long)]
+    #[arg(long, conflicts_with = "json")]
     pub summary: bool,
 }

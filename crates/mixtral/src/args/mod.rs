@@ -1,20 +1,31 @@
 //! What was typed → validated options.
 //!
 //! Flags are kebab-case; each also answers to its TensorRT-LLM spelling: underscores become hyphens before anything
-//! else looks at them, and flags that were renamed have their old name as an alias. Flags of the old commands that mean
-//! nothing here are taken out, with one warning.
+//! else looks at them, and flags that were renamed have their old name as an alias ([`spelling`]). Flags of the old commands
+//! that have no place here are taken out, with one warning, or refused ([`old_flags`]). A flag that is given twice counts as it
+//! is given last.
 
 pub mod bench;
+pub mod beside;
 pub mod build;
 pub mod convert;
 pub mod diff;
+pub mod geometry;
 pub mod inspect;
-pub mod legacy;
+pub mod loudness;
+pub mod numbers;
+pub mod old_flags;
+#[cfg(test)]
+mod old_flags_tests;
+pub mod parallel;
 #[cfg(test)]
 mod ranges;
 pub mod rebuild;
 pub mod run;
+pub mod shell;
+pub mod spelling;
 pub mod verify;
+pub mod words;
 
 use std::ffi::OsString;
 use std::str::FromStr;
@@ -23,11 +34,28 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use mixtral_model::DType;
 
 use crate::interrupt::Output;
+use old_flags::OldFlag;
 
 /// The command line.
 #[derive(Debug, Parser)]
-#[command(name = "mixtral", version, about = "From a Hugging Face Mixtral checkpoint to text: convert, build, run")]
+#[command(
+    name = "mixtral",
+    version = crate::version::SHORT,
+    about = "From a Hugging Face Mixtral checkpoint to text: convert, build, run",
+    args_override_self = true,
+    max_term_width = 120,
+    after_help = "\
+Examples:
+  mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --dtype bf16
+  mixtral build --checkpoint-dir ./ckpt --output-dir ./engine
+  mixtral run --engine-dir ./engine --input-text \"I love french quiche\"
+
+The command lines of TensorRT-LLM's convert_checkpoint.py, trtllm-build and run.py work with the program's name changed."
+)]
 pub struct Cli {
+    /// How much is said.
+    #[command(flatten)]
+    pub loudness: loudness::Loudness,
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -37,7 +65,6 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Hugging Face model → checkpoint, cut for the ranks of a job
-    #[command(alias = "quantize")]
     Convert(convert::ConvertArgs),
     /// Checkpoint → engine
     Build(build::BuildArgs),
@@ -51,6 +78,10 @@ pub enum Command {
     Inspect(inspect::InspectArgs),
     /// Whether a checkpoint or an engine is as it was written: reads every byte
     Verify(verify::VerifyArgs),
+    /// The completions of a shell, to be sourced by it
+    Completions(shell::CompletionsArgs),
+    /// The manual pages
+    Man(shell::ManArgs),
 }
 
 impl Command {
@@ -60,7 +91,7 @@ impl Command {
             Command::Convert(args) if !args.dry_run => {
                 Some(Output { dir: args.output_dir.clone(), ownership: mixtral_checkpoint::writer::OWNERSHIP })
             }
-            Command::Build(args) => {
+            Command::Build(args) if !args.dry_run => {
                 let dir = args.from_engine.as_ref().unwrap_or(&args.output_dir);
                 Some(Output { dir: dir.clone(), ownership: mixtral_engine::dir::OWNERSHIP })
             }
@@ -74,11 +105,11 @@ impl Command {
 pub struct Parsed {
     /// The rest.
     pub cli: Cli,
-    /// Old flags without meaning here, as typed.
-    pub ignored: Vec<String>,
+    /// Old flags that change nothing here.
+    pub left_out: Vec<&'static OldFlag>,
 }
 
-/// Flags that contradict each other or that this version cannot honour: exit code 2.
+/// Flags that contradict each other, or the directory that they stand beside, or that this version cannot honour: exit code 2.
 #[derive(Debug)]
 pub struct Usage(pub String);
 
@@ -88,11 +119,22 @@ impl std::fmt::Display for Usage {
     }
 }
 
+impl std::error::Error for Usage {}
+
 /// `Err(Usage)` with a formatted message.
 macro_rules! usage {
     ($($message:tt)*) => { return Err($crate::args::Usage(format!($($message)*))) };
 }
 pub(crate) use usage;
+
+/// Why a command line was not parsed.
+#[derive(Debug)]
+pub enum NotParsed {
+    /// Wrong usage as clap sees it, help or version.
+    Clap(clap::Error),
+    /// An old flag that cannot be honoured.
+    Usage(Usage),
+}
 
 /// An error and its causes in one line. Many errors already say their cause, which is then not said again.
 pub fn chain(error: &anyhow::Error) -> String {
@@ -106,14 +148,15 @@ pub fn chain(error: &anyhow::Error) -> String {
 /// Parses a command line.
 ///
 /// # Errors
-/// Wrong usage, help or version: clap's own error, to be printed.
-pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, clap::Error> {
-    let (args, ignored) = legacy::take_out(legacy::hyphenate(args));
-    let matches = Cli::command().try_get_matches_from(args)?;
+/// Wrong usage, help or version.
+pub fn parse(args: impl IntoIterator<Item = OsString>) -> Result<Parsed, NotParsed> {
+    let spelling::Line { args, left_out } = spelling::read(args).map_err(NotParsed::Usage)?;
+    let matches = Cli::command().try_get_matches_from(args).map_err(NotParsed::Clap)?;
     if let Some(problem) = rebuild::contradiction(&matches) {
-        return Err(Cli::command().error(clap::error::ErrorKind::ArgumentConflict, problem));
+        return Err(NotParsed::Usage(Usage(problem)));
     }
-    Ok(Parsed { cli: Cli::from_arg_matches(&matches)?, ignored })
+    let cli = Cli::from_arg_matches(&matches).map_err(NotParsed::Clap)?;
+    Ok(Parsed { cli, left_out })
 }
 
 /// `auto`, or a data type in any spelling.
@@ -122,39 +165,4 @@ pub fn dtype_or_auto(text: &str) -> Result<Option<DType>, String> {
         return Ok(None);
     }
     DType::from_str(text).map(Some).map_err(|e| format!("{e}, or auto"))
-}
-
-/// A real number that is at least 0.
-pub fn non_negative(text: &str) -> Result<f32, String> {
-    real(text, |x| x >= 0.0, "at least 0")
-}
-
-/// A real number above 0.
-pub fn positive(text: &str) -> Result<f32, String> {
-    real(text, |x| x > 0.0, "above 0")
-}
-
-/// A probability.
-pub fn probability(text: &str) -> Result<f32, String> {
-    real(text, |x| (0.0..=1.0).contains(&x), "from 0 to 1")
-}
-
-/// Any finite real number.
-pub fn finite(text: &str) -> Result<f32, String> {
-    real(text, |_| true, "finite")
-}
-
-fn real(text: &str, fits: impl Fn(f32) -> bool, range: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(x) if x.is_finite() && fits(x) => Ok(x),
-        _ => Err(format!("expected a number {range}")),
-    }
-}
-
-/// A count of at least 1.
-pub fn at_least_one(text: &str) -> Result<usize, String> {
-    match text.parse::<usize>() {
-        Ok(n) if n > 0 => Ok(n),
-        _ => Err("expected a whole number of at least 1".to_owned()),
-    }
 }

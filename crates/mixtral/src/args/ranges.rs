@@ -7,6 +7,9 @@ use clap::CommandFactory;
 use proptest::prelude::*;
 use proptest::sample::select;
 
+use super::numbers::{
+    ARRIVAL_RATES, MAX_RANKS, MAX_REQUESTS, MAX_RETURN_SEQUENCES, MAX_SEQUENCES, MAX_THREADS, MAX_TOKENS,
+};
 use super::{Cli, Command, parse};
 
 /// The values that a flag takes when nothing else is said.
@@ -22,14 +25,20 @@ enum Takes {
     Positive,
     /// Any number at all: whether a model can have it is said when it is known which one.
     AnyReal,
-    /// `N` or `A-B`, of at least 1.
+    /// `N` or `A-B`, of tokens.
     Span,
+    /// Requests a second, or 0.
+    Rate,
 }
 
-use Takes::{AnyReal, OneOf, Positive, Real, Span, Whole};
+use Takes::{AnyReal, OneOf, Positive, Rate, Real, Span, Whole};
 
 const SIZE: i128 = usize::MAX as i128;
-const COUNT: Takes = Whole(1, SIZE);
+const THREADS: Takes = Whole(1, MAX_THREADS as i128);
+const TOKENS: Takes = Whole(1, MAX_TOKENS as i128);
+const SEQUENCES: Takes = Whole(1, MAX_SEQUENCES as i128);
+const RANKS: Takes = Whole(1, MAX_RANKS as i128);
+/// What a model may have, and how many candidates there are, is said when it is known which model.
 const ANY_SIZE: Takes = Whole(0, SIZE);
 const SEED: Takes = Whole(0, u64::MAX as i128);
 const PROBABILITY: Takes = Real { low: 0.0, high: 1.0, f32: true };
@@ -37,17 +46,15 @@ const ANY_F32: Takes = Real { low: f64::MIN, high: f64::MAX, f32: true };
 
 /// Every numeric flag of every stage.
 const FLAGS: &[(&str, &str, Takes)] = &[
-    ("convert", "tp-size", COUNT),
-    ("convert", "pp-size", COUNT),
+    ("convert", "tp-size", RANKS),
+    ("convert", "pp-size", RANKS),
     ("convert", "moe-tp-mode", Whole(0, 2)),
     // With one rank; −1 is TensorRT-LLM's word for "not given".
     ("convert", "moe-tp-size", OneOf(&[-1, 1])),
     ("convert", "moe-ep-size", OneOf(&[-1, 1])),
     ("convert", "moe-normalization-mode", Whole(0, 1)),
     ("convert", "embedding-sharding-dim", Whole(0, 1)),
-    ("convert", "workers", COUNT),
-    ("convert", "group-size", ANY_SIZE),
-    ("convert", "calib-size", ANY_SIZE),
+    ("convert", "workers", THREADS),
     ("convert", "vocab-size", ANY_SIZE),
     ("convert", "n-positions", ANY_SIZE),
     ("convert", "n-layer", ANY_SIZE),
@@ -61,22 +68,21 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("convert", "moe-num-experts", ANY_SIZE),
     ("convert", "moe-top-k", ANY_SIZE),
     ("build", "seed", SEED),
-    ("build", "tp-size", COUNT),
-    ("build", "pp-size", COUNT),
+    ("build", "tp-size", RANKS),
+    ("build", "pp-size", RANKS),
     ("build", "moe-tp-mode", Whole(0, 2)),
     ("build", "moe-tp-size", OneOf(&[-1, 1])),
     ("build", "moe-ep-size", OneOf(&[-1, 1])),
-    ("build", "workers", COUNT),
-    ("build", "max-batch-size", COUNT),
-    ("build", "max-num-tokens", COUNT),
-    ("build", "max-input-len", COUNT),
-    ("build", "max-output-len", COUNT),
-    ("build", "max-seq-len", COUNT),
-    ("build", "max-beam-width", OneOf(&[1])),
+    ("build", "workers", THREADS),
+    ("build", "max-batch-size", SEQUENCES),
+    ("build", "max-num-tokens", TOKENS),
+    ("build", "max-input-len", TOKENS),
+    ("build", "max-output-len", TOKENS),
+    ("build", "max-seq-len", TOKENS),
     ("build", "block-size", OneOf(&[16, 32, 64, 128])),
-    ("run", "threads", COUNT),
-    ("run", "max-output-len", COUNT),
-    ("run", "max-input-length", COUNT),
+    ("run", "threads", THREADS),
+    ("run", "max-output-len", TOKENS),
+    ("run", "max-input-length", TOKENS),
     ("run", "temperature", Real { low: 0.0, high: f64::MAX, f32: true }),
     ("run", "top-k", ANY_SIZE),
     ("run", "top-p", PROBABILITY),
@@ -84,37 +90,34 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("run", "repetition-penalty", Positive),
     ("run", "presence-penalty", ANY_F32),
     ("run", "frequency-penalty", ANY_F32),
-    ("run", "num-beams", OneOf(&[1])),
-    ("run", "length-penalty", ANY_F32),
-    ("run", "early-stopping", Whole(i32::MIN as i128, i32::MAX as i128)),
-    // Several equal outputs are refused, and without other flags they would be.
-    ("run", "num-return-sequences", OneOf(&[1])),
+    ("run", "num-return-sequences", Whole(1, MAX_RETURN_SEQUENCES as i128)),
     ("run", "random-seed", SEED),
-    ("run", "end-id", Whole(i64::MIN as i128, i64::MAX as i128)),
-    ("run", "streaming-interval", COUNT),
+    ("run", "max-attention-window-size", TOKENS),
+    ("run", "end-id", Whole(-1, u32::MAX as i128)),
+    ("run", "streaming-interval", TOKENS),
     ("run", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
-    ("bench", "threads", COUNT),
-    ("bench", "batch-size", COUNT),
-    ("bench", "context", COUNT),
-    ("bench", "prefill-batch", COUNT),
+    ("bench", "threads", THREADS),
+    ("bench", "batch-size", SEQUENCES),
+    ("bench", "context", TOKENS),
+    ("bench", "prefill-batch", SEQUENCES),
     ("bench", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
-    ("bench", "steps", COUNT),
-    ("bench", "warmup", ANY_SIZE),
-    ("bench", "prefill", COUNT),
-    ("bench", "requests", ANY_SIZE),
+    ("bench", "steps", TOKENS),
+    ("bench", "warmup", Whole(0, MAX_TOKENS as i128)),
+    ("bench", "prefill", TOKENS),
+    ("bench", "requests", Whole(0, MAX_REQUESTS as i128)),
     ("bench", "input-len", Span),
     ("bench", "output-len", Span),
-    ("bench", "arrival-rate", Real { low: 0.0, high: f64::MAX, f32: false }),
+    ("bench", "arrival-rate", Rate),
     ("bench", "random-seed", SEED),
-    ("diff", "layers", COUNT),
+    ("diff", "layers", TOKENS),
     ("diff", "f32-limit", Real { low: 0.0, high: f64::MAX, f32: false }),
     ("diff", "half-limit", Real { low: 0.0, high: f64::MAX, f32: false }),
-    ("diff", "max-input-length", COUNT),
-    ("diff", "input-len", COUNT),
-    ("diff", "max-output-len", COUNT),
+    ("diff", "max-input-length", TOKENS),
+    ("diff", "input-len", TOKENS),
+    ("diff", "max-output-len", TOKENS),
     ("diff", "random-seed", SEED),
-    ("diff", "threads", COUNT),
-    ("verify", "workers", COUNT),
+    ("diff", "threads", THREADS),
+    ("verify", "workers", THREADS),
 ];
 
 /// A whole number as Rust writes it, or with a plus.
@@ -135,10 +138,11 @@ impl Takes {
             Real { low, high, f32 } => real().is_some_and(|x| (low..=high).contains(&x) && (!f32 || fits(x))),
             #[expect(clippy::cast_possible_truncation, reason = "what is too small for an f32 is 0")]
             Positive => real().is_some_and(|x| x as f32 > 0.0 && fits(x)),
+            Rate => real().is_some_and(|x| x == 0.0 || ARRIVAL_RATES.contains(&x)),
             AnyReal => text.parse::<f64>().is_ok(),
             Span => {
                 let (low, high) = text.split_once('-').unwrap_or((text, text));
-                let side = |text| whole(text).filter(|n| (1..=SIZE).contains(n));
+                let side = |text| whole(text).filter(|n| (1..=MAX_TOKENS as i128).contains(n));
                 side(low).zip(side(high)).is_some_and(|(low, high)| low <= high)
             }
         }
@@ -179,6 +183,10 @@ fn the_table_has_every_numeric_flag() {
 /// Parses and validates `mixtral command --flag=value`; what can be planned without files is.
 fn accepts(command: &str, flag: &str, value: &str) -> bool {
     let mut line = vec!["mixtral".to_owned(), command.to_owned(), format!("--{flag}={value}")];
+    line.extend((command == "bench").then(|| "--requests=1".to_owned()).filter(|_| flag != "requests"));
+    // Several outputs of greedy sampling would be equal, and are refused.
+    line.extend((flag == "num-return-sequences").then(|| "--top-k=0".to_owned()));
+    line.extend((command == "diff" && flag == "max-input-length").then(|| "--input-text=a".to_owned()));
     line.extend((command == "verify").then(|| "somewhere".to_owned()));
     line.extend((command == "diff").then(|| "--backends=cpu,cuda".to_owned()));
     let Ok(parsed) = parse(line.into_iter().map(Into::into)) else { return false };
@@ -195,7 +203,7 @@ fn accepts(command: &str, flag: &str, value: &str) -> bool {
         Command::Run(args) => args.validate().is_ok(),
         Command::Bench(args) => args.validate().is_ok(),
         Command::Diff(args) => args.validate().is_ok(),
-        Command::Inspect(_) | Command::Verify(_) => true,
+        _ => true,
     }
 }
 

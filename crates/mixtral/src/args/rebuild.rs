@@ -11,8 +11,19 @@ use super::build::{BuildArgs, check_plugin};
 use super::{Usage, usage};
 
 /// Flags of `build` that choose kernels or say what was built; all others are the engine's own.
-const BESIDE: &[&str] =
-    &["from_engine", "arch", "gemm_plugin", "moe_plugin", "gpt_attention_plugin", "workers", "explain", "graph"];
+const BESIDE: &[&str] = &[
+    "from_engine",
+    "arch",
+    "gemm_plugin",
+    "moe_plugin",
+    "gpt_attention_plugin",
+    "workers",
+    "explain",
+    "graph",
+    "verbose",
+    "quiet",
+    "log_level",
+];
 
 /// Validated.
 #[derive(Debug)]

@@ -5,122 +5,128 @@ use std::path::PathBuf;
 use mixtral_engine::SamplingParams;
 
 use super::build::BackendChoice;
-use super::{Usage, at_least_one, finite, non_negative, positive, probability, usage};
+use super::numbers::{self, finite, non_negative, positive, probability};
+use super::words::Words;
+use super::{Usage, spelling, usage};
+use crate::say;
+
+const ENGINE: &str = "Engine";
+const PROMPTS: &str = "Prompts";
+pub(super) const LENGTHS: &str = "Lengths and ends";
+pub(super) const SAMPLING: &str = "Sampling";
+const OUTPUT: &str = "Output";
+const FIGURES: &str = "Figures";
 
 /// As typed.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  mixtral run --engine-dir ./engine --max-output-len 32 --input-text \"I love french quiche\" \"- and so do you\"
+  mixtral run --engine-dir ./engine --input-file prompts.txt --top-k 40 --temperature 0.8 --random-seed 7 --output-csv ids.csv
+  mpirun -n 2 mixtral run --engine-dir ./engine-of-two-ranks --input-text \"I love french quiche\"")]
 pub struct RunArgs {
     /// Engine to run
-    #[arg(long, default_value = "engine_outputs")]
+    #[arg(help_heading = ENGINE, long, default_value = "engine_outputs")]
     pub engine_dir: PathBuf,
     /// Directory of tokenizer.json [default: the engine's, which carries the model's]
-    #[arg(long)]
+    #[arg(help_heading = ENGINE, long)]
     pub tokenizer_dir: Option<PathBuf>,
+    /// The old commands' model directory, whose tokenizer is used if no other is named
+    #[arg(long, hide = true, alias = "model-dir")]
+    pub hf_model_dir: Option<PathBuf>,
     /// Where to run; auto is a GPU if the engine was built for one, else the CPU
-    #[arg(long, default_value = "auto")]
+    #[arg(help_heading = ENGINE, long, default_value = "auto")]
     pub backend: BackendChoice,
     /// Threads of the CPU backend [default: all cores]
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(help_heading = ENGINE, long, value_parser = numbers::threads)]
     pub threads: Option<usize>,
     /// Prompts
-    #[arg(long, num_args = 1.., allow_hyphen_values = false)]
+    #[arg(help_heading = PROMPTS, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
     pub input_text: Vec<String>,
     /// Prompts from a file: .txt (one a line), .csv (token ids), .npy (2-D token ids, negative is padding)
-    #[arg(long, conflicts_with = "input_text")]
+    #[arg(help_heading = PROMPTS, long, conflicts_with = "input_text")]
     pub input_file: Option<PathBuf>,
-    /// Apply the model's chat template
-    #[arg(long)]
-    pub chat: bool,
     /// Tokens to generate at most
-    #[arg(long, default_value = "128", value_parser = at_least_one)]
+    #[arg(help_heading = LENGTHS, long, default_value = "128", value_parser = numbers::tokens)]
     pub max_output_len: usize,
     /// Cut prompts on the left to this many tokens [default: too long is an error]
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(help_heading = PROMPTS, long, value_parser = numbers::tokens)]
     pub max_input_length: Option<usize>,
     /// Logits are divided by it; 0 is greedy
-    #[arg(long, default_value = "1.0", value_parser = non_negative, allow_negative_numbers = true)]
+    #[arg(help_heading = SAMPLING, long, default_value = "1.0", value_parser = non_negative, allow_negative_numbers = true)]
     pub temperature: f32,
     /// Candidates by rank: 1 is greedy, 0 is off
-    #[arg(long, default_value_t = 1)]
+    #[arg(help_heading = SAMPLING, long, default_value_t = 1)]
     pub top_k: usize,
     /// Candidates up to this cumulative probability; 0 is off
-    #[arg(long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
+    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
     pub top_p: f32,
     /// Candidates at least this likely, relative to the likeliest; 0 is off
-    #[arg(long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
+    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
     pub min_p: f32,
     /// Penalty on tokens of prompt and output; 1 is off
-    #[arg(long, default_value = "1.0", value_parser = positive, allow_negative_numbers = true)]
+    #[arg(help_heading = SAMPLING, long, default_value = "1.0", value_parser = positive, allow_negative_numbers = true)]
     pub repetition_penalty: f32,
     /// Penalty on tokens of the output; 0 is off
-    #[arg(long, default_value = "0.0", value_parser = finite, allow_negative_numbers = true)]
+    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = finite, allow_negative_numbers = true)]
     pub presence_penalty: f32,
     /// Penalty on tokens of the output, by count; 0 is off
-    #[arg(long, default_value = "0.0", value_parser = finite, allow_negative_numbers = true)]
+    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = finite, allow_negative_numbers = true)]
     pub frequency_penalty: f32,
-    /// Hypotheses of beam search
-    #[arg(long, default_value = "1", value_parser = at_least_one)]
-    pub num_beams: usize,
-    /// Beam search: exponent of the length
-    #[arg(long, default_value = "1.0", value_parser = finite, allow_negative_numbers = true)]
-    pub length_penalty: f32,
-    /// Beam search: when to stop
-    #[arg(long, default_value_t = 1, allow_negative_numbers = true)]
-    pub early_stopping: i32,
     /// Sequences drawn for each prompt
-    #[arg(long, default_value = "1", value_parser = at_least_one)]
+    #[arg(help_heading = SAMPLING, long, default_value = "1", value_parser = numbers::return_sequences)]
     pub num_return_sequences: usize,
     /// Seed of the draws
-    #[arg(long, default_value_t = 0)]
+    #[arg(help_heading = SAMPLING, long, default_value_t = 0)]
     pub random_seed: u64,
-    /// Texts that end a sequence
-    #[arg(long, num_args = 1..)]
-    pub stop_words: Vec<String>,
-    /// Texts that may not come up
-    #[arg(long, num_args = 1..)]
-    pub bad_words: Vec<String>,
+    /// Texts that end a sequence, and texts that may not come up
+    #[command(flatten)]
+    pub words: Words,
     /// Token that ends a sequence; -1 is none [default: the model's]
-    #[arg(long, allow_negative_numbers = true)]
+    #[arg(help_heading = LENGTHS, long, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=i64::from(u32::MAX)))]
     pub end_id: Option<i64>,
-    /// Print outputs as they grow
-    #[arg(long)]
+    /// The old commands' window; one shorter than the engine's sequences is refused
+    #[arg(long, hide = true, num_args = 1.., action = clap::ArgAction::Set, value_parser = numbers::tokens)]
+    pub max_attention_window_size: Vec<usize>,
+    /// Print outputs as they grow, each time what is new
+    #[arg(help_heading = OUTPUT, long)]
     pub streaming: bool,
-    /// Tokens between two prints
-    #[arg(long, default_value = "5", value_parser = at_least_one)]
-    pub streaming_interval: usize,
+    /// Tokens between two prints [default: 5]
+    #[arg(help_heading = OUTPUT, long, value_parser = numbers::tokens)]
+    pub streaming_interval: Option<usize>,
+    /// Print all of an output each time, as run.py does, and not only what is new
+    #[arg(help_heading = OUTPUT, long, requires = "streaming")]
+    pub streaming_whole: bool,
     /// Do not put the model's start token before prompts
-    #[arg(long)]
+    #[arg(help_heading = PROMPTS, long)]
     pub no_add_special_tokens: bool,
     /// Write generated ids, a line for each prompt and beam
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = OUTPUT, long, value_name = "FILE")]
     pub output_csv: Option<PathBuf>,
     /// Write generated ids as i32 [prompts · beams, max_output_len], padded with -1
-    #[arg(long, value_name = "FILE")]
+    #[arg(help_heading = OUTPUT, long, value_name = "FILE")]
     pub output_npy: Option<PathBuf>,
     /// Write logits as F_generation.npy, and F_context.npy if the engine gathers them
-    #[arg(long, value_name = "F")]
+    #[arg(help_heading = OUTPUT, long, value_name = "F")]
     pub output_logits_npy: Option<PathBuf>,
-    /// Write log-probabilities
-    #[arg(long, value_name = "FILE")]
-    pub output_log_probs_npy: Option<PathBuf>,
-    /// Write cumulative log-probabilities
-    #[arg(long, value_name = "FILE")]
-    pub output_cum_log_probs_npy: Option<PathBuf>,
     /// Run 10 times to warm up and 10 times for the mean latency
-    #[arg(long)]
+    #[arg(help_heading = FIGURES, long)]
     pub run_profiling: bool,
-    /// Print tokens, latencies, rates, bandwidth and a hash of the logits
-    #[arg(long)]
+    /// Print tokens, latencies and rates
+    #[arg(help_heading = FIGURES, long)]
     pub stats: bool,
+    /// Print a hash of all logits that tokens were drawn from, which takes copying them
+    #[arg(help_heading = FIGURES, long)]
+    pub logits_hash: bool,
     /// Print how many tokens each expert was given
-    #[arg(long)]
+    #[arg(help_heading = FIGURES, long)]
     pub expert_stats: bool,
     /// Print one JSON object
-    #[arg(long)]
+    #[arg(help_heading = OUTPUT, long)]
     pub json: bool,
-    /// Fraction of free GPU memory for the KV cache
-    #[arg(long, alias = "kv-cache-free-gpu-memory-fraction", default_value = "0.9", value_parser = probability)]
-    pub kv_cache_free_gpu_mem_fraction: f32,
+    /// Fraction of free GPU memory for the KV cache [default: 0.9]
+    #[arg(help_heading = ENGINE, long, alias = "kv-cache-free-gpu-memory-fraction", value_parser = probability)]
+    pub kv_cache_free_gpu_mem_fraction: Option<f32>,
 }
 
 /// Where prompts come from.
@@ -145,21 +151,11 @@ pub struct RunOptions {
 
 impl RunArgs {
     /// Checks the flags against each other.
-    pub fn validate(self) -> Result<RunOptions, Usage> {
-        if self.num_beams > 1 {
-            usage!(
-                "--num-beams {}: beam search is not supported by this version; --num-return-sequences draws several outputs",
-                self.num_beams
-            );
+    pub fn validate(mut self) -> Result<RunOptions, Usage> {
+        if self.tokenizer_dir.is_some() && self.hf_model_dir.is_some() {
+            say::warning("--hf-model-dir changes nothing beside --tokenizer-dir: no Hugging Face model is run");
         }
-        if self.chat {
-            usage!("--chat: chat templates are not supported by this version; write the template into --input-text");
-        }
-        if self.output_log_probs_npy.is_some() || self.output_cum_log_probs_npy.is_some() {
-            usage!(
-                "log-probabilities are not supported by this version; --output-logits-npy has what they are computed from"
-            );
-        }
+        self.tokenizer_dir = self.tokenizer_dir.or(self.hf_model_dir.take());
         let sampling = SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
@@ -175,8 +171,12 @@ impl RunArgs {
                 self.num_return_sequences
             );
         }
+        self.warn_of_greedy();
         if self.json && self.streaming {
             usage!("--json prints one object at the end, --streaming prints as it goes; choose one");
+        }
+        if self.streaming_interval.is_some() && !self.streaming {
+            say::warning("--streaming-interval changes nothing without --streaming");
         }
         // run.py's default prompt.
         let prompts = match &self.input_file {
@@ -187,5 +187,21 @@ impl RunArgs {
             None => Prompts::Texts(self.input_text.clone()),
         };
         Ok(RunOptions { args: self, prompts, sampling })
+    }
+
+    /// With the default of --top-k nothing is drawn, whatever else is said of how.
+    fn warn_of_greedy(&self) {
+        let unused = [
+            (self.temperature != 1.0 && self.temperature != 0.0, format!("--temperature {}", self.temperature)),
+            (self.top_p > 0.0 && self.top_p < 1.0, format!("--top-p {}", self.top_p)),
+            (self.min_p > 0.0, format!("--min-p {}", self.min_p)),
+        ];
+        let unused: Vec<String> = unused.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect();
+        if self.top_k == 1 && !unused.is_empty() {
+            say::warning(format_args!(
+                "{} changes nothing: --top-k 1, the default, always takes the likeliest token; add --top-k 0 to draw from all of them, or --top-k 40 from 40",
+                unused.join(" ")
+            ));
+        }
     }
 }

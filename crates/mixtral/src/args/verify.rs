@@ -2,14 +2,18 @@
 
 use std::path::PathBuf;
 
-use super::at_least_one;
+use super::numbers;
 
 /// What to read.
 #[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  mixtral verify ./ckpt
+  mixtral verify ./engine --workers 4")]
 pub struct VerifyArgs {
     /// A checkpoint or an engine
     pub dir: PathBuf,
     /// Threads [default: all cores]
-    #[arg(long, value_parser = at_least_one)]
+    #[arg(long, value_parser = numbers::threads)]
     pub workers: Option<usize>,
 }

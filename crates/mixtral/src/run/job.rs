@@ -18,6 +18,10 @@ use mixtral_runtime::{Executor, Local, Request, Session, Tokenizer};
 
 use super::{machine, ranks};
 use crate::args::build::BackendChoice;
+use crate::say;
+
+/// Part of the GPU's free memory that the cache may have unless asked for.
+const DEFAULT_KV_CACHE_FRACTION: f32 = 0.9;
 
 /// How every rank loads its part of the engine.
 #[derive(Clone, Copy, Debug)]
@@ -25,7 +29,7 @@ pub struct LoadOptions {
     /// Where it runs.
     pub backend: BackendChoice,
     /// Part of the GPU's free memory for the cache, 0 to 1.
-    pub kv_cache_fraction: f32,
+    pub kv_cache_fraction: Option<f32>,
     /// Workers of each rank; all cores of the host, shared evenly, when absent.
     pub threads: Option<usize>,
     /// Whether tokens are counted by expert.
@@ -84,11 +88,14 @@ impl Place {
         Ok(Place::Cuda(device, Box::new(executable)))
     }
 
-    /// Measures what it can do at most: in passing, or for a figure to be reported. A ceiling that cannot be measured is 0.
-    pub fn roof(&self, quick: bool) -> Result<Roof> {
-        match self {
+    /// Measures what it can do at most: in passing, or for figures of an engine with so many bytes of weights to be compared
+    /// with. A ceiling that cannot be measured is 0.
+    pub fn roof(&self, quick: bool, weights: usize) -> Result<Roof> {
+        say::timed("the machine's own rates", || match self {
             Place::Cpu(threads) => {
-                let bytes = if quick { mixtral_cpu::probe::QUICK } else { mixtral_cpu::probe::THOROUGH };
+                let (least, most) = (mixtral_cpu::probe::QUICK, mixtral_cpu::probe::THOROUGH);
+                // What a small engine reads is no more than a small probe.
+                let bytes = if quick { least } else { weights.clamp(least, most) };
                 Ok(machine::roof(mixtral_cpu::probe::measure(*threads, bytes)))
             }
             Place::Cuda(device, executable) => {
@@ -96,13 +103,23 @@ impl Place {
                 let probe = mixtral_cuda::probe::measure(device.ordinal, executable, bytes)?;
                 Ok(Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s })
             }
-        }
+        })
     }
 }
 
 /// Runs the engine's ranks: `lead` on rank 0, the others follow its session until it ends.
 pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> Result<()> + Sync) -> Result<()> {
     let place = Place::choose(engine, options.backend, options.threads)?;
+    match place {
+        Place::Cpu(_) if options.kv_cache_fraction.is_some() => {
+            say::warning(
+                "--kv-cache-free-gpu-mem-fraction changes nothing on the CPU, whose cache is as large as the requests need",
+            );
+        }
+        Place::Cuda(..) if options.threads.is_some() => say::warning("--threads changes nothing on a GPU"),
+        _ => {}
+    }
+    say::detail(format_args!("engine {}: {} on {place}", engine.dir().display(), engine.config().run_id));
     ranks::run(engine.config(), |world| match world {
         Some(world) if world.rank() > 0 => {
             let kv_blocks = agree_on_blocks(Some(world), 0)?;
@@ -147,7 +164,11 @@ impl Job<'_> {
                 let Blocks { most: at_most, least: at_least } = wanted;
                 let cuda = CudaOptions {
                     device: device.ordinal,
-                    kv_blocks: KvBlocks::Fraction { of_free: kv_cache_fraction, at_least, at_most },
+                    kv_blocks: KvBlocks::Fraction {
+                        of_free: kv_cache_fraction.unwrap_or(DEFAULT_KV_CACHE_FRACTION),
+                        at_least,
+                        at_most,
+                    },
                     count_experts,
                     time_ops,
                     ..CudaOptions::default()
@@ -254,10 +275,12 @@ struct Blocks {
 
 fn wanted_blocks(engine: &EngineDir, requests: &[Request]) -> Blocks {
     let limits = engine.config().limits;
+    // A request that is longer than the engine's sequences is refused when it is submitted.
+    let tokens = |r: &Request| r.prompt.len().saturating_add(r.max_output_len);
     let mut needs: Vec<usize> =
-        requests.iter().map(|r| limits.blocks_for(r.prompt.len().saturating_add(r.max_output_len))).collect();
+        requests.iter().map(|r| limits.blocks_for(tokens(r)).min(limits.max_blocks_per_seq())).collect();
     needs.sort_unstable_by(|a, b| b.cmp(a));
-    let least = needs.first().copied().unwrap_or(1).min(limits.max_blocks_per_seq()).max(1);
+    let least = needs.first().copied().unwrap_or(1).max(1);
     Blocks { most: needs.iter().take(limits.max_batch_size).sum::<usize>().max(least), least }
 }
 

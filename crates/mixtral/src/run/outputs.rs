@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use mixtral_model::TokenId;
-use mixtral_runtime::{FinishReason, Timing};
+use mixtral_runtime::{Event, FinishReason, Timing};
 use npyz::WriterBuilder as _;
 use serde::Serialize;
+
+use crate::say;
 
 /// One generated sequence.
 #[derive(Clone, Debug, Default)]
@@ -19,8 +21,8 @@ pub struct Output {
     pub beam: usize,
     /// Its ids, the end id included.
     pub ids: Vec<TokenId>,
-    /// Its text.
-    pub text: String,
+    /// Its text; none without a tokenizer.
+    pub text: Option<String>,
     /// Why it ended, and when.
     pub finished: Option<(FinishReason, Timing)>,
     /// The logits that its tokens were drawn from, `[tokens, vocab_size]`, if they are kept.
@@ -31,18 +33,86 @@ pub struct Output {
     pub logits_hash: blake3::Hasher,
 }
 
+/// How much of an output was printed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Printed {
+    ids: usize,
+    /// Bytes.
+    text: usize,
+}
+
+/// `[1, 2, 3]`.
+pub fn ids_text(ids: &[TokenId]) -> String {
+    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
+    format!("[{}]", ids.join(", "))
+}
+
+/// Prints outputs while they grow.
+pub struct Streaming {
+    /// Tokens between two prints.
+    pub interval: usize,
+    /// Print all of an output each time, instead of what is new.
+    pub whole: bool,
+    /// How much of each output was printed.
+    pub printed: Vec<Printed>,
+}
+
+impl Streaming {
+    /// Prints the output of that number, if it is time to.
+    pub fn print(&mut self, index: usize, output: &Output, out: &mut dyn std::io::Write) -> std::io::Result<()> {
+        if !output.ids.len().is_multiple_of(self.interval) && output.finished.is_none() {
+            return Ok(());
+        }
+        let (before, now) = (self.printed[index], output.extent());
+        if self.whole {
+            output.print(out, Printed::default())?;
+        } else if output.text.is_none() || before.text < now.text || (output.finished.is_some() && now.text == 0) {
+            output.print(out, before)?;
+        }
+        self.printed[index] = now;
+        out.flush()
+    }
+}
+
 /// A sequence for people and programs.
 #[derive(Debug, Serialize)]
 pub struct OutputRecord<'a> {
     beam: usize,
     ids: &'a [TokenId],
-    text: &'a str,
+    text: Option<&'a str>,
     finish_reason: Option<FinishReason>,
     first_token_ms: Option<f64>,
     total_ms: Option<f64>,
 }
 
 impl Output {
+    /// Adds what a step made of it.
+    pub fn add(&mut self, event: &Event) {
+        self.ids.extend(event.token);
+        if let Some(text) = &mut self.text {
+            *text += &event.text;
+        }
+        if let Some(error) = &event.text_failed {
+            say::warning(format_args!("prompt {}: its text ends early, its ids do not: {error}", self.prompt));
+        }
+        self.finished = event.finished.or(self.finished);
+    }
+
+    /// run.py's line, of the text or the ids from those places on; ids stand in where there is no tokenizer.
+    pub fn print(&self, out: &mut dyn std::io::Write, from: Printed) -> std::io::Result<()> {
+        let Output { prompt, beam, text, ids, .. } = self;
+        write!(out, "Output [Text {prompt} Beam {beam}]: ")?;
+        match text {
+            Some(text) => writeln!(out, "\"{}\"", text.get(from.text..).unwrap_or_default()),
+            None => writeln!(out, "{}", ids_text(&ids[from.ids..])),
+        }
+    }
+
+    /// How much of it there is to print.
+    pub fn extent(&self) -> Printed {
+        Printed { ids: self.ids.len(), text: self.text.as_ref().map_or(0, String::len) }
+    }
+
     /// The record of a sequence in JSON.
     pub fn record(&self) -> OutputRecord<'_> {
         let ms = |pick: fn(&Timing) -> std::time::Duration| {
@@ -51,7 +121,7 @@ impl Output {
         OutputRecord {
             beam: self.beam,
             ids: &self.ids,
-            text: &self.text,
+            text: self.text.as_deref(),
             finish_reason: self.finished.map(|(reason, _)| reason),
             first_token_ms: ms(|t| t.first_token),
             total_ms: ms(|t| t.total),

@@ -35,37 +35,66 @@ fn is_plain_npy(bytes: &[u8]) -> bool {
     header.len() <= MAX_NPY_HEADER_BYTES && count(b'(') <= 1 && count(b'{') <= 1 && count(b'[') == 0
 }
 
-/// The lines of a text: a prompt each.
-pub fn text_lines(path: &Path) -> Result<Vec<String>> {
+/// A text file: UTF-8, or UTF-16 that says so, as Windows writes it.
+fn text(path: &Path) -> Result<String> {
     check_size(path)?;
-    let text = fs::read_to_string(path)
-        .with_context(|| format!("cannot read {} as UTF-8 text, a prompt a line", path.display()))?;
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let units = |pair: fn([u8; 2]) -> u16| bytes[2..].chunks_exact(2).map(move |b| pair([b[0], b[1]]));
+    let is_even = bytes.len().is_multiple_of(2);
+    let text = match bytes.get(..2) {
+        Some([0xFF, 0xFE]) if is_even => {
+            char::decode_utf16(units(u16::from_le_bytes)).collect::<Result<String, _>>().ok()
+        }
+        Some([0xFE, 0xFF]) if is_even => {
+            char::decode_utf16(units(u16::from_be_bytes)).collect::<Result<String, _>>().ok()
+        }
+        _ => String::from_utf8(bytes).ok(),
+    };
+    let text = text.with_context(|| {
+        format!("{} is not UTF-8 text (nor UTF-16 with a byte-order mark); save it as UTF-8", path.display())
+    })?;
+    Ok(text.strip_prefix('\u{FEFF}').map_or_else(|| text.clone(), str::to_owned))
+}
+
+/// The lines of a text: a prompt each. A line ends with a line feed, a carriage return, or both.
+pub fn text_lines(path: &Path) -> Result<Vec<String>> {
+    let text = text(path)?.replace("\r\n", "\n").replace('\r', "\n");
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// Token ids separated by commas: a prompt a line.
+/// Token ids separated by commas: a prompt a line. Whole numbers may be written as numpy.savetxt writes them.
 pub fn csv_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
-    check_size(path)?;
-    let mut reader = csv::ReaderBuilder::new()
-        .has_headers(false)
-        .flexible(true)
-        .trim(csv::Trim::All)
-        .from_path(path)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let text = text(path)?;
+    let mut reader =
+        csv::ReaderBuilder::new().has_headers(false).flexible(true).trim(csv::Trim::All).from_reader(text.as_bytes());
+    let wrong = |field: &str, line: usize| -> Result<TokenId> {
+        bail!(
+            "{}: line {}: `{field}` is not a token id; expected whole numbers separated by commas, a prompt a line",
+            path.display(),
+            line + 1
+        )
+    };
     let mut prompts = Vec::new();
     for (line, record) in reader.records().enumerate() {
         let record = record.with_context(|| format!("{}: line {}", path.display(), line + 1))?;
         let ids = record
             .iter()
             .filter(|field| !field.is_empty())
-            .map(|field| match field.parse::<u32>() {
-                Ok(id) => Ok(TokenId(id)),
-                Err(_) => bail!("{}: line {}: `{field}` is not a token id; expected whole numbers separated by commas, a prompt a line", path.display(), line + 1),
+            .map(|field| match whole_number(field).and_then(|id| u32::try_from(id).ok()) {
+                Some(id) => Ok(TokenId(id)),
+                None => wrong(field, line),
             })
             .collect::<Result<Vec<_>>>()?;
         prompts.push(ids);
     }
     Ok(prompts)
+}
+
+/// `7`, or `7.000000e+00`.
+#[expect(clippy::cast_possible_truncation, reason = "whole, and within bounds")]
+fn whole_number(field: &str) -> Option<i64> {
+    let whole = |number: &f64| number.fract() == 0.0 && number.abs() <= f64::from(u32::MAX);
+    field.parse().ok().or_else(|| field.parse::<f64>().ok().filter(whole).map(|number| number as i64))
 }
 
 /// A 2-D array of token ids: a prompt a row, negative ids being padding.
@@ -80,34 +109,42 @@ pub fn npy_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
     let [rows, columns] = shape[..] else {
         bail!("{}: the array has shape {shape:?}; expected 2-D token ids, a prompt a row", path.display());
     };
-    if file.order() != npyz::Order::C {
-        bail!("{}: the array is in Fortran order; save it in C order (numpy.ascontiguousarray)", path.display());
-    }
     let needed = rows.checked_mul(columns).filter(|n| *n <= bytes.len() as u64);
     if needed.is_none() {
         bail!("{}: the header says {shape:?}, but the file is {} bytes", path.display(), bytes.len());
     }
-    let wrong = || format!("{}: expected an array of int32 or int64", path.display());
-    let kind = file.dtype().descr();
-    let values: Vec<i64> = if kind.contains("i4") {
-        file.into_vec::<i32>().with_context(wrong)?.into_iter().map(i64::from).collect()
-    } else {
-        file.into_vec::<i64>().with_context(wrong)?
-    };
+    let by_column = file.order() == npyz::Order::Fortran;
+    let wrong = || format!("{}: expected an array of whole numbers (int32, int64 …)", path.display());
+    let descr = file.dtype().descr();
+    let values: Vec<i64> = match descr.trim_matches(['\'', '<', '>', '|', '=']) {
+        "i2" => numbers::<i16>(file),
+        "u2" => numbers::<u16>(file),
+        "i4" => numbers::<i32>(file),
+        "u4" => numbers::<u32>(file),
+        "i8" => file.into_vec::<i64>().map_err(Into::into),
+        "u8" => numbers::<u64>(file),
+        other => bail!("{}, not `{other}`", wrong()),
+    }
+    .with_context(wrong)?;
     let columns = usize::try_from(columns)?;
     if columns == 0 {
         return Ok(vec![Vec::new(); usize::try_from(rows)?]);
     }
-    values
-        .chunks(columns)
-        .map(|row| {
-            row.iter()
-                .filter(|id| **id >= 0)
-                .map(|id| match u32::try_from(*id) {
-                    Ok(id) => Ok(TokenId(id)),
-                    Err(_) => bail!("{}: {id} is not a token id", path.display()),
-                })
-                .collect()
-        })
+    let rows = usize::try_from(rows)?;
+    let at = |row: usize, column: usize| if by_column { column * rows + row } else { row * columns + column };
+    let id = |id: i64| match u32::try_from(id) {
+        Ok(id) => Ok(TokenId(id)),
+        Err(_) => bail!("{}: {id} is not a token id", path.display()),
+    };
+    (0..rows)
+        .map(|row| (0..columns).map(|column| values[at(row, column)]).filter(|id| *id >= 0).map(id).collect())
         .collect()
+}
+
+/// All numbers of an array, in the order in which they are stored.
+fn numbers<T: npyz::Deserialize + TryInto<i64>>(file: npyz::NpyFile<&[u8]>) -> Result<Vec<i64>>
+where
+    T::Error: std::error::Error + Send + Sync + 'static,
+{
+    file.into_vec::<T>()?.into_iter().map(|number| Ok(number.try_into()?)).collect()
 }

@@ -8,6 +8,7 @@ use mixtral_runtime::Tokenizer;
 
 use super::prompt_files::{csv_ids, npy_ids, text_lines};
 use crate::args::run::Prompts;
+use crate::say;
 
 /// A prompt.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,22 +40,29 @@ pub fn read(
         let ids = tokenizer.encode(&text, special)?;
         Ok(Prompt { text: Some(text), ids })
     };
-    let from_ids = |ids: Vec<TokenId>| -> Result<Prompt> {
-        let text = tokenizer.map(|t| t.decode(&ids)).transpose()?;
-        Ok(Prompt { text, ids })
+    // The ids are what counts; a text that cannot be made of them is left out.
+    let from_ids = |ids: Vec<TokenId>| Prompt { text: tokenizer.and_then(|t| t.decode(&ids).ok()), ids };
+    let pad = tokenizer.and_then(Tokenizer::pad_id);
+    let unpadded = |mut ids: Vec<TokenId>| {
+        ids.retain(|id| Some(*id) != pad);
+        from_ids(ids)
     };
     let mut prompts = match source {
         Prompts::Texts(texts) => texts.iter().cloned().map(encode).collect::<Result<Vec<_>>>()?,
         Prompts::File(path) => match extension(path).as_str() {
             "txt" => text_lines(path)?.into_iter().map(encode).collect::<Result<Vec<_>>>()?,
-            "csv" => csv_ids(path)?.into_iter().map(from_ids).collect::<Result<Vec<_>>>()?,
-            "npy" => npy_ids(path)?.into_iter().map(from_ids).collect::<Result<Vec<_>>>()?,
+            "csv" => csv_ids(path)?.into_iter().map(from_ids).collect(),
+            // run.py fills the rows of an array up with the tokenizer's padding token, and drops it again.
+            "npy" => npy_ids(path)?.into_iter().map(unpadded).collect(),
             other => bail!(
                 "{}: a prompt file ends in .txt (a prompt a line), .csv (token ids a line) or .npy (2-D token ids), not `.{other}`",
                 path.display()
             ),
         },
     };
+    if special && are_texts(source) {
+        warn_of_no_start(&prompts, tokenizer);
+    }
     if prompts.is_empty() {
         bail!("there is no prompt in {}; give at least one", describe(source));
     }
@@ -65,6 +73,18 @@ pub fn read(
         }
     }
     Ok(prompts)
+}
+
+/// A model that was trained with a start token writes worse without it.
+fn warn_of_no_start(prompts: &[Prompt], tokenizer: Option<&Tokenizer>) {
+    let Some((tokenizer, start)) = tokenizer.and_then(|t| Some((t, t.start_id()?))) else { return };
+    if prompts.iter().any(|prompt| prompt.ids.first() != Some(&start)) {
+        say::warning(format_args!(
+            "{} puts no start token before prompts, though it has one, `{}` ({start}); if the model was trained with it, set add_bos_token to true in the tokenizer_config.json beside it",
+            tokenizer.path().display(),
+            tokenizer.token(start).unwrap_or_default()
+        ));
+    }
 }
 
 fn describe(prompts: &Prompts) -> String {

@@ -1,6 +1,7 @@
 //! Starting the ranks of an engine.
 
 use std::fmt;
+use std::sync::Arc;
 
 use anyhow::{Result, anyhow, bail};
 use mixtral_comm::process::JoinOptions;
@@ -8,6 +9,7 @@ use mixtral_comm::{Launch, World, process, threads};
 use mixtral_engine::EngineConfig;
 
 use crate::args::chain;
+use crate::say;
 
 /// A rank's error with its causes, as other ranks are told it.
 struct Failure(anyhow::Error);
@@ -40,7 +42,8 @@ pub fn run(engine: &EngineConfig, rank_main: impl Fn(Option<&World>) -> Result<(
             }
             // What every rank must present alike: the engine.
             let identity = *blake3::hash(engine.run_id.as_bytes()).as_bytes();
-            process::run(&process, &JoinOptions::new(identity), rank_of).map_err(|failure| anyhow!("{}", failure.cause))
+            let options = JoinOptions { warn: Arc::new(|warning| say::warning(warning)), ..JoinOptions::new(identity) };
+            process::run(&process, &options, rank_of).map_err(|failure| anyhow!("{}", failure.cause))
         }
     }
 }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::outputs::Output;
 
-/// A run in figures.
+/// A run in figures. What there was nothing of to measure is absent.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stats {
     /// Prompts' tokens computed.
@@ -22,23 +22,53 @@ pub struct Stats {
     /// Generated tokens a second, prefill included.
     pub tokens_per_s: f64,
     /// Median time to the first token, in ms.
-    pub first_token_ms: f64,
-    /// Steps that only decoded.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub first_token_ms: Option<f64>,
+    /// Prompt tokens a second in the steps that computed some.
+    pub prefill_tokens_per_s: f64,
+    /// The other steps, if there were any.
+    #[serde(flatten)]
+    pub decode: Option<DecodeStats>,
+}
+
+/// Steps that only decoded.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct DecodeStats {
+    /// How many.
     pub decode_steps: usize,
     /// Their median, in ms.
     pub decode_step_ms: f64,
     /// Tokens a second in them.
     pub decode_tokens_per_s: f64,
-    /// Prompt tokens a second in the other steps.
-    pub prefill_tokens_per_s: f64,
-    /// Weight bytes that the median decode step reads, experts counted as hit evenly, in GB a second.
+    /// Weight bytes that the median step reads, experts counted as hit evenly, in GB a second.
     pub decode_gb_per_s: f64,
-    /// Read bandwidth of the machine, measured after the run, in GB a second.
-    pub read_gb_per_s: f64,
-    /// The former as a percentage of the latter.
-    pub bandwidth_percent: f64,
-    /// BLAKE3 of all logits that tokens were drawn from, in order.
-    pub logits_hash: String,
+}
+
+/// `--run-profiling`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Profile {
+    /// Sequences generated together.
+    pub batch_size: usize,
+    /// Iterations measured.
+    pub iterations: u32,
+    /// Of one iteration, in seconds.
+    pub mean_latency_s: f64,
+}
+
+impl fmt::Display for Profile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Profile { batch_size, iterations, mean_latency_s } = self;
+        write!(f, "batch_size: {batch_size}, avg latency of {iterations} iterations: {mean_latency_s:.6} sec")
+    }
+}
+
+/// BLAKE3 of all logits that tokens were drawn from, in order.
+pub fn logits_hash(outputs: &[Output]) -> String {
+    let mut hash = blake3::Hasher::new();
+    for output in outputs {
+        hash.update(output.logits_hash.finalize().as_bytes());
+    }
+    hash.finalize().to_hex().to_string()
 }
 
 /// The middle one; 0 of none.
@@ -73,65 +103,67 @@ pub fn f(n: usize) -> f64 {
 
 impl Stats {
     /// The figures of `steps` that made `outputs`.
-    pub fn new(program: &Program, steps: &[StepStats], outputs: &[Output], read_bytes_per_s: f64) -> Stats {
-        let seconds =
-            |steps: &mut dyn Iterator<Item = &StepStats>| steps.map(|s| s.time).sum::<Duration>().as_secs_f64();
-        let is_decode = |s: &&StepStats| s.prefill_tokens == 0;
-        let decode: Vec<&StepStats> = steps.iter().filter(is_decode).collect();
-        let decode_seconds = seconds(&mut decode.iter().copied());
-        let prefill_seconds = seconds(&mut steps.iter().filter(|s| s.prefill_tokens > 0));
+    pub fn new(program: &Program, steps: &[StepStats], outputs: &[Output]) -> Stats {
         let prompt_tokens = steps.iter().map(|s| s.prefill_tokens).sum();
         let generated_tokens = outputs.iter().map(|o| o.ids.len()).sum();
-        // The step whose time is the median one stands for all.
-        let mut by_time = decode.clone();
-        by_time.sort_by_key(|s| s.time);
-        let bandwidth = by_time
-            .get(by_time.len() / 2)
-            .map_or(0.0, |step| ratio(decode_weight_bytes(program, step.decode_tokens), step.time.as_secs_f64()));
-        let mut hash = blake3::Hasher::new();
-        for output in outputs {
-            hash.update(output.logits_hash.finalize().as_bytes());
-        }
-        let all_seconds = seconds(&mut steps.iter());
-        let ms = |d: Duration| d.as_secs_f64() * 1e3;
+        let all_seconds = seconds(steps.iter());
+        let first: Vec<f64> = outputs.iter().filter_map(|o| o.finished).map(|(_, t)| ms(t.first_token)).collect();
+        let is_decode = |s: &&StepStats| s.prefill_tokens == 0;
         Stats {
             prompt_tokens,
             generated_tokens,
             seconds: all_seconds,
             tokens_per_s: ratio(f(generated_tokens), all_seconds),
-            first_token_ms: median(outputs.iter().filter_map(|o| o.finished).map(|(_, t)| ms(t.first_token)).collect()),
-            decode_steps: decode.len(),
-            decode_step_ms: median(decode.iter().map(|s| ms(s.time)).collect()),
-            decode_tokens_per_s: ratio(f(decode.iter().map(|s| s.decode_tokens).sum()), decode_seconds),
-            prefill_tokens_per_s: ratio(f(prompt_tokens), prefill_seconds),
-            decode_gb_per_s: bandwidth / 1e9,
-            read_gb_per_s: read_bytes_per_s / 1e9,
-            bandwidth_percent: 100.0 * ratio(bandwidth, read_bytes_per_s),
-            logits_hash: hash.finalize().to_hex().to_string(),
+            first_token_ms: (!first.is_empty()).then(|| median(first)),
+            prefill_tokens_per_s: ratio(f(prompt_tokens), seconds(steps.iter().filter(|s| !is_decode(s)))),
+            decode: DecodeStats::new(program, steps.iter().filter(is_decode).collect()),
         }
     }
 }
 
+impl DecodeStats {
+    fn new(program: &Program, mut steps: Vec<&StepStats>) -> Option<DecodeStats> {
+        steps.sort_by_key(|s| s.time);
+        // The step whose time is the median one stands for all.
+        let median = steps.get(steps.len() / 2)?;
+        let tokens: usize = steps.iter().map(|s| s.decode_tokens).sum();
+        Some(DecodeStats {
+            decode_steps: steps.len(),
+            decode_step_ms: ms(median.time),
+            decode_tokens_per_s: ratio(f(tokens), seconds(steps.iter().copied())),
+            decode_gb_per_s: ratio(decode_weight_bytes(program, median.decode_tokens), median.time.as_secs_f64()) / 1e9,
+        })
+    }
+}
+
+fn seconds<'a>(steps: impl Iterator<Item = &'a StepStats>) -> f64 {
+    steps.map(|s| s.time).sum::<Duration>().as_secs_f64()
+}
+
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
 impl fmt::Display for Stats {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(
+        write!(
             f,
             "tokens        {} of prompts, {} generated in {:.3} s ({:.1} tok/s)",
             self.prompt_tokens, self.generated_tokens, self.seconds, self.tokens_per_s
         )?;
-        writeln!(f, "first token   {:.2} ms (median)", self.first_token_ms)?;
-        writeln!(
+        if let Some(first) = self.first_token_ms {
+            write!(f, "\nfirst token   {first:.2} ms (median)")?;
+        }
+        write!(f, "\nprefill       {:.1} tok/s", self.prefill_tokens_per_s)?;
+        let Some(DecodeStats { decode_steps, decode_step_ms, decode_tokens_per_s, decode_gb_per_s }) = self.decode
+        else {
+            return Ok(());
+        };
+        write!(
             f,
-            "decode        {:.3} ms a step (median of {}), {:.1} tok/s",
-            self.decode_step_ms, self.decode_steps, self.decode_tokens_per_s
+            "\ndecode        {decode_step_ms:.3} ms a step (median of {decode_steps}), {decode_tokens_per_s:.1} tok/s"
         )?;
-        writeln!(f, "prefill       {:.1} tok/s", self.prefill_tokens_per_s)?;
-        writeln!(
-            f,
-            "weights read  {:.2} GB/s in decode, {:.0} % of the machine's {:.2} GB/s",
-            self.decode_gb_per_s, self.bandwidth_percent, self.read_gb_per_s
-        )?;
-        write!(f, "logits        {}", self.logits_hash)
+        write!(f, "\nweights read  {decode_gb_per_s:.2} GB/s in decode")
     }
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use mixtral_build::Roof;
 use mixtral_build::cost::{StepShape, cost};
-use mixtral_engine::{EngineDir, Program, RandomKey, SamplingParams};
+use mixtral_engine::{EngineDir, Limits, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
 use mixtral_runtime::{Request, Session};
@@ -32,6 +32,13 @@ struct Decode {
     /// Weights read, experts counted as hit evenly.
     weight_gb_per_s: f64,
     bandwidth_percent: f64,
+}
+
+/// A batch whose decodes could not all run in one step.
+#[derive(Debug, Serialize)]
+struct LeftOut {
+    batch_size: usize,
+    why: String,
 }
 
 /// Prompts of one length, so many at a time.
@@ -79,6 +86,8 @@ struct Bench {
     /// Nothing if it could not be measured.
     gflop_per_s: Option<f64>,
     decode: Vec<Decode>,
+    /// Batches that were asked for and not measured.
+    left_out: Vec<LeftOut>,
     prefill: Vec<Prefill>,
     throughput: Option<Throughput>,
     per_op: Vec<OpTable>,
@@ -150,16 +159,24 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     let (limits, vocab_size) = (capabilities.limits, capabilities.vocab_size);
     let mut numbers = Numbers::new(args.random_seed);
     let output = args.warmup + args.steps + 1;
-    let batches: Vec<Vec<Request>> = args
-        .batch_size
-        .iter()
-        .map(|&n| (0..n).map(|_| numbers.request(vocab_size, args.context, output)).collect())
-        .collect();
     let lengths = if args.prefill.is_empty() {
         [128, 512].into_iter().filter(|&n| n < limits.max_seq_len).collect()
     } else {
         args.prefill.clone()
     };
+    check_lengths(args, output, &lengths, &limits)?;
+    let (sizes, too_large): (Vec<usize>, Vec<usize>) =
+        args.batch_size.iter().partition(|&&n| n <= limits.max_batch_size);
+    let mut left_out: Vec<LeftOut> = too_large
+        .into_iter()
+        .map(|batch_size| {
+            let most = limits.max_batch_size;
+            let why = format!("the engine takes {most} sequences; build it with --max-batch-size {batch_size}");
+            LeftOut { batch_size, why }
+        })
+        .collect();
+    let batches: Vec<Vec<Request>> =
+        sizes.iter().map(|&n| (0..n).map(|_| numbers.request(vocab_size, args.context, output)).collect()).collect();
     let prompts: Vec<Vec<Request>> =
         lengths.iter().map(|&n| (0..args.prefill_batch).map(|_| numbers.request(vocab_size, n, 1)).collect()).collect();
     let many: Vec<Request> = (0..args.requests)
@@ -168,31 +185,40 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
             numbers.request(vocab_size, input, output)
         })
         .collect();
-    if let Some(&n) = args.batch_size.iter().find(|&&n| n > limits.max_batch_size) {
-        bail!(
-            "--batch-size {n}: the engine takes {} sequences; build it with --max-batch-size {n}",
-            limits.max_batch_size
-        );
-    }
     let all: Vec<Request> = batches.iter().chain(&prompts).flatten().chain(&many).cloned().collect();
     // The machine's own rates, before and after what is measured against them.
-    let before = job.place().roof(args.quick)?;
+    let roof = || job.place().roof(args.quick, job.program().weight_bytes());
+    let before = roof()?;
     let start = Instant::now();
     let mut session = job.session(&all, None)?;
     let load_s = start.elapsed().as_secs_f64();
     let program = job.program();
+    let cached = session.free_blocks();
 
     let mut first_token_s = None;
     let mut decode_steps = Vec::new();
     for batch in &batches {
+        let (batch_size, each) = (batch.len(), limits.blocks_for(args.context + output));
+        if batch_size * each > cached {
+            let (fit, tokens) = (cached / each, cached * limits.block_size);
+            let why = format!("the cache holds {fit} of its sequences at a time ({tokens} tokens, as memory allows)");
+            left_out.push(LeftOut { batch_size, why });
+            continue;
+        }
         let steps = run_batch(&mut session, batch)?;
         // The first batch's prompts are the first thing that runs; its tokens come with their last step.
         first_token_s.get_or_insert_with(|| {
             let prompts = steps.iter().take_while(|s| s.stats.prefill_tokens > 0);
             load_s + prompts.map(|s| s.stats.time.as_secs_f64()).sum::<f64>()
         });
-        let decodes = |s: &MeasuredStep| s.stats.prefill_tokens == 0 && s.stats.decode_tokens == batch.len();
-        decode_steps.push((batch.len(), steps.into_iter().filter(decodes).skip(args.warmup).collect::<Vec<_>>()));
+        let decodes = |s: &MeasuredStep| s.stats.prefill_tokens == 0 && s.stats.decode_tokens == batch_size;
+        let decodes: Vec<MeasuredStep> = steps.into_iter().filter(decodes).skip(args.warmup).collect();
+        if decodes.is_empty() {
+            let why = "its sequences never decoded in one step: prompts took too long to compute; more --steps, or a larger --max-num-tokens of the engine, let them".to_owned();
+            left_out.push(LeftOut { batch_size, why });
+            continue;
+        }
+        decode_steps.push((batch_size, decodes));
     }
 
     let mut prefill_rounds = Vec::new();
@@ -208,7 +234,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     }
 
     let throughput = (!many.is_empty()).then(|| throughput(&mut session, args, &many, &mut numbers)).transpose()?;
-    let roof = better(before, job.place().roof(args.quick)?);
+    let roof = better(before, roof()?);
     let mut per_op = Vec::new();
     let mut decode = Vec::new();
     for (n, steps) in decode_steps {
@@ -238,10 +264,31 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         read_gb_per_s: roof.bytes_per_s / 1e9,
         gflop_per_s: (roof.flops_per_s > 0.0).then_some(roof.flops_per_s / 1e9),
         decode,
+        left_out,
         prefill,
         throughput,
         per_op,
     })
+}
+
+/// That everything asked for is of lengths that the engine takes, before it is drawn.
+fn check_lengths(args: &BenchArgs, output: usize, prefill: &[usize], limits: &Limits) -> Result<()> {
+    let longest = limits.max_seq_len;
+    let needs = [
+        (args.context + output, "--context, --warmup and --steps"),
+        (prefill.iter().max().map_or(0, |n| n + 1), "--prefill"),
+        (if args.requests > 0 { args.input_len.1 + args.output_len.1 } else { 0 }, "--input-len and --output-len"),
+    ];
+    if let Some((tokens, flags)) = needs.into_iter().find(|&(tokens, _)| tokens > longest) {
+        bail!(
+            "{flags} come to {tokens} tokens, but the engine's sequences have at most {longest}; ask for fewer, or build it with --max-seq-len {tokens}"
+        );
+    }
+    if args.prefill_batch > limits.max_batch_size {
+        let most = limits.max_batch_size;
+        bail!("--prefill-batch {}: the engine takes {most} sequences at a time", args.prefill_batch);
+    }
+    Ok(())
 }
 
 /// The better of two measurements, figure by figure.
@@ -381,8 +428,19 @@ fn throughput(
 }
 
 fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
-    let Bench { engine, place, load_s, first_token_s, read_gb_per_s, gflop_per_s, decode, prefill, throughput, per_op } =
-        bench;
+    let Bench {
+        engine,
+        place,
+        load_s,
+        first_token_s,
+        read_gb_per_s,
+        gflop_per_s,
+        decode,
+        left_out,
+        prefill,
+        throughput,
+        per_op,
+    } = bench;
     let computes = match gflop_per_s {
         Some(rate) if *rate >= TERA => format!("computes {:.0} TFLOP/s", rate / 1e3),
         Some(rate) => format!("computes {rate:.0} GFLOP/s"),
@@ -407,6 +465,9 @@ fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
             "{:>6} {:>10.3} {:>10.3} {:>10.3} {:>10.1} {:>10.2} {:>8.0}",
             d.batch_size, d.median_ms, d.p99_ms, d.min_ms, d.tokens_per_s, d.weight_gb_per_s, d.bandwidth_percent
         )?;
+    }
+    for LeftOut { batch_size, why } in left_out {
+        writeln!(out, "{batch_size:>6}  left out: {why}")?;
     }
     let is_tera = prefill.iter().any(|p| p.gflop_per_s >= TERA);
     let (unit, scale) = if is_tera { ("TFLOP/s", 1e-3) } else { ("GFLOP/s", 1.0) };

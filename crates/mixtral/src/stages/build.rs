@@ -7,21 +7,19 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{Built, DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot};
+use mixtral_build::{Built, DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot, fold};
 use mixtral_checkpoint::names::CONFIG_FILE;
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ConfigFileError, ReadError};
 use mixtral_convert::recipes;
-use mixtral_engine::{Op, Program};
+use mixtral_engine::{Limits, Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
-use mixtral_kernels::{Arch, Cache, LinearPlan, Search};
-use mixtral_model::ModelConfig;
+use mixtral_kernels::{Arch, Cache, KernelImages, LinearPlan, Search};
+use mixtral_model::{DType, Mapping, ModelConfig};
 
 use crate::args::build::{BuildFor, BuildOptions, Model};
 use crate::progress::Kernels as Progress;
 use crate::run::machine;
-
-/// Sequences are at most this long unless asked for.
-const DEFAULT_MAX_SEQ_LEN: usize = 4096;
+use crate::say;
 
 /// Runs the stage.
 pub fn main(options: &BuildOptions) -> Result<()> {
@@ -32,41 +30,45 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     let config = match (&checkpoint, &options.model) {
         (Some(checkpoint), _) => checkpoint.config().clone(),
         (None, Model::Dummy(name)) => {
-            let config = CheckpointConfig::new(geometry(name, options)?, options.mapping);
+            let (model, mapping) = geometry(name, options)?;
+            let config = CheckpointConfig::new(model, mapping);
             config.validate()?;
             config
         }
         (None, Model::Checkpoint(_)) => unreachable!("a checkpoint was opened above"),
     };
+    if let Some(checkpoint) = &checkpoint {
+        let place = format!("the checkpoint in {}", checkpoint.dir().display());
+        options.beside(&config.mapping, config.model.dtype, checkpoint.has_weights(), &place)?;
+    }
     check_plugins(options, &config.model)?;
 
-    let mut limits = options.limits;
     let model_limit = config.model.max_position_embeddings;
-    if limits.max_seq_len == 0 {
-        limits.max_seq_len = model_limit.min(DEFAULT_MAX_SEQ_LEN);
-    } else if limits.max_seq_len > model_limit {
-        eprintln!(
-            "warning: --max-seq-len {} is more than the {model_limit} positions that the model was trained for",
+    let limits = Limits { max_seq_len: options.max_seq_len.resolve(model_limit), ..options.limits };
+    if limits.max_seq_len > model_limit {
+        say::warning(format_args!(
+            "--max-seq-len {} is more than the {model_limit} positions that the model was trained for",
             limits.max_seq_len
-        );
+        ));
     }
+    let seed = options.seed.unwrap_or(0);
     let dummy = |rank| recipes(&config, rank, false);
     let weights = match &checkpoint {
         Some(checkpoint) if checkpoint.has_weights() => WeightsFrom::Checkpoint(checkpoint),
-        _ => WeightsFrom::Dummy { seed: options.seed, recipes: &dummy },
+        _ => WeightsFrom::Dummy { seed, recipes: &dummy },
     };
     let is_dummy = matches!(weights, WeightsFrom::Dummy { .. });
     if let (Some(checkpoint), true) = (&checkpoint, is_dummy) {
-        eprintln!(
-            "warning: {} has a config.json and no weights; the engine gets dummy weights (seed {})",
-            checkpoint.dir().display(),
-            options.seed
-        );
+        say::warning(format_args!(
+            "{} has a config.json and no weights; the engine gets dummy weights (seed {seed})",
+            checkpoint.dir().display()
+        ));
     }
     let plugins = Plugins::of(&options.recorded);
     let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, plugins.clone(), options.workers));
     // Mapped weights can be paged out; dummy ones cannot. GPUs have a memory of their own.
-    let budget = machine::available_memory().filter(|_| is_dummy && kernels.is_none());
+    let is_held_here = is_dummy && kernels.is_none() && !options.dry_run;
+    let budget = machine::available_memory().filter(|_| is_held_here);
     let build = mixtral_build::BuildOptions {
         limits,
         gather_context_logits: options.gather_context_logits,
@@ -75,26 +77,31 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         kernels,
         memory_budget: budget,
     };
+    if options.dry_run {
+        let programs = mixtral_build::plan(&config, &build)?;
+        let on_cpu = build.kernels.is_none();
+        return show(&programs, &[], on_cpu, options.explain, options.graph.as_deref());
+    }
     let progress = Progress::new();
     let advance = |done, total| progress.advance(done, total);
     let built = mixtral_build::build(&config, &weights, &build, &options.output_dir, &advance);
     progress.finish();
     let built = built?;
     if is_dummy {
-        eprintln!("weights: dummy, seed {}", options.seed);
+        say::note(format_args!("weights: dummy, seed {seed}"));
     }
     match &built.kernels {
         Some(kernels) => report(kernels, &plugins, &built.programs),
         None if options.recorded.values().any(|v| v == "disable") => {
-            eprintln!("warning: plugins are disabled (the portable kernels only); on the CPU that changes nothing");
+            say::warning("plugins are disabled (the portable kernels only); on the CPU that changes nothing");
         }
         None if plugins.cublaslt => {
-            eprintln!("warning: --gemm-plugin cublaslt: on the CPU that changes nothing");
+            say::warning("--gemm-plugin cublaslt: on the CPU that changes nothing");
         }
         None => {}
     }
-    show(&built, options.explain, options.graph.as_deref())?;
-    eprintln!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id);
+    show_built(&built, options.explain, options.graph.as_deref())?;
+    say::note(format_args!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id));
     Ok(())
 }
 
@@ -119,37 +126,45 @@ impl Plugins {
     }
 }
 
+/// Shows what was built.
+pub fn show_built(built: &Built, explains: bool, graph: Option<&Path>) -> Result<()> {
+    let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks);
+    show(&built.programs, kernels, built.kernels.is_none(), explains, graph)
+}
+
 /// Prints and draws the programs, as far as that was asked for, and says how large they are.
-pub fn show(built: &Built, explains: bool, graph: Option<&Path>) -> Result<()> {
+fn show(
+    programs: &[Program],
+    kernels: &[Vec<KernelImages>],
+    on_cpu: bool,
+    explains: bool,
+    graph: Option<&Path>,
+) -> Result<()> {
     let mut out = std::io::stdout().lock();
     // This machine's CPU says nothing of a GPU.
-    let roof = (explains && built.kernels.is_none()).then(|| machine::measure_roof(machine::cores()));
-    if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
-        writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
+    let is_shown = explains || graph.is_some();
+    let roof = (is_shown && on_cpu).then(|| machine::measure_roof(machine::cores()));
+    if explains {
+        if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
+            writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
+        }
+        writeln!(out, "{}", explain(programs, kernels, roof))?;
     }
-    for program in &built.programs {
-        if explains {
-            let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks[program.rank]);
-            writeln!(out, "{}", explain(program, kernels, roof))?;
-        }
-        if let Some(path) = graph {
-            // One file a rank, where there are several.
-            let path = match built.programs.len() {
-                1 => path.to_owned(),
-                _ => path.with_extension(format!("rank{}.dot", program.rank)),
-            };
-            write_graph(&path, &dot::dot(program))?;
-        }
+    if let Some(path) = graph {
+        std::fs::write(path, dot::dot(programs, roof)).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    for members in fold::alike(programs) {
+        let program = &programs[members[0]];
         let memory = program.memory_plan();
-        eprintln!(
-            "rank {}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens",
-            program.rank,
+        say::note(format_args!(
+            "{}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens",
+            fold::ranks_text(&members, program.world_size),
             program.ops.len(),
             bytes(memory.weights),
             bytes(memory.arena),
             bytes(memory.kv_block),
             program.limits.block_size
-        );
+        ));
     }
     Ok(())
 }
@@ -167,7 +182,7 @@ fn open(dir: &Path) -> Result<Checkpoint> {
     })?;
     let written = std::fs::metadata(dir.join(CONFIG_FILE)).and_then(|meta| meta.modified());
     let age = written.ok().and_then(|time| time.elapsed().ok()).map(|age| format!(", written {}", ago(age)));
-    eprintln!("from {}: {}{}", dir.display(), checkpoint.config().model, age.unwrap_or_default());
+    say::note(format_args!("from {}: {}{}", dir.display(), checkpoint.config().model, age.unwrap_or_default()));
     Ok(checkpoint)
 }
 
@@ -213,31 +228,29 @@ pub fn kernel_options(archs: Vec<Arch>, plugins: Plugins, workers: Option<usize>
 /// Says what was compiled and what to know about it.
 pub fn report(kernels: &Kernels, plugins: &Plugins, programs: &[Program]) {
     let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
-    eprintln!(
+    say::note(format_args!(
         "kernels: {} compiled for {}, {} found in the cache, {:.1} s",
         kernels.compiled,
         targets.join(", "),
         kernels.from_cache,
         kernels.took.as_secs_f64()
-    );
-    for warning in &kernels.warnings {
-        eprintln!("warning: {warning}");
-    }
+    ));
+    kernels.warnings.iter().for_each(say::warning);
     if plugins.cublaslt && programs.iter().flat_map(|program| &program.ops).any(is_by_cublaslt) {
-        eprintln!(
-            "warning: --gemm-plugin cublaslt: in steps of more than {CUBLASLT_ABOVE} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
-        );
+        say::warning(format_args!(
+            "--gemm-plugin cublaslt: in steps of more than {CUBLASLT_ABOVE} tokens dense linears run on cuBLASLt, which the machine that runs the engine needs; the bits of a result then depend on what else is in its steps and on how its prompt is cut"
+        ));
     } else if plugins.cublaslt {
-        eprintln!(
-            "warning: --gemm-plugin cublaslt changes nothing: it is for steps of more than {CUBLASLT_ABOVE} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
-        );
+        say::warning(format_args!(
+            "--gemm-plugin cublaslt changes nothing: it is for steps of more than {CUBLASLT_ABOVE} tokens (--max-num-tokens) of f16 and bf16 models whose sizes are multiples of 8"
+        ));
     }
     if !plugins.portable.is_empty() {
         let flags: Vec<_> = plugins.portable.iter().map(|flag| format!("{flag} disable")).collect();
-        eprintln!(
-            "warning: {}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
+        say::warning(format_args!(
+            "{}: the portable kernels, which are right on any GPU but slower on some than what auto selects",
             flags.join(", ")
-        );
+        ));
     }
 }
 
@@ -247,15 +260,13 @@ fn is_by_cublaslt(op: &Op) -> bool {
     matches!(op, Op::Linear { ladder, .. } if ladder.iter().any(|rung| rung.plan == plan))
 }
 
-fn write_graph(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))
-}
-
-/// The geometry of `--model-config`: a preset's name, or a config.json of a checkpoint or of Hugging Face.
-fn geometry(name: &str, options: &BuildOptions) -> Result<ModelConfig> {
+/// The geometry of `--model-config` and its mapping: of a preset's name, or a config.json of a checkpoint or of Hugging Face. The
+/// flags count where they say something.
+fn geometry(name: &str, options: &BuildOptions) -> Result<(ModelConfig, Mapping)> {
+    let preset = options.dtype.unwrap_or(DType::F16);
     match name {
-        "mixtral-8x7b" => return Ok(ModelConfig::mixtral_8x7b(options.dtype)),
-        "mixtral-8x22b" => return Ok(ModelConfig::mixtral_8x22b(options.dtype)),
+        "mixtral-8x7b" => return Ok((ModelConfig::mixtral_8x7b(preset), options.mapping)),
+        "mixtral-8x22b" => return Ok((ModelConfig::mixtral_8x22b(preset), options.mapping)),
         _ => {}
     }
     let path = Path::new(name);
@@ -264,12 +275,14 @@ fn geometry(name: &str, options: &BuildOptions) -> Result<ModelConfig> {
         bail!("--model-config {name}: expected mixtral-8x7b, mixtral-8x22b, or a config.json that exists");
     }
     if let Ok(config) = CheckpointConfig::read(dir) {
-        return Ok(config.model);
+        let dtype = options.dtype.unwrap_or(config.model.dtype);
+        let mapping = if options.parallel.is_given() { options.mapping } else { config.mapping };
+        return Ok((ModelConfig { dtype, ..config.model }, mapping));
     }
     let input = mixtral_convert::Input::Directory(dir.to_owned());
     let mut convert = mixtral_convert::ConvertOptions::new(input, options.output_dir.clone());
-    (convert.dtype, convert.save_config_only) = (None, true);
-    Ok(mixtral_convert::plan(&convert)?.model)
+    (convert.dtype, convert.save_config_only) = (options.dtype, true);
+    Ok((mixtral_convert::plan(&convert)?.model, options.mapping))
 }
 
 /// A plugin of another data type than the model's is a mistake in the command line.

@@ -1,32 +1,53 @@
 //! `mixtral convert`: a Hugging Face model → a checkpoint.
 
 use std::io::Write as _;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use mixtral_build::explain::bytes;
+use mixtral_convert::Input;
+use mixtral_model::{DType, ModelConfig};
 
 use crate::args::convert::ConvertOptions;
 use crate::progress::Bytes;
+use crate::say;
 
 /// Runs the stage.
 pub fn main(options: &ConvertOptions) -> Result<()> {
-    let ConvertOptions { convert, dry_run } = options;
+    let ConvertOptions { convert, dry_run, geometry } = options;
+    if let (Input::Directory(dir), true) = (&convert.input, geometry.is_given()) {
+        let place = format!("the configuration in {}", dir.display());
+        geometry.beside(&geometry_of(dir)?, &place)?.into_iter().for_each(say::warning);
+    }
     if *dry_run {
-        writeln!(std::io::stdout(), "{}", mixtral_convert::plan(convert)?)?;
+        let plan = mixtral_convert::plan(convert)?;
+        plan.warnings.iter().for_each(say::warning);
+        writeln!(std::io::stdout(), "{plan}")?;
         return Ok(());
     }
+    say::detail(format_args!("{} threads, {} ranks", convert.workers, convert.mapping.world_size()));
     let progress = Bytes::new();
     let report = mixtral_convert::convert(convert, &progress);
     progress.finish();
     let report = report?;
+    report.warnings.iter().for_each(say::warning);
     let size = usize::try_from(report.bytes).unwrap_or(usize::MAX);
-    eprintln!(
+    say::note(format_args!(
         "wrote {}: {} tensors for {} rank(s), {} in {:.1} s",
         convert.output_dir.display(),
         report.tensors,
         report.ranks,
         bytes(size),
         report.seconds
-    );
+    ));
     Ok(())
+}
+
+/// The model that a directory's configuration describes; its weights are not looked at.
+fn geometry_of(dir: &Path) -> Result<ModelConfig> {
+    let mut convert = mixtral_convert::ConvertOptions::new(Input::Directory(dir.to_owned()), PathBuf::new());
+    convert.save_config_only = true;
+    // The data type is no part of the geometry, and where the configuration has none it is the weights'.
+    convert.dtype = Some(DType::F16);
+    Ok(mixtral_convert::plan(&convert)?.model)
 }

@@ -18,6 +18,7 @@ use crate::diff::difference::Tolerance;
 use crate::diff::{Findings, Lockstep, find, same_operations};
 use crate::run::job::{self, Place};
 use crate::run::prompts;
+use crate::say;
 
 /// An engine, and where it runs.
 struct Side {
@@ -86,7 +87,7 @@ pub fn main(options: &DiffOptions) -> Result<()> {
         writeln!(out, "{object:#}")?;
     } else {
         writeln!(out, "reference {}\nother     {}", reference.describe(), other.describe())?;
-        findings.print(args.verbose, &mut out)?;
+        findings.print(say::shows(say::Level::Verbose), &mut out)?;
     }
     match findings.verdict() {
         None => Ok(()),

@@ -7,4 +7,5 @@ pub mod diff;
 pub mod inspect;
 pub mod rebuild;
 pub mod run;
+pub mod shell;
 pub mod verify;

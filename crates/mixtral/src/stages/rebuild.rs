@@ -5,10 +5,11 @@ use mixtral_build::rebuild::rebuild;
 use mixtral_engine::EngineDir;
 use mixtral_kernels::Arch;
 
-use super::build::{Plugins, kernel_options, report, show};
+use super::build::{Plugins, kernel_options, report, show_built};
 use crate::args::rebuild::RebuildOptions;
 use crate::progress::Kernels as Progress;
 use crate::run::machine;
+use crate::say;
 
 /// Runs the stage.
 pub fn main(options: &RebuildOptions) -> Result<()> {
@@ -29,8 +30,8 @@ pub fn main(options: &RebuildOptions) -> Result<()> {
     if let Some(kernels) = &built.kernels {
         report(kernels, &plugins, &built.programs);
     }
-    show(&built, options.explain, options.graph.as_deref())?;
-    eprintln!("wrote {} (engine {})", options.engine.display(), built.config.run_id);
+    show_built(&built, options.explain, options.graph.as_deref())?;
+    say::note(format_args!("wrote {} (engine {})", options.engine.display(), built.config.run_id));
     Ok(())
 }
 

@@ -8,14 +8,20 @@ use anyhow::{Context, Result, anyhow, bail};
 use mixtral_engine::EngineDir;
 use mixtral_model::TokenId;
 use mixtral_runtime::session::{Capabilities, StepStats};
-use mixtral_runtime::{Request, Session, Tokenizer};
+use mixtral_runtime::{BadWords, Request, Session, Tokenizer};
+use mixtral_tokenizer::{load, model_end_ids};
 use serde_json::json;
 
+use crate::args::Usage;
 use crate::args::run::{RunArgs, RunOptions};
 use crate::run::job::{self, Job, LoadOptions};
-use crate::run::outputs::{Output, logits_path, write_csv, write_logits, write_npy};
+use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
-use crate::run::report::{Stats, expert_table};
+use crate::run::report::{Profile, Stats, expert_table, logits_hash};
+use crate::say;
+
+/// Tokens between two prints of a stream unless asked for.
+const STREAMING_INTERVAL: usize = 5;
 
 /// Iterations of `--run-profiling`, as many to warm up as to measure.
 const PROFILING_ITERATIONS: u32 = 10;
@@ -44,15 +50,20 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
         prompts::read(&options.prompts, special, args.max_input_length, tokenizer.as_deref())?
     };
     let capabilities = job.capabilities();
+    check_against_engine(args, engine, &prompts)?;
     let requests = requests(options, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
     let mut session = job.session(&requests, tokenizer)?;
     let mut out = std::io::stdout().lock();
 
-    let stream = args.streaming.then_some(args.streaming_interval);
+    let stream = args.streaming.then(|| Streaming {
+        interval: args.streaming_interval.unwrap_or(STREAMING_INTERVAL),
+        whole: args.streaming_whole,
+        printed: vec![Printed::default(); requests.len()],
+    });
     let (outputs, steps) = generate(&mut session, &requests, args, stream, &mut out)?;
 
-    let bandwidth = if args.stats { job.place().roof(true)?.bytes_per_s } else { 0.0 };
-    let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs, bandwidth));
+    let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs));
+    let hash = args.logits_hash.then(|| logits_hash(&outputs));
     let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
     if args.json {
         let prompts: Vec<_> = prompts
@@ -63,12 +74,16 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
                 json!({ "text": prompt.text, "ids": prompt.ids, "outputs": of_prompt })
             })
             .collect();
-        let object = json!({
-            "engine": engine.config().run_id,
-            "prompts": prompts,
-            "stats": stats,
-            "expert_counts": counts,
-        });
+        let mut object = json!({ "engine": engine.config().run_id, "prompts": prompts, "stats": stats });
+        if let Some(hash) = hash {
+            object["logits_hash"] = json!(hash);
+        }
+        if let Some(counts) = counts {
+            object["expert_counts"] = json!(counts);
+        }
+        if args.run_profiling {
+            object["profiling"] = json!(profile(&mut session, &requests, args)?);
+        }
         writeln!(out, "{object:#}")?;
     } else {
         if !args.streaming {
@@ -77,13 +92,41 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
         if let Some(stats) = &stats {
             writeln!(out, "{stats}")?;
         }
+        if let Some(hash) = &hash {
+            writeln!(out, "logits        {hash}")?;
+        }
         if let Some(counts) = &counts {
             write!(out, "{}", expert_table(counts))?;
         }
+        if args.run_profiling {
+            writeln!(out, "{}", profile(&mut session, &requests, args)?)?;
+        }
     }
-    write_files(args, &prompts, &outputs, &capabilities)?;
-    if args.run_profiling {
-        profile(&mut session, &requests, args, &mut out)?;
+    write_files(args, &prompts, &outputs, &capabilities)
+}
+
+/// What the flags say beside what the engine is.
+fn check_against_engine(args: &RunArgs, engine: &EngineDir, prompts: &[Prompt]) -> Result<()> {
+    let model = &engine.config().model;
+    let vocab_size = model.vocab_size;
+    if let Some(id) = args.end_id.filter(|&id| usize::try_from(id).is_ok_and(|id| id >= vocab_size)) {
+        bail!(
+            "--end-id {id}: the model's vocabulary has {vocab_size} entries, so ids end at {}; -1 is none",
+            vocab_size - 1
+        );
+    }
+    let window = model.sliding_window;
+    let longest = prompts.iter().map(|p| p.ids.len().saturating_add(args.max_output_len)).max().unwrap_or(0);
+    for &asked in &args.max_attention_window_size {
+        if asked < longest && Some(asked) != window {
+            bail!(
+                "--max-attention-window-size {asked}: attention sees {}, as the model says, and the longest sequence of this run may have {longest} tokens; leave the flag out, or change sliding_window in the model's config.json and convert again",
+                window.map_or("all of a sequence".to_owned(), |window| format!("the last {window} tokens"))
+            );
+        }
+        say::warning(format_args!(
+            "--max-attention-window-size {asked} changes nothing: attention sees that much anyway"
+        ));
     }
     Ok(())
 }
@@ -103,11 +146,30 @@ fn check_output_paths(args: &RunArgs) -> Result<()> {
 fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
     let args = &options.args;
     let dir: &PathBuf = args.tokenizer_dir.as_ref().unwrap_or(&args.engine_dir);
-    let texts = prompts::are_texts(&options.prompts) || !args.stop_words.is_empty() || !args.bad_words.is_empty();
-    if !texts && args.tokenizer_dir.is_none() && !dir.join("tokenizer.json").exists() {
+    let texts = prompts::are_texts(&options.prompts) || !args.words.stop.is_empty() || !args.words.bad.is_empty();
+    if !texts && args.tokenizer_dir.is_none() && load::find(dir).is_none() {
         return Ok(None);
     }
+    say::detail(format_args!("tokenizer: {}", dir.display()));
     Ok(Some(Arc::new(Tokenizer::load(dir)?)))
+}
+
+/// The ids that end a sequence: the model's, and the token that the tokenizer ends texts with. The model is the
+/// tokenizer's, unless only the engine says how its sequences end.
+fn end_ids(args: &RunArgs, tokenizer: Option<&Tokenizer>) -> Result<Vec<TokenId>> {
+    if let Some(id) = args.end_id {
+        // −1 is none.
+        return Ok(u32::try_from(id).map(TokenId).into_iter().collect());
+    }
+    let mut ids = match &args.tokenizer_dir {
+        Some(dir) => model_end_ids(dir)?,
+        None => Vec::new(),
+    };
+    if ids.is_empty() {
+        ids = model_end_ids(&args.engine_dir)?;
+    }
+    ids.extend(tokenizer.and_then(Tokenizer::end_id).filter(|id| !ids.contains(id)));
+    Ok(ids)
 }
 
 fn requests(
@@ -117,25 +179,14 @@ fn requests(
     gathers: bool,
 ) -> Result<Vec<Request>> {
     let args = &options.args;
-    let end_ids = match args.end_id {
-        None => tokenizer.map_or(Vec::new(), |t| t.end_ids().to_vec()),
-        Some(-1) => Vec::new(),
-        Some(id) => {
-            vec![TokenId(u32::try_from(id).map_err(|_| anyhow!("--end-id {id} is not a token id; -1 is none"))?)]
-        }
-    };
-    let mut bad_words = Vec::new();
-    for word in &args.bad_words {
-        // In the middle of a text a word usually follows a space.
-        for text in [word.clone(), format!(" {word}")] {
-            if let Some(tokenizer) = tokenizer {
-                bad_words.push(tokenizer.encode(&text, false)?);
-            }
-        }
-    }
+    let end_ids = end_ids(args, tokenizer)?;
+    let usage = |Usage(message)| anyhow!(message);
+    let stop_words = args.words.stop.for_prompts(prompts.len()).map_err(usage)?;
+    let bad_words = args.words.bad.for_prompts(prompts.len()).map_err(usage)?;
     let logits = args.output_logits_npy.is_some();
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
+        let bad_words = Arc::new(tokenizer.map_or_else(BadWords::default, |t| BadWords::new(bad_words[index], t)));
         for hypothesis in 0..args.num_return_sequences {
             requests.push(Request {
                 prompt: prompt.ids.clone(),
@@ -145,9 +196,9 @@ fn requests(
                 prompt_index: u32::try_from(index)?,
                 hypothesis: u32::try_from(hypothesis)?,
                 end_ids: end_ids.clone(),
-                stop_words: args.stop_words.clone(),
+                stop_words: stop_words[index].to_vec(),
                 bad_words: bad_words.clone(),
-                generation_logits: logits || args.stats,
+                generation_logits: logits || args.logits_hash,
                 context_logits: logits && gathers && hypothesis == 0,
             });
         }
@@ -155,12 +206,12 @@ fn requests(
     Ok(requests)
 }
 
-/// Generates all requests as one batch in flight. With `stream`, prints each output every so many tokens.
+/// Generates all requests as one batch in flight, and prints them as they grow if that is asked for.
 fn generate(
     session: &mut Session,
     requests: &[Request],
     args: &RunArgs,
-    stream: Option<usize>,
+    mut stream: Option<Streaming>,
     out: &mut dyn Write,
 ) -> Result<(Vec<Output>, Vec<StepStats>)> {
     let mut first = None;
@@ -170,32 +221,33 @@ fn generate(
         first.get_or_insert(id.0);
     }
     let first = first.unwrap_or(0);
+    let text = session.makes_text().then(String::new);
     let mut outputs: Vec<Output> = requests
         .iter()
-        .map(|r| Output { prompt: r.prompt_index as usize, beam: r.hypothesis as usize, ..Output::default() })
+        .map(|r| Output {
+            prompt: r.prompt_index as usize,
+            beam: r.hypothesis as usize,
+            text: text.clone(),
+            ..Output::default()
+        })
         .collect();
     let mut steps = Vec::new();
     while !session.is_idle() {
         let events = session.step()?;
         steps.push(session.last_step());
         for event in events {
-            let output = &mut outputs[event.id.0 - first];
-            output.ids.extend(event.token);
-            output.text += &event.text;
+            let index = event.id.0 - first;
+            let output = &mut outputs[index];
+            output.add(&event);
             output.context_logits.extend(event.context_logits);
-            if args.stats {
+            if args.logits_hash {
                 output.logits_hash.update(bytemuck::cast_slice(&event.generation_logits));
             }
             if args.output_logits_npy.is_some() {
                 output.generation_logits.extend(event.generation_logits);
             }
-            output.finished = event.finished.or(output.finished);
-            if let Some(interval) = stream
-                && event.token.is_some()
-                && (output.ids.len().is_multiple_of(interval) || output.finished.is_some())
-            {
-                print_output(out, output)?;
-                out.flush()?;
+            if let (Some(stream), Some(_)) = (&mut stream, event.token) {
+                stream.print(index, output, out)?;
             }
         }
     }
@@ -209,25 +261,10 @@ fn print_outputs(out: &mut dyn Write, prompts: &[Prompt], outputs: &[Output]) ->
             None => writeln!(out, "Input [Text {index}]: {}", ids_text(&prompt.ids))?,
         }
         for output in outputs.iter().filter(|o| o.prompt == index) {
-            print_output(out, output)?;
+            output.print(out, Printed::default())?;
         }
     }
     Ok(())
-}
-
-/// run.py's line; ids stand in for the text where there is no tokenizer.
-fn print_output(out: &mut dyn Write, output: &Output) -> std::io::Result<()> {
-    let Output { prompt, beam, text, ids, .. } = output;
-    if text.is_empty() && !ids.is_empty() {
-        writeln!(out, "Output [Text {prompt} Beam {beam}]: {}", ids_text(ids))
-    } else {
-        writeln!(out, "Output [Text {prompt} Beam {beam}]: \"{text}\"")
-    }
-}
-
-fn ids_text(ids: &[TokenId]) -> String {
-    let ids: Vec<String> = ids.iter().map(ToString::to_string).collect();
-    format!("[{}]", ids.join(", "))
 }
 
 fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilities: &Capabilities) -> Result<()> {
@@ -250,7 +287,8 @@ fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilit
     Ok(())
 }
 
-fn profile(session: &mut Session, requests: &[Request], args: &RunArgs, out: &mut dyn Write) -> Result<()> {
+/// The mean latency of all requests together, after as many iterations to warm up.
+fn profile(session: &mut Session, requests: &[Request], args: &RunArgs) -> Result<Profile> {
     let mut sink = std::io::sink();
     let mut seconds = 0.0;
     for iteration in 0..2 * PROFILING_ITERATIONS {
@@ -260,11 +298,9 @@ fn profile(session: &mut Session, requests: &[Request], args: &RunArgs, out: &mu
             seconds += started.elapsed().as_secs_f64();
         }
     }
-    writeln!(
-        out,
-        "batch_size: {}, avg latency of {PROFILING_ITERATIONS} iterations: {:.6} sec",
-        requests.len(),
-        seconds / f64::from(PROFILING_ITERATIONS)
-    )?;
-    Ok(())
+    Ok(Profile {
+        batch_size: requests.len(),
+        iterations: PROFILING_ITERATIONS,
+        mean_latency_s: seconds / f64::from(PROFILING_ITERATIONS),
+    })
 }

@@ -1,0 +1,167 @@
+//! A decoder's program is well-formed, and nothing that it says can be changed alone: every size, type and range in it is held by
+//! another part of the program.
+
+use mixtral_engine::{ElemType, Op, Program, Rows};
+use mixtral_model::DType;
+use mixtral_testkit::decoder::{self, Geometry};
+
+/// The same decoder with fused operations and without, and one whose dense feed-forward part is read through its router.
+fn programs() -> Vec<Program> {
+    let of = |dtype| [true, false].map(|fused| decoder::program(&Geometry::small(dtype), fused));
+    [DType::Bf16, DType::F32].into_iter().flat_map(of).collect()
+}
+
+/// Fails unless `change` makes the program one that is refused.
+#[track_caller]
+fn assert_refused(program: &Program, what: &str, change: impl FnOnce(&mut Program)) {
+    let mut changed = program.clone();
+    change(&mut changed);
+    assert!(changed.check().is_err(), "{what} is taken:\n{}", changed.to_text());
+}
+
+#[test]
+fn buffers_have_the_size_and_type_that_operations_need() {
+    for program in programs() {
+        program.check().expect("well-formed");
+        for (i, buffer) in program.buffers.iter().enumerate() {
+            let what = |change: &str| format!("`{}` {change}", buffer.name);
+            assert_refused(&program, &what("one column wider"), |p| p.buffers[i].cols += 1);
+            assert_refused(&program, &what("one column narrower"), |p| p.buffers[i].cols -= 1);
+            for dtype in [ElemType::I32, ElemType::F32, ElemType::F16, ElemType::Bf16] {
+                if dtype != buffer.dtype {
+                    assert_refused(&program, &what(&format!("of {dtype:?}")), |p| p.buffers[i].dtype = dtype);
+                }
+            }
+            for rows in [Rows::One, Rows::Tokens, Rows::Assignments, Rows::Logits] {
+                if rows != buffer.rows {
+                    assert_refused(&program, &what(&format!("with {rows:?}")), |p| p.buffers[i].rows = rows);
+                }
+            }
+            assert_refused(&program, &what("past the arena"), |p| p.buffers[i].offset = p.arena_bytes);
+        }
+    }
+}
+
+#[test]
+fn weights_have_the_shape_that_operations_need() {
+    for program in programs() {
+        for (i, weight) in program.weights.iter().enumerate() {
+            for side in 0..weight.shape.len() {
+                let what = |change: &str| format!("side {side} of `{}` {change}", weight.name);
+                // An embedding may have more rows than the vocabulary, and a linear may use a part of a weight's.
+                let is_whole = program.ops.iter().all(|op| match op {
+                    Op::Embed { table, .. } => *table != weight.name,
+                    Op::Linear { weight: used, rows, .. } => *used != weight.name || rows.is_none(),
+                    _ => true,
+                });
+                if is_whole || side > 0 {
+                    assert_refused(&program, &what("longer"), |p| p.weights[i].shape[side] += 1);
+                    assert_refused(&program, &what("shorter"), |p| p.weights[i].shape[side] -= 1);
+                }
+            }
+            assert_refused(&program, &format!("`{}` without a side", weight.name), |p| p.weights[i].shape.clear());
+            assert_refused(&program, &format!("`{}` twice", weight.name), |p| p.weights.push(p.weights[i].clone()));
+        }
+    }
+}
+
+#[test]
+fn operations_name_layers_heads_and_experts_that_there_are() {
+    for program in programs() {
+        let (layers, experts) = (program.num_layers, program.num_experts);
+        for (i, op) in program.ops.iter().enumerate() {
+            let what = |change: &str| format!("operation {i} ({}) {change}", op.name());
+            let set = |change: &str, set: &dyn Fn(&mut Op)| {
+                assert_refused(&program, &what(change), |p| set(&mut p.ops[i]));
+            };
+            if let Op::WriteKv { .. }
+            | Op::RopeWriteKv { .. }
+            | Op::Attention { .. }
+            | Op::Route { .. }
+            | Op::TopK { .. } = op
+            {
+                set("of a layer too many", &|op| match op {
+                    Op::WriteKv { layer, .. }
+                    | Op::RopeWriteKv { layer, .. }
+                    | Op::Attention { layer, .. }
+                    | Op::Route { layer, .. }
+                    | Op::TopK { layer, .. } => *layer = layers,
+                    _ => unreachable!("as above"),
+                });
+            }
+            if let Op::RopeWriteKv { .. } | Op::Attention { .. } = op {
+                for heads in [0, 1, 600] {
+                    set(&format!("of {heads} heads"), &|op| match op {
+                        Op::RopeWriteKv { num_heads, .. } | Op::Attention { num_heads, .. } => *num_heads = heads,
+                        _ => unreachable!("as above"),
+                    });
+                }
+            }
+            if let Op::Route { .. } | Op::ExpertSort { .. } | Op::Combine { .. } = op {
+                for range in [[0, 0], [1, 0], [0, experts + 1], [experts, experts + 1]] {
+                    set(&format!("over experts {range:?}"), &|op| match op {
+                        Op::Route { experts, .. } | Op::ExpertSort { experts, .. } | Op::Combine { experts, .. } => {
+                            *experts = range;
+                        }
+                        _ => unreachable!("as above"),
+                    });
+                }
+            }
+            if let Op::Linear { .. } = op {
+                for range in [[0, 0], [3, 2], [0, usize::MAX], [0, 7]] {
+                    set(&format!("over rows {range:?}"), &|op| {
+                        if let Op::Linear { rows, .. } = op {
+                            *rows = Some(range);
+                        }
+                    });
+                }
+            }
+        }
+        assert_refused(&program, "a cache of no layers", |p| p.kv.num_layers = 0);
+        assert_refused(&program, "more experts a token than there are", |p| p.top_k = experts + 1);
+        assert_refused(&program, "a rank outside the world", |p| p.rank = p.world_size);
+    }
+}
+
+#[test]
+fn the_first_layers_are_a_program_of_their_own() {
+    let geometry = Geometry { num_layers: 5, ..Geometry::small(DType::Bf16) };
+    for fused in [true, false] {
+        let whole = decoder::program(&geometry, fused);
+        assert_eq!(whole.first_layers(5).as_ref(), Ok(&whole));
+        for layers in 1..5 {
+            let first = whole.first_layers(layers).expect("layers that are alike");
+            first.check().expect("well-formed");
+            let short = decoder::program(&Geometry { num_layers: layers, ..geometry }, fused);
+            let names = |program: &Program| program.ops.iter().map(Op::name).collect::<Vec<_>>();
+            assert_eq!(names(&first), names(&short), "{layers} layers");
+            assert_eq!(first.weights.len(), short.weights.len(), "{layers} layers");
+            assert_eq!(first.memory_plan().weights, short.memory_plan().weights, "{layers} layers");
+        }
+        for wanted in [0, 6] {
+            assert!(whole.first_layers(wanted).is_err(), "{wanted} layers of five");
+        }
+    }
+}
+
+#[test]
+fn the_memory_plan_adds_up() {
+    let program = decoder::program(&Geometry::small(DType::F32), true);
+    let plan = program.memory_plan();
+    let limits = program.limits;
+    let ints = [
+        // Token ids, positions and slots; blocks, length and first token of each sequence, and one past the last; rows of logits.
+        3 * limits.max_num_tokens,
+        limits.max_batch_size * limits.max_blocks_per_seq(),
+        limits.max_batch_size,
+        limits.max_batch_size + 1,
+        limits.max_num_logits,
+    ];
+    assert_eq!(plan.inputs, 4 * ints.iter().sum::<usize>());
+    // Keys and values of 2 layers, 2 heads of 16 elements and 16 tokens, 4 bytes each.
+    assert_eq!(plan.kv_block, 2 * 2 * 2 * 16 * 16 * 4);
+    assert_eq!(plan.weights, program.weights.iter().map(|w| w.shape.iter().product::<usize>() * 4).sum::<usize>());
+    assert_eq!(plan.total(0), plan.weights + plan.arena + plan.inputs);
+    assert_eq!(plan.total(3), plan.total(0) + 3 * plan.kv_block);
+    assert_eq!(plan.total(usize::MAX), usize::MAX);
+}
