@@ -15,9 +15,9 @@ use crate::layout::{TensorSpec, rank_tensors};
 use crate::map::FileMap;
 use crate::names::{CONFIG_FILE, rank_file_name};
 use crate::progress::Progress;
-use crate::staged::{LOCK_FILE, warn_if_older};
+use crate::staged::{LOCK_FILE, finish, warn_if_older};
 use crate::verify::{Item, Problem, Verified, verify};
-use crate::writer::{HASH_PREFIX, RUN_ID_KEY};
+use crate::writer::{HASH_PREFIX, OWNERSHIP, RUN_ID_KEY};
 
 /// A checkpoint that cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -165,6 +165,7 @@ impl Checkpoint {
         if !dir.is_dir() {
             return Err(ReadError::NoDirectory { dir: own() });
         }
+        finish(dir, OWNERSHIP);
         if !dir.join(CONFIG_FILE).exists() {
             let unfinished = dir.join(LOCK_FILE).exists();
             return Err(match unfinished {

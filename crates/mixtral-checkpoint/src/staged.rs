@@ -2,8 +2,8 @@
 //!
 //! New files are written into a folder inside of it, so that an older output stays as it was until they are complete and on the
 //! disk. Then the older marker, `config.json`, is removed, the older files go, the new ones are moved in, and their marker
-//! last. A run that fails or is interrupted before that removes what it wrote; what a killed one left is finished or removed by the
-//! next run. A lock file keeps a second writer out; left behind, it marks the directory as ours and says that the last run
+//! last. A run that fails or is interrupted before that removes what it wrote; one that was killed while files were moved is
+//! finished by whoever comes next, to read or to write. A lock file keeps a second writer out; left behind, it marks the directory as ours and says that the last run
 //! did not finish. Used for checkpoints and engines alike.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
@@ -22,6 +22,9 @@ pub const LOCK_FILE: &str = ".mixtral-lock";
 
 /// The folder that new files are written into.
 const NEW: &str = ".mixtral-new";
+
+/// What the lock file holds once a new output is in place, in case nobody gets to remove it.
+const DONE: &str = "done";
 
 /// There once that folder is complete and the older files are gone, until all of its files are where they belong.
 const MOVING: &str = ".mixtral-moving";
@@ -68,9 +71,7 @@ pub enum StagedError {
         older: Option<&'static str>,
     },
     /// New files could not take the places of older ones.
-    #[error(
-        "{source}; the new files are complete, and the next run with --output-dir {dir} puts them in place first. Until then it does not load"
-    )]
+    #[error("{source}; the new files are complete, and the next command that uses {dir} puts them in place")]
     Moving {
         /// The directory.
         dir: PathBuf,
@@ -376,6 +377,25 @@ pub fn warn_if_older(dir: &Path, command: &str) {
     log::warn!("the last `{command}` into {dir} did not finish ({why}); what was there before is used");
 }
 
+/// Finishes what a run that was killed had begun to put in place in `dir`, if no other run is at work there: for who is about to
+/// read it. Where that cannot be done, the directory does not load.
+pub fn finish(dir: &Path, ownership: Ownership) {
+    let path = dir.join(LOCK_FILE);
+    let Ok(file) = File::open(&path) else { return };
+    let is_done = || fs::read_to_string(&path).is_ok_and(|text| text == DONE);
+    if (is_done() || is_moving(dir)) && file.try_lock().is_ok() {
+        // Looked at again under the lock: another reader may have been faster.
+        if !is_moving(dir) || put_in_place(dir, ownership).is_ok() {
+            let _ = remove(&path);
+        }
+    }
+}
+
+/// Whether new files in `dir` are complete and not all in place.
+fn is_moving(dir: &Path) -> bool {
+    dir.join(MOVING).exists() || dir.join(NEW).join(CONFIG_FILE).exists() && !dir.join(CONFIG_FILE).exists()
+}
+
 /// Moves all new files, which are whole, to where they belong; whatever is interrupted, calling it again finishes it. The
 /// marker goes first and comes last, so that nothing loads meanwhile.
 fn put_in_place(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
@@ -399,17 +419,18 @@ fn put_in_place(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
         move_in(CONFIG_FILE)?;
         disk::sync_dir(dir).map_err(failed("write", dir))?;
     }
+    let lock = dir.join(LOCK_FILE);
+    fs::write(&lock, DONE).map_err(failed("write", &lock))?;
     remove_folder(&new)?;
     remove(&moving)
 }
 
 /// Finishes what a run that was killed began to put in place, and removes what it did not finish writing.
 fn recover(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
-    let new = dir.join(NEW);
-    if dir.join(MOVING).exists() || (new.join(CONFIG_FILE).exists() && !dir.join(CONFIG_FILE).exists()) {
-        return put_in_place(dir, ownership);
+    match is_moving(dir) {
+        true => put_in_place(dir, ownership),
+        false => remove_folder(&dir.join(NEW)),
     }
-    remove_folder(&new)
 }
 
 fn remove_folder(path: &Path) -> Result<(), StagedError> {
@@ -603,7 +624,7 @@ mod tests {
 
     /// As many states as a kill can leave, made by doing so many steps of a move.
     #[test]
-    fn a_move_that_was_killed_is_finished_by_the_next_run_even_if_that_fails() {
+    fn a_move_that_was_killed_is_finished_by_who_comes_next_to_read_or_to_write() {
         for steps in 0..8 {
             let root = older();
             let (dir, new) = (root.path(), root.path().join(NEW));
@@ -620,6 +641,21 @@ mod tests {
                 &|| fs::remove_dir(&new),
             ];
             step[..steps].iter().for_each(|step| step().unwrap());
+            // Nobody touches what somebody is at work on.
+            let writer = File::open(dir.join(LOCK_FILE)).unwrap();
+            writer.lock().unwrap();
+            let before = listing(dir);
+            finish(dir, TEST);
+            assert_eq!(listing(dir), before);
+            drop(writer);
+            let reader = steps % 2 == 0;
+            if reader {
+                finish(dir, TEST);
+            }
+            if steps > 0 && reader {
+                assert_eq!(listing(dir), ["0.part", "2.part", "config.json", "notes.txt"], "{steps} steps");
+            }
+            // A writer that fails leaves a note of its own.
             drop(StagedDir::begin(dir, TEST).unwrap());
             if steps == 0 {
                 assert!(is_older(dir), "nothing was replaced yet");

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use mixtral_checkpoint::names::{CONFIG_FILE, is_tokenizer_file};
 use mixtral_checkpoint::seal::{UNSEALED, is_intact, seal};
-use mixtral_checkpoint::staged::{LOCK_FILE, warn_if_older};
+use mixtral_checkpoint::staged::{LOCK_FILE, finish, warn_if_older};
 use mixtral_checkpoint::{
     Header, HeaderError, Item, Ownership, Progress, RankFile, ReadError, StagedDir, StagedError, Verified, disk, verify,
 };
@@ -261,6 +261,7 @@ impl EngineDir {
         if !dir.is_dir() {
             return Err(EngineError::NoDirectory { dir: dir.to_owned() });
         }
+        finish(dir, OWNERSHIP);
         let path = dir.join(CONFIG_FILE);
         if !path.exists() {
             return Err(EngineError::NoConfig { dir: dir.to_owned(), unfinished: dir.join(LOCK_FILE).exists() });
