@@ -128,7 +128,8 @@ fn cublaslt_is_for_long_steps_and_says_what_it_costs() {
     let first = warnings(&said);
     let [decode, prefill] = ["decode of 1 token: ", "prefill: "].map(|part| said.out.split(part).nth(1).unwrap());
     assert!(!decode.split("prefill: ").next().unwrap().contains("cublaslt"), "{}", said.out);
-    assert_eq!(prefill.matches(" [cublaslt]").count(), 8, "q/k/v and output of four layers:\n{}", said.out);
+    // q/k/v and output, of the layers that are printed as one and of the last.
+    assert_eq!(prefill.matches(" [cublaslt]").count(), 4, "{}", said.out);
     let inspected = mixtral_in(at, "inspect engine_outputs", &[]).ok();
     assert!(inspected.contains("\"plan\":\"cublaslt\""), "{inspected}");
 

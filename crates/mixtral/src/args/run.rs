@@ -95,7 +95,7 @@ pub struct RunArgs {
     #[arg(help_heading = OUTPUT, long, value_parser = numbers::tokens)]
     pub streaming_interval: Option<usize>,
     /// Print all of an output each time, as run.py does, and not only what is new
-    #[arg(help_heading = OUTPUT, long, requires = "streaming")]
+    #[arg(help_heading = OUTPUT, long, alias = "return-all-generated-tokens", requires = "streaming")]
     pub streaming_whole: bool,
     /// Do not put the model's start token before prompts
     #[arg(help_heading = PROMPTS, long)]
