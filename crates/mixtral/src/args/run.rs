@@ -95,7 +95,7 @@ pub struct RunArgs {
     #[arg(help_heading = OUTPUT, long, value_parser = numbers::tokens)]
     pub streaming_interval: Option<usize>,
     /// Print all of an output each time, as run.py does, and not only what is new
-    #[arg(help_heading = OUTPUT, long, alias = "return-all-generated-tokens", requires = "streaming")]
+    #[arg(help_heading = OUTPUT, long, alias = "return-all-generated-tokens")]
     pub streaming_whole: bool,
     /// Do not put the model's start token before prompts
     #[arg(help_heading = PROMPTS, long)]
@@ -177,6 +177,9 @@ impl RunArgs {
         }
         if self.streaming_interval.is_some() && !self.streaming {
             say::warning("--streaming-interval changes nothing without --streaming");
+        }
+        if self.streaming_whole && !self.streaming {
+            say::warning("--streaming-whole changes nothing without --streaming");
         }
         // run.py's default prompt.
         let prompts = match &self.input_file {
