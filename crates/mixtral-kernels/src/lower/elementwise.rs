@@ -22,7 +22,7 @@ pub(super) fn threads_for(items: usize, most: usize) -> usize {
 }
 
 /// A type's constant in `step::Rows` and the rows for each.
-fn rows(lowering: &Lowering<'_>, buffer: &Buffer) -> (&'static str, usize) {
+pub(super) fn rows(lowering: &Lowering<'_>, buffer: &Buffer) -> (&'static str, usize) {
     match buffer.rows {
         Rows::Tokens => ("step::Rows::TOKENS", 1),
         Rows::Assignments => ("step::Rows::TOKENS", lowering.program.top_k),

@@ -17,7 +17,7 @@ use mixtral_engine::{Op, Program};
 use mixtral_model::DType;
 use serde::{Deserialize, Serialize};
 
-use crate::{Arg, Family, Kernel, Launch, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Kernel, Launch, StepBlock, Work};
 
 /// What a step can be, as far as launches depend on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -43,6 +43,8 @@ pub struct Schedule {
     pub probe: Launch,
     /// Bytes of the workspaces between kernels.
     pub scratch_bytes: usize,
+    /// The memory between ranks, if there are others.
+    pub exchange: Option<Exchange>,
     /// Where a step's inputs lie.
     pub block: StepBlock,
 }
@@ -65,9 +67,13 @@ impl Schedule {
     }
 
     /// The schedule of `short`, which is [`Program::first_layers`] of the schedule's own program `whole`: the work of the
-    /// operations that are left, on the same kernels. `None` if the programs are not of that kind.
+    /// operations that are left, on the same kernels. `None` if the programs are not of that kind, or speak to other ranks: their
+    /// collectives are numbered.
     #[must_use]
     pub fn first_layers(&self, whole: &Program, short: &Program) -> Option<Schedule> {
+        if self.exchange.is_some() {
+            return None;
+        }
         let gathers = |program: &Program| program.ops.iter().position(|op| matches!(op, Op::GatherRows { .. }));
         let (behind, cut) = (gathers(whole)?, gathers(short)?);
         let removed = behind.checked_sub(cut)?;
