@@ -1,5 +1,5 @@
-//! What a schedule may ask for. One that was read from a file passes through [`Schedule::check`] before a backend sees it, so that
-//! a backend can index by its numbers and point at what it names.
+//! What a schedule may ask for. A schedule that was read from a file passes through [`Schedule::check`] before a
+//! backend sees it, so a backend can index by its numbers and use its addresses.
 
 use mixtral_engine::Program;
 
@@ -8,24 +8,24 @@ use super::{Regime, Schedule};
 use crate::step_block::{ALIGN, Place};
 use crate::{Arg, Exchange, Grid, Launch, Product, TensorMap, Work};
 
-/// Parameters that a kernel may have.
+/// The most parameters of a kernel.
 pub const MAX_ARGS: usize = 32;
-/// Threads of a CTA.
+/// The most threads of a CTA.
 const MAX_THREADS: u32 = 1024;
-/// Bytes of shared memory that a CTA can have on any architecture.
+/// The most bytes of shared memory that a CTA can have on any architecture.
 const MAX_SHARED: u32 = 227 << 10;
-/// CTAs of a cluster without asking for more.
+/// The most CTAs of a cluster that a kernel can have without asking the driver for more.
 const MAX_CLUSTER: u32 = 8;
-/// CTAs of a launch that the driver takes.
+/// The most CTAs of a launch.
 const MAX_GRID: u64 = (1 << 31) - 1;
-/// Dimensions of a tensor map.
+/// The most dimensions of a tensor map.
 const MAX_RANK: usize = 5;
-/// Bytes of one allocation, so that sums of a few of them cannot overflow.
+/// The most bytes of one allocation. Sums of a few of these cannot overflow.
 const MAX_BYTES: usize = 1 << 48;
 
 impl Schedule {
-    /// Checks that every index is one of the program's, that everything pointed at lies within its memory as far as the
-    /// schedule says how large it is, and that every launch is one that a driver takes.
+    /// Checks that every index is one of the program's, that every launch is one that a driver accepts, and that every
+    /// address lies within its memory, as far as the schedule tells how much memory is accessed there.
     ///
     /// # Errors
     /// The first rule that the schedule breaks.
@@ -74,7 +74,7 @@ impl Schedule {
         Ok(())
     }
 
-    /// The arrays lie apart, in order, in the block.
+    /// The arrays lie in the block, in order and without overlap.
     fn check_block(&self) -> Result<(), String> {
         let mut end = 0;
         for Place { array, offset, bytes } in &self.block.places {
@@ -114,7 +114,7 @@ impl Schedule {
         Ok(())
     }
 
-    /// Regimes ascend, and one takes any step that the program does.
+    /// Regimes ascend by tokens, and the last one takes every step that the program takes.
     fn check_regimes(&self, program: &Program) -> Result<(), String> {
         let limits = program.limits;
         for decodes in [true, false] {
@@ -143,7 +143,7 @@ enum Of {
     Probe,
 }
 
-/// What work can point at.
+/// The memory that work can point at.
 struct Scope<'a> {
     program: &'a Program,
     scratch_bytes: usize,
@@ -178,7 +178,7 @@ impl Scope<'_> {
             Grid::Fixed(n) => u64::from(n),
             Grid::Tokens { per, times } => ctas(tokens, per, times)?,
             Grid::Logits { per, times } => ctas(logits, per, times)?,
-            // A thousand multiprocessors, if no device has as many.
+            // No device has more than a thousand multiprocessors.
             Grid::Persistent { per_sm, .. } => u64::from(per_sm) << 10,
         };
         if most > MAX_GRID
@@ -223,7 +223,8 @@ impl Scope<'_> {
         }
     }
 
-    /// Bytes that lie behind a pointer; none where their number is known only when the cache is allocated, or to the block.
+    /// Bytes of memory from a pointer on. `None` for the cache and the experts' counters, whose sizes are not the
+    /// schedule's, and for arrays of the step block, whose sizes are checked when the schedule is parsed.
     fn room(&self, arg: &Arg) -> Result<Option<usize>, String> {
         let program = self.program;
         let index = |what: &str, index: usize, count: usize| match index < count {
@@ -251,8 +252,8 @@ impl Scope<'_> {
         }
     }
 
-    /// A map lies within its base. Of the cache only a row's length is known here; how many rows it has is known when it is
-    /// allocated, and then the map is cut.
+    /// A map lies within the memory of its base. For the cache only the length of a row is known here. The number of
+    /// rows is known when the cache is allocated; then the map is cut to it.
     fn map(&self, map: &TensorMap) -> Result<(), String> {
         let TensorMap { base, dtype, dims, strides, tile, swizzle } = map;
         let rank = dims.len();

@@ -1,18 +1,19 @@
-//! Layers that are alike, said once: a run of works, how often it comes again, and by how much indices grow each time.
+//! Folds layers that are alike: writes a run of works once, with how often it repeats and by how much indices grow each
+//! time.
 
 use serde::{Deserialize, Serialize};
 
 use crate::{Arg, Work};
 
-/// How works repeat those before them.
+/// How works repeat the works before them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Repeat {
-    /// How many works are repeated: the last ones before this record.
+    /// How many works repeat: the last ones before this record.
     pub(super) works: usize,
-    /// How often they come again.
+    /// How often they repeat.
     pub(super) times: usize,
-    /// What is added to an operation's index each time,
+    /// What each repetition adds to an operation's index,
     pub(super) ops: usize,
     /// to a buffer's,
     pub(super) buffers: usize,
@@ -29,14 +30,14 @@ fn is_zero(n: &usize) -> bool {
     *n == 0
 }
 
-/// Works, and how often they come again.
+/// Works, and how they repeat, if they do.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Run<'a> {
     pub(super) works: &'a [Work],
     pub(super) repeat: Option<Repeat>,
 }
 
-/// Works of a layer at most.
+/// The most works of a layer.
 const MAX_PERIOD: usize = 64;
 
 /// Cuts works into runs.
@@ -44,7 +45,7 @@ pub(super) fn fold(works: &[Work]) -> Vec<Run<'_>> {
     let (mut runs, mut rest, mut plain) = (Vec::new(), works, 0);
     while plain < rest.len() {
         let repeats = (1..=MAX_PERIOD).filter_map(|period| repeat(&rest[plain..], period));
-        // The one that saves the most lines; of several the shortest.
+        // Takes the repeat that saves the most lines. If several save as many, takes the shortest.
         let saves = |repeat: &Repeat| repeat.works * repeat.times;
         let best = repeats.reduce(|best, other| if saves(&other) > saves(&best) { other } else { best });
         let Some(best) = best else {
@@ -64,7 +65,7 @@ pub(super) fn fold(works: &[Work]) -> Vec<Run<'_>> {
     runs
 }
 
-/// How the first `period` works come again right behind themselves, if they do.
+/// How the first `period` works repeat right behind themselves, if they do.
 fn repeat(works: &[Work], period: usize) -> Option<Repeat> {
     let first = works.get(..period)?;
     let second = works.get(period..2 * period)?;
@@ -101,7 +102,7 @@ fn layer(arg: &Arg) -> Option<usize> {
 }
 
 impl Repeat {
-    /// What a work is the `time`-th time that it comes again; none if an index grows too large.
+    /// The work in its `time`-th repetition; `None` if an index grows too large.
     pub(super) fn again(&self, work: &Work, time: usize) -> Option<Work> {
         let grown = |index: usize, by: usize| index.checked_add(by.checked_mul(time)?);
         let mut work = work.clone();
