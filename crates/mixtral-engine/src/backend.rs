@@ -143,6 +143,13 @@ pub trait Collectives: Send + Sync {
     /// # Errors
     /// If the rank is gone, or the message is of another length.
     fn recv(&self, from: usize, bytes: &mut [u8]) -> Result<(), BackendError>;
+
+    /// Looks whether all ranks are still there, and never waits: for a backend that waits for another rank in its own way. It
+    /// may be called thousands of times a second.
+    ///
+    /// # Errors
+    /// If any rank of the job is known to be gone.
+    fn check(&self) -> Result<(), BackendError>;
 }
 
 /// An interpreter of one rank's program, with its weights and cache.

@@ -7,8 +7,8 @@ use std::borrow::Cow;
 use mixtral_engine::ElemType;
 use serde::{Deserialize, Serialize};
 
-use crate::Kernel;
 use crate::step_block::Array;
+use crate::{ExchangeArg, Kernel};
 
 /// What is passed for a parameter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -34,6 +34,10 @@ pub enum Arg {
     Scratch(usize),
     /// Pointer to a layer's `u64[num_experts]` token counts, or null when they are not counted.
     ExpertCounts(usize),
+    /// Of the memory between ranks.
+    Exchange(ExchangeArg),
+    /// 32 bits: the collectives of the step before this one.
+    Ordinal(usize),
     /// A 32-bit integer.
     I32(i32),
     /// A 64-bit integer.
@@ -54,7 +58,7 @@ impl Arg {
     #[must_use]
     pub fn size(&self) -> usize {
         match self {
-            Arg::I32(_) | Arg::F32(_) | Arg::Piece(PieceArg::Scale | PieceArg::Bias) => 4,
+            Arg::I32(_) | Arg::F32(_) | Arg::Ordinal(_) | Arg::Piece(PieceArg::Scale | PieceArg::Bias) => 4,
             Arg::TensorMap(_) => 128,
             _ => 8,
         }

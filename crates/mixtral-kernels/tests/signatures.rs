@@ -4,10 +4,12 @@
 
 use std::collections::BTreeSet;
 
-use mixtral_engine::{ElemType, Op, Program};
+use mixtral_engine::op::FusedNorm;
+use mixtral_engine::{ElemType, Op, Program, Rows};
 use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
-use mixtral_kernels::{Arg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
+use mixtral_kernels::{Arg, ExchangeArg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
 use mixtral_model::DType;
+use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 use serde_json::Value;
 
@@ -85,12 +87,51 @@ fn programs() -> Vec<Program> {
     let geometries = [Geometry::small(DType::F32), Geometry::small(DType::F16), Geometry::round(DType::Bf16), other];
     let mut programs: Vec<Program> =
         geometries.iter().flat_map(|geometry| [true, false].map(|fused| decoder::program(geometry, fused))).collect();
+    programs.push(middle_stage());
     // Long steps list and gather their assignments with separate kernels.
     for program in &mut programs {
         (program.limits.max_num_tokens, program.limits.max_num_logits) = (8192, 8192);
         program.plan_arena();
     }
     programs
+}
+
+/// What a rank between two pipeline stages says to others.
+fn middle_stage() -> Program {
+    let mut a = Assembly::new(DType::Bf16);
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (2, 6, 2);
+    let weight = a.declare("scale", DType::Bf16, &[64]);
+    for (name, cols) in [("x", 64), ("part", 64), ("sum", 64), ("normed", 64), ("columns", 32)] {
+        a.activation(name, Rows::Tokens, cols);
+    }
+    let name = str::to_owned;
+    a.op(Op::Recv { out: name("x"), from: 0 });
+    for (residual, norm) in [(false, false), (true, false), (false, true), (true, true)] {
+        a.op(Op::AllReduce {
+            input: name("part"),
+            residual: residual.then(|| name("x")),
+            out: name("sum"),
+            norm: norm.then(|| FusedNorm { weight: weight.clone(), eps: 1e-5, out: name("normed") }),
+        });
+    }
+    a.op(Op::AllGather { input: name("columns"), out: name("x") });
+    a.op(Op::Send { input: name("x"), to: 4 });
+    a.program
+}
+
+/// What of the memory between ranks a parameter of that name and type points at.
+fn exchanged(name: &str, to: &str) -> &'static [ExchangeArg] {
+    use ExchangeArg::{Done, Inboxes, NextInbox, Report, StageInbox, Steps, Stop, Taken, TakenBefore};
+    match (name, to) {
+        ("inboxes", "u64") => &[Inboxes],
+        ("done", "u32") => &[Done],
+        ("steps", "u32") => &[Steps],
+        ("inbox", "u8") => &[StageInbox, NextInbox],
+        ("taken", "u32") => &[Taken, TakenBefore],
+        ("stop", "u32") => &[Stop],
+        ("report", "u32") => &[Report],
+        _ => &[],
+    }
 }
 
 /// The launches of steps, of fills and of the probe, one for each kernel, each with the operations that it computes.
@@ -158,6 +199,9 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
     match (kind, arg) {
         (Kind::TensorMap, Arg::TensorMap(_)) => {}
         (Kind::TensorMap, _) | (_, Arg::TensorMap(_)) => return wrong("only one of both is a tensor map"),
+        (Kind::Number { bytes: 4 }, Arg::Ordinal(_)) => {
+            return if name == "ordinal" { None } else { wrong("a number of collectives") };
+        }
         (Kind::Number { bytes }, Arg::I32(_) | Arg::F32(_)) if *bytes == 4 => return None,
         (Kind::Number { bytes }, Arg::U64(_)) if *bytes == 8 => return None,
         (Kind::Number { bytes }, Arg::Piece(what)) => {
@@ -167,7 +211,9 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
         }
         (Kind::Number { bytes: 8 }, Arg::Probe(ProbeArg::Words)) => return None,
         (Kind::Number { .. }, _) => return wrong("no number"),
-        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_)) => return wrong("no pointer"),
+        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_) | Arg::Ordinal(_)) => {
+            return wrong("no pointer");
+        }
         (Kind::Pointer { .. }, _) => {}
     }
     let (to, written) = match kind {
@@ -176,6 +222,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
     };
     match base {
         Arg::Step(found) => (array(name, to) != Some(*found)).then(|| format!("{found:?} for {to}* {name}")),
+        Arg::Exchange(found) => (!exchanged(name, to).contains(found)).then(|| format!("{found:?} for {to}* {name}")),
         Arg::Keys(_) => (!name.starts_with("key")).then(|| format!("keys for {name}")),
         Arg::Values(_) => (!name.starts_with("value")).then(|| format!("values for {name}")),
         Arg::ExpertCounts(_) => (name != "counts").then(|| format!("counts for {name}")),

@@ -22,7 +22,7 @@ pub(super) fn threads_for(items: usize, most: usize) -> usize {
 }
 
 /// The constant in `step::Rows` for a buffer's kind of rows, and how many rows the buffer has for each such row.
-fn rows(lowering: &Lowering<'_>, buffer: &Buffer) -> (&'static str, usize) {
+pub(super) fn rows(lowering: &Lowering<'_>, buffer: &Buffer) -> (&'static str, usize) {
     match buffer.rows {
         Rows::Tokens => ("step::Rows::TOKENS", 1),
         Rows::Assignments => ("step::Rows::TOKENS", lowering.program.top_k),

@@ -2,6 +2,7 @@
 //! of operation.
 
 mod attention;
+mod collective;
 pub mod dummy;
 mod elementwise;
 mod linear;
@@ -19,7 +20,7 @@ use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
 use mixtral_model::DType;
 
 use crate::plan::{LAST_RUNG, RUNGS};
-use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, Regime, Schedule, Scratch, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Grid, Kernel, Launch, NamedArg, Regime, Schedule, Scratch, StepBlock, Work};
 
 /// What a program is lowered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -83,6 +84,7 @@ impl Schedule {
             fills: dummy::fills(program),
             probe: probe::read(),
             scratch_bytes: scratch.bytes,
+            exchange: Exchange::new(program),
             block: StepBlock::new(program),
         })
     }
@@ -100,6 +102,9 @@ impl Lowering<'_> {
     fn work(&self) -> Result<Vec<Work>, LowerError> {
         let ops = &self.program.ops;
         let (mut all, mut index) = (Vec::new(), 0);
+        if Exchange::new(self.program).is_some() {
+            all.push(Work::Launch(collective::begin(self)));
+        }
         while index < ops.len() {
             let (taken, mut some) = self.lower(&ops[index..])?;
             some.iter_mut().for_each(|work| work.set_op(index));
@@ -131,13 +136,8 @@ impl Lowering<'_> {
                 elementwise::lower(self, op)?
             }
             op @ Op::Sample { .. } => sample::lower(self, op)?,
-            op @ (Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. }) => {
-                return Err(LowerError::Unsupported {
-                    op: op.name(),
-                    reason:
-                        "the CUDA backend runs engines of one rank; build with --tp-size 1 --pp-size 1, or for the CPU"
-                            .to_owned(),
-                });
+            Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. } => {
+                vec![collective::lower(self, ops)?]
             }
         };
         Ok((1, of_launches(launches)))

@@ -6,7 +6,7 @@ use mixtral_engine::Program;
 use super::text::ScheduleError;
 use super::{Regime, Schedule};
 use crate::step_block::{ALIGN, Place};
-use crate::{Arg, Grid, Launch, Product, TensorMap, Work};
+use crate::{Arg, Exchange, Grid, Launch, Product, TensorMap, Work};
 
 /// The most parameters of a kernel.
 pub const MAX_ARGS: usize = 32;
@@ -35,8 +35,10 @@ impl Schedule {
         if self.scratch_bytes > MAX_BYTES {
             return Err(outside("(workspaces)".to_owned())(format!("{} bytes", self.scratch_bytes)));
         }
+        self.check_exchange(program).map_err(outside("(memory between ranks)".to_owned()))?;
         self.check_regimes(program).map_err(outside("(regimes)".to_owned()))?;
-        let scope = Scope { program, scratch_bytes: self.scratch_bytes };
+        let has_exchange = self.exchange.is_some();
+        let scope = Scope { program, scratch_bytes: self.scratch_bytes, has_exchange };
         for (dtype, fill) in &self.fills {
             let place = || format!("fills {dtype} weights by `{}`", fill.kernel.symbol);
             scope.launch(fill, Regime { max_tokens: 0, decodes: false }, Of::Fill).map_err(|p| outside(place())(p))?;
@@ -87,6 +89,31 @@ impl Schedule {
         Ok(())
     }
 
+    /// There is memory between ranks if the program speaks to others, and it holds what they send.
+    fn check_exchange(&self, program: &Program) -> Result<(), String> {
+        let (found, needed) = match (self.exchange, Exchange::new(program)) {
+            (None, None) => return Ok(()),
+            (Some(found), Some(needed)) => (found, needed),
+            (found, _) => {
+                let is = |is: bool| if is { "has some" } else { "has none" };
+                return Err(format!("the schedule {}, the program {}", is(found.is_some()), is(found.is_none())));
+            }
+        };
+        let sizes = [
+            ("slots", found.slots, needed.slots),
+            ("bytes of a part", found.part_bytes, needed.part_bytes),
+            ("slots between stages", found.stage_slots, needed.stage_slots),
+            ("bytes between stages", found.stage_bytes, needed.stage_bytes),
+        ];
+        if let Some((what, found, needed)) = sizes.into_iter().find(|(_, found, needed)| found < needed) {
+            return Err(format!("{found} {what}, at least {needed}"));
+        }
+        if found.inbox_bytes(program.tp_size) > MAX_BYTES || found.stage_inbox_bytes() > MAX_BYTES {
+            return Err(format!("{found:?} for {} ranks", program.tp_size));
+        }
+        Ok(())
+    }
+
     /// Regimes ascend by tokens, and the last one takes every step that the program takes.
     fn check_regimes(&self, program: &Program) -> Result<(), String> {
         let limits = program.limits;
@@ -120,6 +147,7 @@ enum Of {
 struct Scope<'a> {
     program: &'a Program,
     scratch_bytes: usize,
+    has_exchange: bool,
 }
 
 impl Scope<'_> {
@@ -186,7 +214,10 @@ impl Scope<'_> {
             Arg::Piece(_) if of == Of::Fill => Ok(()),
             Arg::Probe(_) if of == Of::Probe => Ok(()),
             Arg::Piece(_) | Arg::Probe(_) => Err("it is not known in a step".to_owned()),
-            Arg::I32(_) | Arg::U64(_) | Arg::F32(_) => Ok(()),
+            Arg::Exchange(_) if !self.has_exchange => Err("there is no memory between ranks".to_owned()),
+            Arg::Exchange(_) | Arg::I32(_) | Arg::U64(_) | Arg::F32(_) => Ok(()),
+            Arg::Ordinal(before) if i32::try_from(*before).is_ok() => Ok(()),
+            Arg::Ordinal(before) => Err(format!("{before} collectives before it")),
             Arg::TensorMap(map) => self.map(map),
             pointer => self.room(pointer).map(drop),
         }

@@ -19,8 +19,15 @@ pub(super) struct Repeat {
     pub(super) buffers: usize,
     /// to a weight's,
     pub(super) weights: usize,
-    /// and to a layer's.
+    /// to a layer's,
     pub(super) layers: usize,
+    /// and to the collectives before it.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(super) collectives: usize,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 /// Works, and how they repeat, if they do.
@@ -69,6 +76,7 @@ fn repeat(works: &[Work], period: usize) -> Option<Repeat> {
         buffers: 0,
         weights: 0,
         layers: 0,
+        collectives: 0,
     };
     let pairs = || first.iter().zip(second).flat_map(|(a, b)| a.args().into_iter().zip(b.args()));
     let grown = |of: fn(&Arg) -> Option<usize>| {
@@ -78,6 +86,7 @@ fn repeat(works: &[Work], period: usize) -> Option<Repeat> {
     found.buffers = grown(|arg| if let Arg::Buffer(index) = arg { Some(*index) } else { None });
     found.weights = grown(|arg| if let Arg::Weight { index, .. } = arg { Some(*index) } else { None });
     found.layers = grown(layer);
+    found.collectives = grown(|arg| if let Arg::Ordinal(before) = arg { Some(*before) } else { None });
     let blocks = works[period..].chunks_exact(period).enumerate();
     found.times = blocks
         .take_while(|(i, block)| (0..period).all(|w| found.again(&first[w], i + 1).as_ref() == Some(&block[w])))
@@ -105,6 +114,7 @@ impl Repeat {
                 Arg::Keys(layer) | Arg::Values(layer) | Arg::ExpertCounts(layer) => {
                     *layer = grown(*layer, self.layers)?
                 }
+                Arg::Ordinal(before) => *before = grown(*before, self.collectives)?,
                 _ => {}
             }
         }

@@ -18,7 +18,7 @@ use mixtral_engine::{Op, Program};
 use mixtral_model::DType;
 use serde::{Deserialize, Serialize};
 
-use crate::{Arg, Family, Kernel, Launch, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Kernel, Launch, StepBlock, Work};
 
 /// A kind of step: what launches depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -44,6 +44,8 @@ pub struct Schedule {
     pub probe: Launch,
     /// Bytes of the workspaces between kernels.
     pub scratch_bytes: usize,
+    /// The memory between ranks, if there are others.
+    pub exchange: Option<Exchange>,
     /// Where a step's inputs lie.
     pub block: StepBlock,
 }
@@ -66,9 +68,13 @@ impl Schedule {
     }
 
     /// The schedule of `short`, the [`Program::first_layers`] of the schedule's own program `whole`. It has the work of
-    /// the operations that are left, on the same kernels. `None` if `short` is no such program.
+    /// the operations that are left, on the same kernels. `None` if `short` is no such program, or one that
+    /// speaks to other ranks: its collectives are numbered.
     #[must_use]
     pub fn first_layers(&self, whole: &Program, short: &Program) -> Option<Schedule> {
+        if self.exchange.is_some() {
+            return None;
+        }
         let gathers = |program: &Program| program.ops.iter().position(|op| matches!(op, Op::GatherRows { .. }));
         let (behind, cut) = (gathers(whole)?, gathers(short)?);
         let removed = behind.checked_sub(cut)?;

@@ -6,6 +6,7 @@
 //! step_block bytes=1664 constants={"decode_split":256,…}
 //! structure name=Header bytes=64 fields={"num_tokens":["i32",0],…}
 //! array name=token_ids offset=128 bytes=64
+//! exchange slots=3 part_bytes=65536 stage_slots=2 stage_bytes=0
 //! kernel header=norm/rms_norm.cuh symbol="rms::norm<bf16_t, …>" threads=512 shared_bytes=0 family=portable
 //! probe kernel=0 …
 //! regime max_tokens=1 decodes=true
@@ -27,7 +28,7 @@ use serde_json::{Map, Value};
 use super::fold::{Repeat, fold};
 use super::{Regime, Schedule};
 use crate::step_block::{self, Array, Place, STRUCTURES};
-use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, Product, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Grid, Kernel, Launch, NamedArg, Product, StepBlock, Work};
 
 /// Version of the text. It is raised whenever an older reader would misread the text.
 pub const FORMAT_VERSION: u32 = 1;
@@ -167,6 +168,9 @@ impl Schedule {
         for &Place { array, offset, bytes } in &self.block.places {
             record::write(&mut text, "array", &ArrayRecord { name: array_name(array), offset, bytes });
         }
+        if let Some(exchange) = &self.exchange {
+            record::write(&mut text, "exchange", exchange);
+        }
         let kernels: Vec<&Kernel> = self.kernels().into_iter().collect();
         for kernel in &kernels {
             let Kernel { header, symbol, threads, shared_bytes, family } = (*kernel).clone();
@@ -242,6 +246,7 @@ struct Reading {
     block: Option<BlockRecord>,
     structures: Vec<StructureRecord>,
     arrays: Vec<ArrayRecord>,
+    exchange: Option<Exchange>,
     kernels: Vec<Kernel>,
     fills: Vec<(DType, Launch)>,
     probe: Option<Launch>,
@@ -257,6 +262,7 @@ impl Reading {
             "step_block" => self.block = Some(record::read(rest)?),
             "structure" => self.structures.push(record::read(rest)?),
             "array" => self.arrays.push(record::read(rest)?),
+            "exchange" => self.exchange = Some(record::read(rest)?),
             "kernel" => {
                 let KernelRecord { header, symbol, threads, shared_bytes, family } = record::read(rest)?;
                 self.kernels.push(Kernel { header: header.into(), symbol, threads, shared_bytes, family });
@@ -327,6 +333,7 @@ impl Reading {
             fills: self.fills,
             probe: self.probe.ok_or(ScheduleError::Missing("probe"))?,
             scratch_bytes: head.scratch_bytes,
+            exchange: self.exchange,
             block: StepBlock { places: places(&self.arrays, program)?, bytes: block.bytes },
         })
     }
