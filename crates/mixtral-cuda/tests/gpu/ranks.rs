@@ -1,0 +1,200 @@
+//! Ranks against the CPU's: what they say to each other gives the same bits, in every kind of step, one after another. Each rank is a
+//! thread. Where there are fewer GPUs than ranks, ranks share them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use mixtral_cpu::{CpuBackend, CpuOptions};
+use mixtral_cuda::{CudaOptions, Loading, devices};
+use mixtral_engine::op::FusedNorm;
+use mixtral_engine::{BackendError, Collectives, Inspect, Op, Program, Rows, StepInputs, Weights};
+use mixtral_model::DType;
+use mixtral_testkit::assembly::Assembly;
+use mixtral_testkit::batch::{self, Part};
+use mixtral_testkit::elements::{from_bytes, to_bytes, values};
+
+use crate::kernels::Machine;
+
+const TP_SIZE: usize = 2;
+const RANKS: usize = 4;
+const KV_BLOCKS: usize = 40;
+
+/// Messages between threads.
+#[derive(Default)]
+struct Post {
+    waiting: Mutex<HashMap<(usize, usize), VecDeque<Vec<u8>>>>,
+    arrived: Condvar,
+}
+
+/// One rank's end of the post.
+struct Mailbox {
+    post: Arc<Post>,
+    rank: usize,
+}
+
+impl Collectives for Mailbox {
+    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), BackendError> {
+        let first = self.rank / TP_SIZE * TP_SIZE;
+        let group = first..first + TP_SIZE;
+        group.clone().filter(|&to| to != self.rank).try_for_each(|to| self.send(to, mine))?;
+        for (from, part) in group.zip(all.chunks_exact_mut(mine.len())) {
+            if from == self.rank {
+                part.copy_from_slice(mine);
+            } else {
+                self.recv(from, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, to: usize, bytes: &[u8]) -> Result<(), BackendError> {
+        let mut waiting = self.post.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.entry((self.rank, to)).or_default().push_back(bytes.to_vec());
+        self.post.arrived.notify_all();
+        Ok(())
+    }
+
+    fn recv(&self, from: usize, bytes: &mut [u8]) -> Result<(), BackendError> {
+        let mut waiting = self.post.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(message) = waiting.entry((from, self.rank)).or_default().pop_front() {
+                bytes.copy_from_slice(&message);
+                return Ok(());
+            }
+            waiting = self.post.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn check(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// Buffers that a rank's program is given, and those that it makes.
+const GIVEN: [&str; 3] = ["part", "residual", "columns"];
+const MADE: [&str; 5] = ["sum", "added", "normed", "both", "joined"];
+
+/// One of two stages of two ranks: everything that a rank says to others.
+fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
+    let mut a = Assembly::new(dtype);
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, RANKS, TP_SIZE);
+    let weight = a.weight("scale", dtype, &[cols], &values("scale", cols, 1.0));
+    for name in ["part", "residual", "sum", "added", "normed", "both", "passed"] {
+        a.activation(name, Rows::Tokens, cols);
+    }
+    a.activation("columns", Rows::Tokens, cols);
+    a.activation("joined", Rows::Tokens, TP_SIZE * cols);
+    let name = str::to_owned;
+    let reduce = |residual: bool, out: &str, normed: Option<&str>| Op::AllReduce {
+        input: name("part"),
+        residual: residual.then(|| name("residual")),
+        out: name(out),
+        norm: normed.map(|out| FusedNorm { weight: weight.clone(), eps: 1e-5, out: name(out) }),
+    };
+    let mut ops = vec![
+        reduce(false, "sum", None),
+        reduce(true, "added", None),
+        reduce(false, "sum", Some("normed")),
+        reduce(true, "added", Some("both")),
+        Op::AllGather { input: name("columns"), out: name("joined") },
+    ];
+    match rank.checked_sub(TP_SIZE) {
+        Some(from) => ops.insert(0, Op::Recv { out: name("passed"), from }),
+        None => ops.push(Op::Send { input: name("residual"), to: rank + TP_SIZE }),
+    }
+    ops.into_iter().for_each(|op| a.op(op));
+    a.place_apart();
+    (a.program, a.weights.into_weights())
+}
+
+/// Prompts and decodes, more steps than inboxes have slots.
+fn steps(program: &Program) -> Vec<StepInputs<'static>> {
+    let limits = program.limits;
+    let decodes = |n: usize| {
+        let sequences = batch::sequences(7, &vec![2; n], &limits, program.vocab_size, KV_BLOCKS);
+        let parts: Vec<Part<'_>> = sequences.iter().map(|sequence| Part { sequence, past: 1, new: 1 }).collect();
+        batch::step(&limits, &parts)
+    };
+    let prompt = |n: usize| batch::prompt(&limits, program.vocab_size, KV_BLOCKS, n);
+    vec![prompt(1), prompt(33), decodes(1), decodes(7), prompt(256), decodes(33), decodes(1), prompt(5), decodes(2)]
+}
+
+/// What a rank makes in every step, by buffer.
+fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
+    let program = backend.program().clone();
+    let (rank, last) = (program.rank, program.ops.len());
+    let bytes = |name: &str, tokens: usize| tokens * program.buffer(name).unwrap().cols * dtype.size();
+    let made = steps(&program).into_iter().enumerate().map(|(step, inputs)| {
+        let tokens = inputs.num_tokens();
+        for name in GIVEN {
+            let n = bytes(name, tokens) / dtype.size();
+            backend.write_buffer(name, &to_bytes(dtype, &values(&format!("{name} {rank} {step}"), n, 2.0))).unwrap();
+        }
+        backend.run_ops(0..last, &inputs).unwrap();
+        let received = (rank >= TP_SIZE).then_some("passed");
+        MADE.into_iter().chain(received).map(|name| backend.read_buffer(name, bytes(name, tokens)).unwrap()).collect()
+    });
+    made.collect()
+}
+
+/// What all ranks make, each on a thread of its own.
+fn on_threads(rank: impl Fn(usize, Arc<dyn Collectives>) -> Vec<Vec<Vec<u8>>> + Sync) -> Vec<Vec<Vec<Vec<u8>>>> {
+    let post = Arc::new(Post::default());
+    std::thread::scope(|scope| {
+        let spawn = |r: usize| {
+            let (post, rank) = (Arc::clone(&post), &rank);
+            scope.spawn(move || rank(r, Arc::new(Mailbox { post, rank: r })))
+        };
+        let threads: Vec<_> = (0..RANKS).map(spawn).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
+    let Some(machine) = Machine::find() else { return };
+    let count = devices().unwrap().len().min(RANKS);
+    let sharing = RANKS.div_ceil(count);
+    let mut compared = 0;
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        for cols in [20, 64, 1000, 4096, 6144] {
+            let programs: Vec<_> = (0..RANKS).map(|rank| program(dtype, cols, rank)).collect();
+            let code = machine.codes()[0];
+            let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
+            assert!(failures.is_empty(), "{failures:?}");
+            let expected = on_threads(|rank, ranks| {
+                let (program, weights) = &programs[rank];
+                let options = CpuOptions { kv_blocks: KV_BLOCKS, threads: 1, ..CpuOptions::default() };
+                let mut cpu = CpuBackend::load(program.clone(), weights.clone(), options).unwrap().with_ranks(ranks);
+                run(&mut cpu, dtype)
+            });
+            let found = on_threads(|rank, ranks| {
+                let (program, weights) = &programs[rank];
+                let executable = library.executable(program).unwrap();
+                let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
+                let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
+                let mut gpu = loading.finish(KV_BLOCKS, Some(Arc::clone(&ranks))).unwrap();
+                // A rank that allocates may wait for kernels of another that wait for this one.
+                let mut all = [0; TP_SIZE];
+                ranks.all_gather(&[0], &mut all).unwrap();
+                run(&mut gpu, dtype)
+            });
+            for (rank, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    for (buffer, (found, expected)) in found.iter().zip(expected).enumerate() {
+                        let what = format!("{dtype} of {cols}, rank {rank}, step {step}, buffer {buffer}");
+                        let (found, expected) = (from_bytes(dtype, found), from_bytes(dtype, expected));
+                        // The norms' sums are in another order.
+                        let is_norm = MADE.get(buffer).is_some_and(|name| matches!(*name, "normed" | "both"));
+                        let limit = if is_norm { 1e-5 } else { 0.0 };
+                        let off: f64 = found.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b)).sum();
+                        let size: f64 = expected.iter().map(|x| x * x).sum();
+                        assert!(size > 0.0 && off <= limit * size, "{what}: {off} of {size}");
+                        compared += found.len();
+                    }
+                }
+            }
+        }
+    }
+    println!("{RANKS} ranks on {count} GPUs: {compared} elements of 15 cases");
+}
