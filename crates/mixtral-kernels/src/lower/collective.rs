@@ -1,4 +1,4 @@
-//! `all_reduce`, `all_gather`, `send`, `recv`, and what comes before them in a step.
+//! `all_reduce`, `all_gather`, `send`, `recv`, and the launch that begins a step with them.
 
 use mixtral_engine::{Buffer, Op};
 
@@ -27,7 +27,7 @@ pub(super) fn begin(lowering: &Lowering<'_>) -> Launch {
     launch(kernel, Grid::Fixed(1), args)
 }
 
-/// CTAs for rows of a buffer, `times` for each, that are all resident.
+/// The grid for rows of a buffer, with `times` items for each row. All CTAs run at the same time.
 fn grid(lowering: &Lowering<'_>, buffer: &Buffer, times: usize) -> Grid {
     let program = lowering.program;
     let most = program.num_rows(buffer.rows, lowering.regime.max_tokens, program.limits.max_num_logits);
@@ -40,7 +40,7 @@ fn bytes(size: usize) -> Arg {
     Arg::U64(size as u64)
 }
 
-/// `ops` are the operation and all behind it.
+/// Lowers the first of `ops`, which are this operation and all operations after it.
 pub(super) fn lower(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Launch, LowerError> {
     let (op, program) = (&ops[0], lowering.program);
     let exchange = Exchange::new(program).unwrap_or_default();
