@@ -1,8 +1,9 @@
-// A driver that is as the tests say, for machines without one. DRIVER_VERSION is what cuDriverGetVersion says, as 12040;
-// DRIVER_INIT the return code of cuInit, DRIVER_LOAD that of loading a kernel, each 0 by default. It has one Hopper GPU, whose
-// memory is the host's. It knows from a kernel's machine code which parameters it takes, and refuses a launch that passes fewer or
-// more; of an image that is none it takes any. Kernels do nothing, but for the one that draws tokens: it draws 1, 2, 3 … for the samples of a step. Compiled with
-// -DBEFORE_12_4 it cannot be asked for parameters, as drivers of that age.
+// An NVIDIA driver for tests on machines without one. Environment variables say how it behaves: DRIVER_VERSION is the
+// version that cuDriverGetVersion returns, such as 12040; DRIVER_INIT is the return code of cuInit and DRIVER_LOAD that
+// of loading a kernel, each 0 by default. The driver has one Hopper GPU, whose memory is the host's. It reads a
+// kernel's parameters out of its machine code, and refuses a launch that passes fewer or more. If an image is no
+// machine code, it accepts any. Kernels do nothing, except the one that draws tokens: it draws 1, 2, 3 … for a step.
+// Compiled with -DBEFORE_12_4 the driver cannot be asked for parameters, like drivers of that age.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -78,15 +79,16 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     return 0;
 }
 
-// A kernel, and the module that holds it: an image of an engine has one kernel.
+// A kernel, which is also the module that holds it: an image of an engine has one kernel.
 typedef struct {
     char name[256];
     int num_params;  // -1: not known
     size_t sizes[64], offsets[64];
 } Kernel;
 
-// Reads the parameters out of a cubin, an ELF file, whose section `.nv.info.NAME` has an attribute for each: a format (4: bytes
-// follow), its kind (0x17), how many bytes; then 4 bytes, the parameter's number and offset, and its size above bit 18.
+// Reads the parameters out of a cubin, which is an ELF file. Its section `.nv.info.NAME` has an attribute for each
+// parameter: a format (4: bytes follow), the kind (0x17) and the number of bytes; then 4 bytes, the parameter's number
+// and offset, and its size above bit 18.
 static void read_parameters(Kernel* kernel, const uint8_t* image) {
     kernel->num_params = -1;
     if (memcmp(image, "\177ELF", 4) != 0) return;
@@ -271,7 +273,7 @@ int cuEventElapsedTime(float* ms, void* from, void* to) {
     return 0;
 }
 
-// Whatever else is asked for is done, and nothing happens. Handles are never looked into.
+// All other functions succeed and do nothing. Handles are never read.
 #define DONE(name) \
     int name(void) { return 0; }
 DONE(cuStreamSynchronize)

@@ -12,7 +12,7 @@ const PREFILL: &str = "Prefill";
 const THROUGHPUT: &str = "Throughput";
 const OUTPUT: &str = "Output";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -80,7 +80,7 @@ pub struct BenchArgs {
 }
 
 impl BenchArgs {
-    /// Checks the flags against each other.
+    /// Checks that the flags agree with each other.
     pub fn validate(self) -> Result<Self, Usage> {
         if self.sequential && self.arrival_rate > 0.0 {
             usage!("--sequential answers one request after another, so --arrival-rate has no meaning; leave one out");

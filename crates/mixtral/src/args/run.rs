@@ -17,7 +17,7 @@ pub(super) const SAMPLING: &str = "Sampling";
 const OUTPUT: &str = "Output";
 const FIGURES: &str = "Figures";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -134,11 +134,11 @@ pub struct RunArgs {
 pub enum Prompts {
     /// The command line.
     Texts(Vec<String>),
-    /// A file, its kind told by its name.
+    /// A file. Its extension says which kind it is.
     File(PathBuf),
 }
 
-/// Validated.
+/// The validated options.
 #[derive(Debug)]
 pub struct RunOptions {
     /// Everything that needs no check of its own.
@@ -150,7 +150,7 @@ pub struct RunOptions {
 }
 
 impl RunArgs {
-    /// Checks the flags against each other.
+    /// Checks that the flags agree with each other.
     pub fn validate(mut self) -> Result<RunOptions, Usage> {
         if self.tokenizer_dir.is_some() && self.hf_model_dir.is_some() {
             say::warning("--hf-model-dir changes nothing beside --tokenizer-dir: no Hugging Face model is run");
@@ -192,7 +192,8 @@ impl RunArgs {
         Ok(RunOptions { args: self, prompts, sampling })
     }
 
-    /// With the default of --top-k nothing is drawn, whatever else is said of how.
+    /// Warns of flags that change nothing: with the default of --top-k the likeliest token is always taken, so flags
+    /// that say how to draw have no effect.
     fn warn_of_greedy(&self) {
         let unused = [
             (self.temperature != 1.0 && self.temperature != 0.0, format!("--temperature {}", self.temperature)),

@@ -95,7 +95,7 @@ pub fn main(options: &DiffOptions) -> Result<()> {
     }
 }
 
-/// The prompts, to be gone on with greedily and not ended by any token.
+/// The requests: prompts that are continued greedily, and that no token ends.
 fn requests(options: &DiffOptions, reference: &Side) -> Result<Vec<Request>> {
     let args = &options.args;
     let output = args.max_output_len;
