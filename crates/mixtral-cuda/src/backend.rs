@@ -1,4 +1,4 @@
-//! Loading a program onto a GPU, and stepping it.
+//! Loads a program onto a GPU, and runs steps on it.
 
 use std::ops::Range;
 use std::time::Duration;
@@ -14,25 +14,25 @@ use crate::driver::{Context, Device, DeviceMemory, Pinned, Stream};
 use crate::execute::{Addresses, Functions, Shape, Timer, WorkList};
 use crate::{CudaError, inputs, weights};
 
-/// How a program is loaded.
+/// How to load a program.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct CudaOptions {
     /// The GPU, counted from 0 over those that are visible.
     pub device: usize,
     /// Size of the cache.
     pub kv_blocks: KvBlocks,
-    /// Whether [`Backend::expert_counts`] counts.
+    /// Whether to count tokens for [`Backend::expert_counts`].
     pub count_experts: bool,
-    /// Whether [`Backend::op_times`] measures. Launches are then neither captured nor overlapped.
+    /// Whether to measure for [`Backend::op_times`]. Launches are then neither captured nor overlapped.
     pub time_ops: bool,
     /// Whether steps of decodes are captured as graphs.
     pub graphs: bool,
-    /// Whether kernels that allow it start while their predecessor still runs, where the GPU can.
+    /// Whether a kernel may start while its predecessor still runs. This needs a GPU and a kernel that allow it.
     pub overlap: bool,
 }
 
 impl Default for CudaOptions {
-    /// GPU 0, one block, as fast as it can.
+    /// GPU 0, one block of cache, and everything that makes steps fast.
     fn default() -> Self {
         CudaOptions {
             device: 0,
@@ -45,10 +45,10 @@ impl Default for CudaOptions {
     }
 }
 
-/// The least compute capability whose kernels can overlap.
+/// The lowest compute capability on which kernels can overlap.
 const OVERLAPS: u32 = 90;
 
-/// One rank's program on a GPU. Fields are dropped in order: what uses memory before the memory.
+/// One rank's program on a GPU. Fields are dropped in their order, so what uses the memory comes before the memory.
 pub struct CudaBackend {
     work: Vec<(Regime, WorkList)>,
     timer: Option<Timer>,
@@ -61,7 +61,7 @@ pub struct CudaBackend {
     kv_blocks: usize,
     overlap: bool,
     steps: u64,
-    /// The failure after which the device answers nothing.
+    /// The failure that lost the device, if there was one. The device answers nothing after it.
     lost: Option<CudaError>,
     context: Context,
 }
@@ -77,12 +77,12 @@ struct Memory {
 }
 
 impl CudaBackend {
-    /// Loads a program with the schedule that was made of it and kernels that the GPU runs: loads the kernels, allocates
-    /// everything, brings the weights onto the device, and captures the graphs. Nothing is lowered here.
+    /// Loads a program with its schedule and kernels that the GPU can run: loads the kernels, allocates everything,
+    /// brings the weights onto the device, and captures the graphs. Nothing is lowered here.
     ///
     /// # Errors
-    /// A program or a schedule that does not pass its check, no driver or GPU, kernels that the GPU cannot run or that take other
-    /// parameters than the schedule passes, too little memory, a missing or wrong weight.
+    /// A program or a schedule that does not pass its check; no driver or GPU; kernels that the GPU cannot run or that
+    /// take other parameters than the schedule passes; too little memory; a missing or wrong weight.
     pub fn load(
         program: Program,
         source: &Weights,
@@ -96,7 +96,7 @@ impl CudaBackend {
         let stream = Stream::new(&context)?;
         let block = schedule.block.clone();
 
-        // Kernels come before the memory is counted: they take some, too.
+        // Kernels take memory too, so they are loaded before the free memory is counted.
         let mut functions = Functions::new(&executable.images, &context);
         let fills: Vec<Work> = match source {
             Weights::Dummy { seed } => {
@@ -121,7 +121,7 @@ impl CudaBackend {
                 weights::upload(&program, source.as_ref(), &context, &memory.weights, &starts)?;
             }
             Weights::Dummy { .. } => {
-                // What no piece covers is zero.
+                // Parts of a weight that no piece covers are zero.
                 stream.fill(&memory.weights, 0, weight_bytes, 0)?;
                 let shape = Shape { tokens: 0, logits: 0 };
                 let fills = WorkList::new(&fills, &mut functions, &addresses)?;
@@ -197,13 +197,13 @@ impl CudaBackend {
         Ok(())
     }
 
-    /// The logits that the `sample` operation among some operations draws from.
+    /// The logits that the `sample` operation draws from, if it is among `ops`.
     fn sampled(&self, ops: &Range<usize>) -> Option<&str> {
         let ops = self.program.ops.get(ops.start..ops.end.min(self.program.ops.len()))?;
         ops.iter().find_map(|op| if let Op::Sample { logits } = op { Some(logits.as_str()) } else { None })
     }
 
-    /// What the step has drawn.
+    /// The tokens that the step has drawn, and its logits if they are wanted.
     fn outputs(&mut self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         let mut outputs = StepOutputs::default();
         let Some(logits) = self.sampled(ops).map(str::to_owned) else { return Ok(outputs) };
@@ -233,7 +233,7 @@ impl CudaBackend {
         Ok(outputs)
     }
 
-    /// Offset and size of a buffer in the arena.
+    /// Offset of a buffer in the arena, if it has at least `len` bytes.
     fn buffer(&self, name: &str, len: usize) -> Result<usize, BackendError> {
         let missing = || BackendError::Other(format!("there is no buffer `{name}`"));
         let buffer = self.program.buffer(name).ok_or_else(missing)?;
@@ -244,7 +244,7 @@ impl CudaBackend {
         Ok(buffer.offset)
     }
 
-    /// Fills the arena, of which no step expects anything: for tests.
+    /// Fills the arena with `byte`, for tests: no step may depend on what was in the arena before it.
     ///
     /// # Errors
     /// A device failure.
@@ -263,10 +263,10 @@ impl CudaBackend {
     }
 }
 
-/// The work for a step.
+/// The work list of the regime that the step runs in.
 fn regime_of<'a>(work: &'a mut [(Regime, WorkList)], inputs: &StepInputs<'_>) -> Result<&'a mut WorkList, CudaError> {
     let seqs = inputs.num_seqs();
-    // One token, one row of logits and one draw each, in order.
+    // Whether every sequence is a decode with one token, one row of logits and one draw, all in the same order.
     let decodes = inputs.num_decodes == seqs
         && inputs.num_logits() == seqs
         && inputs.samples.len() == seqs
@@ -276,13 +276,13 @@ fn regime_of<'a>(work: &'a mut [(Regime, WorkList)], inputs: &StepInputs<'_>) ->
     Ok(&mut work[index.ok_or_else(none)?].1)
 }
 
-/// The smallest regime that a step fits: as [`mixtral_kernels::Schedule::for_step`].
+/// The index of the smallest regime that a step fits into, as [`mixtral_kernels::Schedule::for_step`] chooses it.
 fn choose(regimes: impl Iterator<Item = Regime> + Clone, tokens: usize, decodes: bool) -> Option<usize> {
     let smallest = |of: bool| regimes.clone().position(|r| r.decodes == of && r.max_tokens >= tokens);
     decodes.then(|| smallest(true)).flatten().or_else(|| smallest(false))
 }
 
-/// Bytes of a layer's keys.
+/// Bytes of a layer's keys, which are also the bytes of its values.
 fn half_layer(program: &Program, kv_blocks: usize) -> usize {
     let kv = program.kv;
     kv_blocks * kv.num_kv_heads * program.limits.block_size * kv.head_dim * kv.dtype.size()
@@ -349,7 +349,7 @@ impl Backend for CudaBackend {
         if let Some(counts) = &self.memory.counts
             && self.stream.download(counts, 0, &mut bytes).is_err()
         {
-            // The device is lost, which the last step has said.
+            // The device is lost. The last step has returned that error.
             bytes.fill(0);
         }
         let count = |word: &[u8]| u64::from_le_bytes(word.try_into().unwrap_or_default());
@@ -368,7 +368,7 @@ impl Inspect for CudaBackend {
         &self.program
     }
 
-    /// Where a launch begins, whatever the step.
+    /// The operations at which a launch begins in every regime, and the program's end.
     fn boundaries(&self) -> Vec<usize> {
         let begins = |op: &usize| self.work.iter().all(|(_, list)| list.begins(*op));
         let ops = self.program.ops.len();
@@ -443,7 +443,7 @@ mod tests {
         let index = |tokens, decodes| choose(regimes.into_iter(), tokens, decodes);
         assert_eq!(index(1, true), Some(0));
         assert_eq!(index(3, true), Some(1));
-        // More decodes than are captured run as any other step.
+        // More decodes than any captured regime takes run as any other step does.
         assert_eq!(index(5, true), Some(2));
         assert_eq!(index(1, false), Some(2));
         assert_eq!(index(9, false), Some(3));

@@ -1,4 +1,5 @@
-//! How much memory a program takes, and how many blocks of cache the rest holds: known before anything is allocated.
+//! How much memory a program takes, and how many blocks of cache fit into the rest. Both are known before anything is
+//! allocated.
 
 use mixtral_engine::Program;
 use mixtral_kernels::StepBlock;
@@ -8,20 +9,20 @@ use crate::CudaError;
 /// How large the cache is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvBlocks {
-    /// So many blocks.
+    /// This many blocks.
     Exactly(usize),
-    /// As many as fit into a part of the memory that is free beside everything else.
+    /// As many blocks as fit into a part of the memory that everything else leaves free.
     Fraction {
         /// The part, 0 to 1.
         of_free: f32,
-        /// Blocks without which the cache is of no use.
+        /// Fewer blocks than this are an error.
         at_least: usize,
-        /// Blocks that are enough.
+        /// More blocks than this are not needed.
         at_most: usize,
     },
 }
 
-/// Bytes left to the driver: graphs, and what is rounded up.
+/// Bytes left to the driver, for graphs and for allocations that it rounds up.
 const RESERVE: usize = 256 << 20;
 
 /// Bytes that a program takes on a device.
@@ -36,7 +37,7 @@ pub(crate) struct Needs {
     pub(crate) inputs: usize,
     /// One block of cache, all layers.
     pub(crate) kv_block: usize,
-    /// Tokens of a step that arena and scratch are planned for.
+    /// The most tokens of a step, which arena and scratch are planned for.
     pub(crate) max_num_tokens: usize,
 }
 
@@ -88,7 +89,7 @@ impl Needs {
         Err(CudaError::Memory(format!("{what}; {}", self.advice(free, left, kv, fraction))))
     }
 
-    /// What would make it fit.
+    /// What the user can change to make it fit.
     #[expect(clippy::cast_precision_loss, reason = "a part of memory")]
     fn advice(&self, free: usize, left: usize, kv: usize, fraction: Option<f32>) -> String {
         if let Some(fraction) = fraction
@@ -118,7 +119,7 @@ impl Needs {
     }
 }
 
-/// A size for reading.
+/// A size, for people.
 #[expect(clippy::cast_precision_loss, reason = "for reading")]
 pub(crate) fn bytes(n: usize) -> String {
     let n = n as f64;

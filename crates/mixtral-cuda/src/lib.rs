@@ -1,13 +1,13 @@
 //! The CUDA interpreter of a program.
 //!
-//! [`CudaBackend`] implements [`mixtral_engine::Backend`] by carrying out the schedule that an engine holds: its launches are
-//! resolved to functions, pointers and tensor maps when it is loaded, steps of decodes are captured as graphs, and a step
-//! uploads one block of inputs, launches, and waits once. The driver is found at run time; a machine without one gets an
-//! error, not a panic.
+//! [`CudaBackend`] implements [`mixtral_engine::Backend`] by carrying out the schedule that an engine holds. When it is
+//! loaded, it resolves the schedule's launches to functions, pointers and tensor maps, and captures steps of decodes as
+//! graphs. A step then uploads one block of inputs, launches, and waits once. The driver is looked for at run time; on
+//! a machine without one, loading returns an error and does not panic.
 //!
-//! Reading order: [`backend`] (loading and stepping), [`images`] (which compiled kernels a GPU runs), [`budget`] (memory, before
-//! any is allocated), `inputs` (a step as the device reads it), `weights` (onto the device), `execute` (launches and graphs), [`probe`] (a GPU's ceilings),
-//! and underneath `driver` (libcuda) and [`error`].
+//! Reading order: [`backend`] (loading and stepping), [`images`] (which compiled kernels a GPU runs), [`budget`]
+//! (memory, before any is allocated), `inputs` (a step as the device reads it), `weights` (onto the device), `execute`
+//! (launches and graphs), [`probe`] (a GPU's ceilings), and underneath `driver` (libcuda) and [`error`].
 #![deny(unsafe_code)]
 
 pub mod backend;

@@ -108,7 +108,7 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// One that can be waited for, and with `timed` measures time too.
+    /// An event that can be waited for. With `timed` it can measure time too.
     pub(crate) fn new(context: &Context, timed: bool) -> Result<Event, CudaError> {
         context.bind()?;
         let api = api()?;
@@ -119,7 +119,7 @@ impl Event {
         Ok(Event { handle, context: context.clone() })
     }
 
-    /// Puts it behind what is in the stream now.
+    /// Puts it into the stream, behind the work that is there now.
     pub(crate) fn record(&self, stream: &Stream) -> Result<(), CudaError> {
         self.context.bind()?;
         let api = api()?;
@@ -127,7 +127,7 @@ impl Event {
         api.check("cuEventRecord", unsafe { (api.cuEventRecord)(self.handle, stream.handle) })
     }
 
-    /// Waits until the stream has passed it; at once if it was never recorded.
+    /// Waits until the stream has passed it. Does not wait if it was never recorded.
     pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
         self.context.bind()?;
         let api = api()?;

@@ -11,7 +11,7 @@ use mixtral_testkit::decoder::{self, Geometry};
 
 use crate::kernels::Machine;
 
-/// Set in the process whose GPU context is lost: it can do nothing else.
+/// Set in the process whose GPU context will be lost. That process can do nothing else afterwards.
 const CHILD: &str = "MIXTRAL_TRAP";
 
 #[test]
@@ -45,7 +45,7 @@ fn a_kernel_that_traps_is_an_error_with_its_step() {
     println!("{first}");
     assert!(first.starts_with("the GPU failed in step "), "{first}");
     assert!(first.contains("context is lost") && first.contains("compute-sanitizer"), "{first}");
-    // And it stays so: an error, no panic, when it is asked again and when it is dropped.
+    // The next step fails with an error as well, and dropping the backend does not panic.
     let again = backend.step(&inputs).unwrap_err().to_string();
     assert!(again.contains("context is lost"), "{again}");
 }
