@@ -2,9 +2,9 @@
 //! allocated.
 
 use mixtral_engine::Program;
-use mixtral_kernels::StepBlock;
+use mixtral_kernels::Schedule;
 
-use crate::CudaError;
+use crate::{CudaError, exchange, weights};
 
 /// How large the cache is.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,7 +31,7 @@ pub(crate) struct Needs {
     pub(crate) weights: usize,
     /// Activations.
     pub(crate) arena: usize,
-    /// Workspaces of kernels.
+    /// Workspaces of kernels, and memory between ranks.
     pub(crate) scratch: usize,
     /// The step's inputs, and the experts' counters.
     pub(crate) inputs: usize,
@@ -42,12 +42,13 @@ pub(crate) struct Needs {
 }
 
 impl Needs {
-    pub(crate) fn new(program: &Program, weights: usize, scratch: usize, block: &StepBlock) -> Needs {
+    pub(crate) fn new(program: &Program, schedule: &Schedule) -> Needs {
+        let exchange = schedule.exchange.as_ref().map_or(0, |sizes| exchange::bytes(program, sizes));
         Needs {
-            weights,
+            weights: weights::layout(program).1,
             arena: program.arena_bytes,
-            scratch,
-            inputs: block.bytes() + 8 * program.num_layers * program.num_experts,
+            scratch: schedule.scratch_bytes.saturating_add(exchange),
+            inputs: schedule.block.bytes() + 8 * program.num_layers * program.num_experts,
             kv_block: program.kv.block_bytes(program.limits.block_size),
             max_num_tokens: program.limits.max_num_tokens,
         }

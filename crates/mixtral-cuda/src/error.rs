@@ -154,6 +154,9 @@ pub enum CudaError {
         /// The driver's words.
         text: String,
     },
+    /// Another rank is gone, or does not answer.
+    #[error("{0}")]
+    Rank(String),
     /// Any other call of the driver.
     #[error("{call} failed: {name}: {text}")]
     Call {
@@ -194,7 +197,10 @@ pub(crate) const BAD_IMAGE: &[u32] = &[200, 209, 218, 221, 222];
 
 impl From<CudaError> for BackendError {
     fn from(error: CudaError) -> Self {
-        BackendError::Other(error.to_string())
+        match error {
+            CudaError::Rank(text) => BackendError::Peer(text.into()),
+            other => BackendError::Other(other.to_string()),
+        }
     }
 }
 

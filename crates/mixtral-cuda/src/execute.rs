@@ -8,13 +8,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mixtral_engine::ElemType;
-use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work};
+use mixtral_kernels::{
+    Arg, ExchangeArg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work,
+};
 
 use crate::CudaError;
 use crate::driver::{
     Config, Context, CublasLt, DeviceMemory, Event, Function, Graph, Module, Param, ProductOperands, ProductShape,
     Stream, encode,
 };
+use crate::exchange::Words;
 
 /// Where everything lies on the device.
 #[derive(Clone, Debug)]
@@ -32,6 +35,8 @@ pub(crate) struct Addresses {
     pub(crate) block: StepBlock,
     /// Of the scratch memory.
     pub(crate) scratch: u64,
+    /// Of the memory between ranks, if there is some.
+    pub(crate) exchange: Option<Words>,
     /// Of the experts' counters, and how many counters a layer has, if tokens are counted.
     pub(crate) counts: Option<(u64, usize)>,
 }
@@ -47,6 +52,8 @@ impl Addresses {
             Arg::Step(array) => self.step + self.block.offset(*array) as u64,
             Arg::Scratch(offset) => self.scratch + *offset as u64,
             Arg::ExpertCounts(layer) => self.counts.map_or(0, |(start, experts)| start + 8 * (layer * experts) as u64),
+            Arg::Exchange(what) => self.exchange?.word(*what),
+            Arg::Ordinal(before) => *before as u64,
             Arg::I32(value) => u64::from(value.cast_unsigned()),
             Arg::U64(value) => *value,
             Arg::F32(value) => u64::from(value.to_bits()),
@@ -83,14 +90,25 @@ fn launch_error(symbol: &str, problem: impl Into<String>) -> CudaError {
 /// The kernels of a program, and cuBLASLt. Each is loaded when it is first asked for.
 pub(crate) struct Functions<'a> {
     images: &'a KernelImages,
-    context: &'a Context,
+    context: Context,
+    /// Ranks that share the GPU.
+    sharing: usize,
     loaded: HashMap<Kernel, Function>,
     cublaslt: Option<Arc<CublasLt>>,
 }
 
 impl<'a> Functions<'a> {
-    pub(crate) fn new(images: &'a KernelImages, context: &'a Context) -> Self {
-        Functions { images, context, loaded: HashMap::new(), cublaslt: None }
+    pub(crate) fn new(images: &'a KernelImages, context: &Context, sharing: usize) -> Self {
+        Functions { images, context: context.clone(), sharing, loaded: HashMap::new(), cublaslt: None }
+    }
+
+    /// Multiprocessors that CTAs of a launch which are all to run at once may count on. Those that wait for other ranks leave half
+    /// of a shared GPU to those ranks, so that what they wait for can happen.
+    fn multiprocessors(&self, launch: &Launch) -> u32 {
+        let all = self.context.device().multiprocessors;
+        let waits = launch.args.iter().any(|named| named.arg == Arg::Exchange(ExchangeArg::Stop));
+        let ranks = u32::try_from(self.sharing).unwrap_or(u32::MAX);
+        if waits && ranks > 1 { (all / ranks.saturating_mul(2)).max(1) } else { all }
     }
 
     /// Loads the kernel or the library that a piece of work runs on.
@@ -105,7 +123,7 @@ impl<'a> Functions<'a> {
         if let Some(loaded) = &self.cublaslt {
             return Ok(Arc::clone(loaded));
         }
-        Ok(Arc::clone(self.cublaslt.insert(Arc::new(CublasLt::new(self.context)?))))
+        Ok(Arc::clone(self.cublaslt.insert(Arc::new(CublasLt::new(&self.context)?))))
     }
 
     pub(crate) fn get(&mut self, kernel: &Kernel) -> Result<Function, CudaError> {
@@ -115,7 +133,7 @@ impl<'a> Functions<'a> {
         let (symbol, code) = (&kernel.symbol, self.images.code);
         let missing = || CudaError::MissingKernel { symbol: symbol.clone(), arch: code.to_string() };
         let image = self.images.find(kernel).ok_or_else(missing)?;
-        let module = Module::load(self.context, &image.code)?;
+        let module = Module::load(&self.context, &image.code)?;
         let function = module.function(symbol, &image.entry, kernel.threads, kernel.shared_bytes)?;
         self.loaded.insert(kernel.clone(), function.clone());
         Ok(function)
@@ -205,6 +223,7 @@ struct PreparedLaunch {
     symbol: String,
     function: Function,
     grid: Grid,
+    multiprocessors: u32,
     config: Config,
     params: Box<[Param]>,
 }
@@ -218,6 +237,7 @@ impl PreparedLaunch {
             symbol: symbol.clone(),
             function,
             grid: launch.grid,
+            multiprocessors: functions.multiprocessors(launch),
             config: Config {
                 grid: 0,
                 threads: launch.kernel.threads,
@@ -231,8 +251,7 @@ impl PreparedLaunch {
 
     /// Launches it for a step. Launches nothing and returns `false` if the step has nothing for it to do.
     fn launch(&self, stream: &Stream, shape: Shape, overlaps: bool) -> Result<bool, CudaError> {
-        let multiprocessors = stream.context().device().multiprocessors;
-        let grid = ctas(self.grid, self.config.cluster, shape, multiprocessors);
+        let grid = ctas(self.grid, self.config.cluster, shape, self.multiprocessors);
         if grid == 0 {
             return Ok(false);
         }
@@ -470,6 +489,7 @@ mod tests {
             step: 0x40_0000,
             block,
             scratch: 0x50_0000,
+            exchange: None,
             counts: Some((0x60_0000, 8)),
         };
         let word = |arg| addresses.word(&arg);

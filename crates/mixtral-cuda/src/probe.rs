@@ -88,7 +88,7 @@ fn read(context: &Context, stream: &Stream, executable: &Executable, bytes: usiz
         return Ok(0.0);
     }
     let probe = &executable.schedule.probe;
-    let function = Functions::new(&executable.images, context).get(&probe.kernel)?;
+    let function = Functions::new(&executable.images, context, 1).get(&probe.kernel)?;
     let (memory, out) = (DeviceMemory::new(context, bytes)?, DeviceMemory::new(context, 256)?);
     stream.fill(&memory, 0, bytes, 0x5a)?;
     let mut rate = 0.0f64;

@@ -42,8 +42,9 @@ fn with_driver() {
     let kernels = schedule.kernels().into_iter().map(|kernel| (kernel, &nothing));
     let images = KernelImages::new(Code::Sass(Arch::BASE), kernels);
     let executable = Executable { schedule, images };
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(20), ..CudaOptions::default() };
-    let load = || CudaBackend::load(program.clone(), &Weights::Dummy { seed: 0 }, &executable, options).unwrap();
+    let (kv_blocks, options) = (KvBlocks::Exactly(20), CudaOptions::default());
+    let load =
+        || CudaBackend::load(program.clone(), &Weights::Dummy { seed: 0 }, &executable, kv_blocks, options).unwrap();
     let mut backend = load();
     let good = batch::prompt(&program.limits, program.vocab_size, 20, 5);
     backend.step(&good).unwrap();

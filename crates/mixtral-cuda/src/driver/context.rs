@@ -125,6 +125,11 @@ impl Context {
         Ok(context)
     }
 
+    /// The driver's name of it.
+    pub(super) fn handle(&self) -> CUcontext {
+        self.0.context
+    }
+
     /// The device.
     pub(crate) fn device(&self) -> &Device {
         &self.0.device

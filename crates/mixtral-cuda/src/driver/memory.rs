@@ -92,6 +92,11 @@ impl Pinned {
         Ok(Pinned { start: start.cast(), len, last, busy: false, context: context.clone() })
     }
 
+    /// Where it begins. Kernels may use it too.
+    pub(crate) fn address(&self) -> u64 {
+        self.start as u64
+    }
+
     /// Its bytes. Waits until no copy uses them any more.
     pub(crate) fn bytes(&mut self) -> Result<&mut [u8], CudaError> {
         self.wait()?;

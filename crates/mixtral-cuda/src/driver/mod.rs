@@ -9,6 +9,7 @@ mod cublas;
 mod graph;
 mod memory;
 mod module;
+mod peer;
 mod stream;
 mod tensor_map;
 
@@ -21,5 +22,6 @@ pub(crate) use cublas::{CublasLt, ProductOperands, ProductShape};
 pub(crate) use graph::Graph;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use module::{Config, Function, Module, Param};
+pub(crate) use peer::{HANDLE_BYTES, OpenedMemory};
 pub(crate) use stream::{Event, Stream};
 pub(crate) use tensor_map::encode;

@@ -11,6 +11,8 @@ use crate::CudaError;
 const NON_BLOCKING: u32 = 1;
 /// `CU_EVENT_DISABLE_TIMING`.
 const DISABLE_TIMING: u32 = 2;
+/// `CUDA_ERROR_NOT_READY`.
+const NOT_READY: u32 = 600;
 
 /// A queue of work.
 pub(crate) struct Stream {
@@ -43,6 +45,17 @@ impl Stream {
         let api = api()?;
         // SAFETY: the handle is live.
         api.check("cuStreamSynchronize", unsafe { (api.cuStreamSynchronize)(self.handle) })
+    }
+
+    /// Whether everything in it is done.
+    pub(crate) fn is_idle(&self) -> Result<bool, CudaError> {
+        self.context.bind()?;
+        let api = api()?;
+        // SAFETY: the handle is live.
+        match unsafe { (api.cuStreamQuery)(self.handle) } {
+            NOT_READY => Ok(false),
+            code => api.check("cuStreamQuery", code).map(|()| true),
+        }
     }
 
     /// Fills `len` bytes of `memory` from `offset` on.

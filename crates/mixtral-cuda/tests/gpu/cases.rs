@@ -12,10 +12,10 @@ use mixtral_testkit::large::{self, Large};
 use crate::kernels::{Library, Machine};
 
 fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
+    let (kv_blocks, options) = (KvBlocks::Exactly(case.kv_blocks), CudaOptions::default());
     let program = case.assembly.program.clone();
     let executable = library.executable(&program).map_err(BackendError::Other)?;
-    CudaBackend::load(program, &case.weights(), &executable, options)
+    CudaBackend::load(program, &case.weights(), &executable, kv_blocks, options)
 }
 
 /// Prefill rounds probabilities to 16 bits before it multiplies them with values, because its tensor cores take 16-bit
@@ -80,9 +80,10 @@ fn large_cases_are_within_their_limits() {
         let mut kept = None;
         for case in &cases {
             let start = Instant::now();
-            let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
+            let (kv_blocks, options) = (KvBlocks::Exactly(case.kv_blocks), CudaOptions::default());
             let executable = library.executable(&case.program).map_err(BackendError::Other);
-            let load = |executable| CudaBackend::load(case.program.clone(), &case.weights(), &executable, options);
+            let load =
+                |executable| CudaBackend::load(case.program.clone(), &case.weights(), &executable, kv_blocks, options);
             let backend = executable.and_then(load);
             let checked = match backend {
                 Err(error) => Err(format!("{}: {error}", case.name)),

@@ -29,9 +29,9 @@ fn load(
     kv: usize,
     library: &Library,
 ) -> Result<CudaBackend, BackendError> {
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(kv), ..CudaOptions::default() };
+    let (kv_blocks, options) = (KvBlocks::Exactly(kv), CudaOptions::default());
     let executable = library.executable(program).map_err(BackendError::Other)?;
-    CudaBackend::load(program.clone(), weights, &executable, options)
+    CudaBackend::load(program.clone(), weights, &executable, kv_blocks, options)
 }
 
 /// Whether cuBLASLt is missing on this machine. If so, prints that the test is skipped.

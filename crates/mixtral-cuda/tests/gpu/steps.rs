@@ -22,9 +22,10 @@ fn geometries(dtype: DType) -> [Geometry; 2] {
 
 fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> CudaBackend {
     let kv_blocks = KvBlocks::Exactly(KV_BLOCKS);
-    let options = CudaOptions { kv_blocks, graphs, overlap, count_experts: true, ..CudaOptions::default() };
+    let options = CudaOptions { graphs, overlap, count_experts: true, ..CudaOptions::default() };
     let mut backend =
-        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(program).unwrap(), options).unwrap();
+        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(program).unwrap(), kv_blocks, options)
+            .unwrap();
     // NaN in all memory that a step may not read before it writes.
     backend.poison(0xff).unwrap();
     for layer in 0..program.kv.num_layers {
@@ -220,9 +221,11 @@ fn operations_are_timed() {
     let program = decoder::program(&geometries(DType::Bf16)[1], true);
     let (library, failures) = machine.compile(machine.codes()[0], &[&program]);
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(KV_BLOCKS), time_ops: true, ..CudaOptions::default() };
+    let kv_blocks = KvBlocks::Exactly(KV_BLOCKS);
+    let options = CudaOptions { time_ops: true, ..CudaOptions::default() };
     let mut backend =
-        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(&program).unwrap(), options).unwrap();
+        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(&program).unwrap(), kv_blocks, options)
+            .unwrap();
     run(&mut backend, &program, &sequences(&program), &together());
     let times = backend.op_times();
     assert_eq!(times.len(), program.ops.len());
@@ -239,14 +242,14 @@ fn an_engine_of_another_build_gives_the_same_bits() {
         assert!(failures.is_empty(), "{}", failures.join("\n"));
         let own = run(&mut load(&program, &library, true, true), &program, &sequences, &together());
         let other = machine.of_another_build(code, &program);
-        let options = CudaOptions { kv_blocks: KvBlocks::Exactly(KV_BLOCKS), ..CudaOptions::default() };
-        let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &other, options).unwrap();
+        let (kv_blocks, options) = (KvBlocks::Exactly(KV_BLOCKS), CudaOptions::default());
+        let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &other, kv_blocks, options).unwrap();
         let found = run(&mut backend, &program, &sequences, &together());
         assert!(bits(&found) == bits(&own), "{code}");
         // The other build's kernels under this build's schedule: a driver that knows parameters refuses them before
         // anything is launched.
         let mixed = Executable { schedule: library.executable(&program).unwrap().schedule, images: other.images };
-        let error = CudaBackend::load(program.clone(), &WEIGHTS, &mixed, options).err();
+        let error = CudaBackend::load(program.clone(), &WEIGHTS, &mixed, kv_blocks, options).err();
         println!("{code}: {}", error.as_ref().map_or("a driver before CUDA 12.4".to_owned(), ToString::to_string));
         assert!(error.is_none_or(|error| error.to_string().contains("takes parameters of")), "{code}");
     }

@@ -163,19 +163,11 @@ impl Job<'_> {
             Place::Cuda(device, executable) => {
                 let LoadOptions { kv_cache_fraction, count_experts, time_ops, .. } = self.options;
                 let Blocks { most: at_most, least: at_least } = wanted;
-                let cuda = CudaOptions {
-                    device: device.ordinal,
-                    kv_blocks: KvBlocks::Fraction {
-                        of_free: kv_cache_fraction.unwrap_or(DEFAULT_KV_CACHE_FRACTION),
-                        at_least,
-                        at_most,
-                    },
-                    count_experts,
-                    time_ops,
-                    ..CudaOptions::default()
-                };
+                let cuda = CudaOptions { device: device.ordinal, count_experts, time_ops, ..CudaOptions::default() };
+                let of_free = kv_cache_fraction.unwrap_or(DEFAULT_KV_CACHE_FRACTION);
+                let kv_blocks = KvBlocks::Fraction { of_free, at_least, at_most };
                 let weights = weights(self.engine, Rank(0), false)?;
-                Box::new(CudaBackend::load(self.program.clone(), &weights, executable, cuda)?)
+                Box::new(CudaBackend::load(self.program.clone(), &weights, executable, kv_blocks, cuda)?)
             }
         };
         let executor: Box<dyn Executor> = match self.world {
@@ -255,8 +247,8 @@ pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks
             let schedule = schedule.ok_or_else(|| anyhow!("the engine's schedule cannot be cut to fewer --layers"))?;
             let executable = Executable { schedule, images: executable.images.clone() };
             let kv_blocks = KvBlocks::Exactly(kv_blocks);
-            let cuda = CudaOptions { device: device.ordinal, kv_blocks, graphs: false, ..CudaOptions::default() };
-            Ok(Box::new(CudaBackend::load(program, &weights, &executable, cuda)?))
+            let cuda = CudaOptions { device: device.ordinal, graphs: false, ..CudaOptions::default() };
+            Ok(Box::new(CudaBackend::load(program, &weights, &executable, kv_blocks, cuda)?))
         }
     }
 }
