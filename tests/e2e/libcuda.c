@@ -1,7 +1,8 @@
 // A driver that is as the tests say, for machines without one. DRIVER_VERSION is what cuDriverGetVersion says, as 12040;
 // DRIVER_INIT the return code of cuInit, DRIVER_LOAD that of loading a kernel, each 0 by default. There are DRIVER_DEVICES GPUs (1 by
 // default); CUDA_VISIBLE_DEVICES, numbers with commas between them, shows some of them in its order. They are Hopper GPUs, but for
-// number DRIVER_OTHER, which is of another generation. Their memory is the host's; on number DRIVER_FULL little of it is free.
+// number DRIVER_OTHER, which is of generation DRIVER_GENERATION (8 by default). Their memory is the host's; on number DRIVER_FULL
+// little of it is free.
 //
 // The driver knows from a kernel's machine code which parameters it takes, and refuses a launch that passes fewer or more; of an
 // image that is none it takes any. Kernels do nothing, but for the one that draws tokens: it draws 1, 2, 3 … for the samples of a
@@ -89,7 +90,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     switch (attribute) {
         case 16: *value = 132; break;        // multiprocessors
         case 38: *value = 50 << 20; break;   // bytes of the L2
-        case 75: *value = is_other(device) ? 8 : 9; break;  // compute capability, major
+        case 75: *value = is_other(device) ? number("DRIVER_GENERATION", 8) : 9; break;  // compute capability, major
         case 76: *value = 0; break;          // and minor
         case 97: *value = 232448; break;     // shared memory of a CTA
         default: *value = 0;
