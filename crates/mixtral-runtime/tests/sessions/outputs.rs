@@ -9,7 +9,7 @@ use mixtral_runtime::session::SessionError;
 use mixtral_runtime::{FinishReason, Refusal, Request, RequestId};
 use proptest::prelude::*;
 
-use crate::harness::{Outcome, Setup, alone, curious, expected, finish, request, submit};
+use crate::harness::{ENOUGH_STEPS, Outcome, Setup, alone, curious, expected, finish, request, submit};
 use crate::mock::VOCAB;
 
 proptest! {
@@ -24,7 +24,7 @@ proptest! {
         max_num_tokens in 1usize..20,
         max_num_logits in 1usize..8,
         kv_blocks in 8usize..20,
-        requests in prop::collection::vec((1u32..20, 1usize..10, any::<bool>(), 0usize..3), 1..20),
+        requests in prop::collection::vec((1u32..20, 1usize..10, any::<bool>(), any::<bool>()), 1..20),
         cancellations in prop::collection::vec(prop::option::weighted(0.2, any::<prop::sample::Index>()), 40),
     ) {
         let setup = Setup { depth, max_batch_size, max_num_tokens, max_num_logits, kv_blocks, ..Setup::default() };
@@ -33,15 +33,16 @@ proptest! {
         let mut cancelled = Vec::new();
         let mut waiting = requests.into_iter().enumerate();
         let mut cancellations = cancellations.into_iter();
-        let mut more = true;
+        let (mut more, mut steps) = (true, 0);
         while more || !session.is_idle() {
-            // As many at a time as the last one says.
+            steps += 1;
+            prop_assert!(steps < ENOUGH_STEPS, "the session does not come to an end");
             more = false;
-            for (seed, (prompt, output, wants_all, pause)) in waiting.by_ref() {
+            for (seed, (prompt, output, wants_all, steps_first)) in waiting.by_ref() {
                 let make = if wants_all { curious } else { request };
                 let asks = make(u32::try_from(seed).unwrap(), prompt, output);
                 asked.insert(submit(&mut session, &asks), asks);
-                if pause > 0 {
+                if steps_first {
                     more = true;
                     break;
                 }
@@ -176,7 +177,7 @@ fn a_step_says_what_it_was_made_of() {
         }
         let (started, mut sum, mut done) = (Instant::now(), Duration::ZERO, 0);
         while !session.is_idle() {
-            session.step().unwrap();
+            assert!(session.step().is_ok() && done < ENOUGH_STEPS);
             let (stats, steps) = (session.last_step(), steps.lock().unwrap());
             let made_of = (stats.decode_tokens, stats.prefill_tokens);
             assert_eq!(made_of, (steps[done].num_decodes, steps[done].num_tokens() - steps[done].num_decodes));
