@@ -9,7 +9,7 @@ use mixtral_model::Mapping;
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
 use mixtral_runtime::{Executor, Local};
 
-use crate::harness::{Outcome, Setup, curious, expected, finish, request, submit};
+use crate::harness::{ENOUGH_STEPS, Outcome, Setup, curious, expected, finish, request, submit};
 use crate::mock::{Mock, Steps};
 
 /// Tensor-parallel ranks and pipeline stages.
@@ -46,8 +46,14 @@ fn rank_main(
         let counts: Vec<_> = stages.map(|stage| vec![stage + 1, 10 + stage * mapping.tp_size as u64]).collect();
         assert_eq!(session.expert_counts().unwrap(), counts);
         assert_eq!(session.op_times(), [Duration::from_secs(steps.lock().unwrap().len() as u64)]);
+        drop(session);
+        // Whatever was sent to rank 0 was received: what comes next is the others' goodbye.
+        for (rank, tag) in (1..world.world_size()).flat_map(|rank| [(rank, 2), (rank, 3)]) {
+            assert_eq!(world.recv(rank, tag).unwrap(), b"goodbye", "rank {rank}, tag {tag}");
+        }
     } else {
         follow(world, mapping, &mut mock)?;
+        [2, 3].iter().for_each(|&tag| world.send(0, tag, b"goodbye").unwrap());
     }
     let steps = steps.lock().unwrap().clone();
     Ok((outcomes, steps))
@@ -86,12 +92,17 @@ fn a_rank_that_fails_is_named_to_all() {
                 let mut mock = mock(&setup, world, &mapping);
                 let error = if world.rank() == 0 {
                     let mut session = setup.over(Box::new(Driver::new(world, mapping, Box::new(mock))?));
+                    let mut quiet = 0;
                     let error = loop {
                         // It is never idle, so that it must notice.
-                        submit(&mut session, &request(0, 6, 20));
-                        if let Err(error) = session.step() {
-                            break error;
+                        if session.is_idle() {
+                            submit(&mut session, &request(0, 6, 20));
                         }
+                        match session.step() {
+                            Ok(events) => quiet = if events.is_empty() { quiet + 1 } else { 0 },
+                            Err(error) => break error,
+                        }
+                        assert!(quiet < ENOUGH_STEPS, "nothing comes of the steps");
                     };
                     if failing == 0 {
                         assert_eq!(error.to_string(), "step 2: the mock fails at step 2");
