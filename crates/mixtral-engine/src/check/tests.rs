@@ -1,9 +1,11 @@
-//! Buffers that lie in each other's memory.
+//! Buffers that lie in each other's memory, and numbers that no operation asks for.
 
-use mixtral_model::DType;
+use std::ops::Range;
+
+use mixtral_model::{DType, Piece};
 
 use super::*;
-use crate::KvLayout;
+use crate::{KvLayout, WeightFormat};
 
 /// A chain of sums, `out = a + b` each, over buffers of 64 bytes at the offsets given.
 fn sums(buffers: &[(&str, usize)], ops: &[[&str; 3]]) -> Program {
@@ -63,4 +65,88 @@ fn memory_may_be_used_again_and_in_place() {
     program.check().unwrap_err();
     program.plan_arena();
     program.check().unwrap();
+}
+
+#[test]
+fn a_buffer_without_rows_is_in_nobodys_way() {
+    // Assignments of tokens to experts, of which a model without experts has none.
+    let silu = |input: &str, out: &str| Op::SiluMul { input: input.to_owned(), out: out.to_owned() };
+    let mut program = sums(&[("a", 0), ("b", 0), ("c", 0)], &[["c", "c", "c"]]);
+    program.ops.insert(0, silu("a", "b"));
+    program.ops.push(silu("a", "b"));
+    for (buffer, cols) in program.buffers.iter_mut().zip([8, 4]) {
+        (buffer.rows, buffer.cols) = (Rows::Assignments, cols);
+    }
+    program.check().unwrap();
+}
+
+#[test]
+fn buffers_end_where_the_arena_does() {
+    let program = |offset| sums(&[("a", offset)], &[["a", "a", "a"]]);
+    program(1024 - 128).check().unwrap();
+    let ends = |program: Program| program.check().unwrap_err().to_string();
+    assert_eq!(ends(program(1024 - 64)), "program: buffer `a` ends at byte 1088, past the arena's 1024");
+    assert_eq!(ends(program(32)), "program: buffer `a` starts at byte 32, which is not a multiple of 64");
+}
+
+#[test]
+fn limits_have_bounds() {
+    let most = Limits {
+        max_batch_size: 1 << 20,
+        max_num_tokens: 1 << 24,
+        max_seq_len: 1 << 30,
+        max_num_logits: 1 << 24,
+        block_size: 1 << 12,
+    };
+    let least = Limits { max_batch_size: 1, max_num_tokens: 1, max_seq_len: 1, max_num_logits: 1, block_size: 1 };
+    assert_eq!((most.check(), least.check()), (Ok(()), Ok(())));
+    let fields: [fn(&mut Limits) -> &mut usize; 5] = [
+        |l| &mut l.max_batch_size,
+        |l| &mut l.max_num_tokens,
+        |l| &mut l.max_seq_len,
+        |l| &mut l.max_num_logits,
+        |l| &mut l.block_size,
+    ];
+    let mut said = Vec::new();
+    for field in fields {
+        let (mut more, mut less) = (most, least);
+        *field(&mut more) += 1;
+        *field(&mut less) -= 1;
+        said.extend([more, less].map(|limits| limits.check().unwrap_err().to_string()));
+    }
+    insta::assert_snapshot!(said.join("\n"));
+}
+
+#[test]
+fn weights_and_their_pieces_have_bounds() {
+    let piece = Piece { source: "w".to_owned(), source_rows: 8, source_cols: 6, rows: 1..4, cols: 2..6, target_row: 2 };
+    // No operation reads it, so nothing else says what it must be.
+    let of = |shape: &[usize], piece: Option<Piece>| {
+        let mut program = sums(&[("a", 0)], &[["a", "a", "a"]]);
+        let (name, shape, pieces) = ("w".to_owned(), shape.to_vec(), piece.into_iter().collect());
+        program.weights.push(Weight { name, dtype: DType::F32, shape, format: WeightFormat::Plain, pieces });
+        program.check()
+    };
+    for shape in [&[5][..], &[5, 4], &[3, 5, 4], &[1 << 24, 1 << 24, 1 << 8]] {
+        assert_eq!(of(shape, None), Ok(()), "{shape:?}");
+    }
+    for shape in [&[][..], &[1, 1, 1, 1], &[0, 4], &[(1 << 24) + 1], &[1 << 24, 1 << 24, (1 << 8) + 1]] {
+        of(shape, None).expect_err("a shape that no weight has");
+    }
+    assert_eq!(of(&[5, 4], Some(piece.clone())), Ok(()));
+    let changes: [(&str, fn(&mut Piece)); 8] = [
+        ("rows behind the source's", |p| p.source_rows = 3),
+        ("columns behind the source's", |p| p.source_cols = 5),
+        ("rows from behind", |p| p.rows = Range { start: 4, end: 1 }),
+        ("columns from behind", |p| p.cols = Range { start: 6, end: 2 }),
+        ("fewer columns than the weight has", |p| p.cols = 3..6),
+        ("more columns than the weight has", |p| p.cols = 1..6),
+        ("rows behind the weight's", |p| p.target_row = 3),
+        ("rows that overflow", |p| p.target_row = usize::MAX),
+    ];
+    for (what, change) in changes {
+        let mut changed = piece.clone();
+        change(&mut changed);
+        of(&[5, 4], Some(changed)).expect_err(what);
+    }
 }
