@@ -40,17 +40,16 @@ pub fn admit(queue: &mut VecDeque<Sequence>, running: &mut Vec<Sequence>, pool: 
     }
 }
 
-/// Deals the step's tokens to those of the running sequences that do not wait for a token of an earlier step. Decodes
-/// come first in the answer. With `depth` steps under way at a time, a step takes its share of the sequences, so that the
-/// others find some too.
+/// Deals the step's tokens to those of the running sequences that have any to compute. Decodes come first in the answer.
+/// With `depth` steps under way at a time, a step takes its share of the sequences, so that the others find some too.
 #[must_use]
 pub fn plan(running: &[Sequence], limits: &Limits, depth: usize) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = Vec::new();
     let (mut tokens, mut logits, mut samples) = (limits.max_num_tokens, 0, 0);
     let share = running.len().div_ceil(depth);
-    let ready = || (0..running.len()).filter(|&i| !running[i].awaits_token && !running[i].cancelled);
-    let decodes = ready().filter(|&i| running[i].is_decode());
-    for sequence in decodes.chain(ready().filter(|&i| !running[i].is_decode())) {
+    let wanted = || (0..running.len()).filter(|&i| !running[i].cancelled);
+    let decodes = wanted().filter(|&i| running[i].is_decode());
+    for sequence in decodes.chain(wanted().filter(|&i| !running[i].is_decode())) {
         if chunks.len() == share {
             break;
         }
@@ -64,6 +63,7 @@ pub fn plan(running: &[Sequence], limits: &Limits, depth: usize) -> Vec<Chunk> {
         }
         let draws = num_tokens == state.num_pending();
         let num_logits = if all { num_tokens } else { usize::from(draws) };
+        // No tokens, because its next one is being drawn, or because the step is full.
         if num_tokens == 0 || num_logits > room {
             continue;
         }

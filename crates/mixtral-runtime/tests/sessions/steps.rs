@@ -132,4 +132,11 @@ fn each_of_the_steps_under_way_has_its_share_of_the_sequences() {
     assert_eq!(all_written(&steps), ["| 0..4", "| 4..8", "| 8..10"]);
     finish(&mut session);
     assert_eq!(all_written(&steps)[3..], ["10..11 |"]);
+    // Nothing more is computed of one that was cancelled.
+    let (mut session, steps) = setup.session();
+    let id = submit(&mut session, &request(0, 14, 2));
+    session.step().unwrap();
+    session.cancel(id);
+    finish(&mut session);
+    assert_eq!(all_written(&steps), ["| 0..4", "| 4..8"]);
 }
