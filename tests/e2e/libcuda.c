@@ -275,6 +275,11 @@ int cuEventElapsedTime(float* ms, void* from, void* to) {
 #define DONE(name) \
     int name(void) { return 0; }
 DONE(cuStreamSynchronize)
+DONE(cuStreamQuery)
+DONE(cuCtxEnablePeerAccess)
+DONE(cuIpcGetMemHandle)
+DONE(cuIpcOpenMemHandle_v2)
+DONE(cuIpcCloseMemHandle)
 DONE(cuStreamBeginCapture_v2)
 DONE(cuStreamEndCapture)
 DONE(cuEventCreate)

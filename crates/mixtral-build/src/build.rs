@@ -28,17 +28,18 @@ pub enum WeightsFrom<'a> {
 /// What to build.
 #[derive(Clone, Debug)]
 pub struct BuildOptions {
-    /// What a step may hold. `max_num_logits` is overwritten by what `gather_context_logits` needs.
+    /// What a step may hold. The build sets `max_num_logits` itself, to what `gather_context_logits` needs.
     pub limits: Limits,
-    /// Whether the logits of every prompt token can be had.
+    /// Whether steps can return the logits of every prompt token.
     pub gather_context_logits: bool,
     /// Other options, recorded in the engine's config.
     pub recorded: BTreeMap<String, String>,
-    /// Ranks written at a time.
+    /// How many ranks are written at a time.
     pub workers: usize,
-    /// The CUDA kernels; without them the engine is for the CPU alone.
+    /// The CUDA kernels. Without them the engine runs only on the CPU.
     pub kernels: Option<KernelOptions>,
-    /// Bytes that a rank's weights, activations and inputs may need at most; checked before anything is written.
+    /// The most bytes that a rank's weights, activations and inputs may need. This is checked before anything is
+    /// written.
     pub memory_budget: Option<usize>,
 }
 
@@ -56,16 +57,16 @@ pub struct Built {
 /// Why nothing was built.
 #[derive(Debug, thiserror::Error)]
 pub enum BuildError {
-    /// The checkpoint.
+    /// The checkpoint cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] ReadError),
-    /// The engine directory.
+    /// The engine directory cannot be written.
     #[error(transparent)]
     Engine(#[from] EngineError),
-    /// Limits out of range.
+    /// Limits that are out of range.
     #[error(transparent)]
     Limits(ProgramError),
-    /// A program that came out ill-formed: too large limits, or a bug.
+    /// The build made an ill-formed program: limits are too large, or this is a bug.
     #[error("the program of rank {rank} is not well-formed: {source}")]
     Program {
         /// The rank.
@@ -84,13 +85,13 @@ pub enum BuildError {
     /// Kernels that cannot be compiled.
     #[error(transparent)]
     Kernels(#[from] mixtral_kernels::CompileError),
-    /// Kernels that were compiled, but to what no engine may hold: a bug, or an untried version of NVRTC.
+    /// Compiled kernels with defects that an engine may not hold: a bug, or an untried version of NVRTC.
     #[error("NVRTC compiled these kernels badly; try another version of it, or build with --gemm-plugin disable --moe-plugin disable\n{}", kernels.join("\n"))]
     Unfit {
         /// Kernel, architecture and defect.
         kernels: Vec<String>,
     },
-    /// More memory than the machine has.
+    /// The engine needs more memory than the machine has.
     #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; {}",
         human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget), if weights > budget {
             format!("the weights alone do not fit, and dummy weights cannot be paged out: use a machine with more memory, a smaller model{}",
@@ -102,7 +103,7 @@ pub enum BuildError {
     Memory {
         /// The rank.
         rank: Rank,
-        /// Bytes in all.
+        /// Bytes in total.
         needed: usize,
         /// Of weights.
         weights: usize,
@@ -161,10 +162,12 @@ pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Pro
         .collect()
 }
 
-/// Builds the engine of `config` in `output_dir`. `progress` is told how many kernels of how many are compiled.
+/// Builds the engine of `config` in `output_dir`. Calls `progress` with the number of compiled kernels and the number
+/// of all kernels.
 ///
 /// # Errors
-/// As [`plan`], or if kernels cannot be compiled, or files cannot be read or written; nothing is left in `output_dir` then.
+/// As [`plan`], or if kernels cannot be compiled, or files cannot be read or written. Nothing is left in `output_dir`
+/// then.
 pub fn build(
     config: &CheckpointConfig,
     weights: &WeightsFrom<'_>,
@@ -182,7 +185,8 @@ pub fn build(
             }
         }
     }
-    // Before the directory is touched: an engine that is there outlives kernels that cannot be compiled.
+    // Kernels are compiled before the directory is touched, so an engine that is there stays if they cannot be
+    // compiled.
     let kernels = options.kernels.as_ref().map(|kernels| kernels.compile(&programs, progress)).transpose()?;
     let writer = EngineWriter::create(output_dir)?;
     let checkpoint = match weights {
@@ -191,7 +195,7 @@ pub fn build(
     };
     let ranks = for_each_rank(&programs, options.workers, |program| {
         let rank = Rank(program.rank);
-        // Opened for its checks only: header, shapes and run id.
+        // The file is opened only for its checks: header, shapes and run id.
         checkpoint.map(|c| c.rank(rank)).transpose()?;
         let images = kernels.as_ref().map(|kernels| kernels.images(rank)).unwrap_or_default();
         Ok(writer.rank(program, &images, checkpoint.map(|c| c.rank_path(rank)).as_deref())?)
@@ -217,13 +221,14 @@ pub fn build(
     Ok(Built { config: writer.finish(engine)?, programs, kernels })
 }
 
-/// What an engine says that it was built for.
+/// What an engine's config names as the targets of the build.
 pub(crate) fn targets(kernels: Option<&Kernels>) -> Vec<String> {
     let codes = kernels.iter().flat_map(|kernels| &kernels.codes);
     std::iter::once("cpu".to_owned()).chain(codes.map(ToString::to_string)).collect()
 }
 
-/// Writes every rank's files by `write`, `workers` at a time: weights that cannot be linked are copied, which takes its time.
+/// Calls `write` for every rank, `workers` at a time. That is worth it because weights that cannot be linked are
+/// copied, which takes long.
 pub(crate) fn for_each_rank(
     programs: &[Program],
     workers: usize,
@@ -237,14 +242,15 @@ pub(crate) fn for_each_rank(
             shares.map(|share| scope.spawn(move || share.iter().map(write).collect::<Result<Vec<_>, _>>())).collect();
         let mut ranks = Vec::with_capacity(programs.len());
         for thread in threads {
-            // A panic there goes on here.
+            // A panic of the thread continues here.
             ranks.extend(thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?);
         }
         Ok(ranks)
     })
 }
 
-/// Copies the tokenizer's files and gives their hashes, which are those that the checkpoint knows, if it does.
+/// Copies the tokenizer's files and returns their hashes. They have to be the hashes that the checkpoint's config
+/// names, if it names any.
 fn copy_tokenizer(checkpoint: &Checkpoint, writer: &EngineWriter) -> Result<BTreeMap<String, String>, BuildError> {
     let (from, known) = (checkpoint.dir(), &checkpoint.config().files);
     let io = |source| EngineError::Io { path: from.to_owned(), source };

@@ -1,4 +1,4 @@
-//! Bytes and FLOPs of an operation: the two numbers that bound its time.
+//! Bytes and FLOPs of an operation: the two numbers that bound its time from below.
 
 use std::ops::AddAssign;
 
@@ -25,7 +25,7 @@ impl AddAssign for Cost {
 }
 
 impl Cost {
-    /// That of so many operations.
+    /// The cost of `n` such operations.
     #[must_use]
     pub fn times(&self, n: f64) -> Cost {
         Cost { weight_bytes: self.weight_bytes * n, activation_bytes: self.activation_bytes * n, flops: self.flops * n }
@@ -45,7 +45,7 @@ pub struct StepShape {
     pub num_tokens: usize,
     /// Rows of logits.
     pub num_logits: usize,
-    /// Keys that a token sees on average.
+    /// How many keys a token sees on average.
     pub context: usize,
 }
 
@@ -54,8 +54,8 @@ fn f(n: usize) -> f64 {
     n as f64
 }
 
-/// What `op` costs in a step of `shape`. Experts are assumed to be hit evenly: of E experts with k a token, T tokens
-/// touch E · (1 − (1 − k/E)^T).
+/// What `op` costs in a step of `shape`. Tokens are assumed to hit experts evenly: with E experts of which each token
+/// takes k, T tokens touch E · (1 − (1 − k/E)^T) experts.
 #[must_use]
 pub fn cost(program: &Program, op: &Op, shape: StepShape) -> Cost {
     let rows = |rows: Rows| f(program.num_rows(rows, shape.num_tokens, shape.num_logits));

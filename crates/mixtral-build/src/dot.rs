@@ -1,4 +1,5 @@
-//! The program as a Graphviz graph: operations as boxes with their bytes and times, buffers as edges. What is alike is drawn once.
+//! The program as a Graphviz graph. Operations are boxes with their bytes and times, buffers are edges. Operations and
+//! ranks that are alike are drawn once.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write as _;
@@ -25,7 +26,7 @@ pub fn dot(programs: &[Program], roof: Option<Roof>) -> String {
     text
 }
 
-/// An edge; those of a layer to the next one are dashed.
+/// An edge. Edges from a layer to the next one are dashed.
 #[derive(PartialEq, Eq, PartialOrd, Ord)]
 struct Edge {
     from: usize,
@@ -60,7 +61,7 @@ fn node(program: &Program, op: usize) -> String {
     format!("r{}_op{op}", program.rank)
 }
 
-/// Kind, weights, and what the operation takes in each of the steps that `--explain` looks at.
+/// Kind and weights of an operation, and its bytes and time in each of the steps that `--explain` shows.
 fn label(program: &Program, index: usize, roof: Option<Roof>) -> String {
     let op = &program.ops[index];
     let mut label = op.name().to_owned();
@@ -83,13 +84,13 @@ fn edges(program: &Program, runs: &[Run]) -> BTreeSet<Edge> {
     let mut edges = BTreeSet::new();
     let mut writer: HashMap<&str, usize> = HashMap::new();
     let run_of = |op: usize| runs.iter().find(|run| run.all().contains(&op));
-    // The drawn operation that stands for one.
+    // The drawn operation that stands for operation `op`.
     let drawn = |op: usize| run_of(op).map_or(op, |run| run.shown().start + (op - run.start) % run.len);
     for (index, op) in program.ops.iter().enumerate() {
         for buffer in op.reads() {
             let (Some(&from), Some(b)) = (writer.get(buffer), program.buffer(buffer)) else { continue };
             let is_same_run = run_of(index).is_some_and(|run| run.all().contains(&from));
-            // Inside of a run the repetition that is shown speaks for all.
+            // Inside a run, the repetition that is shown stands for all.
             if is_same_run && drawn(index) != index {
                 continue;
             }

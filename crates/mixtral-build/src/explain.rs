@@ -9,7 +9,7 @@ use mixtral_kernels::{KernelImages, Resources};
 use crate::cost::{Cost, StepShape, cost};
 use crate::fold::{alike, ranks_text, runs};
 
-/// What a machine can do at most.
+/// The highest rates that a machine can reach.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Roof {
     /// Bytes read from memory in a second.
@@ -26,7 +26,7 @@ impl Roof {
     }
 }
 
-/// The step shapes that are explained: one decode, and one prompt that fills a step.
+/// The step shapes that are explained: one decode, and one prompt that fills a step (at most 2048 tokens).
 #[must_use]
 pub fn shapes(program: &Program) -> [(&'static str, StepShape); 2] {
     let prompt = program.limits.max_num_tokens.min(program.limits.max_seq_len).min(2048);
@@ -36,8 +36,8 @@ pub fn shapes(program: &Program) -> [(&'static str, StepShape); 2] {
     ]
 }
 
-/// The explanation of all ranks' programs, and of their kernels if they have any: `kernels` is by rank, or empty. What is alike
-/// is said once.
+/// The explanation of all ranks' programs, and of their kernels if they have any. `kernels` has an entry for each rank,
+/// or is empty. Operations and ranks that are alike are explained once.
 #[must_use]
 pub fn explain(programs: &[Program], kernels: &[Vec<KernelImages>], roof: Option<Roof>) -> String {
     let mut text = String::new();
@@ -111,7 +111,7 @@ fn count(n: usize) -> f64 {
     n as f64
 }
 
-/// An operation as the program's text has it, with the plan that `tokens` tokens get instead of its ladder.
+/// An operation as in the program's text, with the plan for `tokens` tokens in place of its ladder.
 fn op_line(op: &Op, tokens: usize) -> String {
     let mut op = op.clone();
     let rungs = match &mut op {
@@ -124,10 +124,10 @@ fn op_line(op: &Op, tokens: usize) -> String {
     plan.map_or_else(|| op_text(&op), |rung| format!("{} [{}]", op_text(&op), rung.plan))
 }
 
-/// Characters of a kernel's name that are shown.
+/// How many characters of a kernel's name are shown.
 const SYMBOL_WIDTH: usize = 100;
 
-/// What the kernels of one target take.
+/// A table of the resources that the kernels of one target take.
 #[must_use]
 pub fn kernel_table(images: &KernelImages) -> String {
     let size = images.iter().map(|kernel| kernel.code.len()).sum();

@@ -1,5 +1,5 @@
-//! What is alike in programs, so that people see it once: operations that repeat from layer to layer, and ranks that do the same
-//! with other shares of the weights.
+//! Finds what is alike in programs, so that people see it once: operations that repeat from layer to layer, and ranks
+//! that do the same with other shares of the weights.
 
 use std::ops::Range;
 
@@ -8,19 +8,19 @@ use mixtral_engine::{Op, Program};
 use crate::cost::cost;
 use crate::explain::shapes;
 
-/// Operations that come several times, one repetition after another; or once.
+/// A run of operations that come once, or in several repetitions behind each other.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Run {
     /// The first operation of the first repetition.
     pub start: usize,
-    /// Operations of a repetition.
+    /// How many operations a repetition has.
     pub len: usize,
-    /// Repetitions.
+    /// How many repetitions there are.
     pub times: usize,
 }
 
 impl Run {
-    /// The repetition that stands for all: the second, since the first takes what came before the layers.
+    /// The repetition that stands for all. It is the second, since the first also reads what comes before the layers.
     #[must_use]
     pub fn shown(&self) -> Range<usize> {
         let start = self.start + if self.times > 1 { self.len } else { 0 };
@@ -33,7 +33,7 @@ impl Run {
         self.start..self.start + self.len * self.times
     }
 
-    /// `layers 0 to 30`, by the first operations of the first and the last repetition.
+    /// A text such as `layers 0 to 30`, from the first operations of the first and the last repetition.
     #[must_use]
     pub fn layers(&self, program: &Program) -> String {
         let layer = |repetition: usize| layer_of(&program.ops[self.start + repetition * self.len]);
@@ -44,10 +44,11 @@ impl Run {
     }
 }
 
-/// Operations that a repetition may have.
+/// The most operations of a repetition.
 const LONGEST: usize = 64;
 
-/// Cuts a program's operations into runs, longest savings first, from the first operation to the last.
+/// Cuts a program's operations into runs, from the first operation to the last. At each place it takes the run that
+/// saves the most.
 #[must_use]
 pub fn runs(program: &Program) -> Vec<Run> {
     let keys: Vec<String> = program.ops.iter().map(|op| key(program, op)).collect();
@@ -74,7 +75,7 @@ pub fn runs(program: &Program) -> Vec<Run> {
     runs
 }
 
-/// Groups programs, by index: those of a group have the same operations at the same costs.
+/// Groups programs by their indices. Programs of a group have the same operations at the same costs.
 #[must_use]
 pub fn alike(programs: &[Program]) -> Vec<Vec<usize>> {
     let signature = |program: &Program| -> Vec<String> {
@@ -107,7 +108,7 @@ pub fn ranks_text(members: &[usize], world_size: usize) -> String {
     }
 }
 
-/// What must be equal for two operations to be the same one of two layers: kind, outputs and weights, but for the layer's number.
+/// A text that is equal for the same operation of two layers: kind, outputs and weights, without the layer's number.
 fn key(program: &Program, op: &Op) -> String {
     let writes = op.writes().into_iter().map(|name| {
         let of = program.buffer(name).map(|b| (b.dtype, b.rows, b.cols));
@@ -164,7 +165,7 @@ mod tests {
         let runs = runs(program);
         let covered: Vec<usize> = runs.iter().flat_map(Run::all).collect();
         assert_eq!(covered, (0..program.ops.len()).collect::<Vec<_>>());
-        // The last layer ends in the model's own norm, so it is no repetition of the others.
+        // The last layer ends in the model's final norm, so it is no repetition of the others.
         let repeated: Vec<&Run> = runs.iter().filter(|run| run.times > 1).collect();
         assert_eq!(repeated.iter().map(|run| run.times).collect::<Vec<_>>(), [31]);
         assert_eq!(repeated[0].layers(program), "layers 0 to 30");
@@ -194,7 +195,7 @@ mod tests {
         assert_eq!(ranks_text(&[3], 8), "rank 3 of 8");
     }
 
-    /// Eight ranks of thirty-two layers stay a page.
+    /// Eight ranks of thirty-two layers fit on a page.
     #[test]
     fn a_page_holds_eight_ranks() {
         let programs = programs(Mapping { tp_size: 8, pp_size: 1, moe_tp_size: 8, moe_ep_size: 1 });

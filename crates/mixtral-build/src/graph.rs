@@ -1,10 +1,12 @@
-//! The naive graph of a rank: one operation per mathematical operation, every intermediate in a buffer of its own.
+//! The naive graph of a rank. It has one operation per mathematical operation, and every intermediate has a buffer of
+//! its own.
 //!
-//! Weights are a rank's. Where ranks hold parts of a sum or of a row, the graph is written as if the part were the
-//! whole; the first pass places the collectives that make it so. A pipeline stage begins with `recv` and ends with `send`.
+//! Weights are the rank's own. Where ranks hold parts of a sum or of a row, the graph is written as if the part were
+//! the whole. The first pass places the collectives that make the whole out of the parts. A pipeline stage begins with
+//! `recv` and ends with `send`.
 //!
-//! The graph is itself a [`Program`] whose arena is not planned yet: passes rewrite it, and at any point between two
-//! passes it can be planned and run. That is how fused is shown to equal unfused.
+//! The graph is itself a [`Program`] whose arena is not planned yet. Passes rewrite it, and between any two passes it
+//! can be planned and run. Tests use that to show that fused programs equal unfused ones.
 
 use mixtral_checkpoint::{CheckpointConfig, TensorId, rank_tensors};
 use mixtral_engine::{Buffer, ElemType, Epilogue, KvLayout, Limits, Op, Program, Rows, Weight, WeightFormat};
@@ -95,7 +97,7 @@ impl Graph<'_> {
         self.buffer(name, self.program.dtype.into(), rows, cols)
     }
 
-    /// Rows and columns of a weight seen as a matrix.
+    /// Rows of a weight seen as a matrix.
     fn weight_rows(&self, id: TensorId) -> usize {
         self.program.weight(&id.to_string()).map_or(0, Weight::rows)
     }
@@ -228,7 +230,7 @@ impl Graph<'_> {
         out
     }
 
-    /// The feed-forward of a dense layer: the checkpoint's one expert, without routing.
+    /// The feed-forward of a dense layer. The checkpoint stores it as its only expert; it needs no routing.
     fn dense(&mut self, layer: usize, hidden: &str) -> String {
         let at = |name: &str| format!("layer{layer}.{name}");
         let normed = self.norm(TensorId::PostNorm(layer), hidden, at("ffn_input"), Rows::Tokens);

@@ -1,4 +1,4 @@
-//! The CUDA kernels of an engine: which plan each linear has, and everything that the programs launch, compiled.
+//! The CUDA kernels of an engine: chooses the plan of each linear, and compiles every kernel that the programs launch.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -18,7 +18,7 @@ use crate::BuildError;
 pub enum DenseLinears {
     /// Kernels that are tuned for an architecture.
     Tuned,
-    /// Those, and cuBLASLt in steps of many tokens. Rows' bits then depend on other rows.
+    /// Tuned kernels, and cuBLASLt in steps of many tokens. The bits of a row then depend on the other rows.
     CublasLt,
     /// Kernels that run anywhere.
     Portable,
@@ -29,11 +29,11 @@ pub enum DenseLinears {
 pub struct KernelOptions {
     /// The architectures, at least one.
     pub archs: Vec<Arch>,
-    /// What computes dense linears.
+    /// What computes the dense linears.
     pub dense_linears: DenseLinears,
     /// Whether experts may have kernels that are tuned for an architecture.
     pub tuned_experts: bool,
-    /// Kernels compiled at a time.
+    /// How many kernels are compiled at a time.
     pub workers: usize,
     /// Where NVRTC is looked for.
     pub nvrtc: Search,
@@ -46,22 +46,22 @@ pub struct KernelOptions {
 pub struct Kernels {
     /// What they are compiled to.
     pub codes: BTreeSet<Code>,
-    /// Of each rank, one for every code.
+    /// The images of each rank, one for every kind of code.
     pub ranks: Vec<Vec<KernelImages>>,
-    /// Of each rank, how they are launched: one for every family of codes.
+    /// The schedules of each rank, one for every family of these kinds of code.
     pub schedules: Vec<BTreeMap<Family, Schedule>>,
     /// How many had to be compiled.
     pub compiled: usize,
     /// How many were found in the cache.
     pub from_cache: usize,
-    /// How long that took, NVRTC's loading included.
+    /// How long compiling took, including the loading of NVRTC.
     pub took: Duration,
-    /// What is not as it should be, but does no harm to results.
+    /// Things that are wrong but do not change results.
     pub warnings: Vec<String>,
 }
 
 impl Kernels {
-    /// What the engine of a rank holds of them, by name.
+    /// The images that a rank's engine file holds of them, by name.
     #[must_use]
     pub fn images(&self, rank: Rank) -> BTreeMap<String, Vec<u8>> {
         let images = self.ranks[rank.0].iter().map(|images| (images.code.image_name(), images.to_bytes()));
@@ -73,7 +73,7 @@ impl Kernels {
 }
 
 impl KernelOptions {
-    /// What is compiled: without tuned kernels, portable ones for the same machines.
+    /// The kinds of code to compile to. Without tuned kernels, these are portable kernels for the same machines.
     #[must_use]
     pub fn codes(&self) -> BTreeSet<Code> {
         let is_tuned = self.tuned_linears() || self.tuned_experts;
@@ -86,8 +86,8 @@ impl KernelOptions {
         self.dense_linears != DenseLinears::Portable
     }
 
-    /// Gives every linear its ladder, for the fastest of the architectures; the others' kernels choose anew where a rung is
-    /// not for them.
+    /// Gives every linear its ladder, with plans for the fastest of the architectures. The other architectures choose a
+    /// plan of their own where they cannot use a rung's.
     pub fn fill_ladders(&self, program: &mut Program) {
         let best = self.codes().into_iter().map(Code::family).max().unwrap_or(Family::Portable);
         let family = |tuned| if tuned { best } else { Family::Portable };
@@ -107,11 +107,11 @@ impl KernelOptions {
         }
     }
 
-    /// Compiles the kernels of all programs, those that several share once. `progress` is told how many of how many are
-    /// done.
+    /// Compiles the kernels of all programs. A kernel that several programs share is compiled once. Calls `progress`
+    /// with the number of compiled kernels and the number of all kernels.
     ///
     /// # Errors
-    /// If an operation has no kernel, there is no compiler, or a kernel is refused or not fit for use.
+    /// If an operation has no kernel, if there is no compiler, or if a kernel is refused or has a fatal defect.
     pub fn compile(
         &self,
         programs: &[Program],

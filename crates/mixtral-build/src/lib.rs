@@ -1,9 +1,10 @@
-//! From a checkpoint to an engine: the naive graph of each rank, the passes over it, the memory plan, and the
-//! engine directory. Knows the model and the checkpoint's tensor names; knows no driver and no runtime.
+//! From a checkpoint to an engine: the naive graph of each rank, the passes over it, the memory plan, and the engine
+//! directory. This crate knows the model and the checkpoint's tensor names. It knows neither driver nor runtime.
 //!
-//! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`mod@lower`] (graph →
-//! passes → planned program), [`kernels`] (CUDA's part of an engine), [`mod@build`] and [`mod@rebuild`] (directories), [`mod@cost`] (bytes and FLOPs of an operation),
-//! [`mod@explain`] and [`mod@dot`] (the program for people), [`mod@fold`] (what is alike in it, to be shown once).
+//! Reading order: [`graph`] (one operation per mathematical operation), [`passes`] (one file each), [`mod@lower`]
+//! (graph → passes → planned program), [`kernels`] (CUDA's part of an engine), [`mod@build`] and [`mod@rebuild`]
+//! (directories), [`mod@cost`] (bytes and FLOPs of an operation), [`mod@explain`] and [`mod@dot`] (the program for
+//! people), [`mod@fold`] (what is alike in it, to be shown once).
 #![forbid(unsafe_code)]
 
 pub mod build;

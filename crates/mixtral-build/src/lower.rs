@@ -1,4 +1,4 @@
-//! Graph → passes → planned program.
+//! Lowers a rank's graph: runs the passes and plans the arena.
 
 use mixtral_checkpoint::CheckpointConfig;
 use mixtral_engine::{Limits, Program};
@@ -18,7 +18,8 @@ pub fn lower(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     program
 }
 
-/// The program of `rank` with its collectives placed, its arena planned and nothing fused: what fusion is compared with.
+/// The program of `rank` with its collectives placed and its arena planned, but with nothing fused. Tests compare the
+/// fused program with it.
 #[must_use]
 pub fn lower_unfused(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     let mut program = graph::naive(config, rank, limits);

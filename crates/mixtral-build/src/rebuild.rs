@@ -1,4 +1,4 @@
-//! An engine's kernels, built again from the programs that it holds: `mixtral build --from-engine`.
+//! Builds an engine's kernels again from the programs that it holds: `mixtral build --from-engine`.
 
 use std::collections::BTreeMap;
 
@@ -14,19 +14,19 @@ use crate::{BuildError, Built, KernelOptions};
 pub struct RebuildOptions {
     /// The kernels.
     pub kernels: KernelOptions,
-    /// The build's other options, for the engine's config.
+    /// Other options, recorded in the engine's config.
     pub recorded: BTreeMap<String, String>,
-    /// Ranks written at a time.
+    /// How many ranks are written at a time.
     pub workers: usize,
 }
 
-/// Builds an engine again in its own directory: its programs with plans and kernels chosen anew. Its weights stay the files
-/// that they are (linked, or copied where links cannot be made), and so do the tokenizer's files, limits and layout. Needs no
-/// checkpoint. `progress` is told how many kernels of how many are compiled.
+/// Builds an engine again in its own directory. Its programs get new plans and kernels. Its weight files stay (they are
+/// linked, or copied where links cannot be made), and so do the tokenizer's files, the limits and the layout. Needs no
+/// checkpoint. Calls `progress` with the number of compiled kernels and the number of all kernels.
 ///
 /// # Errors
-/// If the engine is damaged, kernels cannot be compiled, or files cannot be read or written. All kernels are compiled before anything
-/// is written.
+/// If the engine is damaged, if kernels cannot be compiled, or if files cannot be read or written. All kernels are
+/// compiled before anything is written.
 pub fn rebuild(
     engine: &EngineDir,
     options: &RebuildOptions,
@@ -35,7 +35,7 @@ pub fn rebuild(
     let old = engine.config();
     let program = |rank: Rank| -> Result<Program, BuildError> {
         let mut program = engine.program(rank)?;
-        // Before anything is changed: what is kept has to be whole.
+        // The weights are kept, so they are checked before anything is changed.
         if old.weights == WeightsKind::File {
             engine.check_weights(&program)?;
         }

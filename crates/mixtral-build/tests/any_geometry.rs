@@ -1,4 +1,4 @@
-//! Every geometry that a configuration may describe, however large, is planned or refused: sizes never overflow.
+//! Every geometry that a configuration can describe is planned or refused, however large it is. Sizes never overflow.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -10,7 +10,7 @@ use mixtral_model::{DType, Mapping, ModelConfig, ModelFamily};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
 
-/// From 1 to 2^`bits`, every power of two as likely.
+/// A size from 1 to 2^`bits`. Every power of two is equally likely.
 fn size(bits: u32) -> impl Strategy<Value = usize> {
     (0..=bits, any::<bool>()).prop_map(|(bits, one_less)| (1usize << bits) - usize::from(one_less && bits > 0))
 }

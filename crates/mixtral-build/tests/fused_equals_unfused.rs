@@ -1,5 +1,5 @@
-//! Passes change no bit: the fused program and the naive one give the same logits, in every data type, over prompts
-//! and decodes.
+//! Passes change no bit: the fused program and the naive one give the same logits in every data type, for prompts and
+//! for decodes.
 
 use mixtral_build::lower;
 use mixtral_build::lower::lower_unfused;

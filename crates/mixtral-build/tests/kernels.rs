@@ -1,5 +1,5 @@
 //! Every kernel of the models that matter compiles for Ampere and for Hopper without a warning, a spill or a serialised
-//! wgmma. Needs NVRTC and no GPU; says so where there is none.
+//! wgmma. The tests need NVRTC but no GPU. Without NVRTC they say so and pass.
 
 use std::collections::BTreeSet;
 
@@ -53,7 +53,7 @@ fn programs(model: ModelConfig, mapping: Mapping, kernels: &KernelOptions) -> Ve
     programs
 }
 
-/// A small model whose sizes are multiples of nothing.
+/// A small model whose sizes are multiples of no vector or tile.
 fn odd(dtype: DType) -> ModelConfig {
     let mut model = ModelConfig::mixtral_8x7b(dtype);
     (model.num_layers, model.hidden_size, model.intermediate_size, model.vocab_size) = (2, 36, 44, 101);
@@ -70,7 +70,7 @@ fn tiny(dtype: DType) -> ModelConfig {
     model
 }
 
-/// Layers that are alike are written once: 56 of them take no more lines than 32, and few.
+/// Layers that are alike are written once: 56 layers take no more lines than 32, and few in both cases.
 #[test]
 fn schedules_of_large_models_are_short_and_read_back() {
     let options = kernel_options(vec![Arch::SM_90A]);
@@ -117,7 +117,7 @@ fn every_kernel_compiles_without_a_defect() {
     let defects = batch.kernels.iter().flat_map(|(kernel, code, compiled)| {
         compiled.defects.iter().map(move |defect| format!("{} for {code}: {defect}", kernel.symbol))
     });
-    // Names of internal linkage have the compiler's process id in them: an engine would not be reproducible.
+    // Symbols with internal linkage contain the compiler's process id. With them, an engine would not be reproducible.
     let own = batch.kernels.iter().filter(|(_, _, compiled)| compiled.image.windows(10).any(|w| w == b"_INTERNAL_"));
     let own = own.map(|(kernel, code, _)| format!("{} for {code}: a constant without `inline`", kernel.symbol));
     let defects: Vec<_> = defects.chain(own).collect();

@@ -1,5 +1,7 @@
 //! Ranks as threads: collectives against a plain model, and poison.
 
+use std::time::Duration;
+
 use mixtral_comm::{Cause, CommError, Group, World, threads};
 use proptest::prelude::*;
 
@@ -125,6 +127,39 @@ fn a_panic_poisons_every_rank() {
     });
     let failure = outcome.unwrap_err();
     assert_eq!((failure.rank, failure.cause), (1, Cause::Panic("index 9 out of bounds".to_owned())));
+}
+
+/// A rank that waits for no message learns of a failure by looking.
+#[test]
+fn a_look_tells_of_a_failure() {
+    let outcome = threads::run(2, |world| -> Result<(), String> {
+        world.check().map_err(|error| error.to_string())?;
+        world.everyone().and_then(|all| all.barrier()).map_err(|error| error.to_string())?;
+        if world.rank() == 1 {
+            return Err("no more memory".to_owned());
+        }
+        let error = loop {
+            match world.check() {
+                Ok(()) => std::thread::sleep(Duration::from_micros(100)),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, CommError::Poisoned { rank: 1, .. }), "{error}");
+        Ok(())
+    });
+    assert_eq!(outcome.unwrap_err().cause, Cause::Error("no more memory".to_owned()));
+}
+
+#[test]
+fn a_rank_that_has_ended_well_is_no_failure() {
+    let outcome = threads::run(2, |world| match world.rank() {
+        0 => {
+            assert_eq!(world.recv(1, 1), Err(CommError::Finished { rank: 1 }));
+            world.check()
+        }
+        _ => Ok(()),
+    });
+    assert_eq!(outcome, Ok(vec![(), ()]));
 }
 
 #[test]

@@ -1,160 +1,54 @@
-//! Loading a program onto a GPU, and stepping it.
+//! A program on a GPU: runs steps on it.
 
 use std::ops::Range;
 use std::time::Duration;
 
 use mixtral_engine::{Backend, BackendError, Inspect, Op, Program, StepInputs, StepOutputs, Weights};
-use mixtral_kernels::lower::dummy;
 use mixtral_kernels::step_block::{Array, Drawn};
-use mixtral_kernels::{Executable, Regime, StepBlock, Work};
+use mixtral_kernels::{Executable, Regime, StepBlock};
 use mixtral_model::TokenId;
 
-use crate::budget::{KvBlocks, Needs};
-use crate::driver::{Context, Device, DeviceMemory, Pinned, Stream};
-use crate::execute::{Addresses, Functions, Shape, Timer, WorkList};
-use crate::{CudaError, inputs, weights};
+use crate::driver::{Context, Device, Pinned, Stream};
+use crate::exchange::Exchange;
+use crate::execute::{Shape, Timer, WorkList};
+use crate::load::{Memory, half_layer};
+use crate::{CudaError, CudaOptions, KvBlocks, Loading, inputs};
 
-/// How a program is loaded.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct CudaOptions {
-    /// The GPU, counted from 0 over those that are visible.
-    pub device: usize,
-    /// Size of the cache.
-    pub kv_blocks: KvBlocks,
-    /// Whether [`Backend::expert_counts`] counts.
-    pub count_experts: bool,
-    /// Whether [`Backend::op_times`] measures. Launches are then neither captured nor overlapped.
-    pub time_ops: bool,
-    /// Whether steps of decodes are captured as graphs.
-    pub graphs: bool,
-    /// Whether kernels that allow it start while their predecessor still runs, where the GPU can.
-    pub overlap: bool,
-}
-
-impl Default for CudaOptions {
-    /// GPU 0, one block, as fast as it can.
-    fn default() -> Self {
-        CudaOptions {
-            device: 0,
-            kv_blocks: KvBlocks::Exactly(1),
-            count_experts: false,
-            time_ops: false,
-            graphs: true,
-            overlap: true,
-        }
-    }
-}
-
-/// The least compute capability whose kernels can overlap.
-const OVERLAPS: u32 = 90;
-
-/// One rank's program on a GPU. Fields are dropped in order: what uses memory before the memory.
+/// One rank's program on a GPU. Fields are dropped in their order, so what uses the memory comes before the memory.
 pub struct CudaBackend {
-    work: Vec<(Regime, WorkList)>,
-    timer: Option<Timer>,
-    stream: Stream,
-    staging: Pinned,
-    landing: Pinned,
-    memory: Memory,
-    program: Program,
-    block: StepBlock,
-    kv_blocks: usize,
-    overlap: bool,
-    steps: u64,
-    /// The failure after which the device answers nothing.
-    lost: Option<CudaError>,
-    context: Context,
-}
-
-/// What is allocated on the device.
-struct Memory {
-    weights: DeviceMemory,
-    arena: DeviceMemory,
-    cache: DeviceMemory,
-    scratch: DeviceMemory,
-    step: DeviceMemory,
-    counts: Option<DeviceMemory>,
+    pub(crate) work: Vec<(Regime, WorkList)>,
+    pub(crate) timer: Option<Timer>,
+    pub(crate) stream: Stream,
+    pub(crate) staging: Pinned,
+    pub(crate) landing: Pinned,
+    pub(crate) exchange: Option<Exchange>,
+    pub(crate) memory: Memory,
+    pub(crate) program: Program,
+    pub(crate) block: StepBlock,
+    pub(crate) kv_blocks: usize,
+    pub(crate) overlap: bool,
+    /// Steps so far.
+    pub(crate) steps: u64,
+    /// The failure that lost the device, if there was one. The device answers nothing after it.
+    pub(crate) lost: Option<CudaError>,
+    pub(crate) context: Context,
 }
 
 impl CudaBackend {
-    /// Loads a program with the schedule that was made of it and kernels that the GPU runs: loads the kernels, allocates
-    /// everything, brings the weights onto the device, and captures the graphs. Nothing is lowered here.
+    /// Loads a program of one rank that has the GPU to itself. Ranks of a job load by [`Loading`].
     ///
     /// # Errors
-    /// A program or a schedule that does not pass its check, no driver or GPU, kernels that the GPU cannot run or that take other
-    /// parameters than the schedule passes, too little memory, a missing or wrong weight.
+    /// As [`Loading::new`], [`Loading::kv_blocks`] and [`Loading::finish`].
     pub fn load(
         program: Program,
         source: &Weights,
         executable: &Executable,
+        kv_blocks: KvBlocks,
         options: CudaOptions,
     ) -> Result<CudaBackend, BackendError> {
-        program.check().map_err(|e| BackendError::Other(e.to_string()))?;
-        let schedule = &executable.schedule;
-        schedule.check(&program).map_err(|e| BackendError::Other(e.to_string()))?;
-        let context = Context::new(options.device)?;
-        let stream = Stream::new(&context)?;
-        let block = schedule.block.clone();
-
-        // Kernels come before the memory is counted: they take some, too.
-        let mut functions = Functions::new(&executable.images, &context);
-        let fills: Vec<Work> = match source {
-            Weights::Dummy { seed } => {
-                let fills = dummy::launches(&program, &schedule.fills, *seed);
-                let none = |dtype| BackendError::Other(format!("the engine has no kernel that fills {dtype} weights"));
-                fills.map_err(none)?.into_iter().map(Work::Launch).collect()
-            }
-            Weights::Source(_) => Vec::new(),
-        };
-        for work in schedule.regimes.iter().flat_map(|(_, work)| work).chain(&fills) {
-            functions.load(work)?;
-        }
-
-        let (starts, weight_bytes) = weights::layout(&program);
-        let needs = Needs::new(&program, weight_bytes, schedule.scratch_bytes, &block);
-        let kv_blocks = needs.kv_blocks(context.free_memory()?, options.kv_blocks)?;
-        let memory = Memory::new(&context, &stream, &needs, &program, &block, kv_blocks, options.count_experts)?;
-        let addresses = memory.addresses(&program, &starts, &block);
-
-        match source {
-            Weights::Source(source) => {
-                weights::upload(&program, source.as_ref(), &context, &memory.weights, &starts)?;
-            }
-            Weights::Dummy { .. } => {
-                // What no piece covers is zero.
-                stream.fill(&memory.weights, 0, weight_bytes, 0)?;
-                let shape = Shape { tokens: 0, logits: 0 };
-                let fills = WorkList::new(&fills, &mut functions, &addresses)?;
-                fills.run(&stream, shape, &(0..usize::MAX), false)?;
-                stream.synchronize()?;
-            }
-        }
-
-        let overlap = options.overlap && context.device().capability >= OVERLAPS;
-        let mut work = Vec::with_capacity(schedule.regimes.len());
-        for (regime, works) in &schedule.regimes {
-            let mut list = WorkList::new(works, &mut functions, &addresses)?;
-            if regime.decodes && options.graphs && !options.time_ops {
-                list.capture(&stream, *regime, overlap)?;
-            }
-            work.push((*regime, list));
-        }
-        let draws = block.capacity(Array::Drawn);
-        Ok(CudaBackend {
-            work,
-            timer: options.time_ops.then(|| Timer::new(&context, program.ops.len())).transpose()?,
-            staging: Pinned::new(&context, block.bytes())?,
-            landing: Pinned::new(&context, draws)?,
-            stream,
-            memory,
-            program,
-            block,
-            kv_blocks,
-            overlap,
-            steps: 0,
-            lost: None,
-            context,
-        })
+        let loading = Loading::new(program, source, executable, options)?;
+        let kv_blocks = loading.kv_blocks(kv_blocks)?;
+        loading.finish(kv_blocks, None)
     }
 
     /// The GPU.
@@ -190,20 +84,23 @@ impl CudaBackend {
             let bytes = inputs.samples.len() * size_of::<Drawn>();
             self.landing.download(stream, &self.memory.step, self.block.offset(Array::Drawn), bytes)?;
         }
-        stream.synchronize()?;
+        match &mut self.exchange {
+            Some(exchange) => exchange.wait(stream)?,
+            None => stream.synchronize()?,
+        }
         if !replayed && let Some(timer) = &mut self.timer {
             timer.collect()?;
         }
         Ok(())
     }
 
-    /// The logits that the `sample` operation among some operations draws from.
+    /// The logits that the `sample` operation draws from, if it is among `ops`.
     fn sampled(&self, ops: &Range<usize>) -> Option<&str> {
         let ops = self.program.ops.get(ops.start..ops.end.min(self.program.ops.len()))?;
         ops.iter().find_map(|op| if let Op::Sample { logits } = op { Some(logits.as_str()) } else { None })
     }
 
-    /// What the step has drawn.
+    /// The tokens that the step has drawn, and its logits if they are wanted.
     fn outputs(&mut self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         let mut outputs = StepOutputs::default();
         let Some(logits) = self.sampled(ops).map(str::to_owned) else { return Ok(outputs) };
@@ -233,7 +130,7 @@ impl CudaBackend {
         Ok(outputs)
     }
 
-    /// Offset and size of a buffer in the arena.
+    /// Offset of a buffer in the arena, if it has at least `len` bytes.
     fn buffer(&self, name: &str, len: usize) -> Result<usize, BackendError> {
         let missing = || BackendError::Other(format!("there is no buffer `{name}`"));
         let buffer = self.program.buffer(name).ok_or_else(missing)?;
@@ -244,7 +141,7 @@ impl CudaBackend {
         Ok(buffer.offset)
     }
 
-    /// Fills the arena, of which no step expects anything: for tests.
+    /// Fills the arena with `byte`, for tests: no step may depend on what was in the arena before it.
     ///
     /// # Errors
     /// A device failure.
@@ -263,75 +160,24 @@ impl CudaBackend {
     }
 }
 
-/// The work for a step.
+/// The work list of the regime that the step runs in.
 fn regime_of<'a>(work: &'a mut [(Regime, WorkList)], inputs: &StepInputs<'_>) -> Result<&'a mut WorkList, CudaError> {
     let seqs = inputs.num_seqs();
-    // One token, one row of logits and one draw each, in order.
+    // Whether every sequence is a decode with one token, one row of logits and one draw, all in the same order. Where
+    // another rank draws, there are no draws.
     let decodes = inputs.num_decodes == seqs
         && inputs.num_logits() == seqs
-        && inputs.samples.len() == seqs
+        && (inputs.samples.len() == seqs || inputs.samples.is_empty())
         && inputs.samples.iter().enumerate().all(|(i, sample)| sample.row == i);
     let index = choose(work.iter().map(|(regime, _)| *regime), inputs.num_tokens(), decodes);
     let none = || CudaError::Unsupported(format!("no kernels were chosen for steps of {} tokens", inputs.num_tokens()));
     Ok(&mut work[index.ok_or_else(none)?].1)
 }
 
-/// The smallest regime that a step fits: as [`mixtral_kernels::Schedule::for_step`].
+/// The index of the smallest regime that a step fits into, as [`mixtral_kernels::Schedule::for_step`] chooses it.
 fn choose(regimes: impl Iterator<Item = Regime> + Clone, tokens: usize, decodes: bool) -> Option<usize> {
     let smallest = |of: bool| regimes.clone().position(|r| r.decodes == of && r.max_tokens >= tokens);
     decodes.then(|| smallest(true)).flatten().or_else(|| smallest(false))
-}
-
-/// Bytes of a layer's keys.
-fn half_layer(program: &Program, kv_blocks: usize) -> usize {
-    let kv = program.kv;
-    kv_blocks * kv.num_kv_heads * program.limits.block_size * kv.head_dim * kv.dtype.size()
-}
-
-impl Memory {
-    fn new(
-        context: &Context,
-        stream: &Stream,
-        needs: &Needs,
-        program: &Program,
-        block: &StepBlock,
-        kv_blocks: usize,
-        count_experts: bool,
-    ) -> Result<Memory, CudaError> {
-        let counters = 8 * program.num_layers * program.num_experts;
-        let zeroed = |len: usize| {
-            let memory = DeviceMemory::new(context, len)?;
-            stream.fill(&memory, 0, len, 0)?;
-            Ok::<_, CudaError>(memory)
-        };
-        let memory = Memory {
-            weights: DeviceMemory::new(context, needs.weights)?,
-            arena: zeroed(needs.arena)?,
-            cache: zeroed(needs.kv_block * kv_blocks)?,
-            scratch: zeroed(needs.scratch)?,
-            step: zeroed(block.bytes())?,
-            counts: count_experts.then(|| zeroed(counters)).transpose()?,
-        };
-        stream.synchronize()?;
-        Ok(memory)
-    }
-
-    fn addresses(&self, program: &Program, starts: &[usize], block: &StepBlock) -> Addresses {
-        let half = half_layer(program, self.cache.len() / program.kv.block_bytes(program.limits.block_size).max(1));
-        let at = |memory: &DeviceMemory, offset: usize| memory.address() + offset as u64;
-        Addresses {
-            buffers: program.buffers.iter().map(|b| at(&self.arena, b.offset)).collect(),
-            weights: starts.iter().map(|&start| at(&self.weights, start)).collect(),
-            cache: (0..program.kv.num_layers)
-                .map(|layer| [at(&self.cache, 2 * layer * half), at(&self.cache, (2 * layer + 1) * half)])
-                .collect(),
-            cache_rows: (half / (program.kv.head_dim * program.kv.dtype.size()).max(1)) as u64,
-            step: self.step.address(),
-            block: block.clone(),
-            scratch: self.scratch.address(),
-            counts: self.counts.as_ref().map(|counts| (counts.address(), program.num_experts)),
-        }
-    }
 }
 
 impl Backend for CudaBackend {
@@ -349,7 +195,7 @@ impl Backend for CudaBackend {
         if let Some(counts) = &self.memory.counts
             && self.stream.download(counts, 0, &mut bytes).is_err()
         {
-            // The device is lost, which the last step has said.
+            // The device is lost. The last step has returned that error.
             bytes.fill(0);
         }
         let count = |word: &[u8]| u64::from_le_bytes(word.try_into().unwrap_or_default());
@@ -368,7 +214,7 @@ impl Inspect for CudaBackend {
         &self.program
     }
 
-    /// Where a launch begins, whatever the step.
+    /// The operations at which a launch begins in every regime, and the program's end.
     fn boundaries(&self) -> Vec<usize> {
         let begins = |op: &usize| self.work.iter().all(|(_, list)| list.begins(*op));
         let ops = self.program.ops.len();
@@ -443,7 +289,7 @@ mod tests {
         let index = |tokens, decodes| choose(regimes.into_iter(), tokens, decodes);
         assert_eq!(index(1, true), Some(0));
         assert_eq!(index(3, true), Some(1));
-        // More decodes than are captured run as any other step.
+        // More decodes than any captured regime takes run as any other step does.
         assert_eq!(index(5, true), Some(2));
         assert_eq!(index(1, false), Some(2));
         assert_eq!(index(9, false), Some(3));

@@ -1,27 +1,28 @@
-//! How much memory a program takes, and how many blocks of cache the rest holds: known before anything is allocated.
+//! How much memory a program takes, and how many blocks of cache fit into the rest. Both are known before anything is
+//! allocated.
 
 use mixtral_engine::Program;
-use mixtral_kernels::StepBlock;
+use mixtral_kernels::Schedule;
 
-use crate::CudaError;
+use crate::{CudaError, exchange, weights};
 
 /// How large the cache is.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum KvBlocks {
-    /// So many blocks.
+    /// This many blocks.
     Exactly(usize),
-    /// As many as fit into a part of the memory that is free beside everything else.
+    /// As many blocks as fit into a part of the memory that everything else leaves free.
     Fraction {
         /// The part, 0 to 1.
         of_free: f32,
-        /// Blocks without which the cache is of no use.
+        /// Fewer blocks than this are an error.
         at_least: usize,
-        /// Blocks that are enough.
+        /// More blocks than this are not needed.
         at_most: usize,
     },
 }
 
-/// Bytes left to the driver: graphs, and what is rounded up.
+/// Bytes left to the driver, for graphs and for allocations that it rounds up.
 const RESERVE: usize = 256 << 20;
 
 /// Bytes that a program takes on a device.
@@ -30,23 +31,24 @@ pub(crate) struct Needs {
     pub(crate) weights: usize,
     /// Activations.
     pub(crate) arena: usize,
-    /// Workspaces of kernels.
+    /// Workspaces of kernels, and memory between ranks.
     pub(crate) scratch: usize,
     /// The step's inputs, and the experts' counters.
     pub(crate) inputs: usize,
     /// One block of cache, all layers.
     pub(crate) kv_block: usize,
-    /// Tokens of a step that arena and scratch are planned for.
+    /// The most tokens of a step, which arena and scratch are planned for.
     pub(crate) max_num_tokens: usize,
 }
 
 impl Needs {
-    pub(crate) fn new(program: &Program, weights: usize, scratch: usize, block: &StepBlock) -> Needs {
+    pub(crate) fn new(program: &Program, schedule: &Schedule) -> Needs {
+        let exchange = schedule.exchange.as_ref().map_or(0, |sizes| exchange::bytes(program, sizes));
         Needs {
-            weights,
+            weights: weights::layout(program).1,
             arena: program.arena_bytes,
-            scratch,
-            inputs: block.bytes() + 8 * program.num_layers * program.num_experts,
+            scratch: schedule.scratch_bytes.saturating_add(exchange),
+            inputs: schedule.block.bytes() + 8 * program.num_layers * program.num_experts,
             kv_block: program.kv.block_bytes(program.limits.block_size),
             max_num_tokens: program.limits.max_num_tokens,
         }
@@ -88,7 +90,7 @@ impl Needs {
         Err(CudaError::Memory(format!("{what}; {}", self.advice(free, left, kv, fraction))))
     }
 
-    /// What would make it fit.
+    /// What the user can change to make it fit.
     #[expect(clippy::cast_precision_loss, reason = "a part of memory")]
     fn advice(&self, free: usize, left: usize, kv: usize, fraction: Option<f32>) -> String {
         if let Some(fraction) = fraction
@@ -118,7 +120,7 @@ impl Needs {
     }
 }
 
-/// A size for reading.
+/// A size, for people.
 #[expect(clippy::cast_precision_loss, reason = "for reading")]
 pub(crate) fn bytes(n: usize) -> String {
     let n = n as f64;

@@ -18,15 +18,15 @@ pub enum CudaError {
         "the NVIDIA driver is too old: it knows {found}, and {oldest} or newer is needed (driver 545; kernels that a newer CUDA compiled need the driver of that one); install a newer one, or run with --backend cpu"
     )]
     OldDriver {
-        /// The newest CUDA that it knows.
+        /// The newest CUDA version that the driver knows.
         found: String,
-        /// The oldest that is enough.
+        /// The oldest CUDA version that is enough.
         oldest: String,
     },
     /// A driver that does not start.
     #[error("the NVIDIA driver ({driver}) does not start: cuInit says {detail}; {advice}, or run with --backend cpu")]
     Start {
-        /// The newest CUDA that it knows.
+        /// The newest CUDA version that the driver knows.
         driver: String,
         /// What it said.
         detail: String,
@@ -49,7 +49,7 @@ pub enum CudaError {
         /// GPUs there are.
         count: usize,
     },
-    /// A GPU that nothing in the engine runs on.
+    /// The engine has no kernels that run on the GPU.
     #[error(
         "the engine has no kernels for this GPU ({device}, sm_{capability}): it was built for {targets}; build it again with --arch {arch}, or run with --backend cpu"
     )]
@@ -129,7 +129,7 @@ pub enum CudaError {
         /// The code's name.
         name: String,
     },
-    /// A launch that breaks the interpreter's rules.
+    /// A launch that this backend cannot carry out.
     #[error("launch of `{symbol}`: {problem}; this is a bug, please report it")]
     Launch {
         /// The kernel's name expression.
@@ -137,7 +137,7 @@ pub enum CudaError {
         /// What is wrong.
         problem: String,
     },
-    /// Less memory than the plan says.
+    /// Less memory than the program needs.
     #[error("{0}")]
     Memory(String),
     /// A device that stopped in the middle of a step.
@@ -145,7 +145,7 @@ pub enum CudaError {
         "the GPU failed in step {step} ({what}): {name}: {text}; its context is lost, so nothing more can run in this process. Run it again; if it happens again, run it under `compute-sanitizer` to see which kernel and address, and report it"
     )]
     Fault {
-        /// Steps before it.
+        /// How many steps came before it.
         step: u64,
         /// What the step was.
         what: String,
@@ -154,6 +154,9 @@ pub enum CudaError {
         /// The driver's words.
         text: String,
     },
+    /// Another rank is gone, or does not answer.
+    #[error("{0}")]
+    Rank(String),
     /// Any other call of the driver.
     #[error("{call} failed: {name}: {text}")]
     Call {
@@ -172,7 +175,7 @@ pub enum CudaError {
 }
 
 impl CudaError {
-    /// The same failure, if it lost the context, told as that of a step.
+    /// Tells a failure that lost the context as the failure of a step. Other failures stay as they are.
     pub(crate) fn in_step(self, step: u64, what: impl FnOnce() -> String) -> CudaError {
         match self {
             CudaError::Call { code, name, text, .. } if LOST.contains(&code) => {
@@ -183,18 +186,21 @@ impl CudaError {
     }
 }
 
-/// Return codes after which a context answers every call with the same: illegal address, launch timeout, assertion, hardware
-/// stack, illegal instruction, misaligned address, invalid address space, invalid program counter, launch failure, and the
-/// uncorrectable memory errors.
+/// Return codes that lose the context, so that every later call fails with the same code: illegal address, launch
+/// timeout, assertion, hardware stack, illegal instruction, misaligned address, invalid address space, invalid program
+/// counter, launch failure, and the uncorrectable memory errors.
 const LOST: &[u32] = &[700, 702, 710, 714, 715, 716, 717, 718, 719, 214, 220, 226];
 
-/// The driver's codes of an image that is of no use to it: invalid image, no binary for the GPU, invalid PTX, unsupported PTX
-/// version, JIT compiler missing.
+/// The driver's codes for an image that it cannot load: invalid image, no binary for the GPU, invalid PTX, unsupported
+/// PTX version, JIT compiler missing.
 pub(crate) const BAD_IMAGE: &[u32] = &[200, 209, 218, 221, 222];
 
 impl From<CudaError> for BackendError {
     fn from(error: CudaError) -> Self {
-        BackendError::Other(error.to_string())
+        match error {
+            CudaError::Rank(text) => BackendError::Peer(text.into()),
+            other => BackendError::Other(other.to_string()),
+        }
     }
 }
 

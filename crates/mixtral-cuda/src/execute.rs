@@ -1,6 +1,6 @@
 #![allow(unsafe_code)]
-//! A schedule's launches with everything resolved that is known when a program is loaded: functions, pointers, tensor maps.
-//! What is left to a step is the number of CTAs.
+//! A schedule's launches, with everything resolved that is known when a program is loaded: functions, pointers, tensor
+//! maps. Only the number of CTAs is left to each step.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -8,13 +8,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use mixtral_engine::ElemType;
-use mixtral_kernels::{Arg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work};
+use mixtral_kernels::{
+    Arg, ExchangeArg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work,
+};
 
 use crate::CudaError;
 use crate::driver::{
     Config, Context, CublasLt, DeviceMemory, Event, Function, Graph, Module, Param, ProductOperands, ProductShape,
     Stream, encode,
 };
+use crate::exchange::Words;
 
 /// Where everything lies on the device.
 #[derive(Clone, Debug)]
@@ -25,19 +28,21 @@ pub(crate) struct Addresses {
     pub(crate) weights: Vec<u64>,
     /// Of each layer's keys and values.
     pub(crate) cache: Vec<[u64; 2]>,
-    /// Rows of `head_dim` elements that a layer's keys, and its values, have.
+    /// How many rows of `head_dim` elements a layer's keys have, and its values.
     pub(crate) cache_rows: u64,
     /// Of the step block.
     pub(crate) step: u64,
     pub(crate) block: StepBlock,
     /// Of the scratch memory.
     pub(crate) scratch: u64,
-    /// Of the experts' counters and how many a layer has, if they are counted.
+    /// Of the memory between ranks, if there is some.
+    pub(crate) exchange: Option<Words>,
+    /// Of the experts' counters, and how many counters a layer has, if tokens are counted.
     pub(crate) counts: Option<(u64, usize)>,
 }
 
 impl Addresses {
-    /// What a parameter points at, or its value.
+    /// The address that a parameter points at, or its value.
     fn word(&self, arg: &Arg) -> Option<u64> {
         Some(match arg {
             Arg::Buffer(index) => *self.buffers.get(*index)?,
@@ -47,6 +52,8 @@ impl Addresses {
             Arg::Step(array) => self.step + self.block.offset(*array) as u64,
             Arg::Scratch(offset) => self.scratch + *offset as u64,
             Arg::ExpertCounts(layer) => self.counts.map_or(0, |(start, experts)| start + 8 * (layer * experts) as u64),
+            Arg::Exchange(what) => self.exchange?.word(*what),
+            Arg::Ordinal(before) => *before as u64,
             Arg::I32(value) => u64::from(value.cast_unsigned()),
             Arg::U64(value) => *value,
             Arg::F32(value) => u64::from(value.to_bits()),
@@ -54,7 +61,7 @@ impl Addresses {
         })
     }
 
-    /// As [`Addresses::word`], of an argument of `symbol`.
+    /// As [`Addresses::word`], with an error that names the kernel `symbol`.
     fn known(&self, symbol: &str, arg: &Arg) -> Result<u64, CudaError> {
         self.word(arg).ok_or_else(|| launch_error(symbol, format!("{arg:?} is not in the program")))
     }
@@ -66,7 +73,7 @@ impl Addresses {
         }
     }
 
-    /// A map that ends where the cache does. A schedule cannot know how many rows the cache has.
+    /// Cuts a map of the cache to the rows that the cache has: the schedule cannot know how many those are.
     fn cut(&self, map: &TensorMap) -> TensorMap {
         let mut map = map.clone();
         if let (Arg::Keys(_) | Arg::Values(_), Some(rows)) = (&*map.base, map.dims.last_mut()) {
@@ -80,20 +87,31 @@ fn launch_error(symbol: &str, problem: impl Into<String>) -> CudaError {
     CudaError::Launch { symbol: symbol.to_owned(), problem: problem.into() }
 }
 
-/// The kernels of a program, each loaded when it is first asked for, and so cuBLASLt.
+/// The kernels of a program, and cuBLASLt. Each is loaded when it is first asked for.
 pub(crate) struct Functions<'a> {
     images: &'a KernelImages,
-    context: &'a Context,
+    context: Context,
+    /// Ranks that share the GPU.
+    sharing: usize,
     loaded: HashMap<Kernel, Function>,
     cublaslt: Option<Arc<CublasLt>>,
 }
 
 impl<'a> Functions<'a> {
-    pub(crate) fn new(images: &'a KernelImages, context: &'a Context) -> Self {
-        Functions { images, context, loaded: HashMap::new(), cublaslt: None }
+    pub(crate) fn new(images: &'a KernelImages, context: &Context, sharing: usize) -> Self {
+        Functions { images, context: context.clone(), sharing, loaded: HashMap::new(), cublaslt: None }
     }
 
-    /// Loads what some work runs on.
+    /// Multiprocessors that CTAs of a launch which are all to run at once may count on. Those that wait for other ranks leave half
+    /// of a shared GPU to those ranks, so that what they wait for can happen.
+    fn multiprocessors(&self, launch: &Launch) -> u32 {
+        let all = self.context.device().multiprocessors;
+        let waits = launch.args.iter().any(|named| named.arg == Arg::Exchange(ExchangeArg::Stop));
+        let ranks = u32::try_from(self.sharing).unwrap_or(u32::MAX);
+        if waits && ranks > 1 { (all / ranks.saturating_mul(2)).max(1) } else { all }
+    }
+
+    /// Loads the kernel or the library that a piece of work runs on.
     pub(crate) fn load(&mut self, work: &Work) -> Result<(), CudaError> {
         match work {
             Work::Launch(launch) => self.get(&launch.kernel).map(drop),
@@ -105,7 +123,7 @@ impl<'a> Functions<'a> {
         if let Some(loaded) = &self.cublaslt {
             return Ok(Arc::clone(loaded));
         }
-        Ok(Arc::clone(self.cublaslt.insert(Arc::new(CublasLt::new(self.context)?))))
+        Ok(Arc::clone(self.cublaslt.insert(Arc::new(CublasLt::new(&self.context)?))))
     }
 
     pub(crate) fn get(&mut self, kernel: &Kernel) -> Result<Function, CudaError> {
@@ -115,14 +133,14 @@ impl<'a> Functions<'a> {
         let (symbol, code) = (&kernel.symbol, self.images.code);
         let missing = || CudaError::MissingKernel { symbol: symbol.clone(), arch: code.to_string() };
         let image = self.images.find(kernel).ok_or_else(missing)?;
-        let module = Module::load(self.context, &image.code)?;
+        let module = Module::load(&self.context, &image.code)?;
         let function = module.function(symbol, &image.entry, kernel.threads, kernel.shared_bytes)?;
         self.loaded.insert(kernel.clone(), function.clone());
         Ok(function)
     }
 }
 
-/// Launches the schedule's probe, which reads all of `memory`, on so many CTAs.
+/// Launches the schedule's probe, which reads all of `memory`, on `ctas` CTAs.
 pub(crate) fn read_words(
     probe: &Launch,
     function: &Function,
@@ -142,8 +160,8 @@ pub(crate) fn read_words(
     function.takes(symbol, &sizes(probe))?;
     let (threads, shared_bytes) = (probe.kernel.threads, probe.kernel.shared_bytes);
     let config = Config { grid: ctas, threads, shared_bytes, cluster: 1, overlaps: false };
-    // SAFETY: the schedule lists the kernel's parameters in its order. It reads so many 16-byte words and writes one integer.
-    // Memory is freed after the driver has waited for what uses it.
+    // SAFETY: the schedule lists the kernel's parameters in its order. The kernel reads `words` words of 16 bytes and
+    // writes one integer. The memory is freed only after the driver has waited for the work that uses it.
     unsafe { function.launch(stream, config, &params) }
 }
 
@@ -155,7 +173,7 @@ fn sizes(launch: &Launch) -> Vec<usize> {
 /// Bytes of workspace for [`multiply_squares`].
 pub(crate) const WORKSPACE: usize = mixtral_kernels::scratch::PRODUCT_WORKSPACE;
 
-/// Multiplies the first two of three `[side, side]` bf16 matrices into the last. Memory holds them and a workspace, one behind the
+/// Multiplies two `[side, side]` bf16 matrices into a third. `memory` holds the three and a workspace, one behind the
 /// other.
 pub(crate) fn multiply_squares(
     cublaslt: &CublasLt,
@@ -170,19 +188,19 @@ pub(crate) fn multiply_squares(
     let (rows, tokens, depth, workspace) = (side, side, side, WORKSPACE);
     let shape = ProductShape { rows, tokens, depth, dtype: ElemType::Bf16, out: ElemType::Bf16, workspace };
     let [weight, tokens, out, workspace] = [0, 1, 2, 3].map(|i| memory.address() + (i * each) as u64);
-    // SAFETY: three matrices and the workspace lie within the memory, which is freed after the driver has waited for what uses
-    // it.
+    // SAFETY: three matrices and the workspace lie within the memory. It is freed only after the driver has waited for
+    // the work that uses it.
     unsafe { cublaslt.multiply(stream, shape, ProductOperands { weight, tokens, out, workspace }) }
 }
 
-/// A step, as far as grids depend on it.
+/// What grids depend on in a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
     pub(crate) tokens: usize,
     pub(crate) logits: usize,
 }
 
-/// CTAs of a launch; none if the step has nothing for it.
+/// CTAs of a launch; 0 if the step has nothing for it to do.
 fn ctas(grid: Grid, cluster: u32, shape: Shape, multiprocessors: u32) -> u32 {
     let count = |n: usize, per: u32, times: u32| {
         u32::try_from(n.div_ceil(per.max(1) as usize)).unwrap_or(u32::MAX).saturating_mul(times)
@@ -192,7 +210,7 @@ fn ctas(grid: Grid, cluster: u32, shape: Shape, multiprocessors: u32) -> u32 {
         Grid::Fixed(n) => n,
         Grid::Tokens { per, times } => count(shape.tokens, per, times),
         Grid::Logits { per, times } => count(shape.logits, per, times),
-        // All CTAs are resident, so whole clusters only.
+        // All CTAs of a persistent kernel run at once, so only whole clusters count.
         Grid::Persistent { per_sm, items } => {
             let most = multiprocessors.saturating_mul(per_sm) / cluster * cluster;
             items.map_or(most, |items| items.div_ceil(cluster).saturating_mul(cluster).min(most))
@@ -205,6 +223,7 @@ struct PreparedLaunch {
     symbol: String,
     function: Function,
     grid: Grid,
+    multiprocessors: u32,
     config: Config,
     params: Box<[Param]>,
 }
@@ -218,6 +237,7 @@ impl PreparedLaunch {
             symbol: symbol.clone(),
             function,
             grid: launch.grid,
+            multiprocessors: functions.multiprocessors(launch),
             config: Config {
                 grid: 0,
                 threads: launch.kernel.threads,
@@ -229,10 +249,9 @@ impl PreparedLaunch {
         })
     }
 
-    /// Launches it for a step. Nothing is launched if there is nothing to do, which is said by `false`.
+    /// Launches it for a step. Launches nothing and returns `false` if the step has nothing for it to do.
     fn launch(&self, stream: &Stream, shape: Shape, overlaps: bool) -> Result<bool, CudaError> {
-        let multiprocessors = stream.context().device().multiprocessors;
-        let grid = ctas(self.grid, self.config.cluster, shape, multiprocessors);
+        let grid = ctas(self.grid, self.config.cluster, shape, self.multiprocessors);
         if grid == 0 {
             return Ok(false);
         }
@@ -241,8 +260,8 @@ impl PreparedLaunch {
             return Err(launch_error(&self.symbol, problem));
         }
         let config = Config { grid, overlaps: overlaps && self.config.overlaps, ..self.config };
-        // SAFETY: the schedule was stored with the kernel and lists its parameters in its order; it passed its check, so they
-        // point into the backend's allocations, which it frees after the stream is idle.
+        // SAFETY: the schedule was stored with the kernel and lists its parameters in its order. The schedule passed
+        // its check, so they point into the backend's allocations. The backend frees those after the stream is idle.
         unsafe { self.function.launch(stream, config, &self.params) }.map_err(|error| match error {
             CudaError::Call { code: 1, .. } => launch_error(
                 &self.symbol,
@@ -254,7 +273,7 @@ impl PreparedLaunch {
     }
 }
 
-/// A product, resolved but for the number of tokens.
+/// A product with everything resolved except the number of tokens.
 struct PreparedProduct {
     cublaslt: Arc<CublasLt>,
     shape: ProductShape,
@@ -284,20 +303,20 @@ impl PreparedProduct {
         })
     }
 
-    /// Multiplies a step's tokens; `false` if it has none.
+    /// Multiplies a step's tokens. Returns `false` if the step has none.
     fn launch(&self, stream: &Stream, shape: Shape) -> Result<bool, CudaError> {
         if shape.tokens == 0 {
             return Ok(false);
         }
         let product = ProductShape { tokens: shape.tokens, ..self.shape };
-        // SAFETY: the schedule passed its check, so operands of as many tokens as a step may have lie in the backend's
-        // allocations, which it frees after the stream is idle.
+        // SAFETY: the schedule passed its check, so operands with as many tokens as any step has lie in the backend's
+        // allocations. The backend frees those after the stream is idle.
         unsafe { self.cublaslt.multiply(stream, product, self.operands) }?;
         Ok(true)
     }
 }
 
-/// What a step does, resolved.
+/// One piece of a step's work, resolved.
 enum Prepared {
     Launch(PreparedLaunch),
     Product(PreparedProduct),
@@ -311,7 +330,7 @@ impl Prepared {
         })
     }
 
-    /// Does it for a step, if there is something to do, which is what is returned.
+    /// Does it for a step. Returns whether there was something to do.
     fn launch(&self, stream: &Stream, shape: Shape, overlaps: bool) -> Result<bool, CudaError> {
         match self {
             Prepared::Launch(launch) => launch.launch(stream, shape, overlaps),
@@ -320,9 +339,9 @@ impl Prepared {
     }
 }
 
-/// What a step does, in order, resolved.
+/// The work of a step in its order, resolved.
 pub(crate) struct WorkList {
-    /// Each with the first operation that it computes.
+    /// Each launch with the first operation that it computes.
     launches: Vec<(usize, Prepared)>,
     graph: Option<Graph>,
 }
@@ -342,9 +361,9 @@ impl WorkList {
         self.launches.iter().any(|(first, _)| *first == op)
     }
 
-    /// Launches those of some operations one by one. The first of them waits for all that is in the stream. So does what follows
-    /// a library's product: a kernel may only overlap one that waits before it ends, and of a library's that is not known. The
-    /// product itself waits for what it reads.
+    /// Launches the work of `ops` one by one. The first launch waits for everything that is in the stream. So does a
+    /// launch behind a library's product: a kernel may only overlap a kernel that itself waits before it ends, and
+    /// nobody knows whether the library's kernels do. The product waits for its predecessor as well.
     pub(crate) fn run(
         &self,
         stream: &Stream,
@@ -362,7 +381,7 @@ impl WorkList {
         Ok(())
     }
 
-    /// As [`WorkList::run`], one operation after another, with the time of each once the stream is idle.
+    /// As [`WorkList::run`], but one operation after another. The timer has the time of each once the stream is idle.
     pub(crate) fn run_timed(
         &self,
         stream: &Stream,
@@ -403,7 +422,7 @@ pub(crate) struct Timer {
     events: Vec<Event>,
     /// The operation that ends at each event but the first.
     marks: Vec<usize>,
-    /// Of each operation, so far.
+    /// Time of each operation so far.
     pub(crate) times: Vec<Duration>,
 }
 
@@ -451,7 +470,7 @@ mod tests {
         assert_eq!(of(Grid::Persistent { per_sm: 2, items: None }, 1), 264);
         assert_eq!(of(Grid::Persistent { per_sm: 1, items: Some(128) }, 1), 128);
         assert_eq!(of(Grid::Persistent { per_sm: 1, items: Some(500) }, 1), 132);
-        // Whole clusters, however many multiprocessors there are.
+        // Whole clusters, even if the multiprocessors are no multiple of a cluster.
         assert_eq!(of(Grid::Persistent { per_sm: 1, items: Some(13) }, 2), 14);
         assert_eq!(ctas(Grid::Persistent { per_sm: 1, items: None }, 4, shape, 114), 112);
         // No rows of logits: nothing to launch.
@@ -470,6 +489,7 @@ mod tests {
             step: 0x40_0000,
             block,
             scratch: 0x50_0000,
+            exchange: None,
             counts: Some((0x60_0000, 8)),
         };
         let word = |arg| addresses.word(&arg);
@@ -488,7 +508,7 @@ mod tests {
         assert_eq!(word(Arg::F32(1.0)), Some(0x3f80_0000));
         assert_eq!(word(Arg::U64(u64::MAX)), Some(u64::MAX));
         assert!(addresses.param("k", &Arg::Buffer(9)).unwrap_err().to_string().contains("Buffer(9)"));
-        // Maps of the cache end where it does; others are as they were given.
+        // Maps of the cache end where the cache ends. Other maps stay as they are.
         let map = |base| TensorMap {
             base: Box::new(base),
             dtype: ElemType::Bf16,

@@ -1,4 +1,4 @@
-//! Which of an engine's compiled kernels a GPU runs.
+//! Chooses which of an engine's compiled kernels a GPU runs.
 
 use mixtral_kernels::{Arch, Code};
 
@@ -7,7 +7,7 @@ use crate::{CudaError, Device};
 /// The best of `codes` for a GPU.
 ///
 /// # Errors
-/// If it runs none of them.
+/// If the GPU runs none of them.
 pub fn choose(device: &Device, codes: &[Code]) -> Result<Code, CudaError> {
     Code::best(codes.iter().copied(), device.capability).ok_or_else(|| {
         let targets: Vec<String> = codes.iter().map(ToString::to_string).collect();
@@ -20,7 +20,7 @@ pub fn choose(device: &Device, codes: &[Code]) -> Result<Code, CudaError> {
     })
 }
 
-/// What to build for, to run on a GPU as fast as can be.
+/// The architecture to build for, so that kernels run as fast as they can on this GPU.
 pub(crate) fn arch_of(device: &Device) -> String {
     let own = Arch { capability: device.capability, specific: false };
     if own.capability == Arch::SM_90A.capability { Arch::SM_90A } else { own }.to_string()

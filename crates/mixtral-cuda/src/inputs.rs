@@ -1,10 +1,10 @@
-//! A step's inputs as the device reads them: the bytes of the step block, work lists of attention included.
+//! A step's inputs as the device reads them: the bytes of the step block, with attention's lists of work items.
 
 use mixtral_engine::{InputError, Program, SampleRequest, StepInputs};
 use mixtral_kernels::StepBlock;
 use mixtral_kernels::step_block::{Adjustment, Array, DECODE_SPLIT, Drawn, Header, PREFILL_TILE, Sample};
 
-/// What of the block a step has written.
+/// Which parts of the block a step has written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Written {
     /// Bytes from the block's start.
@@ -65,7 +65,7 @@ pub(crate) fn write(
     })
 }
 
-/// What was drawn, out of `[samples]` of [`Drawn`].
+/// Reads the draws out of `[samples]` of [`Drawn`].
 pub(crate) fn drawn(bytes: &[u8]) -> Vec<Drawn> {
     let word = |bytes: &[u8], i: usize| [bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]];
     let one = |bytes: &[u8]| Drawn {
@@ -77,15 +77,16 @@ pub(crate) fn drawn(bytes: &[u8]) -> Vec<Drawn> {
     bytes.chunks_exact(size_of::<Drawn>()).map(one).collect()
 }
 
-/// Every split of every decode's sequence: sequence, split, tokens of the sequence, 0.
+/// The work items of decode attention, one for every split of every decode's sequence: sequence, split, tokens of the
+/// sequence, 0.
 fn decode_items(inputs: &StepInputs<'_>) -> Vec<[i32; 4]> {
     let decodes = inputs.seq_lens.iter().take(inputs.num_decodes).enumerate();
     let splits = |len: i32| 0..index(len).div_ceil(DECODE_SPLIT);
     decodes.flat_map(|(seq, &len)| splits(len).map(move |s| [int(seq), int(s), len, 0])).collect()
 }
 
-/// Every tile of every other sequence's new tokens: sequence, first token. The one that sees the most keys comes first, so that
-/// none is begun late and long.
+/// The work items of prefill attention, one for every tile of every other sequence's new tokens: sequence, first token.
+/// Tiles that see the most keys come first, so that no long one begins last.
 fn prefill_items(inputs: &StepInputs<'_>) -> Vec<[i32; 2]> {
     let mut items = Vec::new();
     for (seq, edges) in inputs.cu_query_lens.windows(2).enumerate().skip(inputs.num_decodes) {
@@ -103,7 +104,7 @@ fn prefill_items(inputs: &StepInputs<'_>) -> Vec<[i32; 2]> {
 /// 2^40: the weight of the most likely token.
 const ONE: f32 = 1_099_511_627_776.0;
 
-/// The draws, and the adjustments of all of them, one draw's together and ascending by token.
+/// The draws and their adjustments. The adjustments of one draw lie together, ascending by token.
 fn samples(program: &Program, inputs: &StepInputs<'_>) -> (Vec<Sample>, Vec<Adjustment>) {
     let mut adjustments = Vec::new();
     let samples = inputs.samples.iter().map(|request| {
@@ -123,8 +124,8 @@ fn samples(program: &Program, inputs: &StepInputs<'_>) -> (Vec<Sample>, Vec<Adju
     (samples.collect(), adjustments)
 }
 
-/// Temperature, top-k, top-p and min-p in the integers of [`mixtral_engine::sampling`]. Filters that leave nothing, or nothing
-/// but the most likely token, are greedy.
+/// Temperature, top-k, top-p and min-p in the integers of [`mixtral_engine::sampling`]. A filter that leaves no token,
+/// or only the most likely one, becomes a greedy draw.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -166,14 +167,14 @@ fn adjust(vocab_size: usize, request: &SampleRequest<'_>, adjustments: &mut Vec<
     request.banned.iter().for_each(|token| add(token.0, Adjustment::BANNED));
     let mine = &mut adjustments[start..];
     mine.sort_unstable_by_key(|a| a.token);
-    // One of each token: flags are joined, appearances in the output counted.
+    // One adjustment for each token, with all its flags and the number of its appearances in the output.
     let flags = Adjustment::SEEN | Adjustment::BANNED;
     let mut merged: Vec<Adjustment> = Vec::with_capacity(mine.len());
     for run in mine.chunk_by(|a, b| a.token == b.token) {
         let code = run.iter().fold(0, |code, a| (code | a.code & flags) + (a.code & !flags));
         merged.push(Adjustment { token: run[0].token, code });
     }
-    // Bans that would leave no token are ignored.
+    // If the bans would leave no token, they are ignored.
     if merged.iter().filter(|a| a.code & Adjustment::BANNED != 0).count() >= vocab_size {
         merged.iter_mut().for_each(|a| a.code &= !Adjustment::BANNED);
     }
@@ -215,12 +216,12 @@ fn ints(values: impl IntoIterator<Item = i32>) -> Vec<u8> {
     values.into_iter().flat_map(i32::to_le_bytes).collect()
 }
 
-/// Counts of a step that passed its check are below 2^31.
+/// A count as the device reads it. Counts of a step that passed its check are below 2^31.
 fn int(value: usize) -> i32 {
     i32::try_from(value).unwrap_or(i32::MAX)
 }
 
-/// Indices of a step that passed its check are not negative.
+/// An index of a step's inputs. Those of a step that passed its check are not negative.
 fn index(value: i32) -> usize {
     usize::try_from(value).unwrap_or(0)
 }

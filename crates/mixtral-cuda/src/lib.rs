@@ -1,27 +1,31 @@
 //! The CUDA interpreter of a program.
 //!
-//! [`CudaBackend`] implements [`mixtral_engine::Backend`] by carrying out the schedule that an engine holds: its launches are
-//! resolved to functions, pointers and tensor maps when it is loaded, steps of decodes are captured as graphs, and a step
-//! uploads one block of inputs, launches, and waits once. The driver is found at run time; a machine without one gets an
-//! error, not a panic.
+//! [`CudaBackend`] implements [`mixtral_engine::Backend`] by carrying out the schedule that an engine holds. When it is
+//! loaded, it resolves the schedule's launches to functions, pointers and tensor maps, and captures steps of decodes as
+//! graphs. A step then uploads one block of inputs, launches, and waits once. The driver is looked for at run time; on
+//! a machine without one, loading returns an error and does not panic.
 //!
-//! Reading order: [`backend`] (loading and stepping), [`images`] (which compiled kernels a GPU runs), [`budget`] (memory, before
-//! any is allocated), `inputs` (a step as the device reads it), `weights` (onto the device), `execute` (launches and graphs), [`probe`] (a GPU's ceilings),
-//! and underneath `driver` (libcuda) and [`error`].
+//! Reading order: [`load`] (a program onto a GPU), [`backend`] (its steps), [`images`] (which compiled kernels a GPU
+//! runs), [`budget`] (memory, before any is allocated), `inputs` (a step as the device reads it), `weights` (onto the
+//! device), `execute` (launches and graphs), `exchange` (memory between ranks), [`probe`] (a GPU's ceilings), and
+//! underneath `driver` (libcuda) and [`error`].
 #![deny(unsafe_code)]
 
 pub mod backend;
 pub mod budget;
 mod driver;
 pub mod error;
+mod exchange;
 mod execute;
 pub mod images;
 mod inputs;
+pub mod load;
 pub mod probe;
 mod weights;
 
-pub use backend::{CudaBackend, CudaOptions};
+pub use backend::CudaBackend;
 pub use budget::KvBlocks;
 pub use driver::{Device, devices, driver_version};
 pub use error::CudaError;
 pub use images::choose;
+pub use load::{CudaOptions, Loading};

@@ -9,17 +9,18 @@ use mixtral_engine::{BackendError, Program, Weight, WeightSource};
 use crate::CudaError;
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 
-/// Alignment of weights, in bytes: that of allocations, more than any vector load or tensor map wants.
+/// Alignment of weights, in bytes. It is the alignment of allocations, and more than any vector load or tensor map
+/// needs.
 const ALIGN: usize = 256;
 
-/// Bytes of one copy. Large enough for the bus, and small enough that all threads end together and that the pinned buffers, which
-/// the driver makes one after another, are soon made.
+/// Bytes of one copy. It is large enough to use the bus fully. It is small enough that all threads end at about the
+/// same time, and that the driver makes the pinned buffers, one after another, in a short time.
 const CHUNK: usize = 4 << 20;
 
-/// Threads that read at most. Each copies a few GB/s, a PCIe 5 bus takes 50.
+/// The most threads that read. Each copies a few GB/s, and a PCIe 5 bus takes 50.
 const MAX_THREADS: usize = 16;
 
-/// Where each weight begins, and the bytes of all.
+/// The offset of each weight, and the bytes of all of them.
 pub(crate) fn layout(program: &Program) -> (Vec<usize>, usize) {
     let mut end = 0;
     let place = |weight: &Weight| {
@@ -47,9 +48,10 @@ fn check(program: &Program, source: &dyn WeightSource) -> Result<(), BackendErro
     })
 }
 
-/// Copies all weights to the device. Each thread reads chunks of the file into its two pinned buffers, one after the other, so that
-/// one is copied over the bus while the next is read. It calls pread and does not touch the mapping, because pread is faster: a
-/// page fault costs about as much as copying the page, and page faults of all threads wait for one lock, that of the address space.
+/// Copies all weights to the device. Each thread reads chunks of the file into its two pinned buffers, one after the
+/// other, so that one is copied over the bus while the next is read. It calls pread and does not touch the mapping,
+/// because pread is faster: a page fault costs about as much as copying the page, and page faults of all threads wait
+/// for one lock, that of the address space.
 pub(crate) fn upload(
     program: &Program,
     source: &dyn WeightSource,

@@ -1,5 +1,5 @@
-//! Steps that break the rules of their inputs are refused before anything is launched. No GPU is needed: this test starts itself
-//! again with the driver of the end-to-end tests, whose kernels do nothing.
+//! Steps that break the rules of their inputs are refused before anything is launched. No GPU is needed: this test
+//! starts itself again with the mock driver of the end-to-end tests, on which kernels do nothing.
 
 use std::process::Command;
 
@@ -10,7 +10,7 @@ use mixtral_model::DType;
 use mixtral_testkit::batch;
 use mixtral_testkit::decoder::{self, Geometry};
 
-/// Set in the process that has the driver.
+/// Set in the process that runs with the mock driver.
 const CHILD: &str = "MIXTRAL_TEST_WITH_DRIVER";
 
 #[test]
@@ -42,8 +42,9 @@ fn with_driver() {
     let kernels = schedule.kernels().into_iter().map(|kernel| (kernel, &nothing));
     let images = KernelImages::new(Code::Sass(Arch::BASE), kernels);
     let executable = Executable { schedule, images };
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(20), ..CudaOptions::default() };
-    let load = || CudaBackend::load(program.clone(), &Weights::Dummy { seed: 0 }, &executable, options).unwrap();
+    let (kv_blocks, options) = (KvBlocks::Exactly(20), CudaOptions::default());
+    let load =
+        || CudaBackend::load(program.clone(), &Weights::Dummy { seed: 0 }, &executable, kv_blocks, options).unwrap();
     let mut backend = load();
     let good = batch::prompt(&program.limits, program.vocab_size, 20, 5);
     backend.step(&good).unwrap();
@@ -61,7 +62,7 @@ fn with_driver() {
         let error = backend.step(&inputs).unwrap_err();
         assert!(matches!(error, BackendError::Inputs(_)), "{error}");
     }
-    // A refused step is without consequence.
+    // A refused step changes nothing: the next one runs.
     backend.step(&good).unwrap();
     println!("refused all");
 }

@@ -7,7 +7,7 @@ use mixtral_model::{DType, TokenId};
 
 use crate::{InputError, StepInputs};
 
-/// A weight's bytes in memory, row-major and naturally aligned.
+/// A weight's bytes in memory: row-major and naturally aligned.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightView<'a> {
     /// Element type.
@@ -20,18 +20,18 @@ pub struct WeightView<'a> {
 
 /// Something that holds a rank's weights: usually a mapped file.
 pub trait WeightSource: Send + Sync {
-    /// The weight of that name, if there is one.
+    /// The weight with this name, if there is one.
     fn weight(&self, name: &str) -> Option<WeightView<'_>>;
 
-    /// Type and shape of the weight of that name, if there is one.
+    /// Type and shape of the weight with this name, if there is one.
     fn shape(&self, name: &str) -> Option<(DType, &[usize])> {
         self.weight(name).map(|weight| (weight.dtype, weight.shape))
     }
 
-    /// Copies bytes of a weight, from its byte `offset` on: for backends that read each weight once.
+    /// Copies bytes of a weight from its byte `offset` on. Backends that read each weight only once use this.
     ///
     /// # Errors
-    /// If there is no such weight, it has fewer bytes, or they cannot be read.
+    /// If there is no such weight, if it has fewer bytes, or if they cannot be read.
     fn read(&self, name: &str, offset: usize, into: &mut [u8]) -> Result<(), BackendError> {
         let missing = || BackendError::MissingWeight { name: name.to_owned() };
         let bytes = self.weight(name).ok_or_else(missing)?.bytes;
@@ -71,13 +71,13 @@ pub enum BackendError {
     /// The step does not fit the program.
     #[error(transparent)]
     Inputs(#[from] InputError),
-    /// A weight that the program names is not in the weight file.
+    /// The program names a weight that the weight file does not have.
     #[error("the weight file has no tensor `{name}`; the engine is incomplete, build it again")]
     MissingWeight {
         /// The tensor.
         name: String,
     },
-    /// A weight that is not what the program says.
+    /// A weight whose type or shape is not what the program says.
     #[error(
         "weight `{name}` is {found}, but the program expects {expected}; the engine's files do not belong together, build it again"
     )]
@@ -89,7 +89,7 @@ pub enum BackendError {
         /// Those of the program.
         expected: String,
     },
-    /// A logit that is not a number, or infinite.
+    /// A logit that is NaN or infinite.
     #[error("the logits of sample {sample} are not finite (first at token {token}, value {value}); {}", match .dtype {
         DType::F16 => "most likely the model's activations left the range of f16 (±65504), as those of models trained in bf16 may: convert it with --dtype bfloat16",
         DType::Bf16 | DType::F32 => "the weights or the numerics of this engine are broken, `mixtral verify` checks the weights",
@@ -101,13 +101,13 @@ pub enum BackendError {
         token: usize,
         /// The value.
         value: f32,
-        /// What the program computes in.
+        /// The data type of the program's activations.
         dtype: DType,
     },
-    /// Another rank, or the way to it.
+    /// Another rank failed, or the connection to it.
     #[error("{0}")]
     Peer(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// Memory that could not be had.
+    /// Memory that could not be allocated.
     #[error("{what} needs {needed} bytes, which could not be allocated; {hint}")]
     OutOfMemory {
         /// What it was for.
@@ -117,15 +117,16 @@ pub enum BackendError {
         /// What to change.
         hint: String,
     },
-    /// Anything else, said by the backend.
+    /// Any other failure, in the backend's words.
     #[error("{0}")]
     Other(String),
 }
 
-/// What a rank's program says to the other ranks. Every rank of a group makes the same calls in the same order; a call
-/// returns when this rank's part is done, or when the group is broken.
+/// How a rank's program communicates with the other ranks. Every rank of a group makes the same calls in the same
+/// order. A call returns when this rank's part is done, or when the group is broken.
 pub trait Collectives: Send + Sync {
-    /// `all = mine_0 ‖ mine_1 ‖ …` over the tensor-parallel group, in ascending rank; all of one length.
+    /// `all = mine_0 ‖ mine_1 ‖ …` over the tensor-parallel group, in ascending rank. All ranks' `mine` have the same
+    /// length.
     ///
     /// # Errors
     /// If a rank of the group is gone.
@@ -137,28 +138,36 @@ pub trait Collectives: Send + Sync {
     /// If the rank is gone.
     fn send(&self, to: usize, bytes: &[u8]) -> Result<(), BackendError>;
 
-    /// Receives from a rank; messages of one rank arrive in order.
+    /// Receives from a rank. Messages of one rank arrive in the order in which they were sent.
     ///
     /// # Errors
     /// If the rank is gone, or the message is of another length.
     fn recv(&self, from: usize, bytes: &mut [u8]) -> Result<(), BackendError>;
+
+    /// Looks whether all ranks are still there, and never waits: for a backend that waits for another rank in its own way. It
+    /// may be called thousands of times a second.
+    ///
+    /// # Errors
+    /// If any rank of the job is known to be gone.
+    fn check(&self) -> Result<(), BackendError>;
 }
 
 /// An interpreter of one rank's program, with its weights and cache.
 pub trait Backend: Send {
-    /// Runs one step. Steps of the same inputs on equal caches give the same bits.
+    /// Runs one step. The same inputs on equal caches give the same bits.
     ///
     /// # Errors
     /// Inputs that break the program's limits, non-finite logits, or a device failure.
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError>;
 
-    /// Blocks of the cache.
+    /// How many blocks the cache has.
     fn kv_blocks(&self) -> usize;
 
-    /// Tokens that each expert has been given, `[num_layers][num_experts]`, since the backend was made.
+    /// How many tokens each expert got since the backend was made, `[num_layers][num_experts]`.
     fn expert_counts(&self) -> Vec<Vec<u64>>;
 
-    /// Time spent in each operation of the program since the backend was made; empty unless it was asked to measure.
+    /// Time spent in each operation of the program since the backend was made. Empty unless the backend was asked to
+    /// measure.
     fn op_times(&self) -> Vec<Duration>;
 }
 

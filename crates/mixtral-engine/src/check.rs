@@ -1,5 +1,5 @@
-//! What a well-formed program is. Every program that was read from a file passes through [`Program::check`] before
-//! a backend sees it, so that backends can index by its numbers.
+//! Defines what a well-formed program is. Every program that was read from a file passes through [`Program::check`]
+//! before a backend sees it, so backends can index by its numbers.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -20,7 +20,7 @@ pub enum ProgramError {
         /// What it may be.
         expected: String,
     },
-    /// Two buffers or weights of one name.
+    /// Two buffers or weights with the same name.
     #[error("program: {kind} `{name}` is declared twice")]
     Duplicate {
         /// `buffer` or `weight`.
@@ -46,12 +46,12 @@ pub enum ProgramError {
         /// Its offset.
         offset: usize,
     },
-    /// Two buffers that hold values at the same time, in the same memory.
+    /// Two buffers that hold values at the same time and share memory.
     #[error("program: buffers `{first}` and `{second}` overlap in the arena, and operation {index} ({op}) needs both")]
     Overlap {
-        /// The one that lies before the other.
+        /// The buffer that starts first.
         first: String,
-        /// The other one.
+        /// The other buffer.
         second: String,
         /// The first operation that needs both.
         index: usize,
@@ -70,10 +70,10 @@ pub enum ProgramError {
     },
 }
 
-/// Sizes past this are refused, so that products of a few of them cannot overflow.
+/// Larger sizes are refused, so that products of a few of them cannot overflow.
 const MAX: usize = 1 << 24;
 
-/// Elements of the largest weight; those of a model's largest layer are fewer.
+/// The most elements of a weight. The largest weights of real models have far fewer.
 const MAX_WEIGHT: usize = 1 << 56;
 
 impl Limits {
@@ -91,8 +91,8 @@ impl Limits {
 }
 
 impl Program {
-    /// Checks that every operand exists and has the shape and type its operation needs, and that buffers lie in
-    /// the arena, apart from all others that hold a value at the same time.
+    /// Checks that every operand exists and has the shape and type that its operation needs. Checks that buffers lie in
+    /// the arena, and that no two buffers that hold a value at the same time overlap.
     ///
     /// # Errors
     /// The first rule that the program breaks.
@@ -142,8 +142,8 @@ impl Program {
         self.check_overlaps()
     }
 
-    /// At every operation the buffers that are needed, from their first use to their last, lie apart. An operation that writes
-    /// where it reads names one buffer for both, so that is no overlap.
+    /// Checks that at every operation the buffers that are needed do not overlap. A buffer is needed from its first use
+    /// to its last. An operation that works in place names one buffer as both input and output, so that is no overlap.
     fn check_overlaps(&self) -> Result<(), ProgramError> {
         let lifetimes = self.lifetimes();
         let (mut begins, mut ends) = (vec![Vec::new(); self.ops.len()], vec![Vec::new(); self.ops.len()]);
@@ -156,7 +156,7 @@ impl Program {
         let mut live: BTreeMap<usize, &Buffer> = BTreeMap::new();
         for (index, op) in self.ops.iter().enumerate() {
             for buffer in &begins[index] {
-                // Those that are there lie apart, so only the neighbours can be in the way.
+                // The live buffers do not overlap, so only the new buffer's two neighbours can overlap it.
                 let before = live.range(..=buffer.offset).next_back().map(|(_, other)| (*other, *buffer));
                 let behind = live.range(buffer.offset..).next().map(|(_, other)| (*buffer, *other));
                 let overlaps = |pair: &(&Buffer, &Buffer)| pair.0.offset + self.max_bytes(pair.0) > pair.1.offset;
@@ -212,7 +212,7 @@ fn in_range(field: &'static str, value: usize, min: usize, max: usize) -> Result
     if (min..=max).contains(&value) { Ok(()) } else { range(field, value, &format!("{min} to {max}")) }
 }
 
-/// The names an operation can refer to.
+/// The names that an operation can refer to.
 struct Scope<'a> {
     program: &'a Program,
     buffers: HashMap<&'a str, &'a Buffer>,
@@ -314,7 +314,7 @@ impl<'a> Scope<'a> {
         Ok(())
     }
 
-    /// The residual and the norm that an operation ends with.
+    /// Checks the residual and the norm that an operation ends with.
     fn finish(&self, residual: Option<&str>, out: &Buffer, norm: Option<&FusedNorm>) -> Result<(), String> {
         if let Some(residual) = residual {
             alike(self.activation(residual)?, out)?;

@@ -1,8 +1,8 @@
-//! The engine directory: `config.json`, and a rank's `rank{r}.engine` and `rank{r}.weights.safetensors`.
+//! The engine directory: `config.json`, and for each rank `rank{r}.engine` and `rank{r}.weights.safetensors`.
 //!
-//! `rank{r}.engine` is a safetensors file of U8 tensors; `program` is the program's text, and the others are images: bytes
-//! that one backend or another understands, such as compiled kernels. The weights are the checkpoint's own rank file, by hard link where the
-//! filesystem allows.
+//! `rank{r}.engine` is a safetensors file of U8 tensors. `program` is the program's text. The other tensors are images:
+//! bytes that only some backend understands, such as compiled kernels. The weight file is the checkpoint's rank file: a
+//! hard link to it where the filesystem allows that, else a copy.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -29,7 +29,7 @@ use crate::{BackendError, Limits, Program, TextError, WeightSource, WeightView};
 pub enum WeightsKind {
     /// In `rank{r}.weights.safetensors`.
     File,
-    /// Nowhere: generated from a seed when the engine is loaded.
+    /// In no file: they are generated from a seed when the engine is loaded.
     Dummy {
         /// The seed.
         seed: u64,
@@ -41,7 +41,7 @@ pub enum WeightsKind {
 pub struct RankRecord {
     /// BLAKE3 of the header of `rank{r}.engine` (the length and the JSON).
     pub engine_header_blake3: String,
-    /// BLAKE3 of each of its tensors: of the program's text, and of whatever else there is.
+    /// BLAKE3 of each of its tensors: of the program's text and of each image.
     pub engine_blake3: BTreeMap<String, String>,
     /// Bytes of the weight file; 0 with dummy weights.
     pub weights_bytes: u64,
@@ -52,21 +52,22 @@ pub struct RankRecord {
 /// `config.json` of an engine.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EngineConfig {
-    /// Version of the directory's format; also what tells it from other directories.
+    /// Version of the directory's format. This key also tells an engine from other directories.
     pub mixtral_engine_format: u32,
     /// Version of the tool that built it.
     pub tool_version: String,
-    /// The file's seal ([`mixtral_checkpoint::seal`]), over everything else: engines of equal id compute the same.
+    /// The file's seal ([`mixtral_checkpoint::seal`]) over everything else in it. Engines with the same id compute the
+    /// same.
     pub run_id: String,
     /// Geometry of the whole model.
     pub model: ModelConfig,
     /// How it is cut into ranks.
     pub mapping: Mapping,
-    /// Architectures there are kernels for; `cpu` needs none.
+    /// The targets that the engine can run on: architectures that it has kernels for, and `cpu`.
     pub targets: Vec<String>,
     /// What a step may hold.
     pub limits: Limits,
-    /// Whether the logits of every prompt token can be had.
+    /// Whether steps can return the logits of every prompt token.
     pub gather_context_logits: bool,
     /// The build's other options, as given.
     pub options: BTreeMap<String, String>,
@@ -75,7 +76,7 @@ pub struct EngineConfig {
     /// BLAKE3 of each of the tokenizer's files, in hex.
     #[serde(default)]
     pub files: BTreeMap<String, String>,
-    /// One a rank.
+    /// One record for each rank.
     pub ranks: Vec<RankRecord>,
 }
 
@@ -88,7 +89,7 @@ pub enum EngineError {
         /// The path.
         dir: PathBuf,
     },
-    /// A directory without its marker.
+    /// A directory without `config.json`.
     #[error("{dir} has no {CONFIG_FILE}{}; build the engine first (`mixtral build --output-dir {dir}`)", if *unfinished { ": a build of it was interrupted" } else { "" })]
     NoConfig {
         /// The directory.
@@ -104,15 +105,15 @@ pub enum EngineError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// `config.json` of something else.
+    /// A `config.json` that is not an engine's.
     #[error("{path} is not an engine's: {hint}")]
     NotAnEngine {
         /// The file.
         path: PathBuf,
-        /// What it looks like, and what to do.
+        /// What the file seems to be, and what to do.
         hint: &'static str,
     },
-    /// `config.json` that cannot be read.
+    /// A `config.json` that cannot be read.
     #[error("{path}: {detail}; the engine is damaged, build it again")]
     Config {
         /// The file.
@@ -120,7 +121,7 @@ pub enum EngineError {
         /// What is wrong.
         detail: String,
     },
-    /// Another version's engine.
+    /// An engine of another format.
     #[error(
         "{path} has engine format {found}, but this version of mixtral reads format {FORMAT_VERSION}; build the engine again from its checkpoint (`mixtral build`)"
     )]
@@ -140,7 +141,7 @@ pub enum EngineError {
         /// Ranks of the engine.
         world_size: usize,
     },
-    /// A file whose bytes are not those that were written.
+    /// A file whose bytes changed after it was written.
     #[error(
         "{path}: {what} has BLAKE3 {found}, but {CONFIG_FILE} names {expected}; the files are damaged or of different runs, make the directory again"
     )]
@@ -170,7 +171,7 @@ pub enum EngineError {
         /// The file's.
         found: u64,
     },
-    /// A weight that is not what the program reads.
+    /// A weight whose type or shape is not what the program reads.
     #[error("{path}: tensor `{tensor}` is {found}, but the program reads {expected}; build the engine again")]
     Shape {
         /// The file.
@@ -199,7 +200,7 @@ pub enum EngineError {
     /// The directory cannot be written.
     #[error(transparent)]
     Write(#[from] StagedError),
-    /// Program and config that disagree.
+    /// A program that does not match the config.
     #[error("{path}: the program is for rank {found}, expected {expected}; build the engine again")]
     Mixed {
         /// The file.
@@ -230,7 +231,7 @@ fn is_engine_file(name: &str) -> bool {
     middle.is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// How an engine directory is told from a user's.
+/// How to tell an engine directory from one of the user's own.
 pub const OWNERSHIP: Ownership = Ownership {
     what: "an engine",
     owns: |name| is_engine_file(name) || is_tokenizer_file(name),
@@ -298,7 +299,7 @@ impl EngineDir {
             return Err(damaged(format!("`ranks` has {found} entries, expected {expected}")));
         }
         config.limits.check().map_err(|e| damaged(e.to_string()))?;
-        // Last, because what a key says wrongly is the better message.
+        // The seal is checked last, because a message about one wrong key is better than this one.
         if !is_intact(&text, &config.run_id) {
             return Err(EngineError::Changed { path });
         }
@@ -342,15 +343,15 @@ impl EngineDir {
         Ok(program)
     }
 
-    /// Checks that the weight file of a rank has every weight that its program reads, in its type and shape.
+    /// Checks that the weight file of a rank has every weight that its program reads, with that type and shape.
     ///
     /// # Errors
-    /// If it is missing, damaged, or of another engine, or lacks one.
+    /// If the file is missing, damaged, or of another engine, or if it lacks a weight.
     pub fn check_weights(&self, program: &Program) -> Result<(), EngineError> {
         check_weights(program, &self.weight_file(Rank(program.rank))?)
     }
 
-    /// Names of what the engine of `rank` holds beside its program, for backends to know the meaning of.
+    /// The names of the images that the engine of `rank` holds beside its program. Backends know what they mean.
     ///
     /// # Errors
     /// If the engine has no such rank.
@@ -358,10 +359,10 @@ impl EngineDir {
         Ok(self.record(rank)?.engine_blake3.keys().map(String::as_str).filter(|name| *name != PROGRAM).collect())
     }
 
-    /// Reads and checks one of them.
+    /// Reads an image and checks its hash.
     ///
     /// # Errors
-    /// If its file is missing, damaged, or of another engine, or has nothing of that name.
+    /// If its file is missing, damaged, or of another engine, or has no such image.
     pub fn image(&self, rank: Rank, name: &str) -> Result<Vec<u8>, EngineError> {
         Ok(self.tensor(rank, name, "an image")?.1)
     }
@@ -388,7 +389,7 @@ impl EngineDir {
         Ok((path, bytes))
     }
 
-    /// Opens the weight file of `rank`, its length and header checked against the config.
+    /// Opens the weight file of `rank`, and checks its length and header against the config.
     ///
     /// # Errors
     /// If it is missing, damaged, or of another engine.
@@ -403,12 +404,12 @@ impl EngineDir {
         Ok(RankFile::open(&path)?)
     }
 
-    /// Reads every byte that the engine vouches for: hashes of the programs and of what is beside them, of weights and of
-    /// the tokenizer's files, that all weights are finite, and that they are those that the programs read.
+    /// Reads every byte of the engine and checks it: the hashes of programs, images, weights and the tokenizer's files,
+    /// that all weights are finite, and that they are the weights that the programs read.
     ///
     /// # Errors
-    /// If the config, a header or a program is wrong. Other damage is no error but the [`Verified::problems`] of the
-    /// answer.
+    /// If the config, a header or a program is wrong. Other damage is not an error; it is listed in
+    /// [`Verified::problems`].
     pub fn verify(&self, workers: usize, progress: &dyn Progress) -> Result<Verified, EngineError> {
         let mut items = Vec::new();
         for (rank, record) in self.config.mapping.ranks().zip(&self.config.ranks) {
@@ -440,7 +441,7 @@ fn same_hash(path: &Path, what: &'static str, expected: &str, found: blake3::Has
     Err(EngineError::Hash { path: path.to_owned(), what, expected: expected.to_owned(), found })
 }
 
-/// Whether the file has every weight that the program reads, in its type and shape.
+/// Checks that the file has every weight that the program reads, with that type and shape.
 fn check_weights(program: &Program, file: &RankFile) -> Result<(), EngineError> {
     for weight in &program.weights {
         let (dtype, shape) = file.shape(&weight.name)?;
@@ -464,7 +465,7 @@ fn weight_file_identity(path: &Path) -> Result<(u64, blake3::Hash), EngineError>
     Ok((file.metadata().map_err(io)?.len(), header.blake3))
 }
 
-/// A rank file as a source of weights, mapped once a weight is asked for.
+/// A rank file as a source of weights. It is mapped when a weight is first asked for.
 pub struct MappedWeights(pub RankFile);
 
 impl WeightSource for MappedWeights {
@@ -482,21 +483,21 @@ impl WeightSource for MappedWeights {
     }
 }
 
-/// An engine being written. Dropped without [`EngineWriter::finish`], it leaves nothing.
+/// An engine that is being written. If it is dropped without [`EngineWriter::finish`], nothing is left of it.
 pub struct EngineWriter {
     staged: StagedDir,
 }
 
 impl EngineWriter {
-    /// Locks `dir`; an engine that is in it stays until [`EngineWriter::finish`].
+    /// Locks `dir`. An engine that is already in it stays until [`EngineWriter::finish`].
     ///
     /// # Errors
-    /// If it is locked, holds what is not ours, or cannot be written.
+    /// If the directory is locked, holds files that are not an engine's, or cannot be written.
     pub fn create(dir: &Path) -> Result<Self, EngineError> {
         Ok(EngineWriter { staged: StagedDir::begin(dir, OWNERSHIP)? })
     }
 
-    /// Writes the program of a rank and the named images beside it, and takes in its weight file, if there is one.
+    /// Writes the program of a rank and its images, and links or copies its weight file, if there is one.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -541,17 +542,18 @@ impl EngineWriter {
         Ok(record)
     }
 
-    /// Copies a file (of the tokenizer) into the engine and gives its hash; `expected` is the one it should have.
+    /// Copies a file of the tokenizer into the engine and returns its hash. `expected` is the hash that it should have,
+    /// if that is known.
     ///
     /// # Errors
-    /// If it cannot be read or written, or is not the file expected.
+    /// If it cannot be read or written, or has another hash.
     pub fn copy_in(&self, name: &str, from: &Path, expected: Option<&String>) -> Result<blake3::Hash, EngineError> {
         let found = self.staged.copy_in(name, from)?;
         expected.map_or(Ok(()), |expected| same_hash(from, "the file", expected, found))?;
         Ok(found)
     }
 
-    /// Names the run, writes `config.json`, and with it makes the engine valid.
+    /// Sets the run id and writes `config.json`, which makes the engine valid.
     ///
     /// # Errors
     /// If it cannot be written.

@@ -1,10 +1,10 @@
-//! Dummy weights: an element is a function of the seed, the Hugging Face name of its tensor and its index in the
-//! whole, unsharded tensor, so that every layout of ranks holds the same model. No math library is involved; the
-//! same few lines exist for every device.
+//! Dummy weights. An element is a function of the seed, the Hugging Face name of its tensor, and its index in the
+//! whole, unsharded tensor. So every layout of ranks holds the same model. No math library is involved, and each
+//! backend has the same few lines.
 
 use mixtral_model::{DType, Piece};
 
-/// Hash of a tensor's name and the seed: FNV-1a over the name's bytes, started from the seed.
+/// Hash of the seed and a tensor's name: FNV-1a over the name's bytes, started from the seed.
 #[must_use]
 pub fn key(seed: u64, name: &str) -> u64 {
     name.bytes()
@@ -22,8 +22,8 @@ pub const fn mix(mut x: u32) -> u32 {
     x ^ (x >> 16)
 }
 
-/// The factor that gives elements a standard deviation of 1/√`fan_in`: the sum of four uniform bytes has variance
-/// 4 · (256² − 1) / 12 = 21845.
+/// The factor that gives elements a standard deviation of 1/√`fan_in`. An element is a sum of four uniform bytes, which
+/// has variance 4 · (256² − 1) / 12 = 21845.
 #[must_use]
 #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "one f32 constant is the contract")]
 pub fn scale(fan_in: usize) -> f32 {
@@ -43,13 +43,13 @@ pub fn element(key: u64, index: u64, scale: f32) -> f32 {
     (sum as f32 - 510.0) * scale
 }
 
-/// Whether the tensor is an RMSNorm weight, which is 1 everywhere.
+/// Whether the tensor is an RMSNorm weight. All its elements are 1.
 #[must_use]
 pub fn is_norm(name: &str) -> bool {
     name.ends_with("norm.weight")
 }
 
-/// Row `row` (of the whole tensor) of a piece, rounded to `dtype` and widened.
+/// Fills `out` with row `row` of a piece, rounded to `dtype` and widened to f32.
 pub fn fill_row(seed: u64, piece: &Piece, row: usize, dtype: DType, out: &mut [f32]) {
     if is_norm(&piece.source) {
         out.fill(1.0);

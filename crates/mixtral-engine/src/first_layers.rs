@@ -1,22 +1,22 @@
-//! A program cut short: its first layers, and what comes after the last.
+//! Cuts a program to its first layers and the operations that follow the last layer.
 
 use crate::{Op, Program};
 
-/// A program that cannot be cut so.
+/// Why a program cannot be cut.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CutError {
-    /// Not so many layers.
+    /// The program has fewer layers.
     #[error("{wanted} layers of a program of {found}; ask for 1 to {found}")]
     Layers {
         /// The layers asked for.
         wanted: usize,
-        /// Those that there are.
+        /// The program's layers.
         found: usize,
     },
     /// Layers that are not alike.
     #[error("the program cannot be cut after layer {layer}: {problem}")]
     Unlike {
-        /// The last layer that was to be kept.
+        /// The last layer to keep.
         layer: usize,
         /// What is missing.
         problem: &'static str,
@@ -24,12 +24,12 @@ pub enum CutError {
 }
 
 impl Program {
-    /// The program of a model that has only the first `layers` layers of this one: the same operations, buffers and weights
-    /// before the cut, then those behind the last layer, which read what the last layer left wrote. Kernels chosen for
-    /// this program are those of the shorter one.
+    /// The program of a model that has only the first `layers` layers of this one. It has the same operations, buffers
+    /// and weights before the cut, then the operations behind the last layer. These read what the last kept layer
+    /// wrote. The shorter program runs on the kernels of this one.
     ///
     /// # Errors
-    /// If there are not so many layers, or the layers are not alike.
+    /// If there are fewer layers, or if the layers are not alike.
     pub fn first_layers(&self, layers: usize) -> Result<Program, CutError> {
         let found = self.kv.num_layers;
         if layers == 0 || layers > found {
@@ -48,7 +48,7 @@ impl Program {
         let behind = self.ops.iter().position(|op| matches!(op, Op::GatherRows { .. }));
         let behind =
             behind.filter(|&at| at > last).ok_or_else(|| unlike("no rows are gathered behind the last layer"))?;
-        // What the last layer does from its attention on, this one does too.
+        // The last kept layer has to do the same operations as the program's last layer, from attention on.
         let cut = kept + (behind - last);
         let pairs = self.ops[kept..cut].iter().zip(&self.ops[last..behind]);
         if cut > last || !pairs.into_iter().all(|(a, b)| a.name() == b.name()) {
@@ -56,7 +56,7 @@ impl Program {
         }
         let mut ops = self.ops[..cut].to_vec();
         ops.extend_from_slice(&self.ops[behind..]);
-        // What is gathered is the same output of the operation before.
+        // The gather reads the same output of the operation before it as in the whole program.
         match &mut ops[cut] {
             Op::GatherRows { input, .. } => {
                 let output = self.ops[behind - 1].writes().iter().position(|out| out == input);

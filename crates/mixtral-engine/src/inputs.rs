@@ -6,32 +6,33 @@ use mixtral_model::TokenId;
 
 use crate::{Limits, Op, Program, RandomKey, SamplingParams};
 
-/// The inputs of one step. All arrays are those that a GPU step reads, in its layout.
+/// The inputs of one step. The arrays have the layout in which a GPU reads them.
 ///
-/// Only two of them may hold −1. In the block table it fills a row behind the blocks that the sequence needs. In the slot mapping it
-/// stands for a token whose key and value are not kept: all tokens of a dead sequence, which fills a step up and is of no
-/// consequence; or any token in programs without attention. A live token reads its own key back.
+/// Only two arrays may hold −1. In the block table it pads a row behind the blocks that the sequence needs. In the slot
+/// mapping it stands for a token whose key and value are not kept. Such tokens are all tokens of a dead sequence, which
+/// only pads a step, and any token in programs without attention. Any other token needs its key in the cache, because
+/// attention reads it from there.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepInputs<'a> {
-    /// How many of the sequences are decodes (one token each); they come first.
+    /// How many of the sequences are decodes (one token each). They come first.
     pub num_decodes: usize,
     /// Token ids `[T]`.
     pub token_ids: Vec<i32>,
     /// Position of each token in its sequence `[T]`.
     pub positions: Vec<i32>,
-    /// Cache slot each token's key and value go to: the one that the block table has for its position, `block · block_size +
-    /// offset`, `[T]`.
+    /// The cache slot that each token's key and value go to, `[T]`. It follows from the block table and the token's
+    /// position: `block · block_size + offset`.
     pub slot_mapping: Vec<i32>,
-    /// Blocks of each sequence in order, `[S, max_blocks_per_seq]`: those of its tokens, then any blocks or −1, which are not
-    /// looked at.
+    /// Blocks of each sequence in order, `[S, max_blocks_per_seq]`. First come the blocks of its tokens. Entries behind
+    /// them are not read; they may be other blocks or −1.
     pub block_table: Vec<i32>,
-    /// Tokens of each sequence with this step's included, `[S]`.
+    /// Tokens of each sequence, including this step's, `[S]`.
     pub seq_lens: Vec<i32>,
     /// Where each sequence's tokens start in `token_ids`, `[S + 1]`.
     pub cu_query_lens: Vec<i32>,
     /// The tokens whose logits are wanted, ascending, `[L]`.
     pub logits_indices: Vec<i32>,
-    /// The draws wanted from those logits.
+    /// The draws that are wanted from those logits.
     pub samples: Vec<SampleRequest<'a>>,
     /// Whether the caller wants the logits themselves.
     pub return_logits: bool,
@@ -44,11 +45,11 @@ pub struct SampleRequest<'a> {
     pub row: usize,
     /// How to draw.
     pub params: SamplingParams,
-    /// The draw's place in the random sequence.
+    /// The key of the draw's random bits.
     pub key: RandomKey,
-    /// The sequence's tokens so far, for the penalties; may be empty where there are none.
+    /// The sequence's tokens so far, for the penalties. May be empty if there are no penalties.
     pub tokens: Cow<'a, [TokenId]>,
-    /// How many of them were the prompt.
+    /// How many of them are the prompt.
     pub prompt_len: usize,
     /// Tokens that may not be drawn.
     pub banned: Vec<TokenId>,
@@ -114,7 +115,7 @@ impl StepInputs<'_> {
         self.logits_indices.len()
     }
 
-    /// Checks the inputs against a program and a cache of `kv_blocks` blocks, so that a backend can index by them.
+    /// Checks the inputs against a program and a cache of `kv_blocks` blocks. A backend can then index by them.
     ///
     /// # Errors
     /// The first rule that they break.
@@ -171,7 +172,8 @@ impl StepInputs<'_> {
         self.check_sequences(width, block_size, tokens, attends)
     }
 
-    /// Edges, positions, blocks and slots of the sequences fit each other. `attends`: the program has attention.
+    /// Checks that edges, positions, blocks and slots of the sequences agree. `attends` tells whether the program has
+    /// attention.
     fn check_sequences(&self, width: usize, block_size: usize, tokens: usize, attends: bool) -> Result<(), InputError> {
         let wrong = |name, index, value: i32, expected: String| {
             Err(InputError::Value { name, index, value: i64::from(value), expected })

@@ -1,14 +1,15 @@
 //! The engine's program as a value, and the trait of the backends that run it.
 //!
-//! `mixtral build` lowers a model to a [`Program`]: a list of operations over named buffers in which everything
-//! that can be known ahead is decided. The program prints as text, and that text is what an engine holds. A
-//! [`Backend`] interprets it; none of them knows Mixtral.
+//! `mixtral build` lowers a model to a [`Program`]: a list of operations over named buffers. Everything that can be
+//! decided ahead is decided in it. An engine holds the program as text. A [`Backend`] interprets the program; no
+//! backend knows Mixtral.
 //!
-//! Reading order: [`op`] (the operations and what each one computes, to the rounding), [`program`] (buffers,
-//! weights, limits), [`record`] and [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
-//! offsets and the closed-form memory plan), [`inputs`] (the ragged, paged inputs of a step), [`math`],
-//! [`sampling`] and [`dummy`] (functions that every backend must agree on to the bit), [`backend`], [`inspect`]
-//! (a backend looked into), [`first_layers`] (a program cut short), [`wire`] (a step on its way to other ranks), and [`dir`] (the engine directory).
+//! Reading order: [`op`] (the operations and what each one computes, to the rounding), [`program`] (buffers, weights,
+//! limits), [`record`] and [`text`] (its written form), [`check`] (what a well-formed program is), [`memory`] (arena
+//! offsets and the closed-form memory plan), [`inputs`] (the ragged, paged inputs of a step), [`math`], [`sampling`]
+//! and [`dummy`] (functions that every backend must agree on to the bit), [`backend`], [`inspect`] (a backend looked
+//! into), [`first_layers`] (a program cut short), [`wire`] (a step on its way to other ranks), and [`dir`] (the engine
+//! directory).
 #![forbid(unsafe_code)]
 
 pub mod backend;

@@ -1,5 +1,5 @@
-//! Elementary functions that every backend computes by the same few operations, so that routing, sampling and
-//! SiLU do not depend on a platform's math library. No step may be contracted into a fused multiply-add.
+//! Elementary functions that every backend computes with the same few operations, so that routing, sampling and SiLU do
+//! not depend on a platform's math library. No backend may contract two of them into a fused multiply-add.
 
 /// e^x. Relative error below 2e-7 for −87 ≤ x ≤ 88; 0 below that range, +∞ above it, NaN for NaN.
 ///

@@ -1,4 +1,4 @@
-//! Where buffers lie, and how much memory an engine needs before anything is allocated.
+//! Plans where buffers lie, and computes how much memory an engine needs before anything is allocated.
 
 use std::collections::HashMap;
 
@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::Program;
 
-/// Alignment of buffers in the arena, in bytes: a cache line, and what vector loads and TMA want.
+/// Alignment of buffers in the arena, in bytes: a cache line, which is enough for vector loads and TMA.
 pub const ALIGN: usize = 64;
 
 /// Closed-form memory of one rank, in bytes.
@@ -25,7 +25,7 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Total with `kv_blocks` blocks of cache; saturates instead of overflowing.
+    /// Total bytes with `kv_blocks` blocks of cache. Saturates instead of overflowing.
     #[must_use]
     pub const fn total(&self, kv_blocks: usize) -> usize {
         self.weights
@@ -36,7 +36,7 @@ impl MemoryPlan {
 }
 
 impl Program {
-    /// What this rank needs.
+    /// The memory that this rank needs.
     #[must_use]
     pub fn memory_plan(&self) -> MemoryPlan {
         let limits = &self.limits;
@@ -65,8 +65,8 @@ impl Program {
         live
     }
 
-    /// Gives every buffer an offset such that no two live ones overlap, and sets the arena's size. Greedy by size:
-    /// the largest buffer first, each at the lowest gap that its lifetime leaves free.
+    /// Gives every buffer an offset such that no two live buffers overlap, and sets the arena's size. It places the
+    /// largest buffer first, and each buffer at the lowest offset that is free during its lifetime.
     pub fn plan_arena(&mut self) {
         let lifetimes: HashMap<String, (usize, usize)> =
             self.lifetimes().into_iter().map(|(name, span)| (name.to_owned(), span)).collect();

@@ -26,7 +26,7 @@ pub enum Epilogue {
     F32,
 }
 
-/// One step of a linear's kernel ladder: up to `max_tokens` tokens, `plan` runs.
+/// One rung of a linear's kernel ladder: steps of up to `max_tokens` tokens run `plan`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rung {
@@ -79,7 +79,7 @@ pub enum Op {
         /// Rows `[start, end)` of the weight that are used; all when absent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         rows: Option<[usize; 2]>,
-        /// What becomes of the accumulator.
+        /// What happens to the accumulator.
         epilogue: Epilogue,
         /// Buffer `[n, rows]`, for [`Epilogue::Residual`]; may be `out`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -123,8 +123,8 @@ pub enum Op {
         /// Layer of the cache, counted over this rank's.
         layer: usize,
     },
-    /// Causal attention of each token over its sequence's cache. For query position i, the visible keys are
-    /// `i − window < j ≤ i`, taken in ascending order: `s[j] = dot(q, k[j]) · (1/√d)`, `p[j] = exp(s[j] − max s)`,
+    /// Causal attention of each token over its sequence's cache. The query at position i sees the keys
+    /// `i − window < j ≤ i`, in ascending order: `s[j] = dot(q, k[j]) · (1/√d)`, `p[j] = exp(s[j] − max s)`,
     /// `out = round((Σ p[j]·v[j]) / Σ p[j])`; both sums ascending over j in f32, the first by fused multiply-add.
     Attention {
         /// Buffer `[T, ≥ num_heads · d]`; the queries are its first columns.
@@ -191,9 +191,9 @@ pub enum Op {
         /// Buffer i32 `[T·k, 1]`.
         order: String,
     },
-    /// Linear of each token by each of its local experts: row p of `out` is assignment `order[p]`, so rows lie
-    /// by expert. Per expert the weight holds up rows first, then gate rows. With `silu_mul` the two halves meet
-    /// in the epilogue (see [`Op::SiluMul`]) and `out` has I columns, else 2·I.
+    /// Linear of each token by each of its local experts. Row p of `out` belongs to assignment `order[p]`, so rows of
+    /// the same expert lie together. The weight of an expert holds its up rows first, then its gate rows. With
+    /// `silu_mul` the epilogue combines the two halves (see [`Op::SiluMul`]) and `out` has I columns, else 2·I.
     ExpertGateUp {
         /// Buffer `[T, H]`.
         input: String,
@@ -212,15 +212,15 @@ pub enum Op {
         ladder: Vec<Rung>,
     },
     /// `out[c] = round(silu(gate) · up)` with `up = input[c]`, `gate = input[I + c]`, `silu(g) = g / (1 + exp(−g))`.
-    /// Rows past the last defined one are not read.
+    /// Rows behind the last defined one are not read.
     SiluMul {
         /// Buffer `[n, 2·I]`.
         input: String,
         /// Buffer `[n, I]`.
         out: String,
     },
-    /// Linear of each assignment by its expert: row p of `input` is assignment `order[p]`, and that is the row of
-    /// `out` it goes to. Rows of assignments to experts elsewhere are left as they are.
+    /// Linear of each assignment by its expert. Row p of `input` belongs to assignment `order[p]`, and its result goes
+    /// to row `order[p]` of `out`. Rows of assignments to experts of other ranks stay as they are.
     ExpertDown {
         /// Buffer `[T·k, I]`.
         input: String,
@@ -248,7 +248,7 @@ pub enum Op {
         expert_weights: String,
         /// Local experts `[start, end)`.
         experts: [usize; 2],
-        /// Buffer `[T, H]`; may be `out`. Absent where the sum is a rank's part of one.
+        /// Buffer `[T, H]`; may be `out`. Absent where the sum is only this rank's part of a sum over ranks.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         residual: Option<String>,
         /// Buffer `[T, H]`.
@@ -300,8 +300,8 @@ pub enum Op {
         /// Buffer `[L, H]`.
         out: String,
     },
-    /// Draws the next token of every sequence that asks for one (see [`crate::sampling`]); columns past
-    /// `vocab_size` are padding and never drawn.
+    /// Draws the next token of every sequence that asks for one (see [`crate::sampling`]). Columns from `vocab_size` on
+    /// are padding and are never drawn.
     Sample {
         /// Buffer f32 `[L, ≥ vocab_size]`.
         logits: String,
@@ -350,7 +350,7 @@ impl Op {
         }
     }
 
-    /// The buffers that the operation reads. An in-place operand is in both lists.
+    /// The buffers that the operation reads. An operand that it changes in place is in both `reads` and `writes`.
     #[must_use]
     pub fn reads(&self) -> Vec<&str> {
         match self {

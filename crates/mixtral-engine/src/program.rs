@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Op;
 
-/// Version of the program's text and of the engine directory. Raised whenever an older reader would misread it.
+/// Version of the program's text and of the engine directory. It is raised whenever an older reader would misread them.
 pub const FORMAT_VERSION: u32 = 1;
 
 /// Element type of a buffer.
@@ -56,21 +56,22 @@ impl fmt::Display for ElemType {
     }
 }
 
-/// How many rows a buffer has; resolved against the step at run time and against the limits when memory is planned.
+/// How many rows a buffer has. The number follows from the step at run time, and from the limits when memory is
+/// planned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Rows {
-    /// One a token.
+    /// One for each token.
     Tokens,
-    /// `top_k` a token: one an assignment of a token to an expert.
+    /// `top_k` for each token: one for each assignment of a token to an expert.
     Assignments,
-    /// One a requested logits row.
+    /// One for each row of logits that the step wants.
     Logits,
     /// Always one.
     One,
 }
 
-/// What a program was built to hold at most. Steps beyond it are refused.
+/// The most that a step of the program may hold. Larger steps are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Limits {
@@ -138,7 +139,7 @@ pub struct Buffer {
     pub offset: usize,
 }
 
-/// How a weight's bytes are stored. The place where int8, int4 and fp8 plug in.
+/// How a weight's bytes are stored. Formats such as int8, int4 and fp8 will be variants of this.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WeightFormat {
@@ -147,7 +148,7 @@ pub enum WeightFormat {
     Plain,
 }
 
-/// A weight that operations read by name; the name is the checkpoint's.
+/// A weight that operations read by name. The name is that of the checkpoint's tensor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Weight {
@@ -191,7 +192,8 @@ pub struct Program {
     pub rank: usize,
     /// Ranks of the engine.
     pub world_size: usize,
-    /// Ranks of a tensor-parallel group; this rank's group is the one that its number falls into.
+    /// Ranks of a tensor-parallel group. Groups are consecutive ranks, and this rank belongs to the group that contains
+    /// its number.
     pub tp_size: usize,
     /// Data type of the activations.
     pub dtype: DType,
@@ -199,9 +201,9 @@ pub struct Program {
     pub vocab_size: usize,
     /// Layers of the model, for expert statistics.
     pub num_layers: usize,
-    /// Experts of the model; 0 when it has no router.
+    /// Experts of the model; 0 if it has no router.
     pub num_experts: usize,
-    /// Experts a token is sent to; 0 when the model has no router.
+    /// Experts that a token is sent to; 0 if the model has no router.
     pub top_k: usize,
     /// What a step may hold.
     pub limits: Limits,
@@ -218,13 +220,13 @@ pub struct Program {
 }
 
 impl Program {
-    /// The buffer of that name.
+    /// The buffer with this name.
     #[must_use]
     pub fn buffer(&self, name: &str) -> Option<&Buffer> {
         self.buffers.iter().find(|b| b.name == name)
     }
 
-    /// The weight of that name.
+    /// The weight with this name.
     #[must_use]
     pub fn weight(&self, name: &str) -> Option<&Weight> {
         self.weights.iter().find(|w| w.name == name)
@@ -248,7 +250,7 @@ impl Program {
         rows * buffer.cols * buffer.dtype.size()
     }
 
-    /// Bytes of all weights; saturates instead of overflowing.
+    /// Bytes of all weights. Saturates instead of overflowing.
     #[must_use]
     pub fn weight_bytes(&self) -> usize {
         self.weights.iter().fold(0, |sum, weight| weight.num_bytes().saturating_add(sum))

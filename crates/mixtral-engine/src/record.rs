@@ -1,6 +1,6 @@
 //! One line of a text that an engine holds: `kind key=value …`. A value is a bare word or compact JSON.
 //!
-//! Every field is written by its type's `Serialize` and read by its `Deserialize`, so a new field needs nothing here.
+//! A field's own `Serialize` writes it and its `Deserialize` reads it, so a new field needs no change here.
 
 use std::fmt::Write as _;
 
@@ -29,7 +29,7 @@ pub fn write_fields(text: &mut String, fields: &Map<String, Value>) {
     }
 }
 
-/// Reads the fields of a line, which is what follows its kind.
+/// Reads the fields of a line. `rest` is the line without its kind.
 ///
 /// # Errors
 /// What is wrong with the line, as a sentence.
@@ -37,7 +37,7 @@ pub fn read<T: DeserializeOwned>(rest: &str) -> Result<T, String> {
     serde_json::from_value(Value::Object(read_fields(rest)?)).map_err(|e| e.to_string())
 }
 
-/// As [`read`], without a type.
+/// As [`read`], into a map.
 ///
 /// # Errors
 /// What is wrong with the line, as a sentence.
@@ -54,7 +54,7 @@ pub fn read_fields(rest: &str) -> Result<Map<String, Value>, String> {
             rest = &written[bare.len()..];
             Value::String(bare.to_owned())
         } else {
-            // A text in quotes may hold blanks, so JSON says itself where it ends.
+            // A text in quotes may contain blanks, so the JSON parser has to find where the value ends.
             let mut values = serde_json::Deserializer::from_str(written).into_iter::<Value>();
             let problem = |e: String| format!("`{}`: {e}", shorten(word(rest)));
             let value = values.next().ok_or_else(|| problem("a value is missing".to_owned()))?;
@@ -80,12 +80,12 @@ pub fn shorten(text: &str) -> String {
     text.chars().take(60).collect()
 }
 
-/// What comes before the first blank.
+/// The part of a text before the first blank.
 fn word(text: &str) -> &str {
     text.split_ascii_whitespace().next().filter(|word| text.starts_with(word)).unwrap_or("")
 }
 
-/// Whether a string reads back as itself without quotes.
+/// Whether a string without quotes reads back as the same string.
 fn is_bare(word: &str) -> bool {
     word.starts_with(|c: char| c.is_ascii_alphabetic() || c == '_')
         && word.chars().all(|c| c.is_ascii_alphanumeric() || "_.-/:".contains(c))

@@ -1,9 +1,9 @@
-//! Drawing the next token from a row of logits. This is the definition; backends that sample on a device give the
-//! same token for the same bits of logits.
+//! Draws the next token from a row of logits. This is the definition: backends that sample on a device draw the same
+//! token from the same bits of logits.
 //!
 //! Order: repetition penalty (prompt and output tokens), presence and frequency penalties (output tokens), banned
-//! tokens, temperature, top-k, top-p, min-p. Weights are integers, `round(2^40 · exp((x − max)))` with x the scaled logit, so
-//! that their sums do not depend on the order of summation. Ties always go to the lower token id.
+//! tokens, temperature, top-k, top-p, min-p. A token's weight is the integer `round(2^40 · exp((x − max)))`, where x is
+//! the scaled logit. Sums of integers do not depend on the order of summation. Ties always go to the lower token id.
 
 use std::collections::BTreeSet;
 
@@ -15,11 +15,11 @@ use crate::{SampleRequest, math};
 /// How a sequence's tokens are drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SamplingParams {
-    /// Logits are divided by it; 0 is greedy.
+    /// Divisor of the logits; 0 is greedy.
     pub temperature: f32,
-    /// Candidates by rank: 1 is greedy, 0 is off.
+    /// Only this many of the most likely tokens are candidates. 1 is greedy, 0 is off.
     pub top_k: usize,
-    /// The smallest set of most likely candidates whose probability reaches this; 0 or 1 is off.
+    /// Only the smallest set of most likely candidates whose probability reaches this stays; 0 or 1 is off.
     pub top_p: f32,
     /// Candidates less likely than this fraction of the most likely one are dropped; 0 is off.
     pub min_p: f32,
@@ -47,7 +47,7 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
-    /// Whether the tokens so far matter.
+    /// Whether the draw depends on the tokens so far.
     #[must_use]
     pub fn has_penalties(&self) -> bool {
         self.repetition_penalty != 1.0 || self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
@@ -60,21 +60,21 @@ impl SamplingParams {
     }
 }
 
-/// A draw's place in the random sequence: the same key gives the same number, whatever ran before.
+/// What a draw's random bits depend on. The same key gives the same bits, whatever was drawn before.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct RandomKey {
     /// `--random-seed`.
     pub seed: u64,
     /// Which prompt.
     pub prompt: u32,
-    /// Which of the prompt's sequences.
+    /// Which of the sequences generated for the prompt.
     pub hypothesis: u32,
     /// Which position of the output.
     pub position: u32,
 }
 
 impl RandomKey {
-    /// 64 uniform bits: the 64-bit finalizer of a multiply-xorshift hash, chained over the key's parts.
+    /// 64 uniform bits: the finalizer of a 64-bit multiply-xorshift hash, chained over the key's parts.
     #[must_use]
     pub fn bits(&self) -> u64 {
         [u64::from(self.prompt), u64::from(self.hypothesis), u64::from(self.position)]
@@ -90,7 +90,7 @@ const fn mix(x: u64) -> u64 {
     x ^ (x >> 31)
 }
 
-/// Applies the three penalties in place. `tokens` is the sequence so far, its first `prompt_len` the prompt.
+/// Applies the three penalties in place. `tokens` is the sequence so far; its first `prompt_len` tokens are the prompt.
 pub fn penalize(logits: &mut [f32], params: &SamplingParams, tokens: &[TokenId], prompt_len: usize) {
     let vocab_size = logits.len();
     let slot = |token: &TokenId| usize::try_from(token.0).ok().filter(|&t| t < vocab_size);
@@ -116,7 +116,7 @@ pub fn penalize(logits: &mut [f32], params: &SamplingParams, tokens: &[TokenId],
     }
 }
 
-/// The largest logit's id, the lowest of equals.
+/// The id of the largest logit; the lowest id if several are equal.
 #[must_use]
 pub fn argmax(logits: &[f32]) -> usize {
     let mut best = 0;
@@ -128,8 +128,8 @@ pub fn argmax(logits: &[f32]) -> usize {
     best
 }
 
-/// Draws a token. `logits` is `[vocab_size]`, finite and without padding; penalties and bans are applied to it in
-/// place. Bans that would leave no token are ignored.
+/// Draws a token. `logits` is `[vocab_size]`, finite and without padding. Penalties and bans change it in place. If the
+/// bans would leave no token, they are ignored.
 #[must_use]
 pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> TokenId {
     let params = &request.params;
@@ -156,7 +156,7 @@ fn draw(logits: &[f32], params: &SamplingParams, key: &RandomKey) -> usize {
     let top_p = params.top_p > 0.0 && params.top_p < 1.0;
     let top_k = params.top_k > 0 && params.top_k < logits.len();
     if top_k || top_p {
-        // Most likely first; the logits order tokens whose weights both round to the same integer.
+        // Most likely first. Tokens are compared by their logits, since two weights may round to the same integer.
         let mut ranked: Vec<usize> = (0..logits.len()).collect();
         let order = |&a: &usize, &b: &usize| logits[b].total_cmp(&logits[a]).then(a.cmp(&b));
         if top_k {
@@ -192,7 +192,7 @@ fn draw(logits: &[f32], params: &SamplingParams, key: &RandomKey) -> usize {
             return token;
         }
     }
-    // Not reached: the target is below the total, and the most likely token's weight is never 0.
+    // This line is never reached: the target is below the total, and the most likely token's weight is never 0.
     argmax(logits)
 }
 
@@ -220,7 +220,7 @@ mod tests {
 
     fn close(found: &[f64], expected: &[f64]) {
         for (f, e) in found.iter().zip(expected) {
-            // Five standard deviations of a frequency over 40 000 draws.
+            // The limit is five standard deviations of a frequency over 40 000 draws.
             assert!((f - e).abs() < 5.0 * (e * (1.0 - e) / 40_000.0).sqrt() + 1e-9, "{found:?} {expected:?}");
         }
     }
@@ -264,7 +264,7 @@ mod tests {
         };
         let mut logits = [4.0, -4.0, 6.0, 1.0];
         penalize(&mut logits, &all, &tokens, 2);
-        // Token 0 only in the prompt; 1 once in the output, 2 three times; 3 never.
+        // Token 0 is only in the prompt, token 1 once in the output, token 2 three times, token 3 never.
         assert_eq!(logits, [2.0, -8.0 - 0.5 - 0.25, 3.0 - 0.5 - 0.75, 1.0]);
     }
 

@@ -22,7 +22,7 @@ use crate::{Buffer, KvLayout, Limits, Op, Program, Weight};
 /// A program text that cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum TextError {
-    /// The first line is not ours.
+    /// The first line is not a program's.
     #[error("not a program: the first line is {0:?}, expected \"mixtral-program {FORMAT_VERSION}\"")]
     NotAProgram(String),
     /// Written by another version.
@@ -33,7 +33,7 @@ pub enum TextError {
         /// The version in the file.
         found: String,
     },
-    /// A line that is no record.
+    /// A line that cannot be read as a record.
     #[error("line {line}: {problem}")]
     Line {
         /// Line number, from 1.
@@ -41,10 +41,10 @@ pub enum TextError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A record that must be there once.
+    /// A record that is missing.
     #[error("the program has no `{0}` record")]
     Missing(&'static str),
-    /// Well written, but not a program that can run.
+    /// A program that can be read but cannot run.
     #[error(transparent)]
     Invalid(#[from] ProgramError),
 }

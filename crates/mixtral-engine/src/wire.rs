@@ -1,13 +1,13 @@
-//! A step on its way between ranks: its inputs as one block of bytes, and its outputs.
+//! The messages in which a step travels between ranks: its inputs as one block of bytes, and its outputs as another.
 //!
-//! Little-endian, no padding. A list is its length (u32) and its elements. The reader trusts no length: a list longer than
-//! the rest of the block is refused before anything is allocated.
+//! Numbers are little-endian, without padding. A list is its length (u32), then its elements. The reader trusts no
+//! length: it refuses a list that is longer than the rest of the block before it allocates anything.
 
 use mixtral_model::TokenId;
 
 use crate::{RandomKey, SampleRequest, SamplingParams, StepInputs, StepOutputs};
 
-/// Bytes that are no step.
+/// Bytes that cannot be read as a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a message between ranks is damaged: {what} at byte {at} of {len}")]
 pub struct WireError {
@@ -25,7 +25,7 @@ struct Writer(Vec<u8>);
 
 impl Writer {
     fn u32(&mut self, value: usize) {
-        // Counts of a step are below 2^31: limits see to that.
+        // Counts of a step are below 2^31, because the program's limits are.
         let value = u32::try_from(value).unwrap_or(u32::MAX);
         self.0.extend(value.to_le_bytes());
     }
@@ -53,7 +53,7 @@ impl Writer {
     }
 }
 
-/// Takes values off a block.
+/// Reads values from a block.
 struct Reader<'a> {
     block: &'a [u8],
     at: usize,
@@ -115,7 +115,7 @@ impl Reader<'_> {
 }
 
 impl StepInputs<'_> {
-    /// The inputs as one block. Tokens so far are left out where no penalty looks at them.
+    /// The inputs as one block. Draws without penalties do not need the tokens so far, so these are left out.
     #[must_use]
     pub fn pack(&self) -> Vec<u8> {
         let mut out = Writer::default();
@@ -158,7 +158,7 @@ impl StepInputs<'_> {
         out.0
     }
 
-    /// Reads a block back. Whether the inputs fit a program is [`StepInputs::check`]'s to say.
+    /// Reads a block back. Whether the inputs fit a program is checked by [`StepInputs::check`], not here.
     ///
     /// # Errors
     /// If the block is cut short, too long, or holds an impossible length.
@@ -265,7 +265,7 @@ mod tests {
             let len = block.len();
             prop_assert!(StepInputs::unpack(&block[..cut % len]).is_err());
             block[at % len] ^= flip;
-            // Whatever it says: no panic, and no allocation beyond the block's own size.
+            // Whatever the bytes are, reading does not panic, and allocates no more than the block's size.
             let _ = StepInputs::unpack(&block);
             let _ = StepOutputs::unpack(&block);
         }

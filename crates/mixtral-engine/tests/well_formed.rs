@@ -1,17 +1,17 @@
-//! A decoder's program is well-formed, and nothing that it says can be changed alone: every size, type and range in it is held by
-//! another part of the program.
+//! A decoder's program is well-formed. Nothing in it can be changed alone: every size, type and range has to agree with
+//! another part of the program, so the check notices the change.
 
 use mixtral_engine::{CutError, ElemType, Op, Program, Rows};
 use mixtral_model::DType;
 use mixtral_testkit::decoder::{self, Geometry};
 
-/// The same decoder with fused operations and without, and one whose dense feed-forward part is read through its router.
+/// Decoders in two data types, each with fused operations and without.
 fn programs() -> Vec<Program> {
     let of = |dtype| [true, false].map(|fused| decoder::program(&Geometry::small(dtype), fused));
     [DType::Bf16, DType::F32].into_iter().flat_map(of).collect()
 }
 
-/// Fails unless `change` makes the program one that is refused.
+/// Fails unless the program is refused after `change`.
 #[track_caller]
 fn assert_refused(program: &Program, what: &str, change: impl FnOnce(&mut Program)) {
     let mut changed = program.clone();
@@ -48,7 +48,8 @@ fn weights_have_the_shape_that_operations_need() {
         for (i, weight) in program.weights.iter().enumerate() {
             for side in 0..weight.shape.len() {
                 let what = |change: &str| format!("side {side} of `{}` {change}", weight.name);
-                // An embedding may have more rows than the vocabulary, and a linear may use a part of a weight's.
+                // An embedding may have more rows than the vocabulary, and a linear may use only some of a weight's
+                // rows.
                 let is_whole = program.ops.iter().all(|op| match op {
                     Op::Embed { table, .. } => *table != weight.name,
                     Op::Linear { weight: used, rows, .. } => *used != weight.name || rows.is_none(),
@@ -201,7 +202,8 @@ fn the_memory_plan_adds_up() {
     let plan = program.memory_plan();
     let limits = program.limits;
     let ints = [
-        // Token ids, positions and slots; blocks, length and first token of each sequence, and one past the last; rows of logits.
+        // Token ids, positions and slots; blocks and length of each sequence; where each sequence starts, and where the
+        // last one ends; rows of logits.
         3 * limits.max_num_tokens,
         limits.max_batch_size * limits.max_blocks_per_seq(),
         limits.max_batch_size,

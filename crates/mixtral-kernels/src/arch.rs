@@ -5,13 +5,13 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-/// Which kernels a program is lowered to.
+/// The set of kernels that a program is lowered to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Family {
-    /// cp.async and mma.sync, any shape, compute capability 8.0 and up.
+    /// Kernels with cp.async and mma.sync, for any shape, from compute capability 8.0 up.
     Portable,
-    /// TMA and wgmma where the shape allows them, portable kernels for the rest. sm_90a only.
+    /// Kernels with TMA and wgmma where the shape allows them, and portable kernels for the rest. For sm_90a only.
     Hopper,
 }
 
@@ -20,32 +20,33 @@ pub enum Family {
 pub struct Arch {
     /// Major and minor version as one number: 80, 86, 90 …
     pub capability: u32,
-    /// Whether instructions of this architecture alone are used (the suffix `a`).
+    /// Whether code may use instructions that only this architecture has (the suffix `a`).
     pub specific: bool,
 }
 
-/// The compute capabilities that have a name here.
+/// The compute capabilities that [`Arch`] has names for.
 const KNOWN: [u32; 8] = [80, 86, 87, 89, 90, 100, 103, 120];
 
 impl Arch {
-    /// The architecture whose PTX the portable kernels are also kept as.
+    /// The architecture whose PTX every engine also holds the portable kernels as.
     pub const BASE: Arch = Arch { capability: 80, specific: false };
     /// Hopper.
     pub const SM_90A: Arch = Arch { capability: 90, specific: true };
 
-    /// The fastest family that it runs.
+    /// The fastest family that it can run.
     #[must_use]
     pub fn family(self) -> Family {
         if self == Arch::SM_90A { Family::Hopper } else { Family::Portable }
     }
 
-    /// What to build for, to run fast on a device of that compute capability (90 for 9.0); none if kernels do not run on it.
+    /// The architecture to build for, so that kernels run fast on a device of this compute capability (90 for 9.0).
+    /// `None` if no kernels run on the device.
     #[must_use]
     pub fn native(capability: u32) -> Option<Arch> {
         match capability {
             90 => Some(Arch::SM_90A),
             _ if KNOWN.contains(&capability) => Some(Arch { capability, specific: false }),
-            // From assembly.
+            // Unknown here, but newer than the base: the driver compiles the base's PTX for it.
             _ => (capability >= Arch::BASE.capability).then_some(Arch::BASE),
         }
     }

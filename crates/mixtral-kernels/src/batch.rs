@@ -1,4 +1,4 @@
-//! Many kernels, several at a time, none that is in the cache.
+//! Compiles many kernels, several at a time, except those that are in the cache.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -11,7 +11,7 @@ use crate::{Cache, Kernel};
 /// What came of a batch.
 #[derive(Debug)]
 pub struct Batch {
-    /// Every kernel that was asked for, in that order.
+    /// Every kernel that was asked for, in the order asked.
     pub kernels: Vec<(Kernel, Code, Compiled)>,
     /// How many of them came from the cache.
     pub from_cache: usize,
@@ -19,13 +19,14 @@ pub struct Batch {
     pub cache_warning: Option<String>,
 }
 
-/// Stack of a compiling thread: the compiler's recursion follows the nesting of templates.
+/// Stack of a compiling thread. It is large because the compiler's recursion follows the nesting of templates.
 const STACK_BYTES: usize = 32 << 20;
 
-/// Compiles kernels on `workers` threads. `progress` is called after each, from any of them, with how many are done.
+/// Compiles kernels on `workers` threads. After each kernel, its thread calls `progress` with the number of kernels
+/// that are done.
 ///
 /// # Errors
-/// That of a kernel that cannot be compiled; the rest is given up.
+/// The error of a kernel that cannot be compiled. The kernels that remain are then not compiled.
 pub fn compile_all(
     compiler: &Compiler,
     work: &[(Kernel, Code)],
@@ -58,7 +59,7 @@ pub fn compile_all(
         .stack_size(STACK_BYTES)
         .build()
         .map_err(|e| CompileError::Threads(e.to_string()))?;
-    // Kernels take from milliseconds to seconds, so they are dealt one by one.
+    // A kernel takes from milliseconds to seconds, so threads take kernels one by one.
     let kernels = pool.install(|| work.par_iter().with_max_len(1).map(one).collect::<Result<_, CompileError>>())?;
     let from_cache = from_cache.into_inner();
     Ok(Batch { kernels, from_cache, cache_warning: cache.and_then(Cache::warning) })

@@ -1,8 +1,9 @@
-//! Compiled kernels by the digest of all that they depend on, in a folder that any number of processes share.
+//! Compiled kernels, found by the digest of everything they depend on, in a folder that any number of processes can
+//! share.
 //!
-//! An entry is one file: a BLAKE3 hash of what follows, the length of a name, the name of the kernel's entry, the length
-//! of the log, the log, the image. One that does not match its hash is no entry. What cannot be written is not cached, and
-//! said once.
+//! An entry is one file: a BLAKE3 hash of what follows, the length of a name, the name of the kernel's entry, the
+//! length of the log, the log, the image. An entry that does not match its hash is ignored. If an entry cannot be
+//! written, the kernel is not cached and the cache warns once.
 
 use std::env;
 use std::fs;
@@ -12,25 +13,25 @@ use std::sync::Mutex;
 
 use crate::nvrtc::Output;
 
-/// Names the folder of the cache.
+/// The environment variable that names the folder of the cache.
 pub const CACHE_VARIABLE: &str = "MIXTRAL_KERNEL_CACHE";
 
 /// A folder of compiled kernels.
 #[derive(Debug)]
 pub struct Cache {
     folder: PathBuf,
-    /// The first thing that went wrong, and not again.
+    /// The first thing that went wrong; later ones are not recorded.
     warning: Mutex<Option<String>>,
 }
 
 impl Cache {
-    /// In a folder, which is made when there is something to keep.
+    /// A cache in `folder`, which is created when the first entry is written.
     #[must_use]
     pub fn new(folder: PathBuf) -> Self {
         Cache { folder, warning: Mutex::new(None) }
     }
 
-    /// Where the environment says that it is: `MIXTRAL_KERNEL_CACHE`, else `mixtral/kernels` in `XDG_CACHE_HOME` or
+    /// The folder that the environment names: `MIXTRAL_KERNEL_CACHE`, else `mixtral/kernels` in `XDG_CACHE_HOME` or
     /// `~/.cache`.
     #[must_use]
     pub fn folder_from_environment() -> Option<PathBuf> {
@@ -39,13 +40,13 @@ impl Cache {
         path(CACHE_VARIABLE).or_else(|| Some(caches()?.join("mixtral/kernels")))
     }
 
-    /// What went wrong, if anything did: compiled kernels are right all the same.
+    /// What went wrong, if anything did. Compiled kernels are right all the same.
     #[must_use]
     pub fn warning(&self) -> Option<String> {
         self.warning.lock().unwrap_or_else(|e| e.into_inner()).clone()
     }
 
-    /// The entry of a digest, if there is a whole one.
+    /// The entry of a digest, if there is one that is whole.
     #[must_use]
     pub fn get(&self, digest: &str) -> Option<Output> {
         let path = self.path(digest);
@@ -67,7 +68,7 @@ impl Cache {
         }
     }
 
-    /// Written under another name first: a reader sees a whole entry or none.
+    /// Writes an entry under another name first and renames it then, so that a reader sees a whole entry or none.
     fn write(&self, digest: &str, output: &Output) -> io::Result<()> {
         fs::create_dir_all(&self.folder)?;
         let mut file = tempfile::NamedTempFile::new_in(&self.folder)?;
@@ -105,7 +106,7 @@ fn decode(bytes: &[u8]) -> Option<Output> {
     Some(Output { image: image.to_vec(), entry, log })
 }
 
-/// A text under its length, and what follows it.
+/// Reads a text behind its length. Returns the bytes that follow it as well.
 fn text(bytes: &[u8]) -> Option<(String, &[u8])> {
     let (len, rest) = bytes.split_first_chunk::<8>()?;
     let (text, rest) = rest.split_at_checked(usize::try_from(u64::from_le_bytes(*len)).ok()?)?;
@@ -149,7 +150,7 @@ mod tests {
         let folder = tempfile::tempdir().expect("a temporary directory");
         let file = folder.path().join("file");
         fs::write(&file, "").expect("writable");
-        // Not a matter of permissions, which root has all of.
+        // Neither path fails because of permissions, since root has all of them.
         for path in [file.join("cache"), PathBuf::from("/proc/mixtral-kernels")] {
             let cache = Cache::new(path.clone());
             cache.put("x", &output());

@@ -1,4 +1,4 @@
-//! One kernel, compiled for one architecture.
+//! Compiles one kernel for one architecture.
 
 use std::fmt;
 use std::fs;
@@ -17,7 +17,7 @@ use crate::{Arch, Kernel};
 pub enum Code {
     /// Machine code of an architecture: `sm_90a`.
     Sass(Arch),
-    /// Assembly of a virtual one, compiled by the driver of any later architecture: `compute_80`.
+    /// Assembly of a virtual architecture: `compute_80`. The driver compiles it for that architecture or any later one.
     Ptx(Arch),
 }
 
@@ -48,21 +48,21 @@ pub struct Compiled {
     pub image: Vec<u8>,
     /// The mangled name of its entry in the image.
     pub entry: String,
-    /// What it takes; unknown of PTX.
+    /// The resources that it takes; unknown for PTX.
     pub resources: Option<Resources>,
     /// What is wrong with it.
     pub defects: Vec<Defect>,
-    /// What compiler and assembler said.
+    /// The log of compiler and assembler.
     pub log: String,
 }
 
 /// A kernel that cannot be compiled.
 #[derive(Debug, thiserror::Error)]
 pub enum CompileError {
-    /// No compiler.
+    /// NVRTC cannot be loaded.
     #[error(transparent)]
     Nvrtc(#[from] NvrtcError),
-    /// No source.
+    /// A source of the kernel is missing.
     #[error("cannot compile {symbol}: {source}")]
     Source {
         /// The kernel.
@@ -70,31 +70,31 @@ pub enum CompileError {
         /// What is missing.
         source: SourceError,
     },
-    /// The compiler refuses it.
+    /// The compiler refuses the kernel.
     #[error("cannot compile {symbol} for {code}: {reason}\nnvrtc {options}\n{log}\n{}", match dump { Ok(path) => format!("its source is in {}", path.display()), Err(e) => format!("its source could not be written either: {e}") })]
     Rejected {
         /// The kernel.
         symbol: String,
-        /// What for.
+        /// What it was compiled to.
         code: Code,
         /// The options, as on a command line.
         options: String,
-        /// NVRTC's word for it.
+        /// NVRTC's name of the failure.
         reason: String,
-        /// What compiler and assembler said.
+        /// The log of compiler and assembler.
         log: String,
         /// A folder with the translation unit and its headers.
         dump: Result<PathBuf, io::Error>,
     },
-    /// No threads to compile on.
+    /// The threads to compile on cannot be started.
     #[error("cannot start threads to compile kernels: {0}; use fewer --workers")]
     Threads(String),
-    /// A log that says nothing of registers and spills.
+    /// The log names neither registers nor spills.
     #[error("{symbol} for {code}: the log of NVRTC {} {} cannot be read; use another version\n{log}", version.0, version.1)]
     Log {
         /// The kernel.
         symbol: String,
-        /// What for.
+        /// What it was compiled to.
         code: Code,
         /// NVRTC's version.
         version: (i32, i32),
@@ -114,7 +114,7 @@ pub struct Compiler {
 const UNIT: &str = "mixtral.cu";
 
 impl Compiler {
-    /// Of sources and a loaded NVRTC.
+    /// A compiler of these sources with a loaded NVRTC.
     #[must_use]
     pub fn new(nvrtc: Nvrtc, sources: Sources) -> Self {
         Compiler { nvrtc, sources }
@@ -140,14 +140,15 @@ impl Compiler {
         self.examine(kernel, code, self.output(kernel, code)?)
     }
 
-    /// What NVRTC makes of a kernel.
+    /// Runs NVRTC on a kernel.
     pub(crate) fn output(&self, kernel: &Kernel, code: Code) -> Result<Output, CompileError> {
         let headers = self.reached(kernel)?;
         let text = unit_text(kernel);
         let unit = Unit { name: UNIT, text: &text, headers: &headers, expression: &kernel.symbol };
         let (form, mut options) = (form(code), options(code));
         if self.nvrtc.version() >= (13, 0) {
-            // NVRTC's own cache gives back the image without the assembler's log, which the resources are read from.
+            // The resources are read from the assembler's log. NVRTC's own cache returns an image without that log, so
+            // it is switched off.
             options.push("-no-cache".to_owned());
         }
         self.nvrtc.compile(&unit, form, &options).map_err(|rejected| CompileError::Rejected {
@@ -160,12 +161,12 @@ impl Compiler {
         })
     }
 
-    /// A digest of all that the result depends on.
+    /// A digest of everything that the compiled kernel depends on.
     pub(crate) fn digest(&self, kernel: &Kernel, code: Code) -> Result<String, CompileError> {
         Ok(self.key(kernel, code, &self.reached(kernel)?))
     }
 
-    /// Reads the log of what was compiled.
+    /// Reads resources and defects from the log of a compiled kernel.
     pub(crate) fn examine(&self, kernel: &Kernel, code: Code, output: Output) -> Result<Compiled, CompileError> {
         let Output { image, entry, log } = output;
         let (resources, defects) = match code {
@@ -193,7 +194,8 @@ impl Compiler {
     }
 }
 
-/// The kernel is instantiated by its name expression.
+/// The text of the translation unit. It only includes the header: NVRTC instantiates the kernel from its name
+/// expression.
 fn unit_text(kernel: &Kernel) -> String {
     format!("// {}\n#include \"{}\"\n", kernel.symbol, kernel.header)
 }
@@ -213,7 +215,7 @@ fn options(code: Code) -> Vec<String> {
     options
 }
 
-/// Writes a unit and its headers to a folder of the temporary folder, to be compiled by hand.
+/// Writes a unit and its headers to a folder in the temporary folder, so that people can compile them by hand.
 fn dump(key: &str, text: &str, headers: &[(&str, &str)]) -> io::Result<PathBuf> {
     let folder = std::env::temp_dir().join(format!("mixtral-kernel-{}", &key[..16]));
     for (name, text) in headers.iter().copied().chain([(UNIT, text)]) {

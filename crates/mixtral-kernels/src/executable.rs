@@ -1,4 +1,4 @@
-//! What a device runs of a rank: a schedule, and the kernels that it launches, as an engine holds them.
+//! What a device runs for a rank: a schedule and the kernels that it launches, read from an engine.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use mixtral_model::Rank;
 use crate::compile::Code;
 use crate::{Family, ImagesError, KernelImages, Schedule, ScheduleError};
 
-/// A schedule and its kernels, compiled to one thing.
+/// A schedule and its kernels, all compiled to the same kind of code.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Executable {
     /// What is launched.
@@ -62,7 +62,8 @@ impl Family {
 }
 
 impl Executable {
-    /// Reads what an engine holds for `code`, and checks it against the rank's whole program.
+    /// Reads the schedule and kernels that an engine holds for `code`, and checks them against the rank's whole
+    /// program.
     ///
     /// # Errors
     /// An engine that is damaged, or whose schedule this version cannot carry out.

@@ -1,6 +1,6 @@
-//! Compiled kernels as an engine holds them: one image of the engine for each thing that kernels are compiled to, named
-//! `kernels.sm_90a`, `kernels.compute_80`. Its bytes are the length of an index (64 bits, little-endian), the index (JSON),
-//! and the kernels' code one after the other.
+//! Compiled kernels as an engine holds them. There is one image for each kind of code that kernels are compiled to,
+//! named like `kernels.sm_90a` and `kernels.compute_80`. Its bytes are the length of an index (64 bits, little-endian),
+//! the index (JSON), and the kernels' code one after the other.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ use crate::compile::{Code, Compiled};
 use crate::resources::Resources;
 use crate::{Arch, Family, Kernel};
 
-/// What the names of such images begin with.
+/// How the names of these images begin.
 const PREFIX: &str = "kernels.";
 
 /// A kernel of an engine.
@@ -24,13 +24,13 @@ pub struct KernelImage {
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
-    /// What it takes; unknown of PTX.
+    /// The resources that it takes; unknown for PTX.
     pub resources: Option<Resources>,
     /// A cubin, or PTX with its closing zero byte.
     pub code: Vec<u8>,
 }
 
-/// All kernels of an engine that are compiled to the same thing.
+/// All kernels of an engine that are compiled to the same kind of code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KernelImages {
     /// What they are compiled to.
@@ -69,13 +69,13 @@ impl Code {
         format!("{PREFIX}{self}")
     }
 
-    /// What the image of that name holds, if it is one of kernels.
+    /// The kind of code that the image with this name holds, if it is an image of kernels.
     #[must_use]
     pub fn of_image(name: &str) -> Option<Code> {
         name.strip_prefix(PREFIX)?.parse().ok()
     }
 
-    /// The family of kernels that are compiled to it.
+    /// The family of the kernels that are compiled to it.
     #[must_use]
     pub fn family(self) -> Family {
         match self {
@@ -84,8 +84,8 @@ impl Code {
         }
     }
 
-    /// The best of `codes` for a device of that compute capability (90 for 9.0): machine code of its own architecture and of
-    /// the highest version, else assembly.
+    /// The best of `codes` for a device of this compute capability (90 for 9.0): machine code that runs on its
+    /// architecture, of the highest version; else assembly.
     #[must_use]
     pub fn best(codes: impl IntoIterator<Item = Code>, capability: u32) -> Option<Code> {
         let rank = |code: &Code| match *code {
@@ -101,7 +101,7 @@ impl Code {
 }
 
 impl KernelImages {
-    /// Of compiled kernels.
+    /// Collects compiled kernels.
     pub fn new<'a>(code: Code, kernels: impl IntoIterator<Item = (&'a Kernel, &'a Compiled)>) -> Self {
         let images = kernels.into_iter().map(|(kernel, compiled)| KernelImage {
             symbol: kernel.symbol.clone(),
@@ -114,19 +114,19 @@ impl KernelImages {
         KernelImages { code, kernels: images.map(|image| (image.symbol.clone(), image)).collect() }
     }
 
-    /// The code of a kernel; none if this engine was built with another set of kernels.
+    /// The image of a kernel; `None` if the engine does not hold this kernel.
     #[must_use]
     pub fn find(&self, kernel: &Kernel) -> Option<&KernelImage> {
         let launched_alike = |k: &&KernelImage| (k.threads, k.shared_bytes) == (kernel.threads, kernel.shared_bytes);
         self.kernels.get(&kernel.symbol).filter(launched_alike)
     }
 
-    /// All of them, by symbol.
+    /// All kernels, ordered by symbol.
     pub fn iter(&self) -> impl Iterator<Item = &KernelImage> {
         self.kernels.values()
     }
 
-    /// As an image of an engine.
+    /// The bytes of the engine's image.
     #[must_use]
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut end = 0;
@@ -140,7 +140,7 @@ impl KernelImages {
                 Row { symbol, entry, threads, shared_bytes, offset, len: k.code.len(), resources }
             })
             .collect();
-        // Rows are numbers and texts: JSON has words for all of them.
+        // Rows hold only numbers and texts, so writing them as JSON cannot fail.
         let index = serde_json::to_vec(&rows).unwrap_or_default();
         let mut bytes = (index.len() as u64).to_le_bytes().to_vec();
         bytes.extend(index);
@@ -151,7 +151,7 @@ impl KernelImages {
     /// Reads an image back.
     ///
     /// # Errors
-    /// If it is none, or damaged.
+    /// If the bytes are not such an image, or damaged.
     pub fn from_bytes(code: Code, bytes: &[u8]) -> Result<Self, ImagesError> {
         let damaged = |detail: &str| ImagesError { name: code.image_name(), detail: detail.to_owned() };
         let cut = || damaged("it is too short for its index");

@@ -9,12 +9,12 @@ use crate::Family;
 pub struct Kernel {
     /// The header that defines it, below `kernels/`.
     pub header: Cow<'static, str>,
-    /// Its name expression: what is instantiated, e.g. `norm::rms_norm<bf16_t, 4096>`.
+    /// Its name expression, which NVRTC instantiates, e.g. `norm::rms_norm<bf16_t, 4096>`.
     pub symbol: String,
     /// Threads of a CTA.
     pub threads: u32,
     /// Bytes of dynamic shared memory.
     pub shared_bytes: u32,
-    /// The least family whose architectures can run it: a portable kernel is also compiled for Hopper.
+    /// The lowest family whose architectures can run it. A portable kernel is compiled for Hopper too.
     pub family: Family,
 }

@@ -1,14 +1,14 @@
-//! A kernel with its grid and parameters, symbolic in everything that is known only when a program is loaded or a step
-//! begins. One [`NamedArg`] is one parameter of the `__global__` function, in its order and under its name. And the other thing
-//! that a step can be made of: a product of matrices that a library computes.
+//! The work that a step is made of: launches of kernels, and products of matrices that a library computes. A launch is
+//! a kernel with its grid and parameters. What is known only when a program is loaded or a step begins is symbolic in
+//! it. Each [`NamedArg`] is one parameter of the `__global__` function, in its order and under its name.
 
 use std::borrow::Cow;
 
 use mixtral_engine::ElemType;
 use serde::{Deserialize, Serialize};
 
-use crate::Kernel;
 use crate::step_block::Array;
+use crate::{ExchangeArg, Kernel};
 
 /// What is passed for a parameter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -25,14 +25,19 @@ pub enum Arg {
     },
     /// Pointer to a layer's keys `[blocks, num_kv_heads, block_size, head_dim]`.
     Keys(usize),
-    /// Pointer to a layer's values, as the keys.
+    /// Pointer to a layer's values, laid out as the keys.
     Values(usize),
     /// Pointer to an array of the step block.
     Step(Array),
-    /// Pointer into the scratch memory: bytes from its start. Zero when the program is loaded, never cleared after.
+    /// Pointer into the scratch memory: bytes from its start. The memory is zero when the program is loaded, and is
+    /// never cleared afterwards.
     Scratch(usize),
     /// Pointer to a layer's `u64[num_experts]` token counts, or null when they are not counted.
     ExpertCounts(usize),
+    /// Of the memory between ranks.
+    Exchange(ExchangeArg),
+    /// 32 bits: the collectives of the step before this one.
+    Ordinal(usize),
     /// A 32-bit integer.
     I32(i32),
     /// A 64-bit integer.
@@ -41,26 +46,27 @@ pub enum Arg {
     F32(f32),
     /// A `const __grid_constant__ TensorMap`, encoded when the program is loaded.
     TensorMap(TensorMap),
-    /// Of the piece of a dummy weight that a launch fills. Such launches are written once a data type; loading makes one of it
-    /// for each piece.
+    /// A value of the piece of a dummy weight that the launch fills. The schedule has one such launch for each data
+    /// type; loading makes one launch of it for each piece.
     Piece(PieceArg),
-    /// Of the memory that the probe reads, which only its caller knows.
+    /// A value of the memory that the probe reads. Only the caller of the probe knows that memory.
     Probe(ProbeArg),
 }
 
 impl Arg {
-    /// Bytes that it takes among a kernel's parameters.
+    /// Bytes of the kernel's parameter.
     #[must_use]
     pub fn size(&self) -> usize {
         match self {
-            Arg::I32(_) | Arg::F32(_) | Arg::Piece(PieceArg::Scale | PieceArg::Bias) => 4,
+            Arg::I32(_) | Arg::F32(_) | Arg::Ordinal(_) | Arg::Piece(PieceArg::Scale | PieceArg::Bias) => 4,
             Arg::TensorMap(_) => 128,
             _ => 8,
         }
     }
 }
 
-/// What `dummy::fill` is told of a piece. The piece's elements are those of a rectangle of a source tensor.
+/// A parameter of `dummy::fill`, taken from the piece that it fills. The piece's elements are a rectangle of a source
+/// tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PieceArg {
@@ -76,25 +82,25 @@ pub enum PieceArg {
     Cols,
     /// 64 bits: columns of the source tensor.
     SourceCols,
-    /// f32: what a random number is multiplied by.
+    /// f32: the factor of a random number.
     Scale,
-    /// f32: what is added then.
+    /// f32: what is added to the product.
     Bias,
 }
 
-/// What `probe::read` is told.
+/// A parameter of `probe::read`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ProbeArg {
     /// Pointer to the memory.
     Data,
-    /// 64 bits: its words of 16 bytes.
+    /// 64 bits: how many words of 16 bytes it has.
     Words,
-    /// Pointer to a 32-bit integer that is written.
+    /// Pointer to a 32-bit integer that the kernel writes.
     Out,
 }
 
-/// A parameter: its name in the kernel's signature, and what is passed.
+/// A parameter: its name in the kernel's signature, and what is passed for it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct NamedArg {
     /// The name.
@@ -107,7 +113,7 @@ pub struct NamedArg {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorMap {
-    /// What it points at: a buffer, a weight, keys, values or scratch.
+    /// The memory that it describes: a buffer, a weight, keys, values or scratch.
     pub base: Box<Arg>,
     /// Element type.
     pub dtype: ElemType,
@@ -121,12 +127,13 @@ pub struct TensorMap {
     pub swizzle: u32,
 }
 
-/// How many CTAs, as a function of the step: of its token count when launched singly, of the rung when captured. Kernels
-/// read the true counts from the step block's header.
+/// How many CTAs a launch has, as a function of a token count. It is the step's count when the launch is made by
+/// itself, and the regime's `max_tokens` when it is captured. Kernels read the true counts from the step block's
+/// header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Grid {
-    /// Always so many.
+    /// Always this many.
     Fixed(u32),
     /// One for every `per` tokens, times `times`.
     Tokens {
@@ -142,7 +149,7 @@ pub enum Grid {
         /// CTAs for each.
         times: u32,
     },
-    /// Persistent: `per_sm` for each multiprocessor, but at most `items` (where that is known).
+    /// Persistent: `per_sm` for each multiprocessor, but at most `items`, where that is known.
     Persistent {
         /// CTAs that fit on a multiprocessor.
         per_sm: u32,
@@ -154,7 +161,7 @@ pub enum Grid {
 /// One kernel launch.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Launch {
-    /// What runs.
+    /// The kernel.
     pub kernel: Kernel,
     /// How many CTAs, in x; y and z are 1.
     pub grid: Grid,
@@ -164,13 +171,13 @@ pub struct Launch {
     pub args: Vec<NamedArg>,
     /// Index of the first operation that it computes (part of), for timing by operation.
     pub op: usize,
-    /// Whether it may start while its predecessor still runs. The kernel waits (`griddepcontrol.wait`) before it reads what
-    /// another kernel writes, before it writes, and before it exits, on every path.
+    /// Whether it may start while its predecessor still runs. Such a kernel waits (`griddepcontrol.wait`) on every
+    /// path: before it reads what another kernel writes, before it writes, and before it exits.
     pub overlaps: bool,
 }
 
-/// A matrix product of a step's n tokens that cuBLASLt computes: `out[t][r] = Σ tokens[t][k] · weight[r][k]` over k, accumulated
-/// in f32 and rounded once. Matrices are row-major and dense.
+/// A matrix product of a step's n tokens that cuBLASLt computes: `out[t][r] = Σ tokens[t][k] · weight[r][k]` over k,
+/// accumulated in f32 and rounded once. Matrices are row-major and dense.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Product {
@@ -178,7 +185,7 @@ pub struct Product {
     pub weight: Arg,
     /// Pointer to the tokens `[n, depth]`.
     pub tokens: Arg,
-    /// Pointer to the output `[n, rows]`; overlaps neither of them.
+    /// Pointer to the output `[n, rows]`. It overlaps neither weight nor tokens.
     pub out: Arg,
     /// Output features.
     pub rows: usize,
@@ -188,18 +195,19 @@ pub struct Product {
     pub dtype: ElemType,
     /// Type of the output.
     pub out_type: ElemType,
-    /// Pointer to memory that the library may use, and its bytes.
+    /// Pointer to memory that the library may use, and the size of that memory in bytes.
     pub workspace: (Arg, usize),
     /// Index of the operation that it computes (part of).
     pub op: usize,
 }
 
-/// What a step is made of, one after another.
+/// One piece of a step's work. They run one after another.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Work {
-    /// A kernel of the engine.
+    /// A launch of one of the engine's kernels.
     Launch(Launch),
-    /// A library's product. Nothing may overlap it: whether its kernels wait before they end is not known.
+    /// A library's product. Nothing may overlap it, because nobody knows whether the library's kernels wait before they
+    /// end.
     Product(Box<Product>),
 }
 

@@ -1,5 +1,5 @@
-//! Where NVRTC may be, and cuBLASLt. They come with a CUDA toolkit or with pip, and neither need be on the dynamic linker's
-//! path.
+//! Where NVRTC and cuBLASLt may be. A CUDA toolkit or pip installs them, and neither puts them on the dynamic linker's
+//! path for certain.
 
 use std::collections::BTreeSet;
 use std::env;
@@ -8,28 +8,28 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Names a library file, or a folder that holds one, to be used instead of any other.
+/// The environment variable that names NVRTC: a library file, or a folder that holds one. No other is used then.
 pub const NVRTC_VARIABLE: &str = "MIXTRAL_NVRTC";
 
-/// What the dynamic linker is asked for, newest first.
+/// The names that the dynamic linker is asked for, newest first.
 const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 
-/// Where a toolkit keeps its libraries.
+/// The folders of a toolkit that hold its libraries.
 const TOOLKIT_FOLDERS: [&str; 3] = ["lib64", "lib", "targets/x86_64-linux/lib"];
 
-/// Where pip's packages of CUDA 13, and those of 12, keep theirs.
+/// The folders in which pip's packages of CUDA 13 and of CUDA 12 keep their libraries.
 const PIP_FOLDERS: [&str; 3] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cublas/lib"];
 
-/// A library that may be there.
+/// A library that may exist.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    /// What is to be loaded: a path, or a name for the dynamic linker to find.
+    /// What to load: a path, or a name for the dynamic linker to find.
     pub library: PathBuf,
-    /// Its `libnvrtc-builtins`, which it opens by name alone: to be loaded first.
+    /// Its `libnvrtc-builtins`. NVRTC opens that by name alone, so it has to be loaded first.
     pub builtins: Option<PathBuf>,
 }
 
-/// What is known of this machine, as far as the search depends on it.
+/// What the search depends on.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Search {
     /// [`NVRTC_VARIABLE`]'s value.
@@ -41,7 +41,7 @@ pub struct Search {
 }
 
 impl Search {
-    /// As the environment says: `MIXTRAL_NVRTC`, `CUDA_HOME`, `CUDA_PATH`, `VIRTUAL_ENV`.
+    /// Reads it from the environment: `MIXTRAL_NVRTC`, `CUDA_HOME`, `CUDA_PATH`, `VIRTUAL_ENV`.
     #[must_use]
     pub fn from_environment() -> Self {
         let path = |name| env::var_os(name).filter(|value: &OsString| !value.is_empty()).map(PathBuf::from);
@@ -53,7 +53,7 @@ impl Search {
         }
     }
 
-    /// The places to look in, first one first, for messages.
+    /// The places that are searched, in their order, for messages.
     #[must_use]
     pub fn places(&self) -> String {
         if let Some(only) = &self.only {
@@ -66,7 +66,7 @@ impl Search {
         places.join(", ")
     }
 
-    /// All candidates, best first. Lazy, because the last of them asks Python.
+    /// All candidates, best first. The iterator is lazy, because the last candidates need a run of Python.
     pub fn candidates(&self) -> Box<dyn Iterator<Item = Candidate> + '_> {
         if let Some(only) = &self.only {
             return Box::new(if only.is_dir() { in_folder(only) } else { beside(only) }.into_iter());
@@ -75,7 +75,8 @@ impl Search {
         Box::new(named.chain(self.folders().filter_map(|folder| in_folder(&folder))))
     }
 
-    /// Where CUDA's libraries may lie beside the dynamic linker's path, best first; some may not be there. Lazy as well.
+    /// Folders where CUDA's libraries may lie besides the dynamic linker's path, best first. Some may not exist. Lazy
+    /// as well.
     pub fn folders(&self) -> Box<dyn Iterator<Item = PathBuf> + '_> {
         if let Some(only) = &self.only {
             let folder = if only.is_dir() { Some(only.as_path()) } else { only.parent() };
@@ -103,7 +104,8 @@ fn beside(library: &Path) -> Option<Candidate> {
     Some(Candidate { library: library.to_owned(), builtins: builtins.map(|name| folder.join(name)) })
 }
 
-/// `libnvrtc.so`, `libnvrtc.so.13`; not `libnvrtc.alt.so.13`, which is for machines with little stack.
+/// Whether a file is NVRTC: `libnvrtc.so` or `libnvrtc.so.13`, but not `libnvrtc.alt.so.13`, which is for machines with
+/// little stack.
 fn is_nvrtc(name: &str) -> bool {
     name.strip_prefix("libnvrtc.so").is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }

@@ -7,13 +7,14 @@ use mixtral_engine::Program;
 use crate::compile::Code;
 use crate::{Arch, Family, Kernel, LowerError, Schedule, Target};
 
-/// What engines for `archs` hold code of: those, and portable assembly for architectures to come.
+/// The kinds of code that an engine for `archs` holds: machine code for each, and portable assembly for architectures
+/// to come.
 #[must_use]
 pub fn codes(archs: &[Arch]) -> BTreeSet<Code> {
     archs.iter().map(|arch| Code::Sass(*arch)).chain([Code::Ptx(Arch::BASE)]).collect()
 }
 
-/// The schedule of each family that some of `codes` are of.
+/// The schedules of a program, one for each family that `codes` belong to.
 ///
 /// # Errors
 /// An operation that has no kernel.
@@ -22,7 +23,7 @@ pub fn schedules(program: &Program, codes: &BTreeSet<Code>) -> Result<BTreeMap<F
     families.into_iter().map(|family| Ok((family, Schedule::new(program, Target { family })?))).collect()
 }
 
-/// The kernels of schedules, for each of `codes` those of its family's.
+/// The kernels to compile: for each of `codes`, those that the schedule of its family launches.
 #[must_use]
 pub fn kernels(schedules: &BTreeMap<Family, Schedule>, codes: &BTreeSet<Code>) -> BTreeSet<(Kernel, Code)> {
     let of = |code: &Code| {

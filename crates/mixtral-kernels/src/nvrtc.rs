@@ -1,4 +1,4 @@
-//! NVRTC, loaded when it is needed. Knows nothing of kernels: text and options in, code out.
+//! NVRTC, loaded when it is needed. This module knows nothing of kernels: it turns a text and options into code.
 #![allow(unsafe_code)]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -12,10 +12,10 @@ use crate::locate::Search;
 /// The oldest version that knows sm_90a.
 const OLDEST: (i32, i32) = (12, 0);
 
-/// NVRTC that cannot be had.
+/// NVRTC cannot be loaded.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NvrtcError {
-    /// Nowhere.
+    /// No usable library was found.
     #[error(
         "NVRTC, which compiles the CUDA kernels, was not found (looked in {places}){}; install it with `pip install nvidia-cuda-nvrtc` or a CUDA toolkit (and set CUDA_HOME), name it with MIXTRAL_NVRTC, or build for the CPU with --backend cpu",
         reasons(rejected)
@@ -41,36 +41,36 @@ pub struct Unit<'a> {
     pub text: &'a str,
     /// What it may include: names and texts.
     pub headers: &'a [(&'a str, &'a str)],
-    /// The kernel that is wanted, as a C++ expression; instantiates a template.
+    /// The kernel that is wanted, as a C++ expression. It instantiates a template.
     pub expression: &'a str,
 }
 
 /// What a unit is compiled to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// Machine code, of a real architecture.
+    /// Machine code of a real architecture.
     Cubin,
-    /// Assembly, which a driver compiles when it loads it; of a virtual architecture.
+    /// Assembly of a virtual architecture. The driver compiles it when it loads it.
     Ptx,
 }
 
-/// What came out.
+/// The result of a compilation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Output {
     /// The code.
     pub image: Vec<u8>,
     /// The mangled name of the kernel.
     pub entry: String,
-    /// What the compiler and the assembler said.
+    /// The log of the compiler and the assembler.
     pub log: String,
 }
 
-/// Nothing came out.
+/// A compilation that failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Rejected {
-    /// NVRTC's word for it.
+    /// NVRTC's name of the failure.
     pub reason: String,
-    /// What the compiler and the assembler said.
+    /// The log of the compiler and the assembler.
     pub log: String,
 }
 
@@ -79,7 +79,7 @@ type Status = c_int;
 type SizeOf = unsafe extern "C" fn(Program, *mut usize) -> Status;
 type BytesOf = unsafe extern "C" fn(Program, *mut c_char) -> Status;
 
-/// The functions of NVRTC that are used, under their names there less the prefix.
+/// The functions of NVRTC that are used. Their names are NVRTC's without the prefix.
 struct Functions {
     version: unsafe extern "C" fn(*mut c_int, *mut c_int) -> Status,
     get_error_string: unsafe extern "C" fn(Status) -> *const c_char,
@@ -123,7 +123,8 @@ impl Nvrtc {
         for candidate in search.candidates() {
             match Self::open(&candidate.library, candidate.builtins.as_deref()) {
                 Ok(nvrtc) => return Ok(nvrtc),
-                // A name that the dynamic linker does not know is no news.
+                // A plain name that the dynamic linker does not find needs no mention: the message lists all places
+                // that were searched.
                 Err(why) if candidate.builtins.is_none() && why.contains("No such file") => {}
                 Err(why) => rejected.push((candidate.library, why)),
             }
@@ -138,8 +139,8 @@ impl Nvrtc {
     }
 
     fn open(path: &Path, builtins: Option<&Path>) -> Result<Nvrtc, String> {
-        // SAFETY: the initializers of NVIDIA's libraries ask nothing of the process that loads them. Neither is ever
-        // unloaded (both handles are forgotten), so functions and threads of theirs stay valid.
+        // SAFETY: the initializers of NVIDIA's libraries have no preconditions. Neither library is ever unloaded (both
+        // handles are forgotten), so their functions and threads stay valid.
         let library = unsafe {
             if let Some(builtins) = builtins {
                 std::mem::forget(Library::open(Some(builtins), RTLD_LAZY | RTLD_GLOBAL).map_err(said)?);
@@ -149,7 +150,7 @@ impl Nvrtc {
         let functions = Functions::of(&library).map_err(said)?;
         std::mem::forget(library);
         let mut version = (0, 0);
-        // SAFETY: both pointers are to integers of ours.
+        // SAFETY: both pointers are to integers that we own.
         let status = unsafe { (functions.version)(&raw mut version.0, &raw mut version.1) };
         if status != 0 {
             return Err(functions.error(status));
@@ -181,8 +182,8 @@ impl Nvrtc {
         let count = |n: usize| c_int::try_from(n).map_err(|e| early(e.to_string()));
 
         let mut program = ptr::null_mut();
-        // SAFETY: every pointer is to a zero-terminated text or an array of as many of them as its count says; all live
-        // to the end of this function. NVRTC writes the program's handle.
+        // SAFETY: every pointer is to a zero-terminated text, or to an array of as many of them as the count says. All
+        // of them live until this function ends. NVRTC writes the program's handle.
         let status = unsafe {
             (f.create_program)(
                 &raw mut program,
@@ -224,7 +225,8 @@ fn said(error: libloading::Error) -> String {
 
 impl Functions {
     fn of(library: &Library) -> Result<Self, libloading::Error> {
-        // SAFETY: names and signatures are those of nvrtc.h, where they have not changed since version 8 (cubins: 11.1).
+        // SAFETY: names and signatures are those of nvrtc.h. They have not changed since version 8 (those for cubins
+        // since 11.1).
         unsafe {
             Ok(Functions {
                 version: *library.get("nvrtcVersion")?,
@@ -242,12 +244,12 @@ impl Functions {
     }
 
     fn error(&self, status: Status) -> String {
-        // SAFETY: takes any number, and returns a static zero-terminated text.
+        // SAFETY: the function takes any number, and returns a static zero-terminated text.
         unsafe { CStr::from_ptr((self.get_error_string)(status)) }.to_string_lossy().into_owned()
     }
 }
 
-/// A program of NVRTC's, destroyed when dropped.
+/// A program in NVRTC, destroyed when dropped.
 struct Handle<'a> {
     program: Program,
     functions: &'a Functions,
@@ -283,7 +285,7 @@ impl Handle<'_> {
 
 impl Drop for Handle<'_> {
     fn drop(&mut self) {
-        // SAFETY: the program was created, and is destroyed here alone. What this returns helps nobody.
+        // SAFETY: the program was created, and is destroyed only here. The returned status is of no use to anyone.
         unsafe { (self.functions.destroy_program)(&raw mut self.program) };
     }
 }

@@ -1,5 +1,5 @@
-//! The kernel plans of linears, dense and by expert: what a rung of a ladder names. Rows are output features (the M side of
-//! the tensor cores' products), columns are tokens.
+//! The kernel plans of linears, dense and by expert. A rung of a ladder names one. Rows are output features (the M side
+//! of the tensor cores' products), columns are tokens.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,15 +7,15 @@ use std::str::FromStr;
 /// Token counts at which kernels change.
 pub const RUNGS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
-/// The last of them: decodes of more sequences are not captured as a graph.
+/// The last rung. Steps of decodes of more sequences are not captured as graphs.
 pub const LAST_RUNG: usize = RUNGS[RUNGS.len() - 1];
 
 /// How a linear is computed for token counts up to a rung's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum LinearPlan {
-    /// Plain multiply-add in f32, any type and shape.
+    /// Plain multiply-add in f32, for any type and shape.
     Simt,
-    /// cp.async and mma.sync: tiles of `rows` by `cols`.
+    /// cp.async and mma.sync, in tiles of `rows` by `cols`.
     Mma {
         /// Rows of a tile: a multiple of 16.
         rows: u32,
@@ -26,7 +26,7 @@ pub enum LinearPlan {
     Wgmma {
         /// Rows that a tile loads and stores: at most 64 · warpgroups · per_warpgroup.
         rows: u32,
-        /// Columns of a tile at most; a tile of fewer tokens runs narrower instructions.
+        /// The most columns of a tile. A tile of fewer tokens uses narrower instructions.
         cols: u32,
         /// Elements of K in a stage: a multiple of 64.
         depth: u32,
@@ -36,15 +36,15 @@ pub enum LinearPlan {
         warpgroups: u32,
         /// CTAs of a cluster, which share a tile of tokens: a power of two.
         cluster: u32,
-        /// Whether tiles are handed out as CTAs become free.
+        /// Whether a CTA takes its next tile when it becomes free. Else its tiles are fixed beforehand.
         dynamic: bool,
     },
-    /// cuBLASLt's product, with what it chooses at run time. Only where it was asked for: it gives up that a row's bits do not
-    /// depend on the other rows.
+    /// cuBLASLt's product, with the algorithm that cuBLASLt chooses at run time. Used only where the user asked for it,
+    /// because with it a row's bits depend on the other rows.
     CublasLt,
 }
 
-/// Not a plan's text.
+/// A text that is not a plan's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a kernel plan; this engine is of another version, build it again")]
 pub struct PlanError(pub String);
@@ -116,7 +116,7 @@ mod tests {
         for plan in plans {
             let text = plan.to_string();
             assert_eq!(text.parse(), Ok(plan));
-            // It stands in a program's text, whose operands are parted by spaces.
+            // It stands in a program's text, where spaces separate operands.
             assert!(!text.contains(' '), "{text}");
         }
         for text in [

@@ -1,4 +1,4 @@
-//! What a compiled kernel takes, and what is wrong with it: read from the assembler's log.
+//! The resources that a compiled kernel takes, and its defects, both read from the assembler's log.
 
 use std::fmt;
 
@@ -6,39 +6,39 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Arch, Kernel};
 
-/// What one kernel takes of a multiprocessor.
+/// The resources of a multiprocessor that one kernel takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resources {
     /// Registers of a thread.
     pub registers: u32,
     /// Bytes of statically declared shared memory of a CTA.
     pub static_shared: u32,
-    /// Bytes of local memory of a thread: arrays that are indexed, and what is spilled.
+    /// Bytes of local memory of a thread: indexed arrays, and spilled registers.
     pub stack: u32,
-    /// Bytes of registers that are spilled, written and read.
+    /// Bytes of spilled registers that are written, and that are read.
     pub spills: (u32, u32),
 }
 
-/// Something that makes a kernel slow, or that cannot be launched.
+/// Something that makes a kernel slow, or impossible to launch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Defect {
-    /// Registers that did not suffice.
+    /// The kernel needs more registers than it has.
     Spills {
         /// Bytes stored.
         stores: u32,
         /// Bytes loaded.
         loads: u32,
     },
-    /// The compiler's warning.
+    /// A warning of the compiler.
     Warning(String),
     /// The assembler serialised wgmma, or ignored setmaxnreg.
     Serialised(String),
-    /// More registers or shared memory than the architecture gives a CTA.
+    /// The kernel needs more registers or shared memory than the architecture gives a CTA.
     Unlaunchable(String),
 }
 
 impl Defect {
-    /// Whether no engine may hold such a kernel.
+    /// Whether an engine may not hold a kernel with this defect.
     #[must_use]
     pub fn is_fatal(&self) -> bool {
         matches!(self, Defect::Serialised(_) | Defect::Unlaunchable(_))
@@ -55,7 +55,8 @@ impl fmt::Display for Defect {
 }
 
 impl Resources {
-    /// Reads the log of `-Xptxas -v` for one kernel; device functions that were not inlined add to its stack and spills.
+    /// Reads the log of `-Xptxas -v` for one kernel. Device functions that were not inlined count towards its stack and
+    /// spills.
     #[must_use]
     pub fn from_log(log: &str) -> Option<Self> {
         let used =
@@ -81,10 +82,10 @@ fn before(line: &str, what: &str) -> Option<u32> {
     head.rsplit(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
 
-/// Registers of a multiprocessor, of every architecture from sm_80 on.
+/// Registers of a multiprocessor. All architectures from sm_80 on have the same.
 const REGISTERS: u32 = 64 * 1024;
 
-/// What is wrong with a kernel compiled for `arch`.
+/// The defects of a kernel compiled for `arch`.
 #[must_use]
 pub fn defects(kernel: &Kernel, arch: Arch, resources: &Resources, log: &str) -> Vec<Defect> {
     let mut defects = warnings(log);
@@ -92,7 +93,7 @@ pub fn defects(kernel: &Kernel, arch: Arch, resources: &Resources, log: &str) ->
     if stores > 0 || loads > 0 {
         defects.push(Defect::Spills { stores, loads });
     }
-    // Registers are given to warps eight a thread at a time.
+    // A warp gets registers in steps of eight a thread.
     let registers = resources.registers.next_multiple_of(8) * kernel.threads.next_multiple_of(32);
     if registers > REGISTERS {
         defects.push(Defect::Unlaunchable(format!(
@@ -110,8 +111,8 @@ pub fn defects(kernel: &Kernel, arch: Arch, resources: &Resources, log: &str) ->
     defects
 }
 
-/// What compiler and assembler warned of. The assembler calls a serialised wgmma, and a setmaxnreg that it ignores, a
-/// potential performance loss.
+/// The warnings of compiler and assembler. The assembler reports a serialised wgmma, and a setmaxnreg that it ignores,
+/// as a "potential performance loss".
 #[must_use]
 pub fn warnings(log: &str) -> Vec<Defect> {
     let mut defects = Vec::new();

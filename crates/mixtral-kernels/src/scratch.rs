@@ -1,5 +1,6 @@
-//! Workspaces between the kernels of one operation, carved out of one allocation whose size follows from the program's
-//! limits. It is zero when the program is loaded and never cleared after: counters in it reset themselves.
+//! Workspaces between the kernels of one operation. They lie in one allocation, whose size follows from the program's
+//! limits. It is zero when the program is loaded, and is never cleared afterwards: kernels reset the counters in it
+//! themselves.
 
 use mixtral_engine::Program;
 
@@ -7,7 +8,7 @@ use crate::LinearPlan;
 use crate::lower::CHUNK;
 use crate::step_block::DECODE_SPLIT;
 
-/// Bytes of a workspace for products of cuBLASLt: twice what its makers recommend for Hopper.
+/// Bytes of the workspace for cuBLASLt's products: twice what NVIDIA recommends for Hopper.
 pub const PRODUCT_WORKSPACE: usize = 64 << 20;
 
 /// Where the workspaces lie, in bytes from the scratch memory's start.
@@ -17,22 +18,22 @@ pub struct Scratch {
     pub attention_partials: usize,
     /// How many splits of a sequence and group of heads are done: i32 `[S, num_heads]`.
     pub attention_tickets: usize,
-    /// Tokens by expert: `[T · top_k, hidden]` of the program's type; as wide as the widest expert input.
+    /// Tokens in expert order: `[T · top_k, hidden]` of the program's type, as wide as the widest input of experts.
     pub permuted: usize,
-    /// Products by cuBLASLt before a residual is added: `[T, widest such linear]` of the program's type. The same place as
-    /// `permuted`: neither outlives its operation.
+    /// Products of cuBLASLt before a residual is added: `[T, widest such linear]` of the program's type. It shares its
+    /// place with `permuted`, since neither is needed after its operation.
     pub product: usize,
-    /// What cuBLASLt itself works in: [`PRODUCT_WORKSPACE`] bytes if it computes anything.
+    /// The workspace of cuBLASLt itself: [`PRODUCT_WORKSPACE`] bytes if it computes anything.
     pub workspace: usize,
     /// Assignments of each chunk for each local expert: i32 `[chunks, experts]`.
     pub chunk_sizes: usize,
     /// Cosines and sines of the step's positions: f32 pairs `[T, head_dim / 2]`.
     pub angles: usize,
-    /// Draws: f32 `[L, vocab]` adjusted logits.
+    /// Adjusted logits of draws: f32 `[L, vocab]`.
     pub sampling: usize,
-    /// A few counters for whoever needs them: i32 `[1024]`.
+    /// Counters that any kernel may use: i32 `[1024]`.
     pub counters: usize,
-    /// Tiles of a linear that were handed out, and CTAs that are done: i32 `[2]`.
+    /// How many tiles of a linear are handed out, and how many CTAs are done: i32 `[2]`.
     pub turns: usize,
     /// Bytes in all.
     pub bytes: usize,

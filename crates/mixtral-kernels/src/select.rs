@@ -1,4 +1,5 @@
-//! Which plan a linear is computed by, from its shape, type and token count: the tables behind `mixtral build`'s ladders.
+//! Chooses the plan of a linear by its shape, type and token count. `mixtral build` makes its ladders from these
+//! tables.
 
 use mixtral_engine::{ElemType, Op, Program, Rows, Rung};
 
@@ -8,7 +9,7 @@ use crate::{Family, LinearPlan, WeightRows};
 /// A linear as its kernels see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearShape {
-    /// Output features: rows of the weight that are used, before silu·mul halves them.
+    /// Output features: how many rows of the weight are used. With silu·mul, half as many values are written.
     pub rows: usize,
     /// Input features.
     pub depth: usize,
@@ -16,14 +17,14 @@ pub struct LinearShape {
     pub tokens: ElemType,
     /// How the weight is stored.
     pub weight: WeightRows,
-    /// Whether up and gate rows meet in the epilogue.
+    /// Whether the epilogue applies silu·mul to up and gate rows.
     pub silu_mul: bool,
     /// Whether tokens are sent to experts.
     pub grouped: bool,
 }
 
 impl LinearShape {
-    /// The shape of a linear of `program`; none for other operations and unknown names.
+    /// The shape of a linear of `program`; `None` for other operations and unknown names.
     #[must_use]
     pub fn of(program: &Program, op: &Op) -> Option<LinearShape> {
         let (input, name, silu_mul) = match op {
@@ -40,7 +41,8 @@ impl LinearShape {
         Some(LinearShape { rows, depth: weight.cols(), tokens, weight: stored, silu_mul, grouped })
     }
 
-    /// Columns at most of a step of up to `tokens` tokens: those, or the rows of logits that a step may have.
+    /// The most columns of a linear in a step of up to `tokens` tokens. They are the tokens, or for logits as many rows
+    /// of logits as a step may have.
     #[must_use]
     pub fn columns(program: &Program, op: &Op, tokens: usize) -> usize {
         let input = if let Op::Linear { input, .. } = op { program.buffer(input) } else { None };
@@ -57,8 +59,9 @@ impl LinearShape {
     }
 }
 
-/// Bytes of a kernel's ring: more than half of a multiprocessor's shared memory, so that a multiprocessor never runs two CTAs of one
-/// kernel. Each CTA's tiles are fixed beforehand, so two CTAs that shared a multiprocessor would finish long after all others.
+/// Bytes of a kernel's ring. This is more than half of a multiprocessor's shared memory, so that a multiprocessor never
+/// runs two CTAs of one kernel. Each CTA's tiles are fixed beforehand, so two CTAs that shared a multiprocessor would
+/// finish long after all others.
 const RING: u32 = 184 << 10;
 
 /// The plan for up to `tokens` tokens.
@@ -92,22 +95,23 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
         }
         (17..=32, true) => ring(64, 32, 128, 1),
-        // Of 128 tokens an expert gets about 32, of 256 about 64 and seldom more than 96. Wider tiles would leave less shared memory
-        // for stages.
+        // Of 128 tokens an expert gets about 32, of 256 about 64 and seldom more than 96. Wider tiles would leave less
+        // shared memory for stages.
         (33..=128, true) => ring(128, 64, 64, 2),
         (129..=256, true) => ring(128, 96, 64, 2),
         (257..=512, true) => ring(128, 192, 64, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
         (65..=256, false) if shape.rows.div_ceil(64) * tokens.div_ceil(128) <= MULTIPROCESSORS => ring(64, 128, 64, 1),
-        // Larger tiles rather than a second round.
+        // Larger tiles are better than a second round of tiles.
         (65..=512, false) if shape.rows.div_ceil(128) * tokens.div_ceil(128) <= MULTIPROCESSORS => {
             ring(128, 128, 64, 2)
         }
         (65..=256, false) => ring(128, 128, 64, 2),
-        // Prefill is bound by how fast shared memory is filled. A product of two warpgroups with 128 × 192 each needs a quarter less
-        // data than one with 64 × 256 each, and still fits into the registers. A dense linear on a prompt of 2048 tokens has too few
-        // such tiles to occupy every multiprocessor. CTAs work in pairs that share their tokens. Tiles are handed out as CTAs become
-        // free: the experts' ragged last tiles then leave no CTA idle, and neighbours stay close enough to share data in L2.
+        // Prefill is bound by how fast shared memory is filled. A product of two warpgroups with 128 × 192 each needs a
+        // quarter less data than one with 64 × 256 each, and still fits into the registers. A dense linear on a prompt
+        // of 2048 tokens has too few such tiles to occupy every multiprocessor. CTAs work in pairs that share their
+        // tokens. Tiles are handed out as CTAs become free: the experts' ragged last tiles then leave no CTA idle, and
+        // neighbours stay close enough to share data in L2.
         (_, true) => {
             LinearPlan::Wgmma { rows: 256, cols: 192, depth: 64, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
         }
@@ -117,7 +121,7 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     }
 }
 
-/// Of a Hopper GPU.
+/// Multiprocessors of a Hopper GPU.
 const MULTIPROCESSORS: usize = 132;
 
 /// Rows of a tile when there are few tokens. Chosen so that nearly every multiprocessor has one tile and none has two.
@@ -127,13 +131,14 @@ fn few_rows(rows: usize) -> u32 {
     fitting.max_by_key(|&r| tiles(r)).unwrap_or(64)
 }
 
-/// Tokens above which cuBLASLt is asked, if it may be.
+/// cuBLASLt, if it may be used, computes steps of more than this many tokens.
 pub const CUBLASLT_ABOVE: usize = 256;
 
-/// Whether cuBLASLt can compute an operation of `program` for `tokens` tokens: dense linears of every token, of 16-bit types and
-/// of rows that begin at multiples of 16 bytes, in steps so large that a call of a library costs nothing beside them. (None is
-/// captured in a graph: decodes of so many sequences keep their kernels.) The vocabulary's linear is not among them: it sees a step's few rows of
-/// logits, not its tokens.
+/// Whether cuBLASLt can compute an operation of `program` for `tokens` tokens. It can compute dense linears over all
+/// tokens, of 16-bit types, with rows that begin at multiples of 16 bytes. It is used in steps so large that the call
+/// of a library costs little beside them. It cannot be captured in a graph, so steps of decodes keep their kernels
+/// however many sequences they have. It does not compute the vocabulary's linear, which runs over a step's few rows of
+/// logits and not over its tokens.
 #[must_use]
 pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let Op::Linear { input, .. } = op else { return false };
@@ -143,8 +148,8 @@ pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     of_tokens && fits && tokens > CUBLASLT_ABOVE
 }
 
-/// The ladder of an operation of `program`; empty for operations that are no linears. With `cublaslt`, that is what computes
-/// whatever it can.
+/// The ladder of an operation of `program`; empty for operations that are no linears. With `cublaslt`, cuBLASLt
+/// computes every linear that it can.
 #[must_use]
 pub fn ladder(program: &Program, op: &Op, family: Family, cublaslt: bool) -> Vec<Rung> {
     let Some(shape) = LinearShape::of(program, op) else { return Vec::new() };

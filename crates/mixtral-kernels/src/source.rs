@@ -8,7 +8,7 @@ pub struct Sources {
     headers: BTreeMap<&'static str, &'static str>,
 }
 
-/// A header that is not there.
+/// A header that is not among the sources.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("kernels/{name} is not among the embedded kernel sources{}", from.as_ref().map_or(String::new(), |f| format!(", but kernels/{f} includes it")))]
 pub struct SourceError {
@@ -25,13 +25,13 @@ impl Sources {
         Self::of(include!(concat!(env!("OUT_DIR"), "/headers.rs")))
     }
 
-    /// Headers given by name and text.
+    /// The headers with these names and texts.
     #[must_use]
     pub fn of(headers: &[(&'static str, &'static str)]) -> Self {
         Sources { headers: headers.iter().copied().collect() }
     }
 
-    /// The same with another text for one of them.
+    /// The same sources, with `text` for the header `name`.
     #[must_use]
     pub fn with(mut self, name: &'static str, text: &'static str) -> Self {
         self.headers.insert(name, text);
@@ -46,7 +46,7 @@ impl Sources {
     /// `header` and all that it includes, directly or not, by name.
     ///
     /// # Errors
-    /// If one is not there.
+    /// If one of them is not among the sources.
     pub fn reached(&self, header: &str) -> Result<Vec<(&'static str, &'static str)>, SourceError> {
         let mut found = BTreeMap::new();
         let mut open: Vec<(&str, Option<&'static str>)> = vec![(header, None)];
@@ -62,7 +62,8 @@ impl Sources {
     }
 }
 
-/// BLAKE3 over pairs of texts, each under its length, so that no two lists are the same bytes.
+/// BLAKE3 over pairs of texts. Each text is hashed behind its length, so that different lists never give the same
+/// bytes.
 pub(crate) fn hash<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     for part in pairs.flat_map(|(name, text)| [name, text]) {
@@ -72,7 +73,8 @@ pub(crate) fn hash<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> blake
     hasher.finalize()
 }
 
-/// What a text includes by `#include "…"`. Conditions around it are not looked at: one header too many does no harm.
+/// The headers that a text includes by `#include "…"`. Conditions around an include are ignored, since one header too
+/// many does no harm.
 fn includes(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| {
         let rest = line.trim_start().strip_prefix('#')?.trim_start().strip_prefix("include")?;
@@ -111,7 +113,8 @@ mod tests {
         }
     }
 
-    /// The rule of kernels/README.md, as far as a kernel's own body shows it: some wait in a helper function.
+    /// Checks the rule of kernels/README.md as far as a kernel's own body shows it. Some kernels wait in a helper
+    /// function.
     #[test]
     fn kernels_let_their_successor_start_and_wait_in_the_order_of_the_rule() {
         let sources = Sources::embedded();

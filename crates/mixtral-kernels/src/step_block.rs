@@ -1,12 +1,14 @@
-//! A step's inputs as the device sees them: one block of memory, so that a captured graph replays without host work. Its
-//! arrays lie at offsets that depend on the limits alone; `kernels/base/step.cuh` holds the same structures.
+//! A step's inputs as the device sees them. They are one block of memory at a fixed address, so a captured graph can be
+//! replayed for any step. The arrays' offsets depend only on the limits. `kernels/base/step.cuh` has the same
+//! structures.
 //!
 //! A step uploads the block's prefix up to the last row of its block table, and its adjustments if it has any.
 
 use mixtral_engine::Program;
 use serde::{Deserialize, Serialize};
 
-/// Sequence tokens of one split of decode attention. Fixed: a sequence's bits may not depend on what else is in the step.
+/// Tokens of a sequence that one split of decode attention takes. The number is fixed, because a sequence's bits may
+/// not depend on what else is in the step.
 pub const DECODE_SPLIT: usize = 256;
 
 /// Query tokens of one tile of prefill attention. A tile starts at a multiple of it *in its chunk*.
@@ -30,21 +32,23 @@ pub enum Array {
     SeqLens,
     /// Tokens whose logits are wanted, `[L]`.
     LogitsIndices,
-    /// Work of decode attention, `[n][4]`: sequence, split, the sequence's tokens, 0. A sequence's splits lie together, ascending.
+    /// Work items of decode attention, `[n][4]`: sequence, split, the sequence's tokens, 0. The splits of a sequence
+    /// lie together, ascending.
     DecodeItems,
-    /// Work of prefill attention, `[n][2]`: sequence, first query token of the tile within the chunk. Longest first.
+    /// Work items of prefill attention, `[n][2]`: sequence, first query token of the tile within the chunk. Items that
+    /// see the most keys come first.
     PrefillItems,
     /// [`Sample`]s, `[samples]`.
     Samples,
-    /// What was drawn: [`Drawn`], `[samples]`. Written by the device.
+    /// The results of the draws, [`Drawn`] `[samples]`. The device writes them.
     Drawn,
     /// Blocks of each sequence `[S, max_blocks_per_seq]`, padded with −1.
     BlockTable,
-    /// [`Adjustment`]s of all samples, one sample's together.
+    /// [`Adjustment`]s of all samples. Those of one sample lie together.
     Adjustments,
 }
 
-/// A structure of the step block, and its layout, which the kernels have to know in the same way.
+/// Defines the structures of the step block and lists their layouts, since the kernels have to use the same layouts.
 macro_rules! structures {
     ($($(#[$about:meta])* pub struct $name:ident { $($(#[$field_about:meta])* pub $field:ident: $kind:ty,)* })*) => {
         $($(#[$about])*
@@ -94,7 +98,7 @@ structures! {
         pub num_tokens: i32,
         /// Sequences.
         pub num_seqs: i32,
-        /// Of those, decodes; they come first.
+        /// How many of the sequences are decodes. These come first.
         pub num_decodes: i32,
         /// Rows of logits.
         pub num_logits: i32,
@@ -108,16 +112,17 @@ structures! {
         pub reserved: [i32; 9],
     }
 
-    /// One draw: `SampleRequest` in the numbers that the draw needs.
+    /// One draw: a `SampleRequest`, converted to the numbers that the kernel needs.
     #[derive(Clone, Copy, Debug, Default, PartialEq)]
     pub struct Sample {
         /// The random bits of its key.
         pub bits: u64,
-        /// Weights below it are dropped: `round(2^40 · min_p)`; 0 is off.
+        /// Tokens with smaller weights are dropped: `round(2^40 · min_p)`; 0 is off.
         pub min_weight: u64,
         /// Row of logits.
         pub row: i32,
-        /// Candidates by rank; 1 is greedy (also for temperature 0), 0 is off.
+        /// How many of the most likely tokens are candidates. 1 is greedy (a temperature of 0 becomes 1 here), 0 is
+        /// off.
         pub top_k: i32,
         /// `floor(2^24 · top_p)`; 0 is off.
         pub top_p: u32,
@@ -129,25 +134,25 @@ structures! {
         pub presence_penalty: f32,
         /// As in `SamplingParams`; 0 is off.
         pub frequency_penalty: f32,
-        /// Its first adjustment.
+        /// Index of its first adjustment.
         pub first_adjustment: i32,
-        /// Its adjustments.
+        /// How many adjustments it has.
         pub num_adjustments: i32,
         /// Zero.
         pub reserved: i32,
     }
 
-    /// One token whose logit a draw changes; no token has two of one sample.
+    /// A token whose logit a draw changes. A sample has at most one adjustment for each token.
     #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
     pub struct Adjustment {
         /// The token.
         pub token: i32,
-        /// How often it is in the output, with [`Adjustment::SEEN`] if it is in prompt or output and [`Adjustment::BANNED`] if it
-        /// may not be drawn. The host leaves bans out that would leave no token.
+        /// How often it is in the output, with [`Adjustment::SEEN`] if it is in prompt or output and
+        /// [`Adjustment::BANNED`] if it may not be drawn. If the bans would leave no token, the host omits them.
         pub code: i32,
     }
 
-    /// What a draw gave.
+    /// The result of a draw.
     #[derive(Clone, Copy, Debug, Default, PartialEq)]
     pub struct Drawn {
         /// The token.
@@ -162,13 +167,13 @@ structures! {
 }
 
 impl Adjustment {
-    /// In the prompt or the output.
+    /// The token is in the prompt or the output.
     pub const SEEN: i32 = 1 << 29;
-    /// May not be drawn.
+    /// The token may not be drawn.
     pub const BANNED: i32 = 1 << 30;
 }
 
-/// Where the arrays lie: every [`Array`] once, in order, apart from each other.
+/// Where the arrays lie: every [`Array`] once, in order, without overlap.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StepBlock {
     pub(crate) places: Vec<Place>,
@@ -208,7 +213,7 @@ impl StepBlock {
             (Array::Samples, size_of::<Sample>() * s.max(logits)),
             (Array::Drawn, size_of::<Drawn>() * s.max(logits)),
             (Array::BlockTable, 4 * s * l.max_blocks_per_seq()),
-            // A token a position, and as many bans.
+            // Room for one adjustment for each position of every sequence, and for as many bans.
             (Array::Adjustments, size_of::<Adjustment>() * 2 * s * l.max_seq_len),
         ];
         let mut bytes = 0;

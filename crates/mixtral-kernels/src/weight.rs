@@ -1,11 +1,12 @@
-//! How the rows of a linear's weight are stored, as its kernels see it: the Rust side of `kernels/weight/`, a variant a header.
+//! How the rows of a linear's weight are stored, as its kernels see it. This is the Rust side of `kernels/weight/`;
+//! each variant has a header there.
 
 use mixtral_engine::{ElemType, Weight, WeightFormat};
 use mixtral_model::DType;
 
 use crate::lower::type_name;
 
-/// A format with its types.
+/// A storage format with its element types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WeightRows {
     /// `weight::Plain`: elements of this type, one after another.
@@ -13,7 +14,7 @@ pub enum WeightRows {
 }
 
 impl WeightRows {
-    /// Those of `weight`.
+    /// The format of `weight`.
     #[must_use]
     pub fn of(weight: &Weight) -> Self {
         match weight.format {
@@ -21,7 +22,7 @@ impl WeightRows {
         }
     }
 
-    /// Bytes of so many elements of a row.
+    /// Bytes of `elements` elements of a row.
     #[must_use]
     pub fn bytes(self, elements: usize) -> usize {
         match self {
@@ -29,7 +30,7 @@ impl WeightRows {
         }
     }
 
-    /// Whether there are kernels that multiply it with tokens of type `tokens` on tensor cores.
+    /// Whether there are kernels that multiply a weight of this format with tokens of type `tokens` on tensor cores.
     #[must_use]
     pub fn suits_tensor_cores(self, tokens: ElemType) -> bool {
         match self {
@@ -37,7 +38,7 @@ impl WeightRows {
         }
     }
 
-    /// Elements that TMA lays into a 128-byte row of swizzled shared memory, and their type in a tensor map.
+    /// How many elements TMA writes into a 128-byte row of swizzled shared memory, and their type in a tensor map.
     #[must_use]
     pub fn atom(self) -> (usize, ElemType) {
         match self {
@@ -45,7 +46,7 @@ impl WeightRows {
         }
     }
 
-    /// The type in `kernels/weight/`, as kernels are instantiated with it.
+    /// The type in `kernels/weight/` that kernels are instantiated with.
     #[must_use]
     pub fn symbol(self) -> String {
         match self {

@@ -1,4 +1,4 @@
-//! Compiling with a real NVRTC. Where there is none these tests say so, and the rest of the suite stands.
+//! Compiles with a real NVRTC. Without NVRTC these tests say so and pass.
 
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,7 +11,7 @@ use mixtral_kernels::{
 use mixtral_model::DType;
 use mixtral_testkit::assembly::Assembly;
 
-/// Three little kernels in the manner of the real ones: one good, one that spills, one whose wgmma is serialised.
+/// Three small kernels written like the real ones: a good one, one that spills, and one whose wgmma is serialised.
 const HEADERS: &[(&str, &str)] = &[
     ("base/types.cuh", include_str!("../../../kernels/base/types.cuh")),
     ("ptx/pdl.cuh", include_str!("../../../kernels/ptx/pdl.cuh")),
@@ -33,7 +33,7 @@ fn scale(n: usize) -> Kernel {
     kernel("test/scale.cuh", &format!("test::scale<bf16_t, {n}>"))
 }
 
-/// `None`, and a word about it, without NVRTC.
+/// `None` without NVRTC, which is printed.
 fn compiler() -> Option<Compiler> {
     match Nvrtc::load(&Search::from_environment()) {
         Ok(nvrtc) => Some(Compiler::new(nvrtc, Sources::of(HEADERS))),
@@ -101,7 +101,7 @@ fn a_refusal_names_kernel_options_place_and_a_copy_of_the_source() {
     assert!(error.contains("kernels/test/gone.cuh is not among"), "{error}");
 }
 
-/// Compiles with a cache, and says how many came from it and whether it warned.
+/// Compiles with a cache. Returns the images, how many came from the cache, and its warning.
 fn batch(compiler: &Compiler, work: &[(Kernel, Code)], cache: &Cache) -> (Vec<Vec<u8>>, usize, Option<String>) {
     let batch = compile_all(compiler, work, 2, Some(cache), &|_| {}).unwrap_or_else(|e| panic!("{e}"));
     (batch.kernels.into_iter().map(|k| k.2.image).collect(), batch.from_cache, batch.cache_warning)
@@ -130,7 +130,8 @@ fn the_cache_gives_what_was_compiled_and_mends_itself() {
     let (fourth, from_cache, warning) = batch(&compiler, &work, &open());
     assert_eq!((&fourth, from_cache, warning), (&first, 4, None));
 
-    // Another text in a header that the kernel reaches makes it another kernel; in one that it does not, the same.
+    // A changed header that the kernels include makes them other kernels. A changed header that they do not include
+    // leaves them the same.
     for (name, expected) in [("ptx/pdl.cuh", 0), ("test/spill.cuh", 4)] {
         let longer = |text| -> &'static str { Box::leak(format!("{text}// more\n").into_boxed_str()) };
         let headers: Vec<_> =
@@ -189,7 +190,7 @@ fn one_bad_kernel_fails_the_batch_by_name() {
     }
 }
 
-/// A kernel of attention of groups of `group` heads.
+/// The attention kernel of this name for groups of `group` heads.
 fn attention(name: &str, dtype: DType, head_dim: usize, group: usize, window: Option<usize>, family: Family) -> Kernel {
     let (mut a, kv_heads) = (Assembly::new(dtype), 2);
     let heads = kv_heads * group;
@@ -202,7 +203,7 @@ fn attention(name: &str, dtype: DType, head_dim: usize, group: usize, window: Op
     kernel.expect("attention")
 }
 
-/// Compiles kernels that are to have no defect and no stack.
+/// Checks that kernels compile without defects and without a stack.
 fn assert_clean(work: &[(Kernel, Code)]) {
     let compiler = match Nvrtc::load(&Search::from_environment()) {
         Ok(nvrtc) => Compiler::new(nvrtc, Sources::embedded()),

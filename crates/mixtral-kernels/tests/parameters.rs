@@ -1,4 +1,5 @@
-//! A launch's arguments are its kernel's parameters: as many, of the same sizes, as the compiler sees them.
+//! A launch passes as many arguments as its kernel has parameters, and of the same sizes. The compiler tells the
+//! parameters' sizes.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +10,7 @@ use mixtral_kernels::{
 use mixtral_model::DType;
 use mixtral_testkit::decoder::{self, Geometry};
 
-/// Bytes of each parameter of PTX's only entry.
+/// Bytes of each parameter of the only entry of a PTX text.
 fn parameters(ptx: &str) -> Vec<usize> {
     let entry = ptx.split_once(".entry").expect("an entry").1;
     let list = entry.split_once('(').expect("parameters").1.split_once(')').expect("an end").0;

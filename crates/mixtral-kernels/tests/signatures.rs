@@ -1,20 +1,23 @@
-//! Launches are held to the signatures of the kernels' sources: names, order and kinds of parameters, and what each points at.
-//! No compiler and no GPU is needed. Structures of the step block are held to `base/step.cuh` in the same way.
+//! Compares launches with the signatures in the kernels' sources: names, order and kinds of parameters, and what each
+//! points at. Compares the structures of the step block with `base/step.cuh` in the same way. Needs no compiler and no
+//! GPU.
 
 use std::collections::BTreeSet;
 
-use mixtral_engine::{ElemType, Op, Program};
+use mixtral_engine::op::FusedNorm;
+use mixtral_engine::{ElemType, Op, Program, Rows};
 use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
-use mixtral_kernels::{Arg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
+use mixtral_kernels::{Arg, ExchangeArg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
 use mixtral_model::DType;
+use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 use serde_json::Value;
 
-/// What a signature says of a parameter.
+/// What a signature says about a parameter.
 #[derive(Debug, PartialEq, Eq)]
 enum Kind {
     TensorMap,
-    /// To something that may be written or not, of a type as it is written there.
+    /// A pointer to a type, named as in the source. `written` tells that it is not `const`.
     Pointer {
         to: String,
         written: bool,
@@ -24,7 +27,7 @@ enum Kind {
     },
 }
 
-/// The text up to the parenthesis that closes the one before it, and the text behind.
+/// Splits `text`, which begins behind an opening parenthesis, at the parenthesis that closes it.
 fn closed(text: &str) -> (&str, &str) {
     let mut open = 1;
     let end = text.find(|c| {
@@ -60,7 +63,7 @@ fn parameter(text: &str) -> (String, Kind) {
     let (kind, name) = text.rsplit_once(' ').expect("a type and a name");
     let kind = match kind.trim_start_matches("const ") {
         "__grid_constant__ TensorMap" => Kind::TensorMap,
-        // A format's pointer to a weight: `weight::Plain::Row`.
+        // The pointer type of a weight format: `weight::Plain::Row`.
         "typename C::Row" => Kind::Pointer { to: "Row".to_owned(), written: false },
         "i32" | "u32" | "int" | "float" => Kind::Number { bytes: 4 },
         "u64" | "i64" => Kind::Number { bytes: 8 },
@@ -78,13 +81,14 @@ fn function(kernel: &Kernel) -> &str {
     path.rsplit("::").next().unwrap_or_default()
 }
 
-/// Programs of every operation, on every kind of kernel.
+/// Programs that have every operation, on every kind of kernel.
 fn programs() -> Vec<Program> {
     let other = Geometry { num_heads: 6, window: Some(70), ..Geometry::round(DType::F16) };
     let geometries = [Geometry::small(DType::F32), Geometry::small(DType::F16), Geometry::round(DType::Bf16), other];
     let mut programs: Vec<Program> =
         geometries.iter().flat_map(|geometry| [true, false].map(|fused| decoder::program(geometry, fused))).collect();
-    // Long steps list and gather their assignments in kernels of their own.
+    programs.push(middle_stage());
+    // Long steps list and gather their assignments with separate kernels.
     for program in &mut programs {
         (program.limits.max_num_tokens, program.limits.max_num_logits) = (8192, 8192);
         program.plan_arena();
@@ -92,7 +96,45 @@ fn programs() -> Vec<Program> {
     programs
 }
 
-/// The kernels that launches of a step, fills and the probe run, with one launch and its operations each.
+/// What a rank between two pipeline stages says to others.
+fn middle_stage() -> Program {
+    let mut a = Assembly::new(DType::Bf16);
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (2, 6, 2);
+    let weight = a.declare("scale", DType::Bf16, &[64]);
+    for (name, cols) in [("x", 64), ("part", 64), ("sum", 64), ("normed", 64), ("columns", 32)] {
+        a.activation(name, Rows::Tokens, cols);
+    }
+    let name = str::to_owned;
+    a.op(Op::Recv { out: name("x"), from: 0 });
+    for (residual, norm) in [(false, false), (true, false), (false, true), (true, true)] {
+        a.op(Op::AllReduce {
+            input: name("part"),
+            residual: residual.then(|| name("x")),
+            out: name("sum"),
+            norm: norm.then(|| FusedNorm { weight: weight.clone(), eps: 1e-5, out: name("normed") }),
+        });
+    }
+    a.op(Op::AllGather { input: name("columns"), out: name("x") });
+    a.op(Op::Send { input: name("x"), to: 4 });
+    a.program
+}
+
+/// What of the memory between ranks a parameter of that name and type points at.
+fn exchanged(name: &str, to: &str) -> &'static [ExchangeArg] {
+    use ExchangeArg::{Done, Inboxes, NextInbox, Report, StageInbox, Steps, Stop, Taken, TakenBefore};
+    match (name, to) {
+        ("inboxes", "u64") => &[Inboxes],
+        ("done", "u32") => &[Done],
+        ("steps", "u32") => &[Steps],
+        ("inbox", "u8") => &[StageInbox, NextInbox],
+        ("taken", "u32") => &[Taken, TakenBefore],
+        ("stop", "u32") => &[Stop],
+        ("report", "u32") => &[Report],
+        _ => &[],
+    }
+}
+
+/// The launches of steps, of fills and of the probe, one for each kernel, each with the operations that it computes.
 fn launches(program: &Program, family: Family) -> Vec<(Launch, Vec<Op>)> {
     let schedule = Schedule::new(program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
     let mut found: Vec<(Launch, Vec<Op>)> =
@@ -100,7 +142,7 @@ fn launches(program: &Program, family: Family) -> Vec<(Launch, Vec<Op>)> {
     for (_, works) in schedule.regimes {
         for (at, work) in works.iter().enumerate() {
             let Work::Launch(launch) = work else { continue };
-            // One launch may compute several operations: those up to the next one's.
+            // A launch computes all operations up to the next launch's.
             let next = works[at..].iter().map(Work::op).find(|&op| op > launch.op).unwrap_or(program.ops.len());
             found.push((launch.clone(), program.ops[launch.op..next].to_vec()));
         }
@@ -108,7 +150,7 @@ fn launches(program: &Program, family: Family) -> Vec<(Launch, Vec<Op>)> {
     found
 }
 
-/// The array of the step block that a parameter of that name and type points at.
+/// The array of the step block that a parameter of this name and type points at.
 fn array(name: &str, to: &str) -> Option<Array> {
     Some(match (name, to) {
         ("header", "step::Header") => Array::Header,
@@ -128,7 +170,7 @@ fn array(name: &str, to: &str) -> Option<Array> {
     })
 }
 
-/// Whether some of `ops` have the buffer `buffer` in the field that the parameter `name` is called after.
+/// Whether one of `ops` has the buffer `buffer` in the field that the parameter `name` is named after.
 fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
     let field_of = |op: &Op| {
         let value = serde_json::to_value(op).expect("an operation is JSON");
@@ -136,37 +178,42 @@ fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
         let field = match name {
             "tokens" => &fields["input"],
             "normalized" => fields.get("norm").map_or(&fields["out"], |norm| &norm["out"]),
-            // The choice reads probabilities of one operation, logits of the other.
+            // The kernel that chooses experts reads probabilities for `top_k` and logits for `route`.
             "input" => {
                 ["input", "probs", "logits"].iter().map(|f| &fields[f]).find(|f| f.is_string()).unwrap_or(&Value::Null)
             }
-            // Where there is no residual, the output is passed, and not read.
+            // Without a residual, the launch passes the output, which the kernel does not read.
             "residual" => fields.get("residual").filter(|r| r.is_string()).unwrap_or(&fields["out"]),
             name => &fields[name],
         };
-        // A combine without a norm gets its output in place of the norm's.
+        // A combine without a norm passes its own output in place of the norm's.
         field == buffer || name == "normalized" && fields["norm"].is_null() && fields["out"] == buffer
     };
     ops.iter().any(field_of)
 }
 
-/// What is wrong with what is passed for a parameter.
+/// What is wrong with the argument for a parameter, if anything is.
 fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) -> Option<String> {
     let wrong = |what: &str| Some(format!("{what}: {arg:?}"));
     let base = if let Arg::TensorMap(map) = arg { &*map.base } else { arg };
     match (kind, arg) {
         (Kind::TensorMap, Arg::TensorMap(_)) => {}
         (Kind::TensorMap, _) | (_, Arg::TensorMap(_)) => return wrong("only one of both is a tensor map"),
+        (Kind::Number { bytes: 4 }, Arg::Ordinal(_)) => {
+            return if name == "ordinal" { None } else { wrong("a number of collectives") };
+        }
         (Kind::Number { bytes }, Arg::I32(_) | Arg::F32(_)) if *bytes == 4 => return None,
         (Kind::Number { bytes }, Arg::U64(_)) if *bytes == 8 => return None,
         (Kind::Number { bytes }, Arg::Piece(what)) => {
-            // Each is called as the parameter is.
+            // A piece's value has the name of its parameter.
             let called = serde_json::to_value(what).expect("a name") == name && arg.size() == *bytes;
             return if called { None } else { wrong("another value of a piece") };
         }
         (Kind::Number { bytes: 8 }, Arg::Probe(ProbeArg::Words)) => return None,
         (Kind::Number { .. }, _) => return wrong("no number"),
-        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_)) => return wrong("no pointer"),
+        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_) | Arg::Ordinal(_)) => {
+            return wrong("no pointer");
+        }
         (Kind::Pointer { .. }, _) => {}
     }
     let (to, written) = match kind {
@@ -175,6 +222,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
     };
     match base {
         Arg::Step(found) => (array(name, to) != Some(*found)).then(|| format!("{found:?} for {to}* {name}")),
+        Arg::Exchange(found) => (!exchanged(name, to).contains(found)).then(|| format!("{found:?} for {to}* {name}")),
         Arg::Keys(_) => (!name.starts_with("key")).then(|| format!("keys for {name}")),
         Arg::Values(_) => (!name.starts_with("value")).then(|| format!("values for {name}")),
         Arg::ExpertCounts(_) => (name != "counts").then(|| format!("counts for {name}")),
@@ -199,7 +247,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 _ => buffer.dtype != ElemType::I32,
             };
             let writes = ops.iter().any(|op| op.writes().contains(&buffer.name.as_str()));
-            // A combine without a norm has no weight and passes its output, which is not read.
+            // A combine without a norm has no weight. It passes its output, which the kernel does not read.
             let unused = name == "weight" && writes;
             let role_fits = unused || is_operand(ops, name, &buffer.name);
             let may_write = !written || writes;
@@ -208,7 +256,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
         }
         Arg::Scratch(_) => {
             let of_kernels = ["table", "partials", "tickets", "ticket", "counter", "sizes", "copies", "tokens"];
-            // Tokens in expert order, which the next launch reads.
+            // The kernel that puts tokens into expert order writes to scratch; the next launch reads that.
             let gathered = name == "out" && ops.iter().any(|op| op.name() == "expert_gate_up");
             let product = name == "a" && ops.iter().any(|op| op.name() == "linear");
             (!of_kernels.contains(&name) && !gathered && !product).then(|| format!("scratch for {name}"))
@@ -219,12 +267,12 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
     }
 }
 
-/// Whether one launch computes a norm and the router behind it, which has a weight of its own.
+/// Whether one launch computes a norm and the router behind it. The router has a weight of its own.
 fn is_router(ops: &[Op]) -> bool {
     ops.len() >= 3 && ops[0].name() == "norm" && ops[1].name() == "linear"
 }
 
-/// What is wrong with a launch.
+/// Everything that is wrong with a launch.
 fn problems(program: &Program, ops: &[Op], launch: &Launch, signature: &[(String, Kind)]) -> Vec<String> {
     let names: Vec<&str> = launch.args.iter().map(|named| &*named.name).collect();
     let wanted: Vec<&str> = signature.iter().map(|(name, _)| name.as_str()).collect();
@@ -255,7 +303,7 @@ fn launches_have_the_names_of_their_kernels_parameters() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.into_iter().collect::<Vec<_>>().join("\n"));
-    // Every kernel there is was looked at.
+    // Every kernel in the sources was compared.
     let defined: usize = sources
         .names()
         .map(|name| {
@@ -270,7 +318,8 @@ fn launches_have_the_names_of_their_kernels_parameters() {
     assert_eq!(seen.len(), defined, "{seen:?}");
 }
 
-/// Any two parameters that change places are noticed, by name; and so are two of a step's that only point at each other's places.
+/// If two parameters of a launch change places, the names show it. If two parameters only point at each other's
+/// arguments, the checks of arguments show it.
 #[test]
 fn parameters_that_change_places_are_noticed() {
     let sources = Sources::embedded();
@@ -291,7 +340,7 @@ fn parameters_that_change_places_are_noticed() {
         }
     }
     assert!(swapped > 1000, "{swapped} swaps");
-    // Under the right names.
+    // Swaps arguments under the right names.
     let program = &programs()[0];
     let mut unnoticed = BTreeSet::new();
     for (launch, ops) in launches(program, Family::Portable) {

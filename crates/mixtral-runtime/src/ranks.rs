@@ -71,6 +71,10 @@ impl Collectives for RankCollectives {
         bytes.copy_from_slice(&received);
         Ok(())
     }
+
+    fn check(&self) -> Result<(), BackendError> {
+        self.world.check().map_err(peer)
+    }
 }
 
 /// The rank whose outputs count: the first of the last stage.

@@ -1,5 +1,5 @@
-//! The passes, in the order in which they run. Each is one file, takes the whole program, and never changes an
-//! edge's data type or rounding: the program computes the same bits before and after it.
+//! The passes, in the order in which they run. Each is one file and takes the whole program. A pass never changes an
+//! edge's data type or rounding, so the program computes the same bits before and after it.
 
 pub mod fuse_all_reduce;
 pub mod fuse_combine_norm;
@@ -32,24 +32,24 @@ pub const PASSES: &[Pass] = &[
     Pass { name: "fuse_all_reduce", run: fuse_all_reduce::run },
 ];
 
-/// What a run of operations becomes.
+/// The replacement for some consecutive operations.
 pub(crate) struct Fused {
     /// How many operations are replaced.
     pub(crate) taken: usize,
     /// What replaces them.
     pub(crate) ops: Vec<Op>,
-    /// Buffers that the replacement needs anew.
+    /// New buffers that the replacement needs.
     pub(crate) buffers: Vec<Buffer>,
 }
 
 impl Fused {
-    /// `taken` operations become one, over buffers that were there before.
+    /// Replaces `taken` operations by one that needs no new buffers.
     pub(crate) fn one(taken: usize, op: Op) -> Option<Fused> {
         Some(Fused { taken, ops: vec![op], buffers: Vec::new() })
     }
 }
 
-/// Replaces every run of operations that `fuse` recognises at its start.
+/// Walks over the operations, and replaces the next ones wherever `fuse` recognises them.
 pub(crate) fn rewrite(program: &mut Program, fuse: impl Fn(&Program, &[Op]) -> Option<Fused>) {
     let (mut ops, mut buffers) = (Vec::with_capacity(program.ops.len()), Vec::new());
     let mut rest = &program.ops[..];
@@ -111,8 +111,8 @@ mod tests {
         program.ops.iter().map(|op| op_text(op) + "\n").collect()
     }
 
-    /// Before the first pass, and after each: a change in one pass shows in one snapshot. The passes that change
-    /// nothing are those for the other number of ranks.
+    /// Takes a snapshot before the first pass and after each pass, so that a change in one pass shows in one snapshot.
+    /// `idle` names the passes that change nothing, which are those for another number of ranks.
     fn every_pass(name: &str, config: &CheckpointConfig, rank: usize, idle: &[&str]) {
         let mut program = graph::naive(config, Rank(rank), LIMITS);
         insta::assert_snapshot!(format!("{name}_0_naive"), ops(&program));
@@ -172,7 +172,7 @@ mod tests {
         }
     }
 
-    /// At every operation the buffers that are still needed lie apart.
+    /// At every operation, the buffers that are still needed do not overlap.
     #[test]
     fn no_two_live_buffers_overlap() {
         for layers in [1, 3] {

@@ -1,8 +1,8 @@
-//! Where tensor-parallel ranks hold parts, the collectives that make them whole.
+//! Places the collectives that make a whole out of the parts that tensor-parallel ranks hold.
 //!
-//! A linear or a combine over a sharded K leaves a part of a sum: an `all_reduce` follows, and a residual is added after
-//! it, not before. An embedding of some vocabulary rows likewise. An embedding of some columns, and the vocabulary's
-//! logits, are parts of rows: an `all_gather` follows.
+//! A linear or a combine over a sharded K gives a part of a sum, so an `all_reduce` follows. A residual is added after
+//! the `all_reduce`, not before. An embedding with some of the vocabulary's rows gives a part of a sum too. An
+//! embedding with some of the columns, and the vocabulary's logits, are parts of rows, so an `all_gather` follows.
 
 use mixtral_checkpoint::TensorId;
 use mixtral_engine::{Buffer, Op, Program};
@@ -48,17 +48,18 @@ fn place(program: &Program, ops: &[Op]) -> Option<Fused> {
     }
 }
 
-/// Whether a linear's columns are sharded: the output projection of attention, and a dense feed-forward's second.
+/// Whether a linear's columns are sharded. They are in the output projection of attention, and in the second linear of
+/// a dense feed-forward.
 fn is_row_parallel(weight: &str) -> bool {
     let is = |id: fn(usize) -> TensorId| {
-        // The same tensor of any layer: compare what follows the layer's number.
+        // Tensors of all layers count, so only what follows the layer's number is compared.
         let end = |name: &str| name.rsplit_once(|c: char| c.is_ascii_digit()).map(|(_, end)| end.to_owned());
         end(weight).is_some_and(|e| Some(e) == end(&id(0).to_string()))
     };
     is(TensorId::Dense) || is(TensorId::Proj)
 }
 
-/// `op` writes a part of `out`, which the sum over the ranks then is; `residual` is added to that.
+/// Has `op` write this rank's part, puts the sum over the ranks into `out`, and adds `residual` to it, if there is one.
 fn reduce(program: &Program, op: &Op, out: &str, residual: Option<&str>) -> Option<Fused> {
     let part = Buffer { name: format!("{out}.part"), ..program.buffer(out)?.clone() };
     let sum = residual.map(|_| Buffer { name: format!("{out}.sum"), ..part.clone() });
@@ -73,7 +74,7 @@ fn reduce(program: &Program, op: &Op, out: &str, residual: Option<&str>) -> Opti
     Some(Fused { taken: 1, ops, buffers: [Some(part), sum].into_iter().flatten().collect() })
 }
 
-/// `op` writes `cols` columns of `out`, which is then gathered.
+/// Has `op` write this rank's `cols` columns, and gathers `out` from all ranks.
 fn gather(program: &Program, op: &Op, out: &str, cols: usize) -> Option<Fused> {
     let part = Buffer { name: format!("{out}.part"), cols, ..program.buffer(out)?.clone() };
     let ops = vec![redirect(op, out, &part.name), Op::AllGather { input: part.name.clone(), out: out.to_owned() }];

@@ -19,7 +19,7 @@ fn words<'a>(named: &'a [String; 2], what: &'a str) -> [&'a str; 3] {
 
 #[test]
 fn a_killed_rank_is_named_by_every_survivor() {
-    for (task, output) in [("gather", "round 100"), ("receive", "waiting"), ("flood", "waiting")] {
+    for (task, output) in [("gather", "round 100"), ("receive", "waiting"), ("look", "waiting"), ("flood", "waiting")] {
         for victim in 0..3 {
             let mut job = Job::started(task, 3, &[]);
             job.await_output(output);
@@ -33,7 +33,7 @@ fn a_killed_rank_is_named_by_every_survivor() {
 
 #[test]
 fn a_stopped_rank_is_a_stall() {
-    for (task, output) in [("gather", "round 100"), ("flood", "waiting")] {
+    for (task, output) in [("gather", "round 100"), ("look", "waiting"), ("flood", "waiting")] {
         for victim in 0..3 {
             let mut job = Job::started(task, 3, &QUICK);
             job.await_output(output);

@@ -36,6 +36,7 @@ fn run(task: &str) -> Result<(), String> {
             "gather" => gather(world),
             "receive" => receive(world),
             "flood" => flood(world),
+            "look" => look(world),
             "error" if world.rank() == 1 => return Err("no more memory".to_owned()),
             "panic" if world.rank() == 1 => panic!("index 9 out of bounds"),
             "error" | "panic" => gather(world),
@@ -110,6 +111,17 @@ fn receive(world: &World) -> Result<(), CommError> {
     world.everyone()?.barrier()?;
     println!("waiting");
     world.recv((world.rank() + 1) % world.world_size(), 1).map(drop)
+}
+
+/// Every rank waits for no message, and looks whether the job is over.
+fn look(world: &World) -> Result<(), CommError> {
+    world.check()?;
+    world.everyone()?.barrier()?;
+    println!("waiting");
+    loop {
+        world.check()?;
+        std::thread::sleep(Duration::from_micros(100));
+    }
 }
 
 /// Every rank sends to rank 1, which does not receive, until there is no more room.

@@ -1,12 +1,12 @@
-//! The driver's functions, looked up in libcuda when one is first needed. Return codes are plain numbers: a driver may know
-//! codes that this build does not.
+//! The driver's functions. All are looked up in libcuda when the first one is needed. Return codes are plain numbers,
+//! because a driver may know codes that this build does not.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::sync::OnceLock;
 
 use cudarc::driver::sys::{
-    CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUgraph, CUgraphExec, CUlaunchConfig, CUmodule, CUstream,
-    CUtensorMap,
+    CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUgraph, CUgraphExec, CUipcMemHandle, CUlaunchConfig,
+    CUmodule, CUstream, CUtensorMap,
 };
 use libloading::Library;
 
@@ -14,7 +14,7 @@ use crate::CudaError;
 
 macro_rules! functions {
     ($($name:ident($($arg:ty),*);)*) => {
-        /// The functions, and the library that keeps them valid.
+        /// The functions, and the library, which must stay loaded as long as they are used.
         #[expect(non_snake_case, reason = "the driver's names")]
         pub(crate) struct Api {
             $(pub(super) $name: unsafe extern "C" fn($($arg),*) -> c_uint,)*
@@ -58,6 +58,10 @@ functions! {
     cuDeviceGetAttribute(*mut c_int, c_uint, CUdevice);
     cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
     cuCtxSetCurrent(CUcontext);
+    cuCtxEnablePeerAccess(CUcontext, c_uint);
+    cuIpcGetMemHandle(*mut CUipcMemHandle, CUdeviceptr);
+    cuIpcOpenMemHandle_v2(*mut CUdeviceptr, CUipcMemHandle, c_uint);
+    cuIpcCloseMemHandle(CUdeviceptr);
     cuMemGetInfo_v2(*mut usize, *mut usize);
     cuMemAlloc_v2(*mut CUdeviceptr, usize);
     cuMemFree_v2(CUdeviceptr);
@@ -69,6 +73,7 @@ functions! {
     cuStreamCreate(*mut CUstream, c_uint);
     cuStreamDestroy_v2(CUstream);
     cuStreamSynchronize(CUstream);
+    cuStreamQuery(CUstream);
     cuStreamBeginCapture_v2(CUstream, c_uint);
     cuStreamEndCapture(CUstream, *mut CUgraph);
     cuEventCreate(*mut CUevent, c_uint);
@@ -95,12 +100,12 @@ functions! {
 /// `CUDA_ERROR_NO_DEVICE`.
 const NO_DEVICE: c_uint = 100;
 
-/// The oldest driver that knows all that is asked of it, as `cuDriverGetVersion` counts: since CUDA 12.3 a captured launch may
-/// overlap its predecessor, and what else is called here is older. The kernels may want a newer one, which shows when they are
-/// loaded.
+/// The oldest driver that suffices, in the numbers of `cuDriverGetVersion`. CUDA 12.3 is the first in which a captured
+/// launch may overlap its predecessor; all other functions called here are older. Kernels may need a newer driver; then
+/// loading them fails.
 const OLDEST: c_int = 12030;
 
-/// The driver, initialized. It is looked for once a process.
+/// The initialized driver. A process looks for it once.
 pub(crate) fn api() -> Result<&'static Api, CudaError> {
     static API: OnceLock<Result<Api, CudaError>> = OnceLock::new();
     API.get_or_init(load).as_ref().map_err(Clone::clone)
@@ -118,12 +123,12 @@ fn load() -> Result<Api, CudaError> {
     // SAFETY: libcuda's initializers have no preconditions.
     let open = |name| unsafe { Library::new(name) };
     let library = open("libcuda.so.1").or_else(|first| open("libcuda.so").map_err(|_| first)).map_err(|error| {
-        // The linker's own words are the cause.
+        // The error's source is what the dynamic linker said.
         let cause = std::error::Error::source(&error).map(ToString::to_string);
         CudaError::NoDriver { detail: cause.unwrap_or_else(|| error.to_string()) }
     })?;
-    // An old driver may lack functions, so its version is looked at before them.
-    // SAFETY: the type is that of cuda.h; one integer is written.
+    // An old driver may lack functions, so its version is checked before they are looked up. SAFETY: the type is that
+    // of cuda.h; one integer is written.
     let version = unsafe {
         let version: Option<unsafe extern "C" fn(*mut c_int) -> c_uint> =
             library.get(b"cuDriverGetVersion\0").ok().map(|symbol| *symbol);
@@ -173,7 +178,7 @@ unsafe fn version_of(function: unsafe extern "C" fn(*mut c_int) -> c_uint) -> c_
     version
 }
 
-/// A version as `cuDriverGetVersion` counts, for people: `CUDA 13.0`.
+/// A version number of `cuDriverGetVersion`, for people: `CUDA 13.0`.
 fn named(version: c_int) -> String {
     format!("CUDA {}.{}", version / 1000, version % 1000 / 10)
 }
@@ -188,7 +193,7 @@ impl Api {
         Err(CudaError::Call { call, code, name, text })
     }
 
-    /// Name and words of a return code.
+    /// Name and description of a return code.
     pub(super) fn describe(&self, code: c_uint) -> (String, String) {
         let of = |function: unsafe extern "C" fn(c_uint, *mut *const c_char) -> c_uint| {
             let mut text = std::ptr::null();
@@ -204,7 +209,7 @@ impl Api {
 
     /// The newest CUDA version that the driver knows, as `CUDA 13.0`.
     pub(crate) fn version(&self) -> String {
-        // SAFETY: it is that function.
+        // SAFETY: the function is `cuDriverGetVersion`.
         named(unsafe { version_of(self.cuDriverGetVersion) })
     }
 }

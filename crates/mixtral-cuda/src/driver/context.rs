@@ -11,7 +11,7 @@ use crate::CudaError;
 /// A GPU.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Device {
-    /// Its number among those that are visible.
+    /// Its number among the visible GPUs.
     pub ordinal: usize,
     /// Its name.
     pub name: String,
@@ -72,8 +72,8 @@ fn describe(ordinal: c_int) -> Result<Device, CudaError> {
     })
 }
 
-/// A device's primary context. It is retained once and kept for as long as the process lives: making one takes a tenth of a
-/// second, and one that is lost cannot be made anew.
+/// A device's primary context. It is retained once and kept until the process ends, because making a context takes a
+/// tenth of a second, and a lost one cannot be made anew.
 #[derive(Clone)]
 pub(crate) struct Context(Arc<Primary>);
 
@@ -82,7 +82,7 @@ struct Primary {
     context: CUcontext,
 }
 
-// SAFETY: a context may be made current in, and used from, any thread; the driver locks.
+// SAFETY: any thread may make a context current and use it; the driver does the locking.
 unsafe impl Send for Primary {}
 // SAFETY: as above.
 unsafe impl Sync for Primary {}
@@ -121,12 +121,17 @@ impl Context {
         Ok(context)
     }
 
+    /// The driver's name of it.
+    pub(super) fn handle(&self) -> CUcontext {
+        self.0.context
+    }
+
     /// The device.
     pub(crate) fn device(&self) -> &Device {
         &self.0.device
     }
 
-    /// Makes it this thread's context. Everything below does so before it calls the driver.
+    /// Makes it this thread's context. Every part of the `driver` module does so before it calls the driver.
     pub(crate) fn bind(&self) -> Result<(), CudaError> {
         let api = api()?;
         // SAFETY: the context is retained.

@@ -1,5 +1,5 @@
-//! cuBLASLt: products of 16-bit matrices, accumulated in f32. Engines that were built so have it compute the dense linears of
-//! long steps, and it is the yardstick of matrix products.
+//! cuBLASLt: products of 16-bit matrices, accumulated in f32. It computes the dense linears of long steps in engines
+//! that were built with `--gemm-plugin cublaslt`, and its speed is what other matrix products are compared with.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -14,7 +14,7 @@ use mixtral_kernels::Search;
 use super::{Context, Stream};
 use crate::CudaError;
 
-/// What the dynamic linker is asked for, newest first.
+/// The names that the dynamic linker is asked for, newest first.
 const NAMES: [&str; 3] = ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"];
 
 /// `CUBLAS_COMPUTE_32F`, `CUDA_R_32F`, `CUBLAS_OP_T`, and `CUBLASLT_MATMUL_DESC_TRANSA`.
@@ -29,11 +29,11 @@ const REDUCTIONS: c_int = 3;
 const ALIGNMENTS: [c_int; 4] = [5, 6, 7, 8];
 /// `CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE`: parts are added in f32. The other schemes round each to the output's type.
 const IN_F32: u32 = 2;
-/// Bytes at whose multiples all rows of all operands begin.
+/// All rows of all operands begin at multiples of this many bytes.
 const ALIGNMENT: u32 = 16;
 
-/// Products whose algorithms are kept: an engine has a few shapes, a step has one number of tokens, and to choose again takes
-/// some microseconds.
+/// How many chosen algorithms are kept. A step needs few of them, since an engine has few shapes and a step has one
+/// number of tokens; choosing again takes some microseconds.
 const KEPT: usize = 256;
 
 type Handle = *mut c_void;
@@ -89,7 +89,7 @@ functions! {
     ) -> c_int;
 }
 
-/// A product `out[t][r] = Σ tokens[t][k] · weight[r][k]`, as far as the choice of an algorithm depends on it.
+/// What the choice of an algorithm depends on in a product `out[t][r] = Σ tokens[t][k] · weight[r][k]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct ProductShape {
     /// Rows of the weight `[rows, depth]`, columns of the output `[tokens, rows]`.
@@ -113,7 +113,7 @@ pub(crate) struct ProductOperands {
     pub(crate) workspace: u64,
 }
 
-/// Something that cuBLASLt has made.
+/// A handle that cuBLASLt has made, destroyed when dropped.
 struct Made {
     handle: Handle,
     destroy: Destroy,
@@ -126,7 +126,7 @@ impl Drop for Made {
     }
 }
 
-/// A product with its algorithm. To cuBLASLt, whose matrices are column-major, the weight is A transposed.
+/// A product with its algorithm. cuBLASLt's matrices are column-major, so to it the weight is A transposed.
 struct Chosen {
     desc: Made,
     weight: Made,
@@ -179,7 +179,8 @@ impl CublasLt {
         }
         let Chosen { desc, weight, tokens, out, choice } = &kept[&shape];
         let (one, zero) = (1.0f32, 0.0f32);
-        // SAFETY: the handles are live, the factors are read before the call returns, and the operands are as the caller says.
+        // SAFETY: the handles are live, the factors are read before the call returns, and the operands are as the
+        // caller says.
         let status = unsafe {
             (self.api.matmul)(
                 self.handle.handle,
@@ -311,7 +312,8 @@ impl Api {
     }
 }
 
-/// The library. It is looked for once a process: on the dynamic linker's path, or where NVRTC may be, with which it comes.
+/// The library. A process looks for it once: on the dynamic linker's path, then wherever NVRTC may be, because the two
+/// are installed together.
 fn api() -> Result<&'static Api, CudaError> {
     static API: OnceLock<Option<Api>> = OnceLock::new();
     let search = Search::from_environment();

@@ -14,11 +14,12 @@ pub(crate) struct Graph {
     context: Context,
 }
 
-// SAFETY: a graph may be launched from any thread, one at a time, which `&mut` sees to.
+// SAFETY: any thread may launch a graph, one thread at a time; `launch` takes `&mut self`.
 unsafe impl Send for Graph {}
 
 impl Graph {
-    /// Records what `work` puts into the stream. Programmatic edges stay programmatic.
+    /// Records the launches that `work` puts into the stream. Those that may overlap their predecessor still may in the
+    /// graph.
     pub(crate) fn capture(stream: &Stream, work: impl FnOnce() -> Result<(), CudaError>) -> Result<Graph, CudaError> {
         let context = stream.context();
         context.bind()?;

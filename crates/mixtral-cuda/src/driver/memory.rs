@@ -22,8 +22,7 @@ impl DeviceMemory {
         context.bind()?;
         let api = api()?;
         let mut address = 0;
-        // An allocation of nothing is an error to the driver.
-        // SAFETY: an address is written.
+        // The driver refuses to allocate 0 bytes, so 1 byte is allocated instead. SAFETY: an address is written.
         let code = unsafe { (api.cuMemAlloc_v2)(&raw mut address, len.max(1)) };
         if code == OUT_OF_MEMORY {
             let (len, free) = (bytes(len), context.free_memory().map_or_else(|e| e.to_string(), bytes));
@@ -44,7 +43,7 @@ impl DeviceMemory {
         self.address
     }
 
-    /// The address of `len` bytes from `offset` on, which lie within it.
+    /// The address of `len` bytes from `offset` on. They must lie within the allocation.
     pub(super) fn span(&self, offset: usize, len: usize) -> Result<u64, CudaError> {
         let within = offset.checked_add(len).is_some_and(|end| end <= self.len);
         let outside = || CudaError::Unsupported(format!("bytes {offset} + {len} of an allocation of {}", self.len));
@@ -62,7 +61,7 @@ impl Drop for DeviceMemory {
     }
 }
 
-/// Pinned memory of the host, and the last copy from or to it.
+/// Pinned memory of the host, and the event of the last copy from or to it.
 pub(crate) struct Pinned {
     start: *mut u8,
     len: usize,
@@ -80,7 +79,7 @@ impl Pinned {
         let last = Event::new(context, false)?;
         let api = api()?;
         let mut start: *mut c_void = std::ptr::null_mut();
-        // SAFETY: a pointer is written, to as many bytes as asked for, which are then given a value.
+        // SAFETY: the driver writes a pointer to as many bytes as asked for. They are then initialized.
         unsafe {
             let code = (api.cuMemHostAlloc)(&raw mut start, len.max(1), 0);
             if code == OUT_OF_MEMORY {
@@ -93,7 +92,12 @@ impl Pinned {
         Ok(Pinned { start: start.cast(), len, last, busy: false, context: context.clone() })
     }
 
-    /// Its bytes, when no copy uses them any more.
+    /// Where it begins. Kernels may use it too.
+    pub(crate) fn address(&self) -> u64 {
+        self.start as u64
+    }
+
+    /// Its bytes. Waits until no copy uses them any more.
     pub(crate) fn bytes(&mut self) -> Result<&mut [u8], CudaError> {
         self.wait()?;
         // SAFETY: the memory is initialized and owned, and no copy is under way.
@@ -153,7 +157,7 @@ impl Pinned {
     fn begun(&mut self, stream: &Stream) -> Result<(), CudaError> {
         self.busy = true;
         self.last.record(stream).or_else(|error| {
-            // Without the event only the whole stream tells when the copy has ended.
+            // Without the event, only waiting for the whole stream shows that the copy has ended.
             stream.synchronize()?;
             self.busy = false;
             Err(error)

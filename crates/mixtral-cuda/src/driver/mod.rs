@@ -1,6 +1,7 @@
 #![allow(unsafe_code)]
-//! The CUDA driver: a thin, checked layer over libcuda, and the only unsafe code beside the launches themselves. Handles own
-//! what they name and free it when dropped; memory that a copy is reading or writing cannot be touched before the copy ends.
+//! The CUDA driver: a thin, checked layer over libcuda. Only this module and the launches themselves (`execute`) have
+//! unsafe code. Handles own what they name and free it when dropped. Nobody can touch memory that a copy is reading or
+//! writing before the copy ends.
 
 mod api;
 mod context;
@@ -8,6 +9,7 @@ mod cublas;
 mod graph;
 mod memory;
 mod module;
+mod peer;
 mod stream;
 mod tensor_map;
 
@@ -20,5 +22,6 @@ pub(crate) use cublas::{CublasLt, ProductOperands, ProductShape};
 pub(crate) use graph::Graph;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use module::{Config, Function, Module, Param};
+pub(crate) use peer::{HANDLE_BYTES, OpenedMemory};
 pub(crate) use stream::{Event, Stream};
 pub(crate) use tensor_map::encode;

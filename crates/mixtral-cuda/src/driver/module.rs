@@ -18,7 +18,7 @@ use crate::images::arch_of;
 /// `CU_JIT_ERROR_LOG_BUFFER` and `CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES`.
 const JIT_ERROR_LOG: [c_uint; 2] = [5, 6];
 
-/// Shared memory that a kernel may have without being told so.
+/// Bytes of shared memory that a kernel may have without asking the driver for more.
 const DEFAULT_SHARED: u32 = 48 << 10;
 
 /// An image, loaded.
@@ -35,11 +35,12 @@ unsafe impl Send for Loaded {}
 unsafe impl Sync for Loaded {}
 
 impl Module {
-    /// Loads a cubin, or PTX, which the driver then compiles.
+    /// Loads a cubin or PTX. The driver compiles PTX.
     pub(crate) fn load(context: &Context, image: &[u8]) -> Result<Module, CudaError> {
         context.bind()?;
         let api = api()?;
-        // PTX ends with a zero; behind a cubin it does no harm. Its header wants to be aligned.
+        // PTX has to end with a zero, which does no harm behind a cubin. A cubin's header has to be aligned, hence the
+        // `u64`s.
         let mut words = vec![0u64; image.len() / 8 + 1];
         let mut log = vec![0u8; 4096];
         let mut handle = std::ptr::null_mut();
@@ -61,7 +62,8 @@ impl Module {
         Ok(Module(Arc::new(Loaded { handle, context: context.clone() })))
     }
 
-    /// A kernel of the image, ready to be launched with so many threads and so much dynamic shared memory.
+    /// A kernel of the image, ready to be launched with `threads` threads and `shared_bytes` bytes of dynamic shared
+    /// memory.
     pub(crate) fn function(
         &self,
         symbol: &str,
@@ -100,13 +102,13 @@ impl Module {
             // SAFETY: the function is live.
             api.check("cuFuncSetAttribute", unsafe { (api.cuFuncSetAttribute)(handle, which, bytes) })?;
         }
-        // All kernels ask for the same division of a multiprocessor's memory between L1 and shared: one that has another
-        // cannot start beside its predecessor, only after it.
+        // All kernels ask for the same division of a multiprocessor's memory between L1 and shared memory. A kernel
+        // with another division could only start after its predecessor, not beside it.
         let which = Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT as c_uint;
         // SAFETY: the function is live.
         api.check("cuFuncSetAttribute", unsafe { (api.cuFuncSetAttribute)(handle, which, 100) })?;
         if let Some(load) = api.cuFuncLoad {
-            // A kernel that is loaded by its first launch cannot be captured in a graph.
+            // The first launch of a kernel would load it, and a launch that loads cannot be captured in a graph.
             // SAFETY: the function is live.
             api.check("cuFuncLoad", unsafe { load(handle) })?;
         }
@@ -128,9 +130,9 @@ impl Drop for Loaded {
 #[derive(Clone)]
 pub(crate) struct Function {
     handle: CUfunction,
-    /// Bytes of each of its parameters, where the driver says so.
+    /// Bytes of each of its parameters, if the driver tells them.
     parameters: Option<Arc<[usize]>>,
-    /// Loaded for as long as one of its functions lives.
+    /// Keeps the module loaded while one of its functions lives.
     _module: Arc<Loaded>,
 }
 
@@ -163,7 +165,7 @@ pub(crate) struct Config {
     pub(crate) overlaps: bool,
 }
 
-/// Bytes of each parameter of a kernel; none of a driver that does not say.
+/// Bytes of each parameter of a kernel; `None` if the driver does not tell them.
 fn parameters(function: CUfunction) -> Result<Option<Arc<[usize]>>, CudaError> {
     let Some(info) = api()?.cuFuncGetParamInfo else { return Ok(None) };
     let size = |index| {
@@ -173,13 +175,13 @@ fn parameters(function: CUfunction) -> Result<Option<Arc<[usize]>>, CudaError> {
         (code == 0).then_some(size)
     };
     let sizes: Arc<[usize]> = (0..=MAX_ARGS).map_while(size).collect();
-    // No kernel of an engine is without parameters, so a driver that names none does not know them.
+    // Every kernel of an engine has parameters, so a driver that names none does not know them.
     Ok((!sizes.is_empty()).then_some(sizes))
 }
 
 impl Function {
-    /// Checks that it takes parameters of these sizes: a second look, behind the names that the schedule was made by. A driver
-    /// that does not know takes any.
+    /// Checks that the kernel takes parameters of these sizes. The schedule was made by the parameters' names; this is
+    /// a second check. It passes if the driver does not know the sizes.
     pub(crate) fn takes(&self, symbol: &str, sizes: &[usize]) -> Result<(), CudaError> {
         match &self.parameters {
             Some(known) if **known != *sizes => {

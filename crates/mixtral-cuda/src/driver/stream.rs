@@ -11,6 +11,8 @@ use crate::CudaError;
 const NON_BLOCKING: u32 = 1;
 /// `CU_EVENT_DISABLE_TIMING`.
 const DISABLE_TIMING: u32 = 2;
+/// `CUDA_ERROR_NOT_READY`.
+const NOT_READY: u32 = 600;
 
 /// A queue of work.
 pub(crate) struct Stream {
@@ -43,6 +45,17 @@ impl Stream {
         let api = api()?;
         // SAFETY: the handle is live.
         api.check("cuStreamSynchronize", unsafe { (api.cuStreamSynchronize)(self.handle) })
+    }
+
+    /// Whether everything in it is done.
+    pub(crate) fn is_idle(&self) -> Result<bool, CudaError> {
+        self.context.bind()?;
+        let api = api()?;
+        // SAFETY: the handle is live.
+        match unsafe { (api.cuStreamQuery)(self.handle) } {
+            NOT_READY => Ok(false),
+            code => api.check("cuStreamQuery", code).map(|()| true),
+        }
     }
 
     /// Fills `len` bytes of `memory` from `offset` on.
@@ -108,7 +121,7 @@ unsafe impl Send for Event {}
 unsafe impl Sync for Event {}
 
 impl Event {
-    /// One that can be waited for, and with `timed` measures time too.
+    /// An event that can be waited for. With `timed` it can measure time too.
     pub(crate) fn new(context: &Context, timed: bool) -> Result<Event, CudaError> {
         context.bind()?;
         let api = api()?;
@@ -119,7 +132,7 @@ impl Event {
         Ok(Event { handle, context: context.clone() })
     }
 
-    /// Puts it behind what is in the stream now.
+    /// Puts it into the stream, behind the work that is there now.
     pub(crate) fn record(&self, stream: &Stream) -> Result<(), CudaError> {
         self.context.bind()?;
         let api = api()?;
@@ -127,7 +140,7 @@ impl Event {
         api.check("cuEventRecord", unsafe { (api.cuEventRecord)(self.handle, stream.handle) })
     }
 
-    /// Waits until the stream has passed it; at once if it was never recorded.
+    /// Waits until the stream has passed it. Does not wait if it was never recorded.
     pub(crate) fn synchronize(&self) -> Result<(), CudaError> {
         self.context.bind()?;
         let api = api()?;

@@ -11,7 +11,7 @@ use mixtral_kernels::TensorMap;
 use super::api;
 use crate::CudaError;
 
-/// Dimensions that a descriptor can have.
+/// The most dimensions that a descriptor can have.
 const MAX_RANK: usize = 5;
 
 /// Encodes a descriptor of memory at `address`.
@@ -37,11 +37,11 @@ pub(crate) fn encode(map: &TensorMap, address: u64) -> Result<CUtensorMap, CudaE
     let api = api()?;
     let mut encoded = CUtensorMap { opaque: [0; 16] };
     let steps = [1u32; MAX_RANK];
-    // One dimension has no strides, but the driver wants a pointer.
+    // A map of one dimension has no strides, but the driver needs a pointer all the same.
     let mut strides = [0u64; MAX_RANK];
     strides[..rank - 1].copy_from_slice(&map.strides);
-    // SAFETY: the arrays have `rank` elements (strides one less, which is checked above), and the descriptor is aligned by its
-    // type. The address is not read through here.
+    // SAFETY: the arrays have `rank` elements (strides one less, which is checked above), and the descriptor is aligned
+    // by its type. The address is not read through here.
     let code = unsafe {
         (api.cuTensorMapEncodeTiled)(
             &raw mut encoded,

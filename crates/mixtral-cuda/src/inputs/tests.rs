@@ -14,7 +14,8 @@ fn program() -> Program {
     program
 }
 
-/// A decode of 257 tokens, one of 1, and two chunks: 68 tokens after 32, and 130 after none. Then draws.
+/// Two decodes, of sequences of 257 tokens and of 1, and two chunks of prompts: 68 tokens after 32, and 130 after none.
+/// Three draws.
 fn inputs() -> StepInputs<'static> {
     let lens = [257, 1, 100, 130];
     let news = [1, 1, 68, 130];
@@ -175,11 +176,11 @@ fn filters_are_the_definitions_integers() {
     assert_eq!(of(SamplingParams { temperature: 0.0, ..free }), (1, 0, 0, 1.0));
     assert_eq!(of(SamplingParams { temperature: 0.7, ..free }), (0, 0, 0, 0.7));
     assert_eq!(of(SamplingParams { top_k: 28, ..free }), (28, 0, 0, 1.0));
-    // All of the vocabulary, and all of the probability, are no filter.
+    // A top-k of the whole vocabulary and a top-p of 1 filter nothing.
     assert_eq!(of(SamplingParams { top_k: 29, top_p: 1.0, ..free }), (0, 0, 0, 1.0));
     assert_eq!(of(SamplingParams { top_p: 0.75, ..free }), (0, 3 << 22, 0, 1.0));
     assert_eq!(of(SamplingParams { min_p: 0.5, ..free }), (0, 0, 1 << 39, 1.0));
-    // Nothing is in the smallest of nuclei but the most likely token.
+    // The smallest nucleus holds only the most likely token.
     assert_eq!(of(SamplingParams { top_p: 1e-9, ..free }), (1, 0, 0, 1.0));
 }
 
@@ -197,11 +198,11 @@ fn adjustments_are_one_a_token_with_its_count() {
     let (seen, banned) = (Adjustment::SEEN, Adjustment::BANNED);
     let repetition = SamplingParams { repetition_penalty: 1.2, ..drawn_freely() };
     assert_eq!(all(repetition, &[]), [(3, seen), (5, seen | 2), (7, seen | 1)]);
-    // Tokens of the prompt alone matter to the repetition penalty only.
+    // Only the repetition penalty looks at tokens of the prompt.
     let presence = SamplingParams { presence_penalty: 0.5, ..drawn_freely() };
     assert_eq!(all(presence, &[3, 7, 7, 400]), [(3, banned), (5, seen | 2), (7, seen | banned | 1)]);
     assert_eq!(all(drawn_freely(), &[4]), [(4, banned)]);
-    // A ban of everything is none.
+    // A ban of every token is ignored.
     let everything: Vec<u32> = (0..29).collect();
     assert_eq!(all(drawn_freely(), &everything), []);
     assert_eq!(all(repetition, &everything), [(3, seen), (5, seen | 2), (7, seen | 1)]);

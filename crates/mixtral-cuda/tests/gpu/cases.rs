@@ -1,5 +1,5 @@
-//! Every case of the registry, and operations at real models' sizes, with the portable kernels and with those of the GPU's own
-//! family.
+//! Runs every case of the registry, and operations at real models' sizes, with the portable kernels and with those of
+//! the GPU's own family.
 
 use std::time::Instant;
 
@@ -12,14 +12,15 @@ use mixtral_testkit::large::{self, Large};
 use crate::kernels::{Library, Machine};
 
 fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
+    let (kv_blocks, options) = (KvBlocks::Exactly(case.kv_blocks), CudaOptions::default());
     let program = case.assembly.program.clone();
     let executable = library.executable(&program).map_err(BackendError::Other)?;
-    CudaBackend::load(program, &case.weights(), &executable, options)
+    CudaBackend::load(program, &case.weights(), &executable, kv_blocks, options)
 }
 
-/// Prefill rounds probabilities to 16 bit before it multiplies them with values, as its tensor cores take them: a third of its
-/// outputs is the rounded reference's neighbour. The mean error still has to stay within the type's limit.
+/// Prefill rounds probabilities to 16 bits before it multiplies them with values, because its tensor cores take 16-bit
+/// operands. So a third of its outputs is not the rounded reference but a neighbour of it. The mean error still has to
+/// stay within the type's limit.
 fn tolerance(program: &Program, usual: Tolerance) -> Tolerance {
     let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
     let half_unequal = if attends && program.dtype != DType::F32 { 0.5 } else { usual.half_unequal };
@@ -51,7 +52,7 @@ fn all_cases_are_within_their_limits() {
                     println!("{text}");
                     let lost = text.contains("context is lost");
                     failures.push(text);
-                    // Whatever comes after would fail for this one's sake.
+                    // The device is lost, so every later case would fail because of this one.
                     assert!(!lost, "{} failures:\n{}", failures.len(), failures.join("\n"));
                 }
             }
@@ -74,13 +75,15 @@ fn large_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         println!("compiled in {:?}", start.elapsed());
         let mut passed = 0;
-        // The last backend is kept until there is another: a device whose context nobody holds is set up anew.
+        // Each backend is kept until the next one exists. A device whose context nobody holds would be set up anew,
+        // which takes time.
         let mut kept = None;
         for case in &cases {
             let start = Instant::now();
-            let options = CudaOptions { kv_blocks: KvBlocks::Exactly(case.kv_blocks), ..CudaOptions::default() };
+            let (kv_blocks, options) = (KvBlocks::Exactly(case.kv_blocks), CudaOptions::default());
             let executable = library.executable(&case.program).map_err(BackendError::Other);
-            let load = |executable| CudaBackend::load(case.program.clone(), &case.weights(), &executable, options);
+            let load =
+                |executable| CudaBackend::load(case.program.clone(), &case.weights(), &executable, kv_blocks, options);
             let backend = executable.and_then(load);
             let checked = match backend {
                 Err(error) => Err(format!("{}: {error}", case.name)),

@@ -1,4 +1,4 @@
-//! Dense linears by cuBLASLt, where an engine was built so.
+//! Dense linears computed by cuBLASLt, in engines that were built with it.
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
 use mixtral_engine::{BackendError, Op, Program};
@@ -9,7 +9,7 @@ use mixtral_testkit::large::{self, MIXTRAL_8X7B};
 
 use crate::kernels::{Library, Machine};
 
-/// Gives every linear that cuBLASLt can compute to it; whether there is one.
+/// Has cuBLASLt compute every linear that it can. Returns whether there is one.
 fn with_cublaslt(program: &mut Program, family: Family) -> bool {
     let ladders: Vec<_> = program.ops.iter().map(|op| select::ladder(program, op, family, true)).collect();
     let plan = LinearPlan::CublasLt.to_string();
@@ -29,12 +29,12 @@ fn load(
     kv: usize,
     library: &Library,
 ) -> Result<CudaBackend, BackendError> {
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(kv), ..CudaOptions::default() };
+    let (kv_blocks, options) = (KvBlocks::Exactly(kv), CudaOptions::default());
     let executable = library.executable(program).map_err(BackendError::Other)?;
-    CudaBackend::load(program.clone(), weights, &executable, options)
+    CudaBackend::load(program.clone(), weights, &executable, kv_blocks, options)
 }
 
-/// Whether it is missing on this machine, which is said.
+/// Whether cuBLASLt is missing on this machine. If so, prints that the test is skipped.
 fn is_missing(error: &BackendError) -> bool {
     let missing = error.to_string().starts_with("libcublasLt");
     if missing {
@@ -65,7 +65,7 @@ fn linears_by_cublaslt_are_within_their_limits() {
     }
 }
 
-/// Mixtral 8x7B's, in steps of every size: those of up to 256 tokens keep their kernels.
+/// The linears of Mixtral 8x7B, in steps of every size. Steps of up to 256 tokens keep their own kernels.
 #[test]
 fn large_linears_by_cublaslt_are_within_their_limits() {
     let Some(machine) = Machine::find() else { return };

@@ -11,7 +11,7 @@ use mixtral_testkit::decoder::{self, Geometry};
 
 use crate::kernels::Machine;
 
-/// Set in the process whose GPU context is lost: it can do nothing else.
+/// Set in the process whose GPU context will be lost. That process can do nothing else afterwards.
 const CHILD: &str = "MIXTRAL_TRAP";
 
 #[test]
@@ -34,9 +34,9 @@ fn a_kernel_that_traps_is_an_error_with_its_step() {
     let (library, failures) = machine.compile(code, &[&program]);
     assert!(failures.is_empty(), "{}", failures.join("\n"));
     let load = |library: &crate::kernels::Library| {
-        let options = CudaOptions { kv_blocks: KvBlocks::Exactly(8), ..CudaOptions::default() };
+        let (kv_blocks, options) = (KvBlocks::Exactly(8), CudaOptions::default());
         let executable = library.executable(&program).unwrap();
-        CudaBackend::load(program.clone(), &Weights::Dummy { seed: 5 }, &executable, options).unwrap()
+        CudaBackend::load(program.clone(), &Weights::Dummy { seed: 5 }, &executable, kv_blocks, options).unwrap()
     };
     load(&library).step(&inputs).unwrap();
 
@@ -45,7 +45,7 @@ fn a_kernel_that_traps_is_an_error_with_its_step() {
     println!("{first}");
     assert!(first.starts_with("the GPU failed in step "), "{first}");
     assert!(first.contains("context is lost") && first.contains("compute-sanitizer"), "{first}");
-    // And it stays so: an error, no panic, when it is asked again and when it is dropped.
+    // The next step fails with an error as well, and dropping the backend does not panic.
     let again = backend.step(&inputs).unwrap_err().to_string();
     assert!(again.contains("context is lost"), "{again}");
 }
@@ -66,8 +66,8 @@ fn kernels_of_a_newer_cuda_are_refused() {
         log: String::new(),
     };
     let executable = library.with("moe::combine", &newer).executable(&program).unwrap();
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(8), ..CudaOptions::default() };
-    let loaded = CudaBackend::load(program, &Weights::Dummy { seed: 5 }, &executable, options);
+    let (kv_blocks, options) = (KvBlocks::Exactly(8), CudaOptions::default());
+    let loaded = CudaBackend::load(program, &Weights::Dummy { seed: 5 }, &executable, kv_blocks, options);
     let error = loaded.err().expect("no driver knows PTX 99.9").to_string();
     println!("{error}");
     assert!(error.contains("cannot load the kernels of this engine") && error.contains("newer driver"), "{error}");

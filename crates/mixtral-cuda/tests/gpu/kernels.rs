@@ -14,7 +14,7 @@ use mixtral_kernels::{
 
 use crate::other_build;
 
-/// A GPU and a compiler. One test has them at a time: a fault of one would be told by all others.
+/// A GPU and a compiler. One test has them at a time, because a fault in one test would make all others fail.
 pub(crate) struct Machine {
     pub(crate) device: Device,
     compiler: Compiler,
@@ -22,7 +22,7 @@ pub(crate) struct Machine {
 }
 
 impl Machine {
-    /// `None`, and a word about it, without either.
+    /// `None` if one of them is missing, which is printed.
     pub(crate) fn find() -> Option<Machine> {
         static GPU: Mutex<()> = Mutex::new(());
         let alone = GPU.lock().unwrap_or_else(PoisonError::into_inner);
@@ -51,12 +51,12 @@ impl Machine {
         codes
     }
 
-    /// All kernels that the programs need and that compile, and what became of the others.
+    /// All kernels that the programs need and that compile, and the errors of the others.
     pub(crate) fn compile(&self, code: Code, programs: &[&Program]) -> (Library, Vec<String>) {
         let mut failures = Vec::new();
         let mut wanted = BTreeSet::new();
         for program in programs {
-            // A program that has no kernels fails when it is loaded.
+            // A program that has no kernels is skipped here; it fails when it is loaded.
             if let Ok(schedule) = Schedule::new(program, Target { family: code.family() }) {
                 wanted.extend(schedule.kernels().into_iter().cloned());
             }
@@ -66,7 +66,7 @@ impl Machine {
         let (next, done) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
         let work = || {
             while let Some(kernel) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
-                // One at a time: a kernel that does not compile costs its own cases only.
+                // Each kernel is compiled on its own, so that one that does not compile fails only its own cases.
                 let batch = compile_all(&self.compiler, &[(kernel.clone(), code)], 1, cache.as_ref(), &|_| ());
                 done.lock().unwrap().push((kernel.clone(), batch));
             }
@@ -92,7 +92,7 @@ impl Machine {
 }
 
 impl Machine {
-    /// What an engine of another build of `mixtral` holds of a program.
+    /// The schedule and kernels that an engine of another build of `mixtral` holds for a program.
     pub(crate) fn of_another_build(&self, code: Code, program: &Program) -> Executable {
         let schedule = Schedule::new(program, Target { family: code.family() }).unwrap();
         let schedule = other_build::lowered(schedule);
@@ -102,7 +102,7 @@ impl Machine {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
         let batch = compile_all(&compiler, &work, threads, cache.as_ref(), &|_| ()).unwrap();
         let images = KernelImages::new(code, batch.kernels.iter().map(|(kernel, _, compiled)| (kernel, compiled)));
-        // As it is read out of the engine.
+        // Read back from its text, as it is from an engine.
         let schedule = Schedule::parse(&schedule.to_text(), program).unwrap();
         Executable { schedule, images }
     }
@@ -136,7 +136,7 @@ pub(crate) struct Library {
 }
 
 impl Library {
-    /// The library with another kernel in place of those whose symbols begin so.
+    /// The library with `other` in place of the kernels whose symbols begin with `symbol`.
     pub(crate) fn with(&self, symbol: &str, other: &Compiled) -> Library {
         let mut library = self.clone();
         let replaced = library.kernels.iter_mut().filter(|(kernel, _)| kernel.symbol.starts_with(symbol));
@@ -144,7 +144,8 @@ impl Library {
         library
     }
 
-    /// What a GPU runs of a program, read back from what an engine holds of it. The error of a program that has no kernels.
+    /// The schedule and kernels that a GPU runs for a program, read back as from an engine. Or the error, if the
+    /// program has no kernels.
     pub(crate) fn executable(&self, program: &Program) -> Result<Executable, String> {
         let schedule = Schedule::new(program, Target { family: self.code.family() }).map_err(|e| e.to_string())?;
         let schedule = Schedule::parse(&schedule.to_text(), program).map_err(|e| e.to_string())?;

@@ -1,8 +1,8 @@
-//! What only a GPU can show. Kernels are compiled on the spot, so NVRTC is needed too; a machine without either says so, and
-//! the tests pass. Nothing of the source tree is needed.
+//! Tests that need a GPU. They compile kernels themselves, so they need NVRTC too. On a machine without a GPU or NVRTC
+//! they say so and pass. They need nothing of the source tree.
 //!
-//! `MIXTRAL_CASES=attention` runs only the operation cases whose names contain that, `MIXTRAL_CODE=sm_90` only the code that is
-//! called that.
+//! `MIXTRAL_CASES=attention` runs only the operation cases whose names contain `attention`. `MIXTRAL_CODE=sm_90` runs
+//! only kernels compiled to `sm_90`.
 
 mod cases;
 mod cublaslt;

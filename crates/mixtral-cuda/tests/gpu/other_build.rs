@@ -1,12 +1,12 @@
-//! Another build of `mixtral`, as far as engines can tell: one whose embedding kernel takes other parameters. A table's first row and
-//! its rows are no parameters there, which a model on one rank does without, and the output comes before the table. (Commit 6ae7410
-//! was such a build for `decode_paged`: engines from before it passed one parameter too many.)
+//! Stands for another build of `mixtral`, whose embedding kernel takes other parameters. It has no parameters for the
+//! table's first row and number of rows, since a model on one rank does without them, and its output comes before the
+//! table. (Commit 6ae7410 made such a change to `decode_paged`: engines from before it passed one parameter too many.)
 
 use mixtral_kernels::{Schedule, Sources, Work};
 
 const HEADER: &str = "embed/embed.cuh";
 
-/// What is replaced in the header, and by what.
+/// Texts of the header, each with the text that replaces it.
 const CHANGES: [(&str, &str); 3] = [
     (
         "const i32* token_ids, const W* table, i32 vocab_start, i32 num_rows, T* out) {",

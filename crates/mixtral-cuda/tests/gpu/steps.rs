@@ -1,4 +1,5 @@
-//! Whole decoders, step by step: what may not change a bit, and how far from the CPU backend they are.
+//! Whole decoders, step by step: what may not change a bit of their logits, and how far these are from the CPU
+//! backend's.
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
@@ -21,10 +22,11 @@ fn geometries(dtype: DType) -> [Geometry; 2] {
 
 fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> CudaBackend {
     let kv_blocks = KvBlocks::Exactly(KV_BLOCKS);
-    let options = CudaOptions { kv_blocks, graphs, overlap, count_experts: true, ..CudaOptions::default() };
+    let options = CudaOptions { graphs, overlap, count_experts: true, ..CudaOptions::default() };
     let mut backend =
-        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(program).unwrap(), options).unwrap();
-    // NaN wherever a step may not look.
+        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(program).unwrap(), kv_blocks, options)
+            .unwrap();
+    // NaN in all memory that a step may not read before it writes.
     backend.poison(0xff).unwrap();
     for layer in 0..program.kv.num_layers {
         let len = backend.read_cache(layer).unwrap()[0].len();
@@ -36,7 +38,7 @@ fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> Cu
 /// Sequence, tokens computed before, tokens computed now.
 type Chunk = (usize, usize, usize);
 
-/// Runs steps, each token's logits wanted and drawn from greedily; gives the logits by sequence and position.
+/// Runs steps that want every token's logits and draw from each greedily. Returns the logits by sequence and position.
 fn run(
     backend: &mut dyn Backend,
     program: &Program,
@@ -64,8 +66,8 @@ fn run(
 
 const LENGTHS: [usize; 6] = [37, 3, 16, 50, 5, 200];
 
-/// How much of each sequence is its prompt; what follows is decoded. (A position's bits depend on which of the two it is, and on
-/// nothing else.)
+/// How many tokens of each sequence are its prompt; the rest is decoded. (A position's bits depend on whether it is
+/// part of the prompt, and on nothing else.)
 const PROMPTS: [usize; 6] = [36, 2, 11, 47, 3, 199];
 
 /// Each sequence alone: its prompt whole, then its decodes.
@@ -160,7 +162,8 @@ fn logits_are_those_of_the_cpu() {
                     assert!(largest < 1e-8, "{dtype} {code}: NMSE {largest:e}");
                     assert_eq!(backend.expert_counts(), cpu.expert_counts(), "{code}");
                 } else {
-                    // A router's near tie that falls to the other side moves a position far; most have none.
+                    // Where two experts are nearly tied, the router may choose the other one, and the position's logits
+                    // differ much. Most positions have no such tie, so the median is compared.
                     assert!(median < 1e-3, "{dtype} {code}: median NMSE {median:e}");
                 }
             }
@@ -218,9 +221,11 @@ fn operations_are_timed() {
     let program = decoder::program(&geometries(DType::Bf16)[1], true);
     let (library, failures) = machine.compile(machine.codes()[0], &[&program]);
     assert!(failures.is_empty(), "{}", failures.join("\n"));
-    let options = CudaOptions { kv_blocks: KvBlocks::Exactly(KV_BLOCKS), time_ops: true, ..CudaOptions::default() };
+    let kv_blocks = KvBlocks::Exactly(KV_BLOCKS);
+    let options = CudaOptions { time_ops: true, ..CudaOptions::default() };
     let mut backend =
-        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(&program).unwrap(), options).unwrap();
+        CudaBackend::load(program.clone(), &WEIGHTS, &library.executable(&program).unwrap(), kv_blocks, options)
+            .unwrap();
     run(&mut backend, &program, &sequences(&program), &together());
     let times = backend.op_times();
     assert_eq!(times.len(), program.ops.len());
@@ -237,13 +242,14 @@ fn an_engine_of_another_build_gives_the_same_bits() {
         assert!(failures.is_empty(), "{}", failures.join("\n"));
         let own = run(&mut load(&program, &library, true, true), &program, &sequences, &together());
         let other = machine.of_another_build(code, &program);
-        let options = CudaOptions { kv_blocks: KvBlocks::Exactly(KV_BLOCKS), ..CudaOptions::default() };
-        let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &other, options).unwrap();
+        let (kv_blocks, options) = (KvBlocks::Exactly(KV_BLOCKS), CudaOptions::default());
+        let mut backend = CudaBackend::load(program.clone(), &WEIGHTS, &other, kv_blocks, options).unwrap();
         let found = run(&mut backend, &program, &sequences, &together());
         assert!(bits(&found) == bits(&own), "{code}");
-        // Its kernels under this build's schedule: a driver that knows parameters refuses them before anything is launched.
+        // The other build's kernels under this build's schedule: a driver that knows parameters refuses them before
+        // anything is launched.
         let mixed = Executable { schedule: library.executable(&program).unwrap().schedule, images: other.images };
-        let error = CudaBackend::load(program.clone(), &WEIGHTS, &mixed, options).err();
+        let error = CudaBackend::load(program.clone(), &WEIGHTS, &mixed, kv_blocks, options).err();
         println!("{code}: {}", error.as_ref().map_or("a driver before CUDA 12.4".to_owned(), ToString::to_string));
         assert!(error.is_none_or(|error| error.to_string().contains("takes parameters of")), "{code}");
     }

@@ -1,4 +1,4 @@
-//! Buffers that lie in each other's memory, and numbers that no operation asks for.
+//! Buffers that overlap, and the bounds of limits, weights and pieces.
 
 use std::ops::Range;
 
@@ -7,7 +7,7 @@ use mixtral_model::{DType, Piece};
 use super::*;
 use crate::{KvLayout, WeightFormat};
 
-/// A chain of sums, `out = a + b` each, over buffers of 64 bytes at the offsets given.
+/// A program of sums `out = a + b`, over buffers at the given offsets.
 fn sums(buffers: &[(&str, usize)], ops: &[[&str; 3]]) -> Program {
     let buffer = |&(name, offset): &(&str, usize)| Buffer {
         name: name.to_owned(),
@@ -43,11 +43,11 @@ fn buffers_that_are_needed_together_lie_apart() {
         said(&[("a", 0), ("b", 0)], &[["a", "a", "b"]]),
         said(&[("a", 0), ("b", 64)], &[["a", "a", "b"]]),
         said(&[("a", 64), ("b", 0)], &[["a", "a", "b"]]),
-        // One that is only needed again later.
+        // A buffer that is not needed in between, but again later.
         said(&[("a", 0), ("b", 128), ("c", 0)], &[["b", "b", "b"], ["a", "b", "b"], ["b", "b", "c"], ["a", "c", "b"]]),
-        // One that ends where the other begins: the operation needs both.
+        // A buffer whose last use is the operation that first uses the other: the operation needs both.
         said(&[("a", 0), ("b", 128), ("c", 64)], &[["a", "a", "b"], ["a", "b", "c"]]),
-        // A third between two that lie apart.
+        // A third buffer that overlaps one of two that do not overlap.
         said(&[("a", 0), ("b", 192), ("c", 128)], &[["a", "a", "b"], ["a", "b", "c"], ["a", "b", "c"]]),
     ];
     insta::assert_snapshot!(said.join("\n"));
@@ -55,12 +55,12 @@ fn buffers_that_are_needed_together_lie_apart() {
 
 #[test]
 fn memory_may_be_used_again_and_in_place() {
-    // Side by side; at the place of one that is not needed any more; in place.
+    // Side by side; at the place of a buffer that is no longer needed; in place.
     sums(&[("a", 0), ("b", 128)], &[["a", "a", "b"]]).check().unwrap();
     sums(&[("a", 0), ("b", 128), ("c", 64)], &[["a", "a", "b"], ["b", "b", "b"]]).check().unwrap();
     sums(&[("a", 0), ("b", 128), ("c", 0)], &[["a", "a", "b"], ["b", "b", "c"]]).check().unwrap();
     sums(&[("a", 0), ("b", 128), ("c", 64)], &[["a", "a", "a"], ["a", "a", "a"]]).check().unwrap();
-    // What the planner gives passes, whatever it was before.
+    // The planner's offsets pass, whatever they were before.
     let mut program = sums(&[("a", 0), ("b", 0), ("c", 0)], &[["a", "a", "b"], ["a", "b", "c"], ["c", "c", "c"]]);
     program.check().unwrap_err();
     program.plan_arena();

@@ -1,4 +1,4 @@
-//! Every rule of [`StepInputs::check`], one broken at a time.
+//! Breaks every rule of [`StepInputs::check`], one at a time.
 
 use mixtral_model::DType;
 
@@ -8,7 +8,7 @@ use crate::{Buffer, ElemType, KvLayout, Rows};
 /// Blocks of the cache.
 const KV_BLOCKS: usize = 9;
 
-/// A program of limits that a few tokens reach, with attention or without.
+/// A program with limits that a few tokens reach, with attention or without.
 fn program(attends: bool) -> Program {
     let buffer =
         |name: &str| Buffer { name: name.to_owned(), dtype: ElemType::F32, rows: Rows::Tokens, cols: 4, offset: 0 };
@@ -32,7 +32,7 @@ fn program(attends: bool) -> Program {
     }
 }
 
-/// A decode at position 5 of blocks 7 and 2, and the tokens 3 to 8 of a prompt in blocks 0, 8 and 1.
+/// A decode at position 5 in blocks 7 and 2, and tokens 3 to 8 of a prompt in blocks 0, 8 and 1.
 fn inputs() -> StepInputs<'static> {
     StepInputs {
         num_decodes: 1,
@@ -59,7 +59,7 @@ fn draw(row: usize, tokens: usize, prompt_len: usize) -> SampleRequest<'static> 
     }
 }
 
-/// What is said of inputs with one thing changed.
+/// The error for inputs after `change`.
 fn refused(change: impl FnOnce(&mut StepInputs<'static>)) -> String {
     let mut inputs = inputs();
     change(&mut inputs);
@@ -69,16 +69,16 @@ fn refused(change: impl FnOnce(&mut StepInputs<'static>)) -> String {
 #[test]
 fn a_step_that_keeps_the_rules_passes() {
     let mut inputs = inputs();
-    // Tokens that no penalty looks at are not sent along.
+    // Without penalties, the tokens so far may be left out.
     inputs.samples = vec![draw(0, 3, 3), draw(1, 0, 4)];
     inputs.check(&program(true), KV_BLOCKS).unwrap();
-    // Behind the blocks that a sequence needs may be others, which it does not need yet.
+    // Behind the blocks that a sequence needs, the table may hold blocks that it does not need yet.
     inputs.block_table[2] = 3;
     inputs.check(&program(true), KV_BLOCKS).unwrap();
     // A key that nothing reads need not be kept.
     inputs.slot_mapping[4] = -1;
     inputs.check(&program(false), KV_BLOCKS).unwrap();
-    // Nor do those of a dead sequence.
+    // The keys of a dead sequence need not be kept either.
     inputs.slot_mapping[1..].fill(-1);
     inputs.check(&program(true), KV_BLOCKS).unwrap();
 }
@@ -138,7 +138,7 @@ fn sequences_that_do_not_fit_each_other() {
         refused(|i| i.block_table[0] = -1),
         refused(|i| i.block_table[1] = -1),
         refused(|i| i.block_table[5] = -1),
-        // Slots in the cache, but elsewhere; of another position of the block; none.
+        // A slot of another block; a slot of another position in the block; no slot.
         refused(|i| i.slot_mapping[0] = 10),
         refused(|i| i.slot_mapping[2] = 0),
         refused(|i| i.slot_mapping[6] = -1),

@@ -7,10 +7,10 @@ use super::{LowerError, Lowering, count, int, is_16_bit, launch, named, portable
 use crate::step_block::{Array, DECODE_SPLIT, PREFILL_TILE};
 use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, TensorMap};
 
-/// Threads of a CTA of every attention kernel, without those that only load.
+/// Threads of a CTA of every attention kernel, not counting threads that only load.
 const THREADS: usize = 128;
-/// Tiles of decode attention's ring. More CTAs hide latencies better than more stages do: three CTAs of two stages take 50 µs where two
-/// of three take 57.
+/// Stages of decode attention's ring. More CTAs hide latency better than more stages: three CTAs of two stages take 50
+/// µs, two CTAs of three stages 57 µs.
 const DECODE_STAGES: usize = 2;
 /// Tokens of a tile of keys and values: `attention::TILE`.
 const TILE: usize = 64;
@@ -18,10 +18,10 @@ const TILE: usize = 64;
 const STRIP: usize = 16;
 /// Bytes of shared memory of a Hopper multiprocessor.
 const HOPPER_SHARED: usize = 228 * 1024;
-/// Whether prefill multiplies the values by probabilities in two 16-bit parts, as decode does, or by one rounded part, which is half
-/// the products and 256 (bf16) or 32 (f16) times the error.
+/// Whether prefill splits each probability into two 16-bit parts, as decode does, or rounds it to one. One part needs
+/// half the products with the values, and has 256 (bf16) or 32 (f16) times the error.
 const EXACT_PREFILL: bool = false;
-/// Threads of a rope kernel at most: one for each piece of a token of a large model.
+/// The most threads of a rope kernel. A large model has this many vectors to rotate in a token.
 const ROPE_THREADS: usize = 512;
 
 const ROPE: &str = "attention/rope.cuh";
@@ -92,10 +92,11 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
     }
 }
 
-/// A CTA a token.
+/// One CTA for each token.
 const TOKEN: Grid = Grid::Tokens { per: 1, times: 1 };
 
-/// Puts the table of angles before the first of the program's rotations, and before one whose base is not that of the last.
+/// Puts the launch that computes the table of angles before the program's first rotation, and before each rotation
+/// whose base differs from the last one's.
 fn with_angles(lowering: &Lowering<'_>, op: &Op, theta: f64, rotation: Launch) -> Vec<Launch> {
     let base = |op: &Op| match op {
         Op::Rope { theta, .. } | Op::RopeWriteKv { theta, .. } => Some(*theta),
@@ -109,7 +110,7 @@ fn with_angles(lowering: &Lowering<'_>, op: &Op, theta: f64, rotation: Launch) -
     let constants: Vec<String> =
         frequencies(theta, lowering.program.kv.head_dim).map(|f| format!("{}u", f.to_bits())).collect();
     let kernel = portable(ROPE, format!("attention::angles<{}>", constants.join(", ")), 256);
-    // 256 threads of a token and frequency each.
+    // A CTA has 256 threads, each for one token and one frequency.
     let grid = match 256 / half {
         0 => Grid::Tokens { per: 1, times: count(half.div_ceil(256)) },
         per => Grid::Tokens { per: count(per), times: 1 },
@@ -163,11 +164,11 @@ fn attention(
         let kernel = portable("attention/simt.cuh", format!("attention::simt<{shape}>"), THREADS);
         return Ok(vec![launch(kernel, Grid::Tokens { per: 1, times: count(heads) }, args)]);
     }
-    // Scores are taken to the base of 2.
+    // The kernels take powers of 2 instead of e, so the scores are scaled by log2 e.
     let scale = scale * std::f64::consts::LOG2_E;
     let mut launches = vec![];
     let grid = Grid::Persistent { per_sm: 2, items: None };
-    // Rows of a tile, and of the queries, in shared memory: `attention::Rows`.
+    // Bytes of a row of a tile or of the queries in shared memory, as in `attention::Rows`.
     let row = 2 * head_dim + if head_dim.is_multiple_of(64) { 0 } else { 16 };
 
     let group = heads / kv_heads;
@@ -203,7 +204,7 @@ fn attention(
         let shared = DECODE_STAGES * 2 * TILE * row + merge_bytes(group, head_dim);
         let kernel = Kernel { shared_bytes: count(shared), ..portable("attention/decode_paged.cuh", symbol, THREADS) };
         let args = [decodes, table.clone(), operands(scale), scratch].concat();
-        // Of 128 elements a head three CTAs fit on a Hopper multiprocessor, two on an older one.
+        // With 128 elements a head, three CTAs fit on a Hopper multiprocessor and two on an older one.
         let hopper = lowering.target.family == Family::Hopper;
         let per_sm = if hopper { count(HOPPER_SHARED / (shared + 1024)).min(3) } else { 2 };
         launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
@@ -230,7 +231,7 @@ fn attention(
         let kernel = tiling.kernel(kv, heads, limits.block_size, window);
         launches.push(launch(kernel, Grid::Persistent { per_sm: tiling.per_sm(), items: None }, args));
     } else {
-        // Heads of a group that a CTA takes together.
+        // How many heads of a group a CTA takes together.
         let pack = if group.is_multiple_of(2) { 2 } else { 1 };
         let kernel = Kernel {
             shared_bytes: count((pack * PREFILL_TILE + 4 * TILE) * row),
@@ -251,11 +252,11 @@ fn steps<const N: usize>(arrays: [(&'static str, Array); N]) -> Vec<NamedArg> {
     named(arrays.map(|(name, array)| (name, Arg::Step(array))))
 }
 
-/// More rows than a pool of blocks can have: how many it has is known only when a program is loaded. A map's bounds cost nothing, and
-/// no row is named but of a block that a step's table holds.
+/// More rows than a pool of blocks can have. How many rows there are is known only when a program is loaded. A map with
+/// too many rows costs nothing, because kernels only name rows of blocks that a step's block table holds.
 const ANY_ROWS: u64 = i32::MAX as u64;
 
-/// Rows of so many elements, in boxes of 64 elements of `of` rows.
+/// A map of `rows` rows of `cols` elements, in boxes of 64 elements of `of` rows.
 fn map(base: Arg, kv: KvLayout, [cols, rows]: [u64; 2], of: usize) -> Arg {
     let (dtype, row) = (ElemType::from(kv.dtype), cols * kv.dtype.size() as u64);
     let tile = vec![64, count(of)];
@@ -269,13 +270,13 @@ fn map(base: Arg, kv: KvLayout, [cols, rows]: [u64; 2], of: usize) -> Arg {
     })
 }
 
-/// Whether TMA can fetch tiles: swizzle atoms of 64 elements, each tile inside of one block.
+/// Whether TMA can fetch tiles: a head consists of swizzle atoms of 64 elements, and each tile lies in one block.
 fn has_boxes(kv: KvLayout, block_size: usize, family: Family) -> bool {
     let boxes = matches!(kv.head_dim, 64 | 128) && block_size.is_multiple_of(TILE);
     family == Family::Hopper && is_16_bit(kv.dtype) && boxes
 }
 
-/// Bytes of `attention::Decode::Merge`: the warps' sums, maxima and totals, and a flag.
+/// Bytes of `attention::Decode::Merge`, which holds the warps' sums, maxima and totals, and a flag.
 fn merge_bytes(group: usize, head_dim: usize) -> usize {
     4 * group.min(16) * (head_dim + 4) * 4 + 2 * 4 * 16 * 4 + 16
 }
@@ -290,22 +291,23 @@ struct DecodeRing {
 }
 
 impl DecodeRing {
-    /// `None` where decodes stay with the portable kernel.
+    /// `None` where decodes use the portable kernel.
     fn new(kv: KvLayout, heads: usize, block_size: usize, family: Family) -> Option<Self> {
         if !has_boxes(kv, block_size, family) {
             return None;
         }
-        // As many as fit beside each other, each with 1 KiB of the system's.
+        // As many slots as fit when `per_sm` CTAs share a multiprocessor; the system takes 1 KiB for each CTA.
         let of = |per_sm: u32| {
             let fixed = DecodeRing { per_sm, slots: 0 }.shared_bytes(kv, heads);
             let each = DecodeRing { per_sm, slots: 1 }.shared_bytes(kv, heads) - fixed;
             DecodeRing { per_sm, slots: ((HOPPER_SHARED / per_sm as usize - 1024 - fixed) / each).min(8) }
         };
-        // Three CTAs hide each other's merges better than two, unless they leave each other no room for two tiles' keys and values.
+        // Three CTAs hide each other's merges better than two. Two are used where three would leave each less than the
+        // keys and values of two tiles.
         Some([3, 2].map(of).into_iter().find(|ring| ring.slots >= 4).unwrap_or(of(2)))
     }
 
-    /// Bytes of shared memory, as `attention::DecodeStream::SHARED` has them (which asserts that it is so).
+    /// Bytes of shared memory. Equal to `attention::DecodeStream::SHARED`; the kernel asserts that.
     fn shared_bytes(self, kv: KvLayout, heads: usize) -> usize {
         self.slots * (TILE * 2 * kv.head_dim + 16) + merge_bytes(heads / kv.num_kv_heads, kv.head_dim) + 1024
     }
@@ -314,7 +316,7 @@ impl DecodeRing {
 /// How `attention::prefill_wgmma` divides its work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct PrefillTiling {
-    /// Consumers, each of one head; the heads share keys and values.
+    /// Consumer warpgroups. Each computes one head; the heads share keys and values.
     warpgroups: usize,
     /// Tokens of a tile of keys.
     keys: usize,
@@ -323,13 +325,15 @@ struct PrefillTiling {
 }
 
 impl PrefillTiling {
-    /// `None` where prefill stays with the portable kernel. It depends on nothing that differs between steps: their bits may not.
+    /// `None` where prefill uses the portable kernel. The choice depends on nothing that differs between steps, because
+    /// bits may not differ between steps.
     fn new(kv: KvLayout, heads: usize, block_size: usize, family: Family) -> Option<Self> {
         if !has_boxes(kv, block_size, family) {
             return None;
         }
         let group = heads / kv.num_kv_heads;
-        // Two warpgroups have the registers for tiles of 128 tokens, which load the tensor cores better than those of 64.
+        // Two warpgroups have enough registers for tiles of 128 tokens, which use the tensor cores better than tiles of
+        // 64.
         Some(if group.is_multiple_of(2) {
             PrefillTiling { warpgroups: 2, keys: 128, stages: 2 }
         } else if group.is_multiple_of(3) {
@@ -344,7 +348,7 @@ impl PrefillTiling {
         if self.warpgroups == 1 { 2 } else { 1 }
     }
 
-    /// Bytes of shared memory, as `attention::Prefill::SHARED` has them (which asserts that it is so).
+    /// Bytes of shared memory. Equal to `attention::Prefill::SHARED`; the kernel asserts that.
     fn shared_bytes(self, head_dim: usize) -> usize {
         let row = 2 * head_dim;
         let queries = 2 * self.warpgroups * PREFILL_TILE * row;

@@ -1,4 +1,4 @@
-//! Dummy weights, generated on the device: the bits of [`mixtral_engine::dummy`].
+//! Dummy weights, generated on the device with the same bits as [`mixtral_engine::dummy`].
 
 use std::collections::BTreeSet;
 
@@ -19,7 +19,8 @@ fn kernel(dtype: DType) -> Kernel {
     }
 }
 
-/// The launch that fills a piece, of each data type that a program's dummy weights have; none if weights come from a file.
+/// The launch that fills a piece, one for each data type of a program's dummy weights. Empty if the weights come from a
+/// file.
 pub(super) fn fills(program: &Program) -> Vec<(DType, Launch)> {
     let dtypes: BTreeSet<DType> =
         program.weights.iter().filter(|weight| !weight.pieces.is_empty()).map(|weight| weight.dtype).collect();
@@ -43,11 +44,11 @@ pub(super) fn fills(program: &Program) -> Vec<(DType, Launch)> {
     dtypes.into_iter().map(|dtype| (dtype, launch(dtype))).collect()
 }
 
-/// The launches that fill a program's weights, one a piece, out of those of each data type. What no piece covers stays as it is,
-/// which has to be zero. A data type without a launch is given back as the error.
+/// The launches that fill a program's weights, one a piece, made from `fills`. Parts of a weight that no piece covers
+/// are not written; they have to be zero already.
 ///
 /// # Errors
-/// A data type of a dummy weight that none of `fills` is for.
+/// The data type of a dummy weight for which `fills` has no launch.
 pub fn launches(program: &Program, fills: &[(DType, Launch)], seed: u64) -> Result<Vec<Launch>, DType> {
     let mut launches = Vec::new();
     for (index, weight) in program.weights.iter().enumerate() {

@@ -16,13 +16,13 @@ pub(super) fn row_threads(cols: usize) -> usize {
     32 * cols.div_ceil(VECTOR).div_ceil(32).min(16)
 }
 
-/// Threads for so many items, of which each thread handles one or a few.
+/// Threads for `items` items, of which each thread handles one or a few.
 pub(super) fn threads_for(items: usize, most: usize) -> usize {
     items.next_multiple_of(32).clamp(32, most)
 }
 
-/// A type's constant in `step::Rows` and the rows for each.
-fn rows(lowering: &Lowering<'_>, buffer: &Buffer) -> (&'static str, usize) {
+/// The constant in `step::Rows` for a buffer's kind of rows, and how many rows the buffer has for each such row.
+pub(super) fn rows(lowering: &Lowering<'_>, buffer: &Buffer) -> (&'static str, usize) {
     match buffer.rows {
         Rows::Tokens => ("step::Rows::TOKENS", 1),
         Rows::Assignments => ("step::Rows::TOKENS", lowering.program.top_k),
@@ -41,7 +41,7 @@ fn grid(lowering: &Lowering<'_>, buffer: &Buffer, times: usize) -> Grid {
     }
 }
 
-/// `out = a + b`, all of them of `buffer`'s rows and columns.
+/// `out = a + b`. All three have `buffer`'s rows and columns.
 pub(super) fn add(lowering: &Lowering<'_>, buffer: &Buffer, [a, b, out]: [Arg; 3]) -> Launch {
     let (kind, times) = rows(lowering, buffer);
     let symbol = format!("elementwise::add<{}, {}, {kind}>", type_name(lowering.program.dtype), buffer.cols);
@@ -120,7 +120,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
     Ok(vec![one])
 }
 
-/// A norm's epsilon, in the contract's f32.
+/// A norm's epsilon, rounded to f32 as the contract says.
 #[expect(clippy::cast_possible_truncation, reason = "the contract's rounding to f32")]
 pub(super) fn epsilon(eps: f64) -> Arg {
     Arg::F32(eps as f32)

@@ -17,9 +17,11 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, Lower
     let tokens = lowering.regime.max_tokens;
     let chosen = ladder.iter().find(|rung| rung.max_tokens >= tokens).map(|rung| rung.plan.parse()).transpose()?;
     let plan = match chosen {
-        // A ladder is for the fastest family that an engine was built for; the others choose anew.
+        // A ladder holds plans for the fastest family that the engine was built for. A slower family chooses a plan of
+        // its own here.
         Some(LinearPlan::Wgmma { .. }) if lowering.target.family == Family::Portable => None,
-        // A library's product takes the step's size from the host, which a captured one could not.
+        // A library's product gets the step's size from the host. A captured product could not, so a step of decodes
+        // alone chooses another plan.
         Some(LinearPlan::CublasLt)
             if lowering.regime.decodes || !select::takes_cublaslt(lowering.program, op, tokens) =>
         {
@@ -60,7 +62,7 @@ struct Tiling {
 }
 
 impl Tiling {
-    /// Bytes of shared memory, as `linear::Config::SHARED` has them (which asserts that it is so).
+    /// Bytes of shared memory. Equal to `linear::Config::SHARED`; the kernel asserts that.
     fn shared_bytes(&self, kind: Kind) -> u32 {
         let Tiling { rows, cols, depth, stages, warpgroups, .. } = *self;
         let blocks = rows.div_ceil(64 * warpgroups);
@@ -82,7 +84,7 @@ impl Tiling {
     }
 }
 
-/// What all kernels of a linear share.
+/// A linear being lowered: what all its kernels need.
 struct Linear<'a> {
     lowering: &'a Lowering<'a>,
     op: &'a Op,
@@ -96,9 +98,9 @@ struct Linear<'a> {
     weight: usize,
     /// First row of the weight.
     first_row: usize,
-    /// One CTA row's worth of columns: the step's tokens, or its rows of logits.
+    /// Whether its columns are the step's rows of logits, and not the step's tokens.
     logits: bool,
-    /// Expert lists: offsets and order.
+    /// The buffers of the expert lists: offsets and order.
     lists: Option<(usize, usize)>,
 }
 
@@ -161,7 +163,7 @@ impl<'a> Linear<'a> {
         Arg::Weight { index: self.weight, offset }
     }
 
-    /// Tiles of a dense linear in this regime.
+    /// Number of tiles of a dense linear in this regime; `None` for a grouped one, where it depends on the step.
     fn items(&self, out_rows: u32, cols: u32) -> Option<u32> {
         let tokens = LinearShape::columns(self.lowering.program, self.op, self.lowering.regime.max_tokens);
         let tiles = self.outputs.div_ceil(out_rows as usize) * tokens.div_ceil(cols as usize);
@@ -172,7 +174,7 @@ impl<'a> Linear<'a> {
         Launch { kernel, grid: Grid::Persistent { per_sm, items }, cluster: 1, args, op: 0, overlaps: true }
     }
 
-    /// The tensor-core kernel of any shape, or the plain one.
+    /// A launch of the mma kernel or the simt kernel, both of which take any shape.
     fn portable(
         &self,
         kernel: &'static str,
@@ -211,12 +213,13 @@ impl<'a> Linear<'a> {
         };
         let header = header.into();
         let kernel = Kernel { header, symbol, threads: 128, shared_bytes: shared, family: Family::Portable };
-        // What is left of 100 KB, the least that an architecture has, counts; eight hide memory's latency.
+        // As many CTAs as 100 KB of shared memory, the least that an architecture has, hold. Eight suffice to hide the
+        // memory's latency.
         let per_sm = ((100 << 10) / (shared + 1024)).clamp(1, 8);
         let out_rows = if self.kind == Kind::SiluMul { tile[0] / 2 } else { tile[0] };
         let items = self.items(out_rows, tile[1]);
-        // Begun early they would lie where there happens to be room, several on one multiprocessor and none on others, and what they
-        // read of weights waits for their predecessor all the same.
+        // CTAs that started early would go where there happens to be room: several on one multiprocessor and none on
+        // others. They would gain nothing, because they wait for their predecessor before they read weights too.
         Launch { overlaps: false, ..self.launch(kernel, per_sm, items, args) }
     }
 
@@ -248,8 +251,9 @@ impl<'a> Linear<'a> {
         let Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic } = *tiling;
         let shared = tiling.shared_bytes(self.kind);
         let every = !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
-        // An expert's tiles are seldom full: it takes as many quarters as it needs. Full tiles take one box, which costs the
-        // producer least, unless it is so large that others have to wait for it.
+        // An expert's tiles are seldom full, so each is loaded in quarters, as many as it needs. Full tiles are loaded
+        // in one box, which is the least work for the producer, unless the box is so large that other loads have to
+        // wait for it.
         let full = self.lists.is_none() || every;
         let part = if cols < 32 || full && cols <= 64 && cluster == 1 { cols } else { cols / 4 };
         let config = format!(
@@ -298,8 +302,8 @@ impl<'a> Linear<'a> {
         Ok(launches)
     }
 
-    /// The product, and the residual's sum, which rounds what was rounded, as the epilogue does. The product goes to a place of
-    /// its own then: the residual often is the output.
+    /// The product, then an addition of the residual if there is one. It rounds the rounded product again, as the
+    /// epilogue does. With a residual the product goes to a workspace, because the residual often is the output.
     fn cublaslt(&self) -> Vec<Work> {
         let out = &self.lowering.program.buffers[self.out];
         let scratch = self.lowering.scratch;
@@ -323,7 +327,7 @@ impl<'a> Linear<'a> {
         std::iter::once(Work::Product(Box::new(product))).chain(added.map(Work::Launch)).collect()
     }
 
-    /// The weight, in boxes of 128 bytes of `rows` rows.
+    /// The map of the weight, in boxes of 128 bytes of `rows` rows.
     fn weight_map(&self, rows: u32) -> Arg {
         let (depth, row) = (self.shape.depth as u64, self.shape.weight.bytes(self.shape.depth) as u64);
         let (atom, dtype) = self.shape.weight.atom();
@@ -331,7 +335,7 @@ impl<'a> Linear<'a> {
         let (outputs, experts) = (self.outputs as u64, self.experts() as u64);
         let (dims, strides, tile) = match (self.lists, self.kind) {
             (None, _) => (vec![depth, outputs], vec![row], vec![atom, rows]),
-            // Eight up rows and eight gate rows in turn.
+            // A box holds eight up rows and eight gate rows in turn.
             (Some(_), Kind::SiluMul) => (
                 vec![depth, 8, 2, outputs / 8, experts],
                 vec![row, outputs * row, 8 * row, 2 * outputs * row],
@@ -343,7 +347,7 @@ impl<'a> Linear<'a> {
         Arg::TensorMap(TensorMap { base, dtype, dims, strides, tile, swizzle: 128 })
     }
 
-    /// Token rows, in boxes of 128 bytes of `tokens` tokens.
+    /// The map of the token rows, in boxes of 128 bytes of `tokens` tokens.
     fn token_map(&self, base: Arg, rows: Rows, tokens: u32) -> Arg {
         let limits = self.lowering.program.limits;
         let rows = self.lowering.program.num_rows(rows, limits.max_num_tokens, limits.max_num_logits) as u64;

@@ -1,6 +1,8 @@
-//! A program's operations → launches, for every regime that a step can be in. One file a kind of operation.
+//! Lowers a program's operations to launches, for every regime that a step can be in. There is one file for each kind
+//! of operation.
 
 mod attention;
+mod collective;
 pub mod dummy;
 mod elementwise;
 mod linear;
@@ -18,7 +20,7 @@ use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
 use mixtral_model::DType;
 
 use crate::plan::{LAST_RUNG, RUNGS};
-use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, Regime, Schedule, Scratch, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Grid, Kernel, Launch, NamedArg, Regime, Schedule, Scratch, StepBlock, Work};
 
 /// What a program is lowered for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,7 +67,7 @@ impl Schedule {
             below.chain(if most <= LAST_RUNG { Some(most) } else { None })
         };
         let decodes = rungs_to(batch).map(|max_tokens| Regime { max_tokens, decodes: true });
-        // Below eight tokens no kernel changes.
+        // Steps of up to eight tokens use the same kernels, so they share one regime.
         let mixed = rungs_to(limits.max_num_tokens).filter(|&r| r >= 8 || r == limits.max_num_tokens);
         let mixed = mixed.chain((limits.max_num_tokens > LAST_RUNG).then_some(limits.max_num_tokens));
         let mixed = mixed.map(|max_tokens| Regime { max_tokens, decodes: false });
@@ -82,6 +84,7 @@ impl Schedule {
             fills: dummy::fills(program),
             probe: probe::read(),
             scratch_bytes: scratch.bytes,
+            exchange: Exchange::new(program),
             block: StepBlock::new(program),
         })
     }
@@ -99,6 +102,9 @@ impl Lowering<'_> {
     fn work(&self) -> Result<Vec<Work>, LowerError> {
         let ops = &self.program.ops;
         let (mut all, mut index) = (Vec::new(), 0);
+        if Exchange::new(self.program).is_some() {
+            all.push(Work::Launch(collective::begin(self)));
+        }
         while index < ops.len() {
             let (taken, mut some) = self.lower(&ops[index..])?;
             some.iter_mut().for_each(|work| work.set_op(index));
@@ -108,7 +114,8 @@ impl Lowering<'_> {
         Ok(all)
     }
 
-    /// The work of the first operation, or of the first few where one kernel computes them; and how many those are.
+    /// Lowers the first operation, or the first few where one kernel computes them together. Returns how many
+    /// operations these are, and their work.
     fn lower(&self, ops: &[Op]) -> Result<(usize, Vec<Work>), LowerError> {
         if let Some(launches) = moe::norm_router_route(self, ops)? {
             return Ok((3, of_launches(launches)));
@@ -129,13 +136,8 @@ impl Lowering<'_> {
                 elementwise::lower(self, op)?
             }
             op @ Op::Sample { .. } => sample::lower(self, op)?,
-            op @ (Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. }) => {
-                return Err(LowerError::Unsupported {
-                    op: op.name(),
-                    reason:
-                        "the CUDA backend runs engines of one rank; build with --tp-size 1 --pp-size 1, or for the CPU"
-                            .to_owned(),
-                });
+            Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. } => {
+                vec![collective::lower(self, ops)?]
             }
         };
         Ok((1, of_launches(launches)))
@@ -168,7 +170,7 @@ pub(crate) fn portable(header: &'static str, symbol: String, threads: usize) -> 
     Kernel { header: header.into(), symbol, threads: count(threads), shared_bytes: 0, family: Family::Portable }
 }
 
-/// A launch that may overlap its predecessor. The operation is filled in by the caller.
+/// A launch that may overlap its predecessor. The caller fills in the operation.
 pub(crate) fn launch(kernel: Kernel, grid: Grid, args: Vec<NamedArg>) -> Launch {
     Launch { kernel, grid, cluster: 1, args, op: 0, overlaps: true }
 }
@@ -178,7 +180,7 @@ pub(crate) fn named<const N: usize>(args: [(&'static str, Arg); N]) -> Vec<Named
     args.map(|(name, arg)| NamedArg { name: Cow::Borrowed(name), arg }).into()
 }
 
-/// A size as kernels and grids count; sizes of programs that passed their check fit.
+/// A size in the type of kernels and grids. Sizes of a program that passed its check fit.
 pub(crate) fn count(size: usize) -> u32 {
     u32::try_from(size).unwrap_or(u32::MAX)
 }

@@ -1,4 +1,5 @@
-//! `softmax`, `top_k`, `expert_sort`, `route`, `combine`; norm, router and routing in one; tokens put in expert order.
+//! `softmax`, `top_k`, `expert_sort`, `route`, `combine`; also a kernel that fuses norm, router and routing, and one
+//! that puts tokens into expert order.
 
 use mixtral_engine::{Epilogue, Op};
 use mixtral_model::{DType, MoeNormalization};
@@ -12,11 +13,11 @@ use crate::{Arg, Grid, Launch};
 pub(crate) const CHUNK: usize = 1024;
 /// Assignments that one CTA lists.
 const ONE_CTA: usize = 4 * CHUNK;
-/// Tokens up to which the router also chooses and lists.
+/// Up to this many tokens, the router kernel also chooses the experts and lists the assignments.
 const CHOOSE: usize = 512;
-/// Experts whose router is fused with the norm before it.
+/// Up to this many experts, the router is fused with the norm before it.
 const FUSED_EXPERTS: usize = 64;
-/// Threads of the kernels of a token a warp: `moe::THREADS`.
+/// Threads of the kernels in which each warp takes one token: `moe::THREADS`.
 const THREADS: usize = 256;
 
 const ROUTE: &str = "moe/route.cuh";
@@ -57,7 +58,7 @@ fn is_renorm(normalization: MoeNormalization) -> bool {
     normalization == MoeNormalization::Renorm
 }
 
-/// The choice of experts, from probabilities or (`softmax`) from logits.
+/// The launch that chooses experts, from probabilities or (with `softmax`) from logits.
 fn choose(
     lowering: &Lowering<'_>,
     op: &Op,
@@ -80,7 +81,8 @@ fn choose(
     Ok(launch(portable(ROUTE, symbol, THREADS), WARP_A_TOKEN, args))
 }
 
-/// The lists of local experts: by one CTA, or by one for each chunk in two launches.
+/// The launches that list the assignments of local experts: one launch of one CTA, or two launches of one CTA for each
+/// chunk.
 fn list(
     lowering: &Lowering<'_>,
     op: &Op,
@@ -117,7 +119,7 @@ fn combine(lowering: &Lowering<'_>, op: &Op) -> Result<Launch, LowerError> {
             let scale = Arg::Weight { index, offset: 0 };
             (type_name(weight.dtype), scale, epsilon(norm.eps), lowering.at(op, &norm.out)?)
         }
-        // Not read.
+        // Without a norm, the kernel does not read these.
         None => (dtype, lowering.at(op, out)?, Arg::F32(0.0), lowering.at(op, out)?),
     };
     let symbol = format!(
@@ -139,8 +141,8 @@ fn combine(lowering: &Lowering<'_>, op: &Op) -> Result<Launch, LowerError> {
     Ok(launch(portable("moe/combine.cuh", symbol, row_threads(cols)), Grid::Tokens { per: 1, times: 1 }, args))
 }
 
-/// `norm`, `linear` (the router's) and `route` in a row, where each reads what the one before it wrote: in one launch for steps
-/// of a few hundred tokens, in three or four for longer ones.
+/// Lowers `norm`, the router's `linear` and `route` together, where each reads what the one before it wrote. Steps of
+/// up to a few hundred tokens take one launch, longer ones three or four.
 pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Option<Vec<Launch>>, LowerError> {
     let [
         norm @ Op::Norm { input, weight, eps, out },
@@ -191,8 +193,8 @@ pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<O
     Ok(Some(launches))
 }
 
-/// Tokens in expert order: row p of the scratch region is row `order[p] / k` of `input`, for the assignments of local experts.
-/// Launched before a linear that wants its tokens in consecutive rows.
+/// The launch that puts tokens into expert order: row p of the scratch region becomes row `order[p] / k` of `input`,
+/// for the assignments of local experts. It comes before a linear that needs its tokens in consecutive rows.
 pub(super) fn permute(
     lowering: &Lowering<'_>,
     op: &Op,

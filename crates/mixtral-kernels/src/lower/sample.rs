@@ -6,7 +6,7 @@ use super::{LowerError, Lowering, launch, named, portable};
 use crate::step_block::Array;
 use crate::{Arg, Grid, Launch};
 
-/// Vocabulary that the kernel's sums hold.
+/// The largest vocabulary for which the kernel's sums cannot overflow.
 const MAX_VOCAB: usize = 1 << 18;
 /// Threads of a draw: `sample::THREADS`.
 const THREADS: usize = 1024;
@@ -30,7 +30,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
         ("copies", Arg::Scratch(lowering.scratch.sampling)),
         ("drawn", Arg::Step(Array::Drawn)),
     ]);
-    // Where there are more draws than rows, a CTA makes several.
+    // One CTA for each row of logits. If there are more draws than rows, a CTA makes several draws.
     let grid = Grid::Logits { per: 1, times: 1 };
     Ok(vec![launch(portable("sample/draw.cuh", symbol, THREADS), grid, args)])
 }

@@ -13,7 +13,8 @@ fn name(text: &str) -> String {
     text.to_owned()
 }
 
-/// Everything of a layer but its large linears, twice where it matters that something comes once; then a draw.
+/// All operations of a layer except its large linears, then a draw. Operations come twice where the test checks that
+/// their launch comes once.
 fn layer(dtype: DType) -> Program {
     let mut a = Assembly::new(dtype);
     let (hidden, heads, head_dim) = (4096, 32, 128);
@@ -79,11 +80,11 @@ fn layer(dtype: DType) -> Program {
     a.program
 }
 
-/// A line a launch: operation, kernel, threads, dynamic shared memory, grid. Of a product: its operands and sizes.
+/// One line for each launch (operation, kernel, threads, dynamic shared memory, grid) or product (operands and sizes).
 fn lines(work: &[Work]) -> String {
     let line = |work: &Work| match work {
         Work::Launch(l) => {
-            // The table's 64 constants are not told.
+            // The 64 constants in the symbol of `attention::angles` are left out.
             let symbol = l.kernel.symbol.split_once("angles<").map_or(&*l.kernel.symbol, |_| "attention::angles");
             format!("{} {symbol} {} {} {:?}\n", l.op, l.kernel.threads, l.kernel.shared_bytes, l.grid)
         }
@@ -115,7 +116,7 @@ fn every_regime_has_the_kernels_of_its_steps() {
             let count = |part: &str| kernels().filter(|kernel| kernel.symbol.contains(part)).count();
             assert_eq!(count("::angles<"), 1, "one table for all layers");
             assert_eq!(count("::rope_write_kv<"), 2);
-            // Prefill attention has no work where every sequence is a decode.
+            // Prefill attention is not launched where every sequence is a decode.
             let tensor_cores = dtype != DType::F32;
             let by_family = |portable, hopper, expected| {
                 let expected = if family == Family::Hopper { (0, expected) } else { (expected, 0) };
@@ -139,7 +140,7 @@ fn a_cache_of_another_type_is_refused() {
     assert!(error.to_string().contains("only equal types have kernels"), "{error}");
 }
 
-/// An engine's kernels are enough for its first layers alone.
+/// An engine's kernels suffice to run only its first layers.
 #[test]
 fn a_program_cut_short_needs_no_other_kernels() {
     let geometry = Geometry { num_layers: 3, hidden_size: 256, head_dim: 128, ..Geometry::small(DType::Bf16) };
@@ -156,7 +157,8 @@ fn a_program_cut_short_needs_no_other_kernels() {
     }
 }
 
-/// The linears of a layer, of logits, and of experts, with cuBLASLt wherever it can be; in the order of the snapshot below.
+/// The linears of a layer, of the logits and of experts, with cuBLASLt wherever it can compute them. Their order is
+/// that of the snapshot below.
 fn linears(dtype: DType) -> Program {
     let mut a = Assembly::new(dtype);
     (a.program.num_experts, a.program.top_k) = (8, 2);
@@ -205,7 +207,7 @@ fn linears(dtype: DType) -> Program {
     a.program
 }
 
-/// A program with ladders of a family's plans, and cuBLASLt's where it can be.
+/// Gives a program ladders of a family's plans, with cuBLASLt wherever it can compute a linear.
 fn with_cublaslt(mut program: Program, family: Family) -> Program {
     let ladders: Vec<_> = program.ops.iter().map(|op| select::ladder(&program, op, family, true)).collect();
     for (op, rungs) in program.ops.iter_mut().zip(ladders) {
@@ -230,7 +232,8 @@ fn cublaslt_computes_dense_linears_of_long_steps() {
     let schedule = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels");
     let (_, many) = schedule.for_step(2048, false).expect("a regime");
     insta::assert_snapshot!(format!("{ladders}\nprompts of 2048 tokens\n{}", lines(many)));
-    // It needs no architecture of its own, and leaves the other regimes alone, of which some are captured.
+    // cuBLASLt needs no architecture of its own, so it serves both families. It leaves all other regimes alone; some of
+    // these are captured.
     for family in [Family::Hopper, Family::Portable] {
         let schedule = Schedule::new(&program, Target { family }).expect("kernels");
         for (regime, work) in &schedule.regimes {
@@ -248,7 +251,8 @@ fn cublaslt_has_its_workspace_only_where_it_is_used() {
     let program = with_cublaslt(program, Family::Hopper);
     let with = Schedule::new(&program, Target { family: Family::Hopper }).expect("kernels").scratch_bytes;
     assert_eq!(with, plain + crate::scratch::PRODUCT_WORKSPACE);
-    // Products that a residual is added to lie where tokens are gathered by expert; without experts, that has to be made.
+    // A product that a residual is added to lies in the workspace of gathered tokens. Without experts, that workspace
+    // exists for the product alone.
     let mut dense = linears(DType::Bf16);
     dense.ops.truncate(2);
     (dense.num_experts, dense.top_k) = (0, 0);
@@ -259,7 +263,7 @@ fn cublaslt_has_its_workspace_only_where_it_is_used() {
 
 #[test]
 fn a_plan_that_cublaslt_cannot_follow_is_chosen_anew() {
-    // As an engine's file might say it.
+    // An engine's file might hold such ladders.
     let mut program = linears(DType::Bf16);
     let limits = program.limits;
     for op in &mut program.ops {
@@ -272,7 +276,7 @@ fn a_plan_that_cublaslt_cannot_follow_is_chosen_anew() {
         let products: Vec<usize> = work.iter().filter(|work| matches!(work, Work::Product(_))).map(Work::op).collect();
         assert_eq!(products, if regime.max_tokens > CUBLASLT_ABOVE { vec![0, 1, 2] } else { vec![] }, "{regime:?}");
     }
-    // f32 has no tensor cores to run on.
+    // cuBLASLt is only asked for 16-bit types, so an f32 program has no products.
     let schedule =
         Schedule::new(&with_cublaslt(linears(DType::F32), Family::Hopper), Target { family: Family::Hopper });
     let work = schedule.expect("kernels").regimes.into_iter().flat_map(|(_, work)| work).collect::<Vec<_>>();

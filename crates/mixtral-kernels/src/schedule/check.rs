@@ -1,31 +1,31 @@
-//! What a schedule may ask for. One that was read from a file passes through [`Schedule::check`] before a backend sees it, so that
-//! a backend can index by its numbers and point at what it names.
+//! What a schedule may ask for. A schedule that was read from a file passes through [`Schedule::check`] before a
+//! backend sees it, so a backend can index by its numbers and use its addresses.
 
 use mixtral_engine::Program;
 
 use super::text::ScheduleError;
 use super::{Regime, Schedule};
 use crate::step_block::{ALIGN, Place};
-use crate::{Arg, Grid, Launch, Product, TensorMap, Work};
+use crate::{Arg, Exchange, Grid, Launch, Product, TensorMap, Work};
 
-/// Parameters that a kernel may have.
+/// The most parameters of a kernel.
 pub const MAX_ARGS: usize = 32;
-/// Threads of a CTA.
+/// The most threads of a CTA.
 const MAX_THREADS: u32 = 1024;
-/// Bytes of shared memory that a CTA can have on any architecture.
+/// The most bytes of shared memory that a CTA can have on any architecture.
 const MAX_SHARED: u32 = 227 << 10;
-/// CTAs of a cluster without asking for more.
+/// The most CTAs of a cluster that a kernel can have without asking the driver for more.
 const MAX_CLUSTER: u32 = 8;
-/// CTAs of a launch that the driver takes.
+/// The most CTAs of a launch.
 const MAX_GRID: u64 = (1 << 31) - 1;
-/// Dimensions of a tensor map.
+/// The most dimensions of a tensor map.
 const MAX_RANK: usize = 5;
-/// Bytes of one allocation, so that sums of a few of them cannot overflow.
+/// The most bytes of one allocation. Sums of a few of these cannot overflow.
 const MAX_BYTES: usize = 1 << 48;
 
 impl Schedule {
-    /// Checks that every index is one of the program's, that everything pointed at lies within its memory as far as the
-    /// schedule says how large it is, and that every launch is one that a driver takes.
+    /// Checks that every index is one of the program's, that every launch is one that a driver accepts, and that every
+    /// address lies within its memory, as far as the schedule tells how much memory is accessed there.
     ///
     /// # Errors
     /// The first rule that the schedule breaks.
@@ -35,8 +35,10 @@ impl Schedule {
         if self.scratch_bytes > MAX_BYTES {
             return Err(outside("(workspaces)".to_owned())(format!("{} bytes", self.scratch_bytes)));
         }
+        self.check_exchange(program).map_err(outside("(memory between ranks)".to_owned()))?;
         self.check_regimes(program).map_err(outside("(regimes)".to_owned()))?;
-        let scope = Scope { program, scratch_bytes: self.scratch_bytes };
+        let has_exchange = self.exchange.is_some();
+        let scope = Scope { program, scratch_bytes: self.scratch_bytes, has_exchange };
         for (dtype, fill) in &self.fills {
             let place = || format!("fills {dtype} weights by `{}`", fill.kernel.symbol);
             scope.launch(fill, Regime { max_tokens: 0, decodes: false }, Of::Fill).map_err(|p| outside(place())(p))?;
@@ -72,7 +74,7 @@ impl Schedule {
         Ok(())
     }
 
-    /// The arrays lie apart, in order, in the block.
+    /// The arrays lie in the block, in order and without overlap.
     fn check_block(&self) -> Result<(), String> {
         let mut end = 0;
         for Place { array, offset, bytes } in &self.block.places {
@@ -87,7 +89,32 @@ impl Schedule {
         Ok(())
     }
 
-    /// Regimes ascend, and one takes any step that the program does.
+    /// There is memory between ranks if the program speaks to others, and it holds what they send.
+    fn check_exchange(&self, program: &Program) -> Result<(), String> {
+        let (found, needed) = match (self.exchange, Exchange::new(program)) {
+            (None, None) => return Ok(()),
+            (Some(found), Some(needed)) => (found, needed),
+            (found, _) => {
+                let is = |is: bool| if is { "has some" } else { "has none" };
+                return Err(format!("the schedule {}, the program {}", is(found.is_some()), is(found.is_none())));
+            }
+        };
+        let sizes = [
+            ("slots", found.slots, needed.slots),
+            ("bytes of a part", found.part_bytes, needed.part_bytes),
+            ("slots between stages", found.stage_slots, needed.stage_slots),
+            ("bytes between stages", found.stage_bytes, needed.stage_bytes),
+        ];
+        if let Some((what, found, needed)) = sizes.into_iter().find(|(_, found, needed)| found < needed) {
+            return Err(format!("{found} {what}, at least {needed}"));
+        }
+        if found.inbox_bytes(program.tp_size) > MAX_BYTES || found.stage_inbox_bytes() > MAX_BYTES {
+            return Err(format!("{found:?} for {} ranks", program.tp_size));
+        }
+        Ok(())
+    }
+
+    /// Regimes ascend by tokens, and the last one takes every step that the program takes.
     fn check_regimes(&self, program: &Program) -> Result<(), String> {
         let limits = program.limits;
         for decodes in [true, false] {
@@ -116,10 +143,11 @@ enum Of {
     Probe,
 }
 
-/// What work can point at.
+/// The memory that work can point at.
 struct Scope<'a> {
     program: &'a Program,
     scratch_bytes: usize,
+    has_exchange: bool,
 }
 
 impl Scope<'_> {
@@ -150,7 +178,7 @@ impl Scope<'_> {
             Grid::Fixed(n) => u64::from(n),
             Grid::Tokens { per, times } => ctas(tokens, per, times)?,
             Grid::Logits { per, times } => ctas(logits, per, times)?,
-            // A thousand multiprocessors, if no device has as many.
+            // No device has more than a thousand multiprocessors.
             Grid::Persistent { per_sm, .. } => u64::from(per_sm) << 10,
         };
         if most > MAX_GRID
@@ -186,13 +214,17 @@ impl Scope<'_> {
             Arg::Piece(_) if of == Of::Fill => Ok(()),
             Arg::Probe(_) if of == Of::Probe => Ok(()),
             Arg::Piece(_) | Arg::Probe(_) => Err("it is not known in a step".to_owned()),
-            Arg::I32(_) | Arg::U64(_) | Arg::F32(_) => Ok(()),
+            Arg::Exchange(_) if !self.has_exchange => Err("there is no memory between ranks".to_owned()),
+            Arg::Exchange(_) | Arg::I32(_) | Arg::U64(_) | Arg::F32(_) => Ok(()),
+            Arg::Ordinal(before) if i32::try_from(*before).is_ok() => Ok(()),
+            Arg::Ordinal(before) => Err(format!("{before} collectives before it")),
             Arg::TensorMap(map) => self.map(map),
             pointer => self.room(pointer).map(drop),
         }
     }
 
-    /// Bytes that lie behind a pointer; none where their number is known only when the cache is allocated, or to the block.
+    /// Bytes of memory from a pointer on. `None` for the cache and the experts' counters, whose sizes are not the
+    /// schedule's, and for arrays of the step block, whose sizes are checked when the schedule is parsed.
     fn room(&self, arg: &Arg) -> Result<Option<usize>, String> {
         let program = self.program;
         let index = |what: &str, index: usize, count: usize| match index < count {
@@ -220,8 +252,8 @@ impl Scope<'_> {
         }
     }
 
-    /// A map lies within its base. Of the cache only a row's length is known here; how many rows it has is known when it is
-    /// allocated, and then the map is cut.
+    /// A map lies within the memory of its base. For the cache only the length of a row is known here. The number of
+    /// rows is known when the cache is allocated; then the map is cut to it.
     fn map(&self, map: &TensorMap) -> Result<(), String> {
         let TensorMap { base, dtype, dims, strides, tile, swizzle } = map;
         let rank = dims.len();

@@ -1,9 +1,10 @@
-//! What a rank does in every kind of step: launches in order, for every regime. `mixtral build` lowers a program to a schedule
-//! ([`crate::lower`]) and stores it beside the kernels, and a backend carries it out as it was stored. So the kernels of an
-//! engine are launched with the parameters that they were compiled for, whatever build of `mixtral` loads them.
+//! What a rank does in every kind of step: launches in order, for every regime. `mixtral build` lowers a program to a
+//! schedule ([`crate::lower`]) and stores it beside the kernels. A backend carries it out as it was stored. So an
+//! engine's kernels are launched with the parameters that they were compiled for, whichever build of `mixtral` loads
+//! the engine.
 //!
-//! Reading order: this file (the value), `fold` (layers that are alike), [`text`] (its written form), [`check`] (what a schedule may
-//! ask for).
+//! Reading order: this file (the value), `fold` (layers that are alike), [`text`] (its written form), [`check`] (what a
+//! schedule may ask for).
 
 pub mod check;
 mod fold;
@@ -17,25 +18,25 @@ use mixtral_engine::{Op, Program};
 use mixtral_model::DType;
 use serde::{Deserialize, Serialize};
 
-use crate::{Arg, Family, Kernel, Launch, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Kernel, Launch, StepBlock, Work};
 
-/// What a step can be, as far as launches depend on it.
+/// A kind of step: what launches depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Regime {
-    /// Tokens at most.
+    /// The most tokens of such a step.
     pub max_tokens: usize,
-    /// Whether the step is decodes alone, one token, one row of logits and one sample each. Such a regime is captured as a graph
-    /// and replayed for up to `max_tokens` sequences: grids are those of `max_tokens`.
+    /// Whether the step consists of decodes only, each with one token, one row of logits and one draw. Such a regime is
+    /// captured as a graph and replayed for up to `max_tokens` sequences. Its grids are those of `max_tokens`.
     pub decodes: bool,
 }
 
-/// Every regime's work, in the order in which it runs, and what it runs on.
+/// The work of every regime in its order, and the memory and kernels that it needs.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schedule {
     /// The kernels that it launches.
     pub family: Family,
-    /// Ascending by tokens, decodes and others apart.
+    /// Regimes of decodes, then the others, each ascending by tokens.
     pub regimes: Vec<(Regime, Vec<Work>)>,
     /// The launch that fills a piece of a dummy weight, by data type ([`crate::lower::dummy::launches`]).
     pub fills: Vec<(DType, Launch)>,
@@ -43,12 +44,14 @@ pub struct Schedule {
     pub probe: Launch,
     /// Bytes of the workspaces between kernels.
     pub scratch_bytes: usize,
+    /// The memory between ranks, if there are others.
+    pub exchange: Option<Exchange>,
     /// Where a step's inputs lie.
     pub block: StepBlock,
 }
 
 impl Schedule {
-    /// Everything that has to be compiled.
+    /// All kernels, which have to be compiled.
     #[must_use]
     pub fn kernels(&self) -> BTreeSet<&Kernel> {
         let of_steps = self.regimes.iter().flat_map(|(_, work)| work).filter_map(Work::kernel);
@@ -56,7 +59,7 @@ impl Schedule {
         of_steps.chain(of_fills).chain([&self.probe.kernel]).collect()
     }
 
-    /// The work of a step of `tokens` tokens.
+    /// The smallest regime that takes a step of `tokens` tokens, and its work.
     #[must_use]
     pub fn for_step(&self, tokens: usize, decodes: bool) -> Option<&(Regime, Vec<Work>)> {
         let fits = |r: &Regime| r.max_tokens >= tokens;
@@ -64,10 +67,14 @@ impl Schedule {
         exact.or_else(|| self.regimes.iter().find(|(r, _)| !r.decodes && fits(r)))
     }
 
-    /// The schedule of `short`, which is [`Program::first_layers`] of the schedule's own program `whole`: the work of the
-    /// operations that are left, on the same kernels. `None` if the programs are not of that kind.
+    /// The schedule of `short`, the [`Program::first_layers`] of the schedule's own program `whole`. It has the work of
+    /// the operations that are left, on the same kernels. `None` if `short` is no such program, or one that
+    /// speaks to other ranks: its collectives are numbered.
     #[must_use]
     pub fn first_layers(&self, whole: &Program, short: &Program) -> Option<Schedule> {
+        if self.exchange.is_some() {
+            return None;
+        }
         let gathers = |program: &Program| program.ops.iter().position(|op| matches!(op, Op::GatherRows { .. }));
         let (behind, cut) = (gathers(whole)?, gathers(short)?);
         let removed = behind.checked_sub(cut)?;
@@ -104,7 +111,7 @@ impl Schedule {
 }
 
 impl Work {
-    /// What it is given, the bases of tensor maps in place of the maps.
+    /// Its arguments, with the bases of tensor maps in place of the maps.
     pub(crate) fn args(&self) -> Vec<&Arg> {
         match self {
             Work::Launch(launch) => launch.args.iter().map(|named| named.arg.base()).collect(),
@@ -112,7 +119,7 @@ impl Work {
         }
     }
 
-    /// As [`Work::args`], to be changed.
+    /// As [`Work::args`], mutable.
     pub(crate) fn args_mut(&mut self) -> Vec<&mut Arg> {
         match self {
             Work::Launch(launch) => launch.args.iter_mut().map(|named| named.arg.base_mut()).collect(),
@@ -122,7 +129,7 @@ impl Work {
 }
 
 impl Arg {
-    /// What a tensor map points at; anything else itself.
+    /// The memory that a tensor map describes; any other argument itself.
     pub(crate) fn base(&self) -> &Arg {
         match self {
             Arg::TensorMap(map) => &map.base,

@@ -1,4 +1,4 @@
-//! Schedules read back as they were written, stay short, and ask for nothing outside of what a program has.
+//! A schedule reads back as it was written, stays short, and asks for nothing that the program does not have.
 
 use mixtral_engine::{ElemType, Limits, Program};
 use mixtral_model::DType;
@@ -11,7 +11,7 @@ use super::*;
 use crate::step_block::Array;
 use crate::{Grid, NamedArg, PieceArg, ProbeArg, Product, Target, TensorMap, Work};
 
-/// Decoders of each kind of kernel, with layers that fold and with layers that do not.
+/// Decoders that use each kind of kernel, some with layers that fold and some with layers that do not.
 fn programs() -> Vec<Program> {
     let round = Geometry { num_layers: 5, ..Geometry::round(DType::Bf16) };
     let geometries = [Geometry::small(DType::F32), Geometry::small(DType::F16), round];
@@ -33,7 +33,7 @@ fn the_text_reads_back() {
     }
 }
 
-/// Every case that backends are held to, and operations at the sizes of real models, pass the check.
+/// The schedules of all cases of the registry, and of operations at the sizes of real models, pass the check.
 #[test]
 fn whatever_is_lowered_passes_the_check() {
     let cases: Vec<Program> = cases::all().into_iter().map(|case| case.assembly.program).collect();
@@ -41,7 +41,7 @@ fn whatever_is_lowered_passes_the_check() {
     let mut checked = 0;
     for program in programs {
         for family in [Family::Portable, Family::Hopper] {
-            // Those of several ranks have no kernels.
+            // Programs of several ranks have no kernels.
             let Ok(schedule) = Schedule::new(&program, Target { family }) else { continue };
             let text = schedule.to_text();
             assert_eq!(Schedule::parse(&text, &program), Ok(schedule));
@@ -94,7 +94,7 @@ fn example() -> (Schedule, Program) {
 
 #[test]
 fn a_text_that_is_damaged_or_of_another_version_says_so() {
-    // Its layers fold.
+    // The layers of this program fold.
     let program = programs().remove(5);
     let [_, schedule] = schedules(&program);
     let text = schedule.to_text();
@@ -129,7 +129,7 @@ fn a_text_that_is_damaged_or_of_another_version_says_so() {
     insta::assert_snapshot!(said.join("\n"));
 }
 
-/// What is said of a schedule with one parameter changed: that of the name, in the first launch of a step that has one.
+/// The error for a schedule in which the parameter `name` is changed, in the first launch of a step that has one.
 fn with_arg(name: &str, change: impl Fn(&mut Arg)) -> String {
     let (mut schedule, program) = example();
     let works = schedule.regimes.iter_mut().flat_map(|(_, works)| works);
@@ -139,7 +139,7 @@ fn with_arg(name: &str, change: impl Fn(&mut Arg)) -> String {
     schedule.check(&program).expect_err("refused").to_string()
 }
 
-/// What is said of a schedule that was changed.
+/// The error for a schedule after `change`.
 fn with_change(change: impl Fn(&mut Schedule)) -> String {
     let (mut schedule, program) = example();
     change(&mut schedule);
@@ -153,7 +153,7 @@ fn first(schedule: &mut Schedule) -> &mut Launch {
     }
 }
 
-/// Changes a tensor map. Where the parameter is a norm's weight, it is made a map of it first.
+/// Changes a tensor map. A parameter that points at a norm's weight becomes a map of that weight first.
 fn change_map(change: fn(&mut TensorMap)) -> impl Fn(&mut Arg) {
     move |arg| {
         if let Arg::Weight { .. } = arg {
@@ -277,7 +277,7 @@ fn the_text_of_a_small_decoder() {
     program.limits = Limits { max_batch_size: 2, max_num_tokens: 8, max_num_logits: 2, ..program.limits };
     program.plan_arena();
     let schedule = Schedule::new(&program, Target { family: Family::Portable }).expect("kernels");
-    // The table of cosines has its constants in its name.
+    // Lines are cut, because the symbol of the table of cosines holds its many constants.
     let text: Vec<String> = schedule.to_text().lines().map(|line| line.chars().take(240).collect()).collect();
     insta::assert_snapshot!(text.join("\n"));
 }

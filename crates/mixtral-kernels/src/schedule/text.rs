@@ -6,6 +6,7 @@
 //! step_block bytes=1664 constants={"decode_split":256,…}
 //! structure name=Header bytes=64 fields={"num_tokens":["i32",0],…}
 //! array name=token_ids offset=128 bytes=64
+//! exchange slots=3 part_bytes=65536 stage_slots=2 stage_bytes=0
 //! kernel header=norm/rms_norm.cuh symbol="rms::norm<bf16_t, …>" threads=512 shared_bytes=0 family=portable
 //! probe kernel=0 …
 //! regime max_tokens=1 decodes=true
@@ -13,8 +14,8 @@
 //! repeat works=7 times=31 ops=8 buffers=12 weights=9 layers=1
 //! ```
 //!
-//! Launches name their kernel by its number among the `kernel` lines. A `repeat` says that the last so many lines come again, with
-//! indices that grow: of 32 layers that are alike one is written.
+//! Launches name their kernel by its number among the `kernel` lines. A `repeat` says that the last `works` works
+//! repeat `times` times, with indices that grow. So only one of 32 layers that are alike is written.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -27,19 +28,19 @@ use serde_json::{Map, Value};
 use super::fold::{Repeat, fold};
 use super::{Regime, Schedule};
 use crate::step_block::{self, Array, Place, STRUCTURES};
-use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, Product, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Grid, Kernel, Launch, NamedArg, Product, StepBlock, Work};
 
-/// Version of the text. Raised whenever an older reader would misread it.
+/// Version of the text. It is raised whenever an older reader would misread the text.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// Memory that the works of all regimes may take: those of a model of a hundred layers take a tenth of it. A short text can repeat
-/// works often.
+/// The most memory that the works of all regimes may take, because a short text can repeat works very often. The works
+/// of a model of a hundred layers take a tenth of it.
 const MAX_BYTES: usize = 1 << 28;
 
 /// A schedule's text that cannot be carried out.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ScheduleError {
-    /// The first line is not ours.
+    /// The first line is not a schedule's.
     #[error("not a schedule: the first line is {0:?}, expected \"mixtral-schedule {FORMAT_VERSION}\"")]
     NotASchedule(String),
     /// Written by another version.
@@ -48,7 +49,7 @@ pub enum ScheduleError {
         /// The version in the text.
         found: String,
     },
-    /// A line that is no record.
+    /// A line that cannot be read as a record.
     #[error("line {line} of its schedule: {problem}")]
     Line {
         /// Line number, from 1.
@@ -56,7 +57,7 @@ pub enum ScheduleError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A record that must be there once.
+    /// A record that is missing.
     #[error("its schedule has no `{0}` record")]
     Missing(&'static str),
     /// The step block of the kernels is not what this version writes.
@@ -69,7 +70,7 @@ pub enum ScheduleError {
         /// This version's.
         expected: String,
     },
-    /// Work that reaches outside of what there is.
+    /// Work that refers to something that does not exist.
     #[error("its schedule {place}: {problem}")]
     Outside {
         /// Which part of it.
@@ -167,6 +168,9 @@ impl Schedule {
         for &Place { array, offset, bytes } in &self.block.places {
             record::write(&mut text, "array", &ArrayRecord { name: array_name(array), offset, bytes });
         }
+        if let Some(exchange) = &self.exchange {
+            record::write(&mut text, "exchange", exchange);
+        }
         let kernels: Vec<&Kernel> = self.kernels().into_iter().collect();
         for kernel in &kernels {
             let Kernel { header, symbol, threads, shared_bytes, family } = (*kernel).clone();
@@ -235,13 +239,14 @@ impl Schedule {
     }
 }
 
-/// What was read so far.
+/// What has been read so far.
 #[derive(Default)]
 struct Reading {
     head: Option<HeadRecord>,
     block: Option<BlockRecord>,
     structures: Vec<StructureRecord>,
     arrays: Vec<ArrayRecord>,
+    exchange: Option<Exchange>,
     kernels: Vec<Kernel>,
     fills: Vec<(DType, Launch)>,
     probe: Option<Launch>,
@@ -257,6 +262,7 @@ impl Reading {
             "step_block" => self.block = Some(record::read(rest)?),
             "structure" => self.structures.push(record::read(rest)?),
             "array" => self.arrays.push(record::read(rest)?),
+            "exchange" => self.exchange = Some(record::read(rest)?),
             "kernel" => {
                 let KernelRecord { header, symbol, threads, shared_bytes, family } = record::read(rest)?;
                 self.kernels.push(Kernel { header: header.into(), symbol, threads, shared_bytes, family });
@@ -298,7 +304,7 @@ impl Reading {
         Ok(())
     }
 
-    /// Counts memory before it is taken.
+    /// Counts memory before it is allocated.
     fn reserve(&mut self, bytes: usize) -> Result<(), String> {
         self.bytes = self.bytes.saturating_add(bytes);
         if self.bytes > MAX_BYTES { Err(format!("works of more than {MAX_BYTES} bytes")) } else { Ok(()) }
@@ -327,12 +333,13 @@ impl Reading {
             fills: self.fills,
             probe: self.probe.ok_or(ScheduleError::Missing("probe"))?,
             scratch_bytes: head.scratch_bytes,
+            exchange: self.exchange,
             block: StepBlock { places: places(&self.arrays, program)?, bytes: block.bytes },
         })
     }
 }
 
-/// Bytes that a work takes, about.
+/// About how many bytes of memory a work takes.
 fn bytes(work: &Work) -> usize {
     let args = match work {
         Work::Product(_) => size_of::<Product>(),
@@ -352,7 +359,7 @@ fn differs(what: impl Into<String>, found: impl ToString, expected: impl ToStrin
     ScheduleError::Differs { what: what.into(), found, expected }
 }
 
-/// Whether the structures and constants are those that this version writes. The first that is not is named.
+/// Checks that the structures and constants are those that this version writes. The error names the first that differs.
 fn same_structures(found: &[StructureRecord], constants: &BTreeMap<String, i64>) -> Result<(), ScheduleError> {
     let nothing = || "nothing".to_owned();
     for expected in structures() {
@@ -382,7 +389,8 @@ fn same_structures(found: &[StructureRecord], constants: &BTreeMap<String, i64>)
     Ok(())
 }
 
-/// The arrays, which have to be those that this version writes, each with room for all that a step of the program may need.
+/// The places of the arrays. They have to be the arrays that this version writes, each with room for what any step of
+/// the program needs.
 fn places(found: &[ArrayRecord], program: &Program) -> Result<Vec<Place>, ScheduleError> {
     let needed = StepBlock::new(program).places;
     let name = |i: usize| found.get(i).map_or("nothing", |array| &array.name);

@@ -1,4 +1,4 @@
-// A kernel in the manner of the real ones, for the tests of their compilation.
+// A kernel written like the real ones, for the tests of compilation.
 #pragma once
 
 #include "base/types.cuh"

@@ -1,4 +1,4 @@
-//! An engine's ranks, from start to end: rank 0 leads, the others follow.
+//! Runs an engine's ranks from start to end: rank 0 leads and the others follow it.
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,25 +20,25 @@ use super::{machine, ranks};
 use crate::args::build::BackendChoice;
 use crate::say;
 
-/// Part of the GPU's free memory that the cache may have unless asked for.
+/// Part of the GPU's free memory that the cache gets when no part is asked for.
 const DEFAULT_KV_CACHE_FRACTION: f32 = 0.9;
 
 /// How every rank loads its part of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
-    /// Where it runs.
+    /// Where the engine runs.
     pub backend: BackendChoice,
     /// Part of the GPU's free memory for the cache, 0 to 1.
     pub kv_cache_fraction: Option<f32>,
-    /// Workers of each rank; all cores of the host, shared evenly, when absent.
+    /// Workers of each rank. When absent, the ranks share all cores of the host evenly.
     pub threads: Option<usize>,
-    /// Whether tokens are counted by expert.
+    /// Whether to count how many tokens each expert gets.
     pub count_experts: bool,
-    /// Whether operations are timed.
+    /// Whether to time operations.
     pub time_ops: bool,
 }
 
-/// What rank 0 has to lead with.
+/// What rank 0 leads the others with.
 pub struct Job<'a> {
     engine: &'a EngineDir,
     world: Option<&'a World>,
@@ -49,9 +49,9 @@ pub struct Job<'a> {
 
 /// Where an engine runs.
 pub enum Place {
-    /// On all cores of the host, or on so many threads.
+    /// On this many threads of the host.
     Cpu(usize),
-    /// On a GPU, with what it runs of the engine.
+    /// On a GPU, with the schedule and kernels that it runs.
     Cuda(Device, Box<Executable>),
 }
 
@@ -65,7 +65,7 @@ impl fmt::Display for Place {
 }
 
 impl Place {
-    /// Where to run an engine: as asked, or on a GPU if the engine has kernels for one.
+    /// Chooses where to run an engine: where the user asks, else on a GPU if the engine has kernels for one.
     pub fn choose(engine: &EngineDir, backend: BackendChoice, threads: Option<usize>) -> Result<Place> {
         let codes: Vec<Code> = engine.images(Rank(0))?.into_iter().filter_map(Code::of_image).collect();
         if backend == BackendChoice::Cpu || backend == BackendChoice::Auto && codes.is_empty() {
@@ -88,13 +88,14 @@ impl Place {
         Ok(Place::Cuda(device, Box::new(executable)))
     }
 
-    /// Measures what it can do at most: in passing, or for figures of an engine with so many bytes of weights to be compared
-    /// with. A ceiling that cannot be measured is 0.
+    /// Measures the highest rates that this place can reach. With `quick` the measurement is short; else it is good
+    /// enough to compare the figures of an engine with `weights` bytes of weights to. A rate that cannot be measured is
+    /// 0.
     pub fn roof(&self, quick: bool, weights: usize) -> Result<Roof> {
         say::timed("the machine's own rates", || match self {
             Place::Cpu(threads) => {
                 let (least, most) = (mixtral_cpu::probe::QUICK, mixtral_cpu::probe::THOROUGH);
-                // What a small engine reads is no more than a small probe.
+                // The probe reads as many bytes as the engine's weights have, within its bounds.
                 let bytes = if quick { least } else { weights.clamp(least, most) };
                 Ok(machine::roof(mixtral_cpu::probe::measure(*threads, bytes)))
             }
@@ -107,7 +108,7 @@ impl Place {
     }
 }
 
-/// Runs the engine's ranks: `lead` on rank 0, the others follow its session until it ends.
+/// Runs the engine's ranks. Rank 0 runs `lead`; the others follow its session until it ends.
 pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> Result<()> + Sync) -> Result<()> {
     let place = Place::choose(engine, options.backend, options.threads)?;
     match place {
@@ -131,7 +132,7 @@ pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> 
 }
 
 impl Job<'_> {
-    /// What the engine takes.
+    /// What the engine accepts.
     pub fn capabilities(&self) -> Capabilities {
         Capabilities {
             limits: self.program.limits,
@@ -145,12 +146,12 @@ impl Job<'_> {
         &self.program
     }
 
-    /// Where it runs.
+    /// Where the engine runs.
     pub fn place(&self) -> &Place {
         self.place
     }
 
-    /// Loads the engine on all ranks, with a cache for `requests`. Once a job.
+    /// Loads the engine on all ranks, with a cache for `requests`. Called once in a job.
     pub fn session(&self, requests: &[Request], tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
         let wanted = wanted_blocks(self.engine, requests);
         let backend: Box<dyn Backend> = match self.place {
@@ -162,19 +163,11 @@ impl Job<'_> {
             Place::Cuda(device, executable) => {
                 let LoadOptions { kv_cache_fraction, count_experts, time_ops, .. } = self.options;
                 let Blocks { most: at_most, least: at_least } = wanted;
-                let cuda = CudaOptions {
-                    device: device.ordinal,
-                    kv_blocks: KvBlocks::Fraction {
-                        of_free: kv_cache_fraction.unwrap_or(DEFAULT_KV_CACHE_FRACTION),
-                        at_least,
-                        at_most,
-                    },
-                    count_experts,
-                    time_ops,
-                    ..CudaOptions::default()
-                };
+                let cuda = CudaOptions { device: device.ordinal, count_experts, time_ops, ..CudaOptions::default() };
+                let of_free = kv_cache_fraction.unwrap_or(DEFAULT_KV_CACHE_FRACTION);
+                let kv_blocks = KvBlocks::Fraction { of_free, at_least, at_most };
                 let weights = weights(self.engine, Rank(0), false)?;
-                Box::new(CudaBackend::load(self.program.clone(), &weights, executable, cuda)?)
+                Box::new(CudaBackend::load(self.program.clone(), &weights, executable, kv_blocks, cuda)?)
             }
         };
         let executor: Box<dyn Executor> = match self.world {
@@ -185,7 +178,7 @@ impl Job<'_> {
     }
 }
 
-/// What rank 0 tells the others before they load: blocks of the cache.
+/// Makes all ranks load equally many blocks of cache: rank 0 tells the others how many.
 fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
     let Some(world) = world else { return Ok(blocks) };
     let mut message = (blocks as u64).to_le_bytes().to_vec();
@@ -194,7 +187,8 @@ fn agree_on_blocks(world: Option<&World>, blocks: usize) -> Result<usize> {
     Ok(usize::try_from(u64::from_le_bytes(bytes))?)
 }
 
-/// Where a rank's weights come from. With `in_place` the backend reads them where they lie, so that their file is mapped now.
+/// Where a rank's weights come from. With `in_place` the backend will read the weight file where it lies, so the file
+/// is mapped now.
 fn weights(engine: &EngineDir, rank: Rank, in_place: bool) -> Result<Weights> {
     Ok(match engine.config().weights {
         WeightsKind::File => {
@@ -219,18 +213,18 @@ fn load(engine: &EngineDir, options: LoadOptions, world: Option<&World>, kv_bloc
     let backend = CpuBackend::load(engine.program(rank)?, weights, cpu)?;
     let Some(world) = world else { return Ok(backend) };
     let backend = backend.with_ranks(Arc::new(RankCollectives::new(world, &engine.config().mapping)?));
-    // Whoever cannot load says so before anyone computes.
+    // A rank that cannot load fails before this barrier, so no rank computes without it.
     world.everyone()?.barrier()?;
     Ok(backend)
 }
 
-/// Loads the program of an engine of one rank, or its first layers, with nothing of its own around it, to be looked into.
+/// Loads the program of an engine of one rank, or the program's first layers, as a backend that can be looked into.
 pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
     let weights = weights(engine, Rank(0), matches!(place, Place::Cpu(_)))?;
     match place {
         Place::Cpu(threads) => {
             let plan = program.memory_plan();
-            // Mapped weights live in the page cache; dummy ones are taken.
+            // Mapped weights lie in the page cache, which the system can free. Dummy weights are allocated.
             let mapped = if matches!(weights, Weights::Source(_)) { plan.weights } else { 0 };
             let needed = plan.total(kv_blocks).saturating_sub(mapped);
             if let Some(available) = machine::available_memory().filter(|&available| available < needed) {
@@ -253,8 +247,8 @@ pub fn load_alone(engine: &EngineDir, place: &Place, program: Program, kv_blocks
             let schedule = schedule.ok_or_else(|| anyhow!("the engine's schedule cannot be cut to fewer --layers"))?;
             let executable = Executable { schedule, images: executable.images.clone() };
             let kv_blocks = KvBlocks::Exactly(kv_blocks);
-            let cuda = CudaOptions { device: device.ordinal, kv_blocks, graphs: false, ..CudaOptions::default() };
-            Ok(Box::new(CudaBackend::load(program, &weights, &executable, cuda)?))
+            let cuda = CudaOptions { device: device.ordinal, graphs: false, ..CudaOptions::default() };
+            Ok(Box::new(CudaBackend::load(program, &weights, &executable, kv_blocks, cuda)?))
         }
     }
 }
@@ -267,15 +261,15 @@ pub fn most_blocks(engine: &EngineDir, requests: &[Request]) -> usize {
 /// Blocks of the cache that requests ask for.
 #[derive(Clone, Copy)]
 struct Blocks {
-    /// For as many of them at a time as the engine's batch allows.
+    /// For as many requests at a time as the engine's batch allows.
     most: usize,
-    /// For the longest.
+    /// For the longest request.
     least: usize,
 }
 
 fn wanted_blocks(engine: &EngineDir, requests: &[Request]) -> Blocks {
     let limits = engine.config().limits;
-    // A request that is longer than the engine's sequences is refused when it is submitted.
+    // A request that is longer than the engine's sequences is refused later, when it is submitted.
     let tokens = |r: &Request| r.prompt.len().saturating_add(r.max_output_len);
     let mut needs: Vec<usize> =
         requests.iter().map(|r| limits.blocks_for(tokens(r)).min(limits.max_blocks_per_seq())).collect();
@@ -284,7 +278,7 @@ fn wanted_blocks(engine: &EngineDir, requests: &[Request]) -> Blocks {
     Blocks { most: needs.iter().take(limits.max_batch_size).sum::<usize>().max(least), least }
 }
 
-/// As many of the wanted blocks as the memory of this host allows; checked before anything is allocated.
+/// As many of the wanted blocks as the memory of this host has room for. This is checked before anything is allocated.
 fn kv_blocks(engine: &EngineDir, local_ranks: usize, wanted: Blocks) -> Result<usize> {
     let Blocks { most, least } = wanted;
     let Some(available) = machine::available_memory() else { return Ok(most) };
@@ -292,7 +286,7 @@ fn kv_blocks(engine: &EngineDir, local_ranks: usize, wanted: Blocks) -> Result<u
     let (mut fixed, mut block, mut dummies) = (0usize, 0usize, 0usize);
     for rank in engine.config().mapping.ranks().take(local_ranks) {
         let plan = engine.program(rank)?.memory_plan();
-        // Mapped weights live in the page cache; dummy ones are taken.
+        // Mapped weights lie in the page cache, which the system can free. Dummy weights are allocated.
         let weights = if is_file { 0 } else { plan.weights };
         fixed = fixed.saturating_add(plan.total(0) - plan.weights).saturating_add(weights);
         block = block.saturating_add(plan.kv_block);

@@ -7,7 +7,7 @@ use mixtral_build::Roof;
 use mixtral_cpu::probe::{self, Probe};
 use mixtral_kernels::Arch;
 
-/// Bytes of memory that can be taken without swapping; `None` where the system does not say.
+/// Bytes of memory that can be allocated without swapping; `None` where the system does not say.
 pub fn available_memory() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"))?;
@@ -15,7 +15,7 @@ pub fn available_memory() -> Option<usize> {
     kilobytes.checked_mul(1024)
 }
 
-/// Threads that run at the same time.
+/// How many threads can run at the same time.
 pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -30,7 +30,7 @@ pub fn roof(probe: Probe) -> Roof {
     Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s }
 }
 
-/// What to build for, to run on this machine's GPUs: an architecture of each kind.
+/// The architectures to build for, so that an engine runs on this machine's GPUs: one for each kind of GPU.
 ///
 /// # Errors
 /// If there is no driver, no GPU, or only GPUs that kernels do not run on.

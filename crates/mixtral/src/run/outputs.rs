@@ -21,7 +21,7 @@ pub struct Output {
     pub beam: usize,
     /// Its ids, the end id included.
     pub ids: Vec<TokenId>,
-    /// Its text; none without a tokenizer.
+    /// Its text; `None` without a tokenizer.
     pub text: Option<String>,
     /// Why it ended, and when.
     pub finished: Option<(FinishReason, Timing)>,
@@ -58,7 +58,7 @@ pub struct Streaming {
 }
 
 impl Streaming {
-    /// Prints the output of that number, if it is time to.
+    /// Prints the output with this index at every `interval`-th token and at its end.
     pub fn print(&mut self, index: usize, output: &Output, out: &mut dyn std::io::Write) -> std::io::Result<()> {
         if !output.ids.len().is_multiple_of(self.interval) && output.finished.is_none() {
             return Ok(());
@@ -86,7 +86,7 @@ pub struct OutputRecord<'a> {
 }
 
 impl Output {
-    /// Adds what a step made of it.
+    /// Adds what a step generated.
     pub fn add(&mut self, event: &Event) {
         self.ids.extend(event.token);
         if let Some(text) = &mut self.text {
@@ -98,7 +98,8 @@ impl Output {
         self.finished = event.finished.or(self.finished);
     }
 
-    /// run.py's line, of the text or the ids from those places on; ids stand in where there is no tokenizer.
+    /// Prints the line that run.py prints, with the text from `from` on. Where there is no tokenizer, the ids take the
+    /// text's place.
     pub fn print(&self, out: &mut dyn std::io::Write, from: Printed) -> std::io::Result<()> {
         let Output { prompt, beam, text, ids, .. } = self;
         write!(out, "Output [Text {prompt} Beam {beam}]: ")?;
@@ -108,7 +109,7 @@ impl Output {
         }
     }
 
-    /// How much of it there is to print.
+    /// How much there is to print.
     pub fn extent(&self) -> Printed {
         Printed { ids: self.ids.len(), text: self.text.as_ref().map_or(0, String::len) }
     }

@@ -1,4 +1,4 @@
-//! `--per-op`: where the time of a kind of step goes, the same operation of all layers together.
+//! `--per-op`: where the time of a kind of step goes. The same operation of all layers is one row.
 
 use std::io::Write;
 use std::time::Duration;
@@ -11,22 +11,23 @@ use serde::Serialize;
 
 use super::report::ratio;
 
-/// An operation of all layers.
+/// One operation, all layers together.
 #[derive(Debug, Serialize)]
 pub struct OpTime {
-    /// Kind and output, without the layer; several where one kernel computes them.
+    /// Kind and output, without the layer. Several operations where one kernel computes them together.
     pub op: String,
-    /// Times it is in the program.
+    /// How often it is in the program.
     pub count: usize,
-    /// Of a step, all layers together.
+    /// Time that it takes in a step, in ms, all layers together.
     pub ms: f64,
-    /// Part of the step.
+    /// Its part of the step's time.
     pub percent: f64,
-    /// Read and written in a step, experts counted as hit evenly.
+    /// MB that it reads and writes in a step, if tokens hit experts evenly.
     pub mb: f64,
-    /// Computed in a step.
+    /// GFLOP that it computes in a step.
     pub gflop: f64,
-    /// The least time that the machine needs for either, as a part of the time it took; 0 where its rates are unknown.
+    /// The least time in which the machine can move these bytes and compute these FLOPs, as a part of the time taken; 0
+    /// where the machine's rates are unknown.
     pub roof_percent: f64,
 }
 
@@ -35,14 +36,14 @@ pub struct OpTime {
 pub struct OpTable {
     /// Which steps.
     pub step: String,
-    /// All operations of one of them.
+    /// Time of all operations of one step, in ms.
     pub ms: f64,
     /// In the program's order.
     pub ops: Vec<OpTime>,
 }
 
 impl OpTable {
-    /// From the times of all operations, summed over `steps` steps of a shape.
+    /// Makes the table from the times of all operations, summed over `steps` steps of one shape.
     pub fn new(
         program: &Program,
         roof: Roof,
@@ -58,7 +59,7 @@ impl OpTable {
             label += &name(op);
             seconds += time.as_secs_f64();
             costs += cost(program, op, shape);
-            // One without a time of its own is computed with the one before it.
+            // An operation without a time of its own is computed together with the one before it.
             if ops.peek().is_some_and(|(_, next)| next.is_zero()) {
                 label += " + ";
                 continue;
@@ -103,12 +104,12 @@ impl OpTable {
     }
 }
 
-/// Seconds that the machine needs at least, as far as its rates are known.
+/// The least seconds that the machine needs, as far as its rates are known.
 fn least(roof: Roof, cost: &Cost) -> f64 {
     ratio(cost.bytes(), roof.bytes_per_s).max(ratio(cost.flops, roof.flops_per_s))
 }
 
-/// Kind and output of an operation, without what is before the output's last dot, where the layer is.
+/// Kind and output of an operation. The layer stands before the output's last dot, and is left out.
 fn name(op: &Op) -> String {
     let last = |name: &&str| (*name).rsplit('.').next().unwrap_or_default().to_owned();
     op.writes().first().map_or_else(|| op.name().to_owned(), |out| format!("{} {}", op.name(), last(out)))
@@ -166,7 +167,7 @@ mod tests {
     #[test]
     fn layers_are_summed_and_what_one_kernel_computes_is_one_row() {
         let row = |op: &str, count, ms, mb| (op.to_owned(), count, ms, mb);
-        // A norm reads and writes 4 kB, a sum 12; times are of two steps.
+        // A norm reads and writes 4 kB and 4 kB, a sum 12 kB in all. Times are sums over two steps.
         assert_eq!(rows([2, 4, 6, 8]), [row("norm y", 2, 4.0, 0.016), row("add z", 2, 6.0, 0.024)]);
         assert_eq!(rows([2, 0, 6, 0]), [row("norm y + add z", 2, 4.0, 0.04)]);
     }

@@ -1,4 +1,4 @@
-//! Files of prompts. Also a module of the `fuzz` package, so it uses nothing of the binary.
+//! Files of prompts. The `fuzz` package includes this module too, so it uses nothing else of the binary.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use mixtral_model::TokenId;
 /// A prompt file larger than this is refused.
 const MAX_FILE_BYTES: u64 = 1 << 30;
 
-/// A header of an array of numbers has some 128 bytes.
+/// The header of an array of numbers has about 128 bytes.
 const MAX_NPY_HEADER_BYTES: usize = 1024;
 
 fn check_size(path: &Path) -> Result<()> {
@@ -20,8 +20,8 @@ fn check_size(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether the header is one of plain numbers. npyz allocates by the length that the file names, and its reader of
-/// Python's literals takes exponential time by how deep they are nested.
+/// Whether the header is that of an array of plain numbers. Others are refused here, because npyz allocates as many
+/// bytes as the file claims, and its parser of Python literals takes time that grows exponentially with their nesting.
 fn is_plain_npy(bytes: &[u8]) -> bool {
     let (start, length) = match bytes.get(6) {
         Some(1) => (10, bytes.get(8..10).map(|b| usize::from(b[0]) | usize::from(b[1]) << 8)),
@@ -35,7 +35,7 @@ fn is_plain_npy(bytes: &[u8]) -> bool {
     header.len() <= MAX_NPY_HEADER_BYTES && count(b'(') <= 1 && count(b'{') <= 1 && count(b'[') == 0
 }
 
-/// A text file: UTF-8, or UTF-16 that says so, as Windows writes it.
+/// Reads a text file: UTF-8, or UTF-16 with a byte-order mark, as Windows writes it.
 fn text(path: &Path) -> Result<String> {
     check_size(path)?;
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -56,13 +56,13 @@ fn text(path: &Path) -> Result<String> {
     Ok(text.strip_prefix('\u{FEFF}').map_or_else(|| text.clone(), str::to_owned))
 }
 
-/// The lines of a text: a prompt each. A line ends with a line feed, a carriage return, or both.
+/// The lines of a text file, each of which is a prompt. A line ends with a line feed, a carriage return, or both.
 pub fn text_lines(path: &Path) -> Result<Vec<String>> {
     let text = text(path)?.replace("\r\n", "\n").replace('\r', "\n");
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// Token ids separated by commas: a prompt a line. Whole numbers may be written as numpy.savetxt writes them.
+/// Token ids separated by commas, one prompt a line. Ids may have the form in which numpy.savetxt writes whole numbers.
 pub fn csv_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
     let text = text(path)?;
     let mut reader =
@@ -97,7 +97,7 @@ fn whole_number(field: &str) -> Option<i64> {
     field.parse().ok().or_else(|| field.parse::<f64>().ok().filter(whole).map(|number| number as i64))
 }
 
-/// A 2-D array of token ids: a prompt a row, negative ids being padding.
+/// A 2-D array of token ids, one prompt a row. Negative ids are padding.
 pub fn npy_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
     check_size(path)?;
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;

@@ -27,8 +27,8 @@ pub fn are_texts(prompts: &Prompts) -> bool {
     }
 }
 
-/// Reads and encodes the prompts. Texts get the model's special tokens if they are to; those longer than
-/// `--max-input-length` are cut on the left.
+/// Reads and encodes the prompts. With `special`, texts get the model's special tokens. Prompts longer than
+/// `max_input_length` are cut on the left.
 pub fn read(
     source: &Prompts,
     special: bool,
@@ -40,7 +40,7 @@ pub fn read(
         let ids = tokenizer.encode(&text, special)?;
         Ok(Prompt { text: Some(text), ids })
     };
-    // The ids are what counts; a text that cannot be made of them is left out.
+    // Only the ids are needed. If they cannot be decoded, the prompt has no text.
     let from_ids = |ids: Vec<TokenId>| Prompt { text: tokenizer.and_then(|t| t.decode(&ids).ok()), ids };
     let pad = tokenizer.and_then(Tokenizer::pad_id);
     let unpadded = |mut ids: Vec<TokenId>| {
@@ -52,7 +52,8 @@ pub fn read(
         Prompts::File(path) => match extension(path).as_str() {
             "txt" => text_lines(path)?.into_iter().map(encode).collect::<Result<Vec<_>>>()?,
             "csv" => csv_ids(path)?.into_iter().map(from_ids).collect(),
-            // run.py fills the rows of an array up with the tokenizer's padding token, and drops it again.
+            // run.py pads the rows of an array with the tokenizer's padding token, and drops that token again when it
+            // reads them.
             "npy" => npy_ids(path)?.into_iter().map(unpadded).collect(),
             other => bail!(
                 "{}: a prompt file ends in .txt (a prompt a line), .csv (token ids a line) or .npy (2-D token ids), not `.{other}`",
@@ -75,7 +76,7 @@ pub fn read(
     Ok(prompts)
 }
 
-/// A model that was trained with a start token writes worse without it.
+/// Warns of prompts without the tokenizer's start token: a model that was trained with one writes worse without it.
 fn warn_of_no_start(prompts: &[Prompt], tokenizer: Option<&Tokenizer>) {
     let Some((tokenizer, start)) = tokenizer.and_then(|t| Some((t, t.start_id()?))) else { return };
     if prompts.iter().any(|prompt| prompt.ids.first() != Some(&start)) {

@@ -11,7 +11,7 @@ use mixtral_engine::EngineConfig;
 use crate::args::chain;
 use crate::say;
 
-/// A rank's error with its causes, as other ranks are told it.
+/// A rank's error with its causes, in the form in which other ranks are told of it.
 struct Failure(anyhow::Error);
 
 impl fmt::Display for Failure {
@@ -20,8 +20,9 @@ impl fmt::Display for Failure {
     }
 }
 
-/// Runs `rank_main` for every rank of the engine that this process is to be: none of a world for an engine of one rank,
-/// all of them as threads, or the one that a launcher (mpirun, srun, RANK and WORLD_SIZE) made this process.
+/// Runs `rank_main` for every rank that this process is to run. An engine of one rank runs without a [`World`]. If a
+/// launcher (mpirun, srun, RANK and WORLD_SIZE) started this process as one rank, only that rank runs. Else all ranks
+/// run as threads.
 pub fn run(engine: &EngineConfig, rank_main: impl Fn(Option<&World>) -> Result<()> + Sync) -> Result<()> {
     let world_size = engine.mapping.world_size();
     let launch = Launch::detect(&|name| std::env::var(name).ok())?;
@@ -40,7 +41,7 @@ pub fn run(engine: &EngineConfig, rank_main: impl Fn(Option<&World>) -> Result<(
                     process.world_size
                 );
             }
-            // What every rank must present alike: the engine.
+            // All ranks must load the same engine, so they compare its hash when they join.
             let identity = *blake3::hash(engine.run_id.as_bytes()).as_bytes();
             let options = JoinOptions { warn: Arc::new(|warning| say::warning(warning)), ..JoinOptions::new(identity) };
             process::run(&process, &options, rank_of).map_err(|failure| anyhow!("{}", failure.cause))

@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use super::outputs::Output;
 
-/// A run in figures. What there was nothing of to measure is absent.
+/// A run in figures. A figure that the run had nothing to measure for is absent.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Stats {
-    /// Prompts' tokens computed.
+    /// Tokens of prompts that were computed.
     pub prompt_tokens: usize,
     /// Tokens generated.
     pub generated_tokens: usize,
@@ -24,23 +24,23 @@ pub struct Stats {
     /// Median time to the first token, in ms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_token_ms: Option<f64>,
-    /// Prompt tokens a second in the steps that computed some.
+    /// Prompt tokens a second, in the steps that computed prompt tokens.
     pub prefill_tokens_per_s: f64,
-    /// The other steps, if there were any.
+    /// The steps that only decoded, if there were any.
     #[serde(flatten)]
     pub decode: Option<DecodeStats>,
 }
 
-/// Steps that only decoded.
+/// Figures of the steps that only decoded.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct DecodeStats {
-    /// How many.
+    /// How many steps.
     pub decode_steps: usize,
-    /// Their median, in ms.
+    /// Median time of a step, in ms.
     pub decode_step_ms: f64,
-    /// Tokens a second in them.
+    /// Tokens a second.
     pub decode_tokens_per_s: f64,
-    /// Weight bytes that the median step reads, experts counted as hit evenly, in GB a second.
+    /// Rate at which the median step reads weights, in GB a second, if tokens hit experts evenly.
     pub decode_gb_per_s: f64,
 }
 
@@ -51,7 +51,7 @@ pub struct Profile {
     pub batch_size: usize,
     /// Iterations measured.
     pub iterations: u32,
-    /// Of one iteration, in seconds.
+    /// Mean time of one iteration, in seconds.
     pub mean_latency_s: f64,
 }
 
@@ -71,12 +71,12 @@ pub fn logits_hash(outputs: &[Output]) -> String {
     hash.finalize().to_hex().to_string()
 }
 
-/// The middle one; 0 of none.
+/// The median; 0 if there are no values.
 pub fn median(values: Vec<f64>) -> f64 {
     quantile(values, 0.5)
 }
 
-/// The value that a fraction of the others are below; 0 of none.
+/// The value that this fraction of the values lies below; 0 if there are no values.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index")]
 pub fn quantile(mut values: Vec<f64>, fraction: f64) -> f64 {
     values.sort_by(f64::total_cmp);
@@ -89,7 +89,7 @@ pub fn ratio(a: f64, b: f64) -> f64 {
     if b > 0.0 { a / b } else { 0.0 }
 }
 
-/// Weight bytes that a decode step of `num_tokens` sequences reads, experts counted as hit evenly.
+/// Weight bytes that a decode step of `num_tokens` sequences reads, if tokens hit experts evenly.
 pub fn decode_weight_bytes(program: &Program, num_tokens: usize) -> f64 {
     let shape = StepShape { num_tokens, num_logits: num_tokens, context: 0 };
     program.ops.iter().map(|op| cost(program, op, shape).weight_bytes).sum()
@@ -102,7 +102,7 @@ pub fn f(n: usize) -> f64 {
 }
 
 impl Stats {
-    /// The figures of `steps` that made `outputs`.
+    /// The figures of a run whose `steps` generated `outputs`.
     pub fn new(program: &Program, steps: &[StepStats], outputs: &[Output]) -> Stats {
         let prompt_tokens = steps.iter().map(|s| s.prefill_tokens).sum();
         let generated_tokens = outputs.iter().map(|o| o.ids.len()).sum();
@@ -124,7 +124,7 @@ impl Stats {
 impl DecodeStats {
     fn new(program: &Program, mut steps: Vec<&StepStats>) -> Option<DecodeStats> {
         steps.sort_by_key(|s| s.time);
-        // The step whose time is the median one stands for all.
+        // The step with the median time stands for all of them.
         let median = steps.get(steps.len() / 2)?;
         let tokens: usize = steps.iter().map(|s| s.decode_tokens).sum();
         Some(DecodeStats {
@@ -167,7 +167,7 @@ impl fmt::Display for Stats {
     }
 }
 
-/// Tokens each expert was given, as a table.
+/// How many tokens each expert got, as a table.
 pub fn expert_table(counts: &[Vec<u64>]) -> String {
     let mut text = String::new();
     for (layer, experts) in counts.iter().enumerate() {

@@ -1,0 +1,249 @@
+//! The memory between ranks: every rank has an inbox that the others' kernels write to (`kernels/collective/exchange.cuh`).
+//! Here it is allocated, and the others' inboxes are found: those of threads of this process directly, those of other processes by
+//! handles that are told around. It is also where the host waits for a step that waits for other ranks.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use mixtral_engine::{BackendError, Collectives, Op, Program};
+use mixtral_kernels::{self as kernels, ExchangeArg};
+
+use crate::CudaError;
+use crate::driver::{Context, DeviceMemory, HANDLE_BYTES, OpenedMemory, Pinned, Stream};
+
+/// Words of the control block, in bytes from the memory's start, each in a cache line of its own.
+const DONE: usize = 0;
+const STEPS: usize = 128;
+const TAKEN: usize = 256;
+const STOP: usize = 384;
+/// Where the inboxes of the group begin.
+const INBOXES: usize = 512;
+/// Bytes of the control block. The stage's inbox lies behind it, then the group's.
+const CONTROL: usize = 4096;
+
+/// A byte of an empty inbox: `exchange::EMPTY`.
+const EMPTY: u8 = 0xff;
+
+/// How often the host looks whether a rank is gone while it waits for the device.
+const LOOK_EVERY: Duration = Duration::from_micros(200);
+
+/// What ranks tell each other of their memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Introduction {
+    /// A number that no other process has.
+    process: u64,
+    /// The GPU's number in that process.
+    device: u64,
+    /// Where the memory begins in that process.
+    address: u64,
+    /// What other processes open it by.
+    handle: [u8; HANDLE_BYTES],
+}
+
+impl Introduction {
+    const BYTES: usize = 24 + HANDLE_BYTES;
+
+    fn to_bytes(self) -> Vec<u8> {
+        let words = [self.process, self.device, self.address];
+        words.iter().flat_map(|word| word.to_le_bytes()).chain(self.handle).collect()
+    }
+
+    fn from_bytes(bytes: &[u8]) -> Option<Introduction> {
+        let word = |n: usize| Some(u64::from_le_bytes(bytes.get(8 * n..8 * n + 8)?.try_into().ok()?));
+        let handle = bytes.get(24..Self::BYTES)?.try_into().ok()?;
+        Some(Introduction { process: word(0)?, device: word(1)?, address: word(2)?, handle })
+    }
+}
+
+/// This process's number.
+fn process() -> u64 {
+    static NUMBER: OnceLock<u64> = OnceLock::new();
+    *NUMBER.get_or_init(|| RandomState::new().build_hasher().finish())
+}
+
+/// A rank's part in the memory between ranks. Fields are dropped in their order.
+pub(crate) struct Exchange {
+    ranks: Arc<dyn Collectives>,
+    /// For what must overtake kernels that wait.
+    aside: Stream,
+    stop: Pinned,
+    report: Pinned,
+    words: Words,
+    /// Other processes' memory, for as long as kernels write there.
+    _opened: Vec<OpenedMemory>,
+    memory: DeviceMemory,
+}
+
+/// Addresses of the memory between ranks.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Words {
+    control: u64,
+    next_inbox: u64,
+    taken_before: u64,
+    report: u64,
+}
+
+impl Words {
+    /// What a kernel is told.
+    pub(crate) fn word(&self, what: ExchangeArg) -> u64 {
+        let control = |offset: usize| self.control + offset as u64;
+        match what {
+            ExchangeArg::Inboxes => control(INBOXES),
+            ExchangeArg::Done => control(DONE),
+            ExchangeArg::Steps => control(STEPS),
+            ExchangeArg::StageInbox => control(CONTROL),
+            ExchangeArg::NextInbox => self.next_inbox,
+            ExchangeArg::Taken => control(TAKEN),
+            ExchangeArg::TakenBefore => self.taken_before,
+            ExchangeArg::Stop => control(STOP),
+            ExchangeArg::Report => self.report,
+        }
+    }
+}
+
+/// The ranks of the stages before and after this one that a program speaks to.
+fn neighbours(program: &Program) -> (Option<usize>, Option<usize>) {
+    let from = program.ops.iter().find_map(|op| if let Op::Recv { from, .. } = op { Some(*from) } else { None });
+    let to = program.ops.iter().find_map(|op| if let Op::Send { to, .. } = op { Some(*to) } else { None });
+    (from, to)
+}
+
+/// Bytes of the inbox for rows of the stage before, if there is one.
+fn stage_inbox_bytes(program: &Program, sizes: &kernels::Exchange) -> usize {
+    if neighbours(program).0.is_some() { sizes.stage_inbox_bytes() } else { 0 }
+}
+
+/// Bytes of the memory between ranks that a program needs.
+pub(crate) fn bytes(program: &Program, sizes: &kernels::Exchange) -> usize {
+    let inboxes = stage_inbox_bytes(program, sizes).saturating_add(sizes.inbox_bytes(program.tp_size));
+    inboxes.saturating_add(CONTROL)
+}
+
+impl Exchange {
+    /// Allocates this rank's inboxes and finds the others'. All ranks of a job call it, and it returns when all have theirs.
+    pub(crate) fn new(
+        context: &Context,
+        program: &Program,
+        sizes: &kernels::Exchange,
+        ranks: Arc<dyn Collectives>,
+    ) -> Result<Exchange, BackendError> {
+        let aside = Stream::new(context)?;
+        let memory = DeviceMemory::new(context, bytes(program, sizes))?;
+        aside.fill(&memory, 0, CONTROL, 0)?;
+        aside.fill(&memory, CONTROL, memory.len() - CONTROL, EMPTY)?;
+        aside.synchronize()?;
+
+        let device = context.device().ordinal as u64;
+        let (address, handle) = (memory.address(), memory.handle(context)?);
+        let mine = Introduction { process: process(), device, address, handle }.to_bytes();
+        let mut all = vec![0; mine.len() * program.tp_size];
+        ranks.all_gather(&mine, &mut all)?;
+        let (before, next) = neighbours(program);
+        for neighbour in [before, next].into_iter().flatten() {
+            ranks.send(neighbour, &mine)?;
+        }
+
+        let mut opened = Vec::new();
+        let mut find = |rank: usize, bytes: &[u8]| {
+            let damaged = || BackendError::Other(format!("rank {rank} said something else than where its memory is"));
+            let theirs = Introduction::from_bytes(bytes).ok_or_else(damaged)?;
+            find(context, theirs, &mut opened).map_err(|error| unreachable_memory(context, rank, &error))
+        };
+        let first = program.rank - program.rank % program.tp_size;
+        let inbox = (CONTROL + stage_inbox_bytes(program, sizes)) as u64;
+        let mut table = Vec::new();
+        for (place, bytes) in all.chunks_exact(mine.len()).enumerate() {
+            let start = if first + place == program.rank { memory.address() } else { find(first + place, bytes)? };
+            table.extend((start + inbox).to_le_bytes());
+        }
+        if table.len() > CONTROL - INBOXES {
+            return Err(CudaError::Unsupported(format!("{} ranks in a tensor-parallel group", program.tp_size)).into());
+        }
+        aside.upload(&table, &memory, INBOXES)?;
+        let mut of_neighbour = |rank: Option<usize>, offset: usize| -> Result<u64, BackendError> {
+            let Some(rank) = rank else { return Ok(0) };
+            let mut theirs = vec![0; mine.len()];
+            ranks.recv(rank, &mut theirs)?;
+            Ok(find(rank, &theirs)? + offset as u64)
+        };
+        let taken_before = of_neighbour(before, TAKEN)?;
+        let next_inbox = of_neighbour(next, CONTROL)?;
+
+        let mut stop = Pinned::new(context, size_of::<u32>())?;
+        stop.bytes()?.fill(1);
+        let report = Pinned::new(context, size_of::<u32>())?;
+        let words = Words { control: memory.address(), next_inbox, taken_before, report: report.address() };
+        Ok(Exchange { ranks, aside, stop, report, words, _opened: opened, memory })
+    }
+
+    /// Where what kernels are told lies.
+    pub(crate) fn words(&self) -> Words {
+        self.words
+    }
+
+    /// Waits for what is in the stream, whose kernels may wait for other ranks. If one of those is gone, the kernels are told to
+    /// stop, and that is the error.
+    pub(crate) fn wait(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        let mut looked = Instant::now();
+        while !stream.is_idle()? {
+            if looked.elapsed() < LOOK_EVERY {
+                std::hint::spin_loop();
+                continue;
+            }
+            looked = Instant::now();
+            if let Err(gone) = self.ranks.check() {
+                self.stop.upload(&self.aside, 0, size_of::<u32>(), &self.memory, STOP)?;
+                stream.synchronize()?;
+                return Err(CudaError::Rank(gone.to_string()));
+            }
+        }
+        if self.report.bytes()?.iter().any(|&byte| byte != 0) {
+            return Err(CudaError::Rank(
+                "a kernel waited for two minutes for what another rank should have sent, and no rank is known to be gone"
+                    .to_owned(),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Where another rank's memory begins in this process.
+fn find(context: &Context, theirs: Introduction, opened: &mut Vec<OpenedMemory>) -> Result<u64, CudaError> {
+    if theirs.process != process() {
+        let memory = OpenedMemory::new(context, theirs.handle)?;
+        let address = memory.address();
+        opened.push(memory);
+        return Ok(address);
+    }
+    let device = usize::try_from(theirs.device).unwrap_or(usize::MAX);
+    if device != context.device().ordinal {
+        context.reach(&Context::new(device)?)?;
+    }
+    Ok(theirs.address)
+}
+
+fn unreachable_memory(context: &Context, rank: usize, error: &CudaError) -> BackendError {
+    let gpu = context.device().ordinal;
+    CudaError::Unsupported(format!(
+        "GPU {gpu} cannot reach the memory of rank {rank}'s GPU: {error}; the ranks of an engine need GPUs of one host that can access each other (nvidia-smi topo -p2p w shows which can), and processes need a common IPC namespace (in containers: --ipc=host); or run with --backend cpu"
+    ))
+    .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_introduction_is_read_back() {
+        let mut handle = [0; HANDLE_BYTES];
+        (0..).zip(&mut handle).for_each(|(n, byte)| *byte = n);
+        let mine = Introduction { process: process(), device: 3, address: 0x7f00_0000_1000, handle };
+        let bytes = mine.to_bytes();
+        assert_eq!(bytes.len(), Introduction::BYTES);
+        assert_eq!(Introduction::from_bytes(&bytes), Some(mine));
+        assert_eq!(Introduction::from_bytes(&bytes[1..]), None);
+    }
+}
