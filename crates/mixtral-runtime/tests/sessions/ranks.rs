@@ -200,3 +200,28 @@ fn a_rank_speaks_to_its_tensor_parallel_group_and_to_other_stages() {
         |from| format!("rank {from} sent 2 bytes of activations, expected 3; do all ranks run the same engine?");
     assert_eq!(said.unwrap()[2..], [expected(0), expected(1)]);
 }
+
+#[test]
+fn a_rank_that_waits_for_memory_learns_of_a_failure() {
+    let mapping = Mapping::tensor_parallel(2, 1);
+    let said = Mutex::new(String::new());
+    let result = threads::run(2, |world| {
+        let collectives = RankCollectives::new(world, &mapping)?;
+        if world.rank() == 1 {
+            collectives.recv(0, &mut [0])?;
+            return Err::<(), _>(BackendError::Other("no power".to_owned()));
+        }
+        collectives.check()?;
+        collectives.send(1, &[0])?;
+        let error = loop {
+            if let Err(error) = collectives.check() {
+                break error;
+            }
+        };
+        *said.lock().unwrap() = error.to_string();
+        Err(error)
+    });
+    assert_eq!(result.unwrap_err().rank, 1);
+    let said = said.into_inner().unwrap();
+    assert!(said.starts_with("rank 1 on") && said.ends_with("no power"), "{said}");
+}
