@@ -10,6 +10,7 @@ use mixtral_engine::{Limits, StepInputs};
 use mixtral_model::BlockId;
 
 use crate::blocks::BlockPool;
+use crate::request::Request;
 use crate::sequence::Sequence;
 
 /// A sequence's part in a step.
@@ -107,8 +108,8 @@ pub fn inputs<'a>(running: &'a [Sequence], chunks: &[Chunk], limits: &Limits) ->
         if chunk.sample.is_some() {
             step.samples.push(sequence.sample_request(chunk.first_logits_row + chunk.num_logits - 1));
         }
-        step.return_logits |=
-            sequence.request.generation_logits || chunk.num_logits > 1 || sequence.request.context_logits;
+        let Request { generation_logits, context_logits, .. } = sequence.request;
+        step.return_logits |= generation_logits && chunk.sample.is_some() || context_logits && chunk.is_prompt;
     }
     step
 }

@@ -93,18 +93,22 @@ fn prompts_whose_logits_are_all_wanted_take_as_many_rows_as_there_are() {
 
 #[test]
 fn logits_are_asked_for_where_somebody_wants_them() {
-    let plain = || request(0, 3, 2);
-    let returned = |requests: [Request; 2]| {
-        let steps = steps(&Setup::default(), requests);
+    // In which steps of a prompt of two chunks and two decodes, beside one of which nobody wants to know anything.
+    let setup = Setup { max_num_tokens: 4, max_batch_size: 1, ..Setup::default() };
+    let returned = |generation_logits, context_logits| {
+        let asks = Request { generation_logits, context_logits, ..request(0, 7, 3) };
+        let steps = steps(&setup, [asks, request(1, 3, 2)]);
         let steps = steps.lock().unwrap();
         steps.iter().map(|step| step.return_logits).collect::<Vec<_>>()
     };
-    assert_eq!(returned([plain(), plain()]), [false, false]);
-    assert_eq!(returned([Request { generation_logits: true, ..plain() }, plain()]), [true, true]);
-    assert_eq!(returned([plain(), Request { generation_logits: true, max_output_len: 1, ..plain() }]), [true, false]);
-    assert_eq!(returned([Request { context_logits: true, max_output_len: 1, ..plain() }, plain()]), [true, false]);
-    let one = Request { context_logits: true, ..request(1, 1, 1) };
-    assert_eq!(returned([one, plain()]), [true, false]);
+    assert_eq!(returned(false, false), [false; 6]);
+    assert_eq!(returned(true, false), [false, true, true, true, false, false]);
+    assert_eq!(returned(false, true), [true, true, false, false, false, false]);
+    assert_eq!(returned(true, true), [true, true, true, true, false, false]);
+    // One who asks is enough.
+    let asks = Request { generation_logits: true, ..request(0, 3, 1) };
+    let steps = steps(&Setup::default(), [request(1, 3, 2), asks, request(2, 3, 2)]);
+    assert_eq!(steps.lock().unwrap().iter().map(|step| step.return_logits).collect::<Vec<_>>(), [true, false]);
 }
 
 #[test]
