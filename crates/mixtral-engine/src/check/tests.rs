@@ -100,20 +100,19 @@ fn limits_have_bounds() {
     };
     let least = Limits { max_batch_size: 1, max_num_tokens: 1, max_seq_len: 1, max_num_logits: 1, block_size: 1 };
     assert_eq!((most.check(), least.check()), (Ok(()), Ok(())));
-    let fields: [fn(&mut Limits) -> &mut usize; 5] = [
-        |l| &mut l.max_batch_size,
-        |l| &mut l.max_num_tokens,
-        |l| &mut l.max_seq_len,
-        |l| &mut l.max_num_logits,
-        |l| &mut l.block_size,
-    ];
-    let mut said = Vec::new();
-    for field in fields {
-        let (mut more, mut less) = (most, least);
-        *field(&mut more) += 1;
-        *field(&mut less) -= 1;
-        said.extend([more, less].map(|limits| limits.check().unwrap_err().to_string()));
-    }
+    let said = [
+        Limits { max_batch_size: most.max_batch_size + 1, ..most },
+        Limits { max_batch_size: 0, ..least },
+        Limits { max_num_tokens: most.max_num_tokens + 1, ..most },
+        Limits { max_num_tokens: 0, ..least },
+        Limits { max_seq_len: most.max_seq_len + 1, ..most },
+        Limits { max_seq_len: 0, ..least },
+        Limits { max_num_logits: most.max_num_logits + 1, ..most },
+        Limits { max_num_logits: 0, ..least },
+        Limits { block_size: most.block_size + 1, ..most },
+        Limits { block_size: 0, ..least },
+    ]
+    .map(|limits| limits.check().unwrap_err().to_string());
     insta::assert_snapshot!(said.join("\n"));
 }
 
@@ -134,19 +133,16 @@ fn weights_and_their_pieces_have_bounds() {
         of(shape, None).expect_err("a shape that no weight has");
     }
     assert_eq!(of(&[5, 4], Some(piece.clone())), Ok(()));
-    let changes: [(&str, fn(&mut Piece)); 8] = [
-        ("rows behind the source's", |p| p.source_rows = 3),
-        ("columns behind the source's", |p| p.source_cols = 5),
-        ("rows from behind", |p| p.rows = Range { start: 4, end: 1 }),
-        ("columns from behind", |p| p.cols = Range { start: 6, end: 2 }),
-        ("fewer columns than the weight has", |p| p.cols = 3..6),
-        ("more columns than the weight has", |p| p.cols = 1..6),
-        ("rows behind the weight's", |p| p.target_row = 3),
-        ("rows that overflow", |p| p.target_row = usize::MAX),
-    ];
-    for (what, change) in changes {
-        let mut changed = piece.clone();
-        change(&mut changed);
+    for (what, changed) in [
+        ("rows behind the source's", Piece { source_rows: 3, ..piece.clone() }),
+        ("columns behind the source's", Piece { source_cols: 5, ..piece.clone() }),
+        ("rows from behind", Piece { rows: Range { start: 4, end: 1 }, ..piece.clone() }),
+        ("columns from behind", Piece { cols: Range { start: 6, end: 2 }, ..piece.clone() }),
+        ("fewer columns than the weight has", Piece { cols: 3..6, ..piece.clone() }),
+        ("more columns than the weight has", Piece { cols: 1..6, ..piece.clone() }),
+        ("rows behind the weight's", Piece { target_row: 3, ..piece.clone() }),
+        ("rows that overflow", Piece { target_row: usize::MAX, ..piece.clone() }),
+    ] {
         of(&[5, 4], Some(changed)).expect_err(what);
     }
 }

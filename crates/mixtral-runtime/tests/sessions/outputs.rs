@@ -84,7 +84,7 @@ fn a_sequence_ends_with_an_end_id_or_at_its_length() {
         (vec![tokens[4], tokens[1]], at(tokens[1]), FinishReason::EndId),
         // The last token that there may be.
         (vec![tokens[5]], at(tokens[5]), FinishReason::EndId),
-        (vec![TokenId(VOCAB as u32)], 6, FinishReason::Length),
+        (vec![TokenId(32)], 6, FinishReason::Length),
     ] {
         let found = alone(&Setup::default(), &Request { end_ids, ..asks.clone() });
         assert_eq!((found.tokens.as_slice(), found.reason), (&tokens[..len], Some(reason)));

@@ -179,19 +179,19 @@ fn a_rank_speaks_to_its_tensor_parallel_group_and_to_other_stages() {
     // Two stages of two: 0 and 1, 2 and 3.
     let mapping = Mapping::tensor_parallel(2, 2);
     let said = threads::run(4, |world| {
-        let rank = world.rank();
+        let (rank, me) = (world.rank(), u8::try_from(world.rank()).unwrap());
         let collectives = RankCollectives::new(world, &mapping)?;
         let mut all = [0; 4];
-        collectives.all_gather(&[10 + rank as u8, rank as u8], &mut all)?;
-        let first = rank as u8 / 2 * 2;
+        collectives.all_gather(&[10 + me, me], &mut all)?;
+        let first = me / 2 * 2;
         assert_eq!(all, [10 + first, first, 11 + first, first + 1]);
         let mut received = [0; 3];
         if rank < 2 {
-            collectives.send(rank + 2, &[rank as u8; 3])?;
-            collectives.send(rank + 2, &[rank as u8; 2])?;
+            collectives.send(rank + 2, &[me; 3])?;
+            collectives.send(rank + 2, &[me; 2])?;
         } else {
             collectives.recv(rank - 2, &mut received)?;
-            assert_eq!(received, [rank as u8 - 2; 3]);
+            assert_eq!(received, [me - 2; 3]);
             return Ok(collectives.recv(rank - 2, &mut received).unwrap_err().to_string());
         }
         Ok::<_, BackendError>(String::new())

@@ -159,7 +159,7 @@ fn bad_words_do_not_come_up() {
     let banned = |words: &[String]| Request { bad_words: BadWords::new(words, &TOKENIZER).into(), ..asks.clone() };
     // A word of one token, and one of which only the end is banned, only after its beginning.
     for word in [text(&tokens[2..3]), text(&tokens[3..6])] {
-        let asks_without = banned(&[word.clone()]);
+        let asks_without = banned(std::slice::from_ref(&word));
         let (mut session, _) = setup().session();
         let ids = [&asks_without, &asks].map(|asks| submit(&mut session, asks));
         let outcomes = finish(&mut session);
