@@ -48,6 +48,15 @@ struct Row {
         }
     }
 
+    template <typename T>
+    __device__ __forceinline__ void round() {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) at[v][i] = rounded<T>(at[v][i]);
+        }
+    }
+
     // Replaces x by round(round(x · inv) · weight), inv = 1 / sqrt(mean square + eps). `shared` holds one float for
     // each warp.
     template <typename T>

@@ -18,6 +18,7 @@ mod kills;
 mod layouts;
 mod mapped;
 mod older;
+mod placement;
 mod refusals;
 mod sessions;
 mod sources;

@@ -101,3 +101,91 @@ pub fn cost(program: &Program, op: &Op, shape: StepShape) -> Cost {
     }
     cost
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// 2 of 5 experts a token, three KV heads of 4 elements, and bf16.
+    const HEAD: &str = "mixtral-program 1
+program rank=0 world_size=1 tp_size=1 dtype=bfloat16 vocab_size=20 num_layers=1 num_experts=5 top_k=2 arena_bytes=65536
+limits max_batch_size=8 max_num_tokens=8 max_seq_len=16 max_num_logits=8 block_size=4
+kv num_layers=1 num_kv_heads=3 head_dim=4 dtype=bfloat16
+buffer name=hidden dtype=bf16 rows=tokens cols=12 offset=0
+buffer name=narrow dtype=bf16 rows=tokens cols=4 offset=4096
+buffer name=heads dtype=bf16 rows=tokens cols=24 offset=8192
+buffer name=attended dtype=bf16 rows=tokens cols=24 offset=12288
+buffer name=qkv dtype=bf16 rows=tokens cols=48 offset=16384
+buffer name=offsets dtype=i32 rows=one cols=4 offset=20480
+buffer name=order dtype=i32 rows=assignments cols=1 offset=24576
+buffer name=activated dtype=bf16 rows=assignments cols=7 offset=28672
+buffer name=down dtype=bf16 rows=assignments cols=12 offset=32768
+buffer name=last dtype=bf16 rows=logits cols=12 offset=36864
+weight name=table dtype=bfloat16 shape=[20,12] format=plain
+weight name=linear dtype=bfloat16 shape=[7,12] format=plain
+weight name=up dtype=bfloat16 shape=[3,14,12] format=plain
+weight name=down dtype=bfloat16 shape=[3,12,7] format=plain
+";
+
+    /// Bytes of weights, bytes of activations, and FLOPs.
+    fn costs(op: &str, num_tokens: usize, num_logits: usize) -> [f64; 3] {
+        let program = Program::parse(&format!("{HEAD}op {op}\n")).unwrap();
+        let found = cost(&program, &program.ops[0], StepShape { num_tokens, num_logits, context: 10 });
+        assert_eq!(found.bytes(), found.weight_bytes + found.activation_bytes);
+        [found.weight_bytes, found.activation_bytes, found.flops]
+    }
+
+    #[test]
+    fn costs_are_those_of_the_formulas() {
+        // Of the table only the rows of the tokens.
+        assert_eq!(costs("embed table=table vocab_start=0 out=hidden", 6, 2), [144.0, 144.0, 0.0]);
+        // Four of seven rows, of 12 elements of 2 bytes.
+        let linear = "linear input=hidden weight=linear rows=[2,6] epilogue=store out=narrow";
+        assert_eq!(costs(linear, 6, 2), [96.0, 144.0 + 48.0, 2.0 * 6.0 * 12.0 * 4.0]);
+        assert_eq!(costs("gather_rows input=hidden out=last", 6, 2), [0.0, 144.0 + 48.0, 0.0]);
+        // Keys and values of 10 tokens: 2 · 10 · 3 heads of 4 elements of 2 bytes. Two prompts of three tokens read them
+        // twice, six decodes six times.
+        let attention = "attention query=heads num_heads=6 layer=0 out=attended";
+        let flops = 4.0 * 6.0 * 10.0 * 24.0;
+        assert_eq!(costs(attention, 6, 2), [0.0, 2.0 * 288.0 + 2.0 * 480.0, flops]);
+        assert_eq!(costs(attention, 6, 6), [0.0, 2.0 * 288.0 + 6.0 * 480.0, flops]);
+        // Read, written, and 2 · 3 heads of 4 elements of 2 bytes a token into the cache.
+        let rope = "rope_write_kv qkv=qkv num_heads=6 theta=1000000.0 layer=0";
+        assert_eq!(costs(rope, 6, 2), [0.0, 2.0 * 576.0 + 6.0 * 48.0, 0.0]);
+        assert_eq!(costs("write_kv key=hidden value=hidden layer=0", 6, 2), [0.0, 2.0 * 144.0 + 6.0 * 48.0, 0.0]);
+    }
+
+    #[test]
+    fn experts_are_hit_evenly() {
+        // Six tokens hit an expert with probability 1 − (3/5)^6; this rank has three of the five.
+        let (hit, assignments) = (1.0 - 0.6f64.powi(6), 6.0 * 2.0 * 3.0 / 5.0);
+        let lists = 16.0 + 12.0 * 4.0;
+        let (input, activated) = (144.0, 12.0 * 7.0 * 2.0);
+        for (op, weight, activations, row) in [
+            (
+                "expert_gate_up input=hidden weight=up offsets=offsets order=order silu_mul=true out=activated",
+                3.0 * 14.0 * 12.0 * 2.0,
+                input + lists + activated,
+                14.0 * 12.0,
+            ),
+            (
+                "expert_down input=activated weight=down offsets=offsets order=order out=down",
+                3.0 * 12.0 * 7.0 * 2.0,
+                activated + lists + 12.0 * 12.0 * 2.0,
+                12.0 * 7.0,
+            ),
+        ] {
+            let found = costs(op, 6, 2);
+            let expected = [weight * hit, activations, 2.0 * assignments * row];
+            assert!(found.iter().zip(expected).all(|(f, e)| (f - e).abs() < 1e-9 * e), "{found:?} {expected:?}");
+        }
+    }
+
+    #[test]
+    fn costs_add_up() {
+        let one = Cost { weight_bytes: 3.0, activation_bytes: 5.0, flops: 7.0 };
+        let mut sum = one;
+        sum += one.times(4.0);
+        assert_eq!(sum, Cost { weight_bytes: 15.0, activation_bytes: 25.0, flops: 35.0 });
+    }
+}

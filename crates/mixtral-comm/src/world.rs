@@ -39,14 +39,20 @@ impl World {
         &self.endpoint.hosts[self.endpoint.rank]
     }
 
+    /// The ranks that run on this rank's host, itself included, ascending.
+    pub fn local_ranks(&self) -> impl Iterator<Item = usize> {
+        let hosts = self.endpoint.hosts.iter().enumerate();
+        hosts.filter(|(_, host)| *host == self.host()).map(|(rank, _)| rank)
+    }
+
     /// How many ranks run on this rank's host, itself included. They share the host's cores.
     pub fn local_size(&self) -> usize {
-        self.endpoint.hosts.iter().filter(|host| *host == self.host()).count()
+        self.local_ranks().count()
     }
 
     /// This rank's place among those of its host.
     pub fn local_rank(&self) -> usize {
-        self.endpoint.hosts[..self.rank()].iter().filter(|host| *host == self.host()).count()
+        self.local_ranks().take_while(|&rank| rank < self.rank()).count()
     }
 
     /// The group of these ranks. The list is ascending and contains this rank. Every member calls this with the same

@@ -170,3 +170,30 @@ pub trait Backend: Send {
     /// measure.
     fn op_times(&self) -> Vec<Duration>;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One weight, `w`, of four bytes.
+    struct One;
+
+    impl WeightSource for One {
+        fn weight(&self, name: &str) -> Option<WeightView<'_>> {
+            (name == "w").then_some(WeightView { dtype: DType::Bf16, shape: &[2, 1], bytes: &[1, 2, 3, 4] })
+        }
+    }
+
+    #[test]
+    fn a_weight_is_read_in_parts() {
+        assert_eq!((One.shape("w"), One.shape("v")), (Some((DType::Bf16, &[2, 1][..])), None));
+        let read = |name: &str, offset: usize, len: usize| {
+            let mut bytes = vec![9; len];
+            One.read(name, offset, &mut bytes).map(|()| bytes).map_err(|error| error.to_string())
+        };
+        assert_eq!(read("w", 0, 4), Ok(vec![1, 2, 3, 4]));
+        assert_eq!(read("w", 3, 1), Ok(vec![4]));
+        let said = [read("w", 1, 4), read("w", 5, 0), read("v", 0, 1)].map(Result::unwrap_err);
+        insta::assert_snapshot!(said.join("\n"));
+    }
+}

@@ -407,7 +407,9 @@ impl<'a> Scope<'a> {
                 self.top_k(expert_ids, expert_weights)
             }
             Op::ExpertSort { expert_ids, experts, offsets, order } => {
-                same("columns of the expert ids", self.typed(expert_ids, ElemType::I32)?.cols, self.program.top_k)?;
+                let ids = self.typed(expert_ids, ElemType::I32)?;
+                same("columns of the expert ids", ids.cols, self.program.top_k)?;
+                same("rows of the expert ids", ids.rows, Rows::Tokens)?;
                 self.lists(offsets, order, self.experts(*experts)?)
             }
             Op::Route { logits, layer, experts, expert_ids, expert_weights, offsets, order, .. } => {

@@ -75,6 +75,27 @@ mod tests {
     }
 
     #[test]
+    fn a_row_is_that_part_of_the_whole_tensor() {
+        let piece = |source: &str| Piece {
+            source: source.to_owned(),
+            source_rows: 4,
+            source_cols: 6,
+            rows: 1..4,
+            cols: 2..5,
+            target_row: 0,
+        };
+        let row = |source: &str, dtype: DType| {
+            let mut values = [0.0; 3];
+            fill_row(9, &piece(source), 3, dtype, &mut values);
+            values
+        };
+        let expected = [20, 21, 22].map(|index| element(key(9, "w"), index, scale(6)));
+        assert_eq!(row("w", DType::F32), expected);
+        assert_eq!(row("w", DType::Bf16), expected.map(|value| DType::Bf16.round(value)));
+        assert_eq!(row("model.norm.weight", DType::F32), [1.0; 3]);
+    }
+
+    #[test]
     fn moments_are_those_of_the_contract() {
         let key = key(0, "w");
         let scale = scale(100);

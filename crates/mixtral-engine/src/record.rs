@@ -111,6 +111,26 @@ mod tests {
     }
 
     #[test]
+    fn a_line_is_its_kind_and_the_fields_of_a_value() {
+        #[derive(Serialize)]
+        struct Fields {
+            name: &'static str,
+            size: usize,
+        }
+        let mut text = "before\n".to_owned();
+        write(&mut text, "kind", &Fields { name: "x", size: 3 });
+        assert_eq!(text, "before\nkind name=x size=3\n");
+        // What would read back as something else is put into quotes.
+        let words = ["true", "null", "1x", "-", "a b", "", "é"];
+        for word in words {
+            let mut text = String::new();
+            write_fields(&mut text, &Map::from_iter([("a".to_owned(), json!(word))]));
+            assert_eq!(text, format!(" a={}", json!(word)));
+            assert_eq!(read_fields(&text).unwrap()["a"], word);
+        }
+    }
+
+    #[test]
     fn what_is_no_field_is_said() {
         let problems: Vec<String> = ["word", "a=1 b", "a=", "a= b=1", "a=1x", "a=1 a=2", "a=[1", "two words=1"]
             .iter()

@@ -238,6 +238,8 @@ mod tests {
         let nucleus = [0.5 / 0.8, 0.0, 0.3 / 0.8, 0.0];
         close(&frequencies(&logits, &SamplingParams { top_p: 0.75, ..params() }, 40_000), &nucleus);
         close(&frequencies(&logits, &SamplingParams { min_p: 0.25, ..params() }, 40_000), &nucleus);
+        // As likely as the likeliest is likely enough.
+        close(&frequencies(&[2.0, 0.0, 2.0], &SamplingParams { min_p: 1.0, ..params() }, 40_000), &[0.5, 0.0, 0.5]);
     }
 
     #[test]
@@ -264,6 +266,34 @@ mod tests {
         penalize(&mut logits, &all, &tokens, 2);
         // Token 0 is only in the prompt, token 1 once in the output, token 2 three times, token 3 never.
         assert_eq!(logits, [2.0, -8.0 - 0.5 - 0.25, 3.0 - 0.5 - 0.75, 1.0]);
+    }
+
+    #[test]
+    fn each_penalty_alone_is_applied() {
+        let none = SamplingParams::default();
+        let penalized = |params: SamplingParams| {
+            let mut logits = [4.0, 0.0, -4.0];
+            penalize(&mut logits, &params, &[0, 1, 2, 2, 7].map(TokenId), 1);
+            assert_eq!(params.has_penalties(), params != none);
+            logits
+        };
+        assert_eq!(penalized(none), [4.0, 0.0, -4.0]);
+        assert_eq!(penalized(SamplingParams { repetition_penalty: 2.0, ..none }), [2.0, 0.0, -8.0]);
+        assert_eq!(penalized(SamplingParams { presence_penalty: 0.5, ..none }), [4.0, -0.5, -4.5]);
+        assert_eq!(penalized(SamplingParams { frequency_penalty: 0.5, ..none }), [4.0, -0.5, -5.0]);
+    }
+
+    #[test]
+    fn bans_hold_unless_they_leave_nothing() {
+        let drawn = |banned: &[u32]| {
+            let banned = banned.iter().copied().map(TokenId).collect();
+            sample(
+                &mut [1.0, 3.0, 2.0],
+                &SampleRequest { banned, ..request(SamplingParams::default(), RandomKey::default()) },
+            )
+        };
+        assert_eq!([drawn(&[]), drawn(&[1]), drawn(&[1, 2])], [1, 2, 0].map(TokenId));
+        assert_eq!([drawn(&[0, 1, 2]), drawn(&[1, 1, 3]), drawn(&[3])], [1, 2, 1].map(TokenId));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! A decoder's program is well-formed. Nothing in it can be changed alone: every size, type and range has to agree with
 //! another part of the program, so the check notices the change.
 
-use mixtral_engine::{ElemType, Op, Program, Rows};
+use mixtral_engine::{CutError, ElemType, Op, Program, Rows};
 use mixtral_model::DType;
 use mixtral_testkit::decoder::{self, Geometry};
 
@@ -140,9 +140,60 @@ fn the_first_layers_are_a_program_of_their_own() {
             assert_eq!(first.memory_plan().weights, short.memory_plan().weights, "{layers} layers");
         }
         for wanted in [0, 6] {
-            assert!(whole.first_layers(wanted).is_err(), "{wanted} layers of five");
+            assert_eq!(whole.first_layers(wanted), Err(CutError::Layers { wanted, found: 5 }));
         }
     }
+}
+
+#[test]
+fn layers_that_are_not_alike_are_not_cut() {
+    let whole = decoder::program(&Geometry { num_layers: 3, ..Geometry::small(DType::F32) }, false);
+    let gather = |ops: &[Op]| ops.iter().position(|op| matches!(op, Op::GatherRows { .. })).expect("rows are gathered");
+    let attention = |ops: &[Op], layer: usize| {
+        ops.iter().position(|op| matches!(op, Op::Attention { layer: of, .. } if *of == layer)).expect("attention")
+    };
+    let problem = |change: &dyn Fn(&mut Vec<Op>)| {
+        let mut changed = whole.clone();
+        change(&mut changed.ops);
+        match changed.first_layers(2) {
+            Err(CutError::Unlike { layer: 1, problem }) => problem,
+            other => panic!("{other:?}"),
+        }
+    };
+    let said = [
+        problem(&|ops| drop(ops.remove(attention(ops, 2)))),
+        problem(&|ops| drop(ops.remove(attention(ops, 1)))),
+        problem(&|ops| drop(ops.remove(gather(ops)))),
+        problem(&|ops| {
+            let gather = ops.remove(gather(ops));
+            ops.insert(0, gather);
+        }),
+        // The last layer ends with one operation more, or with another one.
+        problem(&|ops| ops.insert(gather(ops), ops[0].clone())),
+        problem(&|ops| {
+            let last = gather(ops) - 1;
+            ops[last] = ops[0].clone();
+        }),
+        problem(&|ops| {
+            let at = gather(ops);
+            let Op::GatherRows { input, .. } = &mut ops[at] else { unreachable!("as found") };
+            "something else".clone_into(input);
+        }),
+        // Layers of one operation, behind which stand two.
+        problem(&|ops| {
+            let layers = [0, 1, 2, 2].map(|layer| ops[attention(ops, layer)].clone());
+            let gather = ops[gather(ops)].clone();
+            *ops = layers.into_iter().chain([gather]).collect();
+        }),
+    ];
+    insta::assert_snapshot!(said.join("\n"));
+    // Layers of two operations, one right behind the other.
+    let mut short = whole.clone();
+    let sum = |out: &str| Op::Add { a: out.to_owned(), b: out.to_owned(), out: out.to_owned() };
+    let attend = |layer| whole.ops[attention(&whole.ops, layer)].clone();
+    let rows = |input: &str| Op::GatherRows { input: input.to_owned(), out: "rows".to_owned() };
+    short.ops = vec![attend(0), sum("x"), attend(1), sum("y"), attend(2), sum("z"), rows("z")];
+    assert_eq!(short.first_layers(2).expect("alike").ops, [attend(0), sum("x"), attend(1), sum("y"), rows("y")]);
 }
 
 #[test]

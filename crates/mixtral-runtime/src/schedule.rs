@@ -10,6 +10,7 @@ use mixtral_engine::{Limits, StepInputs};
 use mixtral_model::BlockId;
 
 use crate::blocks::BlockPool;
+use crate::request::Request;
 use crate::sequence::Sequence;
 
 /// A sequence's part in a step.
@@ -40,17 +41,17 @@ pub fn admit(queue: &mut VecDeque<Sequence>, running: &mut Vec<Sequence>, pool: 
     }
 }
 
-/// Distributes the step's tokens among the running sequences that do not wait for a token of an earlier step. In the
-/// result decodes come first. With `depth` steps under way at a time, a step takes only its share of the sequences, so
-/// that the other steps have some too.
+/// Distributes the step's tokens among the running sequences that have any to compute. In the result decodes come first.
+/// With `depth` steps under way at a time, a step takes only its share of the sequences, so that the other steps have
+/// some too.
 #[must_use]
 pub fn plan(running: &[Sequence], limits: &Limits, depth: usize) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = Vec::new();
     let (mut tokens, mut logits, mut samples) = (limits.max_num_tokens, 0, 0);
     let share = running.len().div_ceil(depth);
-    let ready = || (0..running.len()).filter(|&i| !running[i].awaits_token && !running[i].cancelled);
-    let decodes = ready().filter(|&i| running[i].is_decode());
-    for sequence in decodes.chain(ready().filter(|&i| !running[i].is_decode())) {
+    let wanted = || (0..running.len()).filter(|&i| !running[i].cancelled);
+    let decodes = wanted().filter(|&i| running[i].is_decode());
+    for sequence in decodes.chain(wanted().filter(|&i| !running[i].is_decode())) {
         if chunks.len() == share {
             break;
         }
@@ -64,6 +65,7 @@ pub fn plan(running: &[Sequence], limits: &Limits, depth: usize) -> Vec<Chunk> {
         }
         let draws = num_tokens == state.num_pending();
         let num_logits = if all { num_tokens } else { usize::from(draws) };
+        // No tokens, because its next one is being drawn, or because the step is full.
         if num_tokens == 0 || num_logits > room {
             continue;
         }
@@ -107,8 +109,8 @@ pub fn inputs<'a>(running: &'a [Sequence], chunks: &[Chunk], limits: &Limits) ->
         if chunk.sample.is_some() {
             step.samples.push(sequence.sample_request(chunk.first_logits_row + chunk.num_logits - 1));
         }
-        step.return_logits |=
-            sequence.request.generation_logits || chunk.num_logits > 1 || sequence.request.context_logits;
+        let Request { generation_logits, context_logits, .. } = sequence.request;
+        step.return_logits |= generation_logits && chunk.sample.is_some() || context_logits && chunk.is_prompt;
     }
     step
 }

@@ -17,7 +17,7 @@ pub struct Sequence {
     pub request: Request,
     /// Prompt and output.
     pub tokens: Vec<TokenId>,
-    /// Tokens whose keys and values are in the cache.
+    /// Tokens whose keys and values are in the cache, or will be after the steps under way.
     pub num_computed: usize,
     /// Its blocks, in order of position.
     pub blocks: Vec<BlockId>,
@@ -25,8 +25,6 @@ pub struct Sequence {
     pub text: SequenceText,
     /// How many steps under way compute tokens of it.
     pub in_flight: usize,
-    /// Whether one of these steps draws its next token. Nothing more can be computed before that token is known.
-    pub awaits_token: bool,
     /// Whether it was cancelled. It is removed when its last step is done.
     pub cancelled: bool,
     /// When it was submitted.
@@ -46,7 +44,6 @@ impl Sequence {
             blocks: Vec::new(),
             text: SequenceText::new(&request.stop_words),
             in_flight: 0,
-            awaits_token: false,
             cancelled: false,
             submitted: Instant::now(),
             first_token: None,
@@ -66,7 +63,7 @@ impl Sequence {
         &self.tokens[self.prompt_len()..]
     }
 
-    /// Tokens that are not in the cache yet.
+    /// Tokens that no step has computed yet; none while its next token is being drawn.
     #[must_use]
     pub fn num_pending(&self) -> usize {
         self.tokens.len() - self.num_computed

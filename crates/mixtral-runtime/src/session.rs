@@ -263,7 +263,6 @@ impl Session {
             let sequence = &mut self.running[chunk.sequence];
             sequence.num_computed += chunk.num_tokens;
             sequence.in_flight += 1;
-            sequence.awaits_token = chunk.sample.is_some();
             parts.push((sequence.id, chunk));
         }
         self.flights.push_back(Flight { parts, stats, started });
@@ -274,9 +273,6 @@ impl Session {
     fn land(&mut self, id: RequestId, chunk: &Chunk, outputs: &StepOutputs, now: Instant) -> Option<Event> {
         let sequence = self.running.iter_mut().find(|s| s.id == id)?;
         sequence.in_flight -= 1;
-        if chunk.sample.is_some() {
-            sequence.awaits_token = false;
-        }
         if sequence.cancelled {
             return None;
         }

@@ -7,11 +7,11 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaOptions, Loading, devices};
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, Collectives, Inspect, Op, Program, Rows, StepInputs, Weights};
-use mixtral_model::DType;
+use mixtral_engine::{BackendError, Collectives, ElemType, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights};
+use mixtral_model::{DType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::batch::{self, Part};
-use mixtral_testkit::elements::{from_bytes, to_bytes, values};
+use mixtral_testkit::elements::{from_bytes, ints_to_bytes, to_bytes, values};
 
 use crate::kernels::Machine;
 
@@ -70,9 +70,14 @@ impl Collectives for Mailbox {
     }
 }
 
-/// Buffers that a rank's program reads, and those that it writes.
-const GIVEN: [&str; 3] = ["part", "residual", "columns"];
-const MADE: [&str; 5] = ["sum", "added", "normed", "both", "joined"];
+/// Buffers that a rank's program is given, and those that it makes.
+const GIVEN: [&str; 4] = ["part", "residual", "columns", "expert_output"];
+const MADE: [&str; 7] = ["sum", "added", "normed", "both", "joined", "combined", "router_input"];
+/// Of those, the outputs of norms, whose sums are in another order.
+const NORMS: [&str; 3] = ["normed", "both", "router_input"];
+
+const NUM_EXPERTS: usize = 8;
+const TOP_K: usize = 2;
 
 /// The program of one of the ranks, in two stages of two ranks each. It has every operation that sends rows to other
 /// ranks.
@@ -80,10 +85,25 @@ fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
     let mut a = Assembly::new(dtype);
     (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, RANKS, TP_SIZE);
     let weight = a.weight("scale", dtype, &[cols], &values("scale", cols, 1.0));
-    for name in ["part", "residual", "sum", "added", "normed", "both", "passed"] {
-        a.activation(name, Rows::Tokens, cols);
+    (a.program.num_experts, a.program.top_k) = (NUM_EXPERTS, TOP_K);
+    let router = a.weight("router", DType::F32, &[NUM_EXPERTS, cols], &values("router", NUM_EXPERTS * cols, 1.0));
+    for name in GIVEN.iter().chain(&MADE).chain(&["passed", "share"]) {
+        let rows = if *name == "expert_output" { Rows::Assignments } else { Rows::Tokens };
+        if *name != "joined" {
+            a.activation(name, rows, cols);
+        }
     }
-    a.activation("columns", Rows::Tokens, cols);
+    for (name, dtype, rows, cols) in [
+        ("ids", ElemType::I32, Rows::Tokens, TOP_K),
+        ("weights", ElemType::F32, Rows::Tokens, TOP_K),
+        ("chosen", ElemType::I32, Rows::Tokens, TOP_K),
+        ("chosen_weights", ElemType::F32, Rows::Tokens, TOP_K),
+        ("logits", ElemType::F32, Rows::Tokens, NUM_EXPERTS),
+        ("offsets", ElemType::I32, Rows::One, NUM_EXPERTS / TP_SIZE + 1),
+        ("order", ElemType::I32, Rows::Assignments, 1),
+    ] {
+        a.buffer(name, dtype, rows, cols);
+    }
     a.activation("joined", Rows::Tokens, TP_SIZE * cols);
     let name = str::to_owned;
     let reduce = |residual: bool, out: &str, normed: Option<&str>| Op::AllReduce {
@@ -92,12 +112,49 @@ fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
         out: name(out),
         norm: normed.map(|out| FusedNorm { weight: weight.clone(), eps: 1e-5, out: name(out) }),
     };
+    let local = NUM_EXPERTS / TP_SIZE;
+    let first = rank % TP_SIZE * local;
+    let experts = [first, first + local];
     let mut ops = vec![
         reduce(false, "sum", None),
         reduce(true, "added", None),
         reduce(false, "sum", Some("normed")),
         reduce(true, "added", Some("both")),
         Op::AllGather { input: name("columns"), out: name("joined") },
+        Op::Combine {
+            input: name("expert_output"),
+            expert_ids: name("ids"),
+            expert_weights: name("weights"),
+            experts,
+            residual: None,
+            out: name("share"),
+            norm: None,
+        },
+        Op::AllReduce {
+            input: name("share"),
+            residual: Some(name("residual")),
+            out: name("combined"),
+            norm: Some(FusedNorm { weight: weight.clone(), eps: 1e-5, out: name("router_input") }),
+        },
+        Op::Linear {
+            input: name("router_input"),
+            weight: router,
+            rows: None,
+            epilogue: Epilogue::F32,
+            residual: None,
+            out: name("logits"),
+            ladder: vec![],
+        },
+        Op::Route {
+            logits: name("logits"),
+            normalization: MoeNormalization::Renorm,
+            layer: 0,
+            experts,
+            expert_ids: name("chosen"),
+            expert_weights: name("chosen_weights"),
+            offsets: name("offsets"),
+            order: name("order"),
+        },
     ];
     match rank.checked_sub(TP_SIZE) {
         Some(from) => ops.insert(0, Op::Recv { out: name("passed"), from }),
@@ -127,8 +184,13 @@ fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
     let bytes = |name: &str, tokens: usize| tokens * program.buffer(name).unwrap().cols * dtype.size();
     let made = steps(&program).into_iter().enumerate().map(|(step, inputs)| {
         let tokens = inputs.num_tokens();
+        let assignments = TOP_K * tokens;
+        let ids: Vec<i32> = (0..assignments).map(|i| ((i / 2 * 3 + i % 2 * 5 + step) % NUM_EXPERTS) as i32).collect();
+        backend.write_buffer("ids", &ints_to_bytes(&ids)).unwrap();
+        backend.write_buffer("weights", &to_bytes(DType::F32, &values("weights", assignments, 0.5))).unwrap();
         for name in GIVEN {
-            let n = bytes(name, tokens) / dtype.size();
+            let rows = if name == "expert_output" { assignments } else { tokens };
+            let n = bytes(name, rows) / dtype.size();
             backend.write_buffer(name, &to_bytes(dtype, &values(&format!("{name} {rank} {step}"), n, 2.0))).unwrap();
         }
         backend.run_ops(0..last, &inputs).unwrap();
@@ -186,8 +248,7 @@ fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
                     for (buffer, (found, expected)) in found.iter().zip(expected).enumerate() {
                         let what = format!("{dtype} of {cols}, rank {rank}, step {step}, buffer {buffer}");
                         let (found, expected) = (from_bytes(dtype, found), from_bytes(dtype, expected));
-                        // The norms add in another order.
-                        let is_norm = MADE.get(buffer).is_some_and(|name| matches!(*name, "normed" | "both"));
+                        let is_norm = MADE.get(buffer).is_some_and(|name| NORMS.contains(name));
                         let limit = if is_norm { 1e-5 } else { 0.0 };
                         let off: f64 = found.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b)).sum();
                         let size: f64 = expected.iter().map(|x| x * x).sum();

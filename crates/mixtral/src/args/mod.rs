@@ -18,6 +18,7 @@ pub mod old_flags;
 #[cfg(test)]
 mod old_flags_tests;
 pub mod parallel;
+pub mod place;
 #[cfg(test)]
 mod ranges;
 pub mod rebuild;

@@ -4,13 +4,12 @@ use std::path::PathBuf;
 
 use mixtral_engine::SamplingParams;
 
-use super::build::BackendChoice;
 use super::numbers::{self, finite, non_negative, positive, probability};
+use super::place::{ENGINE, PlaceArgs};
 use super::words::Words;
 use super::{Usage, spelling, usage};
 use crate::say;
 
-const ENGINE: &str = "Engine";
 const PROMPTS: &str = "Prompts";
 pub(super) const LENGTHS: &str = "Lengths and ends";
 pub(super) const SAMPLING: &str = "Sampling";
@@ -34,12 +33,9 @@ pub struct RunArgs {
     /// The old commands' model directory, whose tokenizer is used if no other is named
     #[arg(long, hide = true, alias = "model-dir")]
     pub hf_model_dir: Option<PathBuf>,
-    /// Where to run; auto is a GPU if the engine was built for one, else the CPU
-    #[arg(help_heading = ENGINE, long, default_value = "auto")]
-    pub backend: BackendChoice,
-    /// Threads of the CPU backend [default: all cores]
-    #[arg(help_heading = ENGINE, long, value_parser = numbers::threads)]
-    pub threads: Option<usize>,
+    /// Where it runs.
+    #[command(flatten)]
+    pub place: PlaceArgs,
     /// Prompts
     #[arg(help_heading = PROMPTS, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
     pub input_text: Vec<String>,
@@ -124,9 +120,6 @@ pub struct RunArgs {
     /// Print one JSON object
     #[arg(help_heading = OUTPUT, long)]
     pub json: bool,
-    /// Fraction of free GPU memory for the KV cache [default: 0.9]
-    #[arg(help_heading = ENGINE, long, alias = "kv-cache-free-gpu-memory-fraction", value_parser = probability)]
-    pub kv_cache_free_gpu_mem_fraction: Option<f32>,
 }
 
 /// Where prompts come from.

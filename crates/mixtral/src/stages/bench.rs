@@ -13,7 +13,8 @@ use mixtral_runtime::{Request, Session};
 use serde::Serialize;
 
 use crate::args::bench::BenchArgs;
-use crate::run::job::{self, Job, LoadOptions};
+use crate::run::job::{self, Job};
+use crate::run::load::LoadOptions;
 use crate::run::per_op::OpTable;
 use crate::run::report::{decode_weight_bytes, f, median, quantile, ratio};
 
@@ -97,13 +98,7 @@ struct Bench {
 /// Runs the command.
 pub fn main(args: &BenchArgs) -> Result<()> {
     let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions {
-        backend: args.backend,
-        kv_cache_fraction: args.kv_cache_free_gpu_mem_fraction,
-        threads: args.threads,
-        count_experts: false,
-        time_ops: args.per_op,
-    };
+    let load = LoadOptions { place: args.place, count_experts: false, time_ops: args.per_op, graphs: true };
     job::run(&engine, load, |job| {
         let bench = measure(args, &engine, job)?;
         let mut out = std::io::stdout().lock();

@@ -14,7 +14,8 @@ use serde_json::json;
 
 use crate::args::Usage;
 use crate::args::run::{RunArgs, RunOptions};
-use crate::run::job::{self, Job, LoadOptions};
+use crate::run::job::{self, Job};
+use crate::run::load::LoadOptions;
 use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
 use crate::run::report::{Profile, Stats, expert_table, logits_hash};
@@ -32,13 +33,7 @@ pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
     check_output_paths(args)?;
     let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions {
-        backend: args.backend,
-        kv_cache_fraction: args.kv_cache_free_gpu_mem_fraction,
-        threads: args.threads,
-        count_experts: args.expert_stats,
-        time_ops: false,
-    };
+    let load = LoadOptions { place: args.place, count_experts: args.expert_stats, time_ops: false, graphs: true };
     job::run(&engine, load, |job| lead(options, &engine, job))
 }
 

@@ -1,0 +1,220 @@
+//! A backend that computes nothing, and looks closely at what it is asked to compute.
+//!
+//! A slot of its cache holds a digest of the token there and of all tokens before it, as the keys of a causal model depend on all
+//! of them. Logits are numbers drawn from the last token's digest. So a token depends on its sequence and on how it is
+//! drawn, and on nothing else; and a step that reads what another sequence wrote, or what nobody wrote, is noticed.
+
+use std::collections::{HashSet, VecDeque};
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use mixtral_engine::sampling::sample;
+use mixtral_engine::{Backend, BackendError, KvLayout, Limits, Op, Program, RandomKey, StepInputs, StepOutputs};
+use mixtral_model::{DType, TokenId};
+use mixtral_runtime::Executor;
+
+/// Entries of the vocabulary.
+pub const VOCAB: usize = 32;
+
+/// The steps that a mock was handed, in order.
+pub type Steps = Arc<Mutex<Vec<StepInputs<'static>>>>;
+
+/// The backend.
+pub struct Mock {
+    program: Program,
+    /// What each slot holds: the digest of the tokens before its own, and with its own.
+    cache: Vec<Option<[u64; 2]>>,
+    /// What it was handed.
+    pub steps: Steps,
+    /// The step that fails.
+    pub fails_at: Option<usize>,
+    /// What it says that its experts were given.
+    pub expert_counts: Vec<Vec<u64>>,
+}
+
+impl Mock {
+    /// A mock of an engine with these limits and so many blocks of cache.
+    pub fn new(limits: Limits, kv_blocks: usize) -> Self {
+        let name = || "heads".to_owned();
+        let attention = Op::Attention { query: name(), num_heads: 1, window: None, layer: 0, out: name() };
+        let program = Program {
+            rank: 0,
+            world_size: 1,
+            tp_size: 1,
+            dtype: DType::F32,
+            vocab_size: VOCAB,
+            num_layers: 1,
+            num_experts: 0,
+            top_k: 0,
+            limits,
+            kv: KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 1, dtype: DType::F32 },
+            arena_bytes: 0,
+            buffers: vec![],
+            weights: vec![],
+            ops: vec![attention],
+        };
+        let cache = vec![None; kv_blocks * limits.block_size];
+        Mock { program, cache, steps: Steps::default(), fails_at: None, expert_counts: vec![vec![3, 4], vec![5, 6]] }
+    }
+
+    /// The digest of all tokens that the cache holds of a sequence.
+    fn read(&self, step: usize, sequence: &Part<'_>) -> u64 {
+        (0..sequence.positions.start).fold(0, |before, position| {
+            let slot = sequence.slot(position, self.program.limits.block_size);
+            match self.cache[slot] {
+                Some([expected, digest]) if expected == before => digest,
+                Some(_) => panic!("step {step}: slot {slot}, read at position {position}, is another sequence's"),
+                None => panic!("step {step}: slot {slot}, read at position {position}, was never written"),
+            }
+        })
+    }
+}
+
+impl Backend for Mock {
+    fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+        inputs.check(&self.program, self.kv_blocks())?;
+        let step = {
+            let mut steps = self.steps.lock().unwrap();
+            steps.push(StepInputs::unpack(&inputs.pack()).unwrap());
+            steps.len() - 1
+        };
+        if self.fails_at == Some(step) {
+            return Err(BackendError::Other(format!("the mock fails at step {step}")));
+        }
+        let (mut digests, mut written) = (Vec::new(), HashSet::new());
+        for sequence in parts(inputs) {
+            let mut digest = self.read(step, &sequence);
+            for (&id, position) in sequence.token_ids.iter().zip(sequence.positions.clone()) {
+                let slot = sequence.slot(position, self.program.limits.block_size);
+                assert!(written.insert(slot), "step {step}: slot {slot} is written twice");
+                let before = digest;
+                digest = follow(before, TokenId(id.try_into().unwrap()));
+                self.cache[slot] = Some([before, digest]);
+                digests.push(digest);
+            }
+        }
+        let rows: Vec<u64> = inputs.logits_indices.iter().map(|&at| digests[usize::try_from(at).unwrap()]).collect();
+        let mut tokens = Vec::new();
+        for request in &inputs.samples {
+            let expected = rows[request.row];
+            assert!(
+                request.tokens.is_empty() || digest_of(&request.tokens) == expected,
+                "step {step}: a draw after other tokens than those of its row"
+            );
+            tokens.push(sample(&mut logits(expected), request));
+        }
+        let logits = if inputs.return_logits { rows.into_iter().flat_map(logits).collect() } else { Vec::new() };
+        Ok(StepOutputs { tokens, logits })
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.cache.len() / self.program.limits.block_size
+    }
+
+    fn expert_counts(&self) -> Vec<Vec<u64>> {
+        self.expert_counts.clone()
+    }
+
+    /// A second for each step.
+    fn op_times(&self) -> Vec<Duration> {
+        vec![Duration::from_secs(self.steps.lock().unwrap().len() as u64)]
+    }
+}
+
+/// An executor of one mock whose steps stay under way.
+pub struct Pipeline {
+    mock: Mock,
+    depth: usize,
+    under_way: VecDeque<(StepInputs<'static>, Result<StepOutputs, BackendError>)>,
+}
+
+impl Pipeline {
+    /// So many steps can be under way.
+    pub fn new(mock: Mock, depth: usize) -> Self {
+        Pipeline { mock, depth, under_way: VecDeque::new() }
+    }
+}
+
+impl Executor for Pipeline {
+    fn depth(&self) -> usize {
+        self.depth
+    }
+
+    /// Besides what the mock looks at: blocks of a step under way are not another sequence's.
+    fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
+        assert!(self.under_way.len() < self.depth, "more than {} steps are under way", self.depth);
+        for earlier in self.under_way.iter().flat_map(|(inputs, _)| parts(inputs)) {
+            let held: HashSet<_> = earlier.blocks.iter().filter(|&&block| block >= 0).collect();
+            for now in parts(inputs).filter(|now| now.blocks.iter().any(|block| held.contains(block))) {
+                let continues = now.blocks[0] == earlier.blocks[0] && now.positions.start >= earlier.positions.end;
+                assert!(continues, "blocks {:?} are still written to by a step under way", now.blocks);
+            }
+        }
+        let outputs = self.mock.step(inputs);
+        self.under_way.push_back((StepInputs::unpack(&inputs.pack()).unwrap(), outputs));
+        Ok(())
+    }
+
+    fn collect(&mut self) -> Result<StepOutputs, BackendError> {
+        self.under_way.pop_front().expect("a step is under way").1
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.mock.kv_blocks()
+    }
+
+    fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, BackendError> {
+        Ok(self.mock.expert_counts.clone())
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        self.mock.op_times()
+    }
+}
+
+/// A sequence's part in a step.
+pub struct Part<'a> {
+    /// Its tokens in the step.
+    pub token_ids: &'a [i32],
+    /// Their positions.
+    pub positions: Range<usize>,
+    /// Its row of the block table.
+    pub blocks: &'a [i32],
+}
+
+impl Part<'_> {
+    fn slot(&self, position: usize, block_size: usize) -> usize {
+        usize::try_from(self.blocks[position / block_size]).unwrap() * block_size + position % block_size
+    }
+}
+
+/// The parts of a step that was checked.
+pub fn parts<'a>(inputs: &'a StepInputs<'_>) -> impl Iterator<Item = Part<'a>> {
+    let width = inputs.block_table.len() / inputs.num_seqs().max(1);
+    let index = |n: i32| usize::try_from(n).unwrap();
+    inputs.cu_query_lens.windows(2).enumerate().map(move |(sequence, edges)| {
+        let token_ids = &inputs.token_ids[index(edges[0])..index(edges[1])];
+        let end = index(inputs.seq_lens[sequence]);
+        Part {
+            token_ids,
+            positions: end - token_ids.len()..end,
+            blocks: &inputs.block_table[sequence * width..][..width],
+        }
+    })
+}
+
+fn follow(digest: u64, token: TokenId) -> u64 {
+    RandomKey { seed: digest, prompt: token.0, ..RandomKey::default() }.bits()
+}
+
+/// The digest of a sequence.
+pub fn digest_of(tokens: &[TokenId]) -> u64 {
+    tokens.iter().copied().fold(0, follow)
+}
+
+/// The logits after a sequence of this digest, from 0 to 8.
+pub fn logits(digest: u64) -> Vec<f32> {
+    let number = |id: usize| u16::try_from(follow(digest, TokenId(u32::try_from(id).unwrap())) >> 48).unwrap();
+    (0..VOCAB).map(|id| f32::from(number(id)) / 8192.0).collect()
+}

@@ -1,0 +1,146 @@
+//! What steps are made of: who is admitted, and who computes what.
+
+use mixtral_runtime::Request;
+
+use crate::harness::{Setup, all_written, finish, request, submit};
+use crate::mock::Steps;
+
+/// The steps of these requests, `(tokens of the prompt, tokens of the output)`, in words.
+fn steps_of(setup: &Setup, requests: &[(u32, usize)]) -> Vec<String> {
+    let requests = requests.iter().zip(0..).map(|(&(prompt, output), seed)| request(seed, prompt, output));
+    all_written(&steps(setup, requests))
+}
+
+fn steps(setup: &Setup, requests: impl IntoIterator<Item = Request>) -> Steps {
+    let (mut session, steps) = setup.session();
+    requests.into_iter().for_each(|request| _ = submit(&mut session, &request));
+    finish(&mut session);
+    assert_eq!(session.free_blocks(), setup.kv_blocks);
+    steps
+}
+
+#[test]
+fn decodes_come_first_and_prompts_fill_the_rest_in_chunks() {
+    let setup = Setup { max_num_tokens: 5, ..Setup::default() };
+    assert_eq!(
+        steps_of(&setup, &[(3, 4), (7, 2), (2, 1)]),
+        [
+            // All of the first prompt and what fits of the second, which draws nothing yet.
+            "| 0..3 0..2",
+            "3..4 | 2..6",
+            // The second prompt's last token leaves room for the third's two.
+            "4..5 | 6..7 0..2",
+            "5..6 7..8 |",
+        ]
+    );
+}
+
+#[test]
+fn decodes_alone_can_fill_a_step() {
+    let setup = Setup { max_num_tokens: 2, ..Setup::default() };
+    assert_eq!(
+        steps_of(&setup, &[(1, 2), (1, 3), (1, 2)]),
+        [
+            "| 0..1 0..1",
+            "1..2 1..2 |",
+            // The first is done. The second, which came before the third, goes on.
+            "2..3 | 0..1",
+            "1..2 |",
+        ]
+    );
+}
+
+#[test]
+fn requests_are_admitted_in_their_order_as_places_are_free() {
+    let setup = Setup { max_batch_size: 2, ..Setup::default() };
+    assert_eq!(
+        steps_of(&setup, &[(3, 3), (4, 1), (5, 2), (1, 1)]),
+        ["| 0..3 0..4", "3..4 | 0..5", "4..5 5..6 |", "| 0..1"]
+    );
+}
+
+#[test]
+fn blocks_are_reserved_for_prompt_and_output_and_nobody_overtakes() {
+    let setup = Setup { kv_blocks: 5, ..Setup::default() };
+    // Blocks of 4 tokens: 3 of them for the first, 2 + 1 tokens. The second needs 4; the third 1, and waits behind it.
+    assert_eq!(
+        steps_of(&setup, &[(7, 3), (14, 2), (3, 1)]),
+        ["| 0..7", "7..8 |", "8..9 |", "| 0..14 0..3", "14..15 |"]
+    );
+    // One token more than a block is two blocks: five such requests do not fit at once, four tokens each do.
+    assert_eq!(steps_of(&setup, &[(3, 2); 3])[0], "| 0..3 0..3");
+    assert_eq!(steps_of(&setup, &[(3, 1); 6])[0], "| 0..3 0..3 0..3 0..3 0..3");
+}
+
+#[test]
+fn prompts_whose_logits_are_all_wanted_take_as_many_rows_as_there_are() {
+    let setup = Setup { max_num_logits: 3, ..Setup::default() };
+    let wants_all = |seed, prompt| Request { context_logits: true, ..request(seed, prompt, 2) };
+    let steps = steps(&setup, [request(0, 2, 3), wants_all(1, 5), request(2, 4, 1)]);
+    assert_eq!(
+        all_written(&steps),
+        [
+            // One row for the first; the second takes the other two. The third would need one, too.
+            "| 0..2 0..2",
+            "2..3 | 2..4",
+            "3..4 | 4..5 0..4",
+            "5..6 |",
+        ]
+    );
+    let rows: Vec<_> = steps.lock().unwrap().iter().map(|step| step.logits_indices.clone()).collect();
+    assert_eq!(rows, [vec![1, 2, 3], vec![0, 1, 2], vec![0, 1, 5], vec![0]]);
+}
+
+#[test]
+fn logits_are_asked_for_where_somebody_wants_them() {
+    // In which steps of a prompt of two chunks and two decodes, beside one of which nobody wants to know anything.
+    let setup = Setup { max_num_tokens: 4, max_batch_size: 1, ..Setup::default() };
+    let returned = |generation_logits, context_logits| {
+        let asks = Request { generation_logits, context_logits, ..request(0, 7, 3) };
+        let steps = steps(&setup, [asks, request(1, 3, 2)]);
+        let steps = steps.lock().unwrap();
+        steps.iter().map(|step| step.return_logits).collect::<Vec<_>>()
+    };
+    assert_eq!(returned(false, false), [false; 6]);
+    assert_eq!(returned(true, false), [false, true, true, true, false, false]);
+    assert_eq!(returned(false, true), [true, true, false, false, false, false]);
+    assert_eq!(returned(true, true), [true, true, true, true, false, false]);
+    // One who asks is enough.
+    let asks = Request { generation_logits: true, ..request(0, 3, 1) };
+    let steps = steps(&Setup::default(), [request(1, 3, 2), asks, request(2, 3, 2)]);
+    assert_eq!(steps.lock().unwrap().iter().map(|step| step.return_logits).collect::<Vec<_>>(), [true, false]);
+}
+
+#[test]
+fn each_of_the_steps_under_way_has_its_share_of_the_sequences() {
+    let setup = Setup { depth: 2, ..Setup::default() };
+    assert_eq!(
+        steps_of(&setup, &[(3, 2), (4, 2), (5, 3)]),
+        [
+            // Two of three in the first step, the other in the second.
+            "| 0..3 0..4",
+            "| 0..5",
+            "3..4 4..5 |",
+            "5..6 |",
+            "6..7 |",
+        ]
+    );
+    // The chunks of one prompt follow each other without waiting; what is drawn at its end is waited for.
+    let setup = Setup { max_num_tokens: 4, ..setup };
+    let (mut session, steps) = setup.session();
+    submit(&mut session, &request(0, 10, 2));
+    session.step().unwrap();
+    assert_eq!(all_written(&steps), ["| 0..4", "| 4..8"]);
+    session.step().unwrap();
+    session.step().unwrap();
+    assert_eq!(all_written(&steps), ["| 0..4", "| 4..8", "| 8..10"]);
+    finish(&mut session);
+    assert_eq!(all_written(&steps)[3..], ["10..11 |"]);
+    // Nothing more is computed of one that was cancelled.
+    let (mut session, steps) = setup.session();
+    let id = submit(&mut session, &request(0, 14, 2));
+    session.step().unwrap();
+    session.cancel(id);
+    finish(&mut session);
+    assert_eq!(all_written(&steps), ["| 0..4", "| 4..8"]);
+}
