@@ -70,10 +70,10 @@ impl Collectives for Mailbox {
     }
 }
 
-/// Buffers that a rank's program is given, and those that it makes.
+/// Buffers that a rank's program reads, and those that it writes.
 const GIVEN: [&str; 4] = ["part", "residual", "columns", "expert_output"];
 const MADE: [&str; 7] = ["sum", "added", "normed", "both", "joined", "combined", "router_input"];
-/// Of those, the outputs of norms, whose sums are in another order.
+/// Those of them that norms write. On a GPU, norms add in another order.
 const NORMS: [&str; 3] = ["normed", "both", "router_input"];
 
 const NUM_EXPERTS: usize = 8;
