@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How fast `mixtral convert` is, held against `cp` of the same bytes.
+"""How fast `mixtral convert` is, compared with `cp` of the same bytes.
 
     convert_vs_cp.py --mixtral PATH_TO_RELEASE_BINARY [--dir SCRATCH] [--pairs 5] [--tp-size 2] [--dtype bfloat16]
 
-Writes a synthetic bf16 model of Mixtral 8x7B's layer shapes (2 layers, 6.3 GB, random bits of small values) once, then
-alternates `cp -r --reflink=never` of it and `mixtral convert`, `sync` inside both timings, the source warm in the page
-cache. Prints each pair, the median of the ratios (cp's time / convert's) and convert's largest resident set.
-Needs numpy and about 20 GB of disk; no safetensors package: the header is written here.
+Writes a synthetic bf16 model of Mixtral 8x7B's layer shapes once (2 layers, 6.3 GB, random bits of small values). Then it
+copies the model with `cp -r --reflink=never` and converts it with `mixtral convert`, in turn. Both timings include `sync`,
+and the source is in the page cache. Prints each pair, the median of the ratios (cp's time / convert's) and convert's
+largest resident set. Needs numpy and about 20 GB of disk, but no safetensors package: the header is written here.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def write_model(directory):
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     rng = np.random.default_rng(0)
-    # Signs and mantissas at random, exponents of numbers from 2^-7 to 2^-4.
+    # Signs and mantissas are random; exponents are those of numbers from 2^-7 to 2^-4.
     block = rng.integers(0, 1 << 16, 1 << 24, dtype=np.uint16)
     block = (block & 0x807F) | ((120 + (block >> 7) % 4) << 7).astype(np.uint16)
     with open(directory / "model.safetensors", "wb") as file:

@@ -1,1 +1,1 @@
-//! Nothing: the benchmarks are in `kernels/`.
+//! Empty: the benchmarks are in `kernels/`.

@@ -1,6 +1,6 @@
-//! The CPU backend's kernels that carry a model, in bf16, at Mixtral 8x7B's shapes: `cargo xtask bench`.
+//! `cargo xtask bench`: the CPU backend's kernels that take most of a model's time, in bf16, at Mixtral 8x7B's shapes.
 //!
-//! Linears rotate over weights that no cache holds. Under `cargo test` everything is tiny and runs once.
+//! Linears alternate between more weights than any cache holds. Under `cargo test` everything is tiny and runs once.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 use mixtral_cpu::{CpuBackend, CpuOptions};
@@ -11,7 +11,7 @@ use mixtral_testkit::batch::{self, Part};
 
 const BLOCK: usize = 64;
 
-/// Whether cargo measures; `cargo test` leaves the flag out.
+/// Whether this run measures. `cargo test` does not pass the flag.
 fn is_measuring() -> bool {
     std::env::args().any(|argument| argument == "--bench")
 }
@@ -34,7 +34,7 @@ fn backend(a: Assembly, kv_blocks: usize) -> CpuBackend {
     CpuBackend::load(a.program, Weights::Dummy { seed: 1 }, options).expect("the program loads")
 }
 
-/// A program of `count` linears over weights of their own.
+/// A program of `count` linears, each with weights of its own.
 fn linears(rows: usize, cols: usize, count: usize, max_tokens: usize) -> Assembly {
     let mut a = assembly(max_tokens, max_tokens);
     let input = a.activation("x", Rows::Tokens, cols);

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
-"""How fast Hugging Face transformers runs Mixtral 8x7B's shape here: decode steps and prefill, beside what the machine can do.
+"""How fast Hugging Face transformers runs Mixtral 8x7B's shape here: decode steps and prefill, and the machine's ceilings.
 
     transformers_mixtral.py [--compile] [--batch 1,8,64] [--prompt 128] [--prefill 1x2048,8x2048] [--json FILE]
 
-Weights are random and made on the GPU; that they route evenly is measured, since a step reads the experts that its tokens
-go to. Decode is one forward pass a step over a static cache, with transformers' own choice of implementations: sdpa
-attention, and for the experts what `generate` switches to (`batched_mm`, which copies the weights of every token's experts)
-as long as there are few tokens, else `grouped_mm`. `--compile` compiles the step as `generate` does (reduce-overhead, with
-CUDA graphs). Prefill is never compiled, as in `generate`. With `--device cpu --config FILE` it measures a small model.
+Weights are random and made on the GPU. A step reads the experts that its tokens go to, so the script measures whether the
+weights route evenly. Decode is one forward pass for each step over a static cache, with the implementations that
+transformers chooses itself: sdpa attention and, for the experts, those that `generate` switches to (`batched_mm`, which
+copies the weights of every token's experts, for few tokens, else `grouped_mm`). `--compile` compiles the step as `generate`
+does (reduce-overhead, with CUDA graphs). Prefill is never compiled, as in `generate`. With `--device cpu --config FILE` the
+script measures a small model.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import statistics
 import sys
 import time
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may use a network
 
 import torch
 import transformers
@@ -37,7 +38,8 @@ MIXTRAL_8X7B = dict(
     rms_norm_eps=1e-5, rope_parameters={"rope_type": "default", "rope_theta": 1e6}, tie_word_embeddings=False)
 READ_BYTES = 4 << 30
 MATMUL = 8192
-# Experts hit, as a part of what even routing would hit, below which figures would flatter.
+# The fewest experts that a step may hit, as a part of what even routing would hit. With fewer, the figures would be too
+# good.
 MIN_SPREAD = 0.8
 
 if triton:
@@ -51,7 +53,7 @@ if triton:
 
 
 class Clock:
-    """Times of consecutive pieces of work on a device, which need not wait for each other."""
+    """Measures consecutive pieces of work on a device without waiting between them."""
 
     def __init__(self, device):
         self.on_gpu, self.marks = device == "cuda", []
@@ -65,7 +67,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def seconds(self):
-        """Between neighbouring marks."""
+        """The seconds between neighbouring marks."""
         if self.on_gpu:
             torch.cuda.synchronize()
             return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:])]
@@ -84,7 +86,7 @@ def times(device, work, warmup, rounds):
 
 
 def ceilings(device, scale=1):
-    """Bytes read and FLOPs computed a second at most; best of some rounds."""
+    """The most bytes read and FLOPs computed a second: the best of some rounds."""
     count, size = READ_BYTES // 4 // scale, MATMUL // scale
     data = torch.ones(count, dtype=torch.int32, device=device)
     if triton and device == "cuda":
@@ -103,12 +105,12 @@ def ceilings(device, scale=1):
 
 
 def random_model(config, device):
-    """Every weight drawn, with a standard deviation of 1/√inputs."""
+    """A model in which every weight is drawn, with a standard deviation of 1/√inputs."""
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
         model = MixtralForCausalLM(config).to(torch.bfloat16).eval()
     model.to_empty(device=device)
-    # Its buffers are computed and not drawn.
+    # The buffers of the rotary embedding are computed, and not drawn at random.
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -116,7 +118,7 @@ def random_model(config, device):
             if name.endswith("norm.weight"):
                 parameter.fill_(1)
             elif name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
-                # One by one: an operation takes at most 2^31 elements at its best.
+                # Matrix by matrix: an operation is fastest with at most 2^31 elements.
                 for matrix in parameter:
                     matrix.normal_(0, 1 / math.sqrt(matrix.shape[-1]))
             else:
@@ -136,7 +138,7 @@ def experts_hit(model, run):
 
 
 def prefill(model, ids, cache_len, experts):
-    """Computes prompts; (the cache, the next tokens)."""
+    """Computes prompts. Returns (the cache, the next tokens)."""
     model.set_experts_implementation(experts)
     cache = StaticCache(config=model.config, max_cache_len=cache_len)
     logits = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
@@ -185,7 +187,7 @@ def measure_prefill(model, args, batch, length):
 
 
 def or_why_not(measure, *args):
-    """The figures, or that memory was too small for them."""
+    """The figures of `measure`, or a message if memory was too small."""
     try:
         return measure(*args)
     except torch.OutOfMemoryError:
@@ -238,7 +240,7 @@ def main():
                         for shape in args.prefill],
         }
         del model
-        # Before and after, since clocks move.
+        # The ceilings are measured before and after, since clocks change.
         again = ceilings(args.device, scale)
     result["ceilings"] = {name: max(value, again[name]) for name, value in roof.items()}
     text = json.dumps(result, indent=1)

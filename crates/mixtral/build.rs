@@ -1,4 +1,4 @@
-//! Tells the binary which commit it was built from, where git knows.
+//! Tells the binary which commit it was built from, if git knows that.
 
 use std::path::Path;
 use std::process::Command;
@@ -7,7 +7,7 @@ fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     let commit = git(&["rev-parse", "--short=12", "HEAD"]);
     println!("cargo::rustc-env=MIXTRAL_COMMIT={}", commit.unwrap_or_default());
-    // HEAD names a branch, whose file moves with each commit; packed, it has none.
+    // HEAD names a branch. The branch's file changes with each commit; a packed branch has no file.
     let branch = git(&["symbolic-ref", "--quiet", "HEAD"]);
     let files = ["HEAD".to_owned(), "packed-refs".to_owned()].into_iter().chain(branch);
     for file in files.filter_map(|name| git(&["rev-parse", "--git-path", &name])) {
@@ -17,7 +17,7 @@ fn main() {
     }
 }
 
-/// What git prints, if there is a git and a repository.
+/// The output of git, if there is git and a repository.
 fn git(args: &[&str]) -> Option<String> {
     let output = Command::new("git").args(args).output().ok().filter(|output| output.status.success())?;
     let text = String::from_utf8(output.stdout).ok()?.trim().to_owned();

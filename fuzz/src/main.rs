@@ -1,5 +1,5 @@
-//! Under `cargo xtask fuzz`, libFuzzer's program for the reader that `FUZZ_READER` names. Else `fuzz READER FILE…`, which
-//! reads files once, to see a failure again.
+//! Under `cargo xtask fuzz`, this is libFuzzer's program for the reader that `FUZZ_READER` names. Otherwise it is
+//! `fuzz READER FILE…`, which reads each file once, to reproduce a failure.
 #![forbid(unsafe_code)]
 #![cfg_attr(fuzzing, no_main)]
 
@@ -16,7 +16,8 @@ mod under_libfuzzer {
         init: {
             let name = std::env::var("FUZZ_READER").expect("FUZZ_READER names a reader");
             READER.get_or_init(|| reader(&name).expect("a reader of the table"));
-            // libfuzzer-sys aborts at every panic, also at those that a reader catches on purpose.
+            // Removes the hook of libfuzzer-sys: it aborts at every panic, also at panics that a reader catches on
+            // purpose.
             let _ = take_hook();
             set_hook(Box::new(|_| {}));
         },

@@ -1,10 +1,10 @@
-//! The most that a reader may allocate. Beyond it an allocation fails, which ends the process.
+//! The most that a reader may allocate. A larger allocation fails, and that ends the process.
 
 use std::alloc::System;
 
 use cap::Cap;
 
-/// One GiB over all live allocations.
+/// One GiB for all live allocations together.
 pub const LIMIT: usize = 1 << 30;
 
 #[global_allocator]

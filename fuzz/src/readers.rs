@@ -1,4 +1,5 @@
-//! The readers. Those of files are given files, in a folder of their own, by the same entrance as in production.
+//! The table of readers. A reader of files gets files in a folder of its own, and is called through the same function
+//! as in production.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,13 +22,13 @@ use crate::prompt_files::{csv_ids, npy_ids, text_lines};
 
 /// A reader of foreign bytes.
 pub struct Reader {
-    /// What it is called, on the command line and in `fuzz/corpus`.
+    /// Its name, on the command line and in `fuzz/corpus`.
     pub name: &'static str,
-    /// Reads the bytes, and refuses them or not.
+    /// Reads the bytes. It may refuse them.
     pub read: fn(&[u8]),
 }
 
-/// All of them.
+/// All readers.
 pub const READERS: &[Reader] = &[
     Reader { name: "safetensors-header", read: safetensors_header },
     Reader { name: "safetensors-index", read: safetensors_index },
@@ -63,7 +64,7 @@ pub fn reader(name: &str) -> Option<&'static Reader> {
     READERS.iter().find(|reader| reader.name == name)
 }
 
-/// A folder of this process, kept between inputs: making one takes longer than reading most of them.
+/// A folder of this process. It is kept between inputs, since making a folder takes longer than reading most inputs.
 fn folder() -> &'static Path {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
     FOLDER.get_or_init(|| TempDir::new().expect("a temporary folder")).path()
@@ -75,7 +76,7 @@ fn file(name: &str, bytes: &[u8]) -> PathBuf {
     path
 }
 
-/// A folder with just these files.
+/// Makes a folder that contains just these files.
 fn directory(name: &str, contents: &[(&str, &[u8])]) -> PathBuf {
     let dir = folder().join(name);
     fs::create_dir_all(&dir).expect("the temporary folder is writable");
@@ -85,13 +86,13 @@ fn directory(name: &str, contents: &[(&str, &[u8])]) -> PathBuf {
     dir
 }
 
-/// Two files in one input: what is before the first NUL, which no JSON has, and what is after it.
+/// Splits an input into two files: the bytes before the first NUL, which no JSON contains, and those after it.
 fn two(bytes: &[u8]) -> (&[u8], &[u8]) {
     let at = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
     (&bytes[..at], bytes.get(at + 1..).unwrap_or_default())
 }
 
-/// The text with its seal, if it has the place for one, so that what is sealed can be reached.
+/// The text with a right seal, if it has the place for one, so that fuzzing gets past the check of the seal.
 fn sealed(text: &[u8]) -> Vec<u8> {
     std::str::from_utf8(text).map_or_else(|_| text.to_vec(), |text| seal(text).into_bytes())
 }
@@ -145,7 +146,7 @@ fn engine_config(bytes: &[u8]) {
     let _ = engine.verify(1, &());
 }
 
-/// The config of an engine of one rank, whatever its program.
+/// The config of an engine with one rank. It does not depend on the program.
 fn config_of(record: RankRecord) -> Vec<u8> {
     let config = EngineConfig {
         mixtral_engine_format: mixtral_engine::program::FORMAT_VERSION,
@@ -164,7 +165,7 @@ fn config_of(record: RankRecord) -> Vec<u8> {
     seal(&serde_json::to_string(&config).expect("a config is JSON")).into_bytes()
 }
 
-/// `rank0.engine`, with a config beside it that vouches for it, as an attacker's would.
+/// Reads `rank0.engine`, with a config beside it that has the file's hashes, as an attacker's would have.
 fn engine_file(bytes: &[u8]) {
     let path = file("rank0.engine", bytes);
     let open = || Header::read(&fs::File::open(&path).ok()?, &path).ok();
@@ -196,7 +197,7 @@ fn program_text(bytes: &[u8]) {
     }
 }
 
-/// The text of a schedule of a small program.
+/// Reads the text of a schedule of a small program.
 fn schedule_text(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let program = small_program();
@@ -211,7 +212,7 @@ fn schedule_text(bytes: &[u8]) {
     }
 }
 
-/// The kernels of an engine.
+/// Reads the kernels of an engine.
 fn kernel_images(bytes: &[u8]) {
     let code = Code::Sass(Arch::SM_90A);
     let Ok(images) = KernelImages::from_bytes(code, bytes) else { return };
@@ -219,7 +220,7 @@ fn kernel_images(bytes: &[u8]) {
     assert_eq!(again, images);
 }
 
-/// What is done with every program that was read, before anything of its size is allocated.
+/// Does what is done with every program that was read, before anything of its size is allocated.
 fn use_program(program: &Program) {
     let again = Program::parse(&program.to_text()).expect("what is written is read");
     assert_eq!(&again, program);
@@ -251,10 +252,11 @@ fn small_program() -> &'static Program {
     })
 }
 
-/// A step from rank 0, and what comes back.
+/// Reads a step from rank 0.
 fn step(bytes: &[u8]) {
     if let Ok(step) = StepInputs::unpack(bytes) {
-        // Tokens that no penalty looks at are not sent, so a block may say more than is written again; no more than once.
+        // Tokens that no penalty reads are not written, so the first block written may be shorter than the input.
+        // Written a second time, it must be the same.
         let block = step.pack();
         assert_eq!(StepInputs::unpack(&block).expect("what is written is read").pack(), block);
         let _ = step.check(small_program(), 8);
@@ -268,7 +270,7 @@ fn tokenizer_json(bytes: &[u8]) {
     use_tokenizer(&directory("tokenizer", &[("tokenizer.json", bytes)]));
 }
 
-/// The files beside a tokenizer that name tokens and ends, the first two in one input.
+/// Reads the files beside a tokenizer that name its tokens and end tokens. One input is two files.
 fn tokenizer_config(bytes: &[u8]) {
     let (generation, tokenizer) = two(bytes);
     beside_tokenizer(
@@ -277,7 +279,7 @@ fn tokenizer_config(bytes: &[u8]) {
     );
 }
 
-/// The files of older transformers.
+/// Reads the files of older versions of transformers.
 fn added_tokens(bytes: &[u8]) {
     let (special, added) = two(bytes);
     beside_tokenizer("added-tokens", &[("special_tokens_map.json", special), ("added_tokens.json", added)]);

@@ -1,4 +1,5 @@
-//! The committed corpora, read once more. Every input in them was found by fuzzing to take a path of its own.
+//! Reads the committed corpora once more. Fuzzing found each of their inputs because it reaches code that no other
+//! input reaches.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +18,7 @@ fn no_reader_panics_on_its_corpus() {
         let mut inputs = 0;
         for entry in fs::read_dir(corpora.join(reader.name)).unwrap() {
             let path = entry.unwrap().path();
-            // The test's output, shown when it fails, ends with the file that made it fail.
+            // If the test fails, its output is shown, and the last line is the file that made it fail.
             println!("{}", path.display());
             (reader.read)(&fs::read(path).unwrap());
             inputs += 1;

@@ -1,4 +1,4 @@
-// Buffers in shared memory between a producer that fills them by TMA and the warps that read them.
+// Buffers in shared memory. A producer fills them by TMA, and warps read them.
 #pragma once
 
 #include "base/types.cuh"
@@ -6,14 +6,14 @@
 
 namespace attention {
 
-// COUNT buffers that TMA fills in turn and warps empty, and their barriers.
+// A ring of COUNT buffers and their barriers. TMA fills the buffers in turn, and warps empty them.
 template <int COUNT>
 struct Buffers {
     u32 barriers;
     int stage = 0;
     u32 phase = 0;
 
-    // For so many warps that empty each buffer.
+    // `warps` is how many warps empty each buffer.
     __device__ __forceinline__ void init(int warps) const {
         for (int i = 0; i < COUNT; i++) {
             mbarrier::init(barriers + i * 8, 1);
@@ -35,7 +35,7 @@ struct Buffers {
         next.advance();
         next.wait_full();
     }
-    // A warp has read the buffer, and takes the next one.
+    // Called by a warp when it has read the buffer. It then goes on to the next one.
     __device__ __forceinline__ void release() {
         if (threadIdx.x % 32 == 0) mbarrier::arrive(empty());
         advance();

@@ -1,5 +1,5 @@
-// What the kernels of decode attention share: work items, the arithmetic of the four warps that take them, the merge of warps and
-// of splits. The kernels differ in how tiles of keys and values come to shared memory.
+// What the kernels of decode attention share: work items, the arithmetic of the four warps that compute them, and the
+// merge of warps and of splits. The kernels differ only in how they bring tiles of keys and values to shared memory.
 #pragma once
 
 #include "attention/tile.cuh"
@@ -11,7 +11,8 @@
 
 namespace attention {
 
-// Warps that compute, each 16 tokens of a tile, and their threads: the first of a CTA.
+// The warps that compute, and their threads. They are the first threads of a CTA. Each warp computes 16 tokens of a
+// tile.
 inline constexpr int DECODE_WARPS = 4, DECODE_THREADS = 128;
 
 template <typename Element, int COLS_, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_>
@@ -19,12 +20,14 @@ struct Decode {
     using T = Element;
     static constexpr int COLS = COLS_, HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_, BLOCK_SIZE = BLOCK_SIZE_, WINDOW = WINDOW_;
     static constexpr int GROUP = HEADS / KV_HEADS;
-    // Parts of a group that are computed apart, and heads of a part at most: in eights, since a tensor core's product has eight columns.
+    // A group is computed in PARTS parts of at most ROWS heads. HALVES counts a part's heads in eights, since a tensor
+    // core's product has eight columns.
     static constexpr int PARTS = ceil_div(GROUP, 16), ROWS = GROUP < 16 ? GROUP : 16, HALVES = ceil_div(ROWS, 8);
     static constexpr int PER_ITEM = KV_HEADS * PARTS;
     static constexpr int SPLIT_TILES = step::DECODE_SPLIT / TILE;
 
-    // What the warps merge: maxima, totals and sums. Four values of D and eight heads that a warp stores at once lie in different banks.
+    // What the warps merge: maxima, totals and sums. The stride puts the four values of D and eight heads that a warp
+    // stores at once into different banks.
     static constexpr int SUM_STRIDE = D + 4;
     struct alignas(16) Merge {
         float sums[DECODE_WARPS][ROWS][SUM_STRIDE];
@@ -33,20 +36,21 @@ struct Decode {
     };
 };
 
-// The step's works: a split of a sequence for a part of a group each, dealt to the CTAs in turn.
+// The step's works. Each is one split of a sequence for one part of a group. CTAs take them in turn.
 template <typename C>
 struct DecodeList {
     const int4* items;
     int num_works;
 
-    // Items are asked for a turn before they are needed, so that no one waits for them.
+    // The caller reads an item one turn before it needs it, so that no thread waits for the item.
     __device__ __forceinline__ int4 at(int work) const { return work < num_works ? items[work / C::PER_ITEM] : int4{}; }
 };
 
 template <typename C>
 struct DecodeWork {
     int seq, split, head;
-    // Visible tokens [first, end) of the sequence; tiles [tile, last) of the split hold some. There may be none.
+    // The sequence's visible tokens are [first, end). The split's tiles [tile, last) hold some of them; there may be no
+    // such tile.
     int first, end, tile, last;
 
     __device__ __forceinline__ DecodeWork(int work, const int4& item)
@@ -58,8 +62,8 @@ struct DecodeWork {
     }
 };
 
-// The sums of a warp's 16 tokens of values, each token by its probability's two parts. `masks` has the bits of tokens that count, of the
-// lane's two of the first eight and of the others.
+// Adds the values of a warp's 16 tokens, each token times the two parts of its probability. `masks` has the bits of the
+// tokens that count: first for the lane's two tokens of the first eight, then for its two of the other eight.
 template <typename T, typename Layout, bool MASKED, int STEPS, int HALVES>
 __device__ __forceinline__ void add_values(float (&o)[STEPS][HALVES][4], const u32 (&high)[HALVES][2], const u32 (&low)[HALVES][2],
                                            u32 v_lane, const u32 (&masks)[2]) {
@@ -79,10 +83,11 @@ __device__ __forceinline__ void add_values(float (&o)[STEPS][HALVES][4], const u
     }
 }
 
-// Takes the CTA's works. `tiles` gives the tiles of each, in ascending order: all warps go on to the `next()`; of that `keys()`, then
-// `values()`, return when they have arrived and say where, `release()` ends a warp's reading of either, `skip()` does without both.
-// What is not visible of the 16 tokens of a warp that sees some is there, too: zero if Tiles::ZEROED, or any bits. Called by the first
-// DECODE_THREADS, after the wait.
+// Computes the CTA's works. `tiles` gives each work's tiles in ascending order. All warps call `next()` to go on to a
+// tile. `keys()`, then `values()`, wait until these have arrived and return their place. `release()` ends a warp's
+// reading of either. A warp that needs neither calls `skip()`. A warp may see only some of its 16 tokens; the others
+// are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. Called by the first DECODE_THREADS threads,
+// after the wait.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
                                        float scale, typename C::T* out, float* partials, int max_splits, u32* tickets) {
@@ -91,12 +96,13 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
     constexpr int D = C::D, GROUP = C::GROUP, PARTS = C::PARTS, HALVES = C::HALVES, PER_ITEM = C::PER_ITEM, STEPS = D / 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = lane / 4, column = lane % 4 * 2;
-    // Where a lane finds its row of the four matrices of 8 tokens × 8 elements: the first 8 tokens' two, then the others'. (What comes
-    // out of a shuffle is kept, where the rest would be computed anew for each tile.)
+    // Where a lane finds its row of the four matrices of 8 tokens × 8 elements: two matrices of the first 8 tokens,
+    // then two of the others. (The shuffle makes the compiler keep the result; otherwise it would compute it again for
+    // each tile.)
     const u32 own = __shfl_sync(ALL_LANES, Layout::at(warp * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2), lane);
     const auto sync = [] { ptx::sync_threads(1, DECODE_THREADS); };
 
-    // Rows of the product past the part's heads hold its last one again: nothing comes of them.
+    // Rows of the product behind the part's heads repeat its last head. Their results are not used.
     u32 q[STEPS][4] = {};
     const auto heads_of = [](int work) { return min(GROUP - work % PARTS * 16, 16); };
     const auto first_head_of = [](int work) { return work % PER_ITEM / PARTS * GROUP + work % PARTS * 16; };
@@ -123,8 +129,9 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             continue;
         }
         const int heads = heads_of(work), first_head = first_head_of(work);
-        // Scores and probabilities have heads as rows, and so lie as the second operand of the product with the values does; sums have
-        // heads as columns. Eight heads take half of the products that they would take as rows, and half of the registers.
+        // Scores and probabilities have heads as rows, so they lie in registers as the second operand of the product
+        // with the values does. Sums have heads as columns. Eight heads as columns take half of the products and
+        // registers that they would take as rows.
         float o[STEPS][HALVES][4] = {};
         float max[HALVES], total[HALVES] = {};
 #pragma unroll
@@ -179,11 +186,11 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
                     low[half][n] = pack<T>(p0 - low_of<T>(high[half][n]), p1 - high_of<T>(high[half][n]));
                 }
             }
-            // Most maxima are found early; times 1 changes nothing.
+            // Most maxima are found early. Then all factors are 1, and this is skipped.
             if (!__all_sync(ALL_LANES, same)) {
 #pragma unroll
                 for (int half = 0; half < HALVES; ++half) {
-                    // Those of the lane's two columns.
+                    // The factors of the lane's two columns.
                     const float by[2] = {__shfl_sync(ALL_LANES, keep[half], column * 4),
                                          __shfl_sync(ALL_LANES, keep[half], column * 4 + 4)};
 #pragma unroll
@@ -195,7 +202,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
             const u32 v_lane = tiles.values() + own;
             if (!Tiles::ZEROED && edge) {
-                // What is not visible may be any bits, and a probability of 0 does not silence NaN.
+                // Tokens that are not visible may be any bits. A probability of 0 does not remove a NaN, so they are
+                // masked.
                 u32 masks[2];
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
@@ -210,9 +218,10 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             tiles.release();
         }
 
-        // While the parts are added, the next work's queries arrive.
+        // The next work's queries arrive while the warps' parts are added.
         if (next < list.num_works) load_queries(next, next_item.x);
-        // The warps' parts, in ascending order. (The first barrier: all have read those of the last work.)
+        // Adds the warps' parts in ascending order. (The first barrier ensures that all threads have read the parts of
+        // the last work.)
         sync();
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
@@ -271,8 +280,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
         }
         if (num_splits - first_split == 1) continue;
-        // Only thread 0 fences. A fence is cumulative across the barrier: it also covers what the other threads wrote before the
-        // first barrier, and what they read after the second.
+        // Only thread 0 fences. Its fence is cumulative across the barriers, so it covers the other threads' writes
+        // before the first barrier and their reads after the second.
         sync();
         if (threadIdx.x == 0) {
             u32* ticket = tickets + c.seq * PER_ITEM + work % PER_ITEM;

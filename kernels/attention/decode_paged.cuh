@@ -1,17 +1,19 @@
 // Op: attention of decodes (the first `num_decodes` sequences, one query each). CPU twin: kernels/attention.rs.
 // Regime: any batch and context; 16-bit types. Where blocks and heads suit TMA, Hopper has decode_tma, whose bits are the same.
-// Tile: 64 tokens of one KV head; the heads of a group (16 of them at most) share the tensor cores' products, and each of four warps
-//   takes 16 of the tokens.
-// Grid: persistent over (sequence, split of 256 tokens, KV head); a ring of STAGES tiles runs ahead across work items. The last CTA
-//   to finish a sequence's split merges the splits.
-// Numerics: scores in f32 by tensor cores; online softmax in base 2; a probability enters the product with the values as the sum of
-//   two 16-bit parts, which is exact to 2^-16 (bf16) or 2^-21 (f16) of it. Warps and splits merge in ascending order. Splits lie at
-//   multiples of 256, tiles at multiples of 64, so a sequence's bits depend on itself alone.
-// Requires: D a multiple of 16, 128 at most. Keys and values of earlier steps are read before the wait: nothing in a step writes
-//   them.
-// Traffic: keys and values once for 16 heads of a group.
-// Measured: when heads were the rows of both products, H200, 32 query over 8 KV heads of 128: 8.5 µs at batch 1 of context 128 with
-//   its launch; at batch 256 of context 128 50 µs, and 136 µs at batch 64 of context 1500 (roof: 33 and 88 µs).
+// Tile: 64 tokens of one KV head. The heads of a group (16 at most) share the tensor cores' products. Each of four
+//   warps computes 16 of the tokens.
+// Grid: persistent over (sequence, split of 256 tokens, KV head). A ring of STAGES tiles is loaded ahead, across work
+//   items. The CTA that finishes the last split of a sequence merges the splits.
+// Numerics: scores in f32 by tensor cores; online softmax in base 2. The product with the values takes a probability as
+//   the sum of two 16-bit parts, with a relative error of 2^-16 (bf16) or 2^-21 (f16). Warps and splits merge in
+//   ascending order. Splits begin at multiples of 256 and tiles at multiples of 64, so a sequence's bits depend only on
+//   the sequence.
+// Requires: D a multiple of 16, 128 at most. Keys and values of earlier steps are read before the wait, since nothing
+//   in this step writes them.
+// Traffic: keys and values are read once for 16 heads of a group.
+// Measured: H200, 32 query heads over 8 KV heads of 128, with heads still the rows of both products: 8.5 µs with its
+//   launch at batch 1 and context 128; 50 µs at batch 256 and context 128 (roof: 33 µs); 136 µs at batch 64 and context
+//   1500 (roof: 88 µs).
 #pragma once
 
 #include "attention/decode.cuh"
@@ -26,7 +28,7 @@ struct DecodeCopies : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
     static constexpr int STAGE = 2 * Kv::BYTES;
     static constexpr int SHARED_BYTES = STAGES * STAGE + sizeof(typename Base::Merge);
 
-    // Tiles that the warps copy themselves, all of them each.
+    // Tiles that the warps copy themselves. All warps together copy each tile.
     struct Tiles {
         using Layout = Rows<D>;
         static constexpr bool ZEROED = true;
@@ -36,8 +38,8 @@ struct DecodeCopies : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
         const i32* const block_table;
         const i32 table_width;
         const u32 ring;
-        // The next tile to be copied, if there is one, and its block. What is needed next is asked for one turn before: the item of the
-        // work after `work`, the block of the tile after the one that is copied.
+        // The next tile to copy, if there is one, and its block. Items and blocks are read one turn before they are
+        // needed: the item of the work after `work`, and the block of the tile after the one that is copied.
         int work;
         int4 item, next_item;
         DecodeWork<Base> ahead;
@@ -65,7 +67,7 @@ struct DecodeCopies : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
             next_item = list.at(work + gridDim.x);
             ahead = DecodeWork<Base>(work, item);
         }
-        // To the first work from this one on that has tiles.
+        // Goes to the first work, from this one on, that has tiles.
         __device__ __forceinline__ void seek() {
             while (work < list.num_works && ahead.tile >= ahead.last) advance();
         }
@@ -75,7 +77,7 @@ struct DecodeCopies : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
         }
         __device__ __forceinline__ void load_next(int to) {
             if (work < list.num_works) {
-                // The last token is this step's.
+                // The last token's key and value are written in this step, so wait for them.
                 if ((ahead.tile + 1) * TILE >= ahead.end) wait();
                 cache.template load<DECODE_THREADS>(ring + to * STAGE, blocks(), block, ahead.head, ahead.tile, ahead.first, ahead.end);
                 if (++ahead.tile == ahead.last) {
@@ -109,8 +111,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, HEADS / KV_HEADS > 8 ? 2 : 3)
     using Base = typename C::Base;
     extern __shared__ __align__(128) unsigned char memory[];
     const DecodeList<Base> list = {items, header->num_decode_items * Base::PER_ITEM};
-    // Who has nothing to do makes room for the next kernel, whose weights can then be under way. (CTA 0 stays: a grid of which none
-    // waits would end before its predecessors.)
+    // A CTA without work exits and makes room for the next kernel, which can then begin to load weights. (CTA 0 stays,
+    // because a grid in which no CTA waits could end before its predecessors.)
     if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= list.num_works) return;
     typename C::Tiles tiles(list, {keys, values}, block_table, table_width, ptx::shared_address(memory));
     attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(memory + STAGES * C::STAGE), list, query, scale, out, partials,

@@ -1,16 +1,18 @@
 // Op: attention of decodes (the first `num_decodes` sequences, one query each). CPU twin: kernels/attention.rs.
 // Regime: any batch and context; 16-bit types.
-// Tile: 64 tokens of one KV head, keys and values apart; the rest as decode_paged, whose arithmetic (decode.cuh) and bits it shares.
-// Grid: as decode_paged; a ring of SLOTS tiles of keys or values runs ahead across work items.
+// Tile: 64 tokens of one KV head, keys and values separately. Otherwise as decode_paged, with the same arithmetic
+//   (decode.cuh) and the same bits.
+// Grid: as decode_paged. A ring of SLOTS tiles of keys or values is loaded ahead, across work items.
 // Numerics: as decode_paged.
-// Requires: sm_90a; D of 64 or 128, blocks of whole 64 tokens. Keys and values of earlier steps are read before the wait: nothing in
-//   a step writes them.
-// Traffic: keys and values once for 16 heads of a group; of a tile's tokens those 16 at a time of which one is visible.
-// Measured: H200, 32 query over 8 KV heads of 128, with its launch: 8.1 µs at batch 1 of context 128, 45 µs at batch 256 (75 % of read), 129 µs
-//   at batch 64 of context 1500.
+// Requires: sm_90a; D of 64 or 128, blocks of a multiple of 64 tokens. Keys and values of earlier steps are read before
+//   the wait, since nothing in this step writes them.
+// Traffic: keys and values are read once for 16 heads of a group. Of a tile, only strips of 16 tokens with a visible
+//   token are read.
+// Measured: H200, 32 query heads over 8 KV heads of 128, with its launch: 8.1 µs at batch 1 of context 128, 45 µs at
+//   batch 256 (75 % of read), 129 µs at batch 64 of context 1500.
 //
-// A producer, one thread of a warp of its own, looks works and blocks up and has TMA fill the ring; the four warps that compute wait
-// for full slots only, and not for each other before they merge.
+// The producer is one thread of a separate warp. It looks up works and blocks and has TMA fill the ring. The four warps
+// that compute wait only for full slots, and for each other only when they merge.
 #pragma once
 
 #include "attention/buffers.cuh"
@@ -27,25 +29,26 @@ struct DecodeStream : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
     static constexpr int PER_SM = PER_SM_;  // CTAs of a multiprocessor
     static constexpr int THREADS = DECODE_THREADS + 32;
 
-    // A tile is so many atoms of 64 rows of 128 bytes, one for each 64 elements of D. A strip is a warp's 16 rows of an atom.
+    // A tile is ATOMS atoms of 64 rows of 128 bytes, one for each 64 elements of D. A strip is a warp's 16 rows of an
+    // atom.
     static constexpr int ATOMS = D / 64, ATOM = TILE * 128, STRIP = 16 * 128, SLOT = ATOMS * ATOM;
     static constexpr int MERGE_AT = SLOTS * SLOT, BARRIERS_AT = MERGE_AT + sizeof(typename Base::Merge);
     static constexpr int SHARED = BARRIERS_AT + SLOTS * 16 + 1024;  // 1024 to align
     static_assert(SHARED == SHARED_, "what the launch asks for");
     static_assert((D == 64 || D == 128) && BLOCK_SIZE % TILE == 0, "whole boxes");
 
-    // As TMA swizzles.
+    // The layout that TMA's swizzle makes.
     struct Layout {
         static __device__ __forceinline__ u32 at(int row, int piece) {
             return piece / 8 * ATOM + row * 128 + (piece % 8 ^ row % 8) * 16;
         }
-        // The address 2 · k pieces after that of a row's piece 0 or 1.
+        // Given the address of a row's piece 0 or 1, the address of the piece 2 · k further on.
         static __device__ __forceinline__ u32 step(u32 address, int k) { return (address ^ k % 4 * 32) + k / 4 * ATOM; }
     };
 
-    // The tiles as the computing warps see them. A warp's reads are done before its arrival at the slot's barrier, all lanes' by the
-    // __syncwarp, and the producer's copies follow that barrier. No warp writes to a slot, so that no fence is due between its
-    // accesses and TMA's.
+    // The tiles as the computing warps see them. A warp arrives at the slot's barrier after its reads; the __syncwarp
+    // ensures that all lanes have read. The producer's copies into the slot follow that barrier. No warp writes to a
+    // slot, so no fence is needed between its accesses and TMA's.
     struct Tiles {
         using Layout = DecodeStream::Layout;
         static constexpr bool ZEROED = false;
@@ -63,7 +66,8 @@ struct DecodeStream : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
             __syncwarp();
             ring.release();
         }
-        // (Who would not wait for a slot to be full might release it twice for one filling.)
+        // (A warp waits until the slot is full even if it skips it. Otherwise it might release the slot twice for one
+        // filling.)
         __device__ __forceinline__ void skip() {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -74,7 +78,8 @@ struct DecodeStream : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
     };
 };
 
-// Boxes of a whole tile's rows of 64 elements, and of a strip of 16.
+// The tensor maps of keys or of values: with boxes of a whole tile's rows of 64 elements, and with boxes of a strip's
+// 16 rows.
 struct DecodeMaps {
     const TensorMap &tile, &strip;
 };
@@ -84,11 +89,11 @@ template <typename C>
 __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const DecodeList<typename C::Base>& list,
                                         const DecodeMaps& keys, const DecodeMaps& values, const i32* block_table, i32 table_width) {
     using Work = DecodeWork<typename C::Base>;
-    // Read once, unless several parts of a group read it.
+    // Each tile is read once, unless several parts of a group read it.
     constexpr u64 POLICY = C::PARTS == 1 ? tma::EVICT_FIRST : tma::EVICT_NORMAL;
     const auto tile_of = [](const Work& work, int i) { return work.split * C::SPLIT_TILES + i; };
     const auto has = [&](const Work& work, int i) { return tile_of(work, i) >= work.tile && tile_of(work, i) < work.last; };
-    // The rows of a work's tiles among those of all blocks, [blocks, KV_HEADS, BLOCK_SIZE].
+    // Where the rows of a work's tiles begin among the rows of all blocks, [blocks, KV_HEADS, BLOCK_SIZE].
     const auto locate = [&](const Work& work, int (&rows)[C::SPLIT_TILES]) {
         const i32* blocks = block_table + static_cast<i64>(work.seq) * table_width;
 #pragma unroll
@@ -120,7 +125,8 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
         ring.advance();
     };
 
-    // What is needed next is asked for before: the blocks of the next work, the item of the one after.
+    // Blocks and items are read before they are needed: the blocks of the next work, and the item of the work after
+    // that.
     int index = blockIdx.x;
     const int stride = gridDim.x;
     Work work(index, list.at(index));
@@ -136,7 +142,7 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
         for (int i = 0; i < C::SPLIT_TILES; ++i) {
             if (!has(work, i)) continue;
             const int token = tile_of(work, i) * TILE;
-            // The last token is this step's.
+            // The last token's key and value are written in this step, so wait for them.
             if (!waited && token + TILE >= work.end) {
                 pdl::wait();
                 waited = true;
@@ -151,7 +157,7 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
     }
 }
 
-// Maps: keys and values [blocks · KV_HEADS · BLOCK_SIZE][D], in boxes of 64 rows, and of 16, of 64 elements.
+// Maps: keys and values [blocks · KV_HEADS · BLOCK_SIZE][D], in boxes of 64 elements of 64 rows, and of 16 rows.
 template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     decode_tma(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap key_strips,
@@ -162,11 +168,11 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     using Base = typename C::Base;
     extern __shared__ u8 dynamic_shared[];
     const DecodeList<Base> list = {items, header->num_decode_items * C::PER_ITEM};
-    // Who has nothing to do makes room for the next kernel, whose weights can then be under way. (CTA 0 stays: a grid of which none
-    // waits would end before its predecessors.)
+    // A CTA without work exits and makes room for the next kernel, which can then begin to load weights. (CTA 0 stays,
+    // because a grid in which no CTA waits could end before its predecessors.)
     if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= list.num_works) return;
     u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
-    // (Taken from lane 0: known to be uniform.)
+    // (Taken from lane 0, so that the compiler knows it to be uniform.)
     const u32 base = __shfl_sync(~0u, ptx::shared_address(shared), 0);
     const Buffers<C::SLOTS> ring{base + C::BARRIERS_AT};
     if (threadIdx.x == DECODE_THREADS) {

@@ -1,14 +1,15 @@
-// Op: attention of the sequences that are no decodes. CPU twin: kernels/attention.rs.
+// Op: attention of all sequences that are not decodes. CPU twin: kernels/attention.rs.
 // Regime: any chunk and context; 16-bit types.
-// Tile: 64 query tokens of PACK heads that share a KV head, by four warps of 16 · PACK rows; keys and values by tiles of 64 tokens,
-//   two in shared memory.
+// Tile: 64 query tokens of PACK heads that share a KV head, computed by four warps of 16 · PACK rows. Keys and values
+//   come in tiles of 64 tokens, two of them in shared memory.
 // Grid: persistent over (tile of queries, heads); the host lists the longest tiles first.
-// Numerics: scores in f32 by tensor cores; online softmax in base 2 over 32 tokens at a time, at multiples of 32, ascending, so a row's bits do not
-//   depend on the chunking. With EXACT a probability enters the product with the values as the sum of two 16-bit parts; without, it
-//   is rounded to T (its sum is not).
-// Requires: D a multiple of 16, 128 at most; rows of the query (COLS elements) that are whole 16-byte pieces.
-// Traffic: keys and values once for each tile of queries and PACK heads, from L2 for all but the first.
-// Measured: H200, 8 × 2048 tokens, 32 query over 8 KV heads of 128: 232 TFLOP/s.
+// Numerics: scores in f32 by tensor cores. The online softmax in base 2 takes 32 tokens at a time, at multiples of 32,
+//   ascending, so a row's bits do not depend on the chunking. With EXACT, the product with the values takes a
+//   probability as the sum of two 16-bit parts. Without, it takes the probability rounded to T; the sum of
+//   probabilities is not rounded.
+// Requires: D a multiple of 16, 128 at most; rows of the query (COLS elements) of whole 16-byte pieces.
+// Traffic: keys and values are read once for each tile of queries and PACK heads, all but the first time from L2.
+// Measured: H200, 8 × 2048 tokens, 32 query heads over 8 KV heads of 128: 232 TFLOP/s.
 #pragma once
 
 #include "attention/tile.cuh"
@@ -21,7 +22,7 @@
 namespace attention {
 
 inline constexpr int PREFILL_THREADS = 128;
-// Tokens of a tile whose scores are in registers at a time.
+// Scores of this many tokens of a tile are in registers at a time.
 inline constexpr int PART = 32;
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int PACK, bool EXACT>
@@ -35,13 +36,13 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     constexpr int STEPS = D / 16, PIECES = D / VECTOR, PER_ITEM = HEADS / PACK, STAGE = 2 * Kv::BYTES;
     constexpr int QUERY_BYTES = PACK * step::PREFILL_TILE * Rows<D>::STRIDE;
     extern __shared__ __align__(128) unsigned char memory[];
-    // What the loop over tiles does not need lies here, not in registers.
+    // These values lie here and not in registers, since the loop over tiles does not need them.
     __shared__ volatile struct {
         i32 seq, head, first_query;
     } place;
     const u32 queries = ptx::shared_address(memory), ring = queries + QUERY_BYTES;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    // The warp's first row of the CTA's, and that row's token in the tile.
+    // The warp's first row among the CTA's rows, and that row's token in the tile.
     const int first_row = warp * 16 * PACK, first_token = first_row % step::PREFILL_TILE;
     const int num_works = header->num_prefill_items * PER_ITEM;
     const u32 q_lane = queries + Rows<D>::at(first_row + lane % 16, lane / 16);
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     pdl::wait();
 
     for (int work = blockIdx.x; work < num_works; work += gridDim.x) {
-        // What the work item before left in shared memory is no longer read.
+        // After this, nobody reads what the previous work item left in shared memory.
         __syncthreads();
         const int2 item = items[work / PER_ITEM];
         const int chunk = cu_query_lens[item.x], chunk_len = cu_query_lens[item.x + 1] - chunk;
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
             place.first_query = chunk + item.y;
         }
         __syncthreads();
-        // Position of the tile's first query, and past its last.
+        // Positions of the tile's first query and of the token behind its last.
         const int position = seq_lens[item.x] - chunk_len + item.y;
         const int num_queries = chunk_len - item.y < step::PREFILL_TILE ? chunk_len - item.y : step::PREFILL_TILE;
         const int end = position + num_queries;
@@ -95,7 +96,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
 #pragma unroll 1
             for (int part = 0; part < TILE; part += PART) {
                 const int first = tile * TILE + part;
-                // What none of the warp's rows sees would change nothing.
+                // Tokens that no row of the warp sees change nothing, so they are skipped.
                 if (first > highest || first + PART <= first_visible<WINDOW>(lowest)) continue;
                 const u32 shared = ring + tile % 2 * STAGE + part * Rows<D>::STRIDE;
                 const u32 k_lane = shared + Rows<D>::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
                         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)) * scale;
                         top = fmaxf(top, max[m][half]);
-                        // A row that has seen nothing yet stays as it is.
+                        // This keeps a row as it is while it has seen nothing.
                         const float from = top == math::minus_infinity() ? 0.0f : top;
                         keep[m][half] = math::exp2_approximate(max[m][half] - from);
                         max[m][half] = top;
@@ -167,7 +168,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                 bool same = true;
 #pragma unroll
                 for (int m = 0; m < PACK; ++m) same = same && keep[m][0] == 1.0f && keep[m][1] == 1.0f;
-                // Most maxima are found early; times 1 changes nothing.
+                // Most maxima are found early. Then all factors are 1, and this is skipped.
                 if (!__all_sync(ALL_LANES, same)) {
 #pragma unroll
                     for (int m = 0; m < PACK; ++m) {
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
             }
         }
 
-        // Each warp puts its rows where its queries were, then stores them by whole pieces.
+        // Each warp writes its rows to the place of its queries in shared memory, then stores them in whole pieces.
         __syncwarp();
 #pragma unroll
         for (int m = 0; m < PACK; ++m) {

@@ -1,16 +1,19 @@
-// Op: attention of the sequences that are no decodes. CPU twin: kernels/attention.rs.
+// Op: attention of all sequences that are not decodes. CPU twin: kernels/attention.rs.
 // Regime: any chunk and context; 16-bit types.
-// Tile: 64 query tokens of WARPGROUPS heads that share a KV head, a head a warpgroup; keys and values by tiles of KEYS tokens.
+// Tile: 64 query tokens of WARPGROUPS heads that share a KV head, one head for each warpgroup. Keys and values come in
+//   tiles of KEYS tokens.
 // Grid: persistent over (tile of queries, heads); the host lists the longest tiles first.
-// Numerics: as prefill_paged without EXACT, but the online softmax takes KEYS tokens at a time, at multiples of KEYS, ascending. A tile
-//   of which a row sees nothing changes nothing of it, so a row's bits do not depend on the chunking.
-// Requires: sm_90a; D of 64 or 128, blocks of whole 64 tokens, rows of the query that are whole 16-byte pieces.
-// Traffic: keys and values once for each tile of queries and WARPGROUPS heads, from L2 for all but the first.
-// Measured: H200, 8 × 2048 tokens, 32 query over 8 KV heads of 128: 574 µs, 479 TFLOP/s.
+// Numerics: as prefill_paged without EXACT, but the online softmax takes KEYS tokens at a time, at multiples of KEYS,
+//   ascending. A tile of which a row sees no token does not change the row, so a row's bits do not depend on the
+//   chunking.
+// Requires: sm_90a; D of 64 or 128, blocks of a multiple of 64 tokens, rows of the query of whole 16-byte pieces.
+// Traffic: keys and values are read once for each tile of queries and WARPGROUPS heads, all but the first time from L2.
+// Measured: H200, 8 × 2048 tokens, 32 query heads over 8 KV heads of 128: 574 µs, 479 TFLOP/s.
 //
-// One producer thread streams queries, keys and values by TMA, each through a ring of its own. A warpgroup has the next tile's scores
-// and this one's sum of values under way while it computes probabilities, which stay in registers: the accumulators of scores are laid
-// out as the first operand of the product with the values is. Two warpgroups take turns at the tensor cores.
+// One producer thread loads queries, keys and values by TMA, each through a separate ring. While a warpgroup computes
+// probabilities, the tensor cores compute the next tile's scores and this tile's sum of values for it. Probabilities
+// stay in registers, because accumulators of scores have the layout of the first operand of the product with the
+// values. Two warpgroups take turns at the tensor cores.
 #pragma once
 
 #include "attention/buffers.cuh"
@@ -40,7 +43,8 @@ struct Prefill {
     static constexpr int ATOMS = D / 64;      // swizzle atoms of 128 bytes along D
     static constexpr int PAGES = KEYS / TILE;  // boxes of 64 tokens: each lies in one block of the cache
     static constexpr int PER_ITEM = HEADS / WARPGROUPS;
-    // An atom of 64 rows: a box. Queries lie by warpgroup and atom; keys and values by atom, their boxes one after another.
+    // A box is an atom of 64 rows. Queries lie in the order of warpgroups, then atoms. Keys and values lie in the order
+    // of atoms, then boxes.
     static constexpr int BOX = 64 * 128;
     static constexpr int QUERY_BYTES = ATOMS * BOX, QUERIES = WARPGROUPS * QUERY_BYTES;
     static constexpr int KV_ATOM = PAGES * BOX, KV_BYTES = ATOMS * KV_ATOM;
@@ -49,7 +53,7 @@ struct Prefill {
     static constexpr int SHARED = BARRIERS_AT + (2 + 2 * STAGES) * 16 + 1024;  // 1024 to align
     static_assert(SHARED == SHARED_, "what the launch asks for");
 
-    // setmaxnreg counts whole warpgroups: with more than one consumer the producer is one, too.
+    // setmaxnreg acts on whole warpgroups, so beside several consumers the producer is a whole warpgroup too.
     static constexpr int PRODUCERS = WARPGROUPS == 1 ? 32 : 128;
     static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
     static constexpr int PER_SM = WARPGROUPS == 1 ? 2 : 1;
@@ -85,7 +89,7 @@ struct PrefillWork {
     int seq, head;
     // The tile's first row of the queries.
     int first_query;
-    // Position of the tile's first query, and past its last.
+    // Positions of the tile's first query and of the token behind its last.
     int position, end;
     int first_tile;
 
@@ -101,7 +105,7 @@ struct PrefillWork {
     }
 };
 
-// The producer: one thread. It asks for what the consumers wait for in the order in which they do.
+// The producer: one thread. It starts copies in the order in which the consumers wait for them.
 template <typename C, typename WorkAt>
 __device__ __forceinline__ void produce(Rings<C> rings, int num_works, WorkAt work_at, const TensorMap& query, const TensorMap& key,
                                         const TensorMap& value, const i32* block_table, int table_width) {
@@ -109,8 +113,9 @@ __device__ __forceinline__ void produce(Rings<C> rings, int num_works, WorkAt wo
         const PrefillWork<C> work = work_at(index);
         const i32* blocks = block_table + static_cast<i64>(work.seq) * table_width;
         const int kv_head = work.head / (C::HEADS / C::KV_HEADS);
-        // Rows of a tile's boxes among those of all blocks, [blocks, KV_HEADS, BLOCK_SIZE]. A box without a visible token has no
-        // block either; its place keeps what it holds, and nothing comes of that.
+        // Where the rows of a tile's boxes begin among the rows of all blocks, [blocks, KV_HEADS, BLOCK_SIZE]. A box
+        // without a visible token may have no block. It is not loaded; its place in shared memory keeps old data, which
+        // is not used.
         const auto boxes = [&](int tile) { return min(C::PAGES, (work.end - tile * C::KEYS + TILE - 1) / TILE); };
         const auto locate = [&](int tile, int (&rows)[C::PAGES]) {
 #pragma unroll
@@ -189,18 +194,19 @@ __device__ __forceinline__ void add_values(float (&o)[C::D / 2], u32 (&p)[C::KEY
     wgmma::commit();
 }
 
-// What a thread's two rows have seen so far: the largest score times the scale, and the sum of its probabilities relative to that.
+// What each of a thread's two rows has seen so far: the largest score times the scale, and the sum of the probabilities
+// relative to it.
 struct Seen {
     float max[2] = {math::minus_infinity(), math::minus_infinity()};
     float total[2] = {};
 };
 
-// Scores to probabilities, in place; `keep` is what earlier sums are to be multiplied by. `first_row` is the position of the warp's
-// first row.
+// Turns scores into probabilities, in place. `keep` is the factor of earlier sums. `first_row` is the position of the
+// warp's first row.
 template <typename C>
 __device__ __forceinline__ void soften(float (&s)[C::KEYS / 2], int tile, int first_row, float scale, Seen& seen, float (&keep)[2]) {
     const int first = tile * C::KEYS, lane = threadIdx.x % 32;
-    // What is not visible may be any bits, NaN among them.
+    // Scores of tokens that are not visible may be any bits, even NaN.
     if (first + C::KEYS - 1 > first_row || first < first_visible<C::WINDOW>(first_row + 15)) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -223,7 +229,7 @@ __device__ __forceinline__ void soften(float (&s)[C::KEYS / 2], int tile, int fi
         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)) * scale;
         top = fmaxf(top, seen.max[half]);
-        // A row that has seen nothing yet stays as it is.
+        // This keeps a row as it is while it has seen nothing.
         const float from = top == math::minus_infinity() ? 0.0f : top;
         keep[half] = math::exp2_approximate(seen.max[half] - from);
         seen.max[half] = top;
@@ -239,15 +245,15 @@ __device__ __forceinline__ void soften(float (&s)[C::KEYS / 2], int tile, int fi
     }
 }
 
-// Probabilities as the product with the values takes them.
+// Packs probabilities as the first operand of the product with the values.
 template <typename C>
 __device__ __forceinline__ void round_to(u32 (&p)[C::KEYS / 16][4], const float (&s)[C::KEYS / 2]) {
 #pragma unroll
     for (int i = 0; i < C::KEYS / 4; i++) p[i / 4][i % 4] = pack<typename C::T>(s[2 * i], s[2 * i + 1]);
 }
 
-// Zeros the values of a tile's tokens from `count` to the end of their box, for the whole warpgroup: there may be NaN, which a
-// probability of 0 does not silence. (Every warpgroup does so for itself; the others write the same.)
+// The warpgroup zeros the values of a tile's tokens from `count` to the end of their box. These may be NaN, and a
+// probability of 0 does not remove a NaN. (Each warpgroup does this itself; all write the same zeros.)
 template <typename C>
 __device__ __forceinline__ void clear_past(u8* value_tile, int count, int barrier) {
     const int rows = (TILE - count % TILE) % TILE;
@@ -261,7 +267,8 @@ __device__ __forceinline__ void clear_past(u8* value_tile, int count, int barrie
     ptx::sync_threads(barrier, 128);
 }
 
-// The sums over their totals to `out`, by way of the warpgroup's queries, which are no longer needed.
+// Divides the sums by their totals and stores them to `out`. The way leads through the shared memory of the warpgroup's
+// queries, which are no longer needed.
 template <typename C>
 __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, int head, const float (&o)[C::D / 2], const Seen& seen,
                                        typename C::T* out) {
@@ -293,13 +300,13 @@ __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, 
     }
 }
 
-// A consuming warpgroup.
+// A consumer: one warpgroup.
 template <typename C, typename WorkAt>
 __device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_works, WorkAt work_at, float scale, typename C::T* out) {
-    // (Taken from lane 0: uniform, as descriptors are.)
+    // (Taken from lane 0, so that the compiler knows it to be uniform, as descriptors have to be.)
     const int warpgroup = C::WARPGROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0), barrier = 1 + warpgroup;
-    // While one of two warpgroups multiplies, the other computes probabilities: each lets the other go first once its products are
-    // under way. Both have as many tiles, so every turn that is given is taken.
+    // While one of two warpgroups multiplies, the other computes probabilities. Each gives the turn to the other once
+    // its own products are under way. Both have equally many tiles, so every turn that is given is taken.
     constexpr bool TURNS = C::WARPGROUPS == 2;
     constexpr int TURN = 4;
     const auto take_turn = [&] {
@@ -322,7 +329,7 @@ __device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_work
         rings.queries.wait_full();
         rings.keys.wait_full();
         score<C>(s, q, rings.key_tile());
-        // What comes next is looked up in time.
+        // Looks up the next work early, so that nobody waits for it later.
         next = work_at(min(index + static_cast<int>(gridDim.x), num_works - 1));
         wgmma::wait<0>();
         wgmma::pin(s);
@@ -341,12 +348,13 @@ __device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_work
             wgmma::pin(s);
             rings.keys.release();
             soften<C>(s, tile, first_row, scale, seen, keep);
-            // (Between the two, since the assembler would have all of the above wait for the products, were it not for a branch.)
+            // (This wait stands here because it is a branch. Without a branch, the assembler would make all of the
+            // above wait for the products.)
             rings.values.wait_next_full();
             wgmma::wait<0>();
             wgmma::pin(o);
             rings.values.release();
-            // Most maxima are found early; times 1 changes nothing.
+            // Most maxima are found early. Then all factors are 1, and this is skipped.
             if (!__all_sync(ALL_LANES, keep[0] == 1.0f && keep[1] == 1.0f)) {
 #pragma unroll
                 for (int i = 0; i < C::D / 2; i++) o[i] *= keep[i % 4 / 2];
@@ -373,8 +381,8 @@ __device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_work
     if (warpgroup == 0) take_turn();
 }
 
-// Maps: query [tokens][columns] in boxes of 64 × 64, keys and values [blocks · KV_HEADS · BLOCK_SIZE][D] in boxes of 64 × 64. (What the
-// host fills of the step's block is older than any kernel of the step.)
+// Maps: query [tokens][columns] in boxes of 64 × 64, keys and values [blocks · KV_HEADS · BLOCK_SIZE][D] in boxes of 64
+// × 64. (The host's part of the step block was uploaded before any kernel of the step started.)
 template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     prefill_wgmma(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,

@@ -1,11 +1,11 @@
 // Op: attention. CPU twin: kernels/attention.rs.
-// Regime: any step; f32, and what the tensor-core kernels do not take.
-// Tile: one query of one head; four warps take 32 tokens at a time in turn, a token a lane.
-// Grid: a CTA a token and head.
-// Numerics: plain f32 with the contract's exp; online softmax, so sums are ordered by tiles of 32 and by warps. The order depends on
-//   the positions alone.
+// Regime: any step; f32, and shapes that the tensor-core kernels do not take.
+// Tile: one query of one head. Four warps take turns at 32 tokens, one token for each lane.
+// Grid: one CTA for each token and head.
+// Numerics: plain f32 with the contract's exp; online softmax, so sums are ordered by tiles of 32 and by warps. The
+//   order depends only on positions.
 // Requires: nothing.
-// Traffic: keys and values once a token and head, from L1 and L2.
+// Traffic: keys and values are read once for each token and head, from L1 and L2.
 // Measured: parity only, not tuned.
 #pragma once
 
@@ -20,7 +20,7 @@ namespace attention {
 inline constexpr int SIMT_THREADS = 128;
 
 template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>
-// Without a least number of CTAs, ptxas spills for a few more on sm_80.
+// Without the minimum of one CTA, ptxas spills on sm_80 to fit a few more CTAs.
 __global__ void __launch_bounds__(SIMT_THREADS, 1)
     simt(const step::Header* header, const i32* positions, const i32* cu_query_lens, const i32* block_table, i32 table_width,
          const T* query, const T* keys, const T* values, float scale, T* out) {
@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
     const i64 token = blockIdx.x / HEADS;
     const int head = blockIdx.x % HEADS, kv_head = head / (HEADS / KV_HEADS);
     if (token >= header->num_tokens) return;
-    // The sequence: the last that starts at the token or before.
+    // The token's sequence is the last one that starts at the token or before it.
     int seq = 0;
     for (int past = header->num_seqs; past - seq > 1;) {
         const int middle = (seq + past) / 2;

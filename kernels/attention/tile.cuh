@@ -1,4 +1,5 @@
-// Tiles of keys and values, 64 tokens at a multiple of 64 in the sequence: from the paged cache to shared memory.
+// Copies tiles of keys and values from the paged cache to shared memory. A tile is 64 tokens that begin at a multiple
+// of 64 in the sequence.
 #pragma once
 
 #include "base/vector.cuh"
@@ -9,8 +10,8 @@ namespace attention {
 // Tokens of a tile.
 inline constexpr int TILE = 64;
 
-// Rows of D 16-bit elements in shared memory, laid out so that the 8 rows of a matrix of ldmatrix lie in different banks: by
-// exchanging 16-byte pieces where a row is a multiple of 128 bytes, else by a piece of padding.
+// Rows of D 16-bit elements in shared memory. The 8 rows of a matrix of ldmatrix lie in different banks: rows of a
+// multiple of 128 bytes exchange their 16-byte pieces, other rows have a piece of padding.
 template <int D>
 struct Rows {
     static_assert(D % 16 == 0, "whole k-steps");
@@ -22,19 +23,20 @@ struct Rows {
         return row * STRIDE + (EXCHANGE ? piece ^ (row & 7) : piece) * 16;
     }
 
-    // The address 2 · k pieces after that of a row's piece 0 or 1. Rows begin at a multiple of 128 bytes where pieces are exchanged.
+    // Given the address of a row's piece 0 or 1, the address of the piece 2 · k further on. Where pieces are exchanged,
+    // rows begin at a multiple of 128 bytes.
     static __device__ __forceinline__ u32 step(u32 address, int k) {
         return EXCHANGE ? (address ^ (2 * k & 7) * 16) + (2 * k & ~7) * 16 : address + 32 * k;
     }
 };
 
-// How THREADS deal rows of D elements among them, 16 bytes at a time: a thread takes the same piece of every so many rows.
+// How THREADS threads share rows of D elements, 16 bytes at a time. A thread takes the same piece of every STEP-th row.
 template <int D, int THREADS>
 struct Pieces {
     static constexpr int PIECES = D / VECTOR, STEP = THREADS / PIECES;
     static constexpr bool ALL = THREADS % PIECES == 0;
 
-    // The thread's first row, its column, and where they lie in shared memory.
+    // The thread's first row, its column, and where that piece lies in shared memory.
     int row, column;
     u32 first;
 
@@ -45,13 +47,14 @@ struct Pieces {
         first = Rows<D>::at(row, thread % PIECES);
     }
 
-    // Where in shared memory its piece of a row lies that is so many rows after its first.
+    // Where the thread's piece lies in shared memory, of the row `rows` behind its first.
     __device__ __forceinline__ u32 at(int rows) const {
         constexpr bool LINEAR = !Rows<D>::EXCHANGE || STEP % 8 == 0;
         return LINEAR ? first + rows * Rows<D>::STRIDE : Rows<D>::at(row + rows, column / VECTOR);
     }
 
-    // Calls f(rows after the first) for each of its rows among COUNT, UNROLL of them side by side.
+    // Calls f for each of the thread's rows among COUNT, UNROLL of them side by side. f gets how far the row is behind
+    // the thread's first.
     template <int COUNT, int UNROLL = COUNT, typename F>
     __device__ __forceinline__ void each(F f) const {
         if (!ALL && row >= STEP) return;
@@ -70,16 +73,16 @@ struct Cache {
     const T* keys;
     const T* values;
 
-    // A tile inside of one block has one entry of the table.
+    // Whether each tile lies in one block, so that it needs only one entry of the table.
     static constexpr bool ONE_BLOCK = BLOCK_SIZE % TILE == 0;
 
-    // That entry, of a sequence's row of the table.
+    // The tile's entry in a sequence's row of the table.
     static __device__ __forceinline__ i32 entry(const i32* blocks, int tile) {
         return ONE_BLOCK ? blocks[tile * TILE / BLOCK_SIZE] : 0;
     }
 
-    // Copies a tile by all THREADS of the CTA: keys at `shared`, values BYTES after them. `block` is the tile's entry. Tokens outside
-    // [first, end) are zero; neither they nor their blocks are touched.
+    // All THREADS of the CTA copy a tile: keys to `shared`, values BYTES behind them. `block` is the tile's entry.
+    // Tokens outside [first, end) become zeros in shared memory; their memory and table entries are not read.
     template <int THREADS>
     __device__ __forceinline__ void load(u32 shared, const i32* blocks, i32 block, int head, int tile, int first, int end) const {
         const Pieces<D, THREADS> own;
@@ -88,7 +91,8 @@ struct Cache {
         if constexpr (ONE_BLOCK) {
             offset = ((static_cast<i64>(block) * KV_HEADS + head) * BLOCK_SIZE + tile * TILE % BLOCK_SIZE + own.row) * D + own.column;
         }
-        // (Entries of the table are looked up two at a time: more would not fit in registers beside a prefill's sums.)
+        // (Only two entries of the table are looked up at a time. More would not fit into registers beside a prefill's
+        // sums.)
         own.template each<TILE, ONE_BLOCK ? TILE : 2>([&](int rows) {
             const bool valid = token + rows >= first && token + rows < end;
             i64 from = offset + rows * D;

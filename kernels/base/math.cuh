@@ -1,4 +1,4 @@
-// The elementary functions of `mixtral_engine::math`, to the bit: no step is contracted.
+// The elementary functions of `mixtral_engine::math`, to the bit. No multiply and add is contracted.
 #pragma once
 
 #include "base/types.cuh"
@@ -42,7 +42,8 @@ __device__ __forceinline__ float exp2_approximate(float x) {
     return y;
 }
 
-// silu to a few units in the last place of f32, in six instructions: for results that are rounded to 16 bits.
+// silu with an error of a few units in the last place of f32, in six instructions. It is for results that are then
+// rounded to 16 bits.
 __device__ __forceinline__ float silu_approximate(float x) {
     float reciprocal;
     asm("rcp.approx.f32 %0, %1;" : "=f"(reciprocal) : "f"(1.0f + exp2_approximate(-1.4426950408889634f * x)));

@@ -1,19 +1,19 @@
-// Sums in a fixed order: the bits depend on the number of threads alone.
+// Sums in a fixed order. Their bits depend only on the number of threads.
 #pragma once
 
 #include "base/types.cuh"
 
 inline constexpr u32 ALL_LANES = 0xffffffffu;
 
-// The sum over a warp, the same bits in every lane.
+// The sum over a warp. Every lane gets the same bits.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
     return x;
 }
 
-// The sum over a CTA, the same bits in every thread. `shared` holds a float a warp and is free again after the caller's next
-// barrier.
+// The sum over a CTA. Every thread gets the same bits. `shared` holds one float for each warp, and may be used again
+// after the caller's next barrier.
 template <int THREADS>
 __device__ __forceinline__ float block_sum(float x, float* shared) {
     static_assert(THREADS % 32 == 0 && THREADS <= 1024, "whole warps");

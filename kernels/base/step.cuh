@@ -5,7 +5,7 @@
 
 namespace step {
 
-// Sequence tokens of one split of decode attention.
+// Tokens of a sequence that one split of decode attention takes.
 inline constexpr int DECODE_SPLIT = 256;
 // Query tokens of one tile of prefill attention.
 inline constexpr int PREFILL_TILE = 64;
@@ -51,10 +51,10 @@ struct Drawn {
     i32 reserved;
 };
 
-// What the rows of a buffer are counted by.
+// What determines the number of a buffer's rows.
 enum class Rows { TOKENS, LOGITS, ONE };
 
-// Rows of a buffer of `times` for each.
+// Number of rows of a buffer that has `times` rows for each token (or row of logits, or step).
 template <Rows ROWS>
 __device__ __forceinline__ i32 num_rows(const Header* header, i32 times = 1) {
     if constexpr (ROWS == Rows::TOKENS) return header->num_tokens * times;

@@ -58,7 +58,7 @@ __device__ __forceinline__ float rounded(float x) {
     return to_float(from_float<T>(x));
 }
 
-// Two floats rounded to T in one register, `low` in the lower half.
+// Two floats, rounded to T, in one register. `low` is in the lower half.
 template <typename T>
 __device__ __forceinline__ u32 pack(float low, float high);
 

@@ -1,4 +1,4 @@
-// Eight consecutive elements as f32: one 16-byte access for 16-bit types, two for f32.
+// Loads and stores eight consecutive elements as f32: by one 16-byte access for 16-bit types, two for f32.
 #pragma once
 
 #include "base/types.cuh"
@@ -7,7 +7,7 @@ inline constexpr int VECTOR = 8;
 
 __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Whether rows of so many elements start at multiples of a vector.
+// Whether rows of `cols` elements start at multiples of a vector.
 __device__ constexpr bool whole_vectors(int cols) { return cols % VECTOR == 0; }
 
 template <typename T>
@@ -43,7 +43,7 @@ __device__ __forceinline__ void store_aligned(T* to, const float (&x)[VECTOR]) {
     }
 }
 
-// The first n of eight elements, zeros for the rest. `from` is a multiple of 16 bytes if ALIGNED.
+// Loads the first n of eight elements, and zeros for the rest. With ALIGNED, `from` is a multiple of 16 bytes.
 template <bool ALIGNED, typename T>
 __device__ __forceinline__ void load(float (&x)[VECTOR], const T* from, int n) {
     if (ALIGNED && n >= VECTOR) return load_aligned(x, from);
@@ -60,7 +60,7 @@ __device__ __forceinline__ void store(T* to, const float (&x)[VECTOR], int n) {
     }
 }
 
-// Copies the first n of eight elements, bits and all.
+// Copies the bits of the first n of eight elements.
 template <bool ALIGNED, typename T>
 __device__ __forceinline__ void copy(T* to, const T* from, int n) {
     if (ALIGNED && n >= VECTOR) {

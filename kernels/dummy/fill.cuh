@@ -1,5 +1,5 @@
-// Op: none; dummy weights when an engine is loaded. CPU twin: mixtral_engine::dummy.
-// Regime: one piece of a weight a launch.
+// Op: none; makes dummy weights when an engine is loaded. CPU twin: mixtral_engine::dummy.
+// Regime: each launch fills one piece of a weight.
 // Tile: eight elements a thread.
 // Grid: any; threads stride over the piece.
 // Numerics: the contract's, to the bit.
@@ -21,13 +21,14 @@ __device__ __forceinline__ u32 mix(u32 x) {
     return x ^ (x >> 16);
 }
 
-// out[r][c] = element first + r · source_cols + c of the tensor with that key, scaled, plus bias (1 with scale 0 for norms).
+// out[r][c] is element first + r · source_cols + c of the tensor with this key, times scale, plus bias. (Norms have
+// scale 0 and bias 1.)
 template <typename T>
 __global__ void __launch_bounds__(256)
     fill(T* out, u64 key, u64 first, u64 rows, u64 cols, u64 source_cols, float scale, float bias) {
     pdl::launch_dependents();
     pdl::wait();
-    // Whole rows of the source are one long row.
+    // If rows are whole rows of the source, they are treated as one long row.
     if (cols == source_cols) {
         cols *= rows;
         rows = 1;

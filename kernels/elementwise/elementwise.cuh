@@ -1,6 +1,5 @@
 // Op: add, silu_mul. CPU twin: kernels/elementwise.rs.
-// Regime: any number of rows; separate only in programs that are not fused, and where cuBLASLt computes what a residual is
-// added to.
+// Regime: any number of rows. Used only in programs that are not fused, and to add a residual to a product of cuBLASLt.
 // Tile: eight elements a thread.
 // Grid: enough threads for the largest step.
 // Numerics: the contract's, to the bit.
@@ -18,7 +17,7 @@ namespace elementwise {
 
 inline constexpr int THREADS = 256;
 
-// out = round(a + b) over buffers of `times` rows of COLS for each of ROWS; out may be b.
+// out = round(a + b). The buffers have `times` rows of COLS elements for each of ROWS. out may be b.
 template <typename T, int COLS, step::Rows ROWS>
 __global__ void __launch_bounds__(THREADS)
     add(const step::Header* header, i32 times, const T* a, const T* b, T* out) {
@@ -36,7 +35,7 @@ __global__ void __launch_bounds__(THREADS)
     store<true>(out + first, x, n);
 }
 
-// out[c] = round(silu(gate[c]) · up[c]) of rows up ‖ gate of 2 · COLS.
+// out[c] = round(silu(gate[c]) · up[c]). Rows of the input are up ‖ gate, 2 · COLS elements.
 template <typename T, int COLS, step::Rows ROWS>
 __global__ void __launch_bounds__(THREADS) silu_mul(const step::Header* header, i32 times, const T* input, T* out) {
     pdl::launch_dependents();

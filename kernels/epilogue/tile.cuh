@@ -1,13 +1,13 @@
-// A tile of results in shared memory, token by token, on its way to global memory in 16-byte pieces. Pieces of a token are
-// swizzled so that neither the transposing writes nor the reads meet in a bank.
+// A tile of results in shared memory, token by token, before it is stored to global memory in 16-byte pieces. Pieces of
+// a token are swizzled, so that neither the transposing writes nor the reads have bank conflicts.
 #pragma once
 
 #include "base/types.cuh"
 
 namespace epilogue {
 
-// What becomes of an accumulator. `Residual` rounds, adds the residual and rounds again; `SiluMul` takes rows 16i … 16i + 7 as
-// up and the next eight as gate.
+// What happens to an accumulator. `Residual` rounds, adds the residual and rounds again. `SiluMul` takes rows 16i … 16i
+// + 7 as up and the next eight as gate.
 enum Kind { Store = 0, Residual = 1, F32 = 2, SiluMul = 3 };
 
 // ROWS output features (32 or 64, 16 bits each) of COLS tokens.
@@ -31,8 +31,9 @@ __device__ __forceinline__ u32 sum(u32 a, u32 b) {
     return pack<T>(low, high);
 }
 
-// Moves the tile's first `cols` tokens: token `col` goes to row `destinations[col]` of `out` (none if negative), columns
-// `row0` to `row0 + ROWS` as far as they are below `limit`. `THREADS` threads call it. A row of `out` has `stride` elements, a multiple of 8.
+// Stores the tile's first `cols` tokens. Token `col` goes to row `destinations[col]` of `out` (nowhere if that is
+// negative), to columns `row0` to `row0 + ROWS` that are below `limit`. `THREADS` threads call it. A row of `out` has
+// `stride` elements, a multiple of 8.
 template <typename T, int ROWS, int COLS, bool RESIDUAL, int THREADS>
 __device__ __forceinline__ void store(const u8* tile, int thread, int cols, const int* destinations, int row0, int limit,
                                       T* out, const T* residual, i64 stride) {

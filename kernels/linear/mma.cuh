@@ -1,7 +1,7 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
 // Regime: any token count · Tile: ROWS output features × COLS tokens, 64 elements of K a stage
-// Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on the tile or
-// the tokens beside · Requires: sm_80, 16-bit types, any shape
+// Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on the
+// tile or on other tokens · Requires: sm_80, 16-bit types, any shape
 // Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows (through L2) · Measured: docs/perf/cuda.md
 #pragma once
 
@@ -44,12 +44,13 @@ struct MmaConfig {
     static constexpr int STAGE = A_BYTES + COLS * B_ROW;
     static constexpr int SHARED = STAGES * STAGE + 2 * COLS * 4;
     static_assert(SHARED == SHARED_, "what the launch asks for");
-    // CTAs of a multiprocessor, as many as are launched. Told none, ptxas may spill to make room for more.
+    // CTAs of a multiprocessor, as many as are launched. Without this number, ptxas may spill to make room for more.
     static constexpr int FITTING = (100 << 10) / (SHARED + 1024), PER_SM = FITTING < 1 ? 1 : FITTING > 8 ? 8 : FITTING;
     static_assert(ROWS % 64 == 0 && COLS % 8 == 0, "");
 };
 
-// The products of a tile whose weight rows and token rows are given by functions (null: none), and its epilogue.
+// Computes the products of a tile, and its epilogue. Functions give the tile's weight rows and token rows; null means
+// no row.
 template <typename C, typename Out, typename WeightRow>
 __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
                                          WeightRow weight_row, const typename C::T* tokens, Out* out, const Out* residual) {
@@ -153,8 +154,9 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     }
 }
 
-// Linear of each token by its experts. Gate and up: weight [EXPERTS][2 · OUTPUTS][K] with silu·mul, else [EXPERTS][OUTPUTS][K]; tokens
-// [T][K], results by expert. DOWN: tokens by expert [T·k][K], results by assignment.
+// Linear of each token by its experts. For gate and up, the weight is [EXPERTS][2 · OUTPUTS][K] with silu·mul, else
+// [EXPERTS][OUTPUTS][K]; tokens are [T][K], and results are in expert order. With DOWN, tokens are in expert order,
+// [T·k][K], and results are by assignment.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     mma_grouped(typename C::Row weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
     int* sources = map + C::COLS;
     pdl::wait();
-    pdl::launch_dependents();  // only now: expert_down relies on it (wgmma.cuh)
+    pdl::launch_dependents();  // after the wait, because expert_down relies on that (wgmma.cuh)
     sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, false> tiles{offsets, header->num_tokens};
     sched::Tile tile;
     for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {
@@ -177,7 +179,8 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
         const typename C::Row expert = C::W::after(weight, tile.expert * EXPERT_ROWS, C::K);
         const auto weight_row = [&](int row) -> typename C::Row {
             if constexpr (C::SILU) {
-                // Eight up rows, then eight gate rows: a thread's accumulators meet their partners.
+                // Eight up rows, then eight gate rows, so a thread has both the up and the gate accumulators of its
+                // outputs.
                 const i64 at = tile.row * C::OUT_ROWS + row / 16 * 8 + row % 8;
                 return at < C::OUTPUTS ? C::W::after(expert, at + (row % 16 < 8 ? 0 : C::OUTPUTS), C::K) : typename C::Row{};
             } else {

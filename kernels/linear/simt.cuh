@@ -1,5 +1,6 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
-// Regime: any token count; f32 engines, and linears whose weight is f32 · Tile: 64 output features × 32 tokens, 16 elements of K
+// Regime: any token count; f32 engines, and linears whose weight is f32 · Tile: 64 output features × 32 tokens, 16
+// elements of K
 // Grid: persistent · Numerics: one f32 multiply-add chain in ascending K · Requires: any type and shape
 // Traffic: weights once per 32 tokens · Measured: not tuned, parity only
 #pragma once
@@ -39,8 +40,8 @@ struct SimtShared {
     int sources[C::COLS];
 };
 
-// Thread (i, j) of 16 × 8 has rows i, i + 16, i + 32, i + 48 (with silu·mul the last two are the gates of the first two) of columns
-// 4j … 4j + 3.
+// Thread (i, j) of 16 × 8 computes rows i, i + 16, i + 32, i + 48 of columns 4j … 4j + 3. With silu·mul the last two
+// rows are the gates of the first two.
 template <typename C, typename Out, typename WeightRow>
 __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Tile& tile, WeightRow weight_row,
                                           const typename C::T* tokens, Out* out, const Out* residual) {
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(C::THREADS)
                  const int* order, typename C::T* out) {
     __shared__ SimtShared<C> shared;
     pdl::wait();
-    pdl::launch_dependents();  // only now: expert_down relies on it (wgmma.cuh)
+    pdl::launch_dependents();  // after the wait, because expert_down relies on that (wgmma.cuh)
     sched::ByExpert<EXPERTS, C::ROW_TILES, C::COLS, false> tiles{offsets, header->num_tokens};
     sched::Tile tile;
     for (int index = blockIdx.x; tiles.at(index, tile); index += gridDim.x) {

@@ -1,12 +1,12 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
 // Regime: one token to prefill, by Config · Tile: ROWS output features × up to COLS tokens, DEPTH elements of K a stage
-// Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on COLS, ROWS,
-// DEPTH or the tokens beside · Requires: sm_90a, 16-bit types, K and row length multiples of 8
+// Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on
+// COLS, ROWS, DEPTH or on other tokens · Requires: sm_90a, 16-bit types, K and row length multiples of 8
 // Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows and CTAs of a cluster (through L2)
 // Measured: docs/perf/cuda.md
 //
-// One producer thread streams both operands through a ring of stages by TMA; consumer warpgroups multiply. Weights are the M side:
-// a token more costs 8 columns of N, not 64 rows of M.
+// One producer thread streams both operands through a ring of stages by TMA; consumer warpgroups multiply. Weights are
+// the M side, because then tokens are padded to 8 columns of N and not to 64 rows of M.
 #pragma once
 
 #include "base/math.cuh"
@@ -44,11 +44,11 @@ struct Config {
     static constexpr int BLOCKS = (ROWS + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS);  // of 64 rows, of a warpgroup
     static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;                          // outputs of a tile
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
-    // Tiles of rows, those of a cluster counted once.
+    // Tiles of rows; the CLUSTER tiles of a cluster count as one.
     static constexpr int ROW_TURNS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
     static constexpr int ATOMS = DEPTH / W::ATOM;  // swizzle atoms of 128 bytes along K
-    // Tokens are copied in boxes of this many, as many as a tile needs: all, or a quarter.
+    // Tokens are copied in boxes of BOX, as many boxes as a tile needs. A box is a whole tile or a quarter.
     static constexpr int BOX = BOX_;
     static_assert(BOX == COLS || BOX * 4 == COLS, "multiply() has these widths");
 
@@ -60,7 +60,7 @@ struct Config {
     static constexpr int MOVED_COLS = COLS <= 64 ? COLS : COLS % 64 == 0 ? 64 : 48;
     static constexpr int MOVED_BYTES = KIND == epilogue::F32 ? 0 : epilogue::Tile<MOVED, MOVED_COLS>::BYTES;
     static constexpr int RING = STAGES * STAGE;
-    // Where rows of a tile end before 64, products read on behind them: what they read is dropped.
+    // Products always read 64 rows. If a tile has fewer, they read on behind the tile, and those results are dropped.
     static constexpr int OVERREAD = ROWS < 64 ? (64 - ROWS) * 128 : 0;
     static constexpr int MOVED_AT = RING + (OVERREAD > WARPGROUPS * MOVED_BYTES + B_BYTES ? OVERREAD : 0);
     static constexpr int MAP_AT = MOVED_AT + WARPGROUPS * MOVED_BYTES;
@@ -68,7 +68,7 @@ struct Config {
     static constexpr int TURNS_AT = BARRIERS_AT + 2 * STAGES * 8;
     static constexpr int SHARED = TURNS_AT + 64 + 1024;  // 1024 to align
     static_assert(SHARED == SHARED_, "what the launch asks for");
-    // setmaxnreg counts whole warpgroups: with two consumers the producer is one, too.
+    // setmaxnreg acts on whole warpgroups, so beside two consumers the producer is a whole warpgroup too.
     static constexpr int PRODUCERS = WARPGROUPS == 1 ? 32 : 128;
     static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
 
@@ -97,11 +97,11 @@ struct Ring {
     }
 };
 
-// One tile's products, in columns of N.
+// One tile's products, with instructions of N columns.
 template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
     const int lane = threadIdx.x % 32;
-    // Every warp tells every producer that fills its shared memory.
+    // Every warp tells every producer that fills this CTA's shared memory.
     const auto release = [&](int stage) {
         if constexpr (C::CLUSTER == 1) {
             if (lane == 0) mbarrier::arrive(ring.empty(stage));
@@ -145,7 +145,7 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d
     release(previous);
 }
 
-// The narrowest of four widths that holds `count` columns.
+// One tile's products, with the narrowest of four widths that holds `count` columns.
 template <typename C>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, int count, float (&d)[C::BLOCKS][C::COLS / 2]) {
     if constexpr (C::BOX == C::COLS) {
@@ -160,7 +160,7 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, int count
     }
 }
 
-// A tile's accumulators to where they belong; `map` has the row of `out` of every column.
+// Stores a tile's accumulators. `map` has the row of `out` for every column.
 template <typename C, typename Out>
 __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup, const sched::Tile& tile,
                                        const float (&d)[C::BLOCKS][C::COLS / 2], Out* out, const Out* residual) {
@@ -183,7 +183,7 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
         using Layout = epilogue::Tile<C::MOVED, C::MOVED_COLS>;
         const u32 base = ptx::shared_address(moved);
         const int limit = min(C::OUTPUTS, first + C::OUT_ROWS);
-        // With silu·mul all blocks move at a time, else one after another.
+        // With silu·mul all blocks are moved together, else one after another.
         constexpr int ROUNDS = C::SILU ? 1 : C::BLOCKS;
 #pragma unroll
         for (int round = 0; round < ROUNDS; round++) {
@@ -220,10 +220,11 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
     }
 }
 
-// Which tile a CTA (or cluster) computes next. Turns number the tiles. Static: CTA i of n takes turns i, i + n, i + 2n and so on.
-// Dynamic: its first turn is i; each later one is the lowest that nobody has taken. Tiles that are computed at the same time then
-// lie beside each other, however long each takes. The leader, which is the producer of the cluster's first CTA, takes turns from a
-// counter in memory and passes each on to the consumers and to the cluster's other producers.
+// Which tile a CTA (or cluster) computes next. Turns number the tiles. Static: CTA i of n takes turns i, i + n, i + 2n
+// and so on. Dynamic: CTA i takes turn i first; each later turn is the lowest that nobody has taken. So tiles that are
+// computed at the same time lie beside each other, however long each takes. The leader is the producer of the cluster's
+// first CTA. It takes turns from a counter in memory and passes each on to the consumers and to the cluster's other
+// producers.
 template <typename C>
 struct Turns {
     u32 base;
@@ -233,7 +234,7 @@ struct Turns {
     __device__ __forceinline__ u32 empty(int slot) const { return base + C::TURNS_AT + 16 + slot * 8; }
     __device__ __forceinline__ u32 index(int slot) const { return base + C::TURNS_AT + 32 + slot * 4; }
 
-    // By one thread of every CTA. Those who read are the consumers' warps, and the producers but for the leader.
+    // Called by one thread of every CTA. The readers are the consumers' warps, and all producers except the leader.
     __device__ __forceinline__ void init() const {
         for (int slot = 0; slot < 2; slot++) {
             mbarrier::init(full(slot), 1);
@@ -244,7 +245,7 @@ struct Turns {
     static __device__ __forceinline__ int first() { return blockIdx.x / C::CLUSTER; }
     static __device__ __forceinline__ int count() { return gridDim.x / C::CLUSTER; }
 
-    // Passes a turn on, by the leader.
+    // The leader passes a turn on.
     __device__ __forceinline__ void pass(int turn) {
         const int slot = read & 1;
         wait(empty(slot), (read >> 1 & 1) ^ 1);
@@ -261,7 +262,7 @@ struct Turns {
         }
     }
 
-    // The next turn, to one thread (`SOLE`) or a warp.
+    // Returns the next turn to one thread (`SOLE`) or to a warp.
     template <bool SOLE>
     __device__ __forceinline__ int take() {
         const int slot = read & 1;
@@ -270,8 +271,9 @@ struct Turns {
         int turn = 0;
         if (SOLE || threadIdx.x % 32 == 0) {
             turn = ptx::load_shared(index(slot));
-            // Arrive only after the load. Turns are never negative, so `min(turn, 0)` adds 0, but it makes the arrival depend on
-            // the loaded value; without it the compiler may arrive first, and the leader overwrite the turn before it is read.
+            // Arrive only after the load. `min(turn, 0)` is 0, since turns are never negative, but it makes the arrival
+            // depend on the load. Otherwise the compiler might move the arrival first, and the leader might overwrite
+            // the turn before it is read.
             const u32 done = empty(slot) + min(turn, 0);
             if constexpr (C::CLUSTER > 1) {
                 mbarrier::arrive(done, 0);
@@ -292,7 +294,7 @@ struct Turns {
     }
 };
 
-// Sets up the barriers; returns shared memory aligned to 1024 bytes.
+// Sets up the barriers. Returns shared memory aligned to 1024 bytes.
 template <typename C>
 __device__ __forceinline__ u8* begin() {
     extern __shared__ u8 dynamic_shared[];
@@ -323,7 +325,8 @@ __device__ __forceinline__ void end() {
     }
 }
 
-// The tile of a turn. A cluster's turn is a tile for each of its CTAs: of the same tokens, of rows beside each other.
+// The tile of a turn. In a cluster, a turn is one tile for each CTA. These tiles have the same tokens and adjacent
+// rows.
 template <typename C, typename Tiles>
 __device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& tile) {
     const bool found = tiles.at(index, tile);
@@ -331,9 +334,10 @@ __device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& ti
     return found;
 }
 
-// The producer: one thread. With EARLY it starts to load the first tile's weights before the preceding kernel has finished; the
-// caller must know that the tile list was written earlier than that. `load_weights(shared, barrier, column, tile)` starts the copy
-// of one atom. `counter` is [turns taken, CTAs that are done], both 0 between launches.
+// The producer: one thread. With EARLY it starts to load the first tile's weights before the preceding kernel has
+// finished. The caller must know that the tile list was complete before that kernel started.
+// `load_weights(shared, barrier, column, tile)` starts the copy of one atom. `counter` is [turns taken, CTAs that are
+// done]. Both are 0 between launches.
 template <typename C, bool EARLY, typename Tiles, typename LoadWeights>
 __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& tokens, u32* counter, LoadWeights load_weights) {
     const auto boxes = [](const sched::Tile& tile) { return (tile.count + C::BOX - 1) / C::BOX; };
@@ -356,7 +360,7 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
     }
     pdl::wait();
     while (tile_at<C>(tiles, turn, tile)) {
-        // Asked for now, needed half a tile later.
+        // The next turn is asked for now and needed half a tile later.
         int next = turn + turns.count();
         if (C::DYNAMIC && leads) next = turns.count() + atomicAdd(counter, 1u);
         for (int k = 0; k < C::K_BLOCKS; k++) {
@@ -396,8 +400,8 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
     }
 }
 
-// The consumers. `fetch(tile, column)` asks for what `place(map, tile, column, fetched)` then makes the column's row of `out`;
-// between the two are the products.
+// The consumers. `fetch(tile, column)` starts to read what determines the column's row of `out`. The products follow.
+// Then `place(map, tile, column, fetched)` writes that row to `map`.
 template <typename C, typename Out, typename Tiles, typename Fetch, typename Place>
 __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, Out* out, const Out* residual, Fetch fetch,
                                         Place place) {
@@ -436,14 +440,15 @@ __device__ __forceinline__ void take_registers() {
     if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::WARPGROUPS == 2 ? 232 : 160));
 }
 
-// Weights are read once in a step of few tokens, and again and again in one of many.
+// A step of few tokens reads each weight once; a step of many tokens reads it many times.
 template <typename C>
 __device__ __forceinline__ constexpr u64 weight_policy() {
     return C::COLS >= 128 ? tma::EVICT_NORMAL : tma::EVICT_FIRST;
 }
 
-// Dense linear. `LOGITS` says whether its columns are the step's rows of logits or its tokens. Maps: weight [OUTPUTS][K] in boxes of
-// ROWS × 64, tokens [·][K] in boxes of BOX × 64. (The header is older than any kernel of the step.)
+// Dense linear. With `LOGITS` its columns are the step's rows of logits, else its tokens. Maps: weight [OUTPUTS][K] in
+// boxes of ROWS × 64, tokens [·][K] in boxes of BOX × 64. (The header may be read before the wait: it was uploaded
+// before any kernel of the step started.)
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, 1)
     dense(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
@@ -475,7 +480,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     end<C>();
 }
 
-// How an expert's tokens are found, and where its results go.
+// Where an expert's tokens come from, and where its results go.
 enum Source {
     Every = 0,     // expert_gate_up: every token [T][K] to every expert; results by expert
     Permuted = 1,  // expert_gate_up: tokens permuted by expert [T·k][K]; results by expert
@@ -485,8 +490,9 @@ enum Source {
 // Linear of each token by its experts. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
 // [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; tokens as `dense`.
 //
-// It calls launch_dependents only after its own wait. Its predecessor, which wrote the experts' lists, is then complete before its
-// successor starts. That is why expert_down may read the lists, and load its first weights, before expert_gate_up has finished.
+// It calls launch_dependents only after its own wait. Its predecessor, which wrote the experts' lists, is then complete
+// before its successor starts. That is why expert_down may read the lists, and load its first weights, before
+// expert_gate_up has finished.
 template <typename C, int EXPERTS, int TOP_K, int SOURCE>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
@@ -513,7 +519,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         take_registers<C>();
         pdl::wait();
         pdl::launch_dependents();
-        // The first of the expert's positions in the order, and how many there are, of this tile.
+        // The tile's positions in the order: the first one, and how many there are.
         const auto span = [&](const sched::Tile& tile, int& first, int& count) {
             first = SOURCE == Every ? offsets[tile.expert] : tile.first;
             count = SOURCE == Every ? offsets[tile.expert + 1] - first : tile.count;

@@ -1,4 +1,4 @@
-// Lists the assignments by expert: a stable counting sort, by a warp, a CTA or a grid.
+// Lists the assignments by expert, with a stable counting sort by a warp, a CTA or a grid.
 #pragma once
 
 #include "base/reduce.cuh"
@@ -6,7 +6,7 @@
 
 namespace moe {
 
-// Assignments of a chunk: a thread each.
+// Assignments of a chunk. Each has a thread.
 inline constexpr int CHUNK = 1024;
 
 // The local index of an expert, or −1.
@@ -15,7 +15,7 @@ __device__ __forceinline__ i32 local_index(i32 id) {
     return id >= FIRST && id < LAST ? id - FIRST : -1;
 }
 
-// The lists of 32 assignments or fewer: lane a holds the local index of assignment a, or −1.
+// The lists of at most 32 assignments. Lane a holds the local index of assignment a, or −1.
 template <int LOCAL>
 __device__ __forceinline__ void list_by_warp(i32 local, i32* offsets, i32* order) {
     const int lane = threadIdx.x % 32;
@@ -30,15 +30,15 @@ __device__ __forceinline__ void list_by_warp(i32 local, i32* offsets, i32* order
     if (lane == 0) offsets[LOCAL] = start;
 }
 
-// What a CTA needs for it.
+// The shared memory with which a CTA lists assignments.
 template <int THREADS, int LOCAL>
 struct Lists {
     static constexpr int WARPS = THREADS / 32;
 
-    // Of each expert: how many there are, and where the next goes.
+    // For each expert: how many assignments there are, and where the next one goes.
     i32 counts[LOCAL];
     i32 next[LOCAL];
-    // Where those of a warp go, in a chunk.
+    // Where each warp's assignments of a chunk go.
     i32 starts[WARPS][LOCAL];
 
     // Clears the counts.
@@ -47,13 +47,14 @@ struct Lists {
         __syncthreads();
     }
 
-    // Counts a thread's assignment; a local index of −1 is none. The counts are whole after the next barrier.
+    // Counts a thread's assignment; −1 is none. The counts are complete after the next barrier.
     __device__ __forceinline__ void count(i32 local) {
         const u32 peers = __match_any_sync(ALL_LANES, local);
         if (local >= 0 && static_cast<int>(threadIdx.x % 32) == __ffs(peers) - 1) atomicAdd(&counts[local], __popc(peers));
     }
 
-    // next[e] = counts before e, by the first warp; written to `offsets` too if that is not null.
+    // The first warp computes next[e] = sum of the counts before e. It also writes them to `offsets`, unless that is
+    // null.
     __device__ __forceinline__ void scan(i32* offsets) {
         if (threadIdx.x < 32) {
             const int lane = threadIdx.x;
@@ -79,7 +80,7 @@ struct Lists {
         __syncthreads();
     }
 
-    // Puts the CTA's assignments, ascending over its threads, behind those put before.
+    // Puts the CTA's assignments, which ascend over its threads, behind those that were put before.
     __device__ __forceinline__ void place(i32 local, i32 assignment, i32* order) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         for (int i = threadIdx.x; i < WARPS * LOCAL; i += THREADS) starts[i / LOCAL][i % LOCAL] = 0;
@@ -102,7 +103,8 @@ struct Lists {
         if (local >= 0) order[starts[warp][local] + rank] = assignment;
     }
 
-    // All lists of `count` assignments. The ids are read past L1: other CTAs of this kernel may have written them.
+    // Makes all lists of `count` assignments. The ids are read past L1, because other CTAs of this kernel may have
+    // written them.
     template <int FIRST>
     __device__ __forceinline__ void build(const i32* expert_ids, int count, i32* offsets, i32* order) {
         clear();

@@ -1,11 +1,11 @@
 // Op: softmax, top_k, expert_sort, route (the three of them). CPU twin: kernels/routing.rs.
-// Regime: any number of tokens; one CTA lists a few thousand assignments, more take two launches.
-// Tile: a token a warp; 1024 assignments a CTA.
-// Grid: a warp a token; a CTA 1024 assignments.
+// Regime: any number of tokens. One CTA lists up to a few thousand assignments; more take two launches.
+// Tile: one token for each warp; 1024 assignments for each CTA.
+// Grid: one warp for each token; one CTA for each 1024 assignments.
 // Numerics: the contract's, to the bit: the same choice for the same logits.
 // Requires: 1024 experts at most.
 // Traffic: logits, ids and weights once; ids twice.
-// Measured: only programs whose router is apart have it; not tuned.
+// Measured: not tuned, since only programs with a separate router use it.
 #pragma once
 
 #include "base/step.cuh"
@@ -15,7 +15,7 @@
 
 namespace moe {
 
-// Threads of a CTA that handles a token a warp.
+// Threads of a CTA in which each warp handles one token.
 inline constexpr int THREADS = 256;
 
 template <int EXPERTS>
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(THREADS) softmax(const step::Header* header, c
     x.store(probs + token * EXPERTS);
 }
 
-// `input` are probabilities, or with SOFTMAX logits. Tokens without a cache slot are not counted.
+// `input` holds probabilities, or with SOFTMAX logits. Tokens without a cache slot are not counted.
 template <int EXPERTS, int K, bool SOFTMAX, bool RENORM>
 __global__ void __launch_bounds__(THREADS) choose(const step::Header* header, const i32* slots, const float* input,
                                                   i32* expert_ids, float* expert_weights, u64* counts) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(THREADS) choose(const step::Header* header, co
     }
 }
 
-// The lists of the experts [FIRST, LAST), by one CTA.
+// One CTA makes the lists of the experts [FIRST, LAST).
 template <int K, int FIRST, int LAST>
 __global__ void __launch_bounds__(CHUNK) list(const step::Header* header, const i32* expert_ids, i32* offsets, i32* order) {
     pdl::launch_dependents();
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(CHUNK) count_chunks(const step::Header* header
     for (int e = threadIdx.x; e < LOCAL; e += CHUNK) sizes[static_cast<int>(blockIdx.x) * LOCAL + e] = lists.counts[e];
 }
 
-// The second: each chunk is put behind those before it.
+// The second launch: puts each chunk's assignments behind those of the chunks before it.
 template <int K, int FIRST, int LAST>
 __global__ void __launch_bounds__(CHUNK)
     place_chunks(const step::Header* header, const i32* expert_ids, const i32* sizes, i32* offsets, i32* order) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(CHUNK)
     lists.place(a < count ? local_index<FIRST, LAST>(expert_ids[a]) : -1, a, order);
 }
 
-// out[p] = input[order[p] / K] for the assignments p of local experts: `offsets[LOCAL]` is how many they are.
+// out[p] = input[order[p] / K] for the `offsets[LOCAL]` assignments of local experts.
 template <typename T, int COLS, int K, int LOCAL, int WIDTH>
 __global__ void __launch_bounds__(WIDTH) permute(const T* input, const i32* offsets, const i32* order, T* out) {
     pdl::launch_dependents();

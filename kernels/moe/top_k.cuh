@@ -1,4 +1,4 @@
-// The softmax and the selection of experts of one token, by a warp: lane l holds the values of experts l, l + 32 …
+// A warp computes the softmax and selects the experts of one token. Lane l holds the values of experts l, l + 32 …
 #pragma once
 
 #include "base/math.cuh"
@@ -7,13 +7,13 @@
 
 namespace moe {
 
-// Values of a lane.
+// The values of a lane.
 template <int EXPERTS>
 struct Values {
     static constexpr int COUNT = ceil_div(EXPERTS, 32);
     float at[COUNT];
 
-    // Those of a row in memory; −infinity past its end.
+    // Loads the values of a row in memory; −infinity behind its end.
     __device__ __forceinline__ void load(const float* row) {
 #pragma unroll
         for (int n = 0; n < COUNT; ++n) {
@@ -31,7 +31,7 @@ struct Values {
     }
 };
 
-// exp(x − max) divided by the sum in ascending order.
+// exp(x − max), divided by their sum in ascending order.
 template <int EXPERTS>
 __device__ __forceinline__ void softmax_by_warp(Values<EXPERTS>& x) {
     float max = math::minus_infinity();
@@ -52,16 +52,17 @@ __device__ __forceinline__ void softmax_by_warp(Values<EXPERTS>& x) {
     for (int n = 0; n < x.COUNT; ++n) x.at[n] = __fdiv_rn(x.at[n], sum);
 }
 
-// The K largest, ties to the lower id, NaN last; in ascending id, the same in every lane. With RENORM divided by their sum.
+// The K largest values, in ascending id. Ties go to the lower id, and NaNs are taken last. Every lane gets the same.
+// With RENORM the values are divided by their sum.
 template <int EXPERTS, int K, bool RENORM>
 __device__ __forceinline__ void top_k_by_warp(const Values<EXPERTS>& p, i32 (&ids)[K], float (&weights)[K]) {
     constexpr int COUNT = Values<EXPERTS>::COUNT;
     const int lane = threadIdx.x % 32;
-    // Integers in the order of the values: 0 for experts that are taken or are none, 1 for NaN.
+    // Integers in the order of the values. 0 stands for an expert that is taken or does not exist, 1 for NaN.
     u32 keys[COUNT], taken[COUNT] = {};
 #pragma unroll
     for (int n = 0; n < COUNT; ++n) {
-        // −0 becomes +0, its equal.
+        // −0 becomes +0, because they are equal.
         const u32 bits = __float_as_uint(__fadd_rn(p.at[n], 0.0f));
         keys[n] = bits >> 31 ? ~bits : bits | 0x80000000u;
         if (p.at[n] != p.at[n]) keys[n] = 1;
@@ -109,7 +110,7 @@ __device__ __forceinline__ void top_k_by_warp(const Values<EXPERTS>& p, i32 (&id
     }
 }
 
-// Writes a token's choice, by the warp, and counts it (`counts` may be null).
+// The warp writes a token's choice, and counts it unless `counts` is null.
 template <int K>
 __device__ __forceinline__ void store_choice(i64 token, const i32 (&ids)[K], const float (&weights)[K], i32* expert_ids,
                                              float* expert_weights, u64* counts) {

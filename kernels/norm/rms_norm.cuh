@@ -1,9 +1,9 @@
 // Op: norm. CPU twin: kernels/norm.rs.
 // Regime: any number of rows.
 // Tile: a row, in registers.
-// Grid: a CTA a row.
-// Numerics: the sum of squares by fused multiply-add in a thread, then over lanes and warps by trees; the order depends on COLS
-//   alone. Both roundings of the contract.
+// Grid: one CTA for each row.
+// Numerics: the sum of squares is taken by fused multiply-add in a thread, then over lanes and warps by trees. The
+//   order depends only on COLS. Both roundings of the contract are made.
 // Requires: nothing; rows of whole vectors (COLS % 8 = 0) are accessed by 16 bytes.
 // Traffic: each row read and written once.
 // Measured: H200, 16 384 tokens of 4096: 94 µs, 63 % of read.

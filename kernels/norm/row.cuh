@@ -1,5 +1,5 @@
-// (The namespace is `rms`, because CUDA has a function `norm`.)
-// A row of a CTA, in registers, and its RMSNorm. Every kernel that normalizes does it by this one order of summation.
+// A row that a CTA holds in registers, and its RMSNorm. Every kernel that normalizes uses this code, so all sum in the
+// same order. (The namespace is `rms`, because CUDA has a function `norm`.)
 #pragma once
 
 #include "base/reduce.cuh"
@@ -7,7 +7,7 @@
 
 namespace rms {
 
-// Threads of a CTA that holds a row of so many columns; `row_threads` in lowering.
+// Threads of a CTA that holds a row of `cols` columns; `row_threads` in lowering.
 __device__ constexpr int threads(int cols) {
     const int warps = ceil_div(ceil_div(cols, VECTOR), 32);
     return 32 * (warps < 16 ? warps : 16);
@@ -28,7 +28,7 @@ struct Row {
     __device__ __forceinline__ void load(const T* row) {
 #pragma unroll
         for (int v = 0; v < VECTORS; ++v) {
-            // Whole vectors are loaded or not, without a test of the elements.
+            // Aligned rows consist of whole vectors, so a vector is loaded or not, without a test for each element.
             const int left = COLS - column(v);
             if (ALIGNED && left <= 0) {
 #pragma unroll
@@ -48,7 +48,17 @@ struct Row {
         }
     }
 
-    // Replaces x by round(round(x · inv) · weight), inv = 1 / sqrt(mean square + eps). `shared` holds a float a warp.
+    template <typename T>
+    __device__ __forceinline__ void round() {
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) at[v][i] = rounded<T>(at[v][i]);
+        }
+    }
+
+    // Replaces x by round(round(x · inv) · weight), inv = 1 / sqrt(mean square + eps). `shared` holds one float for
+    // each warp.
     template <typename T>
     __device__ __forceinline__ void normalize(const Row& weight, float eps, float* shared) {
         float square = 0.0f;

@@ -1,11 +1,11 @@
-// Op: none; the rate at which device memory can be read.
+// Op: none; measures how fast device memory can be read.
 // Regime: data much larger than L2.
-// Tile: UNROLL 16-byte words a thread, at a distance of the grid.
+// Tile: UNROLL words of 16 bytes for each thread, one grid apart.
 // Grid: any.
 // Numerics: none.
 // Requires: nothing.
 // Traffic: the data once.
-// Measured: H200: 4.41 to 4.65 TB/s, by machine.
+// Measured: H200: 4.41 to 4.65 TB/s, depending on the machine.
 #pragma once
 
 #include "base/types.cuh"
@@ -13,8 +13,8 @@
 
 namespace probe {
 
-// Reads `count` 16-byte words. Their exclusive or goes to out[0] in the one case of 2^32 that cannot be told beforehand, so that
-// the loads have a use.
+// Reads `count` words of 16 bytes. For one of the 2^32 values that their exclusive or can have, it is written to
+// out[0]. The compiler cannot rule that case out, so it keeps the loads.
 template <int UNROLL>
 __global__ void __launch_bounds__(512) read(const uint4* data, u64 count, u32* out) {
     pdl::launch_dependents();

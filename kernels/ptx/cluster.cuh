@@ -12,12 +12,12 @@ __device__ __forceinline__ u32 rank() {
     return r;
 }
 
-// All threads of the cluster that have not exited.
+// Barrier of all threads of the cluster that have not exited.
 __device__ __forceinline__ void sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Stores a word to the same place of the shared memory of the CTA of that rank.
+// Stores a word at the same place in the shared memory of the cluster's CTA `rank`.
 __device__ __forceinline__ void store(u32 address, u32 rank, int value) {
     asm volatile(
         "{\n"

@@ -5,14 +5,14 @@
 
 namespace mbarrier {
 
-// One thread; visible to others and to TMA after `fence_init` and a barrier of the CTA.
+// Called by one thread. Others and TMA see the barrier after `fence_init` and a barrier of the CTA.
 __device__ __forceinline__ void init(u32 barrier, u32 arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
 __device__ __forceinline__ void fence_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-// Arrives, and has the phase wait for `bytes` more of transfers.
+// Arrives, and makes the phase wait for `bytes` more bytes of transfers.
 __device__ __forceinline__ void arrive_expect(u32 barrier, u32 bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
@@ -21,8 +21,9 @@ __device__ __forceinline__ void arrive(u32 barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the barrier that lies at the same place in the CTA of that rank of the cluster. It orders nothing that this thread
-// wrote: an arrival that releases to a cluster waits for all memory of the GPU, which took longer than a stage's products.
+// Arrives at the barrier at the same place in the cluster's CTA `rank`. It does not order this thread's writes: an
+// arrival with release to a cluster waits for the memory of the whole GPU, and that took longer than a stage's
+// products.
 __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
     asm volatile(
         "{\n"
@@ -34,7 +35,7 @@ __device__ __forceinline__ void arrive(u32 barrier, u32 rank) {
         : "memory");
 }
 
-// As above; what this thread did before is seen by who waits there by `wait_cluster`.
+// As above, with release: a thread that waits there by `wait_cluster` sees what this thread did before.
 __device__ __forceinline__ void arrive_release(u32 barrier, u32 rank) {
     asm volatile(
         "{\n"
@@ -46,7 +47,8 @@ __device__ __forceinline__ void arrive_release(u32 barrier, u32 rank) {
         : "memory");
 }
 
-// Waits until the phase of that parity is over; what the other CTAs of the cluster did before they arrived is done.
+// Waits until the phase of this parity is over. Afterwards this thread sees what the cluster's other CTAs did before
+// they arrived.
 __device__ __forceinline__ void wait_cluster(u32 barrier, u32 parity) {
     asm volatile(
         "{\n"
@@ -61,7 +63,7 @@ __device__ __forceinline__ void wait_cluster(u32 barrier, u32 parity) {
         : "memory");
 }
 
-// Waits until the phase of that parity is over.
+// Waits until the phase of this parity is over.
 __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
     asm volatile(
         "{\n"

@@ -5,8 +5,8 @@
 
 namespace ptx {
 
-// Four 8×8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. Lane l receives elements
-// 2·(l % 4), + 1 of row l / 4 of each.
+// Loads four 8×8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8. Lane l receives
+// elements 2·(l % 4) and 2·(l % 4) + 1 of row l / 4 of each matrix.
 __device__ __forceinline__ void ldmatrix_x4(u32 (&r)[4], u32 shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -22,7 +22,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(u32 (&r)[4], u32 shared) {
                  : "memory");
 }
 
-// Two matrices; lanes 0 to 15 give the addresses.
+// Loads two matrices. Lanes 0 to 15 give the addresses.
 __device__ __forceinline__ void ldmatrix_x2(u32 (&r)[2], u32 shared) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                  : "=r"(r[0]), "=r"(r[1])

@@ -1,10 +1,10 @@
-// Programmatic dependent launch: a kernel may start while its predecessor still runs. kernels/README.md has the rules. Below sm_90
-// both functions are empty, and kernels run one after another.
+// Programmatic dependent launch: a kernel may start while its predecessor still runs. kernels/README.md has the rules.
+// Below sm_90 both functions are empty, and kernels run one after another.
 #pragma once
 
 namespace pdl {
 
-// The next kernel may be scheduled once every CTA of this one has said so (or has exited).
+// Allows the next kernel to start. It may start once every CTA of this kernel has called this or has exited.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

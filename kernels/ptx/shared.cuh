@@ -1,4 +1,4 @@
-// Shared memory: addresses, barriers of some of a CTA's threads, matrix stores.
+// Shared memory: addresses, barriers among some of a CTA's threads, matrix stores.
 #pragma once
 
 #include "base/types.cuh"
@@ -10,7 +10,7 @@ __device__ __forceinline__ u32 shared_address(const void* pointer) {
     return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }
 
-// One word. (Volatile, unlike what a pointer would give: others write and read it.)
+// Loads one word. (The load is volatile, because other threads write the word.)
 __device__ __forceinline__ int load_shared(u32 address) {
     int value;
     asm volatile("ld.shared.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
@@ -31,8 +31,8 @@ __device__ __forceinline__ void arrive_threads(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// True in one lane of a converged warp. The compiler knows that no other lane is in a branch on it, and issues tensor copies there
-// without a loop over lanes.
+// True in one lane of a converged warp. The compiler knows that only one lane takes a branch on this, so it issues
+// tensor copies there without a loop over lanes.
 __device__ __forceinline__ bool elect() {
     u32 elected;
     asm volatile(
@@ -45,8 +45,8 @@ __device__ __forceinline__ bool elect() {
     return elected != 0;
 }
 
-// Stores one 8×8 matrix of 16-bit elements transposed: lane l holds elements (l / 4, 2·(l % 4)) and its right neighbour; lanes 0–7
-// give the addresses of the columns, which become 16-byte rows. sm_90 and up.
+// Stores one 8×8 matrix of 16-bit elements transposed. Lane l holds element (l / 4, 2·(l % 4)) and its right neighbour.
+// Lanes 0–7 give the addresses of the columns, which become 16-byte rows. sm_90 and up.
 __device__ __forceinline__ void store_matrix_trans(u32 address, u32 a) {
     asm volatile("stmatrix.sync.aligned.m8n8.x1.trans.shared.b16 [%0], {%1};" ::"r"(address), "r"(a) : "memory");
 }

@@ -10,7 +10,7 @@ struct alignas(64) TensorMap {
 
 namespace tma {
 
-// What L2 should do with the lines.
+// How L2 should treat the lines.
 inline constexpr u64 EVICT_NORMAL = 0x1000000000000000ull;
 inline constexpr u64 EVICT_FIRST = 0x12F0000000000000ull;
 inline constexpr u64 EVICT_LAST = 0x14F0000000000000ull;
@@ -19,10 +19,10 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Orders this thread's ordinary accesses to shared memory before the copies and products that follow a barrier.
+// Orders this thread's ordinary accesses to shared memory before TMA copies and products that follow a barrier.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// A box of two dimensions, coordinates innermost first.
+// Copies a box of two dimensions. Coordinates are innermost first.
 __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
@@ -31,7 +31,8 @@ __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barri
         : "memory");
 }
 
-// To the same place of every CTA of the cluster whose bit is in `mask`; each one's barrier counts the bytes.
+// Copies a box to the same place in every CTA of the cluster whose bit is in `mask`. Each CTA's barrier counts the
+// bytes.
 __device__ __forceinline__ void load_multicast(u32 shared, const TensorMap& map, u32 barrier, u64 policy, u16 mask, int x,
                                                int y) {
     asm volatile(
@@ -41,7 +42,7 @@ __device__ __forceinline__ void load_multicast(u32 shared, const TensorMap& map,
         : "memory");
 }
 
-// Three dimensions.
+// Copies a box of three dimensions.
 __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y, int z) {
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
@@ -50,7 +51,7 @@ __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barri
         : "memory");
 }
 
-// Five dimensions.
+// Copies a box of five dimensions.
 __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y, int z,
                                      int v, int w) {
     asm volatile(

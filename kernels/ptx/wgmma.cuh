@@ -1,26 +1,27 @@
-// Warpgroup matrix products (sm_90a), f32 accumulation: D[64][N] += A[64][16] · B[N][16]ᵀ, both operands in shared memory with K
-// innermost and the 128-byte swizzle; and those of attention, which has A in registers and N innermost.
+// Warpgroup matrix products (sm_90a), f32 accumulation: D[64][N] += A[64][16] · B[N][16]ᵀ, with both operands in shared
+// memory, K innermost, and the 128-byte swizzle. Also the products of attention, which have A in registers and N
+// innermost in B.
 #pragma once
 
 #include "base/types.cuh"
 
 namespace wgmma {
 
-// The low word of the descriptor of a tile of rows of 128 bytes; the address is a multiple of 1024, the same for the whole
-// warpgroup. 32 bytes (16 elements of K) further is `+ 2`. Taken from lane 0, so that the compiler knows it to be uniform: what is
-// added to it then costs one uniform instruction, where 64-bit arithmetic in vector registers took 70 cycles a product.
-// (The high word: 1024 bytes between groups of eight rows, 128-byte swizzle.)
+// The low word of the descriptor of a tile of rows of 128 bytes. The address is a multiple of 1024, and the same for
+// the whole warpgroup. Adding 2 moves it 32 bytes (16 elements of K) further. The word is taken from lane 0, so that
+// the compiler knows it to be uniform. An addition then takes one uniform instruction; 64-bit arithmetic in vector
+// registers took 70 cycles a product. (The high word says: 1024 bytes between groups of eight rows, 128-byte swizzle.)
 __device__ __forceinline__ u32 descriptor(u32 shared) { return __shfl_sync(~0u, shared >> 4 | 0x10000, 0); }
 
-// The same of a tile that has N innermost: rows of 64 elements of N one after another along K, and `LEADING` bytes after a block of
-// 64 columns the next. 2048 bytes (16 rows of K) further is `+ 128`.
+// The same for a tile that has N innermost. Its rows of 64 elements of N lie one after another along K, and blocks of
+// 64 columns lie `LEADING` bytes apart. Adding 128 moves it 2048 bytes (16 rows of K) further.
 template <int LEADING>
 __device__ __forceinline__ u32 descriptor_of_rows(u32 shared) {
     static_assert(LEADING % 1024 == 0, "whole groups of eight rows");
     return __shfl_sync(~0u, shared >> 4 | (LEADING >> 4) << 16, 0);
 }
 
-// Before the first product, and after registers of D were touched otherwise.
+// Called before the first product, and after anything but a product has accessed registers of D.
 __device__ __forceinline__ void fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -31,22 +32,22 @@ __device__ __forceinline__ void wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Keeps the compiler from moving what reads or writes D across the asynchronous products.
+// Keeps the compiler from moving reads and writes of D across the asynchronous products.
 template <int R>
 __device__ __forceinline__ void pin(float (&d)[R]) {
 #pragma unroll
     for (int i = 0; i < R; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// The same of what products take from registers.
+// The same for operands that products take from registers.
 template <int R>
 __device__ __forceinline__ void pin(u32 (&a)[R][4]) {
 #pragma unroll
     for (int i = 0; i < 4 * R; i++) asm volatile("" : "+r"(a[i / 4][i % 4])::"memory");
 }
 
-// An instruction names each of its registers: %0 … of the accumulators, which are its first operands, then those of what it reads.
-// A list of registers is the next shorter one and what follows it.
+// An instruction names each of its registers: first the accumulators %0 …, then the operands that it reads. Each list
+// of registers is made from the next shorter list.
 #define REGISTERS_4 "%0, %1, %2, %3"
 #define REGISTERS_8 REGISTERS_4 ", %4, %5, %6, %7"
 #define REGISTERS_12 REGISTERS_8 ", %8, %9, %10, %11"
@@ -96,16 +97,17 @@ __device__ __forceinline__ void pin(u32 (&a)[R][4]) {
 template <typename T, int N>
 struct Product;
 
-// D[64][N] = A[64][16] · B[N][16]ᵀ: as `Product`, for the first step of a sum. What D holds is not read.
+// D[64][N] = A[64][16] · B[N][16]ᵀ: as `Product`, for the first product of a sum. It does not read D.
 template <typename T, int N>
 struct FirstProduct;
 
-// D[64][N] += A[64][16] · B[16][N]. A comes from registers, which hold it as D holds 16 of its columns, two elements in one: a[j] has
-// d[2·j] and d[2·j + 1]. B lies in shared memory with N innermost; `b` is of `descriptor_of_rows`.
+// D[64][N] += A[64][16] · B[16][N]. A comes from registers in the layout of 16 columns of D, two elements in each: a[j]
+// has d[2·j] and d[2·j + 1]. B lies in shared memory with N innermost; `b` comes from `descriptor_of_rows`.
 template <typename T, int N>
 struct RegisterProduct;
 
-// Both operands by descriptor. COUNT accumulators are N / 2; A and B are the operands behind them; D is read if ADDS.
+// Both operands by descriptor. There are COUNT = N / 2 accumulators; A and B are the operands behind them. D is read if
+// ADDS.
 #define SHARED_PRODUCT(NAME, TYPE, N, COUNT, A, B, ADDS) \
     template <> \
     struct NAME<TYPE##_t, N> { \

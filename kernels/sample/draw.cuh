@@ -1,11 +1,11 @@
 // Op: sample. CPU twin: kernels/sample.rs and mixtral_engine::sampling.
 // Regime: any number of draws.
-// Tile: a draw; each of 32 warps has a consecutive range of the vocabulary.
-// Grid: a CTA a draw.
-// Numerics: the contract's, to the bit: the same token for the same logits. Sums are of integers; what a cut at a rank or a sum
-//   keeps is found by radix descent over the logits in their total order, ties by id.
+// Tile: a draw. Each of 32 warps has a consecutive range of the vocabulary.
+// Grid: one CTA for each draw.
+// Numerics: the contract's, to the bit: the same token for the same logits. Sums are sums of integers. A radix descent
+//   over the logits, in their total order with ties by id, finds which candidates top-k and top-p keep.
 // Requires: at most 2^18 ids. `copies` has a row of COLS for each draw.
-// Traffic: greedy without adjustments the logits once; else about ten times, from L1.
+// Traffic: a greedy draw without adjustments reads the logits once; any other about ten times, from L1.
 // Measured: H200, vocabulary of 32 000: greedy 8.7 µs for one row with its launch, 18 µs for 256.
 #pragma once
 
@@ -19,10 +19,10 @@ namespace sample {
 
 inline constexpr int THREADS = 1024;
 inline constexpr int WARPS = THREADS / 32;
-// Bins of a level of the descent: two a thread, of 11, 11 and 10 bits of a key.
+// Bins of a level of the descent, two for each thread. The levels take 11, 11 and 10 bits of a key.
 inline constexpr int BINS = 2 * THREADS;
 
-// Integers in the order of `f32::total_cmp`.
+// Maps a float to an integer. The integers have the order of `f32::total_cmp`.
 __device__ __forceinline__ u32 order_key(float x) {
     const u32 bits = __float_as_uint(x);
     return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -46,7 +46,7 @@ __device__ __forceinline__ u64 warp_prefix(u64 x) {
     return x;
 }
 
-// The candidates down to one of them, most likely first and ties by id.
+// The candidates down to the one named here, most likely first and ties by id.
 struct Cut {
     u32 key = 0;
     i32 id = 0x7fffffff;
@@ -55,37 +55,37 @@ struct Cut {
 };
 
 struct Shared {
-    // Counts by bin, or sums of weights in three parts of 14, 14 and 13 bits, so that 32 bits hold a bin's.
+    // Counts by bin; or sums of weights by bin, in three parts of 14, 14 and 13 bits, so that 32 bits hold each sum.
     u32 bins[3][BINS];
     u64 totals[WARPS];
     float values[WARPS];
     i32 ids[WARPS];
     i32 bad[WARPS];
-    // What one thread found for all.
+    // What one thread found for all threads.
     u64 remaining;
     u32 bin;
     i32 id;
 };
 
-// A row of logits and what is drawn from it.
+// A row of logits, and the steps of a draw from it.
 template <int VOCAB, int COLS>
 struct Row {
     static_assert(VOCAB <= 1 << 18, "a bin's sum fits in 32 bits");
     static constexpr bool ALIGNED = COLS % 4 == 0;
-    // Ids of a warp: whole steps of four a lane.
+    // How many ids a warp has: whole steps of four for each lane.
     static constexpr int RANGE = ceil_div(ceil_div(VOCAB, WARPS), 128) * 128;
 
     const float* logits;
     Shared& shared;
     float max, temperature;
 
-    // The weight of a logit: 2^40 is the largest's.
+    // The weight of a logit. The largest logit has 2^40.
     __device__ __forceinline__ u64 weight(float logit) const {
         const float p = math::exp(__fdiv_rn(__fsub_rn(logit, max), temperature));
         return __float2ull_rn(__fmul_rn(p, 1099511627776.0f));
     }
 
-    // Four logits of consecutive ids, those past the end −infinity.
+    // Loads four logits of consecutive ids; −infinity behind the end.
     __device__ __forceinline__ void load(float (&x)[4], int id) const {
         if (ALIGNED && id + 4 <= VOCAB) {
             const float4 four = *reinterpret_cast<const float4*>(logits + id);
@@ -112,7 +112,8 @@ struct Row {
         }
     }
 
-    // The largest logit, the lowest id of equals, in every thread; and the first id whose logit is not finite, or the largest integer.
+    // The id of the largest logit, the lowest of equals; every thread gets it. `bad` becomes the first id whose logit
+    // is not finite, or the largest integer.
     __device__ __forceinline__ int argmax(i32& bad) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         float value = math::minus_infinity();
@@ -145,7 +146,7 @@ struct Row {
         return best;
     }
 
-    // The sum of value(id, logit) over the row, in every thread; the warps' own are left in shared memory.
+    // The sum of value(id, logit) over the row; every thread gets it. Each warp's own sum stays in shared memory.
     template <typename F>
     __device__ __forceinline__ u64 sum(F value) const {
         u64 own = 0;
@@ -194,8 +195,8 @@ struct Row {
         return found;
     }
 
-    // The cut at the first candidate, most likely first, at which the running count (or with WEIGHTS the running weight) reaches
-    // `wanted`, which is above 0 and at most the sum over the candidates that `kept` keeps.
+    // Goes through the candidates that `kept` keeps, most likely first. Returns the cut at the first one where the
+    // running count (with WEIGHTS, the running weight) reaches `wanted`. `wanted` is above 0 and at most the total.
     template <bool WEIGHTS>
     __device__ __forceinline__ Cut descend(u64 wanted, const Cut& kept) const {
         u32 prefix = 0;
@@ -224,7 +225,7 @@ struct Row {
                 }
             });
             __syncthreads();
-            // Thread t has the bins 2 · t and 2 · t + 1 from the top.
+            // Thread t has bins 2 · t and 2 · t + 1, counted from the top.
             const auto total = [&](int bin) {
                 u64 all = shared.bins[0][bin];
                 if constexpr (WEIGHTS) {
@@ -250,7 +251,7 @@ struct Row {
             wanted = shared.remaining;
             __syncthreads();
         }
-        // Of the candidates with that logit, so many with the lowest ids.
+        // Of the candidates with that logit, the `wanted` ones with the lowest ids are kept.
         if constexpr (WEIGHTS) {
             const u64 each_has = weight(of_order_key(prefix));
             wanted = (wanted + each_has - 1) / each_has;
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(THREADS)
                 const u64 total =
                     row.sum([&](i32 id, float x) { return kept.keeps(order_key(x), id) ? row.weight(x) : 0; });
                 __syncthreads();
-                // The least sum that is top_p · total / 2^24 or more.
+                // The smallest integer that is at least top_p · total / 2^24.
                 const u64 low = sample.top_p * total, high = __umul64hi(sample.top_p, total);
                 const u64 wanted = (high << 40 | low >> 24) + ((low & 0xffffff) != 0);
                 kept = row.template descend<true>(wanted, kept);

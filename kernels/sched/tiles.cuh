@@ -1,4 +1,5 @@
-// Which tile of a linear's output is next. Tiles are numbered; a CTA takes every gridDim.x-th. Rows are output features, columns tokens.
+// The order of a linear's tiles. Tiles are numbered, and a CTA takes every gridDim.x-th. Rows are output features,
+// columns are tokens.
 #pragma once
 
 #include "base/types.cuh"
@@ -12,9 +13,10 @@ struct Tile {
     int count;   // columns
 };
 
-// Tile `index` of rows × columns: bands of about 2048 columns, in a band row by row. Tiles computed at a time then form a square, and a
-// band's tokens (17 MB of 4096 16-bit elements) stay in L2 while weights stream past them. Every band reads all weights again, so
-// a few tiles more make bands wider, not one more.
+// Tile `index` of rows × columns. Tiles are numbered in bands of about 2048 columns, and in a band row by row. So the
+// tiles that are computed at the same time form a square, and a band's tokens (17 MB with 4096 16-bit elements each)
+// stay in L2 while weights stream past them. Every band reads all weights again. So a few extra tiles make the bands
+// wider instead of adding a band.
 template <int COLS>
 __device__ __forceinline__ void locate(int index, int row_tiles, int col_tiles, int& row, int& col) {
     constexpr int BAND = 2048 / COLS;
@@ -44,9 +46,9 @@ struct Dense {
     }
 };
 
-// Each expert's rows with its tokens. `offsets[e]` is the position of expert e's first token in the order by expert. With
-// `EVERY` an expert that has any token is given all the step's tokens (at most COLS): none need be gathered, and tokens that are
-// not its own are dropped in the epilogue.
+// Each expert's rows with its tokens. `offsets[e]` is the position of expert e's first token in expert order. With
+// `EVERY`, an expert that has any token gets all tokens of the step (at most COLS). Then no tokens have to be gathered,
+// and the epilogue drops those that are not the expert's.
 template <int EXPERTS, int ROW_TILES, int COLS, bool EVERY>
 struct ByExpert {
     const int* offsets;
@@ -54,7 +56,7 @@ struct ByExpert {
     int expert = 0;  // where the search stands
     int before = 0;  // tiles of the experts before it
 
-    // Indices of successive calls ascend.
+    // Successive calls have ascending indices.
     __device__ __forceinline__ bool at(int index, Tile& tile) {
         for (; expert < EXPERTS; expert++) {
             const int first = offsets[expert], count = offsets[expert + 1] - first;

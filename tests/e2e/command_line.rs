@@ -1,5 +1,5 @@
-//! The command line itself: old flags, flags beside a directory that says the same, figures that were measured, how much is said,
-//! and what a shell wants to know.
+//! The command line itself: old flags, flags that repeat or contradict a directory, measured figures, how much is
+//! printed, and shell completions.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::tool::{Said, example_engine, mixtral_in, root};
 
-/// Rows of `docs/old-flags.md`: program, flag, what follows, verdict, reason.
+/// Rows of `docs/old-flags.md`: program, flag, the values that follow it, verdict, reason.
 fn old_flags() -> Vec<[String; 5]> {
     let text = fs::read_to_string(root().join("docs/old-flags.md")).unwrap();
     let row = |line: &str| -> Option<[String; 5]> {
@@ -20,7 +20,7 @@ fn old_flags() -> Vec<[String; 5]> {
     text.lines().filter_map(row).collect()
 }
 
-/// A line of each program that works, to which flags are added.
+/// A command line of the program that works. The tests add flags to it.
 fn line(program: &str) -> String {
     let model = root().join("examples/tiny-mixtral").display().to_string();
     match program {
@@ -30,7 +30,7 @@ fn line(program: &str) -> String {
     }
 }
 
-/// All flags of a program that are accepted, in one command line: it runs, with one warning that names each.
+/// A command line with all accepted flags of a program runs, with one warning that names each of them.
 #[test]
 fn what_is_accepted_runs_with_one_warning() {
     let dir = example_engine("--dtype f16", "--backend cpu");
@@ -80,7 +80,7 @@ fn what_is_refused_says_why_with_exit_code_2() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is written");
 }
 
-/// Flags that describe what a directory already says: repeated they are warned about, contradicted they are refused.
+/// A flag that repeats what a directory says gives a warning; a flag that contradicts it is refused.
 #[test]
 fn flags_beside_a_directory_are_compared_with_it() {
     let dir = tempfile::tempdir().unwrap();
@@ -113,7 +113,8 @@ fn flags_beside_a_directory_are_compared_with_it() {
     differs(build("--seed 3"), ["--seed is for dummy weights", "leave it out"]);
 }
 
-/// One length of two sets the sequence's with what the old commands left for the other, as far as the model goes.
+/// If only one of the two lengths is given, the longest sequence is that length plus the old commands' default for the
+/// other, as far as the model's positions allow.
 #[test]
 fn a_length_alone_sets_the_longest_sequence() {
     let dir = tempfile::tempdir().unwrap();
@@ -131,7 +132,7 @@ fn a_length_alone_sets_the_longest_sequence() {
     assert_eq!(fs::read_dir(at).unwrap().count(), 0, "a dry run writes nothing");
 }
 
-/// A picture and an explanation of 32 layers on 8 ranks are read at a glance.
+/// The picture and the explanation of 32 layers on 8 ranks stay short.
 #[test]
 fn eight_ranks_of_a_large_model_are_a_page() {
     let dir = tempfile::tempdir().unwrap();
@@ -147,7 +148,7 @@ fn json(at: &Path, line: &str) -> Value {
     serde_json::from_str(&mixtral_in(at, line, &[]).ok()).expect("one JSON object")
 }
 
-/// What was not measured is absent, not 0.
+/// A figure that was not measured is left out, and not printed as 0.
 #[test]
 fn figures_that_were_not_measured_are_not_printed() {
     let dir = example_engine("--dtype auto", "--backend cpu --max-batch-size 8");
@@ -171,7 +172,8 @@ fn figures_that_were_not_measured_are_not_printed() {
     assert!(!printed.contains(" 0.000"), "{printed}");
 }
 
-/// A run's statistics are counted as it goes; only a benchmark measures the machine, which takes memory and time.
+/// A run's statistics are counted while it runs. Only a benchmark measures the machine, since that takes memory and
+/// time.
 #[test]
 fn figures_cost_what_they_show() {
     let dir = example_engine("--dtype auto", "--backend cpu");
@@ -236,7 +238,7 @@ fn shells_and_man_know_every_command() {
     }
 }
 
-/// Help is grouped, has examples, and lists what works.
+/// The help of every command is grouped, has examples, and lists all flags that work.
 #[test]
 fn help_of_every_command() {
     let mut text = String::new();

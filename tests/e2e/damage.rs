@@ -1,5 +1,6 @@
-//! Directories damaged in one place: every file cut short or prolonged at every edge of its sections, and a flipped bit in
-//! each section. Loading or `verify` finds all of it; headers and configurations are found by loading alone.
+//! Directories that are damaged in one place: every file is cut short or made longer at every edge of its sections, and
+//! a bit is flipped in each section. Loading or `verify` finds every damage. Loading alone finds damaged headers and
+//! configurations.
 
 use std::fs;
 use std::ops::Range;
@@ -20,7 +21,7 @@ struct Section {
     is_header: bool,
 }
 
-/// The sections of a file: those of a safetensors file are its length, its header and its tensors.
+/// The sections of a file. A safetensors file has its header's length, its header and its tensors.
 fn sections(path: &Path) -> Vec<Section> {
     let len = usize::try_from(fs::metadata(path).unwrap().len()).unwrap();
     let name = path.file_name().unwrap().to_str().unwrap();
@@ -34,7 +35,7 @@ fn sections(path: &Path) -> Vec<Section> {
         Section { name: "the header".to_owned(), bytes: 8..at(header.data_start), is_header: true },
     ];
     for t in &header.tensors {
-        // The program is read whole when an engine is loaded.
+        // Loading an engine reads the whole program.
         let is_header = t.name == "program";
         sections.push(Section { name: t.name.clone(), bytes: at(t.start)..at(t.end), is_header });
     }
@@ -63,7 +64,7 @@ fn loads_engine(dir: &Path) -> Result<EngineDir, String> {
     Ok(engine)
 }
 
-/// What loading says, and what verifying says: nothing if they find nothing.
+/// The errors of loading and of verifying; `None` where no damage is found.
 fn findings(dir: &Path, is_engine: bool) -> (Option<String>, Option<String>) {
     let verified = if is_engine {
         match loads_engine(dir) {
@@ -82,13 +83,13 @@ fn findings(dir: &Path, is_engine: bool) -> (Option<String>, Option<String>) {
     }
 }
 
-/// Puts `bytes` in the place of the file, which may be a hard link.
+/// Replaces the file by a new one with `bytes`, since the file may be a hard link.
 fn replace(path: &Path, bytes: &[u8]) {
     fs::remove_file(path).unwrap();
     fs::write(path, bytes).unwrap();
 }
 
-/// Counts of what was tried on one directory.
+/// How many damages were tried on one directory.
 #[derive(Debug, Default)]
 struct Tried {
     flips: usize,
@@ -102,7 +103,8 @@ fn damage_everything(dir: &Path, is_engine: bool) -> Tried {
         let path: PathBuf = dir.join(&name);
         let sections = sections(&path);
         for Section { name: section, bytes, is_header } in &sections {
-            // All bytes of what is loaded, and of the rest the first, the last and some between.
+            // Flips every byte of sections that loading reads. Of other sections it flips the first byte, the last and
+            // some between.
             let step = if *is_header { 1 } else { (bytes.len() / 4).max(1) };
             for at in bytes.clone().step_by(step).chain(bytes.clone().last()) {
                 let mut flipped = whole.clone();
@@ -111,7 +113,7 @@ fn damage_everything(dir: &Path, is_engine: bool) -> Tried {
                 let (load, verify) = findings(dir, is_engine);
                 let place = format!("{name}, {section}: bit {} of byte {at}", at % 8);
                 assert!(load.is_some() || verify.is_some(), "{place} is not found");
-                // A config that has lost the name of its seal loads like another tool's.
+                // A config in which the name of the seal is damaged loads like a config of another tool.
                 assert!(!is_header || load.is_some() || name == "config.json", "{place} is found by verify alone");
                 if !is_header && section != "all" {
                     let found = verify.unwrap_or_default();
@@ -162,7 +164,8 @@ fn no_damage_passes_unseen() {
         let Tried { flips, cuts } = damage_everything(&at.join(name), is_engine);
         (all.flips, all.cuts) = (all.flips + flips, all.cuts + cuts);
     }
-    // Without any of its weights a checkpoint is not one of the config alone, which would be built with random ones.
+    // A checkpoint that has lost all its weights must not pass for one that never had any: `build` would make random
+    // ones.
     for rank in 0..2 {
         fs::remove_file(at.join(format!("checkpoint/rank{rank}.safetensors"))).unwrap();
     }

@@ -1,4 +1,4 @@
-//! `mixtral diff`: engines that compute the same, and engines of which something was changed.
+//! `mixtral diff`: engines that compute the same, and engines in which something was changed.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::tool::{example_engine, mixtral_in};
 
-/// An engine like `engine_outputs` in `other`, its program changed, with a weight file of its own.
+/// Writes an engine like `engine_outputs` to `other`, with a changed program and a weight file of its own.
 fn changed(dir: &Path, change: impl Fn(&mut Program)) {
     let engine = EngineDir::open(&dir.join("engine_outputs")).unwrap();
     let mut program = engine.program(Rank(0)).unwrap();
@@ -25,7 +25,7 @@ fn changed(dir: &Path, change: impl Fn(&mut Program)) {
     fs::remove_file(copy).unwrap();
 }
 
-/// What differs, and the message.
+/// The buffers that differ, and the message.
 fn differs(dir: &Path, flags: &str) -> (Vec<String>, String) {
     let said = mixtral_in(dir, &format!("diff engine_outputs other --json {flags}"), &[]);
     assert_eq!(said.code, 1, "{}{}", said.out, said.err);
@@ -57,7 +57,7 @@ fn equal_engines_are_equal() {
 #[test]
 fn a_changed_operation_is_named() {
     let dir = example_engine("--dtype f32", "");
-    // The epsilon of one norm, in the program's text.
+    // Changes the epsilon of one norm in the program's text.
     changed(dir.path(), |program| {
         let norms =
             program.ops.iter_mut().filter_map(|op| if let Op::Norm { eps, .. } = op { Some(eps) } else { None });
@@ -70,7 +70,7 @@ fn a_changed_operation_is_named() {
         "{message}"
     );
     assert!(message.contains(" in step 0, limit 1e-10; furthest apart at ["), "{message}");
-    // Within wider limits it is right, and so is everything outside of a range without it.
+    // Wider limits allow the difference, and it is not found if the norm is outside of the range.
     for flags in ["--f32-limit 0.1", "--stop layer1.qkv", "--start layer1.activated", "--layers 1"] {
         mixtral_in(dir.path(), &format!("diff engine_outputs other {flags}"), &[]).ok();
     }
@@ -85,7 +85,7 @@ fn a_changed_weight_is_named() {
     let (header, metadata) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
     let info = metadata.info("transformer.layers.2.mlp.proj.weight").unwrap();
     let (start, end) = info.data_offsets;
-    // The first expert's matrix is another one's; headers and sizes are what they were.
+    // The first expert gets another expert's matrix. Headers and sizes stay as they were.
     let expert = (end - start) / info.shape[0];
     let data = 8 + header + start;
     bytes.copy_within(data + expert..data + 2 * expert, data);

@@ -1,4 +1,4 @@
-//! Disks that are full or read-only: real ones, small and in memory, in a mount namespace.
+//! Disks that are full or read-only. They are real ones: small file systems in memory, in a mount namespace.
 
 use std::path::Path;
 use std::process::Command;
@@ -6,8 +6,8 @@ use std::process::Command;
 use crate::kills::small_model;
 use crate::tool::{binary, fast_dir, mixtral_in};
 
-/// What runs a script where it may mount, with or without being root outside; nothing, and a word about it, where that is
-/// not allowed.
+/// The command that runs a script with the right to mount, whether or not the user is root. `None`, and a printed
+/// reason, if the machine does not allow this.
 fn mounter() -> Option<Vec<&'static str>> {
     let ways = [vec!["unshare", "--map-root-user", "--mount"], vec!["unshare", "--mount"]];
     let can = |way: &Vec<&str>| {
@@ -23,8 +23,8 @@ fn mounter() -> Option<Vec<&'static str>> {
     found
 }
 
-/// Runs `line` with its output in `disk/out`, on a tmpfs mounted with `options`. What it said, its exit code, and what is
-/// left on the disk; after a success, what `mixtral verify` says instead.
+/// Runs `line` with its output in `disk/out`, on a tmpfs mounted with `options`. Returns what it printed, its exit code
+/// and the files that are left on the disk. After a success, the last is the output of `mixtral verify` instead.
 fn on_disk(mounter: &[&str], at: &Path, options: &str, line: &str) -> (String, i32, String) {
     let script = r#"
         mount -t tmpfs -o "$1" none disk || exit 99
@@ -50,7 +50,7 @@ fn lines(at: &Path) -> [String; 2] {
     mixtral_in(at, "convert --model_dir model --tp_size 2 --output_dir checkpoint", &[]).ok();
     [
         "convert --model_dir model --tp_size 2 --output_dir disk/out".to_owned(),
-        // Onto another disk, so that the weights are copied.
+        // The engine goes onto another disk, so that the weights are copied.
         "build --checkpoint_dir checkpoint --output_dir disk/out".to_owned(),
     ]
 }
@@ -61,7 +61,8 @@ fn a_full_disk_is_an_error_that_leaves_nothing() {
     let dir = fast_dir();
     for line in lines(dir.path()) {
         let (mut full, mut done) = (0, 0);
-        // From room for next to nothing to room enough, a page at a time: the disk is full at every point of the way.
+        // The disk grows by a page each time, from almost no room to enough room. So the disk gets full at every point
+        // of the work.
         for kib in (4..).step_by(4) {
             let (said, code, left) = on_disk(&mounter, dir.path(), &format!("size={kib}k"), &line);
             if code == 0 {

@@ -1,5 +1,5 @@
-//! What is said where the NVIDIA driver is missing, too old, of another version than the kernel's, or sees no GPU: with a driver
-//! made for the tests, so that it is said on any machine.
+//! The messages if the NVIDIA driver is missing, too old, of another version than its kernel module, or sees no GPU.
+//! The tests have a driver of their own, so they run on any machine.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,8 @@ use tempfile::TempDir;
 use crate::kernels::has_nvrtc;
 use crate::tool::{Said, binary, example_engine, root, said};
 
-/// A folder with the driver, compiled with some flags. Nothing, and a word about it, where the dynamic linker would not take it.
+/// A folder with the tests' driver, compiled with these flags. `None`, and a printed reason, if the dynamic linker
+/// would not take it.
 pub fn driver(flags: &[&str]) -> Option<TempDir> {
     if !cfg!(target_os = "linux") {
         println!("skipped: what is said of NVIDIA drivers, which needs Linux");
@@ -24,7 +25,7 @@ pub fn driver(flags: &[&str]) -> Option<TempDir> {
     Some(folder)
 }
 
-/// Runs the tool in `dir` with the driver in `folder`, told what to be.
+/// Runs the tool in `dir` with the driver in `folder`. The variables tell the driver how to behave.
 pub fn with_driver(folder: &Path, dir: &Path, line: &str, variables: &[(&str, &str)]) -> Said {
     let mut command = Command::new(binary());
     command.args(line.split_whitespace()).current_dir(dir).env("LD_LIBRARY_PATH", folder);
@@ -39,7 +40,7 @@ pub fn refused(said: Said, folder: &Path) -> String {
     said.err.replace(&folder.display().to_string(), "DIR")
 }
 
-/// A run of the engine in `engine_outputs`, if no other is named.
+/// A command line that runs an engine: the one in `engine_outputs`, unless flags name another.
 pub const RUN: &str = "run --backend cuda --max_output_len 2 --input_text KING";
 
 #[test]
@@ -48,7 +49,7 @@ fn drivers_that_do_not_start() {
     let at = folder.path();
     let dir = TempDir::new().unwrap();
     let mut text = String::new();
-    // A build for the GPUs of this machine needs neither an engine nor NVRTC to find that it has none.
+    // A build for this machine's GPUs needs neither an engine nor NVRTC to find that there is no GPU.
     let build = "build --model-config mixtral-8x7b --backend cuda";
     for variables in [
         [("DRIVER_VERSION", "11040"), ("DRIVER_INIT", "0")],
@@ -57,14 +58,14 @@ fn drivers_that_do_not_start() {
         [("DRIVER_VERSION", "12080"), ("DRIVER_INIT", "803")],
         [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "802")],
         [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "999")],
-        // A code that the driver itself has no name for.
+        // An error code for which the driver itself has no name.
         [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "35")],
         [("DRIVER_VERSION", "13000"), ("DRIVER_DEVICES", "0")],
     ] {
         let message = refused(with_driver(at, dir.path(), build, &variables), at);
         text.push_str(&format!("# {variables:?}\n{message}\n"));
     }
-    // Found first, and no library: as where there is none.
+    // The linker finds these files first, but they are no libraries. The message is the same as without a driver.
     for name in ["libcuda.so.1", "libcuda.so"] {
         fs::write(at.join(name), "no library").unwrap();
     }
@@ -86,13 +87,13 @@ fn an_engine_says_what_its_driver_lacks() {
         [("DRIVER_VERSION", "11040"), ("DRIVER_INIT", "0")],
         [("DRIVER_VERSION", "13000"), ("DRIVER_INIT", "100")],
         [("DRIVER_VERSION", "12080"), ("DRIVER_INIT", "803")],
-        // Kernels of a newer CUDA than the driver's.
+        // The kernels are from a newer CUDA than the driver's.
         [("DRIVER_VERSION", "12040"), ("DRIVER_LOAD", "222")],
     ] {
         let message = refused(with_driver(at, engine.path(), RUN, &variables), at);
         text.push_str(&format!("# {variables:?}\n{message}\n"));
     }
-    // An engine whose linears want a library that is not there: found first, and no library.
+    // The engine's linears need cuBLASLt. The linker finds these files first, but they are no libraries.
     let engine = example_engine("--dtype auto", "--arch sm_90a --gemm-plugin cublaslt");
     for name in ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"] {
         fs::write(at.join(name), "no library").unwrap();

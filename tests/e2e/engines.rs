@@ -1,5 +1,5 @@
-//! Engines of other builds of `mixtral` on a GPU: they run as they were built, or say what to do. The driver is one made for the
-//! tests, which refuses launches whose parameters are not those of the kernel.
+//! Engines of other builds of `mixtral` on a GPU: they run as they were built, or the error says what to do. The tests
+//! have a driver of their own, which refuses launches whose parameters are not the kernel's.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -23,13 +23,14 @@ mod other_build;
 
 const CODE: Code = Code::Sass(Arch::SM_90A);
 
-/// A driver of the tests and an engine of the example model with kernels for its GPU; nothing where either cannot be had.
+/// The tests' driver, and an engine of the example model with kernels for its GPU. `None` if either cannot be made on
+/// this machine.
 fn driver_and_engine() -> Option<(TempDir, TempDir)> {
     let driver = driver(&[])?;
     has_nvrtc().then(|| (driver, example_engine("--dtype auto", "--arch sm_90a")))
 }
 
-/// Writes the engine `from`, of one rank, with other images into `to`.
+/// Writes the engine `from`, which has one rank, to `to` with other images.
 fn rewrite(from: &Path, to: &Path, change: impl FnOnce(&Program, &mut BTreeMap<String, Vec<u8>>)) {
     let engine = EngineDir::open(from).unwrap();
     let program = engine.program(Rank(0)).unwrap();
@@ -45,7 +46,7 @@ fn rewrite(from: &Path, to: &Path, change: impl FnOnce(&Program, &mut BTreeMap<S
     writer.finish(config).unwrap();
 }
 
-/// The images of a program as another build makes them: its kernels, and its schedule.
+/// A program's kernels and schedule as another build would make them.
 fn of_another_build(program: &Program) -> Executable {
     let schedule = other_build::lowered(Schedule::new(program, Target { family: Family::Hopper }).unwrap());
     let compiler = Compiler::new(Nvrtc::load(&Search::from_environment()).unwrap(), other_build::sources());
@@ -76,10 +77,11 @@ fn an_engine_of_another_build_is_launched_as_it_was_built() {
     rewrite(&engine, &dir.join("other"), other(true));
     assert_eq!(run("other").ok(), own);
 
-    // Launched by this build's schedule, its kernels would read what is not there: refused when it is loaded …
+    // With this build's schedule, the other build's kernels would read parameters that are not there. Loading refuses
+    // this …
     rewrite(&engine, &dir.join("mixed"), other(false));
     let loaded = refused(run("mixed"), driver);
-    // … and, where the driver does not know parameters, by the tests' driver at the launch.
+    // … and if the driver cannot list a kernel's parameters, the tests' driver refuses the launch.
     let old = self::driver(&["-DBEFORE_12_4"]).unwrap();
     let launched = refused(with_driver(old.path(), dir, &format!("{RUN} --engine-dir mixed"), &[]), driver);
     assert!(launched.contains("driver: 6 parameters for _ZN5embed5embed"), "{launched}");
@@ -107,7 +109,7 @@ fn an_engine_that_this_version_cannot_launch_says_so_and_is_mended() {
     };
     type Change = Box<dyn Fn(&mut BTreeMap<String, Vec<u8>>)>;
     let changes: [(&str, Change); 5] = [
-        // As engines were before they held schedules.
+        // An engine from before engines held schedules.
         ("old", Box::new(|images| images.retain(|name, _| !name.starts_with("schedule.")))),
         ("newer", Box::new(edited("mixtral-schedule 1", "mixtral-schedule 7"))),
         ("splits", Box::new(edited("\"decode_split\":256", "\"decode_split\":128"))),
@@ -120,7 +122,7 @@ fn an_engine_that_this_version_cannot_launch_says_so_and_is_mended() {
         mixtral_in(dir, &format!("verify {name}"), &[]).ok();
         let message = refused(with_driver(driver, dir, &format!("{RUN} --engine-dir {name}"), &[]), driver);
         said.push_str(&format!("# {name}\n{message}"));
-        // The CPU needs none of it.
+        // The CPU needs no schedule.
         assert_eq!(on_cpu(name), expected);
         let weights = |name: &str| fs::metadata(dir.join(name).join(weights_file_name(Rank(0)))).unwrap().ino();
         let before = weights(name);
@@ -137,13 +139,13 @@ fn an_engine_that_this_version_cannot_launch_says_so_and_is_mended() {
     insta::assert_snapshot!(said);
 }
 
-/// A build that was interrupted, or cannot be: the engine that was there stays.
+/// If a build is interrupted, or cannot be done, the engine that was there stays.
 #[test]
 fn from_engine_leaves_what_it_cannot_build() {
     let Some((_, dir)) = driver_and_engine() else { return };
     let dir = dir.path();
     let files = || -> BTreeMap<String, Vec<u8>> {
-        // A run that fails leaves its reason in the lock file.
+        // The lock file is left out: a run that fails writes its reason there.
         let entries = fs::read_dir(dir.join("engine_outputs")).unwrap().map(|entry| entry.unwrap());
         let entries = entries.filter(|entry| entry.file_name() != ".mixtral-lock");
         entries.map(|e| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap())).collect()
@@ -173,7 +175,7 @@ fn from_engine_leaves_what_it_cannot_build() {
     }
     refuse("", &[("MIXTRAL_NVRTC", &dir.join("nowhere"))], 1);
 
-    // Damaged files are not built from.
+    // A damaged engine is not built again.
     let path = dir.join("engine_outputs/rank0.engine");
     let whole = fs::read(&path).unwrap();
     let program = whole.windows(15).position(|w| w == b"mixtral-program").unwrap();
@@ -197,7 +199,7 @@ fn from_engine_leaves_what_it_cannot_build() {
     insta::assert_snapshot!(said);
 }
 
-/// Whoever planned it: an engine of which one buffer lies in another's memory runs nowhere.
+/// An engine in which one buffer lies in another's memory is refused everywhere, whoever made its memory plan.
 #[test]
 fn an_arena_with_overlapping_buffers_is_refused() {
     let engine = example_engine("--dtype auto", "--backend cpu");
@@ -240,7 +242,7 @@ fn from_engine_takes_other_architectures_and_plugins() {
     assert_eq!((with.limits, &with.files, with.weights), (before.limits, &before.files, before.weights));
     assert_eq!(with.ranks[0].weights_header_blake3, before.ranks[0].weights_header_blake3);
     assert_eq!(with.options["gemm_plugin"], "cublaslt");
-    // What was recorded holds until something else is asked for.
+    // The recorded flags are used until others are given.
     mixtral_in(dir, "build --from-engine engine_outputs", &[]).ok();
     assert_eq!(config().options["gemm_plugin"], "cublaslt");
     mixtral_in(dir, "build --from-engine engine_outputs --arch sm_80 --gemm-plugin disable --moe-plugin disable", &[])

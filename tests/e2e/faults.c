@@ -1,15 +1,16 @@
-/* Preloaded into the tool, makes its file operations fail: FAULTS="<operations>:<what>:<when>,…".
+/* A library that is preloaded into the tool and makes its file operations fail: FAULTS="<operations>:<what>:<when>,…".
  *
- * operations  letters: R reads, W writes, S what makes writes last (fsync, rename, unlink, truncate), L hard links,
+ * operations  letters: R reads, W writes, S operations that make writes last (fsync, rename, unlink, truncate), L hard links,
  *             D fsync of directories, K locks, M mappings of files
- * what        count   nothing, but say at the end how many there were
+ * what        count   nothing fails; at the end the number of operations is printed
  *             kill    the process dies, as by kill -9, before the operation
- *             eof     it and all later reads find the end of the file
- *             short   it moves a third of the bytes, at least one
- *             else, the name of an error in the table below, which it returns
- * when        the number of the operation, from 1; 0 is every one
+ *             eof     this read and all later ones find the end of the file
+ *             short   the operation moves a third of the bytes, at least one
+ *             else    the name of an error in the table below: the operation returns it
+ * when        the number of the operation, from 1; 0 means every operation
  *
- * Only plain files outside of /proc and /sys count; the first rule that fits an operation is taken. */
+ * Reads and writes count only on plain files and folders outside of /proc and /sys. The first rule that fits an operation
+ * applies. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -62,7 +63,7 @@ static int is_plain(int fd) {
     return fs.f_type != 0x9fa0 /* proc */ && fs.f_type != 0x62656572 /* sysfs */ && fs.f_type != 0x63677270 /* cgroup2 */;
 }
 
-/* What happens to this operation: 0 nothing, an error above 0, or one of these. */
+/* What happens to an operation: nothing (0), an error (above 0), or one of these. */
 enum { END = -1, SHORT = -2 };
 
 static int fault(char operation) {

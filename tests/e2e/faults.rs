@@ -1,4 +1,4 @@
-//! File operations that fail, one after another, by a library that is preloaded into the tool.
+//! Every file operation of a run is made to fail, one per run, by a library that is preloaded into the tool.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,7 +15,7 @@ pub struct Faults {
 }
 
 impl Faults {
-    /// Builds it; nothing, and a word about it, where that is not possible.
+    /// Builds the library. `None`, and a printed reason, if that is not possible.
     pub fn new() -> Option<Self> {
         let folder = tempfile::tempdir().unwrap();
         let library = folder.path().join("faults.so");
@@ -37,19 +37,19 @@ impl Faults {
         said(command.env_remove("RUST_BACKTRACE").output().expect("the binary starts"))
     }
 
-    /// What a `count` of a run has counted.
+    /// How many operations a run with `count` has counted.
     pub fn counted(said: &Said) -> usize {
         let line = said.err.lines().rev().find_map(|line| line.strip_prefix("operations: "));
         line.expect("the count is printed").parse().unwrap()
     }
 }
 
-/// The last line, which says what went wrong; others may say what was done.
+/// The last line of the messages. It says what went wrong; the lines before may say what was done.
 fn error(said: &Said) -> &str {
     said.err.lines().last().unwrap_or_default()
 }
 
-/// Both stages on a small model; `also` goes before every fault.
+/// Command lines of both stages on a small model, each with the faults that all its runs have.
 fn stages(at: &Path) -> Vec<(String, &'static str)> {
     small_model(at);
     let convert = "convert --model_dir model --workers 1 --tp_size 2";
@@ -78,14 +78,14 @@ fn every_operation_that_fails_is_an_error_that_leaves_nothing() {
                 let _ = std::fs::remove_dir_all(&out);
                 let said = faults.run(at, &line, &format!("{also}{operations}:{what}:{n}"));
                 if said.code == 0 {
-                    // Something that is not needed, as the machine's memory, could not be read.
+                    // The file that could not be read was not needed, such as the one with the machine's memory.
                     assert!(loads(&out), "{line}: done, but it does not load");
                     continue;
                 }
                 failed += 1;
                 assert_eq!(said.code, 1, "{line}, {what} at {n}: {}", said.err);
                 assert!(error(&said).starts_with("error: ") && said.err.contains(word), "{what} at {n}: {}", said.err);
-                // What fails after the directory was made whole, when its lock is removed, leaves it whole.
+                // A directory that is whole stays whole if a later operation fails: removing its lock.
                 assert!(!out.exists() || loads(&out), "{line}, {what} at {n} left {:?}", contents(&out).keys());
             }
             println!("{line}: {what} at each of {count} operations {operations}, {failed} refused");
@@ -103,7 +103,7 @@ fn an_operation_that_fails_leaves_an_older_output_or_a_new_one_that_is_complete(
     for (line, also) in stages(at) {
         let _ = std::fs::remove_dir_all(&out);
         let other = if line.starts_with("convert") { "--dtype f32" } else { "--max_batch_size 2" };
-        // What the stage before left there is not this one's to replace.
+        // Removes what the last run left there: a stage does not replace the output of another stage.
         let _ = std::fs::remove_dir_all(&out);
         mixtral_in(at, &format!("{line} {other}"), &[]).ok();
         let old = contents(&out);
@@ -121,7 +121,7 @@ fn an_operation_that_fails_leaves_an_older_output_or_a_new_one_that_is_complete(
             for n in 1..=count {
                 prepare();
                 let said = faults.run(at, &line, &format!("{also}{operations}:{what}:{n}"));
-                // Whoever reads it next finishes a move that failed.
+                // If moving the files failed, the next reader finishes the move.
                 assert!(loads(&out), "{line}, {what} at {n}: {}", said.err);
                 let left = outputs(&out);
                 assert!(left == old || left == new, "{line}, {what} at {n} left {:?}", left.keys());
@@ -130,7 +130,8 @@ fn an_operation_that_fails_leaves_an_older_output_or_a_new_one_that_is_complete(
                 finished += usize::from(said.err.contains("the next command that uses out puts them in place"));
             }
             println!("{line}: {what} at each of {count} {operations}: older {stayed} times, {finished} finished");
-            // Moves sync, and write that they are done; what is read was read before.
+            // Moving the files syncs and writes, but reads nothing. So only runs without failing reads can fail during
+            // the move.
             let moves = operations != "R";
             assert!(stayed > 0 && (finished > 0) == moves, "{line}, {what}: {stayed}, {finished} of {count}");
         }
@@ -148,7 +149,7 @@ fn a_source_that_shrinks_while_it_is_read_is_an_error_that_leaves_nothing() {
         for n in 1..=count {
             let _ = std::fs::remove_dir_all(&out);
             let said = faults.run(at, &line, &format!("{also}R:eof:{n}"));
-            // The last reads of a copy are those that find its end.
+            // The last read of a copy finds the end of the file anyway.
             if said.code == 0 {
                 assert!(loads(&out), "{line}: done, but it does not load");
                 continue;

@@ -1,10 +1,12 @@
-//! File systems that lack something, as Lustre, NFS, CIFS and FUSE do: imitated by the preloaded library of `faults.rs`.
+//! File systems that lack something, as Lustre, NFS, CIFS and FUSE may. The preloaded library of `faults.rs` imitates
+//! them.
 
 use crate::faults::Faults;
 use crate::kills::{contents, small_model};
 use crate::tool::{fast_dir, mixtral_in};
 
-/// What may be missing, how the system says so, and what the tool says once where a promise is weaker for it.
+/// The operation that may be missing, the errors by which systems report that, and, if it weakens a promise, the
+/// warning that the tool prints once.
 const MISSING: [(&str, &[&str], Option<&str>); 4] = [
     ("K", &["enosys", "enolck", "ebadf", "eopnotsupp", "einval", "eperm"], Some("has no locks")),
     ("D", &["einval", "enosys", "eopnotsupp", "ebadf", "eacces"], Some("does not write out on demand")),
@@ -50,13 +52,13 @@ fn what_a_file_system_lacks_is_no_error() {
             assert!(contents(&at.join("engine")) == engine, "{operation} {error}");
         }
     }
-    // All at once, which is what a bucket behind FUSE is like.
+    // All of them are missing at once, as with a bucket behind FUSE.
     for line in lines {
         faults.run(at, line, "K:enosys:0,D:enosys:0,L:eopnotsupp:0,M:enodev:0").ok();
     }
 }
 
-/// What is missing is less; what fails is an error.
+/// A file system without locks or mappings is accepted; a lock or mapping that fails is an error.
 #[test]
 fn a_lock_or_a_mapping_that_fails_is_told_from_one_that_is_missing() {
     let Some(faults) = Faults::new() else { return };

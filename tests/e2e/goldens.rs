@@ -1,4 +1,4 @@
-//! The committed goldens: what transformers says of four tiny models (`tests/goldens/README.md`).
+//! The committed goldens: the outputs of transformers for four tiny models (`tests/goldens/README.md`).
 
 use std::fs;
 use std::path::Path;
@@ -7,13 +7,13 @@ use safetensors::SafeTensors;
 
 use crate::tool::{mixtral_in, root};
 
-/// A tensor's elements, which are all 4 bytes long.
+/// A tensor's elements, each of 4 bytes.
 fn elements<T>(file: &SafeTensors<'_>, name: &str, from: fn([u8; 4]) -> T) -> Vec<T> {
     let tensor = file.tensor(name).unwrap();
     tensor.data().chunks_exact(4).map(|bytes| from(bytes.try_into().unwrap())).collect()
 }
 
-/// `[sequences, rows, vocab_size]` of a .npy file, as rows.
+/// The rows of each sequence in a .npy file of shape `[sequences, rows, vocab_size]`.
 fn logits(path: &Path) -> Vec<Vec<Vec<f32>>> {
     let bytes = fs::read(path).unwrap();
     let file = npyz::NpyFile::new(&bytes[..]).unwrap();

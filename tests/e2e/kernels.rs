@@ -1,5 +1,5 @@
-//! Engines with CUDA kernels, as far as no GPU is needed: what is built, what is kept, and what is said when something is
-//! missing.
+//! Engines with CUDA kernels, as far as they can be tested without a GPU: what is built, what is cached, and what the
+//! messages say if something is missing.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use tempfile::TempDir;
 
 use crate::tool::{Said, example_engine, mixtral_in, mixtral_with, root};
 
-/// Whether there is an NVRTC; says so if not.
+/// Whether there is an NVRTC. If not, it prints that the test is skipped.
 pub fn has_nvrtc() -> bool {
     let found = Nvrtc::load(&Search::from_environment());
     if let Err(error) = &found {
@@ -27,7 +27,7 @@ fn checkpoint(flags: &str) -> TempDir {
     dir
 }
 
-/// Builds for GPUs, with a cache in `cache`.
+/// Builds an engine for GPUs, with the kernel cache in `cache`.
 fn build(dir: &Path, cache: &Path, flags: &str) -> Said {
     mixtral_with(dir, &[("MIXTRAL_KERNEL_CACHE", cache)], &format!("build --workers 2 {flags}"), &[])
 }
@@ -70,19 +70,19 @@ fn an_engine_holds_the_kernels_of_its_architectures() {
     assert!(table.contains("kernels for sm_80: ") && table.contains(" linear::mma_"), "{table}");
     mixtral_in(at, "verify engine_outputs", &[]).ok();
 
-    // On the CPU it computes what an engine for the CPU does.
+    // On the CPU, the engine computes the same as an engine built for the CPU.
     let run = "run --backend cpu --max_output_len 12 --engine-dir";
     let prompt = ["--input_text", "KING RICHARD III:\nWhat"];
     let said = mixtral_in(at, &format!("{run} engine_outputs"), &prompt).ok();
     mixtral_in(at, "build --backend cpu --output-dir plain", &[]).ok();
     assert_eq!(said, mixtral_in(at, &format!("{run} plain"), &prompt).ok());
 
-    // Again, out of the cache: the same engine.
+    // A second build takes all kernels from the cache and gives the same engine.
     let first = fs::read(at.join("engine_outputs/rank0.engine")).unwrap();
     assert_eq!(counts(&build(at, &cache, "--arch sm_80,sm_90a")), (0, compiled));
     assert!(fs::read(at.join("engine_outputs/rank0.engine")).unwrap() == first);
 
-    // With two of its entries damaged.
+    // A third build finds two damaged entries in the cache.
     let entries = fs::read_dir(&cache).unwrap().map(|entry| entry.unwrap().path());
     for entry in entries.take(2) {
         fs::write(entry, "damaged").unwrap();
@@ -99,7 +99,7 @@ fn disabled_plugins_give_portable_kernels_and_say_so() {
         return;
     }
     let dir = checkpoint("--dtype f32");
-    // A file stands where the cache should be: a warning, and no more.
+    // A file lies where the cache should be. That gives no more than a warning.
     let cache = dir.path().join("tllm_checkpoint/config.json");
     let said = build(dir.path(), &cache, "--arch sm_90a --gemm-plugin disable --moe-plugin disable");
     assert_eq!(said.code, 0, "{}", said.err);
@@ -128,7 +128,8 @@ fn cublaslt_is_for_long_steps_and_says_what_it_costs() {
     let first = warnings(&said);
     let [decode, prefill] = ["decode of 1 token: ", "prefill: "].map(|part| said.out.split(part).nth(1).unwrap());
     assert!(!decode.split("prefill: ").next().unwrap().contains("cublaslt"), "{}", said.out);
-    // q/k/v and output, of the layers that are printed as one and of the last.
+    // The linears of q/k/v and of attention's output, once for the layers that are printed as one and once for the last
+    // layer.
     assert_eq!(prefill.matches(" [cublaslt]").count(), 4, "{}", said.out);
     let inspected = mixtral_in(at, "inspect engine_outputs", &[]).ok();
     assert!(inspected.contains("\"plan\":\"cublaslt\""), "{inspected}");

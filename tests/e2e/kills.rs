@@ -1,6 +1,6 @@
-//! `kill -9`, Ctrl-C and SIGTERM in the middle of `convert` and of `build`: at random moments, and `kill -9` before every one of
-//! their file operations. What is left never loads and is wrong, an older output is whole until the new one is, and the next
-//! run finishes with the bytes of an undisturbed one.
+//! `kill -9`, Ctrl-C and SIGTERM in the middle of `convert` and of `build`, at random moments; and `kill -9` before
+//! every one of their file operations. What is left is right or does not load. An older output stays whole until the
+//! new one is whole. The next run finishes, with the bytes of an undisturbed run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -19,10 +19,10 @@ use tempfile::TempDir;
 use crate::faults::Faults;
 use crate::tool::{binary, fast_dir, mixtral_in, root};
 
-/// Kills of each stage at random moments.
+/// How often each stage is killed at a random moment.
 const KILLS: usize = 50;
 
-/// All files of a directory with their bytes, those of its folders too; nothing if it is not there.
+/// All files of a directory and of its folders, with their bytes; none if the directory does not exist.
 pub fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let Ok(entries) = fs::read_dir(dir) else { return BTreeMap::new() };
     let mut files = BTreeMap::new();
@@ -38,30 +38,30 @@ pub fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     files
 }
 
-/// The same without what a run leaves that did not finish.
+/// The same, without the files that an unfinished run leaves.
 pub fn outputs(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     contents(dir).into_iter().filter(|(name, _)| !name.starts_with(".mixtral-")).collect()
 }
 
-/// Whether the directory is one that a later stage would take.
+/// Whether a later stage would take the directory.
 pub fn loads(dir: &Path) -> bool {
     let checkpoint = || Checkpoint::open(dir).ok()?.verify(1, &()).ok();
     let engine = || EngineDir::open(dir).ok()?.verify(1, &()).ok();
     checkpoint().is_some() || engine().is_some()
 }
 
-/// One stage in a directory of its own, and what it writes when nobody disturbs it.
+/// One stage in a directory of its own, and what it writes when nothing disturbs it.
 struct Stage {
     at: TempDir,
     line: String,
     output: &'static str,
     undisturbed: BTreeMap<String, Vec<u8>>,
-    /// Another output of the stage's, which may lie in the same place.
+    /// Another output of the stage, which some runs find in the output directory.
     old: BTreeMap<String, Vec<u8>>,
 }
 
 impl Stage {
-    /// `prepare` lines run first; then `older` and `line`, which both write `output`.
+    /// Runs the `prepare` lines first, then `older` and `line`, which both write `output`.
     fn new(at: TempDir, prepare: &[String], older: &str, line: &str, output: &'static str) -> Self {
         prepare.iter().for_each(|line| drop(mixtral_in(at.path(), line, &[]).ok()));
         let run = |line: &str| {
@@ -83,7 +83,7 @@ impl Stage {
         }
     }
 
-    /// What must hold after a run that was killed, and that the next run mends it.
+    /// Checks what must hold after a run was killed, and that the next run mends the directory.
     fn check_and_mend(&self, with_older: bool, when: &str) {
         let dir = self.at.path().join(self.output);
         let (loads, left) = (loads(&dir), outputs(&dir));
@@ -95,8 +95,8 @@ impl Stage {
         assert!(mended == self.undisturbed, "{when}: the next run wrote other bytes");
     }
 
-    /// Runs the stage over and over and ends it with `signal` at random moments; `check` is told whether there was an older
-    /// output, how the stage ended, and when.
+    /// Runs the stage again and again, and ends it with one of `signals` at random moments. `check` is told whether
+    /// there was an older output, how the stage ended, and when.
     fn end_at_random_moments(&self, signals: &[&str], check: impl Fn(bool, ExitStatus, &str)) {
         let random = RandomState::new();
         let time = |_| {
@@ -105,7 +105,7 @@ impl Stage {
             mixtral_in(self.at.path(), &self.line, &[]).ok();
             start.elapsed()
         };
-        // The quickest, so that most of the moments come before the end.
+        // The time of the quickest run is taken, so that most of the moments come before the end.
         let takes = (0..5).map(time).min().unwrap();
         let takes = u64::try_from(takes.as_micros()).unwrap();
         let mut killed = 0;
@@ -120,7 +120,7 @@ impl Stage {
             let ended = Command::new("kill").args([signal, &child.id().to_string()]).stderr(Stdio::null()).status();
             ended.expect("there is a kill");
             let status = child.wait().unwrap();
-            // One that was faster than its killer is whole.
+            // A run that ended before the signal came has written a whole output.
             killed += usize::from(!status.success());
             check(with_older, status, &format!("{signal} after {moment:?}"));
         }
@@ -136,7 +136,7 @@ impl Stage {
         let dir = self.at.path().join(self.output);
         self.end_at_random_moments(&["-INT", "-TERM"], |with_older, status, when| {
             let code = if when.starts_with("-INT") { 130 } else { 143 };
-            // Before it listens it dies of the signal itself.
+            // Until the tool listens for signals, the signal itself ends the process.
             let died = status.signal().is_some_and(|signal| 128 + signal == code);
             assert!(status.success() || status.code() == Some(code) || died, "{when}: {status}");
             let left = outputs(&dir);
@@ -219,6 +219,6 @@ fn stages_killed_before_every_file_operation() {
     let prepare = [convert("--output_dir checkpoint")];
     let stage = Stage::new(fast_dir(), &prepare, &format!("{build} --max_batch_size 2"), build, "out");
     stage.kill_before_every_operation(&faults, "");
-    // Where the weights cannot be linked they are copied.
+    // If the weights cannot be linked, the stage copies them.
     stage.kill_before_every_operation(&faults, "L:exdev:0,");
 }

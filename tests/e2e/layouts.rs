@@ -1,12 +1,12 @@
-//! Parallelism moves nothing: every layout of ranks gives the tokens of one rank.
+//! Parallelism changes no tokens: every layout of ranks gives the tokens of one rank.
 
 use std::fs;
 use std::path::Path;
 
 use crate::tool::{has_mpirun, mixtral_in, mpirun_in, root};
 
-/// Two tiny f32 models of dummy weights: layers that do not divide over the stages, KV heads that are replicated (2 over
-/// 4 ranks), experts that do not divide over the ranks, an odd vocabulary.
+/// Two tiny f32 models with dummy weights. Layers do not divide evenly over the stages, nor experts over the ranks. KV
+/// heads are replicated (2 over 4 ranks), and the vocabulary is odd.
 const GEOMETRIES: [(&str, u32); 2] = [
     (
         "--vocab_size 101 --n_layer 4 --n_head 4 --n_kv_head 2 --head_size 6 --n_embd 20 --inter_size 24 --n_positions 256 --moe_num_experts 5 --moe_top_k 2",
@@ -51,7 +51,7 @@ fn write_prompts(path: &Path, vocab: u32) {
     fs::write(path, (0..20).map(prompt).collect::<Vec<_>>().join("\n") + "\n").unwrap();
 }
 
-/// Builds the engine of a layout in `e`, and what its ranks generate as threads of one process.
+/// Builds the engine of a layout in `e`, and returns what its ranks generate as threads of one process.
 fn tokens(at: &Path, geometry: &str, seed: u32, layout: &str) -> String {
     mixtral_in(at, &format!("convert --dtype f32 --output_dir c {geometry} {layout}"), &[]).ok();
     let limits = "--max-batch-size 8 --max-num-tokens 48";
@@ -95,7 +95,7 @@ fn sharded_embeddings_give_the_tokens_of_one_rank() {
     }
 }
 
-/// The example model, in f32 so that the ranks' sums do not decide between near-ties in 16 bit.
+/// The example model in f32: with 16 bits, the ranks' sums could decide between near-ties.
 #[test]
 fn the_example_model_writes_the_same_text_in_every_layout() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,8 +1,12 @@
-// A driver that is as the tests say, for machines without one. DRIVER_VERSION is what cuDriverGetVersion says, as 12040;
-// DRIVER_INIT the return code of cuInit, DRIVER_LOAD that of loading a kernel, each 0 by default. It has one Hopper GPU, whose
-// memory is the host's. It knows from a kernel's machine code which parameters it takes, and refuses a launch that passes fewer or
-// more; of an image that is none it takes any. Kernels do nothing, but for the one that draws tokens: it draws 1, 2, 3 … for the samples of a step. Compiled with
-// -DBEFORE_12_4 it cannot be asked for parameters, as drivers of that age.
+// An NVIDIA driver for tests on machines without one. Environment variables say how it behaves: DRIVER_VERSION is the
+// version that cuDriverGetVersion returns, such as 12040; DRIVER_INIT is the return code of cuInit and DRIVER_LOAD that
+// of loading a kernel, each 0 by default. There are DRIVER_DEVICES GPUs, 1 by default; CUDA_VISIBLE_DEVICES, numbers with
+// commas between them, shows some of them in its order. They are Hopper GPUs, except number DRIVER_OTHER, which is of
+// generation DRIVER_GENERATION (8 by default). Their memory is the host's. Number DRIVER_FULL has little free memory.
+//
+// The driver reads a kernel's parameters out of its machine code, and refuses a launch that passes fewer or more. If an
+// image is no machine code, it accepts any. Kernels do nothing, except the one that draws tokens: it draws 1, 2, 3 … for
+// a step. Compiled with -DBEFORE_12_4 the driver cannot be asked for parameters, like drivers of that age.
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,19 +47,36 @@ static int describe(unsigned code, const char** text, int by_name) {
 int cuGetErrorName(unsigned code, const char** text) { return describe(code, text, 1); }
 int cuGetErrorString(unsigned code, const char** text) { return describe(code, text, 0); }
 
+// The number of the GPU that is seen as `ordinal`; -1 where there is none.
+static int seen_as(int ordinal) {
+    int devices = number("DRIVER_DEVICES", 1);
+    const char* visible = getenv("CUDA_VISIBLE_DEVICES");
+    if (!visible) return ordinal < devices ? ordinal : -1;
+    for (; *visible && ordinal > 0; --ordinal) visible += strcspn(visible, ",") + (strchr(visible, ',') != NULL);
+    return *visible && atoi(visible) < devices ? atoi(visible) : -1;
+}
+
 int cuDeviceGetCount(int* count) {
-    *count = number("DRIVER_DEVICES", 1);
+    for (*count = 0; seen_as(*count) >= 0; ++*count);
     return 0;
 }
 
+// A handle is the GPU's number.
 int cuDeviceGet(int* device, int ordinal) {
-    *device = ordinal;
-    return 0;
+    *device = seen_as(ordinal);
+    return *device < 0 ? 101 : 0;
 }
+
+static int is_other(int device) { return device == number("DRIVER_OTHER", -1); }
 
 int cuDeviceGetName(char* name, int size, int device) {
-    (void)device;
-    strncpy(name, "A Hopper GPU of the tests", (size_t)size);
+    strncpy(name, is_other(device) ? "Another GPU of the tests" : "A Hopper GPU of the tests", (size_t)size);
+    return 0;
+}
+
+int cuDeviceGetUuid_v2(uint8_t* uuid, int device) {
+    memset(uuid, 0, 16);
+    uuid[0] = (uint8_t)device;
     return 0;
 }
 
@@ -66,11 +87,10 @@ int cuDeviceTotalMem_v2(size_t* bytes, int device) {
 }
 
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
-    (void)device;
     switch (attribute) {
         case 16: *value = 132; break;        // multiprocessors
         case 38: *value = 50 << 20; break;   // bytes of the L2
-        case 75: *value = 9; break;          // compute capability, major
+        case 75: *value = is_other(device) ? number("DRIVER_GENERATION", 8) : 9; break;  // compute capability, major
         case 76: *value = 0; break;          // and minor
         case 97: *value = 232448; break;     // shared memory of a CTA
         default: *value = 0;
@@ -78,15 +98,16 @@ int cuDeviceGetAttribute(int* value, int attribute, int device) {
     return 0;
 }
 
-// A kernel, and the module that holds it: an image of an engine has one kernel.
+// A kernel, which is also the module that holds it: an image of an engine has one kernel.
 typedef struct {
     char name[256];
     int num_params;  // -1: not known
     size_t sizes[64], offsets[64];
 } Kernel;
 
-// Reads the parameters out of a cubin, an ELF file, whose section `.nv.info.NAME` has an attribute for each: a format (4: bytes
-// follow), its kind (0x17), how many bytes; then 4 bytes, the parameter's number and offset, and its size above bit 18.
+// Reads the parameters out of a cubin, which is an ELF file. Its section `.nv.info.NAME` has an attribute for each
+// parameter: a format (4: bytes follow), the kind (0x17) and the number of bytes; then 4 bytes, the parameter's number
+// and offset, and its size above bit 18.
 static void read_parameters(Kernel* kernel, const uint8_t* image) {
     kernel->num_params = -1;
     if (memcmp(image, "\177ELF", 4) != 0) return;
@@ -155,9 +176,9 @@ int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* siz
 }
 #endif
 
-// The step's counts and what it drew, where the last launch of the drawing kernel left them for the graph.
-static const int32_t* header;
-static int32_t* drawn;
+// The step's counts and what it drew, where the last launch of the drawing kernel left them for the graph: a thread is a rank.
+static _Thread_local const int32_t* header;
+static _Thread_local int32_t* drawn;
 
 static void draw(void) {
     for (int i = 0; header && i < header[4]; ++i) {
@@ -205,8 +226,22 @@ int cuModuleUnload(void* module) {
     return 0;
 }
 
+// A context is the GPU's number and one, so that it is no null pointer.
+static _Thread_local size_t current;
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+    *context = (void*)((size_t)device + 1);
+    return 0;
+}
+
+int cuCtxSetCurrent(void* context) {
+    current = (size_t)context;
+    return 0;
+}
+
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
-    *free = *total = 80000000000;
+    *total = 80000000000;
+    *free = current == (size_t)number("DRIVER_FULL", -1) + 1 ? 100000000 : *total;
     return 0;
 }
 
@@ -243,17 +278,6 @@ int cuMemsetD8Async(void* memory, unsigned char byte, size_t bytes, void* stream
     return 0;
 }
 
-int cuDevicePrimaryCtxRetain(void** context, int device) {
-    (void)device;
-    *context = context;
-    return 0;
-}
-
-int cuCtxSetCurrent(void* context) {
-    (void)context;
-    return 0;
-}
-
 int cuStreamCreate(void** stream, unsigned flags) {
     (void)flags;
     *stream = stream;
@@ -271,7 +295,7 @@ int cuEventElapsedTime(float* ms, void* from, void* to) {
     return 0;
 }
 
-// Whatever else is asked for is done, and nothing happens. Handles are never looked into.
+// All other functions succeed and do nothing. Handles are never read.
 #define DONE(name) \
     int name(void) { return 0; }
 DONE(cuStreamSynchronize)

@@ -1,5 +1,5 @@
-//! The command line as a user types it: the three stages on the example model, every kind of output, and what is said
-//! to inputs that cannot work.
+//! The command line as a user types it: the three stages on the example model, every kind of output, and the errors for
+//! inputs that cannot work.
 
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
@@ -18,6 +18,7 @@ mod kills;
 mod layouts;
 mod mapped;
 mod older;
+mod placement;
 mod refusals;
 mod sessions;
 mod sources;

@@ -1,4 +1,4 @@
-//! Weights are mapped, so what happens to their file while an engine runs matters.
+//! What happens if the file of an engine's mapped weights changes while the engine runs.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _};
@@ -37,8 +37,8 @@ fn an_engine_that_is_built_again_while_it_runs_goes_on_as_it_was() {
     assert_eq!(text, undisturbed);
 }
 
-/// No reader of mapped files can make an error of this; the system ends the process (SIGBUS). What matters is that it does
-/// not go on with wrong weights, and leaves nothing.
+/// No reader of mapped files can turn this into an error: the system ends the process with SIGBUS. The process must not
+/// go on with wrong weights, and must leave nothing behind.
 #[test]
 fn weights_cut_short_while_an_engine_runs_end_it() {
     let dir = example_engine("--dtype auto", "");

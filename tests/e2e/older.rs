@@ -1,4 +1,4 @@
-//! What was there before is used only with a word about it, when a newer one was wanted and did not come about.
+//! If a run that was to write a newer output has failed, the next stage uses the older output, but with a warning.
 
 use std::fs;
 use std::path::Path;
@@ -36,7 +36,7 @@ fn build_says_that_the_last_convert_failed() {
     tensors.last_mut().unwrap().data[..4].copy_from_slice(&f32::INFINITY.to_le_bytes());
     spoiled.write_tensors(&at.join("spoiled"), Layout::V5, 1, &tensors);
     for (line, code, why) in [
-        // Before anything is written, while it is, and before anything is even looked at.
+        // The runs fail before anything is written, while something is written, and before anything is read.
         ("convert --model_dir nowhere", 1, "there is no model directory nowhere"),
         ("convert --model_dir spoiled", 1, "elements that are not finite"),
         ("convert --model_dir model --tp_size 4 --moe_tp_size 3", 2, "--moe-tp-size"),
@@ -73,7 +73,7 @@ fn a_directory_that_a_killed_run_was_replacing_says_so() {
     fs::write(at.join("tllm_checkpoint/.mixtral-lock"), "").unwrap();
     fs::create_dir(at.join("tllm_checkpoint/.mixtral-new")).unwrap();
     warns(mixtral_in(at, BUILD, &[]), &["did not finish (it was stopped)"]);
-    // Somebody is at work there.
+    // Somebody holds the lock: a stage is working there.
     let lock = fs::File::open(at.join("tllm_checkpoint/.mixtral-lock")).unwrap();
     lock.lock().unwrap();
     let said = mixtral_in(at, BUILD, &[]);
@@ -81,7 +81,7 @@ fn a_directory_that_a_killed_run_was_replacing_says_so() {
     said.ok();
 }
 
-/// TensorRT-LLM's convert without a model wrote config.json alone, and its build took dummy weights then.
+/// TensorRT-LLM's convert without a model wrote config.json alone, and its build then took dummy weights.
 #[test]
 fn a_configuration_alone_gets_dummy_weights_with_a_warning() {
     let dir = fast_dir();
@@ -97,7 +97,7 @@ fn a_configuration_alone_gets_dummy_weights_with_a_warning() {
     mixtral_in(at, RUN, &[]).ok();
 }
 
-/// Weights that f16 holds, activations that it does not.
+/// The weights fit into f16, but the activations do not.
 #[test]
 fn activations_past_the_range_of_f16_name_bf16() {
     let dir = fast_dir();

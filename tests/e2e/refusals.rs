@@ -1,5 +1,5 @@
-//! What is said to inputs that cannot work: every message names what, where, expected, found and the next step, goes
-//! to stderr, and comes with exit code 1 (the work failed) or 2 (wrong usage). None is a panic.
+//! The errors for inputs that cannot work. Every message says what is wrong and where, what was expected and found, and
+//! the next step. It goes to stderr, and the exit code is 1 (the work failed) or 2 (wrong usage). None is a panic.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,8 @@ use serde_json::Value;
 
 use crate::tool::{Said, example_engine, mixtral_in, root};
 
-/// The message of a command that must fail with `code`, the temporary directory and machine-made numbers left out.
+/// The message of a command that must fail with `code`, without the temporary directory and without numbers that differ
+/// from run to run.
 #[track_caller]
 fn refused(dir: &Path, said: Said, code: i32) -> String {
     assert_eq!(said.code, code, "{}{}", said.out, said.err);
@@ -16,7 +17,7 @@ fn refused(dir: &Path, said: Said, code: i32) -> String {
     let text = said.err.replace(&dir.display().to_string(), "DIR").replace(&root().display().to_string(), "ROOT");
     let hashes = |word: &str| word.len() >= 32 && word.chars().all(|c| c.is_ascii_hexdigit());
     let lines = text.lines().map(|line| {
-        // What follows says how long ago.
+        // The rest of the line says how long ago.
         let line = line.split(", written ").next().unwrap_or_default();
         line.split_inclusive(|c: char| !c.is_ascii_alphanumeric())
             .map(|word| {
@@ -189,7 +190,7 @@ fn prompts_that_cannot_be_answered() {
     insta::assert_snapshot!(text);
 }
 
-/// Each damage on a fresh copy of one engine.
+/// Does each damage to a fresh copy of one engine.
 #[test]
 fn damaged_engines() {
     let dir = example_engine("--dtype auto", "");
@@ -222,7 +223,7 @@ fn damaged_engines() {
     insta::assert_snapshot!(text);
 }
 
-/// Each damage on a fresh copy of the example's checkpoint or engine, and what `verify` makes of it.
+/// Does each damage to a fresh copy of the example's checkpoint or engine, and runs `verify` on it.
 #[test]
 fn what_verify_says() {
     let dir = example_engine("--dtype auto", "");
@@ -269,7 +270,7 @@ fn what_verify_says() {
         let said = refused(at, mixtral_in(at, &format!("verify {nothing}"), &[]), 1);
         text += &format!("{nothing}\n{said}\n\n");
     }
-    // Nothing is wrong with these, and it says so.
+    // Nothing is wrong with these, and `verify` says so.
     for good in ["tllm_checkpoint", "engine_outputs"] {
         text += &format!("$ mixtral verify {good}\n{}\n", mixtral_in(at, &format!("verify {good}"), &[]).ok());
     }
@@ -280,13 +281,14 @@ fn what_verify_says() {
     insta::assert_snapshot!(text);
 }
 
-/// The malformed inputs whose message is in a snapshot are counted, so that nobody removes them unseen.
+/// Counts the malformed inputs whose message is in a snapshot, so that nobody removes some of them without noticing.
 #[test]
 fn more_than_a_hundred_malformed_inputs_have_their_message_in_a_snapshot() {
     let convert = "crates/mixtral-convert/tests/snapshots/malformed__";
     let checkpoint = "crates/mixtral-checkpoint/";
     let here = "tests/e2e/snapshots/e2e__refusals__";
-    // A snapshot, and how the line of an input begins; nothing where every line that is not indented is one.
+    // A snapshot, and how the line of an input begins. Without such a beginning, every line that is not indented is an
+    // input.
     let snapshots = [
         (format!("{convert}configurations"), "# "),
         (format!("{convert}files"), "# "),
@@ -317,7 +319,8 @@ fn more_than_a_hundred_malformed_inputs_have_their_message_in_a_snapshot() {
     assert!(all >= 100, "{all} malformed inputs");
 }
 
-/// `at/name`, copied to `at/copy`: the weights of an engine are a hard link of the checkpoint's.
+/// Copies `at/name` to `at/copy`. A test must not change the original, since an engine's weights are a hard link to the
+/// checkpoint's.
 fn fresh_copy(at: &Path, name: &str) -> PathBuf {
     let copy = at.join("copy");
     let _ = fs::remove_dir_all(&copy);
@@ -336,7 +339,7 @@ fn rewrite(path: &Path, old: &str, new: &str) {
     fs::write(path, [&bytes[..at], new.as_bytes(), &bytes[at + old.len()..]].concat()).unwrap();
 }
 
-/// Takes the metadata out of a safetensors file, whose length stays.
+/// Takes the metadata out of a safetensors file. The file keeps its length.
 fn forget_metadata(path: &Path) {
     let mut bytes = fs::read(path).unwrap();
     let end = 8 + usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
@@ -366,14 +369,14 @@ fn flip(path: &Path, at: usize) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Weights that make the model say nothing: the run ends naming the step.
+/// With weights that make all logits NaN, the run ends with an error that names the step.
 #[test]
 fn logits_that_are_not_numbers() {
     let dir = example_engine("--dtype auto", "");
     let at = dir.path();
     let path = at.join("engine_outputs/rank0.weights.safetensors");
     let mut bytes = fs::read(&path).unwrap();
-    // The last tensors of the file are 16-bit weights: NaN all over the last 64 KB.
+    // The last tensors of the file are 16-bit weights, so this makes the last 64 KB all NaN.
     let len = bytes.len();
     bytes[len - 65_536..].fill(0xff);
     fs::remove_file(&path).unwrap();

@@ -1,4 +1,5 @@
-//! Batching moves nothing, and leaves nothing behind: sessions over the CPU backend, with requests that come and go.
+//! Batching changes no results and leaves no blocks behind: sessions over the CPU backend, with requests that come and
+//! go.
 
 use mixtral_build::lower;
 use mixtral_checkpoint::CheckpointConfig;
@@ -70,8 +71,8 @@ fn run(session: &mut Session, watched: RequestId) -> Trace {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
-    /// Alone in one chunk; alone in chunks of any size; and among up to 63 others that join when there is room, in steps
-    /// of any size: the same bits.
+    /// A prompt gives the same bits alone in one chunk, alone in chunks of any size, and among up to 63 other prompts
+    /// that join when there is room, in steps of any size.
     #[test]
     fn a_prompt_gives_the_same_bits_in_every_schedule(
         len in 1usize..60,

@@ -1,4 +1,4 @@
-//! What `convert` says of a source that it takes, and that is not all that it seems.
+//! The warnings of `convert` for a source that it accepts, but that is not all it seems to be.
 
 use std::fs;
 use std::path::Path;

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use crate::tool::{example_engine, mixtral_in, root};
 
-/// The old commands with only the program's name changed.
+/// The old commands work with only the program's name changed.
 #[test]
 fn the_old_spelling_works() {
     let dir = tempfile::tempdir().unwrap();
@@ -26,7 +26,7 @@ fn the_old_spelling_works() {
     let run = format!("run --engine_dir ./engine --tokenizer_dir {model} --max_output_len 24 --input_text");
     let said = mixtral_in(at, &run, &["KING RICHARD III:\nWhat", "ROMEO:\n"]).ok();
     insta::assert_snapshot!("old_spelling", said);
-    // The defaults of the directories are each other's: the short commands give the same.
+    // Each stage's default input is the default output of the stage before, so the short commands give the same.
     mixtral_in(at, &format!("convert --model_dir {model}"), &[]).ok();
     mixtral_in(at, "build", &[]).ok();
     let short = mixtral_in(at, "run --max_output_len 24 --input_text", &["KING RICHARD III:\nWhat", "ROMEO:\n"]);
@@ -73,7 +73,7 @@ fn inspect_says_what_is_there() {
     }
 }
 
-/// Without a checkpoint: a geometry, dummy weights, token ids in and out.
+/// Without a checkpoint, a geometry is enough: weights are dummy ones, and prompts and outputs are token ids.
 #[test]
 fn dummy_weights_need_no_model() {
     let dir = tempfile::tempdir().unwrap();

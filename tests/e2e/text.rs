@@ -1,5 +1,5 @@
-//! Text around a run: prompts as people save them, words that end or may not come up, what is printed when, and the
-//! tokenizer's files on their way from the model.
+//! The text that goes into and comes out of a run: prompt files as people save them, stop words and bad words, what is
+//! printed when, and the tokenizer's files that the stages copy from the model.
 
 use std::fs;
 use std::path::Path;
@@ -59,7 +59,8 @@ fn prompt_files_are_read_as_people_save_them() {
         let length = u16::try_from(header.len()).unwrap().to_le_bytes();
         [b"\x93NUMPY\x01\x00".as_slice(), &length, header.as_bytes(), &bytes].concat()
     };
-    // Padded on either side: with the token that pads (here the one that ends a text), or with less than nothing.
+    // Rows are padded on the left or on the right, with the padding token (here it is also the end token) or with
+    // negative numbers.
     let rows = [2, 1, 9, 30, 1, 7, 2, -1];
     let columns = [2, 1, 1, 7, 9, 2, 30, -1];
     assert_eq!(
@@ -108,12 +109,12 @@ fn a_stream_prints_what_is_new_or_all_again() {
     };
     let whole = parts(&run("").ok());
     let new = parts(&run("--streaming --streaming-interval 6").ok());
-    // After 6, 12, 18 and 20 tokens.
+    // The four parts end after 6, 12, 18 and 20 tokens.
     assert_eq!((new.len(), new.concat()), (4, whole[0].clone()));
     let again = parts(&run("--streaming --streaming-interval 6 --streaming-whole").ok());
     assert_eq!(again.last(), whole.last());
     assert!(again.windows(2).all(|pair| pair[1].starts_with(&pair[0])), "{again:?}");
-    // An end id at once: a text that is empty, and not ids.
+    // If the first token is the end id, the output is an empty text, and not ids.
     let first = generated(at, "--max-output-len 1 --input-text ROMEO:", &[])[0].2[0];
     for flags in ["", "--streaming", "--streaming --streaming-whole"] {
         let printed = run(&format!("--end-id {first} {flags}")).ok();
@@ -166,7 +167,7 @@ fn the_model_says_how_its_sequences_end_in_whichever_file() {
         }),
         expected
     );
-    // The tokenizer's own end counts beside the generation's.
+    // Both the tokenizer's end token and that of the generation config end a sequence.
     assert_eq!(
         ended(&|model| {
             let tokenizer: Value = serde_json::from_slice(&fs::read(model.join("tokenizer.json")).unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! Running the binary.
+//! Runs the binary.
 
 use std::path::Path;
 use std::process::Command;
@@ -33,7 +33,7 @@ pub fn binary() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_mixtral"))
 }
 
-/// A temporary directory in memory, where there is one: for what writes much and waits for the disk each time.
+/// A temporary directory, in memory if possible: for tests that write much and would wait for the disk each time.
 pub fn fast_dir() -> TempDir {
     let memory = Path::new("/dev/shm");
     if memory.is_dir() { TempDir::new_in(memory) } else { TempDir::new() }.expect("a temporary directory")
@@ -44,7 +44,7 @@ pub fn mixtral_in(dir: &Path, line: &str, more: &[&str]) -> Said {
     mixtral_with(dir, &[], line, more)
 }
 
-/// The same with some environment variables set.
+/// The same, with some environment variables set.
 pub fn mixtral_with(dir: &Path, variables: &[(&str, &Path)], line: &str, more: &[&str]) -> Said {
     let output = Command::new(binary())
         .args(line.split_whitespace())
@@ -57,7 +57,7 @@ pub fn mixtral_with(dir: &Path, variables: &[(&str, &Path)], line: &str, more: &
     said(output)
 }
 
-/// Whether Open MPI's mpirun is there; says so once if not.
+/// Whether Open MPI's mpirun is installed. If not, it prints so once.
 pub fn has_mpirun() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
     *FOUND.get_or_init(|| {
@@ -72,7 +72,7 @@ pub fn has_mpirun() -> bool {
 /// Runs `mpirun -n RANKS mixtral` with the words of `line` in `dir`.
 pub fn mpirun_in(dir: &Path, ranks: usize, line: &str) -> Said {
     let output = Command::new("mpirun")
-        // More ranks than cores, and root in a container, are both fine here.
+        // Tests may run more ranks than there are cores, and as root in a container.
         .args(["--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-n", &ranks.to_string()])
         .arg(binary())
         .args(line.split_whitespace())
@@ -88,7 +88,7 @@ pub fn said(output: std::process::Output) -> Said {
     Said { out: text(output.stdout), err: text(output.stderr), code: output.status.code().unwrap_or(-1) }
 }
 
-/// An engine of the example model in a temporary directory, in `engine_outputs`; built with `build_flags`.
+/// An engine of the example model, built with `build_flags`, in `engine_outputs` of a temporary directory.
 pub fn example_engine(convert_flags: &str, build_flags: &str) -> TempDir {
     let dir = TempDir::new().expect("a temporary directory");
     let model = root().join("examples/tiny-mixtral");

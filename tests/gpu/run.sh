@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What only a GPU can show, on a machine that has one but neither Rust nor a network: `cargo xtask gpu` makes the folder
-# that this lies in. It needs bash, Python with torch, transformers, safetensors and numpy, NVRTC, and compute-sanitizer
-# where there is one.
+# The checks that need a GPU, for a machine that has one but neither Rust nor a network. `cargo xtask gpu` makes the folder
+# in which this script lies. The script needs bash, NVRTC, and Python with torch, transformers, safetensors and numpy. It
+# uses compute-sanitizer if there is one.
 #
 #     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), twin, load, peers
 #
@@ -10,10 +10,11 @@
 # sanitizer  memory errors and races of the kernels
 # bench      Mixtral 8x7B's shape: decode, prefill, ceilings
 # twin       Mixtral 8x7B's shape against transformers with the same dummy weights
-# load       how fast weights get onto the GPU, beside what its bus does; writes 25 GB, in memory where there is room
+# load       how fast weights get onto the GPU, and how fast its bus is; writes 25 GB, in memory if there is room
 # peers      transformers' own speed on this machine
 #
-# Logs go to $OUT (default ./out), at most one a section, and table.txt, which is printed last: a line a check.
+# Logs go to $OUT (default ./out), at most one for each section. The last thing printed is table.txt there, with one
+# line for each check.
 set -u
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 mkdir -p "${OUT:-out}"
@@ -25,19 +26,20 @@ engines=$here/engines
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 
-# Seconds that a section may take. The default ones are about six minutes together.
+# Seconds that a section may take. The default sections take about six minutes together.
 declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [twin]=150 [load]=150 [peers]=420)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
-# check NAME FIGURE COMMAND...: runs the command into the section's log. FIGURE reads what it printed, and says it shortly.
+# check NAME FIGURE COMMAND...: runs the command and appends its output to the section's log. FIGURE is a command that
+# reads the output and prints a short form of it.
 check() {
     local name=$1 figure=$2 begun=$SECONDS rc text verdict=FAIL
     shift 2
     printf '\n== %s: %s\n' "$name" "$*" >>"$log"
     text=$("$@" 2>&1 | tee -a "$log"; exit "${PIPESTATUS[0]}")
     rc=$?
-    # What compute-sanitizer says of a GPU that it cannot look into, such as a virtual machine's.
+    # compute-sanitizer prints this for a GPU that it cannot inspect, such as a virtual machine's.
     grep -q 'Device not supported' <<<"$text" && verdict=skip
     [ $rc = 0 ] && verdict=pass
     row "$name" $verdict "$($figure <<<"$text" | cut -c 1-220) ($((SECONDS - begun)) s)"
@@ -45,7 +47,8 @@ check() {
 
 last_line() { grep -v '^ *$' | tail -n 1; }
 
-# gpu_test NAME [UNDER...]: a test of the GPU test binary. It passes where there is no GPU, and says so; here that is a failure.
+# gpu_test NAME [UNDER...]: runs a test of the GPU test binary. Without a GPU the test passes and prints that it was
+# skipped; here that is a failure.
 gpu_test() {
     local rc
     "${@:2}" "$tests" --exact "$1" --nocapture --test-threads 1 2>&1 | tee "$scratch/said"
@@ -53,7 +56,7 @@ gpu_test() {
     ! grep -q ': skipped (' "$scratch/said" && return "$rc"
 }
 
-# Cases that passed; of errors, the largest by data type; else the verdict.
+# Prints the cases that passed, or the largest error of each data type, or else the verdict.
 gpu_figure() {
     awk '/ cases$/ { cases = cases (cases ? "; " : "") $0 }
         / NMSE / { type = $1; gsub(",", ""); for (i = 1; i < NF; i++) if ($i == "median" && $(i + 1) > e[type]) e[type] = $(i + 1) }
@@ -90,19 +93,19 @@ sanitizer() {
         row "compute-sanitizer" skip "neither on the path nor in a toolkit"
         return
     fi
-    # One data type: all operations, the tensor cores' kernels among them.
+    # One data type is enough: it has all operations, also in the tensor cores' kernels.
     export MIXTRAL_CASES=" bf16"
     check "memcheck: operations" sanitizer_figure gpu_test cases::all_cases_are_within_their_limits \
         compute-sanitizer --tool memcheck --error-exitcode 9
-    # Racecheck sees what threads write to shared memory. Of kernels that TMA writes for and wgmma reads from there it would
-    # report nothing, right or wrong.
+    # Racecheck sees only what threads write to shared memory. It would report nothing about kernels for which TMA
+    # writes there and wgmma reads, right or wrong.
     code=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     MIXTRAL_CODE=$code check "racecheck: operations, $code" sanitizer_figure gpu_test \
         cases::all_cases_are_within_their_limits compute-sanitizer --tool racecheck --error-exitcode 9
     row "racecheck: what TMA and wgmma work for" skip "linear/wgmma, attention/prefill_wgmma, attention/decode_tma"
 }
 
-# bench NAME ENGINE FLAGS...: a row a figure, and the JSON into $out/bench.json.
+# bench_engine NAME ENGINE FLAGS...: writes a row for each figure, and the JSON to $out/bench.json.
 bench_engine() {
     local name=$1 engine=$2
     shift 2

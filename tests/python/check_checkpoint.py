@@ -4,10 +4,10 @@
     check_checkpoint.py HF_DIR CHECKPOINT_DIR...
     check_checkpoint.py --self-test
 
-HF_DIR has transformers' per-expert names, and each checkpoint was converted from it with `--dtype auto`. Written from
-the description of the format, and shares no code with the converter. For each rank: the file's tensor names, shapes
-and data types are exactly the expected ones. Over the ranks: every element of every Hugging Face tensor is there with
-its bits, copies agree, and padding is zero.
+HF_DIR has transformers' per-expert names, and each checkpoint was converted from it with `--dtype auto`. This reader was
+written from the description of the format and shares no code with the converter. It checks that each rank's file has
+exactly the expected tensor names, shapes and data types. Over all ranks it checks that every element of every Hugging
+Face tensor is there with its bits, that copies agree, and that padding is zero.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from common import MistralConfig, MixtralConfig, random_model, read_tensors, sav
 
 
 class Miss(Exception):
-    """A checkpoint that is not what its source says."""
+    """Raised for a checkpoint that does not agree with its source."""
 
 
 def expect(condition, message):
@@ -32,13 +32,13 @@ def expect(condition, message):
 
 
 def even(count, parts, index):
-    """The index-th of `parts` ranges over `count`, as even as they go, the earlier ones taking the remainder."""
+    """The index-th of `parts` ranges over `count`. They are as even as possible; earlier ranges take the remainder."""
     start = sum((count - p + parts - 1) // parts for p in range(index))
     return slice(start, start + (count - index + parts - 1) // parts)
 
 
 class Geometry:
-    """What config.json of a Hugging Face directory says, defaults filled in, old and new spellings."""
+    """The config.json of a Hugging Face directory, in the old or the new spelling, with defaults filled in."""
 
     def __init__(self, directory):
         self.raw = raw = json.loads((Path(directory) / "config.json").read_text())
@@ -62,7 +62,7 @@ class Geometry:
 
 
 class Layout:
-    """How config.json of a checkpoint deals the model out."""
+    """How a checkpoint's config.json spreads the model over the ranks."""
 
     def __init__(self, config):
         mapping = config["mapping"]
@@ -162,12 +162,12 @@ def check_config(geometry, config):
 
 
 def bits(tensor):
-    """The tensor as integers, so that equal means equal bits and not equal values."""
+    """The tensor as integers, so that comparing compares bits and not values."""
     return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
 
 
 def check_checkpoint(hf_dir, checkpoint_dir):
-    """Raises `Miss` at the first thing that is not as it should be; returns how many tensors the ranks hold."""
+    """Raises `Miss` at the first difference. Returns how many tensors the ranks hold."""
     geometry, source = Geometry(hf_dir), read_tensors(hf_dir)
     if "lm_head.weight" not in source:
         expect(geometry.raw.get("tie_word_embeddings"), "the source has no lm_head and is not tied")
@@ -196,7 +196,7 @@ def check_checkpoint(hf_dir, checkpoint_dir):
             for hf, there, here in parts:
                 part = tensor[here]
                 if is_router:
-                    # Every bf16 or f16 value is an f32 value: back and forth must change nothing.
+                    # Every bf16 or f16 value is an f32 value too, so conversion to f32 and back must change nothing.
                     part = part.to(dtype)
                     expect(torch.equal(bits(part.float()), bits(tensor[here])), f"{where}: not the source's values")
                 seen = covered[hf][there]
@@ -214,7 +214,7 @@ def check_checkpoint(hf_dir, checkpoint_dir):
 
 
 def write_checkpoint(hf_dir, out_dir, mapping, **options):
-    """A converter for the self-test: cuts by concatenating chunks, where the checker above assigns slices."""
+    """A converter for the self-test. It cuts tensors in another way than the checker above: by chunks, not by slices."""
     g, source = Geometry(hf_dir), read_tensors(hf_dir)
     source.setdefault("lm_head.weight", source["model.embed_tokens.weight"])
     tp, pp, moe_tp, moe_ep = (mapping[key] for key in ("tp_size", "pp_size", "moe_tp_size", "moe_ep_size"))
@@ -271,8 +271,8 @@ def write_checkpoint(hf_dir, out_dir, mapping, **options):
     (Path(out_dir) / "config.json").write_text(json.dumps(config))
 
 
-# (tp, pp, moe_tp, moe_ep, options): every kind of split, KV replication (tp 4 and 8 over 2 KV heads), uneven stages and
-# experts (5 layers over 2 and 3, 6 experts over 4), padding (97 tokens).
+# (tp, pp, moe_tp, moe_ep, options). They have every kind of split, KV replication (tp 4 and 8 over 2 KV heads), uneven
+# stages and experts (5 layers over 2 and 3, 6 experts over 4), and padding (97 tokens).
 LAYOUTS = [
     (1, 1, 1, 1, {}),
     (2, 1, 2, 1, {}),
@@ -287,7 +287,7 @@ LAYOUTS = [
 
 
 def layout_models():
-    """The models that every layout is tried on. Positions are Mixtral's, which a consolidated source does not name."""
+    """The models for all layouts. Their number of positions is Mixtral's, since a consolidated source does not name it."""
     shape = dict(
         vocab_size=97, hidden_size=48, intermediate_size=40, num_hidden_layers=5, num_attention_heads=8,
         num_key_value_heads=2, head_dim=10, max_position_embeddings=32768, sliding_window=None,

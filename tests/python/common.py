@@ -1,4 +1,4 @@
-"""What the checks against transformers share: random models, reference logits, source layouts, running the tool."""
+"""Shared by the checks against transformers: random models, reference logits, source layouts, running the tool."""
 
 import json
 import math
@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may use a network
 
 import numpy as np
 import torch
@@ -23,18 +23,19 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def random_model(config, seed):
-    """A model with weights large enough that attention, routing and logits all have something to say."""
+    """A model whose weights are so large that attention, routing and logits all have an effect."""
     model = (MixtralForCausalLM if config.model_type == "mixtral" else MistralForCausalLM)(config).eval()
     generator = torch.Generator().manual_seed(seed)
-    # Standard deviations, times the square root of the input's width. Sharp routers make near-ties rare. Blocks that
-    # add to the residual in moderation keep it from amplifying f32 rounding: transformers' own code paths differ by
-    # about 1e-6 of the largest logit at most, a tenth of what parity allows.
+    # Standard deviations, times the square root of the input's width. Large router weights make near-ties rare. Blocks
+    # whose outputs are small beside the residual do not amplify f32 rounding: transformers' own code paths then differ
+    # by about 1e-6 of the largest logit at most, a tenth of what parity allows.
     gains = {"gate.weight": 3.0, "o_proj.weight": 0.5, "down_proj": 0.5, "down_proj.weight": 0.5, "lm_head.weight": 2.0}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if name == "model.norm.weight" and config.tie_word_embeddings:
-                # Of either sign: else a tied lm_head, the embedding itself, says the last token again and again.
+                # Weights of either sign: else a tied lm_head, which is the embedding itself, predicts the last token
+                # again and again.
                 parameter.copy_(noise * 2 / math.sqrt(len(noise)))
             elif "norm" in name:
                 parameter.copy_(1 + 0.2 * noise)
@@ -54,7 +55,7 @@ def save_model(model, directory, dtype):
 
 
 def load_model(directory, dtype, attention="eager", experts="eager"):
-    """transformers' own reading of a directory, its arithmetic in `dtype`; by default its plainest code."""
+    """The model of a directory, read by transformers, with arithmetic in `dtype`. By default its plainest code."""
     kind = json.loads((Path(directory) / "config.json").read_text())["model_type"]
     options = {"experts_implementation": experts} if kind == "mixtral" else {}
     cls = MixtralForCausalLM if kind == "mixtral" else MistralForCausalLM
@@ -66,9 +67,9 @@ def load_model(directory, dtype, attention="eager", experts="eager"):
 def correct_inv_freq(model):
     """Sets the rotary frequencies to their correctly rounded f32 values.
 
-    They are 1 / theta^(2i/d), the power rounded to f32. torch's vectorized power is within one unit in the last place of
-    that, and for a few (theta, d), such as 1e6 and 14, it is one off. At position 300 that unit is 2e-5 of an angle, as
-    much as the whole limit on logits, so the reference takes the exact value. It may differ by that unit alone.
+    They are 1 / theta^(2i/d), with the power rounded to f32. torch's vectorized power may be off by one unit in the last
+    place, and for a few (theta, d), such as 1e6 and 14, it is. At position 300 that unit is 2e-5 of an angle, which uses up
+    the whole limit on logits. So the reference takes the exact value. The two values may not differ by more than that unit.
     """
     rotary, config = model.model.rotary_emb, model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -93,7 +94,7 @@ def forward(model, ids):
 
 
 def run_tool(binary, *args):
-    """Runs the tool; a failure prints what it said and ends the check."""
+    """Runs the tool. If it fails, prints its output and ends the check."""
     command = [str(binary), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -112,10 +113,10 @@ def read_tensors(directory):
 
 
 def write_tensors(tensors, directory, stem="model", shards=1):
-    """`stem`.safetensors, or that many shards and an index of them."""
+    """Writes `stem`.safetensors, or `shards` files and an index of them."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    # Clones: safetensors refuses views, and a file of its own order is a better test than a sorted one.
+    # Clones the tensors, since safetensors refuses views.
     tensors = {name: tensors[name].clone().contiguous() for name in sorted(tensors)}
     if shards == 1:
         save_file(tensors, directory / f"{stem}.safetensors", metadata={"format": "pt"})
@@ -132,7 +133,7 @@ def write_tensors(tensors, directory, stem="model", shards=1):
 
 
 def to_fused(tensors, config):
-    """The names of transformers 5: experts fused, gate rows before up rows."""
+    """The tensors as transformers 5 names them: experts fused, gate rows before up rows."""
     fused = {name.replace(".block_sparse_moe.gate.", ".mlp.gate."): tensor
              for name, tensor in tensors.items() if ".experts." not in name}
     for layer in range(config.num_hidden_layers):
@@ -145,7 +146,7 @@ def to_fused(tensors, config):
 
 
 def to_stacked(consolidated, config):
-    """Mistral's older spelling, that of 8x7B: an MLP's experts below each other in one matrix, w2 transposed."""
+    """Mistral's older layout, that of 8x7B: an MLP's experts below each other in one matrix, w2 transposed."""
     stacked = {name.replace(".feed_forward.", ".block_sparse_moe."): tensor
                for name, tensor in consolidated.items() if ".experts." not in name}
     for layer in range(config.num_hidden_layers):
@@ -159,8 +160,8 @@ def to_stacked(consolidated, config):
 def to_consolidated(tensors, config):
     """(tensors, params.json) as Mistral publishes them.
 
-    Its rotary embedding turns neighbouring elements (0,1), (2,3) … of a head where Hugging Face's turns (0, d/2),
-    (1, d/2 + 1) …, so the rows of q and k are interleaved within each head.
+    Mistral's rotary embedding turns neighbouring elements of a head: (0,1), (2,3) …. Hugging Face's turns (0, d/2),
+    (1, d/2 + 1) …. So the rows of q and k are interleaved within each head.
     """
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     renamed = {

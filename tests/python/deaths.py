@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Ranks that die or stop in mid-generation, and what becomes of the others.
+"""Kills or stops a rank in mid-generation, and checks what the other ranks do.
 
     deaths.py --mixtral PATH [--kills 20] [--stops 20] [--mpirun 20] [--seed N]
 
-Starts three ranks as processes (RANK and WORLD_SIZE) on an engine of dummy weights that is busy for long, and while they
-generate kills (-9) or stops (-STOP) one of them, drawn at random. Every survivor must end with exit code 1 within 10 s of a
-kill and 60 s of a stop, naming the rank, and nothing may be left behind. Under mpirun, whose job a kill ends, the job must be
-over with a code that is not 0 within 10 s. Prints the longest wait; exits 1 on a miss.
+Starts three ranks as processes (RANK and WORLD_SIZE) on an engine with dummy weights that generates for long. While they
+generate, it kills (-9) or stops (-STOP) one of them, drawn at random. Every survivor must name the rank and end with exit
+code 1, within 10 s of a kill and 60 s of a stop, and nothing may be left behind. mpirun ends a job if one of its ranks is
+killed: the job must end within 10 s with a code other than 0. Prints the longest wait; exits 1 on a miss.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def prepare(binary, directory):
 
 
 def one(binary, directory, how, rank, delay, job):
-    """(seconds the slowest survivor took, problems) of one run in which `rank` gets the signal `how` after `delay`."""
+    """One run in which `rank` gets the signal `how` after `delay`. Returns (seconds of the slowest survivor, problems)."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}
     environment.update(WORLD_SIZE=str(RANKS), MASTER_PORT=str(job), MASTER_ADDR="127.0.0.1", TMPDIR=str(directory / "tmp"),
                        MIXTRAL_SECRET="deaths")
@@ -44,7 +44,7 @@ def one(binary, directory, how, rank, delay, job):
     processes = [subprocess.Popen(command, cwd=directory, env=environment | {"RANK": str(r)}, text=True,
                                   stdout=subprocess.DEVNULL if r else subprocess.PIPE, stderr=subprocess.PIPE)
                  for r in range(RANKS)]
-    # Rank 0 prints when tokens come: they are generating.
+    # Rank 0 prints when tokens come, so after its first line the ranks are generating.
     processes[0].stdout.readline()
     time.sleep(delay)
     os.kill(processes[rank].pid, how)
@@ -53,7 +53,7 @@ def one(binary, directory, how, rank, delay, job):
     problems, waited = [], 0.0
     for survivor in (r for r in range(RANKS) if r != rank):
         try:
-            # communicate() reads on, so that nobody waits for a full pipe.
+            # communicate() reads the output, so that no process waits on a full pipe.
             _, said = processes[survivor].communicate(timeout=max(0.1, limit - (time.monotonic() - start)))
         except subprocess.TimeoutExpired:
             problems.append(f"rank {survivor} is still there {limit} s after rank {rank} got {how.name}")
@@ -70,7 +70,7 @@ def one(binary, directory, how, rank, delay, job):
 
 
 def one_of_mpirun(binary, directory, rank, delay):
-    """The same for a job of mpirun's, killed in one of its processes."""
+    """The same for a job of mpirun, in which one process is killed."""
     command = ["mpirun", "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-n", str(RANKS), binary, "run",
                "--input_file", "ids.csv", "--max_output_len", "4000", "--end_id", "-1", "--streaming"]
     job = subprocess.Popen(command, cwd=directory, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -109,7 +109,7 @@ def main():
         (directory / "tmp").mkdir()
         binary = str(args.mixtral.resolve())
         prepare(binary, directory)
-        # A stopped job waits more than it works, so several can wait at a time.
+        # A job with a stopped rank mostly waits, so several jobs can run at a time.
         for how, count, at_once in (signal.SIGKILL, args.kills, 1), (signal.SIGSTOP, args.stops, 5):
             draws = [(rng.randrange(RANKS), rng.uniform(0, 1), 29600 + i) for i in range(count)]
             with concurrent.futures.ThreadPoolExecutor(at_once) as pool:

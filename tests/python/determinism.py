@@ -3,8 +3,8 @@
 
     determinism.py --mixtral PATH --engine DIR [--backend cuda]
 
-Runs the engine on some prompts of random ids, on the same ones again, and on one of them alone, and compares the logits
-of the generated tokens.
+Runs the engine on some prompts of random ids, then on the same prompts again, then on one of them alone. Compares the
+logits of the generated tokens.
 """
 
 import argparse
@@ -22,7 +22,7 @@ OUTPUT = 16
 
 
 def logits(args, prompts, directory):
-    """f32 [prompts, OUTPUT, vocabulary]."""
+    """The logits of the generated tokens: f32 [prompts, OUTPUT, vocabulary]."""
     ids, out = directory / "ids.csv", directory / "logits"
     ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in prompts))
     command = [args.mixtral, "run", "--engine_dir", args.engine, "--backend", args.backend, "--input_file", ids,
@@ -34,7 +34,7 @@ def logits(args, prompts, directory):
 
 
 def different(a, b):
-    """How many of two arrays' elements differ in a bit."""
+    """How many elements of two arrays differ in their bits."""
     return int((a.view(np.uint32) != b.view(np.uint32)).sum())
 
 

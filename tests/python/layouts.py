@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The three source layouts of one model give byte-identical checkpoints, and those are right.
+"""Checks that the three source layouts of one model give byte-identical checkpoints, and that those are right.
 
     layouts.py --mixtral PATH
     layouts.py --self-test
@@ -7,7 +7,7 @@
 Small random models are written as transformers 4 named them, as transformers 5 fuses them and as Mistral publishes
 them, each as one file and as shards with an index. Every source is converted with `--dtype auto` to every layout of
 `check_checkpoint.LAYOUTS`. The directories must agree byte for byte (tokenizer files aside), and the checkpoint of
-the first source passes check_checkpoint.
+the first source must pass check_checkpoint.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def old_config(directory):
 
 
 def write_sources(model, config, dtype, root):
-    """{what: directory} of the model in every layout; the first one has transformers' per-expert names."""
+    """Writes the model in every layout: {what: directory}. The first has transformers' per-expert names."""
     first = root / "v4"
     save_model(model, first, dtype)
     tensors, sources = read_tensors(first), {"v4, one file": first}
@@ -51,7 +51,7 @@ def write_sources(model, config, dtype, root):
         new = {"config.json": json.loads((first / "config.json").read_text())}
         add("v5 fused, one file", to_fused(tensors, config), "model", 1, new)
         add("v5 fused, 2 shards", to_fused(tensors, config), "model", 2, new)
-    if not config.tie_word_embeddings:  # Mistral's own files have no tied embeddings
+    if not config.tie_word_embeddings:  # Mistral's own files never have tied embeddings
         consolidated, params = to_consolidated(tensors, config)
         add("consolidated, one file", consolidated, "consolidated", 1, {"params.json": params})
         add("consolidated, 2 shards", consolidated, "consolidated", 2, {"params.json": params})
@@ -61,8 +61,8 @@ def write_sources(model, config, dtype, root):
 
 
 def contents(directory):
-    """{name: bytes} of the files that make a checkpoint. Tokenizer files are the source's own, so config.json is compared
-    without what follows from them: their hashes, and its own."""
+    """{name: bytes} of the files of a checkpoint. Tokenizer files differ between the sources, so config.json is compared
+    without their hashes and without its own hash."""
     found = {path.name: path.read_bytes() for path in Path(directory).iterdir() if path.suffix == ".safetensors"}
     config = json.loads((Path(directory) / "config.json").read_text())
     del config["mixtral"]["files"], config["mixtral"]["seal"]
@@ -104,21 +104,21 @@ def check_layouts(binary):
 
 
 def rotate_neighbours(x, theta):
-    """Mistral's rotary embedding: elements (0,1), (2,3) … of [positions, heads, head_dim] as complex numbers."""
+    """Mistral's rotary embedding: elements (0,1), (2,3) … of [positions, heads, head_dim] are complex numbers."""
     angles = torch.outer(torch.arange(len(x)), theta ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1]))
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angles), angles)[:, None]
     return torch.view_as_real(turned).flatten(-2)
 
 
 def rotate_halves(x, theta):
-    """Hugging Face's: element i with element i + head_dim / 2."""
+    """Hugging Face's rotary embedding: element i pairs with element i + head_dim / 2."""
     angles = torch.outer(torch.arange(len(x)), theta ** (-torch.arange(0, x.shape[-1], 2) / x.shape[-1]))[:, None]
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
 
 
 def self_test():
-    """The sources themselves are right: transformers reads them alike, and consolidated q and k score alike."""
+    """Checks the sources: transformers reads all alike, and q and k of the consolidated one give the same scores."""
     for model, (config, dtype) in layout_models().items():
         with tempfile.TemporaryDirectory(prefix="layouts-") as scratch:
             original = random_model(config, 11)

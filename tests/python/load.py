@@ -3,10 +3,10 @@
 
     load.py --mixtral PATH [--layers N] [--backend cuda]
 
-A model of Mixtral 8x7B's shape with N layers in bf16 (4 are 12 GB) is written as Hugging Face would, converted and built, in
-/dev/shm where that has room. `mixtral bench` says what loading took; so it does of an engine of the same shape with dummy
-weights, which are made on the device: the difference is what the weights took. Beside that stands the rate of copies from pinned
-memory, by torch.
+Writes a model of Mixtral 8x7B's shape with N layers in bf16 (4 layers are 12 GB) as Hugging Face would, converts and builds
+it, in /dev/shm if that has room. `mixtral bench` prints how long loading took. An engine of the same shape with dummy
+weights, which are made on the device, is loaded too: the difference is the time of the weights. For comparison, torch
+measures the rate of copies from pinned memory.
 """
 
 import argparse
@@ -26,12 +26,12 @@ GEOMETRY = {
     "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-5, "rope_theta": 1e6, "sliding_window": None, "tie_word_embeddings": False,
 }
-# Loads of each engine: the best counts, since whatever else the machine does only ever slows one down.
+# Loads of each engine. The best one counts, since other work on the machine can only slow a load down.
 ROUNDS = 3
 
 
 def layer_shapes():
-    """Names within a layer, and shapes."""
+    """The names and shapes of a layer's tensors."""
     hidden, inner = GEOMETRY["hidden_size"], GEOMETRY["intermediate_size"]
     kv = hidden // GEOMETRY["num_attention_heads"] * GEOMETRY["num_key_value_heads"]
     shapes = {f"self_attn.{part}_proj.weight": (rows, hidden)
@@ -45,7 +45,7 @@ def layer_shapes():
 
 
 def write_model(directory, layers, device):
-    """The model; all layers have the same weights, which are drawn once."""
+    """Writes the model. All layers have the same weights, which are drawn once."""
     draw = lambda shape: torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(0.02).cpu()
     layer = {name: draw(shape) for name, shape in layer_shapes().items()}
     table = (GEOMETRY["vocab_size"], GEOMETRY["hidden_size"])
@@ -77,7 +77,7 @@ def pinned_rate():
 
 
 def load_seconds(args, engine):
-    """The best of some loads."""
+    """The seconds of the best of some loads."""
     seconds = []
     for _ in range(ROUNDS):
         said = run_tool(args.mixtral, "bench", "--engine-dir", engine, "--backend", args.backend, "--quick", "--json",
@@ -110,7 +110,7 @@ def main():
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cuda")
     args = parser.parse_args()
-    # 2.9 GB a layer and 0.5 GB beside; the model and its checkpoint at the same time.
+    # 2.9 GB for each layer and 0.5 GB for the rest, twice: the model and its checkpoint exist at the same time.
     needed = 2 * (args.layers * 3_000_000_000 + 600_000_000)
     memory = Path("/dev/shm")
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > needed

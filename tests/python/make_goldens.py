@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes tests/goldens: tiny models and what transformers says of them, for tests that run without Python.
+"""Writes tests/goldens: tiny models and the outputs of transformers for them, for tests that run without Python.
 
-    make_goldens.py            # writes them anew
-    make_goldens.py --check    # transformers still says of the committed weights what is committed
+    make_goldens.py            # writes them again
+    make_goldens.py --check    # checks that transformers still gives the committed outputs for the committed weights
 
 The format is described in tests/goldens/README.md.
 """
@@ -23,12 +23,13 @@ from layouts import old_config
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 PROMPT_LENGTHS = [1, 6, 40]
 NEW_TOKENS = 8
-# Every choice is this clear, relative to the largest logit or in router logits: no right implementation can differ.
+# The smallest distance of any choice from the next best, relative to the largest logit or in router logits. With it, no
+# right implementation can choose differently.
 CLEAR = 1e-3
 
 
 def models():
-    """{name: config}: between them grouped and ungrouped heads, every kind of routing, windows, tied and dense."""
+    """{name: config}. Together they have grouped and ungrouped heads, every kind of routing, windows, tied and dense."""
     common = dict(max_position_embeddings=64, bos_token_id=1, eos_token_id=2, rms_norm_eps=1e-5, sliding_window=None)
     rope = lambda theta: {"rope_type": "default", "rope_theta": theta}
     return {
@@ -50,7 +51,7 @@ def models():
 
 
 def continue_greedily(model, prompt):
-    """(logits of the prompt and of all new tokens but the last, new tokens, the closest choice on the way)."""
+    """(logits of the prompt and of all new tokens but the last, new tokens, the distance of the closest choice)."""
     ids, tokens = list(prompt), []
     for _ in range(NEW_TOKENS):
         logits, routers = forward(model, ids)
@@ -65,7 +66,7 @@ def continue_greedily(model, prompt):
 
 
 def expectations(model, prompts):
-    """What expected.safetensors holds, and the closest choice over all prompts."""
+    """The tensors of expected.safetensors, and the distance of the closest choice of all prompts."""
     tensors, clearest = {}, np.inf
     for number, prompt in enumerate(prompts):
         logits, tokens, clear = continue_greedily(model, prompt)
@@ -90,7 +91,7 @@ def write():
             sys.exit(f"{name}: no seed gives clear choices")
         save_file(tensors, directory / "expected.safetensors")
         (directory / "generation_config.json").unlink()
-        if name == "grouped":  # one of them in the spelling of transformers 4
+        if name == "grouped":  # one model has a config.json as transformers 4 wrote it
             (directory / "config.json").write_text(json.dumps(old_config(directory), indent=2) + "\n")
         size = sum(path.stat().st_size for path in directory.iterdir())
         print(f"{name}: seed {seed}, closest choice {clear:.1e}, {size} bytes")

@@ -1,21 +1,21 @@
 #!/usr/bin/env python3
-"""Live parity with transformers: fresh random models through convert, build and run, held against transformers.
+"""Live parity with transformers: new random models go through convert, build and run, and transformers checks the results.
 
     parity.py --mixtral PATH [--backend cuda] [--models 24] [--seed N] [--example DIR] [--jobs N]
     parity.py --self-test
 
-With `--backend cuda` the engines are those of the GPU: one with the kernels that are selected for it, one with the portable
-ones, and the f32 ones on the CPU too; half of the models have sizes that tensor cores take. `--example` adds a trained
-model, in every data type, with prompts of its own making.
+With `--backend cuda` there are two engines for the GPU, one with the kernels selected for it and one with the portable
+kernels. f32 engines run on the CPU too. Half of the models have sizes that tensor cores take. `--example` adds a trained
+model in every data type, with prompts that it has written itself.
 
 The limits:
-- f32: every logit within 1e-5 of the largest of the reference's at its position, and greedy tokens equal, up to a
-  prompt's first near-tie: the reference's top two logits within 1e-5 of the largest where a token is chosen, or in any
-  layer the k-th and k+1-th router logits within 1e-5. From there on two right answers may differ, so the comparison of
-  that prompt stops. Stops are counted, and are under 2 % of the prompts.
-- 16 bit: the reference is transformers in f32 on the same 16-bit weights, e = |x - ref| / |ref| at each prompt
-  position. Over all positions of a data type our median e is at most 1.1 times, our 90th percentile at most 1.5 times
-  that of transformers' own eager code at that data type. Tokens are not compared.
+- f32: every logit differs by at most 1e-5 of the reference's largest at its position, and greedy tokens are equal. This
+  holds up to a prompt's first near-tie: where a token is chosen and the reference's top two logits are within 1e-5 of the
+  largest, or where in any layer the k-th and k+1-th router logits are within 1e-5. From there on two right answers may
+  differ, so the comparison of that prompt stops. Such stops must be under 2 % of the prompts.
+- 16 bit: the reference is transformers in f32 on the same 16-bit weights, and e = |x - ref| / |ref| at each prompt
+  position. Over all positions of a data type, our median of e is at most 1.1 times that of transformers' own eager code
+  at that data type, and our 90th percentile at most 1.5 times. Tokens are not compared.
 """
 
 import argparse
@@ -64,7 +64,7 @@ class Case:
 
 @dataclass
 class Output:
-    """What an implementation says: logits f32 [prompts, positions, vocabulary], NaN where there are none."""
+    """An implementation's outputs: logits f32 [prompts, positions, vocabulary], NaN where there are none."""
     context: np.ndarray
     generation: np.ndarray
     tokens: list
@@ -83,7 +83,7 @@ class Verdict:
 
 @dataclass
 class Total:
-    """Of all f32 models; `as_cpu` counts prompts with all of the CPU backend's tokens, beyond near-ties too."""
+    """Counts over all f32 models. `as_cpu` counts prompts whose tokens are all the CPU backend's, also after near-ties."""
     prompts: int = 0
     stops: int = 0
     as_cpu: int = 0
@@ -91,9 +91,9 @@ class Total:
 
 
 def draw_cases(count, seed, tensor_cores=False):
-    """Models that between them take every value of every list below, each in its own shuffled order.
+    """Models that together take every value of every list below. Each list is shuffled on its own.
 
-    With `tensor_cores`, every second model of each data type has sizes that those take.
+    With `tensor_cores`, every second model of each data type has sizes that tensor cores take.
     """
     rng = random.Random(seed)
 
@@ -105,7 +105,7 @@ def draw_cases(count, seed, tensor_cores=False):
     layers, groups, top_ks = deck([1, 2, 3, 4, 5]), deck([1, 2, 3, 4, 6]), deck([1, 2, 3, 4])
     experts, tied, windows = deck([2, 16, 8, 3, 4, 12, 5, 7]), deck([False, True]), deck([False, True])
     thetas, dtypes = deck([1e4, 1e6]), deck(["float32", "bfloat16", "float32", "float16"])
-    # A token cannot go to more experts than there are: deal the large top-k to the models of many experts.
+    # A token cannot go to more experts than there are, so models with many experts get the large top-k.
     experts.sort()
     order = sorted(range(count), key=lambda i: (min(top_ks[i], 2), rng.random()))
     experts = [e for _, e in sorted(zip(order, experts))]
@@ -129,7 +129,7 @@ def draw_cases(count, seed, tensor_cores=False):
         )
         lengths = [1, 2, MAX_PROMPT, rng.randint(200, MAX_PROMPT)]
         lengths += [window, window + 1, window + 2] if window else [64, 65, 128]
-        # Near-ties come with tokens, their limit is a share of prompts: most prompts are short.
+        # Longer prompts have more near-ties, and the limit counts prompts with a near-tie. So most prompts are short.
         lengths += [int(np.exp(rng.uniform(0, np.log(40)))) for _ in range(17)]
         if dtypes[i] != "float32":
             lengths = lengths[:10]
@@ -158,7 +158,7 @@ def check_coverage(cases):
 
 
 def example_cases(binary, directory):
-    """The model of a directory in every data type. Its prompts are what it says itself, as far as it was trained."""
+    """The model of a directory in every data type. The model writes its prompts itself, as long as it was trained for."""
     config = MixtralConfig.from_pretrained(directory)
     lengths = [1, 2, 17, 64, 65, 100, 128, 200, MAX_PROMPT - 1, MAX_PROMPT]
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
@@ -173,7 +173,7 @@ def example_cases(binary, directory):
 
 
 def by_tool(binary, backend, case, directory):
-    """convert, build and run `case`, whose model is in directory/hf: {what ran: what it said}."""
+    """Converts, builds and runs `case`, whose model is in directory/hf: {what ran: its Output}."""
     checkpoint, engine = directory / "checkpoint", directory / "engine"
     ids, csv, logits = directory / "ids.csv", directory / "out.csv", directory / "logits"
     ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in case.prompts))
@@ -213,7 +213,7 @@ def near_ties(case, ids, logits, router_logits):
 
 
 def check_shapes(case, output, verdict):
-    """Shapes, and NaN exactly in the rows of positions that a prompt does not have."""
+    """Checks shapes, and that exactly the rows of positions that a prompt does not have are NaN."""
     vocab, count = case.config.vocab_size, len(case.prompts)
     context = (count, max(map(len, case.prompts)), vocab)
     generation = (count, MAX_OUTPUT, vocab)
@@ -232,7 +232,7 @@ def check_shapes(case, output, verdict):
 
 
 def compare_f32(case, output, reference):
-    """Teacher-forced over the prompt and the tokens that we chose, so that one forward pass checks every choice."""
+    """The reference reads the prompt and the tokens that we chose, so one forward pass checks every choice."""
     verdict = Verdict()
     if not check_shapes(case, output, verdict):
         return verdict
@@ -241,7 +241,7 @@ def compare_f32(case, output, reference):
         ids = prompt + tokens[:-1]
         expected, router_logits = forward(reference, ids)
         router_tie, logit_tie = near_ties(case, ids, expected, router_logits)
-        # The last context row and the first generation row are the same position: both are compared.
+        # The last context row and the first generation row are of the same position. Both are compared.
         positions = np.concatenate([np.arange(n), np.arange(n - 1, len(ids))])
         found = np.concatenate([output.context[number, :n], output.generation[number]])
         compared = positions < router_tie
@@ -280,7 +280,7 @@ def compare_16bit(case, output, reference, eager):
 
 
 def check_case(implementation, case):
-    """{what ran: Verdict}, and in how many prompts each f32 one gave all of the CPU's tokens."""
+    """{what ran: Verdict}, and for each f32 one in how many prompts it gave all of the CPU's tokens."""
     with tempfile.TemporaryDirectory(prefix="parity-") as scratch:
         directory = Path(scratch)
         model = load_model(case.directory, "float32") if case.directory else random_model(case.config, case.seed)
@@ -299,11 +299,11 @@ def check_case(implementation, case):
 
 
 def check(cases, implementation, quiet=False, jobs=1):
-    """Runs every case; (list of misses, summary)."""
+    """Runs every case. Returns (list of misses, summary)."""
     say = (lambda *_: None) if quiet else (lambda *words: print(*words, flush=True))
     misses, figures, totals, spreads = [], {}, {}, {}
     if jobs > 1:
-        # Forked: every process has transformers already.
+        # The processes are forked, so that transformers is loaded already.
         pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("fork"))
         found = pool.map(functools.partial(check_case, implementation), cases)
     else:
@@ -353,7 +353,7 @@ def spread(ours, eager):
 
 
 def stand_in(edit_config=None, edit_output=None, edit_weights=None):
-    """transformers' other code paths (sdpa, grouped experts) in the tool's place, with a planted error if any."""
+    """transformers' other code paths (sdpa, grouped experts) take the tool's place, with a planted error if one is given."""
     def run(case, directory):
         model = load_model(directory / "hf", case.dtype, attention="sdpa", experts="batched_mm")
         if edit_config:
@@ -372,7 +372,7 @@ def stand_in(edit_config=None, edit_output=None, edit_weights=None):
         for number, prompt in enumerate(case.prompts):
             ids = list(prompt)
             output.context[number, : len(prompt)] = forward(model, prompt)[0]
-            for step in range(MAX_OUTPUT if case.dtype == "float32" else 0):  # at 16 bit nobody looks
+            for step in range(MAX_OUTPUT if case.dtype == "float32" else 0):  # at 16 bit they are not compared
                 output.generation[number, step] = forward(model, ids)[0][-1]
                 ids.append(int(output.generation[number, step].argmax()))
             output.tokens.append(ids[len(prompt):] or [0] * MAX_OUTPUT)
@@ -383,7 +383,7 @@ def stand_in(edit_config=None, edit_output=None, edit_weights=None):
 
 
 def self_test(seed):
-    """The stand-in passes, and every planted error is caught."""
+    """Checks that the stand-in passes, and that every planted error is caught."""
     cases = draw_cases(24, seed)
     check_coverage(cases)
     print(f"self-test, seed {seed}: transformers in the tool's place")
@@ -396,7 +396,7 @@ def self_test(seed):
         row[0] += 2e-5 * np.abs(row).max()
 
     def wrong_token(case, output):
-        # The last one: no later logits depend on it, so only the comparison of tokens can see it.
+        # Changes the last token. No later logits depend on it, so only the comparison of tokens can find it.
         output.tokens[0][-1] = (output.tokens[0][-1] + 1) % case.config.vocab_size
 
     def extra_row(case, output):

@@ -1,8 +1,8 @@
-"""Ids and texts are those of mistral-common and transformers.
+"""Checks that ids and texts are those of mistral-common and transformers.
 
-Mistral's own files (SentencePiece models, tekken.json) stand alone beside a tiny random model: the prompts' ids must be
-mistral-common's. transformers' form of the same tokenizers must give transformers' ids, and for random ids its text. New
-texts each time; the seed is printed, and draws the same ones again."""
+With Mistral's own files alone (SentencePiece models, tekken.json), the prompts' ids must be mistral-common's. With
+transformers' form of the same tokenizers they must be transformers' ids, and random ids must give its text. The engine is
+a tiny random model. Texts are new each time; the seed is printed, and the same seed draws the same texts."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from transformers import AutoTokenizer, MistralConfig
 
 DATA = Path(mistral_common.__file__).parent / "data"
-FILES = {  # the name in Mistral's release: the file, the model's rows
+FILES = {  # the name in Mistral's release: (the file, the rows of the model's embedding)
     "tokenizer.model": ("tokenizer.model.v1", 32000),
     "tokenizer.model.v3": ("mistral_instruct_tokenizer_240323.model.v3", 32768),
     "tokenizer.model.v7": ("mistral_instruct_tokenizer_241114.model.v7", 32768),
@@ -62,14 +62,14 @@ def engine(args, work, rows):
 
 
 def prompts(args, built, tokenizer, *flags):
-    """What the tool makes of prompts."""
+    """The prompts and their outputs as the tool prints them."""
     said = run_tool(args.mixtral, "run", "--engine-dir", built, "--tokenizer-dir", tokenizer, "--json",
                     "--max-output-len", 1, *flags)  # fmt: skip
     return json.loads(said)["prompts"]
 
 
 def encoded(args, built, tokenizer, given):
-    """The ids of texts, a command line for some of them at a time."""
+    """The ids of texts. One command line encodes some of them at a time."""
     ids = []
     for first in range(0, len(given), 500):
         ids += [p["ids"] for p in prompts(args, built, tokenizer, "--input-text", *given[first : first + 500])]
@@ -77,7 +77,7 @@ def encoded(args, built, tokenizer, given):
 
 
 def differences(what, given, found, expected):
-    """Prints the first differences; how many there are."""
+    """Prints the first differences. Returns how many there are."""
     wrong = [n for n, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b]
     for n in wrong[:5]:
         print(f"  {what}: {given[n]!r}: found {found[n]!r}, expected {expected[n]!r}")

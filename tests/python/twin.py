@@ -3,11 +3,12 @@
 
     twin.py --mixtral PATH [--engine DIR] [--backend cuda]
 
-DIR was built with `--model-config NAME|PATH --gather-context-logits`; without it, small engines are built. The tool continues some prompts greedily and writes
-its logits; transformers then says what it thinks of the same tokens. Its weights are drawn here, by the same integers as
-mixtral-engine's `dummy.rs`, when a layer is about to run, and forgotten after it: the reference is in f32, and of Mixtral
-8x7B that would be 187 GB. The limits are those of parity.py: f32 within 1e-5 of the largest logit, 16 bit no worse than
-transformers' own code at that data type.
+DIR was built with `--model-config NAME|PATH --gather-context-logits`; without DIR, small engines are built. The tool
+continues some prompts greedily and writes its logits. Then transformers computes the logits of the same tokens. This script
+draws transformers' weights by the same integer arithmetic as mixtral-engine's `dummy.rs`. It draws a layer's weights when
+the layer is about to run and drops them after it: the reference is in f32, and all weights of Mixtral 8x7B would be 187 GB.
+The limits are those of parity.py: f32 within 1e-5 of the largest logit, 16 bit no worse than transformers' own code at that
+data type.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from common import DTYPES, correct_inv_freq, run_tool
 from parity import MAX_MEDIAN, MAX_P90, NEAR, spread
 
-# What Rust says of a few elements.
+# The values of a few elements in Rust.
 PINNED = Path(__file__).parents[2] / "crates/mixtral-engine/src/snapshots/mixtral_engine__dummy__tests__values_are_pinned.snap"
 # Elements drawn at a time.
 CHUNK = 1 << 24
@@ -46,7 +47,7 @@ def signed(word):
 
 
 def mix_(x):
-    """A 32-bit mix, in place. Products wrap; shifts bring the sign along, which is masked."""
+    """A 32-bit mix, in place. Products wrap. Shifts extend the sign, so those bits are masked."""
     x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
     x ^= (x >> 15) & 0x1FFFF
@@ -71,7 +72,7 @@ def elements(key, index, scale):
 
 
 def check_elements(device):
-    """Ours are Rust's."""
+    """Checks that the elements drawn here are Rust's."""
     numbers = re.findall(r"-?\d[\d.e-]*", PINNED.read_text().split("---")[2])
     pinned_key, (pinned_scale, *pinned) = int(numbers[0]), map(np.float32, numbers[1:])
     name_key, index = key(7, "model.layers.0.self_attn.q_proj.weight"), [0, 1, 4095, 4096, 1 << 33]
@@ -81,15 +82,15 @@ def check_elements(device):
 
 
 class Weights:
-    """Fills parameters of transformers' names with the weights of a model of a data type."""
+    """Fills parameters, by transformers' names, with the dummy weights of a model in a data type."""
 
     def __init__(self, seed, dtype):
         self.seed, self.dtype = seed, dtype
 
     def draw(self, out, name):
-        """`out`, [rows, columns] and contiguous, becomes the whole tensor of that name."""
+        """Fills `out`, [rows, columns] and contiguous, with the whole tensor of that name."""
         flat, name_key = out.view(-1), key(self.seed, name)
-        # Routers are f32 in our checkpoints, whatever the model is.
+        # Routers are f32 in our checkpoints, whatever the model's data type is.
         rounded = torch.float32 if name.endswith("block_sparse_moe.gate.weight") else self.dtype
         for first in range(0, len(flat), CHUNK):
             part = flat[first : first + CHUNK]
@@ -97,7 +98,7 @@ class Weights:
             part.copy_(elements(name_key, index, scale(out.shape[-1])).to(rounded))
 
     def fill(self, name, parameter):
-        """A parameter: transformers 5 fuses the experts, whose tensors are drawn by the older names."""
+        """Fills a parameter. transformers 5 fuses the experts; their tensors are drawn by the older names."""
         old = name.replace(".mlp.", ".block_sparse_moe.")
         if name.endswith("norm.weight"):
             parameter.fill_(1)
@@ -114,7 +115,7 @@ class Weights:
 
 
 def twin(config, weights, dtype, device):
-    """MixtralForCausalLM that computes in `dtype`, whose parameters exist while the module that holds them runs."""
+    """A MixtralForCausalLM that computes in `dtype`. A module's parameters exist only while it runs."""
     with torch.device("meta"):
         model = MixtralForCausalLM(config).to(dtype).eval()
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -129,7 +130,7 @@ def twin(config, weights, dtype, device):
         return hook
 
     for layer in model.model.layers:
-        # As in our engines, so that nobody routes by other weights.
+        # The router runs in f32 as in our engines, so that both route by the same weights.
         layer.mlp.gate.float()
         layer.mlp.gate.register_forward_pre_hook(lambda _, args: (args[0].float(),))
     holders = {f"model.layers.{i}": layer for i, layer in enumerate(model.model.layers)}
@@ -163,7 +164,7 @@ def ours(args, engine, prompts):
 
 
 def transformers_config(model):
-    """The geometry that an engine says."""
+    """The geometry that an engine's config.json describes."""
     return MixtralConfig(
         vocab_size=model["vocab_size"], hidden_size=model["hidden_size"], intermediate_size=model["intermediate_size"],
         num_hidden_layers=model["num_layers"], num_attention_heads=model["num_heads"],
@@ -175,7 +176,7 @@ def transformers_config(model):
 
 
 def compare(dtype, found, expected, eager):
-    """The verdict in a line; ends with it if it is a miss. `eager` is a function, for f32 needs none."""
+    """Prints the verdict in a line, and exits if it is a miss. `eager` is a function, since f32 does not need it."""
     if dtype == "float32":
         error = float((np.abs(found - expected).max(axis=-1) / np.abs(expected).max(axis=-1)).max())
         text, holds = f"largest difference {error:.1e} of the largest logit, limit {NEAR}", error <= NEAR
@@ -189,14 +190,14 @@ def compare(dtype, found, expected, eager):
 
 
 def check(args, directory):
-    """Holds one engine against transformers; ends with a miss if there is one."""
+    """Compares one engine with transformers, and exits at a miss."""
     engine = json.loads((directory / "config.json").read_text())
     model, dtype = engine["model"], engine["model"]["dtype"]
     config, weights = transformers_config(model), Weights(engine["weights"]["seed"], DTYPES[dtype])
     rng = random.Random(1)
     prompts = [[rng.randrange(config.vocab_size) for _ in range(args.length)] for _ in range(args.prompts)]
     context, generation, tokens = ours(args, directory, prompts)
-    # The last row of the context and the first that is generated are the same position.
+    # The last context row and the first generation row are of the same position.
     found = np.concatenate([context[:, :-1], generation], axis=1)
     ids = torch.tensor([prompt + said[:-1] for prompt, said in zip(prompts, tokens)])
     if found.shape != (*ids.shape, config.vocab_size) or not np.isfinite(found).all():
@@ -206,7 +207,7 @@ def check(args, directory):
 
 
 def check_small(args):
-    """Engines of a small model, built here."""
+    """Builds and checks engines of a small model."""
     for dtype in DTYPES:
         with tempfile.TemporaryDirectory(prefix="twin-") as scratch:
             MixtralConfig(
@@ -223,8 +224,8 @@ def main():
     parser.add_argument("--mixtral", required=True, help="the tool's binary")
     parser.add_argument("--engine", type=Path, help="an engine with dummy weights and context logits")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
-    # Dummy routers have near-ties everywhere. One that falls to the other side moves all that follows in its sequence: many
-    # short ones tell more than a few long ones.
+    # Dummy routers have many near-ties. If one is decided the other way, all later logits of its sequence change. So
+    # many short sequences tell more than a few long ones.
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--length", type=int, default=16, help="tokens of each prompt")
     parser.add_argument("--output", type=int, default=16, help="tokens generated for each")

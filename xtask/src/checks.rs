@@ -17,8 +17,8 @@ struct PythonCheck {
     self_test: bool,
 }
 
-/// First that the checks catch what is planted for them, then the tool. The self-test of parity.py is left out: it
-/// takes minutes, and compares transformers with itself.
+/// The self-tests come first: they prove that the checks find planted errors. Then come the checks of the tool. The
+/// self-test of parity.py is left out, since it takes minutes and compares transformers with itself.
 const PYTHON_CHECKS: &[PythonCheck] = &[
     PythonCheck { name: "self-test of the reader", script: "tests/python/check_checkpoint.py", self_test: true },
     PythonCheck { name: "self-test of the layouts", script: "tests/python/layouts.py", self_test: true },
@@ -28,7 +28,7 @@ const PYTHON_CHECKS: &[PythonCheck] = &[
     PythonCheck { name: "dummy weights in transformers", script: "tests/python/twin.py", self_test: false },
 ];
 
-/// Everything a machine without a GPU can prove.
+/// Everything that can be tested on a machine without a GPU.
 pub(crate) fn test(workspace: &Workspace, steps: &mut Steps, skip_python: bool) -> Result<()> {
     if skip_python {
         let skipped: Vec<_> = PYTHON_CHECKS.iter().map(|check| check.name).collect();
@@ -55,7 +55,7 @@ pub(crate) fn ci(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     all_tests(workspace, steps)
 }
 
-/// The CPU benchmarks; they are a package of their own.
+/// The CPU benchmarks. They are a package of their own.
 pub(crate) fn bench(workspace: &Workspace) -> Result<()> {
     if !workspace.has_package("benches") {
         bail!("the workspace has no package `benches`, so there is nothing to measure");
@@ -65,13 +65,14 @@ pub(crate) fn bench(workspace: &Workspace) -> Result<()> {
 
 const CARGO_TEST: &str = "cargo test";
 
-/// The tests and the tool, in one build: a second one with other features would compile half of the dependencies again.
+/// Compiles the tests and the tool in one build. A second build with other features would compile half of the
+/// dependencies again.
 fn compile(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     steps.run("compiling", || workspace.run(cargo_test(workspace).arg("--no-run")))
 }
 
-/// Cargo's tests, and beside them the checks in Python, whose single threads leave a core free. What cargo's tests print comes
-/// last, so that their results are the log's end.
+/// Runs cargo's tests, and at the same time the checks in Python, which have a single thread and leave a core free. The
+/// output of cargo's tests is printed last, so that the log ends with their results.
 fn all_tests(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     std::thread::scope(|scope| {
         let tests = scope.spawn(|| Captured::run(cargo_test(workspace).current_dir(&workspace.root)));
@@ -82,7 +83,7 @@ fn all_tests(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     })
 }
 
-/// The tests find NVRTC in the Python environment, if that was made.
+/// The command that runs cargo's tests. If the Python environment was made, the tests find NVRTC there.
 fn cargo_test(workspace: &Workspace) -> Command {
     let mut test = cargo();
     test.args(["test", "--workspace"]);

@@ -11,7 +11,7 @@ use crate::workspace::{Workspace, output, shell_word};
 const MODEL: &str = "examples/tiny-mixtral";
 const PROMPT: &str = "ROMEO:\n";
 
-/// Greedy text of so small a model soon repeats itself.
+/// Flags that make the model draw its tokens: greedy text of so small a model soon repeats itself.
 const SAMPLING: &[&str] = &["--temperature", "0.8", "--top_k", "0", "--top_p", "0.95", "--random_seed", "1"];
 
 /// Builds the tool, then runs the stages.
@@ -20,7 +20,7 @@ pub(crate) fn demo(workspace: &Workspace) -> Result<()> {
     run_stages(workspace)
 }
 
-/// Runs the stages of the tool that was built, into `target/demo`. The text comes last.
+/// Runs the stages with the built tool, with `target/demo` as output. The generated text is printed last.
 pub(crate) fn run_stages(workspace: &Workspace) -> Result<()> {
     let directory = workspace.target.join("demo");
     if directory.exists() {
@@ -43,7 +43,7 @@ pub(crate) fn run_stages(workspace: &Workspace) -> Result<()> {
     Ok(())
 }
 
-/// The arguments of each stage, in the spelling of the toolchain that `mixtral` stands in for.
+/// The arguments of each stage, in the spelling of the toolchain that `mixtral` replaces.
 fn stages(directory: &str) -> [Vec<String>; 3] {
     let (checkpoint, engine) = (format!("{directory}/checkpoint"), format!("{directory}/engine"));
     let stages: [&[&str]; 3] = [

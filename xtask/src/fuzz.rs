@@ -1,7 +1,8 @@
-//! `cargo xtask fuzz`: the package `fuzz` under libFuzzer, which is guided by the code that an input reaches.
+//! `cargo xtask fuzz`: runs the package `fuzz` under libFuzzer, which looks for inputs that reach new code.
 //!
-//! Coverage is LLVM's own pass, which stable compilers have too; only sanitizers need a nightly one, and safe code needs
-//! none. The package and all below it are built once more for this, in a target directory of their own.
+//! Coverage comes from a pass of LLVM, which stable compilers have too. Only sanitizers need a nightly compiler, and
+//! safe code needs no sanitizer. The package and its dependencies are built once more for this, in a target directory
+//! of their own.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,7 +24,7 @@ pub(crate) struct FuzzArgs {
     keep: bool,
 }
 
-/// What makes LLVM count the edges, as libFuzzer reads them.
+/// Compiler flags that make LLVM count edges in the way that libFuzzer reads.
 const COVERAGE: &[&str] = &[
     "--cfg=fuzzing",
     "-Cpasses=sancov-module",
@@ -99,13 +100,13 @@ fn build(workspace: &Workspace, target: &Path) -> Result<PathBuf> {
     let version = output(Command::new("rustc").arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: ")).context("rustc names no host")?;
     let mut command = cargo();
-    // With a target named, build scripts and macros are left as they are.
+    // If a target is named, cargo does not apply the flags to build scripts and macros.
     command.args(["build", "--package", "fuzz", "--bin", "fuzz", "--target", host, "--target-dir"]).arg(target);
     workspace.run(command.env("RUSTFLAGS", COVERAGE.join(" ")))?;
     Ok(target.join(host).join("debug/fuzz"))
 }
 
-/// A folder in memory, where there is one: readers of files read a new file each time.
+/// A folder in memory if possible, since readers of files read a new file for each input.
 fn scratch() -> Result<PathBuf> {
     let memory = Path::new("/dev/shm");
     let parent = if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() };
@@ -114,7 +115,7 @@ fn scratch() -> Result<PathBuf> {
     Ok(folder)
 }
 
-/// The readers asked for. They are known by their corpora.
+/// The readers that were asked for, or all. A reader is known if it has a corpus.
 fn readers(workspace: &Workspace, asked: &[String]) -> Result<Vec<String>> {
     let corpora = workspace.root.join(CORPORA);
     let list = || -> std::io::Result<Vec<String>> {
@@ -128,7 +129,7 @@ fn readers(workspace: &Workspace, asked: &[String]) -> Result<Vec<String>> {
     Ok(if asked.is_empty() { all } else { asked.to_vec() })
 }
 
-/// What libFuzzer says at its end, as a row of the table.
+/// The row of the table for what libFuzzer prints at its end.
 fn row(reader: &str, text: &str) -> Option<String> {
     let stat =
         |name: &str| text.lines().find_map(|line| line.strip_prefix("stat::")?.strip_prefix(name)?.strip_prefix(':'));
@@ -138,8 +139,8 @@ fn row(reader: &str, text: &str) -> Option<String> {
     Some(format!("{reader:22} {inputs:>10} {rate:>8} {edges:>7} {memory:>7} {slowest:>6} s"))
 }
 
-/// Replaces what fuzzing found for a committed corpus by some of a merged one, from the smallest to the largest. Inputs
-/// written by hand have names and stay.
+/// Replaces the inputs that fuzzing found in a committed corpus by some inputs of a merged corpus, from the smallest to
+/// the largest. Inputs written by hand have other names and stay.
 fn keep(merged: &Path, committed: &Path) -> Result<()> {
     let inputs = |folder: &Path| -> std::io::Result<Vec<(u64, PathBuf)>> {
         let sized = fs::read_dir(folder)?.map(|entry| entry.and_then(|e| Ok((e.metadata()?.len(), e.path()))));
@@ -163,7 +164,7 @@ fn keep(merged: &Path, committed: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether libFuzzer named the file: by a hash of what is in it.
+/// Whether libFuzzer named the file. It names files by a hash of their contents.
 fn is_found(input: &Path) -> bool {
     let name = input.file_name().unwrap_or_default().to_string_lossy();
     name.len() == 40 && name.bytes().all(|b| b.is_ascii_hexdigit())

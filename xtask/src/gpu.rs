@@ -1,7 +1,7 @@
-//! `cargo xtask gpu`: one folder with all that a GPU machine without Rust and without a network needs to check and to
-//! measure what was built here. Its `run.sh` does so there.
+//! `cargo xtask gpu`: makes one folder with everything that a GPU machine needs to check and measure what was built
+//! here. The machine needs neither Rust nor a network: it runs the folder's `run.sh`.
 //!
-//! The folder looks like the workspace, as far as it goes, so that a script finds its files in either.
+//! The files lie in the folder as in the workspace, so that a script finds its files in both.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,7 +23,7 @@ pub(crate) struct GpuArgs {
     arch: String,
 }
 
-/// Files and folders of the workspace that go along.
+/// Files and folders of the workspace that are copied into it.
 const FILES: &[&str] = &[
     "benches/peers",
     "crates/mixtral-engine/src/snapshots",
@@ -35,10 +35,10 @@ const FILES: &[&str] = &[
     "tests/python/twin.py",
 ];
 
-/// What runs there, in the folder's root.
+/// The script that runs there. It lies in the folder's root.
 const SCRIPT: &str = "tests/gpu/run.sh";
 
-/// Engines with dummy weights, which are nothing but programs and kernels: their names and flags.
+/// Names and flags of engines with dummy weights. Such engines hold nothing but programs and kernels.
 const ENGINES: &[(&str, &[&[&str]])] = &[
     ("8x7b", &[MEASURED]),
     ("8x7b-portable", &[MEASURED, PORTABLE]),
@@ -50,10 +50,10 @@ const MEASURED: &[&str] = &["--max-batch-size", "512", "--max-num-tokens", "1638
 const GATHERED: &[&str] = &["--gather-context-logits", "--max-num-tokens", "2048", "--max-seq-len", "4096"];
 const PORTABLE: &[&str] = &["--gemm-plugin", "disable", "--moe-plugin", "disable"];
 
-/// Bytes that the folder may have: it travels.
+/// The most bytes that the folder may have, since it is sent to another machine.
 const MAX_BYTES: u64 = 60_000_000;
 
-/// Makes `target/gpu` anew.
+/// Makes `target/gpu` from scratch.
 pub(crate) fn gpu(workspace: &Workspace, args: &GpuArgs) -> Result<()> {
     let profile: &[&str] = if args.release { &["--release"] } else { &[] };
     let mixtral = built(workspace, &[&["build", "--package", "mixtral"], profile].concat(), "mixtral")?;
@@ -82,7 +82,7 @@ pub(crate) fn gpu(workspace: &Workspace, args: &GpuArgs) -> Result<()> {
         let mut build = Command::new(&binary);
         build.args(["build", "--model-config", "mixtral-8x7b", "--dtype", "bfloat16", "--arch", &args.arch]);
         build.args(flags.concat()).arg("--output-dir").arg(folder.join("engines").join(name));
-        // Without a toolkit, there is NVRTC in the Python that the checks against transformers have.
+        // If there is no CUDA toolkit, NVRTC is in the Python environment of the checks against transformers.
         if std::env::var_os("VIRTUAL_ENV").is_none() {
             build.env("VIRTUAL_ENV", venv(workspace));
         }
@@ -101,7 +101,7 @@ pub(crate) fn gpu(workspace: &Workspace, args: &GpuArgs) -> Result<()> {
     Ok(())
 }
 
-/// Runs cargo, and returns the program that it made of the target of that name.
+/// Runs cargo, and returns the program that it made for the target of that name.
 fn built(workspace: &Workspace, args: &[&str], target: &str) -> Result<PathBuf> {
     let mut command = cargo();
     command.args(args).args(["--message-format", "json-render-diagnostics"]).current_dir(&workspace.root);
@@ -109,14 +109,14 @@ fn built(workspace: &Workspace, args: &[&str], target: &str) -> Result<PathBuf> 
     executable(&messages, target).with_context(|| format!("cargo names no program of the target `{target}`"))
 }
 
-/// The program of a target, as cargo's messages (a JSON object a line) say.
+/// The program of a target, found in cargo's messages (one JSON object per line).
 fn executable(messages: &str, target: &str) -> Option<PathBuf> {
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let mut of_target = messages.filter(|m| m["reason"] == "compiler-artifact" && m["target"]["name"] == target);
     of_target.find_map(|m| m["executable"].as_str().map(PathBuf::from))
 }
 
-/// Copies a file, or a folder with all that is in it but what Python left there.
+/// Copies a file, or a folder with everything in it except Python's caches.
 fn copy(from: &Path, to: &Path) -> Result<()> {
     if !from.is_dir() {
         let folder = to.parent().unwrap_or(to);

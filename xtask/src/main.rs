@@ -1,4 +1,4 @@
-//! The workspace's own commands, `cargo xtask <command>`: what a contributor and CI both run.
+//! The workspace's own commands, `cargo xtask <command>`. Contributors and CI run the same ones.
 //!
 //! Reading order: [`workspace`] (where things are, running a program), [`steps`] (headings, timings, the table),
 //! [`demo`], [`needs`] (what `test` installs), [`checks`] (`test`, `ci`, `bench`), [`gpu`], [`fuzz`], [`tidy`] (the rules

@@ -1,4 +1,4 @@
-//! What the tests use and a machine may lack. `cargo xtask test` installs it; `cargo test` never does.
+//! Things that the tests use and that a machine may lack. `cargo xtask test` installs them; `cargo test` never does.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,8 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::workspace::{Workspace, run};
 
-/// Something a check needs beside Rust and a C compiler. The next one is another constant here and an entry in
-/// [`NEEDS`].
+/// Something that a check needs besides Rust and a C compiler. To add one, add it to [`NEEDS`].
 pub(crate) struct Need {
     pub(crate) name: &'static str,
     is_met: fn(&Workspace) -> Result<bool>,
@@ -17,7 +16,7 @@ pub(crate) struct Need {
 }
 
 impl Need {
-    /// Installs what is missing; cheap when nothing is.
+    /// Installs it if it is missing. If it is there, this takes no time.
     pub(crate) fn meet(&self, workspace: &Workspace) -> Result<()> {
         if (self.is_met)(workspace)? {
             println!("{}: there", self.name);
@@ -28,7 +27,7 @@ impl Need {
     }
 }
 
-/// All needs, in the order in which they are met.
+/// All needs, in the order in which they are installed.
 pub(crate) const NEEDS: &[Need] = &[
     Need {
         name: "a Python with the packages of tests/python/requirements.txt, NVRTC among them",
@@ -74,8 +73,8 @@ fn requirements(workspace: &Workspace) -> Result<String> {
     fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
 }
 
-/// The copy of the requirements that an environment was made from. It is written last, so an interrupted
-/// installation has none.
+/// The copy of the requirements from which an environment was made. It is written last, so an interrupted installation
+/// does not have it.
 fn stamp(venv: &Path) -> PathBuf {
     venv.join("requirements.txt")
 }
@@ -87,7 +86,7 @@ fn venv_is_current(venv: &Path, requirements: &str) -> bool {
 fn install_venv(workspace: &Workspace, venv: &Path, requirements: &str) -> Result<()> {
     let python = match find_python() {
         Ok(python) => python,
-        // Debian and Ubuntu ship venv apart from Python.
+        // On Debian and Ubuntu, venv is a package of its own.
         Err(missing) => {
             apt_install(&["python3", "python3-venv"]).with_context(|| format!("{missing:#}"))?;
             find_python()?
@@ -102,7 +101,8 @@ fn install_venv(workspace: &Workspace, venv: &Path, requirements: &str) -> Resul
              `cargo xtask test --skip-python` does without"
         )
     };
-    // uv installs the same packages in a sixth of pip's time; where it cannot reach an index that pip knows, pip does it.
+    // uv installs the same packages in a sixth of pip's time. If it cannot reach an index that pip knows, pip installs
+    // them.
     let pip = |words: &[&str]| {
         let mut pip = Command::new(interpreter(venv));
         pip.args(["-m", "pip", "install", "--quiet", "--no-input", "--disable-pip-version-check"]).args(words);
@@ -124,7 +124,7 @@ fn find_python() -> Result<String> {
     choose_python(names.map(|name| (name, ask_python(name))))
 }
 
-/// What a Python says of itself: its version, then `venv` when it can make environments.
+/// Asks a Python for its version, and whether it can make environments (then `venv` follows).
 fn ask_python(name: &str) -> Option<String> {
     let script = "import sys; print(*sys.version_info[:2]); import ensurepip, venv; print('venv')";
     let out = Command::new(name).args(["-c", script]).stderr(Stdio::null()).output().ok()?;
@@ -156,7 +156,7 @@ fn parse_answer(answer: &str) -> Option<(Version, bool)> {
     Some((version, words.next() == Some("venv")))
 }
 
-/// Installs Debian packages where that is ours to do: as root, with apt-get there.
+/// Installs Debian packages, but only as root on a machine with apt-get.
 fn apt_install(packages: &[&str]) -> Result<()> {
     let is_root = Command::new("id").arg("-u").output().is_ok_and(|out| out.stdout.trim_ascii() == b"0");
     if !is_root || Command::new("apt-get").arg("--version").stdout(Stdio::null()).status().is_err() {

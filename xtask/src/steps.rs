@@ -1,5 +1,5 @@
-//! Named steps, one after another: a heading before each, its time after, the table of all of them at the end. And a program that
-//! runs beside them, whose output waits until it has ended.
+//! Runs named steps one after another: a heading is printed before each, its time after it, and a table of all steps at
+//! the end. A program can run at the same time as the steps; its output is printed when it has ended.
 
 use std::fmt::Write as _;
 use std::io::{Read as _, Seek as _};
@@ -17,7 +17,7 @@ pub(crate) struct Steps {
 }
 
 impl Default for Steps {
-    /// None, from now on.
+    /// No steps yet. The clock starts now.
     fn default() -> Self {
         Steps { began: Instant::now(), steps: Vec::new() }
     }
@@ -30,7 +30,7 @@ struct Step {
 }
 
 impl Steps {
-    /// Runs one step; its failure names it.
+    /// Runs one step. If it fails, the error names it.
     pub(crate) fn run(&mut self, name: &str, step: impl FnOnce() -> Result<()>) -> Result<()> {
         println!("\n== {name} ==");
         let start = Instant::now();
@@ -39,7 +39,7 @@ impl Steps {
         result.with_context(|| format!("step `{name}`"))
     }
 
-    /// Prints what a program said that ran beside other steps, as a step of its own.
+    /// Prints the output of a program that ran at the same time as other steps, as a step of its own.
     pub(crate) fn add(&mut self, name: &str, captured: Captured) -> Result<()> {
         println!("\n== {name} ==\n{}", captured.output);
         self.steps.push(Step {
@@ -50,7 +50,7 @@ impl Steps {
         captured.result.with_context(|| format!("step `{name}`"))
     }
 
-    /// Prints what ran and how long it took; commands of a single step have no table.
+    /// Prints which steps ran and how long they took. Commands without steps have no table.
     pub(crate) fn print_table(&self) {
         if !self.steps.is_empty() {
             print!("\n{}", self.table());

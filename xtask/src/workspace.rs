@@ -1,4 +1,4 @@
-//! Where the workspace is, which packages it has, and running programs in it.
+//! Where the workspace is, which packages it has, and how to run programs in it.
 
 use std::env::consts::EXE_SUFFIX;
 use std::ffi::OsStr;
@@ -24,7 +24,7 @@ pub(crate) struct Package {
     pub(crate) folder: String,
     pub(crate) description: Option<String>,
     pub(crate) features: Vec<String>,
-    /// Names of what it is built of: normal and build dependencies, not those of its tests.
+    /// Names of its normal and build dependencies, without those of its tests.
     pub(crate) dependencies: Vec<String>,
 }
 
@@ -39,7 +39,7 @@ impl Workspace {
         Ok(Self { target: PathBuf::from(text(&json, "target_directory")?), root, packages })
     }
 
-    /// The binary that `cargo build -p mixtral` makes; the dev profile is the workspace's one profile.
+    /// The binary that `cargo build -p mixtral` makes. The workspace's commands use only the dev profile.
     pub(crate) fn mixtral(&self) -> PathBuf {
         self.target.join("debug").join(format!("mixtral{EXE_SUFFIX}"))
     }
@@ -89,12 +89,12 @@ fn array<'a>(json: &'a Value, key: &str) -> Result<&'a Vec<Value>> {
     json[key].as_array().with_context(|| format!("cargo metadata has no array `{key}`"))
 }
 
-/// The cargo that runs us.
+/// The cargo that runs this program.
 pub(crate) fn cargo() -> Command {
     Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
 }
 
-/// Runs a program with this process's streams; failing is an error that shows the command.
+/// Runs a program with this process's streams. If it fails, the error shows the command.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let status = command.status().with_context(|| format!("starting `{}`", typed(command)))?;
     if !status.success() {
@@ -103,7 +103,7 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a program and returns its standard output; its standard error goes to ours.
+/// Runs a program and returns its standard output. Its standard error goes to this process's.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let out = command.stderr(std::process::Stdio::inherit()).output();
     let out = out.with_context(|| format!("starting `{}`", typed(command)))?;
@@ -118,7 +118,7 @@ fn typed(command: &Command) -> String {
     words.map(|w| shell_word(&OsStr::to_string_lossy(w))).collect::<Vec<_>>().join(" ")
 }
 
-/// A word as bash reads it.
+/// A word, quoted for bash if necessary.
 pub(crate) fn shell_word(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
     if !word.is_empty() && word.chars().all(plain) {

@@ -1,4 +1,5 @@
-//! `config.json` of a checkpoint: TensorRT-LLM's keys, read in every spelling it has had, written in both.
+//! `config.json` of a checkpoint, with TensorRT-LLM's keys. They are read in all spellings that they have had, and
+//! written in both.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use crate::keys::{KeyError, Keys, parse_object, read_text};
 use crate::names::CONFIG_FILE;
 use crate::seal::{UNSEALED, is_intact, seal};
 
-/// Version of what we add to the format, under the `mixtral` key.
+/// Version of our additions to the format, under the `mixtral` key.
 pub const FORMAT_VERSION: u64 = 1;
 
 /// Everything that `config.json` says about a checkpoint.
@@ -24,19 +25,20 @@ pub struct CheckpointConfig {
     pub mapping: Mapping,
     /// Whether the token embedding is sharded over tensor-parallel ranks; if not, each rank has a full copy.
     pub use_parallel_embedding: bool,
-    /// What a sharded embedding is cut along: 0 the vocabulary, 1 the hidden size.
+    /// The dimension along which a sharded embedding is cut: 0 the vocabulary, 1 the hidden size.
     pub embedding_sharding_dim: usize,
-    /// The run that wrote the rank files, which carry it too. `None` without weights, or from another tool.
+    /// Id of the run that wrote the rank files, which have the id too. `None` without weights, or in another tool's
+    /// files.
     pub run_id: Option<String>,
-    /// Version of our tool that wrote the file; `None` from another tool.
+    /// Version of our tool that wrote the file; `None` in another tool's files.
     pub tool_version: Option<String>,
-    /// BLAKE3 of each rank file's header, in hex; empty without weights, or from another tool.
+    /// BLAKE3 of each rank file's header, in hex. Empty without weights, or in another tool's files.
     pub headers: Vec<String>,
-    /// BLAKE3 of each of the tokenizer's files, in hex; of those that were there when the checkpoint was written.
+    /// BLAKE3, in hex, of each tokenizer file that was there when the checkpoint was written.
     pub files: BTreeMap<String, String>,
 }
 
-/// A `config.json` that is not one of a checkpoint that we can use.
+/// A `config.json` that is no checkpoint's, or of a checkpoint that cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigFileError {
     /// The file or one of its keys.
@@ -58,7 +60,7 @@ pub enum ConfigFileError {
         /// The file.
         path: PathBuf,
     },
-    /// Another text than was written.
+    /// A text that was changed after it was written.
     #[error(
         "{path} was changed after it was written; convert the model again, or, if the change is meant, remove its key `mixtral.seal`"
     )]
@@ -100,7 +102,7 @@ impl CheckpointConfig {
         }
     }
 
-    /// What the embedding is cut along when it is cut at all.
+    /// The dimension along which the embedding is cut, if it is cut.
     #[must_use]
     pub fn embedding_shards(&self) -> Option<usize> {
         (self.use_parallel_embedding && self.mapping.tp_size > 1).then_some(self.embedding_sharding_dim)
@@ -157,14 +159,14 @@ impl CheckpointConfig {
         if !config.headers.is_empty() && config.headers.len() != config.mapping.world_size() {
             return Err(ours.invalid("headers", "a hash a rank", config.headers.len()).into());
         }
-        // Last, because what a key says wrongly is the better message.
+        // The seal is checked last, because a message about one wrong key is better than this one.
         match seal_of(&map) {
             Some(seal) if !is_intact(text, seal) => Err(ConfigFileError::Changed { path: path.to_owned() }),
             _ => Ok(config),
         }
     }
 
-    /// The text of `config.json`: every key that TensorRT-LLM 0.10 and 0.11 know, then ours.
+    /// The text of `config.json`: every key of TensorRT-LLM 0.10 and 0.11, then our own.
     #[must_use]
     pub fn to_json(&self) -> String {
         let (model, mapping) = (&self.model, &self.mapping);
@@ -202,7 +204,7 @@ impl CheckpointConfig {
             let normalization = model.moe.normalization.mode();
             root["moe_num_experts"] = json!(experts);
             root["moe_top_k"] = json!(top_k);
-            // The flat key has no word for hybrids; `mapping` below says it in full.
+            // The flat key has no value for hybrids. `mapping` below has all degrees.
             if mapping.moe_ep_size == 1 {
                 root["moe_tp_mode"] = json!(2);
             } else if mapping.moe_tp_size == 1 {
@@ -245,7 +247,7 @@ impl CheckpointConfig {
     }
 }
 
-/// A rule between the fields of a [`CheckpointConfig`] that does not hold.
+/// A [`CheckpointConfig`] whose fields do not agree.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum ConfigRuleError {
     /// The geometry.
@@ -254,30 +256,29 @@ pub enum ConfigRuleError {
     /// The mapping.
     #[error(transparent)]
     Mapping(#[from] MappingError),
-    /// The embedding has two dimensions.
+    /// The embedding has no such dimension.
     #[error("embedding_sharding_dim is {0}; it must be 0 (vocabulary) or 1 (hidden size)")]
     EmbeddingDim(usize),
 }
 
-/// Whether `text` is a config.json that this tool wrote, whatever its version: the test before a directory is
-/// replaced.
+/// Whether any version of this tool wrote the config.json `text`. This is tested before a directory is replaced.
 #[must_use]
 pub fn is_ours(text: &[u8]) -> bool {
     serde_json::from_slice::<Value>(text).is_ok_and(|v| v.get("mixtral").is_some_and(Value::is_object))
 }
 
-/// Whether `text` is a config.json that this tool wrote and that lost its seal since.
+/// Whether this tool wrote the config.json `text`, and the text has lost its seal since.
 #[must_use]
 pub fn is_unsealed(text: &[u8]) -> bool {
     is_ours(text) && serde_json::from_slice::<Map<String, Value>>(text).is_ok_and(|map| seal_of(&map).is_none())
 }
 
-/// The seal, in whichever object it stands: one that is not called `mixtral` was damaged in its name.
+/// The seal. It is found in an object of any name, in case the name `mixtral` itself was damaged.
 fn seal_of(map: &Map<String, Value>) -> Option<&str> {
     map.values().find_map(|object| object.as_object()?.get("seal")?.as_str())
 }
 
-/// Refuses what changes the meaning of the weights and that we do not implement.
+/// Refuses settings that change the meaning of the weights and are not implemented.
 fn refuse_unsupported(root: Keys<'_>) -> Result<(), KeyError> {
     let quantization = root.object("quantization", "quantization.")?;
     for key in ["quant_algo", "kv_cache_quant_algo"] {
@@ -322,7 +323,7 @@ fn read_moe(root: Keys<'_>) -> Result<Option<MoeConfig>, KeyError> {
     Ok(Some(MoeConfig { num_experts, top_k, normalization }))
 }
 
-/// A degree of parallelism; −1 and 0 are TensorRT-LLM's "derive it".
+/// A degree of parallelism. In TensorRT-LLM, −1 and 0 mean that it is derived from others.
 fn degree(keys: Keys<'_>, key: &str) -> Result<Option<usize>, KeyError> {
     match keys.get(key) {
         Some(value) if value.as_i64().is_some_and(|n| n == -1 || n == 0) => Ok(None),
@@ -412,7 +413,7 @@ mod tests {
         CheckpointConfig::parse(text.as_bytes(), Path::new("ckpt/config.json")).map_err(|e| e.to_string())
     }
 
-    /// The smallest config of another tool, with `extra` keys.
+    /// The smallest config that another tool could write, with `extra` keys.
     fn minimal(extra: &str) -> String {
         format!(
             r#"{{"architecture": "MixtralForCausalLM", "dtype": "float16", "vocab_size": 96, "hidden_size": 64,

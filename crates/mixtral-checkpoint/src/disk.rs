@@ -1,5 +1,5 @@
-//! File operations that not every file system has. On Lustre, NFS, CIFS and FUSE some are missing: then a promise is weaker,
-//! which is said once, and the work goes on.
+//! File operations that not every file system has. On Lustre, NFS, CIFS and FUSE some are missing. Then a promise is
+//! weaker; this is said once, and the work continues.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -9,18 +9,19 @@ use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
 
-/// What a file system may lack.
+/// An operation that a file system may lack.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Lack {
-    /// Locks (flock): two writers of one directory are not kept apart.
+    /// Locks (flock). Without them, nothing prevents two writers of one directory.
     Lock,
-    /// Writing out on demand (fsync), mostly of directories: a power failure may take what was written.
+    /// Writing data to the disk on demand (fsync), mostly of directories. Without it, a power failure may lose what was
+    /// written.
     Sync,
-    /// Mapped files: weights take memory of their own.
+    /// Mapped files. Without them, weights take memory of their own.
     Map,
 }
 
-/// Whether `error` is how a file system says that it does not have an operation.
+/// Whether `error` means that a file system does not have an operation.
 #[must_use]
 pub fn is_lacking(error: &io::Error) -> bool {
     const MISSING: [Errno; 11] = [
@@ -40,7 +41,7 @@ pub fn is_lacking(error: &io::Error) -> bool {
 }
 
 impl Lack {
-    /// Says once that the file system of `path` lacks this, as `error` shows.
+    /// Warns, once for each kind of lack, that the file system of `path` lacks this. `error` shows it.
     pub fn warn(self, path: &Path, error: &io::Error) {
         static SAID: Mutex<BTreeSet<Lack>> = Mutex::new(BTreeSet::new());
         if !SAID.lock().unwrap_or_else(PoisonError::into_inner).insert(self) {
@@ -59,7 +60,7 @@ impl Lack {
     }
 }
 
-/// Waits until `file` is on the disk, where the file system can say so; `path` is its path.
+/// Waits until `file` is on the disk, if the file system can do that. `path` is the file's path.
 ///
 /// # Errors
 /// If the disk refuses.
@@ -81,8 +82,8 @@ pub fn sync_dir(dir: &Path) -> io::Result<()> {
     sync(&File::open(dir)?, dir)
 }
 
-/// Gives `file` its full length, and takes the blocks for it where the file system can, so that a full disk is known before any
-/// work.
+/// Gives `file` its full length. If the file system can, it also reserves the disk blocks, so that a full disk shows
+/// before any work.
 ///
 /// # Errors
 /// If the disk is too full.
@@ -93,7 +94,7 @@ pub fn allocate(file: &File, len: u64) -> io::Result<()> {
     }
 }
 
-/// Bytes free on the disk of `path`, or of its nearest parent that exists.
+/// Free bytes on the disk of `path`, or of its nearest parent that exists.
 #[must_use]
 pub fn free_bytes(path: &Path) -> Option<u64> {
     let stat = std::path::absolute(path).ok()?.ancestors().find_map(|p| rustix::fs::statvfs(p).ok())?;

@@ -1,4 +1,4 @@
-//! The header of a safetensors file, read as if it came from an enemy: every length is checked before it is used.
+//! Reads the header of a safetensors file as if it were hostile: every length is checked before it is used.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,7 +10,7 @@ use mixtral_model::DType;
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-/// The longest header that is read; safetensors' own limit.
+/// The longest header that is read, which is safetensors' own limit.
 pub const MAX_HEADER_BYTES: u64 = 100_000_000;
 
 /// Bytes of the header's length, at the start of the file.
@@ -32,7 +32,7 @@ pub struct TensorEntry {
 }
 
 impl TensorEntry {
-    /// The element type, if it is a float that models are made of.
+    /// The element type, if it is one of the float types that models use.
     #[must_use]
     pub fn float(&self) -> Option<DType> {
         match self.dtype.as_str() {
@@ -60,10 +60,10 @@ pub const fn safetensors_name(dtype: DType) -> &'static str {
     }
 }
 
-/// A checked header: its tensors fill the rest of the file without holes or overlap.
+/// A checked header. Its tensors fill the rest of the file without holes or overlap.
 #[derive(Clone, Debug)]
 pub struct Header {
-    /// The free text beside the tensors.
+    /// The free texts beside the tensors.
     pub metadata: BTreeMap<String, String>,
     /// The tensors, in the order of their data.
     pub tensors: Vec<TensorEntry>,
@@ -73,7 +73,7 @@ pub struct Header {
     pub blake3: blake3::Hash,
 }
 
-/// A file that is no safetensors file, or a damaged one.
+/// A file that is damaged, or no safetensors file.
 #[derive(Debug, thiserror::Error)]
 pub enum HeaderError {
     /// The file cannot be read.
@@ -84,13 +84,13 @@ pub enum HeaderError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A pointer that Git LFS leaves where a large file should be.
+    /// A pointer that Git LFS leaves in place of a large file.
     #[error("{path} is a Git LFS pointer, not the weights themselves; run `git lfs pull` in its directory")]
     LfsPointer {
         /// The file.
         path: PathBuf,
     },
-    /// Too short for the length of a header.
+    /// A file that is too short to hold the length of a header.
     #[error("{path} has {len} bytes; a safetensors file has at least 8. Download, convert or build it again")]
     TooShort {
         /// The file.
@@ -98,16 +98,16 @@ pub enum HeaderError {
         /// Its length.
         len: u64,
     },
-    /// The header's length is out of all proportion.
+    /// The header's length is impossible.
     #[error(
         "{path} says that its header has {len} bytes; at most {max} are possible. It is damaged, or no safetensors file"
     )]
     HeaderLength {
         /// The file.
         path: PathBuf,
-        /// The length it names.
+        /// The length that it names.
         len: u64,
-        /// What there is room for.
+        /// The longest that is possible.
         max: u64,
     },
     /// The header is not the JSON it should be.
@@ -134,7 +134,7 @@ pub enum HeaderError {
         /// Bytes of its range.
         found: u64,
     },
-    /// A range that ends before it starts, or sizes past 64 bits.
+    /// A range that ends before it starts, or sizes that overflow 64 bits.
     #[error("{path}: tensor `{tensor}` has an impossible shape {shape:?} or data range {start}..{end}")]
     Range {
         /// The file.
@@ -153,12 +153,12 @@ pub enum HeaderError {
     Overlap {
         /// The file.
         path: PathBuf,
-        /// The one that starts earlier.
+        /// The tensor that starts first.
         first: String,
-        /// The other.
+        /// The other tensor.
         second: String,
     },
-    /// Bytes that no tensor owns.
+    /// Bytes that belong to no tensor.
     #[error("{path}: the {len} bytes before tensor `{before}` belong to no tensor")]
     Hole {
         /// The file.
@@ -168,7 +168,7 @@ pub enum HeaderError {
         /// How many.
         len: u64,
     },
-    /// The file ends before, or goes on after, its tensors.
+    /// The file is shorter or longer than its tensors.
     #[error(
         "{path} has {found} bytes, but its header describes {expected}; it is truncated or damaged. Download, convert or build it again"
     )]
@@ -227,7 +227,7 @@ impl Header {
                 return Err(range(shape));
             }
             let expected = bits.div_ceil(8);
-            // A type that we have no size for is left to whoever wants to read it; nobody here does.
+            // The size of an unknown type is not checked. Nothing in this project reads tensors of such types.
             if bits_of(&dtype).is_some() && expected != to - from {
                 return Err(HeaderError::Size { path: path(), tensor: name, dtype, shape, expected, found: to - from });
             }
@@ -277,8 +277,8 @@ struct RawEntry {
     data_offsets: (u64, u64),
 }
 
-/// The header before it is checked. Read entry by entry, so that a hostile header costs no more memory than a real
-/// one of its length.
+/// The header before it is checked. It is read entry by entry, so a hostile header takes no more memory than a real one
+/// of its length.
 #[derive(Default)]
 struct RawHeader {
     metadata: BTreeMap<String, String>,

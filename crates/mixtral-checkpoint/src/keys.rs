@@ -1,4 +1,4 @@
-//! Reading keys of a configuration file so that every mistake is named by file, key, expectation and finding.
+//! Reads keys of a configuration file. Every error names the file, the key, what was expected and what was found.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use mixtral_model::DType;
 use serde_json::{Map, Value};
 
-/// A configuration file larger than this is no configuration file.
+/// A file larger than this is no configuration file.
 const MAX_BYTES: u64 = 16 << 20;
 
 /// A configuration file that cannot be used.
@@ -20,7 +20,7 @@ pub enum KeyError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// Far larger than any configuration.
+    /// A file that is far larger than any configuration.
     #[error("{path} is {len} bytes; a configuration has at most {MAX_BYTES}. Is it another file?")]
     TooLarge {
         /// The file.
@@ -34,7 +34,7 @@ pub enum KeyError {
         /// The file.
         path: PathBuf,
     },
-    /// Not JSON, or not an object.
+    /// A file that is not JSON, or not a JSON object.
     #[error("{path} is not a JSON object: {detail}. Restore it from where it came")]
     Json {
         /// The file.
@@ -42,7 +42,7 @@ pub enum KeyError {
         /// What the parser said.
         detail: String,
     },
-    /// A key that must be there.
+    /// A key that must be there is missing.
     #[error("{path}: the key `{key}` is missing; it must be {expected}")]
     Missing {
         /// The file.
@@ -64,7 +64,7 @@ pub enum KeyError {
         /// What is there.
         found: String,
     },
-    /// A value that is fine elsewhere and that we do not support.
+    /// A valid value that is not supported here.
     #[error("{path}: `{key}` is {found}, which is not supported; supported: {supported}")]
     Unsupported {
         /// The file.
@@ -73,7 +73,7 @@ pub enum KeyError {
         key: String,
         /// What is there.
         found: String,
-        /// What we support.
+        /// What is supported.
         supported: &'static str,
     },
 }
@@ -95,10 +95,10 @@ pub fn read_text(path: &Path) -> Result<Vec<u8>, KeyError> {
     Ok(text)
 }
 
-/// The JSON object that `text` spells; `path` is for messages.
+/// Parses `text` as a JSON object. `path` is for messages.
 ///
 /// # Errors
-/// If it is something else.
+/// If it is not one.
 pub fn parse_object(text: &[u8], path: &Path) -> Result<Map<String, Value>, KeyError> {
     let json = |detail| KeyError::Json { path: path.to_owned(), detail };
     match serde_json::from_slice(text) {
@@ -108,8 +108,8 @@ pub fn parse_object(text: &[u8], path: &Path) -> Result<Map<String, Value>, KeyE
     }
 }
 
-/// An object of a file, with the names that messages need. A missing object reads as one without keys, and a null
-/// value as a missing key.
+/// An object of a file, with the names that messages need. A missing object reads as an object without keys. A null
+/// value reads as a missing key.
 #[derive(Clone, Copy, Debug)]
 pub struct Keys<'a> {
     path: &'a Path,
@@ -137,7 +137,7 @@ impl<'a> Keys<'a> {
         Ok(Keys { path: self.path, prefix, map })
     }
 
-    /// Whether the key is there, null included.
+    /// Whether the key is there, even if it is null.
     #[must_use]
     pub fn contains(&self, key: &str) -> bool {
         self.map.is_some_and(|map| map.contains_key(key))
@@ -206,7 +206,7 @@ impl<'a> Keys<'a> {
         map.ok_or_else(|| self.invalid(key, "an object of strings", value))
     }
 
-    /// A truth value, false if missing.
+    /// A boolean, false if missing.
     ///
     /// # Errors
     /// If something else is there.
@@ -218,16 +218,16 @@ impl<'a> Keys<'a> {
     /// A data type.
     ///
     /// # Errors
-    /// If something else is there, or a type that we do not compute in.
+    /// If something else is there, or a type that is not supported.
     pub fn dtype(&self, key: &str) -> Result<Option<DType>, KeyError> {
         let Some(text) = self.text(key)? else { return Ok(None) };
         text.parse().map(Some).map_err(|_| self.unsupported(key, "float32, float16, bfloat16", text))
     }
 
-    /// Refuses a string that is none of `values`.
+    /// Refuses a string that is not in `values`. A missing key is fine.
     ///
     /// # Errors
-    /// If it is, or something else is there.
+    /// If another string is there, or something else.
     pub fn one_of(&self, key: &str, values: &[&str], supported: &'static str) -> Result<(), KeyError> {
         match self.text(key)? {
             Some(found) if !values.contains(&found) => Err(self.unsupported(key, supported, found)),
@@ -235,20 +235,20 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// That `key` is missing.
+    /// The error for a missing `key`.
     #[must_use]
     pub fn missing(&self, key: &str, expected: &'static str) -> KeyError {
         KeyError::Missing { path: self.path.to_owned(), key: self.dotted(key), expected }
     }
 
-    /// That `found` is the wrong kind of value.
+    /// The error for a value `found` of the wrong kind.
     #[must_use]
     pub fn invalid(&self, key: &str, expected: &'static str, found: impl ToString) -> KeyError {
         let (path, key, found) = (self.path.to_owned(), self.dotted(key), found.to_string());
         KeyError::Invalid { path, key, expected, found }
     }
 
-    /// That `found` is something we do not support.
+    /// The error for a value `found` that is not supported.
     #[must_use]
     pub fn unsupported(&self, key: &str, supported: &'static str, found: impl ToString) -> KeyError {
         let (path, key, found) = (self.path.to_owned(), self.dotted(key), found.to_string());

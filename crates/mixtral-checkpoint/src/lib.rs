@@ -1,13 +1,14 @@
-//! The checkpoint between `convert` and `build`: TensorRT-LLM's unified format, a `config.json` and one
-//! `rank{r}.safetensors` a rank. This crate reads, writes and verifies it, and knows no Hugging Face name.
+//! The checkpoint between `convert` and `build`. It has TensorRT-LLM's unified format: a `config.json`, and a
+//! `rank{r}.safetensors` for each rank. This crate reads, writes and verifies checkpoints, and knows no Hugging Face
+//! name.
 //!
-//! What differs from TensorRT-LLM is recorded under the `mixtral` key of `config.json`: every tensor has a BLAKE3
-//! hash in its file's metadata, `config.json` has those of the files' headers, of the tokenizer's files beside them and of
-//! itself, and rank files carry the run id that it names.
+//! The format has some additions to TensorRT-LLM's. The metadata of a rank file holds a BLAKE3 hash of each tensor, and
+//! the run id. The `mixtral` key of `config.json` holds the hashes of the rank files' headers, of the tokenizer's files
+//! and of `config.json` itself, and the same run id.
 //!
-//! Reading order: [`names`], [`keys`], [`config`], [`layout`] say what a checkpoint holds; [`header`], [`map`], [`scan`],
-//! [`reader`] read it, [`mod@verify`] all of it; [`staged`], [`writer`] write it so that a directory is either whole or
-//! does not load; [`mod@seal`], [`disk`] and [`progress`] serve both.
+//! Reading order: [`names`], [`keys`], [`config`], [`layout`] say what a checkpoint holds; [`header`], [`map`],
+//! [`scan`] and [`reader`] read it; [`mod@verify`] reads and checks all of it; [`staged`] and [`writer`] write it so
+//! that a directory is either whole or does not load; all use [`mod@seal`], [`disk`] and [`progress`].
 #![deny(unsafe_code)]
 
 pub mod config;

@@ -1,4 +1,4 @@
-//! The one unsafe line of the crate: a read-only mapping of a file.
+//! A read-only mapping of a file. This is the only unsafe line of the crate.
 #![allow(unsafe_code)]
 
 use std::fs::File;
@@ -11,19 +11,20 @@ use memmap2::{Mmap, MmapMut, MmapOptions};
 
 use crate::disk::Lack;
 
-/// A file's bytes: paged in as they are touched, or, where the file cannot be mapped, read into memory.
+/// A file's bytes. They are mapped, so a page is read when it is first touched. If the file cannot be mapped, it is
+/// read into memory.
 #[derive(Debug)]
 pub struct FileMap(Mmap);
 
 impl FileMap {
-    /// Maps all of `file`, or reads it. `path` is for the warning that says so.
+    /// Maps all of `file`, or reads it. `path` is for the warning if it cannot be mapped.
     ///
     /// # Errors
     /// If the file can neither be mapped nor read, or memory is too small for it.
     pub fn new(file: &File, path: &Path) -> io::Result<Self> {
-        // SAFETY: the mapping is private and read-only, and only plain numbers are read through it, for which every
-        // bit pattern is valid. Someone who truncates the file meanwhile makes reads fault (SIGBUS), which no
-        // reader of mapped files can prevent; our own writers never shorten a committed file, they replace it.
+        // SAFETY: the mapping is private and read-only, and only plain numbers are read through it, for which every bit
+        // pattern is valid. If someone truncates the file meanwhile, reads fault (SIGBUS); no reader of mapped files
+        // can prevent that. Our own writers never shorten a committed file but replace it.
         let mapped = unsafe { MmapOptions::new().map_copy_read_only(file) };
         mapped.map(FileMap).or_else(|error| {
             Lack::Map.warn(path, &error);
@@ -31,7 +32,7 @@ impl FileMap {
         })
     }
 
-    /// All of `file`, in memory of its own.
+    /// Reads all of `file` into anonymous memory.
     fn read(file: &File) -> io::Result<Self> {
         let len = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
         let mut memory = MmapMut::map_anon(len)?;

@@ -1,10 +1,10 @@
-//! The one home of the checkpoint's file and tensor names.
+//! The names of a checkpoint's files and tensors. No other place has them.
 
 use std::fmt;
 
 use mixtral_model::Rank;
 
-/// The file that makes a directory a checkpoint: written last, removed first.
+/// The file that makes a directory a checkpoint. It is written last and removed first.
 pub const CONFIG_FILE: &str = "config.json";
 
 /// A tensor of one rank's file. Layers count from 0 in each pipeline stage.
@@ -84,7 +84,7 @@ pub fn is_rank_file(name: &str) -> bool {
         .is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
 }
 
-/// Whether `name` is one of the tokenizer's files, which every stage carries along unread.
+/// Whether `name` is one of the tokenizer's files. Every stage copies these.
 #[must_use]
 pub fn is_tokenizer_file(name: &str) -> bool {
     const NAMES: [&str; 7] = [

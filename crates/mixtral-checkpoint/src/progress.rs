@@ -1,17 +1,17 @@
-//! How long work goes on telling how far it is.
+//! How long-running work reports its progress.
 
-/// Someone who wants to know how far the work is. Called from several threads.
+/// Receives the progress of some work. Several threads call it.
 pub trait Progress: Sync {
-    /// `total` bytes will be read or written.
+    /// The work begins; `total` bytes will be read or written.
     fn start(&self, total: u64) {
         let _ = total;
     }
 
-    /// `bytes` more have been.
+    /// `bytes` more bytes are done.
     fn advance(&self, bytes: u64) {
         let _ = bytes;
     }
 }
 
-/// Nobody.
+/// Ignores the progress.
 impl Progress for () {}

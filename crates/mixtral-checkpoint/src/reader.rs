@@ -1,4 +1,4 @@
-//! Opening a checkpoint: the directory, a rank's file, a tensor's bytes.
+//! Opens a checkpoint: the directory, a rank's file, a tensor's bytes.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -40,7 +40,7 @@ pub enum ReadError {
         /// The directory.
         dir: PathBuf,
     },
-    /// A writer is at work, or was killed.
+    /// A writer is at work there, or was killed.
     #[error(
         "{dir} is unfinished: a conversion is writing it, or was stopped. Wait for it, or run `mixtral convert` again"
     )]
@@ -61,7 +61,7 @@ pub enum ReadError {
         /// Ranks that there should be.
         world_size: usize,
     },
-    /// A rank past the mapping.
+    /// A rank that the mapping does not have.
     #[error("rank {rank} is not in {dir}, whose mapping has {world_size} ranks (0 to {})", world_size - 1)]
     NoSuchRank {
         /// The rank asked for.
@@ -94,7 +94,7 @@ pub enum ReadError {
         /// The file's.
         found: String,
     },
-    /// A rank's file with another header than was written.
+    /// A rank's file whose header changed after it was written.
     #[error(
         "{path}: the header has BLAKE3 {found}, but config.json names {expected}; the file is damaged or of another conversion, convert again"
     )]
@@ -106,7 +106,7 @@ pub enum ReadError {
         /// The file's.
         found: String,
     },
-    /// Tensors that are missing or not as the config demands, all of them.
+    /// All tensors that are missing or not as the config demands.
     #[error("{path} does not fit config.json:\n{}", lines(.problems))]
     Tensors {
         /// The file.
@@ -134,7 +134,7 @@ pub enum ReadError {
     },
 }
 
-/// The first of `problems`, one a line, and how many more there are: enough to see what is wrong.
+/// The first of `problems`, one on each line, and how many more there are.
 #[must_use]
 pub fn lines(problems: &[String]) -> String {
     const SHOWN: usize = 24;
@@ -153,7 +153,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Reads `dir/config.json`; no rank file is touched yet.
+    /// Reads `dir/config.json`, but no rank file yet.
     ///
     /// # Errors
     /// If there is no complete checkpoint in `dir`.
@@ -190,7 +190,7 @@ impl Checkpoint {
         &self.dir
     }
 
-    /// Whether there are weights, or should be. A checkpoint of `config.json` alone stands for random ones.
+    /// Whether there are weights, or should be. A checkpoint that is only a `config.json` stands for random weights.
     #[must_use]
     pub fn has_weights(&self) -> bool {
         !self.config.headers.is_empty() || self.config.mapping.ranks().any(|rank| self.rank_path(rank).exists())
@@ -226,12 +226,12 @@ impl Checkpoint {
         }
     }
 
-    /// Reads every byte that the checkpoint vouches for: hashes of tensors and of the tokenizer's files, and that all
-    /// elements are finite.
+    /// Reads every byte of the checkpoint and checks it: the hashes of tensors and of the tokenizer's files, and that
+    /// all elements are finite.
     ///
     /// # Errors
-    /// If the config or a header is wrong. Damaged tensors and files are no error but the [`Verified::problems`] of the
-    /// answer.
+    /// If the config or a header is wrong. Damaged tensors and files are not errors; they are listed in
+    /// [`Verified::problems`].
     pub fn verify(&self, workers: usize, progress: &dyn Progress) -> Result<Verified, ReadError> {
         let mut items = Vec::new();
         if self.has_weights() {
@@ -248,7 +248,7 @@ impl Checkpoint {
     }
 }
 
-/// One tensor, in place in its mapped file.
+/// A tensor's bytes, where they lie in the mapped file.
 #[derive(Clone, Debug)]
 pub struct TensorView<'a> {
     /// Element type.
@@ -264,7 +264,7 @@ pub struct TensorView<'a> {
 pub struct RankFile {
     path: PathBuf,
     file: Arc<File>,
-    /// Mapped when it is first needed: who only reads, or only asks for shapes, needs no mapping.
+    /// The mapping, made when it is first needed. Reading and asking for shapes need no mapping.
     map: OnceLock<std::io::Result<FileMap>>,
     header_blake3: String,
     metadata: BTreeMap<String, String>,
@@ -272,7 +272,7 @@ pub struct RankFile {
 }
 
 impl RankFile {
-    /// Opens `path` and checks its header, but not which tensors there are (see [`RankFile::check`]).
+    /// Opens `path` and checks its header, but not which tensors it has (see [`RankFile::check`]).
     ///
     /// # Errors
     /// If it cannot be opened or is damaged.
@@ -285,10 +285,10 @@ impl RankFile {
         Ok(RankFile { path, file, map: OnceLock::new(), header_blake3, metadata, tensors: floats })
     }
 
-    /// The file's bytes, all that the header speaks of.
+    /// The file's bytes, as many as the header describes.
     ///
     /// # Errors
-    /// If it can neither be mapped nor read into memory, or has become shorter.
+    /// If the file can neither be mapped nor read into memory, or has become shorter.
     pub fn map(&self) -> Result<&[u8], ReadError> {
         let map = self.map.get_or_init(|| FileMap::new(&self.file, &self.path));
         let again = |e: &std::io::Error| std::io::Error::new(e.kind(), e.to_string());
@@ -300,7 +300,8 @@ impl RankFile {
         Ok(map)
     }
 
-    /// Checks that the file holds `specs`, aligned, and was written by `run_id` (by another tool, if there is none).
+    /// Checks that the file holds the tensors `specs`, aligned, and was written by run `run_id` (by another tool if
+    /// that is `None`).
     ///
     /// # Errors
     /// Everything that does not fit, in one error.
@@ -339,7 +340,7 @@ impl RankFile {
         &self.header_blake3
     }
 
-    /// The run that wrote the file, if it says.
+    /// The run that wrote the file, if the file names it.
     #[must_use]
     pub fn run_id(&self) -> Option<&str> {
         self.metadata.get(RUN_ID_KEY).map(String::as_str)
@@ -380,8 +381,8 @@ impl RankFile {
         self.tensors.get(name).ok_or_else(missing)
     }
 
-    /// Copies bytes of the tensor `name`, from its byte `offset` on, out of the file: who reads all of it once need not have its
-    /// pages mapped.
+    /// Copies bytes of the tensor `name` from the file, from its byte `offset` on. A caller that reads each byte once
+    /// needs no mapping then.
     ///
     /// # Errors
     /// If it is not in the file, has fewer bytes, or cannot be read.
@@ -396,7 +397,7 @@ impl RankFile {
         read.map_err(|source| ReadError::Bytes { path: self.path.clone(), tensor: name.to_owned(), source })
     }
 
-    /// Every tensor, to be read and compared ([`crate::verify()`]).
+    /// Every tensor as an item for [`crate::verify()`].
     #[must_use]
     pub fn items(&self) -> Vec<Item> {
         let item = |(name, (dtype, t)): (&String, &(DType, TensorEntry))| {

@@ -1,9 +1,9 @@
-//! Looking at raw float bytes without converting them: magnitudes are compared as integers, which vectorizes.
+//! Looks at raw float bytes without converting them. Magnitudes are compared as integers, because that vectorizes.
 
 use half::{bf16, f16};
 use mixtral_model::DType;
 
-/// The bits of `dtype`'s infinity without the sign. A magnitude at or above it is infinite or not a number.
+/// The bits of `dtype`'s infinity without the sign. A magnitude at or above it is infinite or NaN.
 #[must_use]
 pub const fn infinity_bits(dtype: DType) -> u32 {
     match dtype {
@@ -13,7 +13,8 @@ pub const fn infinity_bits(dtype: DType) -> u32 {
     }
 }
 
-/// The largest magnitude among little-endian elements, as bits without the sign. Bits order like magnitudes.
+/// The largest magnitude among little-endian elements, as bits without the sign. The order of these bits is the order
+/// of magnitudes.
 #[must_use]
 pub fn max_magnitude(dtype: DType, bytes: &[u8]) -> u32 {
     match dtype {

@@ -1,6 +1,7 @@
-//! A hash of a configuration file inside of itself: 32 hex digits, taken over the text with zeros in their place.
+//! The seal: a hash of a configuration file inside that file. It is 32 hex digits, computed over the text with zeros in
+//! their place.
 
-/// What stands in the text while it is hashed.
+/// The digits in the text while it is hashed.
 pub const UNSEALED: &str = "00000000000000000000000000000000";
 
 fn hash(text: &[u8]) -> String {
@@ -9,13 +10,13 @@ fn hash(text: &[u8]) -> String {
     hash
 }
 
-/// `text`, whose first [`UNSEALED`] is the place of the seal, with the seal in it.
+/// Puts the seal into `text`, in place of the first [`UNSEALED`].
 #[must_use]
 pub fn seal(text: &str) -> String {
     text.replacen(UNSEALED, &hash(text.as_bytes()), 1)
 }
 
-/// Whether `text` is as it was when `seal` was put into it.
+/// Whether `text` is unchanged since `seal` was put into it.
 #[must_use]
 pub fn is_intact(text: &[u8], seal: &str) -> bool {
     let Ok(text) = std::str::from_utf8(text) else { return false };

@@ -1,10 +1,11 @@
-//! A directory that is either whole or does not load, and that is replaced as a whole.
+//! A directory that is either whole or does not load, and that is replaced as a whole. Checkpoints and engines use it.
 //!
-//! New files are written into a folder inside of it, so that an older output stays as it was until they are complete and on the
-//! disk. Then the older marker, `config.json`, is removed, the older files go, the new ones are moved in, and their marker
-//! last. A run that fails or is interrupted before that removes what it wrote; one that was killed while files were moved is
-//! finished by whoever comes next, to read or to write. A lock file keeps a second writer out; left behind, it marks the directory as ours and says that the last run
-//! did not finish. Used for checkpoints and engines alike.
+//! New files are written into a folder inside the directory, so an older output stays as it was until they are complete
+//! and on the disk. Then the older marker, `config.json`, is removed, then the older files; the new files are moved in,
+//! and the new marker comes last. A run that fails or is interrupted before that removes what it wrote. If a run is
+//! killed while it moves files, the next run that reads or writes the directory finishes the move. A lock file keeps a
+//! second writer out. A lock file that is left behind marks the directory as ours and says that the last run did not
+//! finish.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Write as _};
@@ -16,29 +17,29 @@ use std::time::Duration;
 use crate::disk::{self, Lack};
 use crate::names::CONFIG_FILE;
 
-/// Locked for as long as a directory is being written. Beside an output that a run was to replace and did not, it stays, and
-/// holds the reason.
+/// This file is locked while a directory is being written. If a run fails to replace an older output, the file stays
+/// beside that output and holds the reason.
 pub const LOCK_FILE: &str = ".mixtral-lock";
 
 /// The folder that new files are written into.
 const NEW: &str = ".mixtral-new";
 
-/// What the lock file holds once a new output is in place, in case nobody gets to remove it.
+/// The text of the lock file once a new output is in place, in case the file does not get removed.
 const DONE: &str = "done";
 
-/// There once that folder is complete and the older files are gone, until all of its files are where they belong.
+/// This file exists from when that folder is complete and the older files are gone, until all new files are in place.
 const MOVING: &str = ".mixtral-moving";
 
 const TEMPORARY: &str = "config.json.partial";
 
-/// How a directory's own files are told from a user's.
+/// How to tell a directory's own files from the user's files.
 #[derive(Clone, Copy, Debug)]
 pub struct Ownership {
-    /// What the directory is, for messages: `checkpoint`, `engine`.
+    /// What the directory is, for messages: `a checkpoint`, `an engine`.
     pub what: &'static str,
-    /// Whether a file of this name belongs to such a directory (the marker and the lock aside).
+    /// Whether a file of this name belongs to such a directory. The marker and the lock file do not count.
     pub owns: fn(&str) -> bool,
-    /// Whether this text is the marker of such a directory, written by this tool.
+    /// Whether this text is a marker of such a directory that this tool wrote.
     pub is_marker: fn(&[u8]) -> bool,
 }
 
@@ -50,7 +51,7 @@ pub enum StagedError {
     Io {
         /// What was tried.
         action: &'static str,
-        /// On what.
+        /// The path.
         path: PathBuf,
         /// What the system said.
         source: io::Error,
@@ -65,9 +66,9 @@ pub enum StagedError {
         dir: PathBuf,
         /// Bytes that will be written.
         needed: u64,
-        /// Bytes there are.
+        /// Bytes that are free.
         free: u64,
-        /// What is there and stays until then, with its article.
+        /// What is there and stays until the new output is complete, with its article.
         older: Option<&'static str>,
     },
     /// New files could not take the places of older ones.
@@ -78,13 +79,13 @@ pub enum StagedError {
         /// What failed.
         source: Box<StagedError>,
     },
-    /// Given up by [`abandon`].
+    /// The work was given up by [`abandon`].
     #[error("{dir} is not written: the work was interrupted")]
     Abandoned {
         /// The directory.
         dir: PathBuf,
     },
-    /// Someone else is writing there.
+    /// Another process is writing there.
     #[error("another process is writing {dir}; wait for it, or choose another --output-dir")]
     Locked {
         /// The directory.
@@ -123,7 +124,8 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Staged
     move |source| StagedError::Io { action, path, source }
 }
 
-/// A directory being written, beside what is in it. Dropped without [`StagedDir::commit`], it leaves that as it was.
+/// A directory that is being written. If this is dropped without [`StagedDir::commit`], the directory is again as it
+/// was.
 #[derive(Debug)]
 pub struct StagedDir {
     dir: PathBuf,
@@ -131,14 +133,14 @@ pub struct StagedDir {
     state: Arc<Mutex<State>>,
 }
 
-/// How far a directory is. Shared with [`abandon`], which a thread of its own may call.
+/// How far the writing of a directory is. [`abandon`], which another thread may call, shares it.
 #[derive(Debug)]
 struct State {
     dir: PathBuf,
     ownership: Ownership,
-    /// The lock goes when the file closes.
+    /// The lock is released when this file closes.
     lock: File,
-    /// Whether the directory was not there before, so that a failure removes it too.
+    /// Whether this run created the directory. If so, a failure removes it too.
     created: bool,
     /// Whether it held an output of ours before.
     replaces: bool,
@@ -151,7 +153,7 @@ enum Phase {
     Writing,
     /// New files take the places of older ones.
     Moving,
-    /// Committed, or given up and cleaned.
+    /// Committed, or given up and cleaned up.
     Over,
 }
 
@@ -163,26 +165,26 @@ fn hold<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl StagedDir {
-    /// Locks `dir`, which is created if need be. What an earlier run of ours left unfinished is finished or removed; an output
-    /// that is there stays as it is until [`StagedDir::commit`].
+    /// Locks `dir`, and creates it if need be. Finishes or removes what an earlier run of this tool left unfinished. An
+    /// output that is there stays as it is until [`StagedDir::commit`].
     ///
     /// # Errors
-    /// If it is locked, holds what is not ours, or cannot be written. Nothing of it was changed then.
+    /// If it is locked, holds files that are not ours, or cannot be written. Nothing in it is changed then.
     pub fn begin(dir: &Path, ownership: Ownership) -> Result<Self, StagedError> {
         if dir.exists() && !dir.is_dir() {
             return Err(StagedError::NotADirectory { dir: dir.to_owned() });
         }
         let created = !dir.exists();
-        // Refused before the lock file is made, so that a directory that is not ours stays as it was.
+        // This check comes before the lock file is made, so that a directory that is not ours stays as it was.
         if !created {
             check_ours(dir, ownership)?;
         }
-        // Held until the directory is known, so that whoever abandons the work does not miss it.
+        // Held until the directory is in the list, so that a thread that abandons the work does not miss it.
         let mut active = hold(&ACTIVE);
         fs::create_dir_all(dir).map_err(failed("create", dir))?;
         let lock = lock(dir).inspect_err(|_| {
             if created {
-                // Nobody else can have come to want it in the meantime.
+                // This run has just created the directory, so nobody else uses it.
                 let _ = remove(&dir.join(LOCK_FILE)).map(|()| fs::remove_dir(dir));
             }
         })?;
@@ -194,7 +196,7 @@ impl StagedDir {
         {
             let mut state = hold(&staged.state);
             state.replaces = dir.join(CONFIG_FILE).exists();
-            // What an earlier run noted there is not true of this one.
+            // A note of an earlier run is not true for this run.
             state.lock.set_len(0).map_err(failed("write", &dir.join(LOCK_FILE)))?;
         }
         let new = dir.join(NEW);
@@ -210,17 +212,17 @@ impl StagedDir {
         &self.dir
     }
 
-    /// Where the file `name` is to be written. Its name must be one that the directory owns.
+    /// The path where the file `name` is to be written. The directory must own files of this name.
     #[must_use]
     pub fn path(&self, name: &str) -> PathBuf {
         debug_assert!((self.ownership.owns)(name), "{name} would not be cleaned up");
         self.dir.join(NEW).join(name)
     }
 
-    /// Checks that `needed` bytes fit on the disk, beside what is there.
+    /// Checks that `needed` bytes fit on the disk, beside the older output.
     ///
     /// # Errors
-    /// If they do not. A filesystem that does not say is believed to have room.
+    /// If they do not fit. If the file system does not tell its free space, this assumes that there is room.
     pub fn reserve(&self, needed: u64) -> Result<(), StagedError> {
         let older = hold(&self.state).replaces.then_some(self.ownership.what);
         match disk::free_bytes(&self.dir) {
@@ -229,7 +231,7 @@ impl StagedDir {
         }
     }
 
-    /// Writes a file into the directory, onto the disk. Gives the BLAKE3 of it.
+    /// Writes a file into the directory, waits until it is on the disk, and returns its BLAKE3.
     ///
     /// # Errors
     /// If it cannot be written.
@@ -244,7 +246,7 @@ impl StagedDir {
         Ok(blake3::hash(bytes))
     }
 
-    /// Copies the file `from` into the directory under `name`, onto the disk. Gives the BLAKE3 of what was copied.
+    /// Copies the file `from` into the directory under `name`, waits until it is on the disk, and returns its BLAKE3.
     ///
     /// # Errors
     /// If it cannot be read or written.
@@ -274,11 +276,12 @@ impl StagedDir {
         Ok(hasher.finalize())
     }
 
-    /// Writes the marker, and puts all that was written in the place of what was there. All other files must be on the disk by
+    /// Writes the marker, and replaces the older output by all that was written. All other files must be on the disk by
     /// now.
     ///
     /// # Errors
-    /// If it cannot be written: what was there stays. If the new files cannot be put in place, see [`StagedError::Moving`].
+    /// If the marker cannot be written; the older output then stays. If the new files cannot be put in place, see
+    /// [`StagedError::Moving`].
     pub fn commit(self, marker: &[u8]) -> Result<(), StagedError> {
         let mut state = hold(&self.state);
         if state.phase == Phase::Over {
@@ -313,11 +316,11 @@ impl Drop for StagedDir {
 }
 
 impl State {
-    /// Removes what was written, and notes `why` beside an older output. A failure here cannot be reported, and the next run cleans
-    /// up what is left.
+    /// Removes what was written, and notes `why` beside an older output. A failure here cannot be reported; the next
+    /// run cleans up what is left.
     fn give_up(&mut self, why: &str) {
         let phase = std::mem::replace(&mut self.phase, Phase::Over);
-        // Half of an older output is gone while files are moved: the next run finishes that.
+        // While files are moved, a part of the older output is already gone. The next run finishes the move.
         if phase == Phase::Over || phase == Phase::Moving && self.replaces {
             return;
         }
@@ -326,7 +329,7 @@ impl State {
             let _ = remove(&dir.join(CONFIG_FILE)).and_then(|()| remove_owned(dir, self.ownership));
             let _ = remove(&dir.join(MOVING));
         }
-        // Again, if another thread was just making a file.
+        // Tries again, in case another thread was just making a file.
         let _ = (0..3).find(|_| fs::remove_dir_all(dir.join(NEW)).is_ok());
         let lock = dir.join(LOCK_FILE);
         if self.replaces {
@@ -340,27 +343,27 @@ impl State {
     }
 }
 
-/// Gives up every directory that this process is writing, as a failure would, because of `why`: for a process that is about
-/// to be ended. One that is just being committed is waited for. Says whether there was any.
+/// Gives up every directory that this process is writing, as a failure would, because the process is about to end.
+/// `why` is the reason. Waits for a directory that is just being committed. Returns whether there was any directory.
 pub fn abandon(why: &str) -> bool {
     let states: Vec<_> = hold(&ACTIVE).iter().filter_map(Weak::upgrade).collect();
     states.iter().for_each(|state| hold(state).give_up(why));
     !states.is_empty()
 }
 
-/// Notes in `dir` that a run which was to replace the output of ours there came to nothing, and `why`. Does nothing where there
-/// is none, or where another run is at work.
+/// Notes in `dir` that a run failed to replace our output there, and `why`. Does nothing if there is no output of ours,
+/// or if another run is at work there.
 pub fn note_failure(dir: &Path, ownership: Ownership, why: &str) {
     if (ownership.is_marker)(&fs::read(dir.join(CONFIG_FILE)).unwrap_or_default())
         && let Ok(_lock) = lock(dir)
     {
-        // Where that cannot be written nothing could be replaced either.
+        // If this cannot be written, the output could not have been replaced either.
         let _ = fs::write(dir.join(LOCK_FILE), why);
     }
 }
 
-/// Warns if what is in `dir` is older than it should be: because a run is replacing it, or because the last run that was to did not
-/// finish. `command` is what writes such directories.
+/// Warns if the output in `dir` is older than it should be: because a run is replacing it, or because the last run did
+/// not finish. `command` is the command that writes such directories.
 pub fn warn_if_older(dir: &Path, command: &str) {
     let path = dir.join(LOCK_FILE);
     let Ok(file) = File::open(&path) else { return };
@@ -377,34 +380,34 @@ pub fn warn_if_older(dir: &Path, command: &str) {
     log::warn!("the last `{command}` into {dir} did not finish ({why}); what was there before is used");
 }
 
-/// Finishes what a run that was killed had begun to put in place in `dir`, if no other run is at work there: for who is about to
-/// read it. Where that cannot be done, the directory does not load.
+/// Finishes a move in `dir` that a killed run had begun, unless another run is at work there. Readers call this before
+/// they open the directory. If the move cannot be finished, the directory does not load.
 pub fn finish(dir: &Path, ownership: Ownership) {
     let path = dir.join(LOCK_FILE);
     let Ok(file) = File::open(&path) else { return };
     let is_done = || fs::read_to_string(&path).is_ok_and(|text| text == DONE);
     if (is_done() || is_moving(dir)) && file.try_lock().is_ok() {
-        // Looked at again under the lock: another reader may have been faster.
+        // Checked again under the lock, because another reader may have been faster.
         if !is_moving(dir) || put_in_place(dir, ownership).is_ok() {
             let _ = remove(&path);
         }
     }
 }
 
-/// Whether new files in `dir` are complete and not all in place.
+/// Whether new files in `dir` are complete but not all in place.
 fn is_moving(dir: &Path) -> bool {
     dir.join(MOVING).exists() || dir.join(NEW).join(CONFIG_FILE).exists() && !dir.join(CONFIG_FILE).exists()
 }
 
-/// Moves all new files, which are whole, to where they belong; whatever is interrupted, calling it again finishes it. The
-/// marker goes first and comes last, so that nothing loads meanwhile.
+/// Moves all new files, which are complete, into place. If it is interrupted at any point, calling it again finishes
+/// the move. The old marker is removed first and the new one comes last, so that nothing loads meanwhile.
 fn put_in_place(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     let (new, moving) = (dir.join(NEW), dir.join(MOVING));
     if !moving.exists() {
         remove(&dir.join(CONFIG_FILE))?;
         disk::sync_dir(dir).map_err(failed("write", dir))?;
         remove_owned(dir, ownership)?;
-        // From here on, files of ours in the directory are new ones.
+        // From here on, our files in the directory are new ones.
         File::create(&moving).map_err(failed("create", &moving))?;
         disk::sync_dir(dir).map_err(failed("write", dir))?;
     }
@@ -425,7 +428,7 @@ fn put_in_place(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     remove(&moving)
 }
 
-/// Finishes what a run that was killed began to put in place, and removes what it did not finish writing.
+/// Finishes a move that a killed run began, or removes files that it did not finish writing.
 fn recover(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     match is_moving(dir) {
         true => put_in_place(dir, ownership),
@@ -447,7 +450,7 @@ fn remove(path: &Path) -> Result<(), StagedError> {
     }
 }
 
-/// Removes all files of ours but the marker and the lock.
+/// Removes all our files except the marker and the lock file.
 fn remove_owned(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     let is_owned = |name: &String| name == TEMPORARY || (ownership.owns)(name);
     names(dir)?.iter().filter(|name| is_owned(name)).try_for_each(|name| remove(&dir.join(name)))
@@ -462,7 +465,8 @@ fn names(dir: &Path) -> Result<Vec<String>, StagedError> {
     Ok(names)
 }
 
-/// Ours is what has our marker, what a killed run of ours left (a lock file and no marker), and what is empty.
+/// Checks that a directory is ours. It is if it has our marker, if a killed run of this tool left it (with a lock file
+/// and no marker), or if it is empty.
 fn check_ours(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     let names = names(dir)?;
     let has = |name: &str| names.iter().any(|n| n == name);
@@ -474,7 +478,7 @@ fn check_ours(dir: &Path, ownership: Ownership) -> Result<(), StagedError> {
     Err(StagedError::NotOurs { dir: dir.to_owned(), found, what: ownership.what })
 }
 
-/// Takes the lock of `dir`. One that is taken is waited for a moment: whoever looks at an output has it that long.
+/// Takes the lock of `dir`. If the lock is taken, waits for a moment, because a reader holds the lock for a moment too.
 fn lock(dir: &Path) -> Result<File, StagedError> {
     const TRIES: usize = 10;
     let path = dir.join(LOCK_FILE);
@@ -493,7 +497,8 @@ fn lock(dir: &Path) -> Result<File, StagedError> {
             Err(TryLockError::Error(error)) if disk::is_lacking(&error) => Lack::Lock.warn(dir, &error),
             Err(TryLockError::Error(source)) => return Err(failed("lock", &path)(source)),
         }
-        // The holder before us may have removed the file between our open and our lock; then we hold nothing.
+        // The previous holder may have removed the file after we opened it and before we locked it. Then our lock is
+        // worth nothing.
         let held = file.metadata().map_err(failed("lock", &path))?.ino();
         if fs::metadata(&path).is_ok_and(|now| now.ino() == held) {
             return Ok(file);
@@ -519,7 +524,7 @@ mod tests {
         names.iter().for_each(|name| fs::write(staged.path(name), "new").unwrap());
     }
 
-    /// A directory with an output of ours, and someone's file.
+    /// A directory with an output of ours and a file of the user.
     fn older() -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         let staged = StagedDir::begin(root.path(), TEST).unwrap();
@@ -581,7 +586,7 @@ mod tests {
         assert_eq!(fs::read_to_string(root.path().join(LOCK_FILE)).unwrap(), "the disk is full");
         StagedDir::begin(root.path(), TEST).unwrap().commit(b"ours").unwrap();
         assert_eq!(listing(root.path()), ["config.json", "notes.txt"]);
-        // Nothing of ours, so nothing to be mistaken for what was wanted.
+        // There is no output of ours that someone could take for the new one.
         let empty = tempfile::tempdir().unwrap();
         note_failure(empty.path(), TEST, "the disk is full");
         assert!(listing(empty.path()).is_empty());
@@ -622,7 +627,7 @@ mod tests {
         assert_eq!(listing(root.path()), ["config.json", "notes.txt"]);
     }
 
-    /// As many states as a kill can leave, made by doing so many steps of a move.
+    /// Makes every state that a kill can leave, by doing only the first `steps` steps of a move.
     #[test]
     fn a_move_that_was_killed_is_finished_by_who_comes_next_to_read_or_to_write() {
         for steps in 0..8 {
@@ -641,7 +646,7 @@ mod tests {
                 &|| fs::remove_dir(&new),
             ];
             step[..steps].iter().for_each(|step| step().unwrap());
-            // Nobody touches what somebody is at work on.
+            // While a writer is at work, a reader touches nothing.
             let writer = File::open(dir.join(LOCK_FILE)).unwrap();
             writer.lock().unwrap();
             let before = listing(dir);
@@ -680,7 +685,7 @@ mod tests {
             "DIR holds `0.part` and is not a test directory of ours; choose another --output-dir, or empty it yourself"
         );
         assert_eq!(listing(root.path()), ["0.part", "config.json"]);
-        // Nor does the note that a failed run of another stage left make it ours.
+        // A note that a failed run of another stage left does not make the directory ours either.
         fs::write(root.path().join(LOCK_FILE), "it failed").unwrap();
         assert!(matches!(StagedDir::begin(root.path(), TEST), Err(StagedError::NotOurs { .. })));
         fs::remove_file(root.path().join(LOCK_FILE)).unwrap();

@@ -1,7 +1,8 @@
-//! Reading every byte that a directory vouches for: hashes against what was written down, and that elements are finite.
+//! Reads every byte of a directory's files, compares hashes with the recorded ones, and checks that elements are
+//! finite.
 //!
-//! Files are read, not mapped: a file that shrinks meanwhile, or a disk that fails, is a problem to report and not a
-//! fault, and memory stays at a buffer a worker.
+//! Files are read and not mapped. So a file that shrinks meanwhile, or a disk that fails, is a problem to report and
+//! not a fault. Each worker needs only one buffer of memory.
 
 use std::fs::File;
 use std::io;
@@ -15,27 +16,28 @@ use mixtral_model::DType;
 use crate::progress::Progress;
 use crate::scan;
 
-/// Bytes of a worker's buffer; a multiple of every element's size, and small enough for the cache.
+/// Bytes of a worker's buffer. It is a multiple of every element's size, and small enough for the cache.
 const PIECE: usize = 1 << 18;
 
-/// Something to read and compare: a tensor, or a whole file.
+/// Something to read and check: a tensor, or a whole file.
 #[derive(Clone, Debug)]
 pub struct Item {
     path: PathBuf,
     file: Arc<File>,
-    /// Nothing for a whole file.
+    /// The tensor's name; `None` for a whole file.
     tensor: Option<String>,
-    /// Its first byte in the file, and how many there are.
+    /// Its first byte in the file, and how many bytes it has.
     start: u64,
     len: u64,
-    /// Hex digits of the BLAKE3 it was written with, if that was written down.
+    /// Hex digits of its BLAKE3 when it was written, if that is recorded.
     expected: Option<String>,
     /// Its element type, if its elements must be finite.
     float: Option<DType>,
 }
 
 impl Item {
-    /// The bytes `start..end` of `file`, called `tensor`. `expected` is their hash, `float` the type of their elements.
+    /// The bytes `start..end` of `file`, which are the tensor `tensor`. `expected` is their hash; `float` is the type
+    /// of their elements.
     #[must_use]
     pub fn tensor(
         path: &Path,
@@ -53,7 +55,7 @@ impl Item {
     /// All of the file `path`, whose hash should be `expected`.
     ///
     /// # Errors
-    /// That it cannot be opened, as a problem among others.
+    /// If it cannot be opened, as a problem to list among others.
     pub fn file(path: &Path, expected: &str) -> Result<Self, Problem> {
         let open = || {
             let file = File::open(path)?;
@@ -121,7 +123,7 @@ pub enum Problem {
         path: PathBuf,
         /// The tensor, if it is about one.
         tensor: Option<String>,
-        /// The hash written down.
+        /// The recorded hash.
         expected: String,
         /// The data's.
         found: String,
@@ -144,7 +146,7 @@ pub enum Problem {
         /// The file.
         path: PathBuf,
     },
-    /// Bytes that the system does not give.
+    /// Bytes that cannot be read.
     #[error("{}cannot be read: {detail}", subject(path, tensor))]
     Unreadable {
         /// The file.
@@ -172,13 +174,14 @@ pub struct Verified {
     pub files: usize,
     /// Bytes of both.
     pub bytes: u64,
-    /// Those of the tensors that came without a hash (files of other tools).
+    /// How many tensors have no recorded hash (in files of other tools).
     pub unhashed: usize,
     /// What is damaged, in the order of the items.
     pub problems: Vec<Problem>,
 }
 
-/// Reads all `items` on `workers` threads, at least one. An item that could not even be opened is its problem.
+/// Reads and checks all `items` on `workers` threads (at least one). An item that could not be opened is already a
+/// problem.
 pub fn verify(items: Vec<Result<Item, Problem>>, workers: usize, progress: &dyn Progress) -> Verified {
     let mut verified = Verified::default();
     for item in items.iter().flatten() {
@@ -193,7 +196,7 @@ pub fn verify(items: Vec<Result<Item, Problem>>, workers: usize, progress: &dyn 
         *(if is_file { &mut verified.files } else { &mut verified.tensors }) += 1;
     }
     progress.start(verified.bytes);
-    // The largest first, so that no worker is left with a large one at the end.
+    // The largest come first, so that no worker has a large one left at the end.
     let mut order: Vec<usize> = (0..items.len()).collect();
     order.sort_by_key(|&i| std::cmp::Reverse(items[i].as_ref().map_or(0, |item| item.len)));
     let next = AtomicUsize::new(0);

@@ -1,4 +1,5 @@
-//! Writing a checkpoint: rank files with random access from several threads, hashes on the way, `config.json` last.
+//! Writes a checkpoint: first the rank files, from several threads and with random access, computing hashes on the way;
+//! `config.json` last.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -27,7 +28,7 @@ const RUN_ID_LEN: usize = 32;
 /// Tensor data starts at a multiple of this many bytes.
 const DATA_ALIGNMENT: usize = 64;
 
-/// How a checkpoint directory is told from a user's.
+/// How to tell a checkpoint directory from one of the user's own.
 pub const OWNERSHIP: Ownership =
     Ownership { what: "a checkpoint", owns: |name| is_rank_file(name) || is_tokenizer_file(name), is_marker: is_ours };
 
@@ -51,7 +52,7 @@ pub enum WriteError {
     },
 }
 
-/// A checkpoint being written. Dropped without [`CheckpointWriter::finish`], it leaves nothing.
+/// A checkpoint that is being written. If it is dropped without [`CheckpointWriter::finish`], nothing is left of it.
 #[derive(Debug)]
 pub struct CheckpointWriter {
     staged: StagedDir,
@@ -60,7 +61,7 @@ pub struct CheckpointWriter {
 }
 
 impl CheckpointWriter {
-    /// Prepares `dir` and, unless `config_only`, a file a rank at its full length.
+    /// Prepares `dir`, and unless `config_only`, a file of full length for each rank.
     ///
     /// # Errors
     /// If the directory is not ours to write, or the disk is full. `config` must be valid.
@@ -80,13 +81,13 @@ impl CheckpointWriter {
         Ok(CheckpointWriter { staged, config, ranks })
     }
 
-    /// The file of each rank. They may be written from several threads at once.
+    /// The file of each rank. Several threads may write them at the same time.
     #[must_use]
     pub fn ranks(&self) -> &[RankWriter] {
         &self.ranks
     }
 
-    /// Copies one of the tokenizer's files along, and notes its hash.
+    /// Copies one of the tokenizer's files into the checkpoint, and records its hash.
     ///
     /// # Errors
     /// If it cannot be read or written.
@@ -96,7 +97,7 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Writes one of the tokenizer's files, and notes its hash.
+    /// Writes one of the tokenizer's files, and records its hash.
     ///
     /// # Errors
     /// If it cannot be written.
@@ -106,11 +107,11 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Writes the headers, then `config.json`, each onto the disk, and gives the run id. `hashes` are those of every
-    /// rank's tensors, in the order of [`RankWriter::specs`].
+    /// Writes the headers, then `config.json`, waits until they are on the disk, and returns the run id. `hashes` are
+    /// the hashes of every rank's tensors, in the order of [`RankWriter::specs`].
     ///
-    /// The run id is a hash of the config (the tokenizer's files aside) and of all tensors, so that the same model gives
-    /// the same bytes.
+    /// The run id is a hash of all tensors and of the config without the tokenizer's files, so the same model gives the
+    /// same bytes.
     ///
     /// # Errors
     /// If a file cannot be written.
@@ -132,14 +133,14 @@ impl CheckpointWriter {
             }
             self.config.run_id = Some(run_id);
         }
-        // Some file systems move no file that is open.
+        // Some file systems cannot move a file that is open.
         self.ranks.clear();
         self.staged.commit(self.config.to_json().as_bytes())?;
         Ok(self.config.run_id)
     }
 }
 
-/// One rank's safetensors file being written. The header's room is kept free until all hashes are known.
+/// One rank's safetensors file that is being written. The room for the header stays free until all hashes are known.
 #[derive(Debug)]
 pub struct RankWriter {
     file: File,
@@ -148,7 +149,7 @@ pub struct RankWriter {
     specs: Vec<TensorSpec>,
     /// First byte of each tensor, counted from the start of the file.
     starts: Vec<u64>,
-    /// Bytes of the header, its length not included.
+    /// Bytes of the header, without the bytes of its length.
     header_len: usize,
 }
 
@@ -192,7 +193,8 @@ impl RankWriter {
         &self.specs
     }
 
-    /// Starts writing the `index`-th tensor of [`RankWriter::specs`]. Different tensors may be written at once.
+    /// Starts to write the `index`-th tensor of [`RankWriter::specs`]. Different tensors may be written at the same
+    /// time.
     #[must_use]
     pub fn tensor(&self, index: usize) -> TensorWriter<'_> {
         TensorWriter { rank: self, index, written: 0, hasher: blake3::Hasher::new() }
@@ -210,7 +212,7 @@ impl RankWriter {
         StagedError::Io { action: "write", path: self.path.clone(), source }
     }
 
-    /// Gives the header's BLAKE3.
+    /// Writes the header and returns its BLAKE3.
     fn write_header(&self, run_id: &str, hashes: &[blake3::Hash]) -> Result<blake3::Hash, WriteError> {
         let mut text = header_text(self.rank, &self.specs, run_id, hashes);
         debug_assert!(text.len() <= self.header_len && self.header_len - text.len() < DATA_ALIGNMENT);
@@ -225,7 +227,7 @@ impl RankWriter {
 /// The header's JSON. Its length depends only on the rank and the specs.
 fn header_text(rank: Rank, specs: &[TensorSpec], run_id: &str, hashes: &[blake3::Hash]) -> Vec<u8> {
     let mut metadata = Map::new();
-    // `format` is what transformers asks of a file that it loads.
+    // transformers only loads files with a `format`.
     metadata.insert("format".into(), json!("pt"));
     metadata.insert("rank".into(), json!(rank.to_string()));
     metadata.insert(RUN_ID_KEY.into(), json!(run_id));
@@ -244,7 +246,7 @@ fn header_text(rank: Rank, specs: &[TensorSpec], run_id: &str, hashes: &[blake3:
     serde_json::to_vec(&root).expect("a map with string keys serializes")
 }
 
-/// One tensor being written from its first byte to its last, hashed on the way.
+/// One tensor that is being written from its first byte to its last, and hashed on the way.
 #[derive(Debug)]
 pub struct TensorWriter<'a> {
     rank: &'a RankWriter,
@@ -257,7 +259,7 @@ impl TensorWriter<'_> {
     /// Appends `bytes`.
     ///
     /// # Errors
-    /// If they cannot be written, or are more than the tensor has.
+    /// If they cannot be written, or are more bytes than the tensor has.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
         let end = self.written + bytes.len() as u64;
         if end > self.rank.specs[self.index].num_bytes() {

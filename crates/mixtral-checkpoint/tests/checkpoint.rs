@@ -1,4 +1,4 @@
-//! A checkpoint written, read back, verified, and damaged in every way that a reader must name.
+//! Writes a checkpoint, reads it back, verifies it, and damages it in every way for which a reader must have a message.
 #![allow(missing_docs)]
 
 use std::fs;
@@ -20,7 +20,7 @@ fn config() -> CheckpointConfig {
     CheckpointConfig::new(model, Mapping::tensor_parallel(2, 1))
 }
 
-/// Byte `index` of a tensor: small enough in every position that no element is infinite.
+/// Byte `index` of a tensor. It is so small that no element is infinite.
 fn byte(rank: usize, tensor: usize, index: usize) -> u8 {
     u8::try_from((rank * 31 + tensor * 7 + index) % 61).unwrap()
 }
@@ -95,7 +95,7 @@ fn parts_of_a_tensor_are_read_without_its_mapping() {
         file.read(name, offset, &mut part).unwrap();
         assert_eq!(part, bytes[offset..][..part.len()]);
     }
-    // Behind it lies another, which nobody asked for.
+    // Behind the tensor lies another one, which must not be read.
     for offset in [bytes.len() - part.len() + 1, usize::MAX] {
         let error = file.read(name, offset, &mut part).unwrap_err().to_string();
         let said = error.replace(&root.path().display().to_string(), "DIR");
@@ -180,7 +180,7 @@ fn each_broken_directory_has_its_message() {
         let path = dir.join("config.json");
         let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
         config[key] = value;
-        // Or else every change of the text is the first that is named.
+        // Without these, a wrong key is named. With them, the error would be that the text was changed.
         config["mixtral"].as_object_mut().unwrap().shift_remove("seal");
         config["mixtral"].as_object_mut().unwrap().shift_remove("headers");
         fs::write(path, config.to_string()).unwrap();

@@ -1,5 +1,5 @@
-//! Measures an all-gather: `cargo run -p mixtral-comm --example all_gather -- [RANKS]` between threads, or under a
-//! launcher between processes. Rank 0 prints the median and the 90th percentile of the time per call.
+//! Measures an all-gather between threads: `cargo run -p mixtral-comm --example all_gather -- [RANKS]`. Started by a
+//! launcher, it measures between processes. Rank 0 prints the median and the 90th percentile of the time per call.
 
 use std::error::Error;
 use std::time::{Duration, Instant};

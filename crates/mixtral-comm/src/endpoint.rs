@@ -10,7 +10,7 @@ use crate::world::MAX_MESSAGE_BYTES;
 /// How to reach one rank.
 #[derive(Debug)]
 pub(crate) enum Link {
-    /// A thread of this process, or the rank itself: straight into its inbox.
+    /// A thread of this process, or the rank itself. Messages go straight into its inbox.
     Memory(Arc<Inbox>),
     /// Another process.
     Wire(Wire),
@@ -23,9 +23,9 @@ pub(crate) struct Endpoint {
     /// Where each rank runs.
     pub(crate) hosts: Arc<[String]>,
     pub(crate) inbox: Arc<Inbox>,
-    /// By rank, the rank itself included.
+    /// A link for each rank, the rank itself included.
     pub(crate) links: Vec<Link>,
-    /// Where collectives' bytes wait in memory.
+    /// The buffers in which the bytes of collectives wait.
     pub(crate) buffers: Buffers,
 }
 
@@ -72,15 +72,16 @@ impl Endpoint {
     }
 }
 
-/// Buffers that are used again once every receiver has let go of them: the pages of a fresh one cost more than a copy.
+/// Buffers that are used again once every receiver has dropped them. The page faults of a new buffer cost more than a
+/// copy.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers(Mutex<Vec<Body>>);
 
-/// Buffers kept; more than this many collectives are rarely under way.
+/// How many buffers are kept. More collectives than this are rarely under way.
 const KEPT_BUFFERS: usize = 8;
 
 impl Buffers {
-    /// An empty vector to fill, with a capacity that was of use before.
+    /// An empty vector to fill, with the capacity of an earlier one if one is free.
     pub(crate) fn take(&self) -> Vec<u8> {
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let free = kept.iter_mut().find_map(Arc::get_mut).map(std::mem::take);
@@ -91,7 +92,8 @@ impl Buffers {
         free
     }
 
-    /// The filled vector, to be handed out; it comes back to [`Buffers::take`] when all have let go of it.
+    /// Makes the filled vector a message body. When all receivers have dropped the body, [`Buffers::take`] uses its
+    /// memory again.
     pub(crate) fn share(&self, filled: Vec<u8>) -> Body {
         let body = Arc::new(filled);
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);

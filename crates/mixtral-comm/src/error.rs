@@ -4,8 +4,8 @@ use std::fmt::{self, Display};
 
 use crate::process::JoinError;
 
-/// A call on a [`World`](crate::World) or a [`Group`](crate::Group) that could not be done. The first three say that
-/// the job is over, and every later call says the same; the others are mistakes in the calling program.
+/// Why a call on a [`World`](crate::World) or a [`Group`](crate::Group) failed. The first three variants mean that the
+/// job is over; every later call returns the same error. The others are mistakes in the calling program.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CommError {
     /// A rank that is a thread of this process returned an error or panicked.
@@ -18,28 +18,28 @@ pub enum CommError {
         /// Its error or panic message.
         reason: String,
     },
-    /// A rank that is a process is gone, or as good as gone.
+    /// A rank that is a process has died, or does not answer.
     #[error("rank {rank} on {host} (process {pid}) {reason}")]
     Dead {
-        /// The rank; this one, if it was this process that got a signal.
+        /// The rank. It is this rank if this process got a signal.
         rank: usize,
         /// Where it ran.
         host: String,
         /// Its process there.
         pid: u32,
-        /// What became of it.
+        /// What happened to it.
         reason: Death,
     },
-    /// A message is awaited from a rank that has ended well and will send no more.
+    /// This rank waits for a message of a rank that has finished and will send no more.
     #[error("rank {rank} has finished, but this rank still waits for it; the ranks run different programs")]
     Finished {
-        /// The rank that is done.
+        /// The rank that has finished.
         rank: usize,
     },
-    /// Two ranks are in different collectives of one group, or bring different sizes to it.
+    /// Two ranks are in different collectives of one group, or in the same one with different sizes.
     #[error("{here} expected {expected} of rank {rank}, which sent {found}; the ranks run different programs")]
     Mismatch {
-        /// Who noticed.
+        /// The rank that noticed.
         here: String,
         /// The other rank.
         rank: usize,
@@ -61,7 +61,7 @@ pub enum CommError {
     /// There is no such rank.
     #[error("rank {rank} is not one of the {size} ranks")]
     NoSuchRank {
-        /// As asked for.
+        /// The rank that was asked for.
         rank: usize,
         /// Ranks in the world or group.
         size: usize,
@@ -88,19 +88,20 @@ pub enum CommError {
     },
 }
 
-/// What became of a process.
+/// What happened to a process.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Death {
     /// Its connection closed without a goodbye: it was killed, crashed, or exited early.
     Closed,
-    /// Its connection is open but nothing came for this many milliseconds: it is stopped, or its host or network is down.
+    /// Its connection is open, but nothing came from it for this many milliseconds. The process is stopped, or its host
+    /// or network is down.
     Stalled {
         /// The limit that passed.
         milliseconds: u64,
     },
-    /// It said that it failed.
+    /// It reported this failure.
     Failed(String),
-    /// It was told to end by this signal.
+    /// This signal told it to end.
     Signal(i32),
 }
 
@@ -129,10 +130,10 @@ fn signal_name(number: i32) -> Option<&'static str> {
     }
 }
 
-/// Why a job did not end well, as seen from the process that returns it.
+/// Why a job failed, as seen from the process that returns this.
 #[derive(Debug, PartialEq, Eq)]
 pub struct RankFailure<E> {
-    /// Of threads: the first rank that failed. Of processes: this process's rank.
+    /// With threads, the first rank that failed. With processes, this process's rank.
     pub rank: usize,
     /// Its host.
     pub host: String,
@@ -151,7 +152,7 @@ pub enum Cause<E> {
     Comm(CommError),
     /// Its thread could not be started.
     Spawn(String),
-    /// Its process did not come together with the others.
+    /// Its process could not join the others.
     Join(JoinError),
 }
 
@@ -175,7 +176,7 @@ impl<E: Display> Display for RankFailure<E> {
 
 impl<E: Display + fmt::Debug> std::error::Error for RankFailure<E> {}
 
-/// The words of a panic.
+/// The message of a panic.
 pub(crate) fn panic_message(payload: &(dyn std::any::Any + Send)) -> String {
     if let Some(text) = payload.downcast_ref::<&str>() {
         (*text).to_owned()

@@ -7,8 +7,8 @@ use crate::CommError;
 use crate::endpoint::Endpoint;
 use crate::inbox::{Key, Op};
 
-/// Some ranks that do collectives together. Every member calls the same collectives in the same order. A clone is the
-/// same group.
+/// Ranks that do collectives together. Every member calls the same collectives in the same order. A clone is the same
+/// group.
 #[derive(Clone, Debug)]
 pub struct Group {
     endpoint: Arc<Endpoint>,
@@ -16,7 +16,7 @@ pub struct Group {
     /// This rank's place in `members`.
     rank: usize,
     channel: u64,
-    /// Collectives so far.
+    /// How many collectives the group has done so far.
     count: Arc<AtomicU32>,
 }
 
@@ -40,8 +40,8 @@ impl Group {
         &self.members
     }
 
-    /// Fills `all`, `size · mine.len()` bytes, with every member's `mine` in the order of their ranks. All have the same
-    /// length.
+    /// Fills `all` with every member's `mine`, in the order of their ranks. Every member's `mine` has the same length,
+    /// and `all` has `size · mine.len()` bytes.
     pub fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), CommError> {
         let expected = mine.len().saturating_mul(self.size());
         if all.len() != expected {
@@ -62,7 +62,7 @@ impl Group {
         Ok(())
     }
 
-    /// Replaces every member's `data` by that of the member at place `root`, which waits for nobody.
+    /// Replaces every member's `data` by that of the member at place `root`. That member waits for nobody.
     pub fn broadcast(&self, root: usize, data: &mut Vec<u8>) -> Result<(), CommError> {
         if root >= self.size() {
             return Err(CommError::NoSuchRank { rank: root, size: self.size() });
@@ -88,7 +88,8 @@ impl Group {
         Key { channel: self.channel, op, tag: self.count.fetch_add(1, Ordering::Relaxed) }
     }
 
-    /// The other members' places, beginning after this one, so that not all send to the same member first.
+    /// The other members' places. They begin behind this member's place, so that members do not all send to the same
+    /// one first.
     fn others(&self) -> impl Iterator<Item = usize> + use<> {
         let (size, rank) = (self.size(), self.rank);
         (1..size).map(move |step| (rank + step) % size)
@@ -103,7 +104,7 @@ impl Group {
         })
     }
 
-    /// The message of the member at this place, which must have this many bytes.
+    /// The message of the member at this place. It must have this many bytes.
     fn expect(&self, place: usize, key: Key, bytes: usize) -> Result<crate::inbox::Body, CommError> {
         let member = self.members[place];
         let body = self.endpoint.take(member, key)?;

@@ -1,3 +1,3 @@
-//! What strangers can send, read as the ranks of a job read it: the entrances that the `fuzz` package drives.
+//! Readers of bytes that strangers can send, for the `fuzz` package.
 
 pub use crate::process::hostile::{frame, greeting, message, notice};

@@ -1,4 +1,4 @@
-//! Where the messages to one rank wait until it asks for them, and where it learns that the job is over.
+//! Holds the messages to one rank until the rank asks for them, and tells the rank that the job is over.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -9,22 +9,23 @@ use std::time::{Duration, Instant};
 
 use crate::CommError;
 
-/// Bytes of one sender's messages that may wait; beyond them the sender waits. A message larger than this passes alone,
-/// and a sender whose message is being waited for always passes, so that the limit cannot lock two ranks up.
+/// How many bytes of one sender's messages may wait. Beyond them the sender waits. Two exceptions keep ranks from
+/// waiting for each other forever: a message larger than this is let in if no other waits, and a sender is always let
+/// in if the receiver waits for its message.
 const MAX_WAITING_BYTES: usize = 256 << 20;
 
-/// How long a wait looks, yielding its core, before it parks. Waking a parked thread costs up to 50 µs on a virtual
-/// machine, which a collective of ranks in step need not pay.
+/// How long a waiting thread looks for a message before it parks. It yields its core while it looks. Waking a parked
+/// thread takes up to 50 µs on a virtual machine, and ranks that arrive at about the same time save that.
 const LOOK: Duration = Duration::from_micros(30);
 
-/// What a message is for. A receiver asks for exactly one key.
+/// What a message is for. A receiver asks for one key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Key {
-    /// The group whose collective this is, or 0.
+    /// The group whose collective this is, or 0 for a point-to-point message.
     pub(crate) channel: u64,
     /// What the sender does.
     pub(crate) op: Op,
-    /// The caller's tag of a point-to-point message; else the collective's running number in its group.
+    /// For a point-to-point message, the caller's tag. Else the collective's number in its group.
     pub(crate) tag: u32,
 }
 
@@ -53,7 +54,7 @@ impl fmt::Display for Key {
     }
 }
 
-/// A message's bytes, shared between the ranks of one process that all get the same ones.
+/// The bytes of a message. Ranks of one process that get the same message share them.
 pub(crate) type Body = Arc<Vec<u8>>;
 
 /// All messages to one rank, by sender.
@@ -61,15 +62,15 @@ pub(crate) struct Inbox {
     state: Mutex<State>,
     arrived: Condvar,
     taken: Condvar,
-    /// Counts changes, so that a waiting rank can look without the lock.
+    /// Counts changes, so that a waiting rank can look for one without taking the lock.
     changes: AtomicU64,
 }
 
 struct State {
     senders: Vec<Sender>,
-    /// Set once; the answer to every later call.
+    /// Why the job is over. It is set once, and every later call returns it.
     failure: Option<CommError>,
-    /// All ranks have said goodbye.
+    /// Whether all ranks have said goodbye.
     concluded: bool,
 }
 
@@ -79,18 +80,18 @@ struct Sender {
     waiting_bytes: usize,
     /// Threads that wait for a message of this sender.
     waiters: usize,
-    /// Threads that wait for room to put one in.
+    /// Threads that wait for room for a message of this sender.
     pushers: usize,
-    /// It will send no more.
+    /// Whether it will send no more.
     finished: bool,
 }
 
-/// Why a message cannot be had.
+/// Why a message will not come.
 #[derive(Debug)]
 pub(crate) enum NoMessage {
     /// The job is over.
     Failed(CommError),
-    /// The sender is done.
+    /// The sender has finished.
     Finished,
     /// The sender is in another collective of the same group.
     Mismatch(Key),
@@ -111,7 +112,7 @@ impl Inbox {
         }
     }
 
-    /// No code panics while it holds the lock, so a poisoned lock guards sound data.
+    /// No code panics while it holds the lock, so the data is sound even if the lock is poisoned.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -120,7 +121,7 @@ impl Inbox {
         self.changes.fetch_add(1, Ordering::Release);
     }
 
-    /// Puts a message in, after waiting for room.
+    /// Waits for room, then puts a message in.
     pub(crate) fn push(&self, from: usize, key: Key, body: Body) -> Result<(), CommError> {
         let mut state = self.lock();
         loop {
@@ -148,7 +149,7 @@ impl Inbox {
         Ok(())
     }
 
-    /// Takes the oldest message of `from` with this key, after waiting for it.
+    /// Waits for a message of `from` with this key, and takes the oldest.
     pub(crate) fn take(&self, from: usize, key: Key) -> Result<Body, NoMessage> {
         let mut looked = false;
         let mut state = self.lock();
@@ -168,7 +169,7 @@ impl Inbox {
             if looked {
                 state.senders[from].waiters += 1;
                 if state.senders[from].pushers > 0 {
-                    // A sender that waits for room may pass now that its message is asked for.
+                    // A sender that waits for room is let in, now that its message is asked for.
                     self.taken.notify_all();
                 }
                 state = self.arrived.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -182,7 +183,7 @@ impl Inbox {
         }
     }
 
-    /// True if something changed within the time to look.
+    /// Looks for a change for at most [`LOOK`]. Returns whether there was one.
     fn look_for_change(&self, seen: u64) -> bool {
         let start = Instant::now();
         loop {
@@ -199,7 +200,8 @@ impl Inbox {
         }
     }
 
-    /// Ends every pending and later call with this error, unless one is set already or all have said goodbye.
+    /// Ends every pending and later call with this error, unless an error is set already or all ranks have said
+    /// goodbye.
     pub(crate) fn fail(&self, failure: CommError) {
         let mut state = self.lock();
         if !state.concluded && state.failure.is_none() {
@@ -208,7 +210,7 @@ impl Inbox {
         self.wake_all(state);
     }
 
-    /// A sender will send no more.
+    /// Notes that a sender will send no more.
     pub(crate) fn finish(&self, from: usize) {
         let mut state = self.lock();
         state.senders[from].finished = true;
@@ -225,7 +227,7 @@ impl Inbox {
         self.lock().senders[from].finished
     }
 
-    /// All ranks have said goodbye: nothing can fail any more.
+    /// Notes that all ranks have said goodbye, so nothing can fail any more.
     pub(crate) fn conclude(&self) {
         let mut state = self.lock();
         state.concluded = true;
@@ -258,7 +260,8 @@ impl Sender {
     fn find(&mut self, key: Key) -> Result<Option<Body>, NoMessage> {
         let wanted = |found: &Key| match key.op {
             Op::Send => *found == key,
-            // Collectives of one group come in one order; anything else at the head is a mistake.
+            // The collectives of a group come in the same order from all ranks, so only the first message of the group
+            // is looked at. If it has another key, that is a mistake.
             _ => found.channel == key.channel && found.op != Op::Send,
         };
         let Some(at) = self.messages.iter().position(|(found, _)| wanted(found)) else { return Ok(None) };

@@ -1,13 +1,13 @@
-//! What the launcher says about this process: alone, or one rank of many.
+//! Finds out from the launcher's environment variables whether this process is alone or one rank of many.
 
 use std::fmt::{self, Display};
 
 /// How the ranks of this job are started.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Launch {
-    /// No launcher, or one that started a single process: all ranks are threads of this process.
+    /// All ranks are threads of this process: there is no launcher, or it started a single process.
     Threads,
-    /// A launcher started one process a rank, and this is one of them.
+    /// A launcher started one process for each rank, and this is one of them.
     Process(Process),
 }
 
@@ -18,13 +18,14 @@ pub struct Process {
     pub rank: usize,
     /// Number of processes, at least 2.
     pub world_size: usize,
-    /// This process's place among those of its host, where the launcher says.
+    /// This process's place among those of its host, if the launcher tells.
     pub local_rank: Option<usize>,
-    /// Processes on this host, where the launcher says.
+    /// How many processes are on this host, if the launcher tells.
     pub local_size: Option<usize>,
-    /// Whose word all this is.
+    /// Where these values come from.
     pub source: Source,
-    /// What tells this job from the user's other jobs on this host. Without one, it is the parent process's id.
+    /// A name that distinguishes this job from the user's other jobs on this host. Without one, the parent process's id
+    /// is used.
     pub job: Option<String>,
     /// Where the ranks meet.
     pub meeting: Meeting,
@@ -33,21 +34,21 @@ pub struct Process {
 /// Where the ranks of a job meet.
 #[derive(Clone, PartialEq, Eq)]
 pub enum Meeting {
-    /// All ranks are on this host: rank 0 publishes a port and a secret in a file that only its user can read.
+    /// All ranks are on this host. Rank 0 publishes a port and a secret in a file that only its user can read.
     File,
-    /// The ranks are on several hosts: rank 0 listens at `MASTER_ADDR:MASTER_PORT`.
+    /// The ranks are on several hosts. Rank 0 listens at `MASTER_ADDR:MASTER_PORT`.
     Address {
         /// `MASTER_ADDR`: a name or address of rank 0's host.
         host: String,
         /// `MASTER_PORT`.
         port: u16,
-        /// `MIXTRAL_SECRET`: what every rank knows and no stranger does.
+        /// `MIXTRAL_SECRET`: a text that every rank knows and no stranger does.
         secret: String,
     },
 }
 
 impl fmt::Debug for Meeting {
-    /// Without the secret.
+    /// Prints everything but the secret.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::File => write!(f, "File"),
@@ -56,21 +57,21 @@ impl fmt::Debug for Meeting {
     }
 }
 
-/// The launchers that are understood, in the order in which they are asked.
+/// The launchers that are known, in the order in which their variables are looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Source {
     /// Open MPI's `OMPI_COMM_WORLD_*`.
     OpenMpi,
-    /// `PMI_RANK` or `PMIX_RANK`, and `PMI_SIZE`: MPICH and its kin.
+    /// `PMI_RANK` or `PMIX_RANK`, and `PMI_SIZE`: MPICH and launchers derived from it.
     Pmi,
-    /// `RANK` and `WORLD_SIZE`: torchrun, or by hand.
+    /// `RANK` and `WORLD_SIZE`, set by torchrun or by hand.
     Rank,
     /// `SLURM_*`, inside a step of several tasks.
     Slurm,
 }
 
 impl Source {
-    /// What its variables begin with, for messages.
+    /// Its name, for messages.
     fn name(self) -> &'static str {
         match self {
             Self::OpenMpi => "Open MPI",
@@ -87,10 +88,10 @@ impl Display for Source {
     }
 }
 
-/// An environment that says something else than "alone" or "one of many".
+/// An environment from which a process cannot tell whether it is alone or one of many.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LaunchError {
-    /// One variable of a pair.
+    /// Only one variable of a pair is set.
     #[error(
         "{set} is set but {missing} is not; set both (every rank its own), or neither to run all ranks in one process"
     )]
@@ -110,7 +111,7 @@ pub enum LaunchError {
         /// What it should be.
         expected: &'static str,
     },
-    /// A rank that its world does not have.
+    /// A rank that is not below the world's size.
     #[error("{rank_name} is {rank}, but {size_name} is {size}; ranks go from 0 to {size_name} - 1")]
     RankOutOfRange {
         /// The rank's variable.
@@ -130,7 +131,7 @@ pub enum LaunchError {
         /// Its value.
         size: usize,
     },
-    /// Several hosts, and no way to meet.
+    /// The ranks are on several hosts and have no address to meet at.
     #[error(
         "{source_name} started {world_size} ranks on several hosts ({local_size} on this one), and {missing} is not set. \
          Set on every rank: MASTER_ADDR to an address of rank 0's host, MASTER_PORT to a free port there, and \
@@ -151,18 +152,17 @@ pub enum LaunchError {
 /// The most ranks of a job.
 pub const MAX_WORLD_SIZE: usize = 4096;
 
-/// The environment as a function, so that tests need no process of their own.
+/// The environment as a function, so that tests can replace it.
 type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 
 impl Launch {
-    /// Reads the launcher's word from the environment, which is a function so that it can be tested. Open MPI is asked
-    /// first, then PMI, then RANK and WORLD_SIZE, then Slurm, and that one only inside a step of several tasks (inside an
-    /// allocation its variables are set for a single process too). Empty variables count as unset. A world of one is
-    /// [`Launch::Threads`].
+    /// Reads the launcher's variables from the environment. It looks for those of Open MPI first, then PMI, then RANK
+    /// and WORLD_SIZE, then Slurm. Slurm's count only inside a step of several tasks, because in an allocation they are
+    /// also set for a single process. Empty variables count as unset. A world of one rank is [`Launch::Threads`].
     ///
-    /// On one host, ranks meet without help. Ranks are on several hosts if fewer are on this one than there are, or, where
-    /// the launcher does not say, if `MASTER_ADDR` names anything but the loopback; then `MASTER_ADDR`, `MASTER_PORT` and
-    /// `MIXTRAL_SECRET` are required.
+    /// On one host, ranks need no help to meet. Ranks count as being on several hosts if the launcher tells that fewer
+    /// ranks are on this host than there are. If it does not tell, they do so if `MASTER_ADDR` names anything but the
+    /// loopback. On several hosts `MASTER_ADDR`, `MASTER_PORT` and `MIXTRAL_SECRET` are required.
     pub fn detect(env: &dyn Fn(&str) -> Option<String>) -> Result<Self, LaunchError> {
         let env: Env<'_> = &|name| env(name).map(|value| value.trim().to_owned()).filter(|value| !value.is_empty());
         for ask in [open_mpi, pmi, rank_and_world_size, slurm] {
@@ -174,7 +174,7 @@ impl Launch {
     }
 }
 
-/// What one launcher says.
+/// What one launcher's variables say.
 struct Found {
     source: Source,
     rank_name: &'static str,
@@ -216,7 +216,7 @@ fn open_mpi(env: Env<'_>) -> Result<Option<Found>, LaunchError> {
 }
 
 fn pmi(env: Env<'_>) -> Result<Option<Found>, LaunchError> {
-    // PMIx sets a rank without a size; then another launcher's variables say more.
+    // PMIx sets a rank without a size. Its rank then does not count, and another launcher's variables tell both.
     let names: &[&'static str] = if env("PMI_SIZE").is_some() { &["PMI_RANK", "PMIX_RANK"] } else { &["PMI_RANK"] };
     let Some(found) = pair(env, Source::Pmi, names, "PMI_SIZE")? else { return Ok(None) };
     Ok(Some(Found {
@@ -254,7 +254,7 @@ fn slurm_job(env: Env<'_>) -> Option<String> {
     env("SLURM_JOB_ID").map(|job| format!("slurm-{job}.{step}"))
 }
 
-/// Slurm's run-length list of tasks per node: "4(x2),3" is 4, 4, 3.
+/// The tasks on a node, from Slurm's run-length list of tasks per node: "4(x2),3" is 4, 4, 3.
 fn tasks_on_node(list: &str, node: usize) -> Option<usize> {
     let mut nodes = 0usize;
     for part in list.split(',') {
@@ -282,7 +282,7 @@ fn number(env: Env<'_>, name: &'static str) -> Result<Option<usize>, LaunchError
     }
 }
 
-/// A rank (under the first of its names that is set) and a world's size: both, or neither.
+/// A rank (from the first of its names that is set) and a world's size. Both are set, or neither.
 fn pair(
     env: Env<'_>,
     source: Source,
@@ -352,7 +352,7 @@ mod tests {
         // An allocation without a step, and a step of one task.
         assert_eq!(detect(&[("SLURM_PROCID", "0"), ("SLURM_NTASKS", "8")]), Ok(Launch::Threads));
         assert_eq!(detect(&[("SLURM_PROCID", "0"), ("SLURM_STEP_NUM_TASKS", "1")]), Ok(Launch::Threads));
-        // PMIx's rank alone says nothing.
+        // PMIx's rank without a size does not count.
         assert_eq!(detect(&[("PMIX_RANK", "0")]), Ok(Launch::Threads));
     }
 

@@ -1,17 +1,18 @@
-//! Who am I, and how do I talk: how a rank learns its place from its launcher, how the ranks of a job find and trust
-//! each other, the collectives between them, and how one of them learns that another is gone. This crate knows no
-//! models; what it moves are bytes.
+//! Communication between the ranks of a job: how a rank learns its number from its launcher, how ranks find and trust
+//! each other, their collectives, and how a rank learns that another one is gone. This crate moves bytes and knows
+//! nothing of models.
 //!
-//! A rank is an OS thread. All ranks are threads of one process ([`threads::run`], over shared memory), or each is the
-//! one rank of its own process ([`process::run`], over TCP); [`launch::Launch::detect`] says which. Either way the
-//! rank's function is given a [`World`] and cannot tell the difference.
+//! A rank is an OS thread. Either all ranks are threads of one process, which communicate over shared memory
+//! ([`threads::run`]). Or each rank is the only one of its own process, and they communicate over TCP
+//! ([`process::run`]). [`launch::Launch::detect`] tells which. In both cases the rank's function gets a [`World`] and
+//! need not know the difference.
 //!
 //! Three promises hold for every call on a [`World`] or a [`Group`]:
-//! - It returns. A rank that fails, panics, dies, is stopped for long or gets a signal ends every other rank's pending
-//!   and later calls with an error that names it.
-//! - Waits park the thread; nothing polls, beyond some microseconds before a wait between threads.
-//! - Nothing is reduced here. A sum over ranks is an all-gather and then the caller's sum in rank order, so that its bits
-//!   do not depend on arrival.
+//! - The call returns. If a rank fails, panics, dies, is stopped for long or gets a signal, every other rank's pending
+//!   and later calls return an error that names it.
+//! - A wait parks the thread. Between threads it polls for some microseconds before that; otherwise nothing polls.
+//! - The call reduces nothing. For a sum over ranks, the caller does an all-gather and sums in the order of ranks, so
+//!   the bits do not depend on the order of arrival.
 //!
 //! Reading order: [`launch`], [`world`], [`group`], [`error`], [`threads`], [`process`]; beneath them `inbox` (where
 //! messages wait) and `endpoint` (how they get there).

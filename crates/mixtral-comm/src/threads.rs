@@ -1,4 +1,4 @@
-//! Every rank a thread of this process.
+//! Runs every rank in a thread of this process.
 
 use std::fmt::Display;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -11,8 +11,9 @@ use crate::inbox::Inbox;
 use crate::world::host_name;
 use crate::{Cause, CommError, RankFailure, World};
 
-/// Runs `rank_main` on `world_size` threads, one a rank, and returns what they return, by rank. The first rank that
-/// returns an error or panics ends the others' calls with [`CommError::Poisoned`]; the result is that one's failure.
+/// Runs `rank_main` on `world_size` threads, one for each rank, and returns their values by rank. The first rank that
+/// returns an error or panics ends the others' calls with [`CommError::Poisoned`], and this function returns that
+/// rank's failure.
 pub fn run<T, E>(world_size: usize, rank_main: impl Fn(&World) -> Result<T, E> + Sync) -> Result<Vec<T>, RankFailure<E>>
 where
     T: Send,
@@ -28,7 +29,7 @@ where
             let failure = RankFailure { rank, host: hosts[rank].clone(), cause };
             let poison = CommError::Poisoned { rank, host: hosts[rank].clone(), reason: failure.cause.to_string() };
             *first = Some(failure);
-            // Inside the lock, so that no rank can fail of the poison before the first failure is known.
+            // This happens inside the lock, so that no rank can fail because of it and count as the first failure.
             inboxes.iter().for_each(|inbox| inbox.fail(poison.clone()));
         }
     };

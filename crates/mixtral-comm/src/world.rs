@@ -1,4 +1,4 @@
-//! All ranks, seen from one of them.
+//! All ranks of a job, seen from one of them.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -10,11 +10,12 @@ use crate::{CommError, Group};
 /// The longest message, and the longest part of a collective.
 pub const MAX_MESSAGE_BYTES: usize = 1 << 30;
 
-/// All ranks of a job, seen from one of them. It belongs to the rank's thread; a clone is the same world.
+/// All ranks of a job, seen from one of them. It belongs to the rank's thread. A clone is the same world.
 #[derive(Clone, Debug)]
 pub struct World {
     pub(crate) endpoint: Arc<Endpoint>,
-    /// How often each list of members was made into a group, so that two groups of the same members stay apart.
+    /// How many groups each list of members was made into, so that groups with the same members do not mix up their
+    /// messages.
     groups: Arc<Mutex<HashMap<Vec<usize>, u64>>>,
 }
 
@@ -38,18 +39,24 @@ impl World {
         &self.endpoint.hosts[self.endpoint.rank]
     }
 
-    /// The ranks that run on this rank's host, itself included: what its cores are to be divided by.
+    /// The ranks that run on this rank's host, itself included, ascending.
+    pub fn local_ranks(&self) -> impl Iterator<Item = usize> {
+        let hosts = self.endpoint.hosts.iter().enumerate();
+        hosts.filter(|(_, host)| *host == self.host()).map(|(rank, _)| rank)
+    }
+
+    /// How many ranks run on this rank's host, itself included. They share the host's cores.
     pub fn local_size(&self) -> usize {
-        self.endpoint.hosts.iter().filter(|host| *host == self.host()).count()
+        self.local_ranks().count()
     }
 
     /// This rank's place among those of its host.
     pub fn local_rank(&self) -> usize {
-        self.endpoint.hosts[..self.rank()].iter().filter(|host| *host == self.host()).count()
+        self.local_ranks().take_while(|&rank| rank < self.rank()).count()
     }
 
-    /// The group of these ranks, which are ascending and hold this one. Every member calls this with the same list;
-    /// a member that makes several groups of the same list makes them in the same order as the others. Nothing is sent.
+    /// The group of these ranks. The list is ascending and contains this rank. Every member calls this with the same
+    /// list. If members make several groups from the same list, they make them in the same order. Nothing is sent.
     pub fn group(&self, members: &[usize]) -> Result<Group, CommError> {
         let rank = self.rank();
         let ascending = members.windows(2).all(|pair| pair[0] < pair[1]);
@@ -71,14 +78,15 @@ impl World {
         self.group(&(0..self.world_size()).collect::<Vec<_>>())
     }
 
-    /// Sends a message. It waits at its receiver, up to 256 MiB a sender; only beyond that does this call wait.
+    /// Sends a message. The receiver stores up to 256 MiB of messages from each sender; this call waits only beyond
+    /// that.
     pub fn send(&self, to: usize, tag: u32, bytes: &[u8]) -> Result<(), CommError> {
         self.check_rank(to)?;
         let key = Key { channel: 0, op: Op::Send, tag };
         self.endpoint.post(std::iter::once(to), key, bytes, |bytes| Arc::new(bytes.to_vec()))
     }
 
-    /// The oldest message of `from` with this tag, after waiting for it.
+    /// Waits for a message of `from` with this tag, and returns the oldest.
     pub fn recv(&self, from: usize, tag: u32) -> Result<Vec<u8>, CommError> {
         self.check_rank(from)?;
         let body = self.endpoint.take(from, Key { channel: 0, op: Op::Send, tag })?;
@@ -100,7 +108,8 @@ impl World {
     }
 }
 
-/// The name of a group on the wire. Ranks make groups that others do not, so a running number would not agree.
+/// The number of a group in messages. A running number would differ between ranks, since each makes groups that others
+/// do not, so this is a hash of the members.
 fn channel(members: &[usize], made: u64) -> u64 {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&made.to_le_bytes());

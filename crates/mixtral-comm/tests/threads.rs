@@ -1,11 +1,11 @@
-//! Ranks as threads: collectives against a plain model, and poison.
+//! Ranks as threads: compares collectives with a plain model, and checks that a failing rank ends the others.
 
 use std::time::Duration;
 
 use mixtral_comm::{Cause, CommError, Group, World, threads};
 use proptest::prelude::*;
 
-/// What rank `rank` brings to collective `step`.
+/// The bytes of rank `rank` in collective `step`.
 fn part(seed: u64, rank: usize, step: usize, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     let mut hasher = blake3::Hasher::new();
@@ -51,7 +51,7 @@ fn run_steps(world: &World, group: &Group, seed: u64, steps: &[Step]) -> Result<
             }
             Step::Barrier => group.barrier()?,
             Step::Ring { len } => {
-                // Two messages to the next, received in the other order.
+                // Two messages to the next rank, which receives them in the other order.
                 let next = members[(me + 1) % members.len()];
                 let previous = members[(me + members.len() - 1) % members.len()];
                 world.send(next, 1, &part(seed, members[me], at, len))?;
@@ -67,7 +67,8 @@ fn run_steps(world: &World, group: &Group, seed: u64, steps: &[Step]) -> Result<
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(60))]
 
-    /// All ranks, then groups of a tensor × pipeline layout, then two groups of the same members, all at their own pace.
+    /// Collectives of all ranks, then of the groups of a tensor × pipeline layout, then of two groups with the same
+    /// members. Each rank runs at its own pace.
     #[test]
     fn collectives_match_the_model(seed: u64, across in 1..4usize, along in 1..3usize, steps in steps()) {
         let outcome = threads::run(across * along, |world| -> Result<usize, CommError> {
@@ -86,7 +87,8 @@ proptest! {
     }
 }
 
-/// Every other rank is in a collective or a receive that cannot complete; all return, and the first failure is named.
+/// Every other rank is in a collective or a receive that cannot complete. All return, with an error that names the
+/// first failure.
 #[test]
 fn an_error_poisons_every_rank() {
     for failing in 0..4 {
@@ -100,7 +102,7 @@ fn an_error_poisons_every_rank() {
                 0 => everyone.all_gather(&[1], &mut [0; 4]).unwrap_err(),
                 _ => world.recv(failing, 7).unwrap_err(),
             };
-            // Later calls say the same, even those that would need nobody.
+            // Later calls return the same error, even calls that need no other rank.
             assert_eq!(world.send(world.rank(), 1, b"x").unwrap_err(), error);
             assert_eq!(everyone.barrier().unwrap_err(), error);
             seen.lock().unwrap().push(error.clone());
@@ -213,7 +215,8 @@ fn misuse_is_refused_before_anything_is_sent() {
     assert!(outcome.is_ok());
 }
 
-/// A sender runs ahead by no more than the limit, and a receiver that asks in another order still gets everything.
+/// A sender runs ahead of its receiver by no more than the limit. A receiver that asks in another order still gets
+/// everything.
 #[test]
 fn senders_wait_for_room_and_nobody_locks_up() {
     let chunk = vec![7u8; 32 << 20];
@@ -223,7 +226,8 @@ fn senders_wait_for_room_and_nobody_locks_up() {
                 world.send(1, tag, &chunk)?;
             }
         } else {
-            // The last first: it can only come if the sender may pass the limit for a waiting receiver.
+            // Receives the last message first. It can only come if the sender may exceed the limit for a waiting
+            // receiver.
             for tag in (0..12).rev() {
                 assert_eq!(world.recv(0, tag)?.len(), chunk.len());
             }

@@ -1,4 +1,4 @@
-//! The stage as a whole: options in, a checkpoint directory out.
+//! The whole convert stage: takes options and writes a checkpoint directory.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -15,15 +15,15 @@ use crate::source::config::SourceConfig;
 use crate::source::{Source, open_config};
 use crate::tokenizer::TokenizerFiles;
 
-/// Memory of the program itself, its threads and its lists, beside the buffers.
+/// Memory of the program itself, its threads and its lists, in bytes. The buffers come on top.
 const BASE_MEMORY: u64 = 32 << 20;
 
 /// Where the model comes from.
 #[derive(Clone, Debug)]
 pub enum Input {
-    /// A directory of Hugging Face's or Mistral's.
+    /// A model directory, in Hugging Face's or in Mistral's layout.
     Directory(PathBuf),
-    /// A geometry without weights: only `config.json` is written, and `build` makes random weights for it.
+    /// A geometry without weights. Only `config.json` is written, and `build` makes random weights for it.
     Geometry(ModelConfig),
 }
 
@@ -32,9 +32,10 @@ pub enum Input {
 pub struct ConvertOptions {
     /// The model.
     pub input: Input,
-    /// The checkpoint directory; created, or replaced if it is empty or an older checkpoint of ours.
+    /// The checkpoint directory. It is created; or replaced, if it is empty or holds an older checkpoint that this tool
+    /// wrote.
     pub output_dir: PathBuf,
-    /// Type to write; `None` keeps the source's.
+    /// Data type to write. `None` keeps the source's.
     pub dtype: Option<DType>,
     /// How to cut the model.
     pub mapping: Mapping,
@@ -42,16 +43,16 @@ pub struct ConvertOptions {
     pub normalization: MoeNormalization,
     /// Whether the embedding is sharded over tensor-parallel ranks.
     pub use_parallel_embedding: bool,
-    /// What it is cut along then: 0 the vocabulary, 1 the hidden size.
+    /// The dimension along which a sharded embedding is cut: 0 the vocabulary, 1 the hidden size.
     pub embedding_sharding_dim: usize,
-    /// Write `config.json` and the tokenizer's files alone, without reading any weights.
+    /// Write only `config.json` and the tokenizer's files, without reading any weights.
     pub save_config_only: bool,
     /// Threads; at least one is used.
     pub workers: usize,
 }
 
 impl ConvertOptions {
-    /// `input` to `output_dir` as one rank in its own type, on all cores.
+    /// Converts `input` to `output_dir` as one rank, in the source's data type, on all cores.
     #[must_use]
     pub fn new(input: Input, output_dir: PathBuf) -> Self {
         ConvertOptions {
@@ -73,7 +74,7 @@ struct Prepared {
     config: CheckpointConfig,
     /// `None` if only the config is written.
     source: Option<Source>,
-    /// Of each rank, in the order of its file.
+    /// The recipes of each rank, in the order of its file.
     recipes: Vec<Vec<Recipe>>,
     tokenizer: TokenizerFiles,
 }
@@ -111,10 +112,10 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
     Ok(Prepared { config, source, recipes: plans, tokenizer })
 }
 
-/// What [`convert`] would do with `options`. The source is checked as far as that needs no weights.
+/// What [`convert`] would do with `options`. It checks the source as far as that is possible without reading weights.
 ///
 /// # Errors
-/// As [`convert`], as far as it is known without reading weights.
+/// Those of [`convert`] that show without reading weights.
 pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
     let Prepared { config, source, recipes, tokenizer } = prepare(options)?;
     let ranks: Vec<RankPlan> = recipes
@@ -150,7 +151,7 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
     })
 }
 
-/// Converts a model. The output directory is whole afterwards, or, on any error, empty of what was begun.
+/// Converts a model. Afterwards the output directory is whole. After an error nothing of the new output is left in it.
 ///
 /// # Errors
 /// What is wrong with the source, the options, a weight or the output directory.

@@ -24,7 +24,7 @@ pub enum ConvertError {
         /// The file.
         path: PathBuf,
     },
-    /// A folder of the hub's cache in place of what is in it.
+    /// A folder of the hub's cache, and not the model inside it.
     #[error("{dir} is a folder of the Hugging Face cache; {}", match .snapshot {
         Some(snapshot) => format!("the model is in {}: name that directory instead", snapshot.display()),
         None => "no snapshot in it has a config.json: the download is incomplete, do it again".to_owned(),
@@ -40,7 +40,7 @@ pub enum ConvertError {
     Above {
         /// The folder.
         dir: PathBuf,
-        /// The first one in it that may be a model.
+        /// The first folder in it that may be a model.
         model: PathBuf,
     },
     /// An adapter in place of a model.
@@ -51,10 +51,10 @@ pub enum ConvertError {
     Adapter {
         /// The directory.
         dir: PathBuf,
-        /// What the adapter was made for, if it says.
+        /// The base model of the adapter, if the adapter names it.
         base: Option<String>,
     },
-    /// Neither of the files that describe a model.
+    /// A directory with neither of the files that describe a model.
     #[error("{dir} has neither config.json nor params.json, so it is no model directory; download the whole model")]
     NoConfig {
         /// The directory.
@@ -85,7 +85,7 @@ pub enum ConvertError {
         /// The rule broken.
         source: ConfigError,
     },
-    /// More experts in all than any model has; refused before names are made for them.
+    /// More experts in total than any model has. They are refused before memory is allocated for their names.
     #[error("{path}: {layers} layers of {experts} experts are more than the supported {max} experts in all")]
     TooManyExperts {
         /// The configuration file.
@@ -100,13 +100,13 @@ pub enum ConvertError {
     /// A mapping or sharding that the model cannot be cut by.
     #[error(transparent)]
     Rule(#[from] ConfigRuleError),
-    /// `--dtype auto` without anything that says the type.
+    /// `--dtype auto`, but nothing tells the data type.
     #[error("{path} names no dtype, and no weights are read; pass --dtype f16, bf16 or f32")]
     NoDType {
         /// The configuration file.
         path: PathBuf,
     },
-    /// Weights in a format that runs code when it is read.
+    /// Weights in a format that can run code when it is read.
     #[error(
         "{path} is a PyTorch pickle, which can run code when it is read; download the model as safetensors, or export it (with transformers: `AutoModelForCausalLM.from_pretrained(dir, dtype=\"auto\").save_pretrained(new_dir)`)"
     )]
@@ -154,7 +154,7 @@ pub enum ConvertError {
         /// A shard.
         shard: String,
     },
-    /// Shards that the index names and that are missing, all of them.
+    /// All shards that the index names but that are missing.
     #[error("{index} names files that are missing; download them too:\n{}", lines(.missing))]
     ShardsMissing {
         /// The index.
@@ -162,7 +162,7 @@ pub enum ConvertError {
         /// One line each.
         missing: Vec<String>,
     },
-    /// A single file of weights under a name that nobody looks for.
+    /// A single file of weights with an unusual name.
     #[error(
         "{path} is not called model.safetensors; rename it so if it is the whole model, else download the model again"
     )]
@@ -170,7 +170,7 @@ pub enum ConvertError {
         /// The file.
         path: PathBuf,
     },
-    /// An index that is none.
+    /// A file that cannot be read as an index.
     #[error("{index}: {problem}; download it again")]
     Index {
         /// The index.
@@ -186,7 +186,7 @@ pub enum ConvertError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// A file that lost its end while it was read.
+    /// A file that became shorter while it was read.
     #[error("{path} has become shorter since the conversion began; wait until it is whole, and convert again")]
     Shrunk {
         /// The file.
@@ -195,7 +195,7 @@ pub enum ConvertError {
     /// A damaged weight file.
     #[error(transparent)]
     Header(#[from] HeaderError),
-    /// The same tensor in two files: each holds a part of it, or one is a copy.
+    /// The same tensor is in two files.
     #[error("tensor `{tensor}` is in both {first} and {second}; remove the one that is not part of the model")]
     Duplicate {
         /// The tensor.
@@ -205,7 +205,7 @@ pub enum ConvertError {
         /// Another.
         second: PathBuf,
     },
-    /// Tensors that are missing, of the wrong shape or type, or that the model has no place for: all of them.
+    /// All tensors that are missing, that have the wrong shape or type, or that the model has no place for.
     #[error("the weights in {dir} are not those that {config} describes (read as {layout}); download both again from one place:\n{}", lines(.problems))]
     Tensors {
         /// The directory.
@@ -217,7 +217,7 @@ pub enum ConvertError {
         /// One line each.
         problems: Vec<String>,
     },
-    /// Weights that do not fit their configuration, for a reason that is known.
+    /// Weights that do not fit their configuration, for a known reason.
     #[error("the weights in {dir} cannot be used: {diagnosis}")]
     Diagnosed {
         /// The directory.
@@ -277,7 +277,7 @@ pub enum ConvertError {
     Write(#[from] WriteError),
 }
 
-/// How to download what looks like a name on the hub: `owner/model`.
+/// How to download the model, if `dir` looks like a name on the hub: `owner/model`.
 fn download(dir: &Path) -> String {
     let name = dir.to_string_lossy();
     match name.split('/').collect::<Vec<_>>()[..] {

@@ -1,5 +1,5 @@
-//! Carrying out the shard plan: each tensor of each rank is streamed piece by piece through buffers of fixed size,
-//! checked, converted, hashed and written, several tensors at a time.
+//! Carries out the shard plan. Each tensor of each rank is streamed piece by piece through buffers of fixed size, and
+//! checked, converted, hashed and written on the way. Several tensors are streamed at a time.
 
 use std::io;
 use std::path::Path;
@@ -22,20 +22,20 @@ struct Buffers {
     scratch: Vec<u8>,
 }
 
-/// The most that the buffers of one worker hold, given the widest row of the model in bytes.
+/// The most bytes that the buffers of one worker hold.
 #[must_use]
 pub fn buffer_bytes(source: &Source) -> u64 {
     let chunk = source.tensors.values().map(Located::chunk_bytes).max().unwrap_or(0) as u64;
     let row = source.tensors.values().map(|l| l.stored_cols as u64 * l.dtype.size() as u64).max().unwrap_or(0);
-    // Input, an output of up to twice its width, and scratch.
+    // Input, output (up to twice as wide), and scratch.
     4 * chunk.max(row)
 }
 
-/// Writes all tensors of all ranks; `recipes[r]` in the order of `writers[r]`'s tensors. Gives their hashes in that
+/// Writes all tensors of all ranks. `recipes[r]` has the order of `writers[r]`'s tensors. Returns their hashes in that
 /// order.
 ///
 /// # Errors
-/// The first failure, by the order of the work.
+/// The first failure, in the order of the work.
 pub fn execute(
     source: &Source,
     recipes: &[Vec<Recipe>],
@@ -80,8 +80,8 @@ pub fn execute(
     }
 }
 
-/// All `(rank, tensor)`, the largest first, so that no worker is left with a large one at the end. Ranks take turns
-/// at the same tensor, so that what one read is still in the page cache for the next.
+/// All `(rank, tensor)`. The largest come first, so that no worker has a large one left at the end. The same tensor of
+/// all ranks comes together, because its source is then still in the page cache.
 fn jobs(recipes: &[Vec<Recipe>]) -> Vec<(usize, usize)> {
     let mut jobs: Vec<(usize, usize)> =
         recipes.iter().enumerate().flat_map(|(rank, r)| (0..r.len()).map(move |tensor| (rank, tensor))).collect();
@@ -107,7 +107,7 @@ fn write_tensor(
     Ok(writer.finish()?)
 }
 
-/// Rows that no piece covers: the padding of the vocabulary.
+/// Writes rows that no piece covers, which are the padding of the vocabulary.
 fn write_zeros(writer: &mut TensorWriter<'_>, bytes: usize, progress: &dyn Progress) -> Result<(), ConvertError> {
     const ZEROS: [u8; 4096] = [0; 4096];
     for start in (0..bytes).step_by(ZEROS.len()) {
@@ -126,7 +126,7 @@ fn write_piece(
     buffers: &mut Buffers,
     progress: &dyn Progress,
 ) -> Result<(), ConvertError> {
-    // Source::open found all tensors of the model, and the plan asks for no others.
+    // Source::open found all tensors of the model, and the plan names no others.
     let located = &source.tensors[&piece.source];
     let limit = first_refused(located.dtype, dtype);
     let row_bytes = piece.cols.len() * located.dtype.size();
@@ -155,7 +155,7 @@ fn write_piece(
     Ok(())
 }
 
-/// A file that was long enough when its header was read and is not any more is named as such.
+/// The error for a failed read. A file that became too short after its header was read gets an error of its own.
 fn unreadable(path: &Path, source: io::Error) -> ConvertError {
     let path = path.to_owned();
     match source.kind() {
@@ -164,8 +164,8 @@ fn unreadable(path: &Path, source: io::Error) -> ConvertError {
     }
 }
 
-/// Reads the whole tensor that `piece` is of once more, to say how many of its elements are refused and where the
-/// first is, whatever part of it this rank wanted.
+/// The error for refused elements. Reads the whole source tensor of `piece` again, and not only this rank's part, to
+/// count its refused elements and find the first.
 fn refusal(source: &Source, located: &Located, piece: &Piece, dtype: DType, limit: u32) -> ConvertError {
     let (path, file) = &source.files[located.file];
     let cols = piece.source_cols;

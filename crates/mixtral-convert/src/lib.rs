@@ -1,11 +1,11 @@
-//! From a model directory, as Hugging Face or Mistral publish it, to a checkpoint.
+//! Converts a model directory, as Hugging Face or Mistral publish it, to a checkpoint.
 //!
-//! All foreign quirks end here: tensor names, fused experts, interleaved rotary rows, tied embeddings, the dialects
-//! of `config.json`. What comes out is the same bytes whichever way the model was stored.
+//! All quirks of sources end here: tensor names, fused experts, interleaved rotary rows, tied embeddings, the dialects
+//! of `config.json`. The output has the same bytes however the model was stored.
 //!
-//! Reading order: [`names`] is transformers' vocabulary of tensors, [`source`] finds them in each layout,
-//! [`mod@plan`] says which rectangles of them make a rank's tensors, [`execute`] streams those through [`number`]'s
-//! conversions, [`mod@tokenizer`] looks after the tokenizer's files, and [`mod@convert`] puts the stage together.
+//! Reading order: [`names`] (transformers' names of tensors), [`source`] (finds the tensors in each layout),
+//! [`mod@plan`] (which rectangles of them make a rank's tensors), [`execute`] (streams those through the conversions of
+//! [`number`]), [`mod@tokenizer`] (the tokenizer's files), and [`mod@convert`] (the whole stage).
 #![forbid(unsafe_code)]
 
 pub mod convert;

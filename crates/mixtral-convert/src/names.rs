@@ -1,7 +1,7 @@
-//! The tensors of a whole model, by the names that transformers 4 gives them.
+//! The tensors of a whole model, with the names that transformers 4 gives them.
 //!
-//! This is the one home of those names. The other layouts are described as departures from it, the shard plan is
-//! written in it, and dummy weights are a function of it.
+//! This is the only place with those names. Other layouts are described by how they differ from them, the shard plan
+//! uses them, and dummy weights are a function of them.
 
 use std::fmt;
 
@@ -33,7 +33,7 @@ impl Matrix {
     }
 }
 
-/// A tensor of the whole model; layers and experts counted over all of it. It displays as its name.
+/// A tensor of the whole model. Layers and experts are counted over the whole model. It displays as its name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HfTensor {
     /// Token embedding, `[vocab_size, hidden_size]`.
@@ -44,7 +44,7 @@ pub enum HfTensor {
     Query(usize),
     /// Key projection, `[num_kv_heads · head_dim, hidden_size]`.
     Key(usize),
-    /// Value projection, as the keys'.
+    /// Value projection, with the shape of the key projection.
     Value(usize),
     /// Attention's output projection, `[hidden_size, num_heads · head_dim]`.
     Output(usize),
@@ -75,7 +75,7 @@ pub enum HfTensor {
 }
 
 impl HfTensor {
-    /// A matrix of a feed-forward: an expert's, or the only one of a dense model.
+    /// A matrix of a feed-forward: of an expert, or of the only feed-forward of a dense layer.
     #[must_use]
     pub fn feed_forward(model: &ModelConfig, layer: usize, expert: usize, matrix: Matrix) -> Self {
         match model.has_router() {
@@ -84,7 +84,7 @@ impl HfTensor {
         }
     }
 
-    /// All tensors of `model`; a tied one has no lm_head of its own.
+    /// All tensors of `model`. A tied model has no lm_head of its own.
     #[must_use]
     pub fn all(model: &ModelConfig, tied: bool) -> Vec<Self> {
         let mut tensors = vec![HfTensor::EmbedTokens];
@@ -111,7 +111,7 @@ impl HfTensor {
         tensors
     }
 
-    /// The tensor as a matrix, `[rows, columns]`; a vector is one row.
+    /// The tensor's shape as a matrix, `[rows, columns]`. A vector is one row.
     #[must_use]
     pub fn matrix_shape(self, model: &ModelConfig) -> [usize; 2] {
         let hidden = model.hidden_size;

@@ -1,15 +1,16 @@
-//! Changing the type of little-endian float bytes, and which magnitudes that cannot survive it.
+//! Converts the type of little-endian float bytes, and says which magnitudes a type cannot hold.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use mixtral_checkpoint::scan::infinity_bits;
 use mixtral_model::DType;
 
-/// Elements converted at a time, through f32 values that stay in the first-level cache.
+/// How many elements are converted at a time. Their f32 values stay in the first-level cache.
 const BLOCK: usize = 1024;
 
-/// The magnitude bits, in `from`, from which a value cannot be written in `to`: infinities and NaNs always, and
-/// whatever lies past the largest finite number. F16 is refused past 65504 itself, bf16 where it rounds to infinity.
+/// The smallest magnitude, as bits of `from`, that is refused when converting to `to`. Infinities and NaNs are always
+/// refused, and so are values that are too large for `to`. For f16 these are values above 65504, for bf16 values that
+/// round to infinity.
 #[must_use]
 pub const fn first_refused(from: DType, to: DType) -> u32 {
     /// f16's largest number.
@@ -23,10 +24,10 @@ pub const fn first_refused(from: DType, to: DType) -> u32 {
     }
 }
 
-/// Converts the elements of `input`, all finite, to `to`, rounding to the nearest, ties to even.
+/// Converts the elements of `input` to `to`, rounding to nearest, ties to even. All elements are finite.
 ///
 /// # Panics
-/// If `output` has not as many elements as `input`.
+/// If `output` does not have as many elements as `input`.
 pub fn convert_elements(from: DType, input: &[u8], to: DType, output: &mut [u8]) {
     assert_eq!(input.len() / from.size(), output.len() / to.size());
     if from == to {
@@ -69,7 +70,7 @@ pub fn convert_elements(from: DType, input: &[u8], to: DType, output: &mut [u8])
     }
 }
 
-/// Rounds a finite value. `half`'s own conversion looks for NaNs first, and does not vectorize.
+/// Rounds a finite value. The conversion of `half` looks for NaNs first, and so does not vectorize.
 #[inline]
 #[allow(clippy::cast_possible_truncation)] // The upper half is what is wanted.
 fn finite_to_bf16(value: f32) -> bf16 {

@@ -1,4 +1,4 @@
-//! What a conversion will do, for `--dry-run`, and what it did.
+//! What a conversion will do (for `--dry-run`), and what it did.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -9,7 +9,7 @@ use serde::Serialize;
 /// What a conversion will do.
 #[derive(Clone, Debug, Serialize)]
 pub struct ConvertPlan {
-    /// The model directory; `None` for a geometry alone.
+    /// The model directory; `None` for a geometry without weights.
     pub model_dir: Option<PathBuf>,
     /// How its weights are laid out.
     pub layout: Option<&'static str>,
@@ -31,11 +31,11 @@ pub struct ConvertPlan {
     pub warnings: Vec<String>,
     /// Bytes that will be written.
     pub output_bytes: u64,
-    /// Bytes free on the disk that they go to, if the system says.
+    /// Free bytes on the output's disk, if the system tells.
     pub free_bytes: Option<u64>,
     /// Threads.
     pub workers: usize,
-    /// Most memory that will be resident at once.
+    /// The most memory that will be resident at a time.
     pub peak_memory_bytes: u64,
 }
 

@@ -1,4 +1,5 @@
-//! The tokenizer's files of a model: which there are, whether they are whole and the model's, and what must be added.
+//! The tokenizer's files of a model: finds them, checks that they are whole and belong to the model, and adds what is
+//! missing.
 
 use std::path::Path;
 
@@ -12,22 +13,22 @@ use crate::error::ConvertError;
 
 const GENERATION_CONFIG: &str = "generation_config.json";
 
-/// What a checkpoint takes along.
+/// The tokenizer's files that go into a checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct TokenizerFiles {
     /// Files that are copied as they are.
     copied: Vec<String>,
-    /// A generation_config.json that says how sequences end, where only the model's configuration does.
+    /// The text of a generation_config.json that names the end ids, if only the model's configuration names them.
     generation_config: Option<String>,
     /// What a user should know about them.
     pub warnings: Vec<String>,
 }
 
 impl TokenizerFiles {
-    /// Finds and reads the files of `dir`, beside a model of so many tokens.
+    /// Finds and reads the files of `dir`, for a model with `vocab_size` tokens.
     ///
     /// # Errors
-    /// If the tokenizer cannot be loaded from them, or is that of a larger vocabulary.
+    /// If the tokenizer cannot be loaded, or has a larger vocabulary than the model.
     pub fn read(dir: &Path, vocab_size: usize) -> Result<Self, ConvertError> {
         let io = |source| ConvertError::Io { path: dir.to_owned(), source };
         let mut files = TokenizerFiles::default();
@@ -57,7 +58,7 @@ impl TokenizerFiles {
         names
     }
 
-    /// Puts them beside the weights.
+    /// Writes them into the checkpoint.
     ///
     /// # Errors
     /// If one cannot be read or written.
@@ -71,7 +72,7 @@ impl TokenizerFiles {
         Ok(())
     }
 
-    /// A checkpoint's own configuration has no place for the ids that end a sequence.
+    /// Writes the end ids into a generation_config.json, because a checkpoint's own configuration has no key for them.
     fn name_end_ids(&mut self, dir: &Path, end_ids: &[TokenId]) -> Result<(), ConvertError> {
         let path = dir.join(GENERATION_CONFIG);
         let mut config: Map<String, Value> = match std::fs::read(&path) {
@@ -87,8 +88,8 @@ impl TokenizerFiles {
         Ok(())
     }
 
-    /// A token without a row in the embedding cannot be in a prompt. Tokens that were only added, to pad for instance,
-    /// often are not meant to be.
+    /// Checks that the embedding has a row for every token, because a token without a row cannot be in a prompt. For
+    /// added tokens this is only a warning: some, such as padding tokens, are never in a prompt.
     fn check(&mut self, tokenizer: &Tokenizer, vocab_size: usize) -> Result<(), ConvertError> {
         let past: Vec<TokenId> = tokenizer.ids().into_iter().filter(|id| id.0 as usize >= vocab_size).collect();
         let Some(last) = past.last() else { return Ok(()) };

@@ -1,4 +1,4 @@
-//! Every malformed input has its message, and leaves no output behind.
+//! Every malformed input has its own message, and leaves no output behind.
 #![allow(missing_docs)]
 
 use std::fs;
@@ -9,7 +9,7 @@ use mixtral_model::{DType, Mapping};
 use mixtral_testkit::{Layout, Tensor, TinyModel, write_safetensors};
 use serde_json::{Value, json};
 
-/// Collects one message a case.
+/// Collects one message for each case.
 #[derive(Default)]
 struct Messages(Vec<String>);
 
@@ -38,12 +38,12 @@ impl Messages {
         self.case(name, &TinyModel::mixtral(DType::F32, 1), (Layout::V4, 1), |dir, _| spoil(dir));
     }
 
-    /// With a changed key of config.json.
+    /// As [`Messages::plain`], with a changed key of config.json.
     fn config(&mut self, name: &str, key: &str, value: Value) {
         self.plain(name, |dir| edit(&dir.join("config.json"), key, value));
     }
 
-    /// With changed tensors.
+    /// As [`Messages::plain`], with changed tensors.
     fn tensors(&mut self, name: &str, dtype: Option<DType>, spoil: impl FnOnce(&mut Vec<Tensor>)) {
         let model = TinyModel::mixtral(DType::F32, 1);
         self.case(name, &model, (Layout::V4, 1), |dir, options| {
@@ -191,7 +191,7 @@ fn directories_that_are_no_model() {
     m.case("a name on the hub", &model, plain, |_, options| {
         options.input = Input::Directory("someone/Mixtral-tuned".into());
     });
-    // As huggingface_hub lays its cache out.
+    // The layout of huggingface_hub's cache.
     let cached = |dir: &Path, hashes: &[&str]| {
         for hash in hashes {
             fs::create_dir_all(dir.join("snapshots").join(hash)).unwrap();
@@ -289,7 +289,7 @@ fn tensors() {
     insta::assert_snapshot!(m.text());
 }
 
-/// Gives the first tensor of that name another type, of as many bytes.
+/// Gives the first tensor of this name another type of the same size.
 fn retype(path: &Path, name: &str, old: &str, new: &str) {
     let bytes = fs::read(path).unwrap();
     let header = usize::try_from(u64::from_le_bytes(bytes[..8].try_into().unwrap())).unwrap();
@@ -300,7 +300,7 @@ fn retype(path: &Path, name: &str, old: &str, new: &str) {
     fs::write(path, [&length[..], text.as_bytes(), &bytes[8 + header..]].concat()).unwrap();
 }
 
-/// Weights that do not fit, for a reason that can be told.
+/// Weights that do not match their configuration, for a reason that can be found out.
 #[test]
 fn diagnoses() {
     let mut m = Messages::default();

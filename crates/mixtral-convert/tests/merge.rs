@@ -1,7 +1,7 @@
 //! merge(shard(x)) = x, bit for bit, over every way of cutting a model.
 //!
-//! The merge is written from the format's own table of shapes and row orders, not from the shard plan, so that the
-//! two can disagree.
+//! The merge is written from the format's table of shapes and row orders, not from the shard plan, so that a mistake in
+//! one of them shows.
 #![allow(missing_docs)]
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use mixtral_model::{DType, Mapping, ModelConfig, ModelFamily, MoeConfig, MoeNorm
 use mixtral_testkit::{Layout, TinyModel};
 use proptest::prelude::*;
 
-/// A tensor being put together: each element once, or several times the same.
+/// A tensor that is put together. If an element is put several times, it has to be the same each time.
 struct Whole {
     cols: usize,
     elements: Vec<Option<Vec<u8>>>,
@@ -63,7 +63,7 @@ impl Merge {
         self.wholes.entry(name.to_owned()).or_insert_with(empty)
     }
 
-    /// Puts rows `from` of `part` at (`row`, `col`) of the whole tensor `name`.
+    /// Puts the rows `from` of `part` at (`row`, `col`) of the whole tensor `name`.
     fn place(
         &mut self,
         name: &str,
@@ -156,7 +156,8 @@ impl Merge {
             let rows = v.div_ceil(tp);
             assert_eq!(head.rows(), rows);
             let name = if self.tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-            // A tied head is the embedding once more, and is put on top of it; its padding is checked apart.
+            // A tied head is the embedding again, so it is put on top of the embedding. Its padding is checked
+            // separately.
             for r in 0..rows {
                 if t * rows + r < v {
                     self.place(name, [rows * tp, h], &head, r..r + 1, t * rows + r, 0);
@@ -208,7 +209,8 @@ fn case() -> impl Strategy<Value = Case> {
             let mapping = Mapping { tp_size: tp, pp_size: pp, moe_tp_size: tp / moe_ep_size, moe_ep_size };
             let mut model = TinyModel::mixtral(dtype, seed);
             model.tied = tied;
-            // KV heads that neither split over nor are copied to the ranks are made to.
+            // If the KV heads can neither be split over the ranks nor be copied to them evenly, their number is
+            // changed.
             let kv = if kv % tp != 0 && tp % kv != 0 { tp } else { kv };
             model.config = ModelConfig {
                 family: if moe { ModelFamily::Mixtral } else { ModelFamily::Mistral },
@@ -257,7 +259,7 @@ proptest! {
             let len = tensor.shape.iter().product();
             let found: Vec<u8> = whole.elements[..len].iter().flat_map(|e| e.clone().expect("a hole")).collect();
             prop_assert_eq!(found, expected, "{}", tensor.name);
-            // What lies behind is the padding of the vocabulary.
+            // The elements behind are the padding of the vocabulary.
             prop_assert!(whole.elements[len..].iter().flatten().flatten().all(|&b| b == 0));
         }
         prop_assert!(wholes.is_empty(), "{:?}", wholes.keys());

@@ -1,4 +1,4 @@
-//! One model in every layout gives the same checkpoint, and the stage as a whole behaves.
+//! One model gives the same checkpoint from every layout. Also tests the stage as a whole.
 #![allow(missing_docs)]
 
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ fn options(model_dir: &Path, output_dir: PathBuf) -> ConvertOptions {
     ConvertOptions { workers: 2, ..ConvertOptions::new(Input::Directory(model_dir.to_owned()), output_dir) }
 }
 
-/// The files of a directory but the tokenizer's.
+/// The files of a directory, except the tokenizer's.
 fn contents(dir: &Path) -> BTreeMap<String, Vec<u8>> {
     let entries = fs::read_dir(dir).unwrap().map(|e| e.unwrap());
     entries
@@ -173,7 +173,7 @@ fn without_weights_only_the_config_is_written() {
     assert_eq!(checkpoint.config().mapping, options.mapping);
 }
 
-/// Adds up what it is told, and lets a test do something in the middle of the work.
+/// A progress that adds up the bytes, and runs a test's function once in the middle of the work.
 struct Watch<F: Fn() + Sync> {
     total: AtomicU64,
     done: AtomicU64,
@@ -226,7 +226,7 @@ fn a_failure_leaves_nothing_and_what_a_killed_run_left_is_cleaned() {
     convert(&options(&from, to.clone()), &()).unwrap_err();
     assert!(!to.exists());
 
-    // As a kill leaves it: the lock file, ranks of another mapping, no config.
+    // What a killed run leaves: the lock file, ranks of another mapping, no config.
     fs::create_dir(&to).unwrap();
     for name in [".mixtral-lock", "rank0.safetensors", "rank3.safetensors", "config.json.partial"] {
         fs::write(to.join(name), "half a file").unwrap();
@@ -274,7 +274,8 @@ fn both_dialects_in_one_directory_read_as_hugging_face() {
 
 #[test]
 fn wide_rows_and_long_columns_take_every_way_of_reading() {
-    // Rows past 4096 bytes per rank, tensors past one chunk, and columns of a width that no block divides.
+    // Rows of more than 4096 bytes a rank, tensors of more than one chunk, and a number of columns that is no multiple
+    // of a block.
     let mut model = TinyModel::mixtral(DType::F32, 11);
     model.config.hidden_size = 258;
     model.config.intermediate_size = 2310;
@@ -368,7 +369,7 @@ fn an_index_says_which_files_there_are_and_nothing_else() {
     let index = from.join("model.safetensors.index.json");
     let shard = |n: usize| format!("model-0000{n}-of-00003.safetensors");
     for map in [
-        // Swapped, of another model, and far too few.
+        // An index whose entries are swapped, of another model, and far too few.
         serde_json::json!({ "model.norm.weight": shard(1), "lm_head.weight": shard(2), "a.b.c": shard(3) }),
         serde_json::json!({ "x": shard(3), "y": shard(1), "z": shard(2) }),
     ] {

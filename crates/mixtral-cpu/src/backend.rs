@@ -1,4 +1,4 @@
-//! Loading a program, and stepping it.
+//! Loads a program, and runs steps on it.
 
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -18,18 +18,18 @@ use crate::resolve::{Resolved, resolve};
 use crate::simd::{Isa, LANES, Simd};
 use crate::weights::WeightTable;
 
-/// How a program is loaded.
+/// How to load a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CpuOptions {
-    /// Blocks of the KV cache. Memory is committed as blocks are first written.
+    /// Blocks of the KV cache. The system commits memory when a block is first written.
     pub kv_blocks: usize,
     /// Workers of the backend's own pool.
     pub threads: usize,
-    /// Whether [`Backend::expert_counts`] counts.
+    /// Whether to count tokens for [`Backend::expert_counts`].
     pub count_experts: bool,
-    /// Whether [`Backend::op_times`] measures.
+    /// Whether to measure for [`Backend::op_times`].
     pub time_ops: bool,
-    /// Instruction set of the kernels; the fastest of this machine when absent. All give the same bits.
+    /// Instruction set of the kernels. When absent, the fastest that this machine has. All give the same bits.
     pub isa: Option<Isa>,
 }
 
@@ -59,7 +59,7 @@ pub struct CpuBackend {
 
 impl CpuBackend {
     /// Loads a program that passed [`Program::check`]: finds its weights, allocates its arena and cache, starts its
-    /// workers. Nothing is touched that a step may not need.
+    /// workers. It touches no memory that a step may not need.
     ///
     /// # Errors
     /// A missing or wrong weight, too little memory, an instruction set that this machine lacks, or a program that
@@ -113,14 +113,14 @@ impl CpuBackend {
         })
     }
 
-    /// Gives the backend the other ranks, which a program of several speaks to.
+    /// Gives the backend its connection to the other ranks. A program of several ranks needs it.
     #[must_use]
     pub fn with_ranks(mut self, ranks: Arc<dyn Collectives>) -> Self {
         self.ranks = Some(ranks);
         self
     }
 
-    /// Offset of a buffer in the arena, if it has so many bytes.
+    /// Offset of a buffer in the arena, if it has at least `len` bytes.
     fn buffer(&self, name: &str, len: usize) -> Result<usize, BackendError> {
         let missing = || BackendError::Other(format!("there is no buffer `{name}`"));
         let buffer = self.program.buffer(name).ok_or_else(missing)?;
@@ -131,7 +131,7 @@ impl CpuBackend {
         Ok(buffer.offset)
     }
 
-    /// The whole arena, which no step expects anything of: for tests that poison it.
+    /// The whole arena. No step may depend on what is in it, so tests fill it with garbage.
     pub fn arena_mut(&mut self) -> &mut [u8] {
         self.arena.bytes_mut()
     }
@@ -236,7 +236,7 @@ impl Inspect for CpuBackend {
     }
 }
 
-/// Runs `f`; a panic in it, on any worker, becomes an error.
+/// Runs `f`. A panic in it, on any worker, becomes an error.
 fn contained<T>(f: impl FnOnce() -> Result<T, BackendError>) -> Result<T, BackendError> {
     catch_unwind(AssertUnwindSafe(f)).unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref().copied());

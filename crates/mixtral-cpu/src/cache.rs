@@ -5,7 +5,7 @@ use mixtral_model::DType;
 
 use crate::memory::Memory;
 
-/// Per layer, keys then values, each `[blocks, num_kv_heads, block_size, head_dim]`.
+/// For each layer its keys, then its values, both `[blocks, num_kv_heads, block_size, head_dim]`.
 pub(crate) struct KvCache {
     memory: Memory,
     layout: KvLayout,
@@ -38,7 +38,7 @@ impl KvShape {
 }
 
 impl<'a> KvView<'a> {
-    /// The first `n` vectors of a block, `[n, head_dim]`.
+    /// `n` vectors of a block and head from position `start` on, `[n, head_dim]`.
     pub(crate) fn rows(&self, block: usize, head: usize, start: usize, n: usize) -> &'a [u8] {
         let first = self.shape.offset(block * self.shape.block_size + start, head);
         &self.bytes[first..first + n * self.shape.head_dim * self.shape.dtype.size()]
@@ -81,7 +81,7 @@ impl KvCache {
         (KvView { bytes: keys, shape }, KvView { bytes: values, shape })
     }
 
-    /// Keys and values of a layer, to be written.
+    /// Keys and values of a layer, mutable.
     pub(crate) fn layer_mut(&mut self, layer: usize) -> (&mut [u8], &mut [u8]) {
         let half = self.half();
         self.memory.bytes_mut()[2 * layer * half..][..2 * half].split_at_mut(half)

@@ -1,4 +1,4 @@
-//! Runs resolved operations: carves their operands out of the arena and calls their kernels.
+//! Runs resolved operations: takes their operands from the arena and calls their kernels.
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ use crate::kernels::{
 use crate::resolve::{BufferId, Chosen, Finish, Norm, Residual, ResolvedOp};
 use crate::weights::Matrix;
 
-/// Everything that the operations of one step touch.
+/// Everything that the operations of one step read or write.
 pub(crate) struct Machine<'a> {
     pub(crate) program: &'a Program,
     pub(crate) workers: Workers<'a>,
@@ -28,7 +28,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) arena: &'a mut [u8],
     pub(crate) cache: &'a mut KvCache,
     pub(crate) work: &'a mut Workspace,
-    /// Tokens each expert was given, if they are counted.
+    /// How many tokens each expert got, if that is counted.
     pub(crate) counts: Option<&'a mut [Vec<u64>]>,
     /// The other ranks, if there are any.
     pub(crate) ranks: Option<&'a dyn Collectives>,
@@ -47,13 +47,13 @@ impl<'a> Machine<'a> {
         self.program.buffers[buffer].cols
     }
 
-    /// The rows of different buffers, each a slice of its own.
+    /// The rows of different buffers as separate slices.
     fn carve<const N: usize>(&mut self, buffers: [BufferId; N]) -> Result<[&mut [u8]; N], BackendError> {
         let spans = buffers.map(|buffer| self.span(buffer));
         carve(self.arena, spans)
     }
 
-    /// The buffer `copy` takes on the contents of `original`, if that is another one.
+    /// Copies the contents of buffer `original` into buffer `copy`, if there is an `original`.
     fn copy(&mut self, original: Option<BufferId>, copy: BufferId) -> Result<(), BackendError> {
         if let Some(original) = original {
             let [original, copy] = self.carve([original, copy])?;
@@ -62,7 +62,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// The buffer `out` takes on what a sum will be added to.
+    /// Fills the buffer `out` with what a sum will be added to.
     fn begin_sum(&mut self, residual: Residual, out: BufferId) -> Result<(), BackendError> {
         match residual {
             Residual::InPlace => {}
@@ -295,7 +295,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// Counts the live tokens that each expert is given.
+    /// Counts how many live tokens each expert gets.
     fn count(&mut self, layer: usize, chosen: Chosen) {
         let span = self.span(chosen.ids);
         let Some(counts) = self.counts.as_mut() else { return };

@@ -1,22 +1,22 @@
-//! Zeroed memory that the system commits page by page as it is first touched.
+//! Zeroed memory. The system commits a page of it when the page is first touched.
 
 use memmap2::{Advice, MmapMut, MmapOptions};
 use mixtral_engine::BackendError;
 
-/// An anonymous mapping. It is page-aligned, and asking for more than there is fails instead of aborting.
+/// An anonymous mapping. It is page-aligned. Asking for more memory than there is returns an error instead of aborting.
 pub(crate) struct Memory {
     map: MmapMut,
     len: usize,
 }
 
 impl Memory {
-    /// `bytes` zeroed bytes; `what` and `hint` speak in the error.
+    /// Allocates `bytes` zeroed bytes. `what` and `hint` are for the error's message.
     pub(crate) fn new(what: &'static str, bytes: Option<usize>, hint: &str) -> Result<Memory, BackendError> {
         let failed = || BackendError::OutOfMemory { what, needed: bytes.unwrap_or(usize::MAX), hint: hint.to_owned() };
         let len = bytes.ok_or_else(failed)?;
-        // An empty mapping is an error to the system.
+        // The system refuses an empty mapping, so one byte is mapped instead.
         let map = MmapOptions::new().len(len.max(1)).map_anon().map_err(|_| failed())?;
-        // Fewer, larger pages read faster. A system that has none says no, and that is fine.
+        // Large pages read faster. A system without them refuses, which is fine.
         #[cfg(target_os = "linux")]
         if len >= 1 << 21 {
             let _ = map.advise(Advice::HugePage);
@@ -24,7 +24,7 @@ impl Memory {
         Ok(Memory { map, len })
     }
 
-    /// Nothing yet.
+    /// An empty buffer.
     pub(crate) fn empty() -> Result<Memory, BackendError> {
         Memory::new("an empty buffer", Some(0), "free some memory")
     }
@@ -42,7 +42,7 @@ impl Memory {
         bytemuck::cast_slice_mut(&mut self.map[..len])
     }
 
-    /// Makes room for `floats` f32 of scratch; what was there is lost when it grows.
+    /// Makes room for `floats` f32 of scratch. Growing loses the contents.
     pub(crate) fn reserve_floats(&mut self, floats: usize) -> Result<(), BackendError> {
         if self.len / 4 < floats {
             let bytes = floats.checked_mul(4).and_then(usize::checked_next_power_of_two);

@@ -1,36 +1,37 @@
-//! What this machine can do at most: read bandwidth and arithmetic rate, measured with the backend's own means.
+//! Measures the highest rates of this machine, with the backend's own kernels: read bandwidth and arithmetic rate.
 
 use std::time::Instant;
 
 use crate::memory::Memory;
 use crate::simd::{Isa, LANES, Simd};
 
-/// Rounds; the best counts, since other work on the machine only ever slows one down.
+/// Rounds of a measurement. The fastest counts, because other work on the machine can only slow a round down.
 const ROUNDS: usize = 5;
 
-// The arithmetic: 20 KB of operands, at home in the first cache.
+// Sizes of the arithmetic: 20 KB of operands, which fit into the first-level cache.
 const ROWS: usize = 16;
 const TOKENS: usize = 24;
 const DEPTH: usize = 128;
 
-/// Bytes that are enough to look at a machine in passing: more than most caches hold.
+/// Bytes that a short measurement reads: more than most caches hold.
 pub const QUICK: usize = 1 << 28;
 
-/// Bytes for a figure to be reported beside that of a large engine.
+/// Bytes that a measurement reads whose figure is compared with that of a large engine.
 pub const THOROUGH: usize = 4 << 30;
 
 /// A machine's ceilings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Probe {
-    /// Bytes read from memory in a second by all threads together: the best of five sums over anonymous memory in huge
-    /// pages, each thread over a contiguous part. 0 if there is not enough memory.
+    /// Bytes that all threads together read from memory in a second, in the fastest of five rounds. In a round each
+    /// thread sums a contiguous part of anonymous memory in huge pages. 0 if there is not enough memory.
     pub read_bytes_per_s: f64,
-    /// Floating-point operations in a second by all threads together, in the dot tiles, operands cached.
+    /// Floating-point operations that all threads together do in a second, in the tiles of dots, with operands in the
+    /// cache.
     pub flops_per_s: f64,
 }
 
 impl Probe {
-    /// The better of two, figure by figure: of measurements before and after something.
+    /// The better of two measurements (of one before and one after something), figure by figure.
     #[must_use]
     pub fn max(self, other: Probe) -> Probe {
         Probe {
@@ -46,7 +47,8 @@ pub fn measure(threads: usize, bytes: usize) -> Probe {
     Probe { read_bytes_per_s: read(threads, bytes).unwrap_or(0.0), flops_per_s: arithmetic(threads) }
 }
 
-/// The best of some rounds of `work` on every thread, as amounts a second.
+/// The rate of the fastest of some rounds of `work` on every thread. A round processes `amount`; the rate is in amounts
+/// a second.
 fn best(threads: usize, amount: f64, work: impl Fn(usize) + Sync) -> f64 {
     let round = || {
         let start = Instant::now();
@@ -65,11 +67,11 @@ fn best(threads: usize, amount: f64, work: impl Fn(usize) + Sync) -> f64 {
 fn read(threads: usize, bytes: usize) -> Option<f64> {
     let mut memory = Memory::new("the bandwidth probe", Some(bytes), "").ok()?;
     let words: &mut [u64] = bytemuck::cast_slice_mut(memory.bytes_mut());
-    // Untouched pages are all one page of zeros: write each.
+    // All untouched pages are the same page of zeros, so a word of each page is written.
     words.iter_mut().step_by(512).for_each(|w| *w = 1);
     let words: &[u64] = words;
     let share = words.len() / threads;
-    // The widest vectors do not read fastest on every machine: the best of all sets counts.
+    // The widest vectors do not read fastest on every machine, so all instruction sets are tried.
     let rate = |isa: Isa| {
         let simd = Simd::new(isa)?;
         let sum = |thread: usize| {

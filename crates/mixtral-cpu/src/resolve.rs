@@ -1,4 +1,4 @@
-//! A program's operations with names turned into indices, once, when it is loaded.
+//! Turns the names in a program's operations into indices, once, when the program is loaded.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,8 +12,8 @@ pub(crate) type BufferId = usize;
 /// Index of a weight in the program.
 pub(crate) type WeightId = usize;
 
-/// An [`Op`] that knows where its operands are. Fields mean what they mean there; an operand that may be in place is
-/// `None` when it is.
+/// An [`Op`] with indices for names. Its fields mean the same. An operand that may be in place is `None` if it is in
+/// place.
 #[derive(Clone, Debug)]
 pub(crate) enum ResolvedOp {
     Embed {
@@ -137,7 +137,7 @@ pub(crate) enum ResolvedOp {
 pub(crate) enum Residual {
     /// Nothing.
     None,
-    /// What the output holds.
+    /// The contents of the output.
     InPlace,
     /// Another buffer.
     Buffer(BufferId),
@@ -160,14 +160,14 @@ pub(crate) enum Finish {
     F32,
 }
 
-/// Where the chosen experts and their weights are.
+/// The buffers of the chosen experts and their weights.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Chosen {
     pub(crate) ids: BufferId,
     pub(crate) weights: BufferId,
 }
 
-/// Where the assignments by expert are.
+/// The buffers of the expert lists.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lists {
     pub(crate) offsets: BufferId,
@@ -177,14 +177,14 @@ pub(crate) struct Lists {
 /// A whole program, resolved.
 pub(crate) struct Resolved {
     pub(crate) ops: Vec<ResolvedOp>,
-    /// The distinct rotary bases, which ops name by index.
+    /// The distinct rotary bases. Operations name them by index.
     pub(crate) thetas: Vec<f64>,
 }
 
 /// Resolves a checked program.
 ///
 /// # Errors
-/// Operands of one operation that overlap without being in place, which nothing in a program's text forbids.
+/// If operands of one operation overlap without being in place. A program's text can say that.
 pub(crate) fn resolve(program: &Program) -> Result<Resolved, BackendError> {
     let mut resolver = Resolver {
         buffers: program.buffers.iter().enumerate().map(|(i, b)| (b.name.as_str(), i)).collect(),
@@ -199,10 +199,10 @@ pub(crate) fn resolve(program: &Program) -> Result<Resolved, BackendError> {
     Ok(Resolved { ops, thetas: resolver.thetas })
 }
 
-/// Distinct operands may not share memory, and only those that an operation allows may be the same buffer.
+/// Checks that different operands share no memory, and that only operands that may be in place are the same buffer.
 fn check_overlap(program: &Program, index: usize, op: &Op) -> Result<(), BackendError> {
     let mut names: Vec<&str> = op.reads().into_iter().chain(op.writes()).collect();
-    // Each in-place operand is listed as read and as written.
+    // An operand in place is listed both as read and as written.
     let in_place = match op {
         Op::Add { b, out, .. } => (b == out).then_some(out),
         Op::Linear { residual, out, .. } => (residual.as_ref() == Some(out)).then_some(out),

@@ -1,4 +1,4 @@
-//! The program's weights: checked once, then read where they lie; or generated.
+//! The program's weights. They are either checked once and then read where they lie, or generated.
 
 use std::sync::Arc;
 
@@ -32,7 +32,7 @@ impl<'a> Matrix<'a> {
 /// Where the weights are.
 enum Store {
     Source(Arc<dyn WeightSource>),
-    /// Generated, each weight starting at its offset.
+    /// Generated weights, and the offset of each.
     Owned(Memory, Vec<usize>),
 }
 
@@ -56,8 +56,8 @@ impl WeightTable {
         Ok(WeightTable { store, weights: program.weights.clone() })
     }
 
-    /// All weights as matrices. A source hands out its views by name, so that this is one look-up a weight; it is
-    /// done once a step, before the first operation.
+    /// All weights as matrices. Each is looked up by name in its source, so this is done only once a step, before the
+    /// first operation.
     pub(crate) fn matrices(&self) -> Result<Vec<Matrix<'_>>, BackendError> {
         let matrix = |(index, weight): (usize, &Weight)| {
             let bytes = match &self.store {
@@ -70,7 +70,7 @@ impl WeightTable {
     }
 }
 
-/// Bytes of a weight, unless they overflow.
+/// Bytes of a weight; `None` if they overflow.
 fn num_bytes(weight: &Weight) -> Option<usize> {
     weight.shape.iter().try_fold(weight.dtype.size(), |bytes, &side| bytes.checked_mul(side))
 }
@@ -88,7 +88,7 @@ fn wrong(weight: &Weight, found: &WeightView<'_>) -> BackendError {
     }
 }
 
-/// The weight's bytes, if the source has the tensor that the program expects.
+/// The weight's bytes. An error unless the source has the tensor that the program expects.
 fn checked<'a>(weight: &Weight, source: &'a dyn WeightSource) -> Result<&'a [u8], BackendError> {
     let found = source.weight(&weight.name).ok_or_else(|| BackendError::MissingWeight { name: weight.name.clone() })?;
     if found.dtype != weight.dtype || found.shape != weight.shape || Some(found.bytes.len()) != num_bytes(weight) {
@@ -97,13 +97,13 @@ fn checked<'a>(weight: &Weight, source: &'a dyn WeightSource) -> Result<&'a [u8]
     Ok(found.bytes)
 }
 
-/// As [`checked`], for a source that was checked when it was loaded: only what indexing relies on.
+/// As [`checked`], for a source that was checked when it was loaded. It only checks what indexing relies on.
 fn checked_bytes<'a>(weight: &Weight, source: &'a dyn WeightSource) -> Result<&'a [u8], BackendError> {
     let found = source.weight(&weight.name).ok_or_else(|| BackendError::MissingWeight { name: weight.name.clone() })?;
     if found.bytes.len() == weight.num_bytes() { Ok(found.bytes) } else { Err(wrong(weight, &found)) }
 }
 
-/// Fills anonymous memory with the dummy weights, in parallel over rows. What no piece covers stays zero.
+/// Fills anonymous memory with the dummy weights, in parallel over rows. Parts that no piece covers stay zero.
 fn generate(program: &Program, seed: u64, simd: Simd) -> Result<Store, BackendError> {
     let mut offsets = Vec::with_capacity(program.weights.len());
     let mut end = Some(0usize);

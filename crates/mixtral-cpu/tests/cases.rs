@@ -1,4 +1,4 @@
-//! Every case of the registry, on every instruction set, with one thread and with several.
+//! Runs every case of the registry, on every instruction set, with one thread and with several.
 
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{BackendError, Weights};
@@ -11,7 +11,7 @@ fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendErro
     CpuBackend::load(case.assembly.program.clone(), case.weights(), options)
 }
 
-/// Every case of a type, on every instruction set.
+/// Runs every case of a type on every instruction set.
 fn check_all(dtype: DType) {
     let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.assembly.program.dtype == dtype).collect();
     assert!(cases.len() > 60, "{} cases", cases.len());
@@ -42,7 +42,7 @@ fn bf16_cases_are_within_their_limits() {
     check_all(DType::Bf16);
 }
 
-/// Operations of a small model as they are checked at real models' sizes, and a few of those sizes.
+/// Operations of a small model, checked in the way in which real models' sizes are checked, and a few of those sizes.
 #[test]
 fn large_cases_are_within_their_limits() {
     let small = [DType::F16, DType::Bf16].into_iter().flat_map(|dtype| large::of(large::SMALL, dtype));
@@ -60,7 +60,8 @@ fn large_cases_are_within_their_limits() {
     assert!(failures.is_empty(), "{} failures:\n{}", failures.len(), failures.join("\n"));
 }
 
-/// What is checked in part is checked: with weights of another seed, no operation that has any passes.
+/// Large cases check only a part of the outputs, but that suffices: with weights of another seed, every operation that
+/// has weights fails.
 #[test]
 fn large_cases_of_other_weights_fail() {
     for case in large::of(large::SMALL, DType::Bf16).filter(|case| !case.program.weights.is_empty()) {

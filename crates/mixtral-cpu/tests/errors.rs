@@ -1,4 +1,4 @@
-//! What is refused, and in which words.
+//! What the backend refuses, and with which messages.
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_engine::{Backend as _, BackendError, Epilogue, Inspect as _, Op, Program, Rows, StepInputs, Weights};
@@ -85,7 +85,7 @@ fn memory_that_cannot_be_had_is_an_error() {
     a.declare("vast", DType::F32, &[1 << 24, 1 << 24, 1 << 8]);
     let error = refused(a.program, Weights::Dummy { seed: 0 }, OPTIONS);
     assert!(matches!(error, BackendError::OutOfMemory { what: "the dummy weights", .. }), "{error}");
-    // One whose bytes no number holds is no program at all.
+    // A program with a weight whose number of bytes overflows does not pass its check.
     let mut a = linear();
     a.declare("vaster", DType::F32, &[1 << 24, 1 << 24, 1 << 24]);
     let error = refused(a.program, Weights::Dummy { seed: 0 }, OPTIONS).to_string();
@@ -117,7 +117,7 @@ fn a_step_over_the_limits_is_refused() {
         let error = backend.step(&inputs).unwrap_err();
         assert!(matches!(error, BackendError::Inputs(_)), "{error}");
     }
-    // A refused step is without consequence.
+    // A refused step changes nothing: the next one runs.
     assert!(backend.step(&batch::prompt(&limits, 61, 20, 5)).is_ok());
 }
 
@@ -128,11 +128,11 @@ fn logits_that_are_not_finite_end_the_step() {
     let mut inputs = batch::prompt(&backend.program().limits, 61, 20, 5);
     inputs.samples = [0, 4].map(batch::greedy).to_vec();
     backend.step(&inputs).unwrap();
-    // Poison the logits of the second draw behind the last linear's back.
+    // Overwrites the logits of the second draw after the last linear has written them.
     let last = backend.program().ops.len() - 1;
     let mut logits: Vec<f32> = vec![1.0; 5 * 64];
     logits[4 * 64 + 60] = f32::NAN;
-    // Columns past the vocabulary are padding, whatever they hold.
+    // Columns behind the vocabulary are padding, so their contents do not matter.
     logits[61] = f32::INFINITY;
     let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
     backend.write_buffer("vocabulary", &bytes).unwrap();

@@ -1,4 +1,5 @@
-//! What may not change a bit: the batch, chunking, block placement, fusion, threads, instruction set, garbage.
+//! Things that may not change a bit of the logits: the batch, chunking, block placement, fusion, threads, instruction
+//! set, garbage in memory.
 
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{Backend as _, Inspect as _, StepInputs, Weights};
@@ -24,7 +25,7 @@ fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> C
     backend
 }
 
-/// The sequences' logits, as bits, each row by sequence and position.
+/// The bits of logits rows, by sequence and position.
 type Logits = Vec<Vec<Vec<u32>>>;
 
 /// Runs steps of `(sequence, past, new)` parts and collects the logits of every position.
@@ -42,7 +43,7 @@ fn run(backend: &mut CpuBackend, sequences: &[PagedTokens], steps: &[Vec<(usize,
                 *logits = rows.next().unwrap().iter().map(|x| x.to_bits()).collect();
             }
         }
-        // What a step leaves in the arena means nothing to the next.
+        // The next step may not depend on what this one leaves in the arena.
         poison(backend.arena_mut());
     }
     logits
@@ -57,13 +58,13 @@ const LENGTHS: [usize; 6] = [37, 1, 16, 50, 5, 90];
 fn sequences(geometry: &Geometry, seed: u32) -> Vec<PagedTokens> {
     let limits = decoder::program(geometry, true).limits;
     let mut sequences = batch::sequences(3, &LENGTHS, &limits, geometry.vocab_size, KV_BLOCKS);
-    // The same tokens in blocks elsewhere.
+    // The same tokens in other blocks.
     let places = batch::sequences(seed, &LENGTHS, &limits, geometry.vocab_size, KV_BLOCKS);
     sequences.iter_mut().zip(places).for_each(|(s, place)| s.blocks = place.blocks);
     sequences
 }
 
-/// Each sequence alone and whole, on the plainest of backends.
+/// Each sequence alone and in one piece, on one thread of the portable instruction set, without fusion.
 fn alone(geometry: &Geometry) -> Logits {
     let sequences = sequences(geometry, 3);
     let mut all = vec![];
@@ -83,7 +84,7 @@ fn nothing_that_may_not_matter_changes_a_bit() {
             assert!(expected.iter().flatten().flatten().all(|&x| f32::from_bits(x).is_finite()));
             let shuffled = sequences(&geometry, 77);
             let together = vec![(0..shuffled.len()).map(|s| (s, 0, LENGTHS[s])).collect::<Vec<_>>()];
-            // Prefills cut anywhere; then decodes of some beside prefills of others.
+            // Prefills that are cut anywhere, then decodes of some sequences beside prefills of others.
             let chunked = vec![
                 vec![(0, 0, 1), (3, 0, 7), (5, 0, 33)],
                 vec![(0, 1, 1), (3, 7, 16), (5, 33, 31)],
@@ -108,7 +109,7 @@ fn nothing_that_may_not_matter_changes_a_bit() {
     }
 }
 
-/// The bits of some models' logits, as a hash: what no change may move without saying so.
+/// A hash of the bits of some models' logits. A change that moves bits has to say so.
 #[test]
 fn logits_are_what_they_were() {
     let models = DTYPES.into_iter().flat_map(|dtype| [None, Some(11)].map(|window| (dtype, window)));
@@ -176,7 +177,7 @@ fn experts_are_counted_and_tokens_drawn() {
     for layer in counts {
         assert_eq!(layer.iter().sum::<u64>(), 37 * geometry.top_k as u64);
     }
-    // The draws alone, without the logits.
+    // Only the draws, without the logits.
     inputs.return_logits = false;
     let drawn = backend.step(&inputs).unwrap();
     assert_eq!((drawn.tokens, drawn.logits.len()), (outputs.tokens, 0));

@@ -16,12 +16,13 @@ use crate::{CudaError, CudaOptions, KvBlocks, Loading, inputs};
 
 /// One rank's program on a GPU. Fields are dropped in their order, so what uses the memory comes before the memory.
 pub struct CudaBackend {
+    /// First, because it waits for the other ranks: freeing memory may wait for all kernels on the GPU, theirs too.
+    pub(crate) exchange: Option<Exchange>,
     pub(crate) work: Vec<(Regime, WorkList)>,
     pub(crate) timer: Option<Timer>,
     pub(crate) stream: Stream,
     pub(crate) staging: Pinned,
     pub(crate) landing: Pinned,
-    pub(crate) exchange: Option<Exchange>,
     pub(crate) memory: Memory,
     pub(crate) program: Program,
     pub(crate) block: StepBlock,

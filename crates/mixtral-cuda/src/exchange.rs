@@ -66,6 +66,11 @@ fn process() -> u64 {
 /// A rank's part in the memory between ranks. Fields are dropped in their order.
 pub(crate) struct Exchange {
     ranks: Arc<dyn Collectives>,
+    /// The ranks of the stages before and after.
+    neighbours: Vec<usize>,
+    tp_size: usize,
+    /// Whether a step failed.
+    broken: bool,
     /// For what must overtake kernels that wait.
     aside: Stream,
     stop: Pinned,
@@ -141,9 +146,8 @@ impl Exchange {
         let mut all = vec![0; mine.len() * program.tp_size];
         ranks.all_gather(&mine, &mut all)?;
         let (before, next) = neighbours(program);
-        for neighbour in [before, next].into_iter().flatten() {
-            ranks.send(neighbour, &mine)?;
-        }
+        let neighbours: Vec<usize> = [before, next].into_iter().flatten().collect();
+        neighbours.iter().try_for_each(|&neighbour| ranks.send(neighbour, &mine))?;
 
         let mut opened = Vec::new();
         let mut find = |rank: usize, bytes: &[u8]| {
@@ -175,7 +179,8 @@ impl Exchange {
         stop.bytes()?.fill(1);
         let report = Pinned::new(context, size_of::<u32>())?;
         let words = Words { control: memory.address(), next_inbox, taken_before, report: report.address() };
-        Ok(Exchange { ranks, aside, stop, report, words, _opened: opened, memory })
+        let (tp_size, broken) = (program.tp_size, false);
+        Ok(Exchange { ranks, neighbours, tp_size, broken, aside, stop, report, words, _opened: opened, memory })
     }
 
     /// Where what kernels are told lies.
@@ -186,6 +191,13 @@ impl Exchange {
     /// Waits for what is in the stream, whose kernels may wait for other ranks. If one of those is gone, the kernels are told to
     /// stop, and that is the error.
     pub(crate) fn wait(&mut self, stream: &Stream) -> Result<(), CudaError> {
+        self.broken = true;
+        self.wait_or_fail(stream)?;
+        self.broken = false;
+        Ok(())
+    }
+
+    fn wait_or_fail(&mut self, stream: &Stream) -> Result<(), CudaError> {
         let mut looked = Instant::now();
         while !stream.is_idle()? {
             if looked.elapsed() < LOOK_EVERY {
@@ -206,6 +218,24 @@ impl Exchange {
             ));
         }
         Ok(())
+    }
+}
+
+impl Drop for Exchange {
+    /// Waits until no other rank will write to this one's memory any more: all have come this far. Without that a rank that has all that
+    /// it needs could free memory that another, which is a little behind, still writes to. Ranks that have failed do not wait for
+    /// each other.
+    fn drop(&mut self) {
+        if self.broken || std::thread::panicking() || self.ranks.check().is_err() {
+            return;
+        }
+        let part = || -> Result<(), BackendError> {
+            self.ranks.all_gather(&[0], &mut vec![0; self.tp_size])?;
+            self.neighbours.iter().try_for_each(|&neighbour| self.ranks.send(neighbour, &[0]))?;
+            self.neighbours.iter().try_for_each(|&neighbour| self.ranks.recv(neighbour, &mut [0]))
+        };
+        // A rank that is gone writes nothing.
+        let _ = part();
     }
 }
 

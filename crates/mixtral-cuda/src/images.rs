@@ -33,6 +33,7 @@ mod tests {
     fn device(capability: u32) -> Device {
         Device {
             ordinal: 0,
+            uuid: [0; 16],
             name: "NVIDIA Something".to_owned(),
             capability,
             multiprocessors: 132,

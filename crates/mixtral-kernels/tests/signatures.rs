@@ -5,10 +5,10 @@
 use std::collections::BTreeSet;
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{ElemType, Op, Program, Rows};
+use mixtral_engine::{ElemType, Epilogue, Op, Program, Rows};
 use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
 use mixtral_kernels::{Arg, ExchangeArg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
-use mixtral_model::DType;
+use mixtral_model::{DType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 use serde_json::Value;
@@ -114,6 +114,58 @@ fn middle_stage() -> Program {
             norm: norm.then(|| FusedNorm { weight: weight.clone(), eps: 1e-5, out: name("normed") }),
         });
     }
+    // A combine that is part of the all-reduce, once with a router behind it.
+    (a.program.num_experts, a.program.top_k) = (4, 2);
+    let router = a.declare("router", DType::F32, &[4, 64]);
+    a.activation("expert_output", Rows::Assignments, 64);
+    for (buffer, dtype, rows, cols) in [
+        ("expert_ids", ElemType::I32, Rows::Tokens, 2),
+        ("expert_weights", ElemType::F32, Rows::Tokens, 2),
+        ("logits", ElemType::F32, Rows::Tokens, 4),
+        ("offsets", ElemType::I32, Rows::One, 3),
+        ("order", ElemType::I32, Rows::Assignments, 1),
+    ] {
+        a.buffer(buffer, dtype, rows, cols);
+    }
+    for share in ["share", "other_share"] {
+        a.activation(share, Rows::Tokens, 64);
+        a.op(Op::Combine {
+            input: name("expert_output"),
+            expert_ids: name("expert_ids"),
+            expert_weights: name("expert_weights"),
+            experts: [2, 4],
+            residual: None,
+            out: name(share),
+            norm: None,
+        });
+        a.op(Op::AllReduce {
+            input: name(share),
+            residual: Some(name("x")),
+            out: name("sum"),
+            norm: Some(FusedNorm { weight: weight.clone(), eps: 1e-5, out: name("normed") }),
+        });
+        if share == "share" {
+            a.op(Op::Linear {
+                input: name("normed"),
+                weight: router.clone(),
+                rows: None,
+                epilogue: Epilogue::F32,
+                residual: None,
+                out: name("logits"),
+                ladder: vec![],
+            });
+            a.op(Op::Route {
+                logits: name("logits"),
+                normalization: MoeNormalization::Renorm,
+                layer: 0,
+                experts: [2, 4],
+                expert_ids: name("expert_ids"),
+                expert_weights: name("expert_weights"),
+                offsets: name("offsets"),
+                order: name("order"),
+            });
+        }
+    }
     a.op(Op::AllGather { input: name("columns"), out: name("x") });
     a.op(Op::Send { input: name("x"), to: 4 });
     a.program
@@ -172,6 +224,7 @@ fn array(name: &str, to: &str) -> Option<Array> {
 
 /// Whether one of `ops` has the buffer `buffer` in the field that the parameter `name` is named after.
 fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
+    let routes = ops.iter().any(|op| op.name() == "route");
     let field_of = |op: &Op| {
         let value = serde_json::to_value(op).expect("an operation is JSON");
         let fields = &value[op.name()];
@@ -187,7 +240,10 @@ fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
             name => &fields[name],
         };
         // A combine without a norm passes its own output in place of the norm's.
-        field == buffer || name == "normalized" && fields["norm"].is_null() && fields["out"] == buffer
+        // A router may do the norm of the all-reduce before it, which then reads what the all-reduce wrote.
+        let hands_over = routes && op.name() == "all_reduce" && fields["out"] == buffer;
+        let is_handed_over = hands_over && matches!(name, "input" | "normalized");
+        is_handed_over || field == buffer || name == "normalized" && fields["norm"].is_null() && fields["out"] == buffer
     };
     ops.iter().any(field_of)
 }

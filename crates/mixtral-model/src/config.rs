@@ -1,4 +1,4 @@
-//! The geometry of a model, the same whatever file it was read from.
+//! The geometry of a model. It does not depend on the file that it was read from.
 
 use std::fmt;
 
@@ -6,13 +6,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::DType;
 
-/// Which architecture the model is.
+/// The architecture of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ModelFamily {
-    /// A router and several experts a layer.
+    /// Each layer has a router and several experts.
     Mixtral,
-    /// One dense feed-forward a layer: the same path as one expert without a router.
+    /// Each layer has one dense feed-forward. It is treated as one expert without a router.
     Mistral,
 }
 
@@ -20,14 +20,14 @@ pub enum ModelFamily {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum MoeNormalization {
-    /// Mode 0: the softmax over all experts, as it is.
+    /// Mode 0: the softmax over all experts, unchanged.
     None,
-    /// Mode 1: divided by the sum over the chosen experts, which equals a softmax over their logits.
+    /// Mode 1: divided by the sum over the chosen experts. This equals a softmax over the chosen experts' logits.
     Renorm,
 }
 
 impl MoeNormalization {
-    /// The integer of the checkpoint's `moe_normalization_mode`.
+    /// Its number in the checkpoint's `moe_normalization_mode`.
     #[must_use]
     pub const fn mode(self) -> u32 {
         match self {
@@ -50,9 +50,9 @@ impl MoeNormalization {
 /// The mixture-of-experts part of the geometry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct MoeConfig {
-    /// Experts a layer. 1 for a dense model.
+    /// Experts of a layer; 1 for a dense model.
     pub num_experts: usize,
-    /// Experts a token is sent to.
+    /// Experts that a token is sent to.
     pub top_k: usize,
     /// How their weights are scaled.
     pub normalization: MoeNormalization,
@@ -85,13 +85,13 @@ pub struct ModelConfig {
     pub num_layers: usize,
     /// Query heads.
     pub num_heads: usize,
-    /// Key and value heads; divides `num_heads`.
+    /// Key and value heads. `num_heads` is a multiple of it.
     pub num_kv_heads: usize,
-    /// Elements of one head; not always `hidden_size / num_heads`.
+    /// Elements of one head. It is not always `hidden_size / num_heads`.
     pub head_dim: usize,
     /// Experts and routing.
     pub moe: MoeConfig,
-    /// Longest sequence that the positions were trained for.
+    /// The longest sequence that the positions were trained for.
     pub max_position_embeddings: usize,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
@@ -112,7 +112,7 @@ pub enum ConfigError {
         /// The offending field.
         field: &'static str,
     },
-    /// A size so large that arithmetic on it could overflow.
+    /// A size that is so large that arithmetic with it could overflow.
     #[error("{field} is {value}; the largest supported value is {max}")]
     TooLarge {
         /// The offending field.
@@ -154,7 +154,7 @@ pub enum ConfigError {
     },
 }
 
-/// Sizes past this are refused: products of three of them still fit 64 bits.
+/// Larger sizes are refused. Products of three sizes up to this fit into 64 bits.
 const MAX_SIZE: usize = 1 << 20;
 
 impl ModelConfig {
@@ -194,7 +194,7 @@ impl ModelConfig {
         }
     }
 
-    /// Checks every field against the others. All readers call this before anything is computed from a geometry.
+    /// Checks that the fields agree. All readers call this before anything is computed from a geometry.
     ///
     /// # Errors
     /// The first rule that the geometry breaks.
@@ -246,7 +246,7 @@ impl ModelConfig {
         Ok(())
     }
 
-    /// Whether a layer has a router. A dense model is one expert without one.
+    /// Whether layers have a router. A dense model has one expert and no router.
     #[must_use]
     pub fn has_router(&self) -> bool {
         self.family == ModelFamily::Mixtral
@@ -258,7 +258,7 @@ impl ModelConfig {
         self.num_heads / self.num_kv_heads
     }
 
-    /// Parameters of the whole model, embedding and lm_head both counted; saturates instead of overflowing.
+    /// Number of parameters of the whole model. Embedding and lm_head both count. Saturates instead of overflowing.
     #[must_use]
     pub fn num_parameters(&self) -> u64 {
         let u = |n: usize| n as u128;

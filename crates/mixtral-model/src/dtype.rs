@@ -50,7 +50,7 @@ impl DType {
         }
     }
 
-    /// The elements that little-endian bytes hold, widened; a trailing part of one is left out.
+    /// The elements of little-endian bytes, widened to f32. An incomplete element at the end is left out.
     #[must_use]
     pub fn widen(self, bytes: &[u8]) -> Vec<f32> {
         match self {

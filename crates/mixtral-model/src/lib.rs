@@ -1,6 +1,5 @@
-//! The shared vocabulary of the workspace: what a Mixtral-family model looks like, how its numbers are
-//! stored, and which part of it a rank owns. Every other crate speaks in these types; this one does no I/O
-//! and knows no file format, tensor name or device.
+//! The types that all crates of the workspace share: the shape of a Mixtral-family model, how its numbers are stored,
+//! and which part of it a rank owns. This crate does no I/O and knows no file format, tensor name or device.
 //!
 //! Reading order: [`ids`], [`dtype`], [`config`], [`mapping`], [`recipe`].
 #![forbid(unsafe_code)]

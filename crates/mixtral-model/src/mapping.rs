@@ -1,7 +1,7 @@
 //! Which part of the model a rank owns.
 //!
-//! rank = pp_rank · tp_size + tp_rank, and inside a tensor-parallel group the experts are laid out over
-//! moe_tp_size × moe_ep_size with the expert-parallel index the fast one, as TensorRT-LLM 0.11 does it.
+//! rank = pp_rank · tp_size + tp_rank. Inside a tensor-parallel group, experts are laid out over moe_tp_size ×
+//! moe_ep_size, and the expert-parallel index changes fastest. TensorRT-LLM 0.11 does the same.
 
 use std::ops::Range;
 
@@ -18,7 +18,7 @@ pub struct Mapping {
     pub pp_size: usize,
     /// Ranks that share one expert's matrices; `moe_tp_size · moe_ep_size = tp_size`.
     pub moe_tp_size: usize,
-    /// Ranks that the experts are dealt over.
+    /// Ranks over which whole experts are distributed.
     pub moe_ep_size: usize,
 }
 
@@ -35,7 +35,7 @@ pub struct RankCoords {
     pub moe_ep_rank: usize,
 }
 
-/// A mapping that cannot be laid over a model.
+/// A mapping that does not fit a model.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MappingError {
     /// A degree is zero.
@@ -54,7 +54,7 @@ pub enum MappingError {
         /// Tensor-parallel degree.
         tp: usize,
     },
-    /// A size does not divide over the ranks.
+    /// A size that cannot be divided evenly among the ranks.
     #[error("{what} {size} does not divide over {degree} {by}; choose a {by} that divides it")]
     Indivisible {
         /// The size, as the config names it.
@@ -76,10 +76,10 @@ pub enum MappingError {
         /// Tensor-parallel degree.
         tp: usize,
     },
-    /// More parts than things.
+    /// There are more ranks than things to distribute.
     #[error("{degree} {by} is more than the model's {size} {what}; every rank needs at least one")]
     TooMany {
-        /// What is dealt out.
+        /// What is distributed.
         what: &'static str,
         /// How many there are.
         size: usize,
@@ -88,12 +88,12 @@ pub enum MappingError {
         /// The degree.
         degree: usize,
     },
-    /// A dense model has no experts to deal out.
+    /// A dense model has no experts to distribute.
     #[error("moe_ep_size {0} needs a model with experts; a dense model has none")]
     DenseExpertParallel(usize),
 }
 
-/// The `index`-th of `parts` ranges that cover `0..len` as evenly as it goes; earlier ranges take the remainder.
+/// The `index`-th of `parts` ranges that cover `0..len` as evenly as possible. Earlier ranges take the remainder.
 #[must_use]
 pub fn even_split(len: usize, parts: usize, index: usize) -> Range<usize> {
     let (base, extra) = (len / parts, len % parts);
@@ -120,7 +120,7 @@ impl Mapping {
         Mapping { tp_size, pp_size, moe_tp_size: tp_size, moe_ep_size: 1 }
     }
 
-    /// A job of `tp_size · pp_size` ranks whose experts are dealt out whole.
+    /// A job of `tp_size · pp_size` ranks, over which whole experts are distributed.
     #[must_use]
     pub const fn expert_parallel(tp_size: usize, pp_size: usize) -> Self {
         Mapping { tp_size, pp_size, moe_tp_size: 1, moe_ep_size: tp_size }
@@ -137,7 +137,7 @@ impl Mapping {
         (0..self.world_size()).map(Rank)
     }
 
-    /// Where `rank` sits.
+    /// The position of `rank`.
     ///
     /// # Panics
     /// If `rank` is not below [`Mapping::world_size`].
@@ -153,7 +153,7 @@ impl Mapping {
         }
     }
 
-    /// Checks that the mapping can be laid over `model`.
+    /// Checks that the mapping fits `model`.
     ///
     /// # Errors
     /// The first rule it breaks.
@@ -207,7 +207,7 @@ impl Mapping {
         self.coords(rank).pp_rank == 0
     }
 
-    /// Whether `rank` is on the last pipeline stage, which makes the logits.
+    /// Whether `rank` is on the last pipeline stage, which computes the logits.
     #[must_use]
     pub fn is_last_stage(&self, rank: Rank) -> bool {
         self.coords(rank).pp_rank + 1 == self.pp_size
@@ -249,7 +249,7 @@ impl Mapping {
         model.vocab_size.next_multiple_of(self.tp_size)
     }
 
-    /// Rows of the padded vocabulary that a rank owns; those past `vocab_size` are padding.
+    /// Rows of the padded vocabulary that a rank owns. Rows from `vocab_size` on are padding.
     #[must_use]
     pub fn vocab(&self, model: &ModelConfig, rank: Rank) -> Range<usize> {
         even_split(self.padded_vocab_size(model), self.tp_size, self.coords(rank).tp_rank)

@@ -2,7 +2,7 @@
 
 use mixtral_model::BlockId;
 
-/// Hands out blocks of the cache. Blocks are reference-counted, so that sequences can share a prefix.
+/// Hands out blocks of the cache. It counts the holders of each block, so that sequences can share a prefix.
 #[derive(Clone, Debug)]
 pub struct BlockPool {
     free: Vec<BlockId>,
@@ -18,7 +18,7 @@ impl BlockPool {
         BlockPool { free: (0..num_blocks).rev().map(BlockId).collect(), references: vec![0; num_blocks as usize] }
     }
 
-    /// Blocks in all.
+    /// How many blocks there are.
     #[must_use]
     pub fn num_blocks(&self) -> usize {
         self.references.len()
@@ -30,7 +30,7 @@ impl BlockPool {
         self.free.len()
     }
 
-    /// Takes `count` blocks, all or none.
+    /// Takes `count` blocks; `None` if fewer are free.
     pub fn allocate(&mut self, count: usize) -> Option<Vec<BlockId>> {
         let start = self.free.len().checked_sub(count)?;
         let mut blocks = self.free.split_off(start);
@@ -53,7 +53,7 @@ impl BlockPool {
         }
     }
 
-    /// Gives blocks back; those without another holder become free.
+    /// Gives blocks back. Blocks without another holder become free.
     ///
     /// # Panics
     /// If one of them is free: a bug of the caller.
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// Against a naive model: a map from block to its number of holders.
+        /// Compares the pool with a naive model: a map from each block to its number of holders.
         #[test]
         fn behaves_like_a_map_of_holders(actions in prop::collection::vec((0u8..3, 0usize..5, any::<prop::sample::Index>()), 1..80)) {
             let mut pool = BlockPool::new(8);

@@ -1,16 +1,16 @@
-//! How a session's steps are computed: by one backend, or by the ranks of a job.
+//! Computes a session's steps, by one backend or by the ranks of a job.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use mixtral_engine::{Backend, BackendError, StepInputs, StepOutputs};
 
-/// Computes steps, in the order in which they are launched.
+/// Computes steps in the order in which they are launched.
 pub trait Executor: Send {
-    /// Steps that can be under way at a time: the stages of a pipeline.
+    /// How many steps can be under way at a time: as many as the pipeline has stages.
     fn depth(&self) -> usize;
 
-    /// Begins a step. At most [`Executor::depth`] may be begun and not collected.
+    /// Begins a step. At most [`Executor::depth`] steps may be begun and not yet collected.
     ///
     /// # Errors
     /// As [`Backend::step`]; a rank that is gone.
@@ -22,27 +22,27 @@ pub trait Executor: Send {
     /// As [`Executor::launch`].
     fn collect(&mut self) -> Result<StepOutputs, BackendError>;
 
-    /// Blocks of the cache, the same on every rank.
+    /// How many blocks the cache has, which is the same on every rank.
     fn kv_blocks(&self) -> usize;
 
-    /// Tokens that each expert has been given, `[num_layers][num_experts]`.
+    /// How many tokens each expert got, `[num_layers][num_experts]`.
     ///
     /// # Errors
     /// A rank that is gone.
     fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, BackendError>;
 
-    /// Time that this rank spent in each operation of its program; empty unless it was asked to measure.
+    /// Time that this rank spent in each operation of its program. Empty unless the backend was asked to measure.
     fn op_times(&self) -> Vec<Duration>;
 }
 
-/// One backend, which computes a step when it is launched.
+/// An executor of one backend. It computes a step when the step is launched.
 pub struct Local {
     backend: Box<dyn Backend>,
     outputs: VecDeque<StepOutputs>,
 }
 
 impl Local {
-    /// Steps by `backend` alone.
+    /// An executor that computes steps on `backend`.
     #[must_use]
     pub fn new(backend: Box<dyn Backend>) -> Self {
         Local { backend, outputs: VecDeque::new() }

@@ -18,7 +18,7 @@ const ACTIVATIONS: u32 = 1;
 const OUTPUTS: u32 = 2;
 const COUNTS: u32 = 3;
 
-/// What rank 0 says to all, in the first byte of a broadcast.
+/// The first byte of a broadcast: what rank 0 tells the others to do.
 const STEP: u8 = 0;
 const COUNT: u8 = 1;
 const FINISH: u8 = 2;
@@ -31,14 +31,14 @@ fn damaged(error: WireError) -> BackendError {
     BackendError::Peer(Box::new(error))
 }
 
-/// A rank's program speaking to the others.
+/// How a rank's program communicates with the other ranks.
 pub struct RankCollectives {
     world: World,
     tensor_parallel: Group,
 }
 
 impl RankCollectives {
-    /// The collectives of this rank of `world`, cut by `mapping`.
+    /// The collectives of this rank of `world`, in the groups of `mapping`.
     ///
     /// # Errors
     /// If the groups cannot be made.
@@ -77,29 +77,29 @@ impl Collectives for RankCollectives {
     }
 }
 
-/// The rank whose outputs count: the first of the last stage.
+/// The rank whose outputs are used: the first rank of the last stage.
 fn output_rank(mapping: &Mapping) -> usize {
     (mapping.pp_size - 1) * mapping.tp_size
 }
 
-/// Ranks that count their stage's experts: the first of each stage.
+/// The ranks that count the tokens of their stage's experts: the first rank of each stage.
 fn counting_ranks(mapping: &Mapping) -> impl Iterator<Item = usize> {
     let tp_size = mapping.tp_size;
     (0..mapping.pp_size).map(move |stage| stage * tp_size)
 }
 
-/// Rank 0: launches steps on all ranks.
+/// Rank 0's executor: launches steps on all ranks.
 pub struct Driver {
     world: World,
     everyone: Group,
     mapping: Mapping,
     backend: Box<dyn Backend>,
-    /// Steps under way; those that rank 0 finished itself with their outputs.
+    /// The steps under way. Steps that rank 0 itself has computed to the end are here with their outputs.
     under_way: VecDeque<Option<StepOutputs>>,
 }
 
 impl Driver {
-    /// Drives the other ranks, which [`follow`].
+    /// An executor that drives the other ranks. They call [`follow`].
     ///
     /// # Errors
     /// If the group of all ranks cannot be made.
@@ -160,13 +160,13 @@ impl Executor for Driver {
 }
 
 impl Drop for Driver {
-    /// Sends the others home. Where that fails, they notice that rank 0 is gone.
+    /// Tells the other ranks to finish. If that fails, they notice that rank 0 is gone.
     fn drop(&mut self) {
         let _ = self.say(FINISH, &[]);
     }
 }
 
-/// Any other rank: computes what rank 0 launches until it is done.
+/// Runs on every other rank: computes the steps that rank 0 launches until rank 0 tells it to finish.
 ///
 /// # Errors
 /// The first failure of this rank's backend, or of another rank.
@@ -181,7 +181,7 @@ pub fn follow(world: &World, mapping: Mapping, backend: &mut dyn Backend) -> Res
             Some((&STEP, block)) => {
                 let mut inputs = StepInputs::unpack(block).map_err(damaged)?;
                 if !has_outputs {
-                    // Its twin on the output rank draws, and keeps the logits.
+                    // Only the output rank draws and returns logits.
                     inputs.samples.clear();
                     inputs.return_logits = false;
                 }

@@ -1,4 +1,4 @@
-//! What is asked of a session, and why it may be refused.
+//! Requests to a session, and why a session may refuse them.
 
 use std::fmt;
 use std::sync::Arc;
@@ -24,21 +24,22 @@ impl fmt::Display for RequestId {
 pub struct Request {
     /// The prompt's tokens; at least one.
     pub prompt: Vec<TokenId>,
-    /// Tokens to generate at most; at least one.
+    /// The most tokens to generate; at least one.
     pub max_output_len: usize,
     /// How tokens are drawn.
     pub params: SamplingParams,
     /// Seed of the draws.
     pub seed: u64,
-    /// The prompt's number, for the draws: equal prompts of equal number and hypothesis draw the same.
+    /// The prompt's number. It is part of the draws' key: equal prompts with equal number and hypothesis draw the same
+    /// tokens.
     pub prompt_index: u32,
-    /// Which of the prompt's sequences, for the draws.
+    /// Which of the prompt's sequences this is. It is part of the draws' key.
     pub hypothesis: u32,
-    /// The tokens that end the sequence; the one that does is part of the output's ids and not of its text.
+    /// The tokens that end the sequence. The one that does is part of the output's ids but not of its text.
     pub end_ids: Vec<TokenId>,
-    /// Texts that end the sequence; they are cut from its text, not from its ids.
+    /// Texts that end the sequence. They are cut from the output's text but not from its ids.
     pub stop_words: Vec<String>,
-    /// Texts that may not come up.
+    /// Texts that may not be generated.
     pub bad_words: Arc<BadWords>,
     /// Whether the logits of every generated token are wanted.
     pub generation_logits: bool,
@@ -52,7 +53,7 @@ pub struct Request {
 pub enum FinishReason {
     /// An end id was drawn.
     EndId,
-    /// A stop word came up.
+    /// A stop word was generated.
     StopWord,
     /// `max_output_len` tokens were generated.
     Length,
@@ -61,10 +62,10 @@ pub enum FinishReason {
 /// A request that this engine can never answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// No token to start from.
+    /// The prompt has no token.
     #[error("the prompt is empty; give at least one token (a tokenizer that adds a start token makes one of any text)")]
     EmptyPrompt,
-    /// Nothing to generate.
+    /// No token is to be generated.
     #[error("max_output_len is 0; ask for at least 1 token")]
     NoOutput,
     /// Prompt and output together are longer than a sequence may be.
@@ -77,7 +78,7 @@ pub enum Refusal {
         /// Longest sequence.
         limit: usize,
     },
-    /// A token that the model does not know.
+    /// A token that is not in the model's vocabulary.
     #[error(
         "token id {token} at position {position} is not in the model's vocabulary of {vocab_size}; is this another model's tokenizer?"
     )]
@@ -89,7 +90,7 @@ pub enum Refusal {
         /// Entries of the vocabulary.
         vocab_size: usize,
     },
-    /// More blocks than there are.
+    /// The sequence needs more blocks than the cache has.
     #[error(
         "the sequence needs {needed} KV blocks, but the cache has {available}; shorten it or give the cache more memory"
     )]
@@ -99,7 +100,7 @@ pub enum Refusal {
         /// Blocks of the cache.
         available: usize,
     },
-    /// An engine without context logits.
+    /// The engine does not gather context logits.
     #[error(
         "logits of the prompt were asked for, but the engine was built without --gather-context-logits; build it with that flag"
     )]

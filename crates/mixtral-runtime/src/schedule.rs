@@ -1,8 +1,8 @@
-//! Who computes what in the next step.
+//! Plans which sequences compute how many tokens in the next step.
 //!
-//! First come, first served. Decodes go first, one token each; what is left of the step's token budget goes to
-//! prompts, in chunks if need be. A sequence joins when there is a place and its blocks can all be reserved, so no
-//! sequence is ever preempted.
+//! First come, first served. Decodes go first, with one token each. The rest of the step's token budget goes to
+//! prompts, in chunks if need be. A sequence joins when there is a place for it and all its blocks can be reserved, so
+//! no sequence is ever preempted.
 
 use std::collections::VecDeque;
 
@@ -18,9 +18,9 @@ use crate::sequence::Sequence;
 pub struct Chunk {
     /// Index of the sequence among the running ones.
     pub sequence: usize,
-    /// Tokens computed.
+    /// How many tokens are computed.
     pub num_tokens: usize,
-    /// Whether they are of the prompt.
+    /// Whether these are tokens of the prompt.
     pub is_prompt: bool,
     /// First of its rows of logits.
     pub first_logits_row: usize,
@@ -30,7 +30,7 @@ pub struct Chunk {
     pub sample: Option<usize>,
 }
 
-/// Moves sequences from the queue to the running ones, in order, for as long as they fit.
+/// Moves sequences in order from the queue to the running ones, until the next one does not fit.
 pub fn admit(queue: &mut VecDeque<Sequence>, running: &mut Vec<Sequence>, pool: &mut BlockPool, limits: &Limits) {
     while running.len() < limits.max_batch_size {
         let Some(next) = queue.front() else { return };
@@ -41,8 +41,9 @@ pub fn admit(queue: &mut VecDeque<Sequence>, running: &mut Vec<Sequence>, pool: 
     }
 }
 
-/// Deals the step's tokens to those of the running sequences that have any to compute. Decodes come first in the answer.
-/// With `depth` steps under way at a time, a step takes its share of the sequences, so that the others find some too.
+/// Distributes the step's tokens among the running sequences that have any to compute. In the result decodes come first.
+/// With `depth` steps under way at a time, a step takes only its share of the sequences, so that the other steps have
+/// some too.
 #[must_use]
 pub fn plan(running: &[Sequence], limits: &Limits, depth: usize) -> Vec<Chunk> {
     let mut chunks: Vec<Chunk> = Vec::new();
@@ -56,7 +57,7 @@ pub fn plan(running: &[Sequence], limits: &Limits, depth: usize) -> Vec<Chunk> {
         }
         let state = &running[sequence];
         let mut num_tokens = state.num_pending().min(tokens);
-        // A row of logits for the last token, or for each when those of the prompt are wanted.
+        // One row of logits for the last token; or one for each token, if the prompt's logits are wanted.
         let all = state.request.context_logits && !state.is_decode();
         let room = limits.max_num_logits - logits;
         if all {
@@ -114,7 +115,7 @@ pub fn inputs<'a>(running: &'a [Sequence], chunks: &[Chunk], limits: &Limits) ->
     step
 }
 
-/// Token ids, positions and slots are below 2^31: limits and refusals see to that.
+/// Token ids, positions and slots are below 2^31: the limits' check and the session's refusals ensure that.
 fn int(n: usize) -> i32 {
     i32::try_from(n).expect("checked against the limits")
 }

@@ -1,4 +1,4 @@
-//! One request under way.
+//! A request under way.
 
 use std::time::Instant;
 
@@ -13,7 +13,7 @@ use crate::text::SequenceText;
 pub struct Sequence {
     /// Its number.
     pub id: RequestId,
-    /// What was asked for.
+    /// The request.
     pub request: Request,
     /// Prompt and output.
     pub tokens: Vec<TokenId>,
@@ -23,9 +23,9 @@ pub struct Sequence {
     pub blocks: Vec<BlockId>,
     /// Its output as text.
     pub text: SequenceText,
-    /// Steps under way that compute tokens of it.
+    /// How many steps under way compute tokens of it.
     pub in_flight: usize,
-    /// Whether nobody wants it any more; it goes when its last step is back.
+    /// Whether it was cancelled. It is removed when its last step is done.
     pub cancelled: bool,
     /// When it was submitted.
     pub submitted: Instant,
@@ -34,7 +34,7 @@ pub struct Sequence {
 }
 
 impl Sequence {
-    /// A sequence that nothing was computed of yet.
+    /// A sequence of which nothing is computed yet.
     #[must_use]
     pub fn new(id: RequestId, request: Request) -> Self {
         Sequence {
@@ -69,13 +69,13 @@ impl Sequence {
         self.tokens.len() - self.num_computed
     }
 
-    /// Whether the next step computes one token that was drawn in an earlier one.
+    /// Whether the next step computes one token, which an earlier step drew.
     #[must_use]
     pub fn is_decode(&self) -> bool {
         self.num_computed >= self.prompt_len()
     }
 
-    /// Tokens that the finished sequence can have at most.
+    /// The most tokens that the finished sequence can have.
     #[must_use]
     pub fn max_len(&self) -> usize {
         self.prompt_len() + self.request.max_output_len

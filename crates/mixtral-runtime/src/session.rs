@@ -1,4 +1,4 @@
-//! A session: many requests over one backend, batched in flight.
+//! A session: many requests on one executor, batched in flight.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::request::{FinishReason, Refusal, Request, RequestId};
 use crate::schedule::{self, Chunk};
 use crate::sequence::Sequence;
 
-/// What an engine takes, as far as a session must know.
+/// What a session must know of an engine.
 #[derive(Clone, Copy, Debug)]
 pub struct Capabilities {
     /// What a step may hold.
@@ -41,19 +41,19 @@ pub struct Event {
     pub id: RequestId,
     /// The token drawn.
     pub token: Option<TokenId>,
-    /// The text that is certain now; without a tokenizer always empty.
+    /// The text that is certain now. Always empty without a tokenizer.
     pub text: String,
-    /// Why the request's text ends here, if the tokenizer failed at it. Its tokens go on, without stop words.
+    /// Why the request's text ends here, if the tokenizer failed. Its tokens continue, without stop words.
     pub text_failed: Option<TokenizerError>,
     /// Logits of the prompt's tokens computed in this step, `[n, vocab_size]`, if they were asked for.
     pub context_logits: Vec<f32>,
     /// Logits that the token was drawn from, `[vocab_size]`, if they were asked for.
     pub generation_logits: Vec<f32>,
-    /// Why the request ended, and when; nothing follows then.
+    /// Why the request ended, and when. It is the request's last event then.
     pub finished: Option<(FinishReason, Timing)>,
 }
 
-/// A step that failed. The session is of no use afterwards.
+/// A step that failed. The session cannot be used afterwards.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
     /// The backend.
@@ -61,19 +61,19 @@ pub enum SessionError {
     Backend {
         /// Which step, from 0.
         step: u64,
-        /// What it said.
+        /// The backend's error.
         source: BackendError,
     },
 }
 
-/// What a step was made of.
+/// Figures of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepStats {
     /// Tokens of prompts.
     pub prefill_tokens: usize,
     /// Tokens of decodes.
     pub decode_tokens: usize,
-    /// Wall time that it took; where steps overlap, since the one before was done.
+    /// Wall time of the step. Where steps overlap, it counts from the end of the step before.
     pub time: Duration,
 }
 
@@ -84,7 +84,7 @@ struct Flight {
     started: Instant,
 }
 
-/// Requests over an executor.
+/// Requests on an executor.
 pub struct Session {
     executor: Box<dyn Executor>,
     tokenizer: Option<Arc<Tokenizer>>,
@@ -101,7 +101,7 @@ pub struct Session {
 }
 
 impl Session {
-    /// A session without requests. Without a tokenizer events carry no text and stop words have no effect.
+    /// A session without requests. Without a tokenizer, events have no text and stop words have no effect.
     #[must_use]
     pub fn new(executor: Box<dyn Executor>, capabilities: Capabilities, tokenizer: Option<Arc<Tokenizer>>) -> Self {
         let pool = BlockPool::new(executor.kv_blocks());
@@ -157,7 +157,8 @@ impl Session {
         Ok(())
     }
 
-    /// Ends a request; whether it was still under way. Its blocks are free as soon as no step is writing to them.
+    /// Ends a request. Returns whether it was still under way. Its blocks become free as soon as no step writes to
+    /// them.
     pub fn cancel(&mut self, id: RequestId) -> bool {
         if let Some(at) = self.queue.iter().position(|s| s.id == id) {
             self.queue.remove(at);
@@ -181,7 +182,7 @@ impl Session {
         self.queue.is_empty() && self.running.is_empty()
     }
 
-    /// Whether it has a tokenizer, so that events carry text.
+    /// Whether it has a tokenizer, so that events have text.
     #[must_use]
     pub fn makes_text(&self) -> bool {
         self.tokenizer.is_some()
@@ -193,13 +194,13 @@ impl Session {
         self.pool.num_free()
     }
 
-    /// What the last step was made of.
+    /// The figures of the last step.
     #[must_use]
     pub fn last_step(&self) -> StepStats {
         self.last_step
     }
 
-    /// Tokens that each expert has been given, `[num_layers][num_experts]`.
+    /// How many tokens each expert got, `[num_layers][num_experts]`.
     ///
     /// # Errors
     /// If a rank is gone.
@@ -207,14 +208,14 @@ impl Session {
         self.executor.expert_counts().map_err(|source| SessionError::Backend { step: self.steps, source })
     }
 
-    /// Time that this rank spent in each operation of its program; empty unless the backend measures.
+    /// Time that this rank spent in each operation of its program. Empty unless the backend measures.
     #[must_use]
     pub fn op_times(&self) -> Vec<Duration> {
         self.executor.op_times()
     }
 
-    /// Admits what fits, launches as many steps as can be under way, waits for the oldest, and says what came of it. An
-    /// idle session does nothing.
+    /// Admits the requests that fit, launches as many steps as can be under way, waits for the oldest, and returns its
+    /// events. An idle session does nothing.
     ///
     /// # Errors
     /// If the backend fails.
@@ -268,7 +269,7 @@ impl Session {
         Ok(true)
     }
 
-    /// What a step did for one request.
+    /// Takes in the results of a step for one request.
     fn land(&mut self, id: RequestId, chunk: &Chunk, outputs: &StepOutputs, now: Instant) -> Option<Event> {
         let sequence = self.running.iter_mut().find(|s| s.id == id)?;
         sequence.in_flight -= 1;
@@ -299,7 +300,7 @@ impl Session {
     }
 }
 
-/// Adds a token to its sequence and fills in the event: its text, and whether it was the last.
+/// Adds a token to its sequence. Fills in the event: the token's text, and whether it was the last.
 fn accept(sequence: &mut Sequence, token: TokenId, tokenizer: Option<&Tokenizer>, now: Instant, event: &mut Event) {
     sequence.tokens.push(token);
     event.token = Some(token);

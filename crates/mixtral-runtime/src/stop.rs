@@ -2,22 +2,24 @@
 
 use std::ops::Range;
 
-/// Finds the first stop word in text that arrives piece by piece, and holds back what may be the start of one.
+/// Finds the first stop word in text that arrives piece by piece. It holds back text that may be the start of a stop
+/// word.
 ///
-/// Special tokens can be part of a stop word. They are in the text that is searched, and not in the text that comes out.
-/// Decoding drops the space that a text begins with, so a word with a space before it may also stand at the start.
+/// Special tokens can be part of a stop word, so they are in the text that is searched, but not in the text that is
+/// released. Decoding drops a space at the beginning of a text, so a word that begins with a space is also found at the
+/// beginning without the space.
 #[derive(Clone, Debug, Default)]
 pub struct StopMatcher {
     words: Vec<Word>,
     held: String,
-    /// The parts of `held` that do not come out, as ranges of bytes.
+    /// The parts of `held` that are not released, as ranges of bytes.
     hidden: Vec<Range<usize>>,
 }
 
-/// Stands for the start of the text, where it is searched: a character that is reserved for such uses.
+/// Marks the start of the text that is searched. It is a noncharacter of Unicode, reserved for internal use.
 const START: &str = "\u{FDD0}";
 
-/// What is looked for, and how many bytes of it stay in the text.
+/// A text to look for, and how many bytes of it stay in the output.
 #[derive(Clone, Debug)]
 struct Word {
     text: String,
@@ -25,7 +27,8 @@ struct Word {
 }
 
 impl StopMatcher {
-    /// A matcher of `words`; empty ones are ignored. One that starts with a space is found at the start of a line too.
+    /// A matcher of `words`. Empty words are ignored. A word that starts with a space is also found at the start of a
+    /// line.
     #[must_use]
     pub fn new(words: &[String]) -> Self {
         let mut matcher = StopMatcher::default();
@@ -41,8 +44,8 @@ impl StopMatcher {
         matcher
     }
 
-    /// Takes the next piece; gives back the text that is now certain, and whether a stop word followed it. Of several
-    /// words the one that starts first counts.
+    /// Takes the next piece. Returns the text that is now certain, and whether a stop word follows it. If several words
+    /// match, the one that starts first counts.
     pub fn push(&mut self, piece: &str) -> (String, bool) {
         self.held.push_str(piece);
         let found = self.words.iter().filter_map(|word| Some(self.held.find(&word.text)? + word.kept)).min();
@@ -52,7 +55,7 @@ impl StopMatcher {
         }
     }
 
-    /// Takes the content of a special token. As [`StopMatcher::push`].
+    /// As [`StopMatcher::push`], for the content of a special token, which is not released.
     pub fn push_hidden(&mut self, token: &str) -> (String, bool) {
         self.hidden.push(self.held.len()..self.held.len() + token.len());
         self.push(token)
@@ -64,12 +67,12 @@ impl StopMatcher {
         self.words.iter().any(|word| word.text.contains(special))
     }
 
-    /// The text held back, at the end of the stream.
+    /// Returns the text that was held back, at the end of the stream.
     pub fn finish(&mut self) -> String {
         self.release(self.held.len())
     }
 
-    /// Takes the first bytes out, and gives what is not hidden of them.
+    /// Removes the first bytes from the held text, and returns those of them that are not hidden.
     fn release(&mut self, bytes: usize) -> String {
         let rest = self.held.split_off(bytes);
         let released = std::mem::replace(&mut self.held, rest);
@@ -87,7 +90,7 @@ impl StopMatcher {
         text
     }
 
-    /// Bytes of the longest end of the held text that is the start of a stop word.
+    /// Length in bytes of the longest suffix of the held text that is a prefix of a stop word.
     fn longest_start(&self) -> usize {
         let starts = self.held.char_indices().map(|(at, _)| &self.held[at..]);
         starts.filter(|end| self.words.iter().any(|word| word.text.starts_with(end))).map(str::len).max().unwrap_or(0)
@@ -151,7 +154,7 @@ mod tests {
     }
 
     proptest! {
-        /// However the text is cut into pieces, what comes out is the text before the first stop word.
+        /// However the text is cut into pieces, the output is the text before the first stop word.
         #[test]
         fn the_cuts_do_not_matter(text in "[ab]{0,20}", cuts in prop::collection::vec(0usize..4, 20)) {
             let stop = words(&["aab", "bba"]);

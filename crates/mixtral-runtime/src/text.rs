@@ -1,4 +1,4 @@
-//! A sequence's output as text: decoded as it grows, and ended by stop words.
+//! A sequence's output as text. It is decoded as it grows, and stop words end it.
 
 use mixtral_model::TokenId;
 use mixtral_tokenizer::{TextStream, Tokenizer, TokenizerError};
@@ -6,7 +6,7 @@ use mixtral_tokenizer::{TextStream, Tokenizer, TokenizerError};
 use crate::session::Event;
 use crate::stop::StopMatcher;
 
-/// The text of one sequence so far. Where the tokenizer fails the text ends; the sequence does not.
+/// The text of one sequence so far. If the tokenizer fails, the text ends but the sequence does not.
 #[derive(Clone, Debug)]
 pub struct SequenceText {
     stream: TextStream,
@@ -15,26 +15,26 @@ pub struct SequenceText {
 }
 
 impl SequenceText {
-    /// No text yet, to be ended by the first of `stop_words`.
+    /// An empty text, which the first of `stop_words` will end.
     #[must_use]
     pub fn new(stop_words: &[String]) -> Self {
         SequenceText { stream: TextStream::default(), stop: StopMatcher::new(stop_words), failed: false }
     }
 
-    /// Adds a token, and to the event the text that is certain then. Whether a stop word came up.
+    /// Adds a token, and adds the text that is now certain to the event. Returns whether a stop word was found.
     pub(crate) fn push(&mut self, tokenizer: &Tokenizer, token: TokenId, event: &mut Event) -> bool {
         self.guard(event, |text, event| {
             let Some(special) = tokenizer.special(token).filter(|special| text.stop.concerns(special)) else {
                 let piece = text.stream.push(tokenizer, token)?;
                 return Ok(text.search(event, |stop| stop.push(&piece)));
             };
-            // What waits for more stands before the special token.
+            // Text that still waits for more tokens stands before the special token.
             let rest = text.stream.finish(tokenizer)?;
             Ok(text.search(event, |stop| stop.push(&rest)) || text.search(event, |stop| stop.push_hidden(&special)))
         })
     }
 
-    /// Adds to the event the text that waited for more. Whether a stop word came up in it.
+    /// Adds the text that waited for more tokens to the event. Returns whether a stop word was found in it.
     pub(crate) fn finish(&mut self, tokenizer: &Tokenizer, event: &mut Event) -> bool {
         self.guard(event, |text, event| {
             let rest = text.stream.finish(tokenizer)?;

@@ -1,4 +1,4 @@
-//! Programs and weights by hand.
+//! Programs and weights that tests write by hand.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ impl MemoryWeights {
         self.tensors.remove(name);
     }
 
-    /// As a backend takes them.
+    /// The weights in the form that a backend takes.
     #[must_use]
     pub fn into_weights(self) -> Weights {
         Weights::Source(Arc::new(self))
@@ -47,12 +47,12 @@ impl WeightSource for MemoryWeights {
 pub struct Assembly {
     /// The program so far. Its buffers have no place yet.
     pub program: Program,
-    /// Values of the weights that were given any.
+    /// Values of those weights that have values.
     pub weights: MemoryWeights,
 }
 
 impl Assembly {
-    /// An empty program of one layer, and of limits that small tests stay within.
+    /// An empty program of one layer, with limits that are large enough for small tests.
     #[must_use]
     pub fn new(dtype: DType) -> Self {
         Assembly {
@@ -82,18 +82,18 @@ impl Assembly {
         }
     }
 
-    /// A buffer in the model's data type.
+    /// Adds a buffer in the model's data type.
     pub fn activation(&mut self, name: &str, rows: Rows, cols: usize) -> String {
         self.buffer(name, self.program.dtype.into(), rows, cols)
     }
 
-    /// A buffer.
+    /// Adds a buffer.
     pub fn buffer(&mut self, name: &str, dtype: ElemType, rows: Rows, cols: usize) -> String {
         self.program.buffers.push(Buffer { name: name.to_owned(), dtype, rows, cols, offset: 0 });
         name.to_owned()
     }
 
-    /// A weight without values: the program's only.
+    /// Adds a weight to the program, without values.
     pub fn declare(&mut self, name: &str, dtype: DType, shape: &[usize]) -> String {
         self.program.weights.push(Weight {
             name: name.to_owned(),
@@ -105,19 +105,19 @@ impl Assembly {
         name.to_owned()
     }
 
-    /// A weight and its values, rounded to its type.
+    /// Adds a weight and its values, rounded to its type.
     pub fn weight(&mut self, name: &str, dtype: DType, shape: &[usize], values: &[f64]) -> String {
         self.weights.insert(name, dtype, shape, to_bytes(dtype, values));
         self.declare(name, dtype, shape)
     }
 
-    /// An operation.
+    /// Adds an operation.
     pub fn op(&mut self, op: Op) {
         self.program.ops.push(op);
     }
 
-    /// Gives every buffer memory of its own, so that inputs of later operations outlive earlier ones, and a guard
-    /// behind each: a buffer that no operation names.
+    /// Gives every buffer memory of its own, so that no operation overwrites what later ones read. Behind each buffer
+    /// lies a guard: a buffer that no operation names.
     pub fn place_apart(&mut self) {
         let mut end = 0;
         let mut placed = Vec::new();

@@ -1,8 +1,8 @@
-//! The inputs of a step: ragged sequences over blocks in no order.
+//! The inputs of a step: sequences of different lengths, whose blocks are scattered over the cache.
 
 use mixtral_engine::{Limits, RandomKey, SampleRequest, SamplingParams, StepInputs, dummy};
 
-/// A sequence and the blocks that it was given.
+/// A sequence and its blocks of the cache.
 #[derive(Clone, Debug)]
 pub struct PagedTokens {
     /// Blocks in order, enough for all its tokens.
@@ -22,7 +22,7 @@ pub struct Part<'a> {
     pub new: usize,
 }
 
-/// `0..n` in a seeded order.
+/// `0..n` in an order that the seed determines.
 #[must_use]
 pub fn shuffled(seed: u32, n: usize) -> Vec<usize> {
     let mut order: Vec<usize> = (0..n).collect();
@@ -30,8 +30,8 @@ pub fn shuffled(seed: u32, n: usize) -> Vec<usize> {
     order
 }
 
-/// Sequences of the given lengths, with seeded tokens and blocks scattered over a cache of `kv_blocks`, which has
-/// enough of them.
+/// Sequences of the given lengths. The seed determines their tokens, and which blocks of a cache of `kv_blocks` they
+/// have. The cache must have enough blocks.
 #[must_use]
 pub fn sequences(
     seed: u32,
@@ -51,8 +51,8 @@ pub fn sequences(
     lengths.iter().enumerate().map(sequence).collect()
 }
 
-/// The inputs of a step that computes these parts, and wants the logits of every token. Parts of one token that
-/// come first are decodes.
+/// The inputs of a step that computes these parts and the logits of every token. Parts of one token at the beginning
+/// are decodes.
 #[must_use]
 pub fn step(limits: &Limits, parts: &[Part<'_>]) -> StepInputs<'static> {
     let int = |n: usize| i32::try_from(n).unwrap_or(0);
@@ -79,7 +79,7 @@ pub fn step(limits: &Limits, parts: &[Part<'_>]) -> StepInputs<'static> {
     inputs
 }
 
-/// A step of one new sequence of `n` tokens, that wants as many logits as it may.
+/// A step of one new sequence of `n` tokens, with as many logits as the limits allow.
 #[must_use]
 pub fn prompt(limits: &Limits, vocab_size: usize, kv_blocks: usize, n: usize) -> StepInputs<'static> {
     let sequence = sequences(1, &[n], limits, vocab_size, kv_blocks).remove(0);
@@ -88,7 +88,7 @@ pub fn prompt(limits: &Limits, vocab_size: usize, kv_blocks: usize, n: usize) ->
     inputs
 }
 
-/// A greedy draw from a row of logits.
+/// Asks for a greedy draw from a row of logits.
 #[must_use]
 pub fn greedy(row: usize) -> SampleRequest<'static> {
     SampleRequest {

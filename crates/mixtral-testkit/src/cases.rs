@@ -1,5 +1,5 @@
-//! The registry of operation cases: one operation, a shape, a data type, seeded operands; and the driver that runs a
-//! case on a backend and holds the result against the f64 reference.
+//! The registry of operation cases (one operation, a shape, a data type, seeded operands), and the code that runs a
+//! case on a backend and compares the result with the f64 reference.
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{BackendError, ElemType, Epilogue, Inspect, Op, Rows, StepInputs, Weights};
@@ -16,13 +16,13 @@ use crate::reference::{Reference, State, Values};
 pub struct Case {
     /// Operation, shape and data type.
     pub name: String,
-    /// Program and weights. Buffers lie apart, a guard behind each.
+    /// Program and weights. Buffers lie apart, with a guard behind each.
     pub assembly: Assembly,
     /// Blocks of the cache.
     pub kv_blocks: usize,
     /// The step.
     pub inputs: StepInputs<'static>,
-    /// Contents before the step. What is not given is poison.
+    /// Contents before the step. Buffers that are not given are poisoned.
     pub initial: State,
 }
 
@@ -37,7 +37,7 @@ pub enum Failure {
         /// Its error.
         error: BackendError,
     },
-    /// Not the reference's values.
+    /// The values are not the reference's.
     #[error("{case}: `{what}`: {problem}")]
     Wrong {
         /// The case.
@@ -58,15 +58,15 @@ pub struct Tolerance {
     pub half_error: f64,
     /// How far any single element of an f32 buffer may be off, as a part of its own size plus the buffer's root mean square.
     pub f32_element: f64,
-    /// The same of a 16-bit buffer, in steps of its type: one is 2^-10 in f16 and 2^-7 in bf16.
+    /// The same of a 16-bit buffer, in units of the type's precision: 2^-10 for f16, 2^-7 for bf16.
     pub half_steps: f64,
-    /// The part of a 16-bit buffer's elements, beside two of them, that may differ from the rounded reference: a rounding too
-    /// many or too few inside of an operation would not leave most of them equal.
+    /// The part of a 16-bit buffer's elements that may differ from the rounded reference; two elements more are
+    /// allowed. If an operation had a rounding too many or too few inside, most elements would differ.
     pub half_unequal: f64,
 }
 
 impl Default for Tolerance {
-    /// Of a backend that rounds where the contract does, and nowhere else.
+    /// The limits for a backend that rounds where the contract does, and nowhere else.
     fn default() -> Self {
         Tolerance { f32_error: 1e-10, half_error: 1e-5, f32_element: 1e-4, half_steps: 2.0, half_unequal: 0.01 }
     }
@@ -96,7 +96,7 @@ impl Case {
         Case { name, assembly, kv_blocks, inputs, initial }
     }
 
-    /// Seeded contents of a float buffer, rounded to its type.
+    /// Fills a float buffer with seeded values, rounded to its type.
     fn fill(mut self, name: &str, scale: f32) -> Self {
         let buffer = self.assembly.program.buffer(name).expect("a buffer");
         let dtype = float_type(buffer.dtype).expect("a float buffer");
@@ -116,7 +116,7 @@ impl Case {
         self
     }
 
-    /// Seeded keys and values in the slots that the step's sequences occupy; all others stay NaN.
+    /// Fills the slots that the step's sequences occupy with seeded keys and values. All other slots stay NaN.
     fn fill_cache(mut self) -> Self {
         let program = &self.assembly.program;
         let (kv, size, width) = (program.kv, program.limits.block_size, program.limits.max_blocks_per_seq());
@@ -149,7 +149,7 @@ impl Case {
         }
     }
 
-    /// Loads the case's program, runs it twice from the same contents, and holds the result against the reference.
+    /// Loads the case's program, runs it twice from the same contents, and compares the result with the reference.
     ///
     /// # Errors
     /// What the backend refused, or the first value out of its limits.
@@ -157,7 +157,7 @@ impl Case {
         self.check_within(Tolerance::default(), load)
     }
 
-    /// As [`Case::check`], for a backend that has a reason to be further from the reference.
+    /// The same as [`Case::check`], with limits for a backend that has a reason to be further from the reference.
     ///
     /// # Errors
     /// As [`Case::check`].
@@ -213,7 +213,7 @@ impl Case {
         Ok(())
     }
 
-    /// Columns of a buffer that are defined after the program.
+    /// Columns of a buffer that are defined after the program has run.
     fn defined_cols(&self, name: &str, cols: usize) -> usize {
         let qkv = self.assembly.program.ops.iter().find_map(|op| match op {
             Op::RopeWriteKv { qkv, num_heads, .. } if qkv == name => {
@@ -255,8 +255,8 @@ impl Case {
     }
 }
 
-/// Holds values against the reference's: NaN exactly where it has NaN, the rest within the tolerance, all together and each on its
-/// own: a few wrong elements of a large buffer hardly move its mean.
+/// Compares values with the reference's. They must be NaN exactly where those are NaN. The others must be within the
+/// tolerance, both on average and each on its own, since a few wrong elements of a large buffer hardly change its mean.
 pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: Tolerance) -> Result<(), String> {
     let rounded = from_bytes(dtype, &to_bytes(dtype, expected));
     let (mut error, mut size, mut unequal) = (0.0, 0.0, 0);
@@ -296,7 +296,7 @@ pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: To
 
 /// Blocks of a case's cache.
 const KV_BLOCKS: usize = 40;
-/// Tokens of most cases: more than a register tile, ragged.
+/// Tokens of most cases: more than a register tile, and no multiple of one.
 const T: usize = 37;
 
 /// All cases.
@@ -312,8 +312,8 @@ pub fn all() -> Vec<Case> {
         .collect()
 }
 
-/// Linears of more tokens than any rung, and of sizes that are multiples of 8 and of little else: what cuBLASLt takes of 16-bit
-/// types.
+/// Linears of more tokens than any rung has. Their sizes are multiples of 8 and of little else: cuBLASLt takes no
+/// others of 16-bit types.
 #[must_use]
 pub fn long_linears(dtype: DType) -> Vec<Case> {
     let (n, k, weight_rows) = (520, 104, 136);
@@ -430,7 +430,8 @@ fn dense(dtype: DType) -> Vec<Case> {
     cases
 }
 
-/// A step of four ragged sequences, decodes first: long past, block edges, whole prompts.
+/// A step of four sequences of different lengths, decodes first: one with a long past, one at the edge of a block, and
+/// whole prompts.
 fn ragged(assembly: &Assembly) -> StepInputs<'static> {
     let program = &assembly.program;
     let sequences = batch::sequences(3, &[101, 17, 64, 40], &program.limits, program.vocab_size, KV_BLOCKS);
@@ -477,8 +478,9 @@ fn attention(dtype: DType) -> Vec<Case> {
     cases
 }
 
-/// Attention over blocks as large as a tile of keys, of heads as wide as tensor cores like them: a decode, chunks that begin in the
-/// middle of a tile (one of three tiles of queries, one of a part), and a prompt of a whole tile and a part.
+/// Attention over blocks as large as a tile of keys, with heads of a width that tensor cores take. The step has a
+/// decode, chunks that begin in the middle of a tile (one of three tiles of queries, one of a part of a tile), and a
+/// prompt of one whole tile and a part.
 fn attention_by_tiles(dtype: DType) -> Vec<Case> {
     const BLOCKS: usize = 11;
     let mut cases = Vec::new();
@@ -505,7 +507,7 @@ fn attention_by_tiles(dtype: DType) -> Vec<Case> {
     cases
 }
 
-/// Decodes alone, of sequences that fill their last tile of keys or hardly begin it, in one split or in several.
+/// Decodes alone. Their sequences fill the last tile of keys or hardly begin it, and have one split or several.
 fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, windows: &[Option<usize>]) -> Vec<Case> {
     let program = &mut base.program;
     (program.limits.block_size, program.limits.max_seq_len) = (64, 1024);
@@ -538,7 +540,7 @@ fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
     shapes.into_iter().flat_map(of).collect()
 }
 
-/// More decodes of a head than a GPU has CTAs, so that some take several.
+/// More decodes of a head than a GPU has CTAs, so that some CTAs compute several.
 fn many_decodes() -> Case {
     let mut base = Assembly::new(DType::Bf16);
     (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (9, 64);
@@ -581,7 +583,7 @@ fn routing(dtype: DType) -> Vec<Case> {
             let probs = a.buffer("probs", ElemType::F32, Rows::Tokens, experts);
             let (expert_ids, expert_weights) = (name("ids"), name("weights"));
             a.op(Op::TopK { probs, normalization, layer: 0, expert_ids, expert_weights });
-            // Coarse values: most rows have ties, also at the edge of the k.
+            // The values are coarse, so most rows have ties, also between the k-th and the next.
             let coarse = values("coarse", T * experts, 1.0).iter().map(|x| ((x * 2.0).round() + 9.0) / 16.0).collect();
             cases.push(Case::new(format!("top_k with ties {text}"), a, inputs.clone()).floats("probs", coarse));
         }
@@ -601,7 +603,8 @@ fn routing(dtype: DType) -> Vec<Case> {
     cases
 }
 
-/// Distinct ascending experts for each of [`T`] tokens, the last expert never among them unless it must be.
+/// Distinct ascending experts for each of [`T`] tokens. The last expert is never among them, unless `top_k` is all
+/// experts.
 fn assignments(experts: usize, top_k: usize) -> Vec<i32> {
     let used = (experts - 1).max(top_k);
     let int = |e: usize| i32::try_from(e).unwrap_or(0);
@@ -614,7 +617,7 @@ fn assignments(experts: usize, top_k: usize) -> Vec<i32> {
     (0..T).flat_map(token).collect()
 }
 
-/// Offsets and order of some assignments.
+/// The offsets and the order of expert lists for some assignments.
 pub(crate) fn lists(ids: &[i32], local: [usize; 2]) -> (Vec<i32>, Vec<i32>) {
     let (mut offsets, mut order) = (vec![0], Vec::new());
     for expert in local[0]..local[1] {
@@ -630,7 +633,7 @@ fn experts(dtype: DType) -> Vec<Case> {
     let (hidden, inter) = (36, 20);
     for (experts, top_k, local) in [(8, 2, [0, 8]), (5, 1, [0, 5]), (5, 3, [1, 4]), (6, 4, [5, 6])] {
         let spread = assignments(experts, top_k);
-        // Every token to the first experts.
+        // Every token goes to the first experts.
         let int = |e: usize| i32::try_from(e).unwrap_or(0);
         let crowded: Vec<i32> = (0..T).flat_map(|_| (0..top_k).map(int)).collect();
         for (kind, ids) in [("spread", spread), ("crowded", crowded)] {
@@ -690,7 +693,7 @@ fn experts(dtype: DType) -> Vec<Case> {
 }
 
 impl Case {
-    /// The case's weights, as a backend takes them.
+    /// The case's weights in the form that a backend takes.
     #[must_use]
     pub fn weights(&self) -> Weights {
         self.assembly.weights.clone().into_weights()

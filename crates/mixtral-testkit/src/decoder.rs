@@ -1,4 +1,4 @@
-//! A small decoder's program, written by hand with every fusion on or off, and dummy weights.
+//! The program of a small decoder with dummy weights, written by hand. All fusions are on or off.
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{ElemType, Epilogue, Op, Program, Rows};
@@ -36,7 +36,7 @@ pub struct Geometry {
 }
 
 impl Geometry {
-    /// Small, with no size a multiple of a vector's but the head's.
+    /// A small geometry. Only the head's size is a multiple of a vector's.
     #[must_use]
     pub const fn small(dtype: DType) -> Self {
         Geometry {
@@ -55,7 +55,7 @@ impl Geometry {
         }
     }
 
-    /// Small, with sizes that tensor cores take.
+    /// A small geometry with sizes that tensor cores take.
     #[must_use]
     pub const fn round(dtype: DType) -> Self {
         Geometry {
@@ -72,7 +72,7 @@ impl Geometry {
     }
 }
 
-/// The decoder's program, with every fusion (`fused`) or with none.
+/// The decoder's program: with every fusion if `fused`, else with none.
 #[must_use]
 pub fn program(g: &Geometry, fused: bool) -> Program {
     let mut a = Assembly::new(g.dtype);
@@ -191,7 +191,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
     }
     let last = a.activation("last", Rows::Logits, h);
     a.op(Op::GatherRows { input: y, out: last.clone() });
-    // Three rows of padding that are never drawn.
+    // Three more rows are padding. Their tokens are never drawn.
     let head = weight(&mut a, "lm_head", g.dtype, &[g.vocab_size + 3, h]);
     let logits = a.buffer("vocabulary", ElemType::F32, Rows::Logits, g.vocab_size + 3);
     a.op(linear(&last, &head, None, Epilogue::F32, None, &logits));
@@ -200,7 +200,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
     a.program
 }
 
-/// A weight that is one whole dummy tensor; norms are 1.
+/// Adds a weight that is one whole dummy tensor. Weights of norms are 1.
 pub(crate) fn weight(a: &mut Assembly, name: &str, dtype: DType, shape: &[usize]) -> String {
     let name = a.declare(&format!("{name}.weight"), dtype, shape);
     if let Some(weight) = a.program.weights.last_mut() {

@@ -1,4 +1,4 @@
-//! Values to bytes and back, by plain scalar code, and seeded values.
+//! Converts values to bytes and back by plain scalar code, and makes seeded values.
 
 use half::{bf16, f16};
 use mixtral_engine::{ElemType, dummy};
@@ -11,7 +11,7 @@ pub fn values(name: &str, n: usize, scale: f32) -> Vec<f64> {
     (0..n as u64).map(|i| f64::from(dummy::element(key, i, dummy::scale(1)) * scale)).collect()
 }
 
-/// Floats as bytes of a type, rounded.
+/// Floats rounded to a type, as bytes.
 #[must_use]
 #[expect(clippy::cast_possible_truncation, reason = "rounding is the purpose")]
 pub fn to_bytes(dtype: DType, values: &[f64]) -> Vec<u8> {

@@ -1,5 +1,5 @@
-//! Operations at the sizes of real models. Each is a program of its own with dummy weights, which backends generate
-//! themselves, and steps to run on it; a random part of the outputs is held against f64.
+//! Operations at the sizes of real models. Each has a program of its own and steps to run on it. Its weights are dummy
+//! ones, which backends generate themselves. A random part of the outputs is compared with f64.
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{BackendError, ElemType, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights};
@@ -34,7 +34,7 @@ pub struct Model {
     pub top_k: usize,
     /// Vocabulary.
     pub vocab_size: usize,
-    /// Tokens in the cache of the sequences that attention is computed for.
+    /// Tokens that each of attention's sequences has in the cache.
     pub contexts: [usize; 4],
 }
 
@@ -52,7 +52,7 @@ pub const MIXTRAL_8X7B: Model = Model {
     contexts: [1, 4095, 4097, 32768],
 };
 
-/// Mixtral 8x22B: six query heads share one of keys and values.
+/// Mixtral 8x22B: six query heads share one head of keys and values.
 pub const MIXTRAL_8X22B: Model = Model {
     name: "8x22B",
     hidden_size: 6144,
@@ -62,10 +62,10 @@ pub const MIXTRAL_8X22B: Model = Model {
     ..MIXTRAL_8X7B
 };
 
-/// Groups of three heads, and a number of experts that no power of two is.
+/// Groups of three heads, and a number of experts that is no power of two.
 pub const ODD: Model = Model { name: "odd", num_heads: 24, num_experts: 5, ..MIXTRAL_8X7B };
 
-/// No real model: what a machine without a GPU computes in a moment.
+/// No real model. A machine without a GPU computes it in a moment.
 pub const SMALL: Model = Model {
     name: "small",
     hidden_size: 192,
@@ -84,11 +84,11 @@ pub const SMALL: Model = Model {
 pub struct Large {
     /// Operation, model and data type.
     pub name: String,
-    /// The program. Buffers lie apart, a guard behind each; weights are dummy ones.
+    /// The program. Buffers lie apart, with a guard behind each. Weights are dummy ones.
     pub program: Program,
     /// Blocks of the cache.
     pub kv_blocks: usize,
-    /// Whether CTAs meet in it through memory, so that it is repeated often.
+    /// Whether the operation's CTAs exchange data through memory. Such steps are repeated often, to find races.
     racy: bool,
     steps: Vec<StepCase>,
 }
@@ -98,23 +98,25 @@ pub struct Large {
 struct StepCase {
     name: String,
     inputs: StepInputs<'static>,
-    /// Contents of integer buffers; those of others are seeded.
+    /// Contents of integer buffers. The contents of other buffers are seeded.
     ints: Vec<(String, Vec<i32>)>,
 }
 
-/// Runs of the steps of an operation in which CTAs meet, those that write little and the last; and of all other steps.
+/// How often a step is run. The first number is for racy operations: for their last step, and for steps that write
+/// little. The second is for all other steps.
 const REPEATS: [usize; 2] = [100, 2];
-/// Bytes that are little.
+/// A step that writes at most this many bytes writes little.
 const LITTLE: usize = 1 << 20;
 
-/// Tokens of a prompt's step: past the last rung.
+/// Tokens of a step with a prompt: more than the last rung has.
 const PREFILL: usize = 600;
-/// Tokens of the steps of linears and experts. The last is repeated often.
+/// Tokens of the steps of linears and experts. The last step is repeated often.
 const TOKENS: [usize; 6] = [1, 8, 256, 300, PREFILL, 64];
-/// Tokens of the steps of routing: the longest is listed by several CTAs.
+/// Tokens of the steps of routing. For the longest, several CTAs make the expert lists.
 const ROUTED: [usize; 6] = [1, 8, 64, 300, 2100, PREFILL];
 
-/// All operations of 8x7B and 8x22B in bf16 and f16, and what depends on heads and experts of an odd model.
+/// All operations of 8x7B and 8x22B in bf16 and f16, and those operations of an odd model that depend on heads or
+/// experts.
 pub fn all() -> impl Iterator<Item = Large> {
     let real = [MIXTRAL_8X7B, MIXTRAL_8X22B].into_iter();
     let odd = [attention, route, router, expert_gate_up, expert_down].map(|case| case(&ODD, DType::Bf16));
@@ -147,7 +149,7 @@ fn text(name: &str) -> String {
     name.to_owned()
 }
 
-/// A program without operations, of a model's sizes.
+/// A program with a model's sizes, without operations.
 fn assembly(model: &Model, dtype: DType, max_num_tokens: usize) -> Assembly {
     let mut a = Assembly::new(dtype);
     let p = &mut a.program;
@@ -178,15 +180,15 @@ impl Large {
         Weights::Dummy { seed: SEED }
     }
 
-    /// How far a backend may be off. An f16 is eight times as fine as a bf16: as many times as often, an error of the f32 sums of
-    /// thousands of products moves it to its neighbour.
+    /// How far a backend may be off. The f32 sums of thousands of products have errors, and such an error can round a
+    /// result to the neighbouring value. An f16 is eight times as fine as a bf16, so this happens eight times as often.
     #[must_use]
     pub fn tolerance(&self) -> Tolerance {
         let half_unequal = if self.program.dtype == DType::F16 { 0.08 } else { 0.01 };
         Tolerance { half_unequal, ..Tolerance::default() }
     }
 
-    /// Runs every step several times and holds what comes out against f64, and all runs against the first.
+    /// Runs every step several times, and compares the first run with f64 and all others with the first.
     ///
     /// # Errors
     /// What the backend refused, or the first value out of its limits.
@@ -223,7 +225,7 @@ impl Large {
         self.program.num_rows(buffer.rows, tokens, logits) * buffer.cols * buffer.dtype.size()
     }
 
-    /// Contents of what is read before it is written.
+    /// Contents of the buffers that the program reads before it writes them.
     fn given(&self, step: &StepCase) -> Contents {
         let (mut given, mut made) = (Contents::new(), Vec::new());
         for op in &self.program.ops {
@@ -255,8 +257,8 @@ impl Large {
         halves.map(|half| (text(half), seeded(half, n, kv.dtype))).collect()
     }
 
-    /// Runs a step; what it wrote. The first time, everything is poisoned before and the cache is written; after that, only
-    /// what the step has changed of its operands is written again.
+    /// Runs a step and returns what it wrote. Before the first run everything is poisoned and the cache is written.
+    /// Before the others, only those operands that the step has changed are written again.
     fn run(
         &self,
         step: &StepCase,
@@ -294,7 +296,8 @@ impl Large {
         Ok(found)
     }
 
-    /// Holds each operation's outputs against what f64 makes of its operands: those given, or what the backend has made before.
+    /// Compares each operation's outputs with those that f64 arithmetic gives for the same operands. The operands are
+    /// the given ones, or outputs of the backend's earlier operations.
     fn compare(
         &self,
         step: &StepCase,
@@ -322,7 +325,7 @@ impl Large {
                 let size = dtype.size();
                 let values: Vec<u8> = indices.iter().flat_map(|&i| &bytes[i * size..][..size]).copied().collect();
                 close(&from_bytes(dtype, &values), &expected, dtype, tolerance).map_err(fails)?;
-                // What is not sampled is at least written.
+                // Elements that are not compared must at least have been written.
                 let unwritten = bytes.chunks_exact(size).position(|element| element.iter().all(|&b| b == 0xff));
                 if let Some(element) = unwritten {
                     return Err(fails(format!("element {element} was not written")));
@@ -391,7 +394,7 @@ fn gather_rows(model: &Model, dtype: DType) -> Large {
     Large::new("gather_rows", model, a, steps)
 }
 
-/// A linear of every token.
+/// A linear over every token.
 fn linear(name: &str, model: &Model, dtype: DType, [rows, cols]: [usize; 2], epilogue: Epilogue) -> Large {
     let mut a = assembly(model, dtype, PREFILL);
     let weight = weight(&mut a, name, dtype, &[rows, cols]);
@@ -425,8 +428,8 @@ fn lm_head(model: &Model, dtype: DType) -> Large {
     Large::new("linear lm_head", model, a, steps)
 }
 
-/// A program over a cache of the model's heads, and sequences of its contexts: decodes of all, and prompts that begin one and
-/// go on with others.
+/// A program with a cache of the model's heads, and steps on sequences of the model's contexts: decodes of all, and
+/// prompts that begin one sequence and continue others.
 fn over_contexts(model: &Model, dtype: DType) -> (Assembly, Vec<StepCase>) {
     let mut a = assembly(model, dtype, PREFILL);
     let p = &mut a.program;
@@ -470,7 +473,7 @@ fn attention(model: &Model, dtype: DType) -> Large {
     Large::new("attention", model, a, steps).racy()
 }
 
-/// Buffers of routing.
+/// A program with the buffers of routing.
 fn routed(model: &Model, dtype: DType, max_num_tokens: usize) -> Assembly {
     let mut a = assembly(model, dtype, max_num_tokens);
     a.buffer("ids", ElemType::I32, Rows::Tokens, model.top_k);
@@ -516,14 +519,14 @@ fn router(model: &Model, dtype: DType) -> Large {
     Large::new("norm, router, route", model, a, steps).racy()
 }
 
-/// Steps of expert lists: spread over all experts but one, and crowded on as few as can be.
+/// Steps with expert lists. Tokens are either spread over all experts but one, or crowded on as few as possible.
 fn listed(model: &Model, a: &Assembly) -> Vec<StepCase> {
     let int = |n: usize| i32::try_from(n).expect("small");
     let (experts, k) = (model.num_experts, model.top_k);
     let spread = |t: usize| {
         let mut ids = batch::shuffled(u32::try_from(t).expect("small"), experts - 1);
         ids.truncate(k);
-        // The third is given none.
+        // The third expert gets no tokens.
         ids.iter_mut().filter(|id| **id >= 2).for_each(|id| *id += 1);
         ids
     };

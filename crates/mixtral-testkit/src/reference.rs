@@ -1,5 +1,6 @@
-//! Every operation in f64, by the plainest loops. Of the roundings that the contract names, only those inside of an
-//! operation are taken: results are not rounded, so that what a backend's rounding costs is part of its error.
+//! Every operation in f64, by the plainest loops. Of the roundings that the contract names, the reference does those
+//! inside of an operation. It does not round results, so that the rounding of a backend's result counts as part of its
+//! error.
 
 use std::collections::HashMap;
 
@@ -11,13 +12,13 @@ use crate::elements::{from_bytes, to_bytes};
 /// Contents of a buffer: this step's rows.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Values {
-    /// Of a float type.
+    /// Elements of a float type.
     Floats(Vec<f64>),
-    /// Of i32.
+    /// Elements of i32.
     Ints(Vec<i32>),
 }
 
-/// What a program computes on.
+/// What a program reads and writes.
 #[derive(Clone, Debug, Default)]
 pub struct State {
     /// Buffers by name.
@@ -58,7 +59,7 @@ fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * y).sum()
 }
 
-/// x by each row of a matrix.
+/// The product of x with each row of a matrix.
 fn times(matrix: &[f64], x: &[f64]) -> Vec<f64> {
     matrix.chunks(x.len()).map(|row| dot(row, x)).collect()
 }
@@ -70,7 +71,7 @@ fn softmax(x: &[f64]) -> Vec<f64> {
     exp.iter().map(|x| x / sum).collect()
 }
 
-/// Rounded to a type.
+/// The values rounded to a type.
 fn round(dtype: DType, values: &[f64]) -> Vec<f64> {
     from_bytes(dtype, &to_bytes(dtype, values))
 }
@@ -245,7 +246,7 @@ impl Reference<'_> {
                 state.set(out, values);
             }
             Op::Sample { .. } => {}
-            // What several ranks compute together is held against what one computes alone.
+            // Tests of several ranks compare with a single rank instead.
             Op::AllReduce { .. } | Op::AllGather { .. } | Op::Send { .. } | Op::Recv { .. } => {
                 panic!("{} has no reference of one rank", op.name())
             }
@@ -278,7 +279,7 @@ impl Reference<'_> {
         }
     }
 
-    /// Where a slot's vector of a head starts in a layer's keys or values.
+    /// Where a head's vector of a slot starts in a layer's keys or values.
     fn offset(&self, slot: usize, head: usize) -> usize {
         let (size, kv) = (self.program.limits.block_size, self.program.kv);
         ((slot / size * kv.num_kv_heads + head) * size + slot % size) * kv.head_dim
@@ -347,7 +348,7 @@ impl Reference<'_> {
             sorted.extend((0i32..).zip(&ids).filter(|(_, id)| at(**id) == expert).map(|(a, _)| a));
             ends.push(i32::try_from(sorted.len()).expect("a count"));
         }
-        // Entries past the last are as they were.
+        // Entries past the last assignment stay as they were.
         let mut all = state.ints(order).to_vec();
         all[..sorted.len()].copy_from_slice(&sorted);
         state.set_ints(offsets, ends);

@@ -1,5 +1,5 @@
-//! A random part of an operation's outputs in f64, for shapes whose outputs are too many to compute. Weights are dummy ones,
-//! of which only the rows that are needed are generated.
+//! A random part of an operation's outputs in f64, for shapes with too many outputs to compute them all. The weights
+//! are dummy ones, and only the rows that are needed are generated.
 
 use std::collections::HashMap;
 
@@ -15,10 +15,10 @@ pub(crate) const SEED: u64 = 5;
 /// Bytes of buffers by name, and of a layer's keys (`cache k`) and values (`cache v`).
 pub(crate) type Contents = HashMap<String, Vec<u8>>;
 
-/// The same, where they lie.
+/// The same contents, borrowed.
 pub(crate) type Views<'a> = HashMap<&'a str, &'a [u8]>;
 
-/// What an operation should have made of some elements.
+/// The values that some elements of an output should have.
 pub(crate) struct Sample {
     /// The buffer, or `cache k`, `cache v`.
     pub(crate) name: String,
@@ -33,18 +33,18 @@ pub(crate) struct Sampled<'a> {
     pub(crate) inputs: &'a StepInputs<'a>,
     /// What the operation reads.
     pub(crate) operands: &'a Views<'a>,
-    /// What a backend made of it: for an operation that reads its own rounded output.
+    /// The backend's outputs, for an operation that reads its own rounded output.
     pub(crate) found: &'a Contents,
 }
 
-/// One in so many rows, of more than a few.
+/// One in this many rows is computed, if there are more than a few.
 const ROWS: usize = 4;
-/// One in so many columns.
+/// One in this many columns is computed.
 const COLS: usize = 25;
-/// Heads of a token.
+/// Heads that are computed of a token.
 const HEADS: usize = 4;
 
-/// About one in `every` of `0..n`, ascending, at least `least`, the first and the last among them.
+/// About one in `every` of `0..n`, ascending, but at least `least`. The first and the last are among them.
 fn pick(n: usize, every: usize, least: usize) -> Vec<usize> {
     let wanted = n.div_ceil(every).max(least).min(n);
     let mut some = shuffled(u32::try_from(n).unwrap_or(0), n);
@@ -55,7 +55,7 @@ fn pick(n: usize, every: usize, least: usize) -> Vec<usize> {
     some
 }
 
-/// `f` of each item, on all cores.
+/// Calls `f` with each item, on all cores.
 fn parallel<I: Sync, T: Send>(items: &[I], f: impl Fn(&I) -> T + Sync) -> Vec<T> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let chunk = items.len().div_ceil(threads).max(1);
@@ -95,7 +95,7 @@ impl Sampled<'_> {
         self.program.buffer(name).expect("a buffer").dtype
     }
 
-    /// A row of some contents.
+    /// A row of a buffer's contents.
     fn row_of(&self, bytes: &[u8], name: &str, row: usize) -> Vec<f64> {
         let dtype = float_type(self.dtype(name)).expect("floats");
         let size = self.cols(name) * dtype.size();
@@ -115,7 +115,7 @@ impl Sampled<'_> {
         self.program.num_rows(rows, self.inputs.num_tokens(), self.inputs.num_logits())
     }
 
-    /// Some rows of a buffer; all of few.
+    /// Some rows of a buffer, or all if they are few.
     fn rows(&self, name: &str) -> Vec<usize> {
         pick(self.num_rows(name), ROWS, 8)
     }
@@ -136,14 +136,14 @@ impl Sampled<'_> {
         Sample { name: name.to_owned(), dtype: self.dtype(name), points }
     }
 
-    /// Whole rows.
+    /// All elements of some rows, each row computed by `f`.
     fn whole_rows(&self, name: &str, rows: &[usize], f: impl Fn(usize) -> Vec<f64> + Sync) -> Sample {
         let cols = self.cols(name);
         let points = parallel(rows, |&row| (0..).map(|col| row * cols + col).zip(f(row)).collect::<Vec<_>>());
         self.sample(name, points.concat())
     }
 
-    /// The samples of each of the operation's outputs.
+    /// Computes the samples of each of the operation's outputs.
     pub(crate) fn run(&self, op: &Op) -> Vec<Sample> {
         match op {
             Op::Embed { table, vocab_start, out } => {
@@ -228,15 +228,16 @@ impl Sampled<'_> {
         self.round(&normalized).iter().zip(scale).map(|(x, w)| x * w).collect()
     }
 
-    /// Some places of the experts' lists, each with its expert.
+    /// Some places in the expert lists, each with its expert.
     fn lists(&self, offsets: &str) -> Vec<(usize, usize)> {
         let offsets = self.ints(offsets);
         let expert = |p: usize| offsets.partition_point(|&start| at(start) <= p) - 1;
         pick(at(offsets[offsets.len() - 1]), ROWS, 16).into_iter().map(|p| (p, expert(p))).collect()
     }
 
-    /// Some columns of `(row of the output, row of the input, expert)`: products of the input's row and the expert's rows for
-    /// that column (one, or a pair half the expert's matrix apart), then what becomes of it.
+    /// Some columns of the given `(row of the output, row of the input, expert)`. `product` takes the expert's weights
+    /// for a column (one row, or a pair half the expert's matrix apart) and the input's row. `finish` turns the product
+    /// into the element of the output.
     #[expect(clippy::too_many_arguments, reason = "one shape for every kind of linear")]
     fn products(
         &self,
@@ -265,7 +266,7 @@ impl Sampled<'_> {
         self.sample(out, points.concat())
     }
 
-    /// All of the routing, which is little.
+    /// All outputs of the routing, since they are few.
     fn route(
         &self,
         logits: &str,
@@ -292,13 +293,13 @@ impl Sampled<'_> {
         vec![ints(ids, &all_ids), weights, ints(offsets, &starts), ints(order, &listed)]
     }
 
-    /// Where a slot's vector of a head starts in a layer's keys or values.
+    /// Where a head's vector of a slot starts in a layer's keys or values.
     fn offset(&self, slot: usize, head: usize) -> usize {
         let (size, kv) = (self.program.limits.block_size, self.program.kv);
         ((slot / size * kv.num_kv_heads + head) * size + slot % size) * kv.head_dim
     }
 
-    /// The angles are the contract's, in f32: far from the start they are not those of f64.
+    /// Angles are computed in f32, as the contract says: at large positions they differ from those of f64.
     #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "the contract's roundings")]
     fn rope_write_kv(&self, qkv: &str, num_heads: usize, theta: f64) -> Vec<Sample> {
         let (kv, cols) = (self.program.kv, self.cols(qkv));

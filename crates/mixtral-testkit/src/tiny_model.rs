@@ -1,6 +1,6 @@
-//! A small random model, written in any of the layouts that models are published in.
+//! A small random model. It can be written in any of the layouts in which models are published.
 //!
-//! The tensor names are spelled out here once more, on purpose: a test that took them from the code under test
+//! The tensor names are written here a second time on purpose: if the tests took them from the code under test, they
 //! would agree with any mistake in it.
 
 use std::fs;
@@ -13,13 +13,14 @@ use serde_json::{Value, json};
 /// How a model is laid out on disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
-    /// transformers 4: one tensor an expert and matrix.
+    /// transformers 4: one tensor for each expert and matrix.
     V4,
     /// transformers 5: the experts of a layer fused.
     V5,
-    /// Mistral's own: `params.json`, interleaved rotary rows.
+    /// Mistral's own layout: `params.json`, interleaved rotary rows.
     Consolidated,
-    /// Mistral's own as first published for Mixtral 8x7B: experts stacked, w2 transposed, other keys in `params.json`.
+    /// Mistral's own layout as first published for Mixtral 8x7B: experts stacked, w2 transposed, other keys in
+    /// `params.json`.
     ConsolidatedStacked,
 }
 
@@ -59,7 +60,7 @@ impl Tensor {
         }
     }
 
-    /// Bytes of a row, the tensor seen as a matrix.
+    /// Bytes of a row of the tensor, seen as a matrix.
     fn row_bytes(&self) -> usize {
         self.shape[self.shape.len() - 1] * self.dtype.size()
     }
@@ -123,7 +124,7 @@ impl TinyModel {
         TinyModel { config, tied: false, seed }
     }
 
-    /// The same without experts.
+    /// The same model without experts.
     #[must_use]
     pub fn mistral(dtype: DType, seed: u64) -> Self {
         let mut model = TinyModel::mixtral(dtype, seed);
@@ -133,7 +134,7 @@ impl TinyModel {
         model
     }
 
-    /// All tensors, in transformers 4's names.
+    /// All tensors, with transformers 4's names.
     #[must_use]
     pub fn weights(&self) -> Vec<Tensor> {
         let c = &self.config;
@@ -184,7 +185,7 @@ impl TinyModel {
         self.write_tensors(dir, layout, shards, &self.weights_in(layout));
     }
 
-    /// As [`TinyModel::write`], with tensors that a test has changed.
+    /// The same as [`TinyModel::write`], with tensors that a test has changed.
     pub fn write_tensors(&self, dir: &Path, layout: Layout, shards: usize, tensors: &[Tensor]) {
         fs::create_dir_all(dir).unwrap();
         let (config, stem) = match layout {
@@ -243,7 +244,7 @@ impl TinyModel {
                 "sliding_window": c.sliding_window,
                 "tied_embeddings": self.tied,
             }),
-            // Its sliding_window was a string.
+            // In that layout, sliding_window was a string.
             Layout::ConsolidatedStacked => json!({
                 "hidden_size": c.hidden_size,
                 "intermediate_size": c.intermediate_size,
@@ -282,7 +283,7 @@ impl TinyModel {
         json
     }
 
-    /// transformers 5: `[gate; up]` of each expert in one tensor, down_proj in another.
+    /// The tensors of transformers 5: `[gate; up]` of all experts of a layer in one tensor, down_proj in another.
     fn fused(&self) -> Vec<Tensor> {
         let c = &self.config;
         let (experts, hidden, inner) = (c.moe.num_experts, c.hidden_size, c.intermediate_size);
@@ -360,7 +361,7 @@ impl TinyModel {
         tensors
     }
 
-    /// A tensor of standard deviation 1/√(its columns); norm weights lie around 1.
+    /// A tensor of standard deviation 1/√(its columns). Weights of norms lie around 1.
     fn random(&self, name: String, shape: &[usize]) -> Tensor {
         let mut state = name.bytes().fold(self.seed, |h, b| (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3));
         let (scale, centre) = match shape {

@@ -1,4 +1,4 @@
-//! Texts that may not come up, in whichever tokens they could be written.
+//! Texts that may not be generated, in whatever tokens they are written.
 
 use std::collections::HashMap;
 
@@ -6,15 +6,16 @@ use mixtral_model::TokenId;
 
 use crate::tokenizer::Tokenizer;
 
-/// Words that a sequence may not hold: as tokens that are together just the word, with or without a space before it. A
-/// longer word that has one of its letters in another token (`cat` in `catalogue`) is not concerned.
+/// Words that a sequence may not contain. A word is banned as a series of tokens whose bytes are exactly the word, with
+/// or without a space before it. A longer word is not affected if its tokens do not begin and end with the banned word
+/// (`catalogue`, if `cat` is banned).
 #[derive(Clone, Debug, Default)]
 pub struct BadWords {
     /// Each word, without and with a space before it.
     words: Vec<Vec<u8>>,
     /// The bytes of all tokens that are part of a word.
     bytes: HashMap<TokenId, Vec<u8>>,
-    /// The tokens that are the end of a word, by their bytes.
+    /// The tokens that can end a word, by their bytes.
     ends: HashMap<Vec<u8>, Vec<TokenId>>,
 }
 
@@ -24,7 +25,7 @@ impl BadWords {
     pub fn new(words: &[String], tokenizer: &Tokenizer) -> Self {
         let mut texts: Vec<Vec<u8>> = Vec::new();
         for word in words.iter().filter(|word| !word.is_empty()) {
-            // A word that is all space stays what it is.
+            // A word of only spaces stays as it is.
             let bare = word.strip_prefix(' ').filter(|rest| !rest.trim().is_empty()).unwrap_or(word);
             texts.extend([bare.as_bytes().to_vec(), format!(" {bare}").into_bytes()]);
         }
@@ -46,7 +47,7 @@ impl BadWords {
         found
     }
 
-    /// The tokens that would end a word after `tokens`.
+    /// The tokens that would complete a word after `tokens`.
     #[must_use]
     pub fn banned(&self, tokens: &[TokenId]) -> Vec<TokenId> {
         let longest = self.words.iter().map(Vec::len).max().unwrap_or(0);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 /// A tokenizer that cannot be loaded or used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TokenizerError {
-    /// None of the files that are a tokenizer.
+    /// The directory has none of the files that can be a tokenizer.
     #[error(
         "{dir} has no tokenizer (tokenizer.json, tekken.json or tokenizer.model); name the model's directory with --tokenizer-dir, or give token ids (--input-file ids.csv) and take them (--output-csv)"
     )]
@@ -32,7 +32,7 @@ pub enum TokenizerError {
 }
 
 impl TokenizerError {
-    /// A file that is not what its name says. What people have in its place most often is named.
+    /// The error for a file that is not what its name says. It names what people most often have in its place.
     pub(crate) fn unreadable(path: &Path, bytes: &[u8], detail: impl ToString) -> Self {
         let start = bytes.trim_ascii_start();
         let detail = if start.is_empty() {

@@ -1,16 +1,16 @@
-//! Calling a library that panics where it should return an error.
+//! Calls a library that panics where it should return an error.
 
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, set_hook, take_hook};
 use std::sync::Once;
 
 thread_local! {
-    /// Whether a panic of this thread is about to be caught here.
+    /// Whether a panic of this thread will be caught here.
     static GUARDED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// What `call` returns, or, if it panics, what it said. Such a panic is not printed; it says nothing to a user. What the
-/// call was changing must not be used afterwards.
+/// Returns what `call` returns, or its message if it panics. The panic is not printed, since it tells users nothing.
+/// After a panic, what the call was changing must not be used.
 pub(crate) fn guarded<T>(call: impl FnOnce() -> T) -> Result<T, String> {
     static QUIET: Once = Once::new();
     QUIET.call_once(|| {

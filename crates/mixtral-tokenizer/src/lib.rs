@@ -1,4 +1,4 @@
-//! Text ↔ token ids, by the files that a model carries.
+//! Converts text to token ids and back, by the tokenizer files of a model.
 //!
 //! Reading order: [`load`] (which files of a directory are the tokenizer), [`sentencepiece`] and [`tekken`] (Mistral's own
 //! forms), [`settings`] (what the files beside it add: tokens, their roles, the ends of a sequence), [`tokenizer`] (encode

@@ -1,4 +1,4 @@
-//! Which files of a directory are the tokenizer, and how each is read.
+//! Finds the tokenizer's own file in a directory, and reads it.
 
 use std::path::{Path, PathBuf};
 
@@ -9,25 +9,25 @@ use crate::error::TokenizerError;
 use crate::guard::guarded;
 use crate::{sentencepiece, tekken};
 
-/// A tokenizer as its own file describes it, before the files beside it are looked at.
+/// A tokenizer as its own file describes it, without the files beside it.
 pub(crate) struct Base {
     pub(crate) path: PathBuf,
     pub(crate) inner: tokenizers::Tokenizer,
-    /// Whether a space goes before every text, as SentencePiece does it.
+    /// Whether a space is put before every text, as SentencePiece does.
     pub(crate) dummy_prefix: bool,
-    /// The start and end tokens, where the file itself says which they are.
+    /// The start and end tokens, if the file itself names them.
     pub(crate) start: Option<u32>,
     pub(crate) end: Option<u32>,
 }
 
-/// Where `dir` has its tokenizer: transformers' file, Mistral's newer one, or a SentencePiece model.
+/// The file of `dir` that is its tokenizer: transformers' file, Mistral's newer one, or a SentencePiece model.
 #[must_use]
 pub fn find(dir: &Path) -> Option<PathBuf> {
     let known = ["tokenizer.json", "tekken.json", "tokenizer.model"].map(|name| dir.join(name));
     if let Some(path) = known.into_iter().find(|path| path.exists()) {
         return Some(path);
     }
-    // Mistral's SentencePiece models carry their version: tokenizer.model.v3, mistral_instruct_….model.v3.
+    // Names of Mistral's SentencePiece models have a version: tokenizer.model.v3, mistral_instruct_….model.v3.
     let names = std::fs::read_dir(dir).ok()?.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
     let mut models: Vec<String> = names.filter(|name| name.starts_with("tokenizer.model.v")).collect();
     models.sort();
@@ -56,9 +56,10 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>, TokenizerError> {
     std::fs::read(path).map_err(|e| TokenizerError::Read { path: path.to_owned(), detail: e.to_string() })
 }
 
-/// A file keeps how texts were cut, padded and varied for training. None of it is for texts to be gone on with.
+/// Switches off settings of the training that a file keeps: how texts were cut, padded and varied. They must not change
+/// prompts.
 fn forget_training(inner: &mut tokenizers::Tokenizer) {
-    // Only a truncation that is set can be refused.
+    // This only fails for a truncation that is not `None`.
     let _ = inner.with_truncation(None);
     inner.with_padding(None);
     if let ModelWrapper::BPE(bpe) = inner.get_model()
@@ -70,8 +71,9 @@ fn forget_training(inner: &mut tokenizers::Tokenizer) {
     }
 }
 
-/// The merges of a vocabulary that has none: every way to cut a token into two others, tokens in the order given, best
-/// first. Of one token's cuts, that with the longest left part comes first, which is what merging from the left gives.
+/// Makes the merges of a vocabulary that comes without them: every way to cut a token into two others. Tokens come in
+/// the order given, best first. Of one token's cuts, the one with the longest left part comes first, because merging
+/// from the left makes that one.
 pub(crate) fn merges<'a>(tokens: impl Iterator<Item = &'a str>, is_token: impl Fn(&str) -> bool) -> Merges {
     let mut merges = Vec::new();
     for token in tokens {

@@ -1,6 +1,6 @@
-//! SentencePiece's BPE models: `tokenizer.model`, as Mistral published it up to version 7.
+//! Reads SentencePiece's BPE models: `tokenizer.model`, as Mistral published it up to version 7.
 //!
-//! Ids are SentencePiece's: control tokens are never read out of a text.
+//! Ids are SentencePiece's. Control tokens are never recognised in a text.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,10 +13,10 @@ use tokenizers::{AddedToken, DecoderWrapper, decoders};
 
 use crate::load::{Base, merges};
 
-/// What SentencePiece writes for a space.
+/// The character that SentencePiece writes for a space.
 const SPACE: &str = "▁";
 
-/// The message `ModelProto`, as far as it is needed.
+/// The message `ModelProto`, with the fields that are needed.
 #[derive(Message)]
 struct ModelProto {
     #[prost(message, repeated, tag = "1")]
@@ -27,7 +27,7 @@ struct ModelProto {
     normalizer: Option<NormalizerSpec>,
 }
 
-/// A token; its id is its place.
+/// A token. Its id is its place in the list.
 #[derive(Message)]
 struct Piece {
     #[prost(string, tag = "1")]
@@ -44,7 +44,7 @@ struct Piece {
 enum Kind {
     /// Made by merging.
     Normal = 1,
-    /// For what no other piece covers.
+    /// Stands for text that no other piece covers.
     Unknown = 2,
     /// Never made from text.
     Control = 3,
@@ -107,7 +107,7 @@ pub(crate) fn read(bytes: &[u8], path: &Path) -> Result<Base, String> {
         return Err("two of its pieces are the same".to_owned());
     }
     let mut merged: Vec<&Piece> = pieces.iter().filter(|p| p.kind() == Kind::Normal).collect();
-    // Runs of spaces have one score: from the left, the longest run grows.
+    // All runs of spaces have the same score. Longer ones are put later, so that a run grows from the left.
     merged.sort_by(|a, b| b.score.total_cmp(&a.score).then(b.text.len().cmp(&a.text.len())));
     let texts: HashSet<&str> = merged.iter().map(|p| p.text.as_str()).collect();
     let merges = merges(merged.iter().map(|p| p.text.as_str()), |text| texts.contains(text));
@@ -128,7 +128,7 @@ pub(crate) fn read(bytes: &[u8], path: &Path) -> Result<Base, String> {
 
     let added = pieces.iter().filter_map(|p| match p.kind() {
         Kind::Control | Kind::Unknown => Some(AddedToken::from(p.text.clone(), true)),
-        // Normalized, so that it is looked for in the text as the pieces see it.
+        // `normalized`, so that it is looked for in the text after normalization, where the pieces are looked for too.
         Kind::UserDefined => Some(AddedToken::from(p.text.clone(), false).normalized(true)),
         Kind::Normal | Kind::Unused | Kind::Byte => None,
     });
@@ -194,7 +194,7 @@ mod tests {
         };
         assert_eq!(tokenizer.encode("", true).unwrap(), [TokenId(1)]);
         assert_eq!(tokens("abc abc"), ["▁abc", "▁abc"]);
-        // A run of spaces grows from the left; what follows it has its own space first.
+        // A run of spaces grows from the left. The word behind it keeps its own space.
         assert_eq!(tokens("     abc"), ["▁▁▁▁", "▁", "▁abc"]);
         assert_eq!(tokens("     "), ["▁▁▁▁", "▁▁"]);
         assert_eq!(tokens("<s>"), ["▁", "<", "s", ">"], "control tokens are not read out of a text");

@@ -1,4 +1,4 @@
-//! What the files beside a tokenizer add: tokens, their roles, the ends of a sequence. The rules are transformers'.
+//! Reads what the files beside a tokenizer add: tokens, their roles, and end ids. The rules are transformers'.
 
 use std::path::Path;
 
@@ -12,13 +12,13 @@ use crate::load::read;
 /// The roles that a special token can have.
 const ROLES: [&str; 7] = ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
 
-/// `tokenizer_config.json`, with what older files beside it say.
+/// `tokenizer_config.json`, together with what older files beside it say.
 #[derive(Debug, Default)]
 pub(crate) struct Settings {
     keys: Map<String, Value>,
-    /// Tokens as they are to be, also where the tokenizer has them otherwise; in order of their ids.
+    /// Tokens that replace the tokenizer's own definitions, in the order of their ids.
     pub(crate) defined: Vec<AddedToken>,
-    /// Tokens that are to be there; what the tokenizer says of them counts.
+    /// Tokens that must exist. If the tokenizer defines one itself, its definition counts.
     pub(crate) named: Vec<AddedToken>,
 }
 
@@ -31,7 +31,7 @@ impl Settings {
             let tokens = tokens.iter().filter_map(|(id, token)| Some((id.parse().ok()?, added_token(token, false)?)));
             defined = by_id(tokens.collect());
         } else {
-            // What newer files keep in one place was in two.
+            // Older models keep in two files what newer ones have in `added_tokens_decoder`.
             keys.extend(object(&dir.join("special_tokens_map.json"))?.unwrap_or_default());
             let special: Vec<String> = special_tokens(&keys).into_iter().map(|token| token.content).collect();
             let tokens = object(&dir.join("added_tokens.json"))?.unwrap_or_default().into_iter();
@@ -50,17 +50,17 @@ impl Settings {
         Ok(Settings { keys, defined, named })
     }
 
-    /// Whether there is none of the files.
+    /// Whether none of the files exists.
     pub(crate) fn is_empty(&self) -> bool {
         self.keys.is_empty() && self.named.is_empty()
     }
 
-    /// The content of the token that has a role.
+    /// The content of the token with this role.
     pub(crate) fn role(&self, role: &str) -> Option<String> {
         added_token(self.keys.get(role)?, true).map(|token| token.content)
     }
 
-    /// A setting that is on or off; `None` if the files do not say.
+    /// A setting that is on or off; `None` if no file has it.
     pub(crate) fn flag(&self, key: &str) -> Option<bool> {
         self.keys.get(key)?.as_bool()
     }
@@ -71,7 +71,7 @@ fn by_id(mut tokens: Vec<(u64, AddedToken)>) -> Vec<AddedToken> {
     tokens.into_iter().map(|(_, token)| token).collect()
 }
 
-/// The tokens with a role, and those without one that are special nonetheless.
+/// The tokens with a role, and other tokens that are special too.
 fn special_tokens(keys: &Map<String, Value>) -> Vec<AddedToken> {
     let mut tokens: Vec<AddedToken> =
         ROLES.iter().filter_map(|role| keys.get(*role)).filter_map(|token| added_token(token, true)).collect();
@@ -85,7 +85,7 @@ fn special_tokens(keys: &Map<String, Value>) -> Vec<AddedToken> {
     tokens
 }
 
-/// A token that is written as its content, or as an object with all that it does.
+/// A token, which the file has as its content alone or as an object with all its properties.
 fn added_token(value: &Value, role: bool) -> Option<AddedToken> {
     let Value::Object(keys) = value else {
         return Some(AddedToken::from(value.as_str()?, true)).filter(|token| !token.content.is_empty());

@@ -5,20 +5,20 @@ use mixtral_model::TokenId;
 use crate::error::TokenizerError;
 use crate::tokenizer::Tokenizer;
 
-/// Decodes a sequence piece by piece. All pieces, one after the other, are the text of all ids.
+/// Decodes a sequence piece by piece. All pieces together are the text of all ids.
 ///
-/// A decoder can change what it made of the last tokens when more arrive: bytes become a character, or turn out to be none.
-/// A piece is given out when nothing that follows can change it.
+/// The decoded text of the last tokens can change when more tokens arrive: bytes become a character, or turn out to be
+/// invalid. A piece is released when no later token can change it.
 #[derive(Clone, Debug, Default)]
 pub struct TextStream {
-    /// The last tokens: the first of them is there for its effect on how the next one begins.
+    /// The last tokens. The first of them is kept because the text of the next one depends on it.
     window: Vec<u32>,
-    /// Bytes of the window's text that were given out.
+    /// How many bytes of the window's text are already released.
     given: usize,
 }
 
 impl TextStream {
-    /// The text that is certain now that `id` follows. Special tokens have none.
+    /// Takes the next id and returns the text that is now certain. Special tokens have no text.
     ///
     /// # Errors
     /// If the tokenizer cannot decode it.
@@ -27,12 +27,12 @@ impl TextStream {
             return Ok(String::new());
         }
         self.window.push(id.0);
-        // A run of bytes is decoded as a whole: one that is wrong makes all of them replacement characters.
+        // A run of byte tokens is decoded as a whole: one invalid byte turns all of them into replacement characters.
         if tokenizer.byte(id).is_some() {
             return Ok(String::new());
         }
         let text = tokenizer.decode_raw(&self.window)?;
-        // The start of a character at the end looks like a wrong one.
+        // An incomplete character at the end looks like an invalid one, so it is not certain yet.
         let certain = text.strip_suffix(char::REPLACEMENT_CHARACTER).map_or(text.len(), str::len);
         let piece = text.get(self.given..certain).unwrap_or_default().to_owned();
         self.given = self.given.max(certain);
@@ -43,7 +43,7 @@ impl TextStream {
         Ok(piece)
     }
 
-    /// The text that was waiting for more, at the end of the sequence.
+    /// Returns the text that still waited for more tokens, at the end of the sequence.
     ///
     /// # Errors
     /// If the tokenizer cannot decode it.

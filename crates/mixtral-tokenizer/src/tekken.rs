@@ -1,6 +1,7 @@
-//! `tekken.json`, Mistral's tokenizers since 2024: tokens are byte strings in the order in which they were merged.
+//! Reads `tekken.json`, Mistral's tokenizers since 2024. Tokens are byte strings in the order in which they were
+//! merged.
 //!
-//! Ids are mistral-common's: control tokens are never read out of a text.
+//! Ids are mistral-common's. Control tokens are never recognised in a text.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -44,7 +45,7 @@ struct Special {
     token_str: String,
 }
 
-/// The control tokens of files that do not name them.
+/// The names of control tokens, for files that do not name them.
 const UNNAMED: [&str; 20] = [
     "<unk>",
     "<s>",
@@ -68,7 +69,7 @@ const UNNAMED: [&str; 20] = [
     "[TOOL_CONTENT]",
 ];
 
-/// More are a mistake.
+/// A file with more control tokens is damaged.
 const MAX_CONTROL_TOKENS: usize = 1 << 16;
 
 /// Reads the file.
@@ -99,8 +100,8 @@ pub(crate) fn read(bytes: &[u8], path: &Path) -> Result<Base, String> {
     if vocab.len() != ids.len() {
         return Err("two of its tokens are the same".to_owned());
     }
-    // A whole word that is a token is that token, whatever it would be merged from. The pattern's words hold letters or
-    // brackets, not both, so none is a control token.
+    // A whole word that is a token becomes that token, even if merging would not make it. No word becomes a control
+    // token, because the pattern's words contain letters or brackets but not both.
     let bpe = BPE::builder().vocab_and_merges(vocab, merges).ignore_merges(true).build();
     let mut inner = tokenizers::Tokenizer::new(bpe.map_err(|e| e.to_string())?);
     let split = Split::new(SplitPattern::Regex(config.pattern), SplitDelimiterBehavior::Isolated, false);
@@ -118,7 +119,7 @@ pub(crate) fn read(bytes: &[u8], path: &Path) -> Result<Base, String> {
     Ok(Base { path: path.to_owned(), inner, dummy_prefix: false, start, end })
 }
 
-/// The control tokens by id; those without a name have one made of their number.
+/// The control tokens by id. Those without a name get a name made of their number.
 fn control_tokens(named: Option<Vec<Special>>, count: usize) -> Result<Vec<String>, String> {
     if count > MAX_CONTROL_TOKENS {
         return Err(format!("its configuration says that {count} tokens are control tokens"));

@@ -1,4 +1,4 @@
-//! A model's tokenizer: encode and decode.
+//! A model's tokenizer: encodes and decodes.
 
 use std::path::{Path, PathBuf};
 
@@ -10,12 +10,12 @@ use crate::guard::guarded;
 use crate::load::{self, Base};
 use crate::settings::Settings;
 
-/// A model's tokenizer: what its own file says, and the files beside it.
+/// A model's tokenizer, made of its own file and the files beside it.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     path: PathBuf,
     dummy_prefix: bool,
-    /// Whether a token is written with a character for each byte.
+    /// Whether tokens are written with one character for each byte.
     byte_level: bool,
     start: Option<TokenId>,
     end: Option<TokenId>,
@@ -24,8 +24,8 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Loads the tokenizer of `dir` as transformers does: `tokenizer.json`, and the tokens and roles that
-    /// tokenizer_config.json, special_tokens_map.json and added_tokens.json add. Without a tokenizer.json, `tekken.json` or a
-    /// SentencePiece model, as mistral-common reads them.
+    /// tokenizer_config.json, special_tokens_map.json and added_tokens.json add. Without a tokenizer.json, it reads
+    /// `tekken.json` or a SentencePiece model, as mistral-common does.
     ///
     /// # Errors
     /// If there is none, or a file cannot be read.
@@ -70,7 +70,7 @@ impl Tokenizer {
         Ok(encoding.get_ids().iter().copied().map(TokenId).collect())
     }
 
-    /// The text of `ids`, special tokens left out.
+    /// The text of `ids`, without special tokens.
     ///
     /// # Errors
     /// If the tokenizer cannot decode them.
@@ -116,7 +116,7 @@ impl Tokenizer {
         self.inner.id_to_token(id.0)
     }
 
-    /// Whether a token was added to those that texts are merged from.
+    /// Whether a token is an added one, which no merge makes.
     #[must_use]
     pub fn is_added(&self, id: TokenId) -> bool {
         self.inner.get_added_vocabulary().get_added_tokens_decoder().contains_key(&id.0)
@@ -128,19 +128,19 @@ impl Tokenizer {
         self.token(id).filter(|token| self.inner.get_added_vocabulary().is_special_token(token))
     }
 
-    /// Whether decoding makes anything of the token.
+    /// Whether the token has text when it is decoded.
     pub(crate) fn has_text(&self, id: TokenId) -> bool {
         self.token(id).is_some_and(|token| !self.inner.get_added_vocabulary().is_special_token(&token))
     }
 
-    /// The byte that a token stands for, if it is one of those that write characters without a token.
+    /// The byte that a token stands for, if it is a byte token. Byte tokens write characters that have no token.
     pub(crate) fn byte(&self, id: TokenId) -> Option<u8> {
         let token = self.token(id)?;
         let digits = token.strip_prefix("<0x")?.strip_suffix('>').filter(|digits| digits.len() == 2)?;
         u8::from_str_radix(digits, 16).ok()
     }
 
-    /// What a token adds to the middle of a text.
+    /// The bytes that a token adds in the middle of a text.
     pub(crate) fn token_bytes(&self, id: TokenId) -> Option<Vec<u8>> {
         let token = self.token(id)?;
         if let Some(byte) = self.byte(id) {
@@ -156,7 +156,7 @@ impl Tokenizer {
     }
 }
 
-/// What tokenizer_config.json and the files of its time say, in transformers' order.
+/// Applies what tokenizer_config.json and the older files say, in transformers' order.
 fn apply(settings: &Settings, inner: &mut tokenizers::Tokenizer) -> Result<(), String> {
     let added =
         |inner: &tokenizers::Tokenizer, content: &str| inner.get_added_vocabulary().get_vocab().contains_key(content);
@@ -179,18 +179,19 @@ fn apply(settings: &Settings, inner: &mut tokenizers::Tokenizer) -> Result<(), S
     Ok(())
 }
 
-/// The library's answer. It panics at some tokenizers that it should refuse.
+/// Calls the library. It panics at some tokenizers that it should refuse.
 fn used<T>(action: &'static str, call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, TokenizerError> {
     let answer = guarded(|| call().map_err(|e| e.to_string())).flatten();
     answer.map_err(|detail| TokenizerError::Use { action, detail })
 }
 
-/// Whether a byte is written as the character of its number, in vocabularies of byte strings.
+/// Whether a vocabulary of byte strings writes a byte as the character with its number.
 fn is_printable(byte: u8) -> bool {
     matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF)
 }
 
-/// The character that a byte is written with: its own if it is printable, else one of those from U+0100 on, in order.
+/// The character that a byte is written with: the one with its number if that is printable, else one from U+0100 on, in
+/// order.
 pub(crate) fn byte_to_char(byte: u8) -> char {
     if is_printable(byte) {
         return char::from(byte);

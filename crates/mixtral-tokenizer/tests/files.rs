@@ -1,4 +1,4 @@
-//! Which files count, and what is said of those that are not what they should be.
+//! Which files count, and the messages about files that are not what they should be.
 
 mod common;
 
@@ -55,7 +55,7 @@ fn tokens_that_only_the_files_beside_it_name_are_one_id_each() {
         assert_eq!(found, [TokenId(num + 1), TokenId(num)]);
         assert_eq!(tokenizer.decode(&found).unwrap(), "<|say|>", "of the two, one is special");
     }
-    // A role alone makes a token too; padding falls back to the end.
+    // A role makes a token even if nothing else names it. Without a padding token, the end token pads.
     let tokenizer =
         load(&word_pieces(), &[("tokenizer_config.json", json!({"eos_token": "<|end|>", "bos_token": "<s>"}))]);
     assert_eq!((tokenizer.end_id(), tokenizer.pad_id()), (Some(TokenId(num)), Some(TokenId(num))));

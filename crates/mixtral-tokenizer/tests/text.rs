@@ -1,4 +1,4 @@
-//! Text as it grows, and texts that may not come up.
+//! Text as it grows, and texts that may not be generated.
 
 mod common;
 
@@ -33,7 +33,7 @@ fn a_wrong_byte_replaces_its_whole_run_as_in_transformers() {
     assert_eq!(text(&[&bytes("ö".as_bytes()), &word]), "ö abc");
     assert_eq!(text(&[&bytes(b"\xC3\xB6\xF0"), &word]), "\u{FFFD}\u{FFFD}\u{FFFD} abc");
     assert_eq!(text(&[&word, &bytes(b"\xF0\x9F")]), "abc\u{FFFD}\u{FFFD}");
-    // Special tokens are not there: the bytes on both sides are one run.
+    // Special tokens are left out, so the bytes on both sides are one run.
     assert_eq!(text(&[&bytes(b"\xC3"), &[TokenId(2)], &bytes(b"\xB6"), &word]), "ö abc");
     assert_eq!(text(&[&[TokenId(1)], &word, &word]), "abc abc");
 }
@@ -48,7 +48,7 @@ fn pieces_come_out_as_soon_as_they_are_certain() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
-    /// All pieces together are the text of all ids, whatever they are, unknown ones included.
+    /// All pieces together are the text of all ids, whatever the ids are. Unknown ids count too.
     #[test]
     fn pieces_are_the_whole(words in any::<bool>(), few in any::<bool>(), ids in prop::collection::vec(0u32..280, 0..24)) {
         thread_local! {
@@ -56,7 +56,7 @@ proptest! {
         }
         TOKENIZERS.with(|tokenizers| {
             let tokenizer = &tokenizers[usize::from(words)];
-            // Few bytes make many characters, whole and cut.
+            // Ids of a few bytes make many characters, complete and incomplete ones.
             let among = [0, 2, 198, 153, 168, 230, 151, 165, 258, 262, 267, 269, 270, 256];
             let id = |id: u32| if few { among[id as usize % among.len()] } else { id };
             let ids: Vec<TokenId> = ids.into_iter().map(id).map(TokenId).collect();
@@ -76,7 +76,8 @@ fn a_word_is_banned_in_whichever_tokens_it_is_written() {
         BadWords::new(&[word.to_owned()], &tokenizer).banned(&before).contains(&id(token))
     };
     for word in ["abc", " abc"] {
-        // After a space that is in the token, in a token of its own, or not there, as after a newline.
+        // After a space that is part of the token, after a space that is a token, or without a space, as after a
+        // newline.
         assert!(bans(word, &["d"], "▁abc"));
         assert!(bans(word, &["▁a"], "bc"));
         assert!(bans(word, &["<0x0A>", "a"], "bc"));

@@ -1,4 +1,5 @@
-//! Ctrl-C and SIGTERM while a directory is written: they leave what a failure leaves, and an exit code as shells give it.
+//! Ctrl-C and SIGTERM while a directory is written: the directory is left as after a failure, and the exit code is the
+//! one that shells use.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,18 +12,19 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 use signal_hook::low_level::exit;
 
-/// A directory that a stage writes, and what it is to be.
+/// A directory that a stage writes, and what kind of directory it becomes.
 #[derive(Clone, Debug)]
 pub struct Output {
     /// The directory.
     pub dir: PathBuf,
-    /// What is written there.
+    /// The kind of output, and so the files that the stage may replace.
     pub ownership: Ownership,
 }
 
 static PENDING: AtomicBool = AtomicBool::new(false);
 
-/// From now on the first signal gives `output` up, cleans and ends the process; a second one ends it at once.
+/// From now on the first signal gives `output` up, cleans up and ends the process. A second signal ends the process at
+/// once.
 pub fn watch(output: Output) -> Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot listen for signals")?;
     let listen = move || {
@@ -50,7 +52,8 @@ fn give_up(Output { dir, ownership }: &Output, signal: i32) -> ! {
     exit(128 + signal)
 }
 
-/// Waits for the end, if a signal came: what fails now fails because the work was given up, and is no news.
+/// If a signal came, waits for the end of the process. Errors from now on come from giving the work up, so nobody needs
+/// to see them.
 pub fn settle() {
     while PENDING.load(Ordering::SeqCst) {
         thread::park();

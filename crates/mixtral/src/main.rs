@@ -1,7 +1,7 @@
 //! `mixtral`: from a Hugging Face checkpoint to text in three stages, `convert` → `build` → `run`.
 //!
-//! [`args`] turns what was typed into validated options, [`stages`] runs one stage with them. Errors are printed here
-//! and nowhere else: exit code 0 is done, 1 the work failed, 2 wrong usage, 130 or 143 interrupted.
+//! [`args`] turns what was typed into validated options, and [`stages`] runs one stage with them. Errors are printed
+//! here and nowhere else. Exit code 0 means done, 1 that the work failed, 2 wrong usage, 130 or 143 interrupted.
 #![forbid(unsafe_code)]
 #![allow(unreachable_pub, reason = "a binary has no outside; pub is what the other modules use")]
 
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(NotParsed::Clap(error)) => {
-            // Help and the short version come this way too; clap knows which is a success.
+            // For clap, help and the short version are errors too. It knows that their exit code is 0.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(WRONG_USAGE));
         }
@@ -80,13 +80,13 @@ fn main() -> ExitCode {
     };
     eprintln!("error: {message}");
     if let Some(Output { dir, ownership }) = output {
-        // What an older output is followed by then, the next stage says.
+        // If an older output is still there, the next stage will say that this run failed.
         note_failure(&dir, ownership, message.lines().next().unwrap_or_default());
     }
     code
 }
 
-/// Whether the reader of our output went away (`mixtral inspect … | head`), which is no failure.
+/// Whether the reader of our output went away (`mixtral inspect … | head`). That is no failure.
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
 }

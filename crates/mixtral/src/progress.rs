@@ -1,4 +1,4 @@
-//! How long work is going: a bar on a terminal, plain lines elsewhere, both on stderr.
+//! Shows the progress of long work on stderr: as a bar on a terminal, as plain lines elsewhere.
 
 use std::io::IsTerminal;
 use std::sync::Mutex;
@@ -11,7 +11,7 @@ use crate::say::{self, Level};
 /// Seconds between two plain lines.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
-/// A bar, or when the next plain line is due.
+/// A bar, or the time at which the next plain line is due.
 struct Shown {
     bar: ProgressBar,
     next_line: Option<Mutex<Instant>>,
@@ -28,7 +28,7 @@ impl Shown {
         Shown { bar, next_line: (!terminal && shown).then(|| Mutex::new(Instant::now() + LINE_EVERY)) }
     }
 
-    /// Whether a plain line is to be printed now, by whoever asks first.
+    /// Whether the caller is to print a plain line now. Only the first thread that asks is told so.
     fn is_line_due(&self) -> bool {
         let Some(Ok(mut next)) = self.next_line.as_ref().map(Mutex::try_lock) else { return false };
         let due = Instant::now() >= *next;
@@ -43,7 +43,7 @@ impl Shown {
 pub struct Bytes(Shown);
 
 impl Bytes {
-    /// Nothing done of nothing.
+    /// Progress at 0 of 0 bytes.
     pub fn new() -> Self {
         Bytes(Shown::new("{bytes} of {total_bytes} [{wide_bar}] {binary_bytes_per_sec}, {eta} left"))
     }
@@ -75,16 +75,16 @@ impl mixtral_checkpoint::Progress for Bytes {
     }
 }
 
-/// Progress of kernels that are compiled.
+/// Progress of compiling kernels.
 pub struct Kernels(Shown);
 
 impl Kernels {
-    /// None of none.
+    /// Progress at 0 of 0 kernels.
     pub fn new() -> Self {
         Kernels(Shown::new("{pos} of {len} kernels [{wide_bar}] {eta} left"))
     }
 
-    /// `done` of `total` are compiled.
+    /// Shows that `done` of `total` kernels are compiled.
     pub fn advance(&self, done: usize, total: usize) {
         self.0.bar.set_length(total as u64);
         self.0.bar.set_position(done as u64);

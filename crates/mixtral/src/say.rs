@@ -1,18 +1,18 @@
-//! What is said on stderr besides errors, and how much of it: `-q` leaves it out, `-v` adds how and how long.
+//! Messages on stderr other than errors. `-q` leaves them out; `-v` adds how things were done and how long they took.
 
 use std::fmt::Display;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Instant;
 
-/// How much is said.
+/// How much is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub enum Level {
     /// Errors alone.
     Quiet,
-    /// Warnings, progress, and a line of what was made.
+    /// Warnings, progress, and a line about what was made.
     Normal,
-    /// Also what was found where, and the time of each part.
+    /// Also which files and libraries were found where, and the time of each part.
     Verbose,
 }
 
@@ -28,28 +28,28 @@ pub fn shows(level: Level) -> bool {
     LEVEL.load(Ordering::Relaxed) >= level as u8
 }
 
-/// Something that the user should know, though the work goes on.
+/// Prints something that the user should know although the work goes on.
 pub fn warning(text: impl Display) {
     if shows(Level::Normal) {
         eprintln!("warning: {text}");
     }
 }
 
-/// What was done.
+/// Prints what was done.
 pub fn note(text: impl Display) {
     if shows(Level::Normal) {
         eprintln!("{text}");
     }
 }
 
-/// How, with what, and for how long.
+/// Prints how it was done, with what, and how long it took.
 pub fn detail(text: impl Display) {
     if shows(Level::Verbose) {
         eprintln!("{text}");
     }
 }
 
-/// `work`, with a detail of how long it took.
+/// Does `work` and prints, as a detail, how long it took.
 pub fn timed<T>(what: impl Display, work: impl FnOnce() -> T) -> T {
     let start = Instant::now();
     let done = work();

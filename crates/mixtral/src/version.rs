@@ -8,7 +8,7 @@ pub const SHORT: &str = match env!("MIXTRAL_COMMIT").is_empty() {
     false => concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("MIXTRAL_COMMIT"), ")"),
 };
 
-/// That, and what CUDA needs, as far as it is found.
+/// The version, and the libraries for CUDA that were found.
 pub fn long() -> String {
     let nvrtc = match Nvrtc::load(&Search::from_environment()) {
         Ok(nvrtc) => format!("{nvrtc:?}"),

@@ -1,4 +1,4 @@
-//! What the libraries warn of goes to stderr, as the binary's own warnings do.
+//! Prints the warnings of our libraries on stderr, like the binary's own.
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
@@ -7,7 +7,7 @@ use crate::say;
 struct Stderr;
 
 impl Log for Stderr {
-    /// Ours alone: other libraries talk of themselves.
+    /// Only our own libraries' warnings: those of other libraries are about themselves.
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.level() <= Level::Warn && metadata.target().starts_with("mixtral")
     }

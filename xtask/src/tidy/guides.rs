@@ -2,7 +2,7 @@
 
 use super::{CODE_MAP, FOLDERS, MAX_CODE_MAP_LINES, Problem};
 
-/// Checks the guide at `path`, relative to the root, as `exists` takes its paths too.
+/// Checks the guide at `path`. This path, and those that `exists` takes, are relative to the root.
 pub(super) fn check(path: &str, text: &str, exists: impl Fn(&str) -> bool) -> Vec<Problem> {
     let mut problems = Vec::new();
     let lines = text.lines().count();
@@ -35,8 +35,8 @@ pub(super) fn check(path: &str, text: &str, exists: impl Fn(&str) -> bool) -> Ve
     problems
 }
 
-/// A line's text with its code spans emptied, and the spans. `in_span` says whether the line starts inside of one,
-/// and afterwards whether it ends so.
+/// A line's text with its code spans emptied, and the spans. `in_span` says whether the line starts inside of a span;
+/// afterwards it says whether the line ends inside of one.
 fn split_spans<'a>(line: &'a str, in_span: &mut bool) -> (String, Vec<&'a str>) {
     let (mut prose, mut spans) = (String::new(), Vec::new());
     for (i, part) in line.split('`').enumerate() {
@@ -51,7 +51,7 @@ fn split_spans<'a>(line: &'a str, in_span: &mut bool) -> (String, Vec<&'a str>) 
     (prose, spans)
 }
 
-/// The targets of `[text](target)`, and of `[text]: target` at the start of a line.
+/// The targets of links: `[text](target)`, and `[text]: target` at the start of a line.
 fn links(prose: &str) -> Vec<&str> {
     let mut targets: Vec<&str> = prose.split("](").skip(1).filter_map(|rest| rest.split([')', ' ']).next()).collect();
     if prose.starts_with('[')
@@ -66,13 +66,14 @@ fn is_relative(target: &str) -> bool {
     !target.contains("://") && !target.starts_with("mailto:")
 }
 
-/// Whether a code span is a path in the workspace: it starts with one of its folders and has no placeholder in it.
+/// Whether a code span is a path in the workspace: it starts with one of the workspace's folders and has no placeholder
+/// in it.
 fn is_path(span: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
     span.split_once('/').is_some_and(|(first, _)| FOLDERS.contains(&first)) && span.chars().all(plain)
 }
 
-/// `relative` as seen from `folder`, without `.` and `..`.
+/// The path `relative` to `folder`, without `.` and `..`.
 fn join(folder: &str, relative: &str) -> String {
     let mut parts: Vec<&str> = folder.split('/').filter(|part| !part.is_empty()).collect();
     for part in relative.split('/') {

@@ -1,10 +1,10 @@
-//! Just enough of Rust's lexical structure to tell code from comments, strings and tests.
+//! Just enough of Rust's lexical rules to tell code from comments, strings and tests.
 
-/// A Rust file with parts of it blanked. Lines and columns stay where they were.
+/// A Rust file with parts of it replaced by spaces. Lines and columns stay where they were.
 pub(super) struct Code {
-    /// Comments blanked.
+    /// The file without comments.
     pub(super) with_strings: String,
-    /// Comments, and what is in strings and character literals, blanked.
+    /// The file without comments and without the contents of strings and character literals.
     pub(super) bare: String,
 }
 
@@ -28,7 +28,7 @@ impl Code {
         Self { with_strings: with_strings.into_iter().collect(), bare: bare.into_iter().collect() }
     }
 
-    /// The code with strings, less the items under `#[cfg(test)]`.
+    /// The code with strings, without the items under `#[cfg(test)]`.
     pub(super) fn without_tests(&self) -> String {
         const TEST: &str = "#[cfg(test)]";
         let bare: Vec<char> = self.bare.chars().collect();
@@ -50,7 +50,7 @@ enum Kind {
     Literal,
 }
 
-/// The end of the token at `at`, and what it is. Code comes a character or a word at a time.
+/// The end of the token at `at`, and its kind. A token of code is one word, or one other character.
 fn token(text: &[char], at: usize) -> (usize, Kind) {
     let rest = &text[at..];
     let starts = |with: &str| with.chars().enumerate().all(|(i, c)| rest.get(i) == Some(&c));
@@ -81,7 +81,7 @@ fn token(text: &[char], at: usize) -> (usize, Kind) {
     (at + word, Kind::Code)
 }
 
-/// The length of the (nesting) comment that `text` starts with.
+/// The length of the block comment that `text` starts with. Block comments nest.
 fn block_comment(text: &[char]) -> usize {
     let (mut depth, mut at) = (0, 0);
     while at < text.len() {
@@ -116,7 +116,7 @@ fn raw_string(text: &[char]) -> Option<usize> {
     Some((hashes + 1..text.len()).find(closes).map_or(text.len(), |at| at + 1 + hashes))
 }
 
-/// The end of the item after `at`: its closing brace, or the semicolon of one without a body.
+/// The end of the item after `at`: its closing brace, or its semicolon if it has no body.
 fn item_end(bare: &[char], at: usize) -> usize {
     let mut depth = 0_usize;
     for (i, c) in bare.iter().enumerate().skip(at) {
@@ -149,7 +149,7 @@ pub(super) fn has_word(line: &str, word: &str) -> bool {
 mod tests {
     use super::*;
 
-    /// The words left of `text` in code with strings, and in bare code.
+    /// The words that remain of `text` in the code with strings, and in the bare code.
     fn words(text: &str) -> (Vec<String>, Vec<String>) {
         let code = Code::of(text);
         assert_eq!(code.bare.chars().count(), text.chars().count(), "nothing moves");

@@ -1,4 +1,4 @@
-//! Rules about packages: what they are built of, and what every manifest says.
+//! Rules about packages: which other packages they may use, and what every manifest must say.
 
 use super::{CRATES, Problem, RESTRICTED};
 use crate::workspace::Package;

@@ -1,5 +1,5 @@
-//! `cargo xtask tidy`: the workspace's rules that no compiler checks. The rules are the tables of this file; how they
-//! are checked is in [`manifests`], [`sources`] and [`guides`].
+//! `cargo xtask tidy`: the workspace's rules that no compiler checks. The tables of this file are the rules;
+//! [`manifests`], [`sources`] and [`guides`] check them.
 
 mod guides;
 mod lexer;
@@ -14,9 +14,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::workspace::Workspace;
 
-/// Every package, and the packages of the workspace that it may be built of (its tests may use any). The reasons
-/// are in ARCHITECTURE.md: `mixtral-build` and `mixtral-runtime` meet only in `mixtral-engine`, backends never see
-/// each other, only the binary knows all, and what is for tests is in no build.
+/// Every package, and the packages of the workspace that it may depend on. Its tests may use any. The reasons are in
+/// ARCHITECTURE.md: `mixtral-build` and `mixtral-runtime` share only `mixtral-engine`, backends never depend on each
+/// other, only the binary depends on everything, and no build contains packages for tests.
 const CRATES: &[(&str, &[&str])] = &[
     ("mixtral-model", &[]),
     ("mixtral-checkpoint", &["mixtral-model"]),
@@ -36,7 +36,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("xtask", &[]),
 ];
 
-/// All that a user's build holds.
+/// All packages that a user's build contains.
 const PRODUCT: &[&str] = &[
     "mixtral-model",
     "mixtral-checkpoint",
@@ -51,10 +51,11 @@ const PRODUCT: &[&str] = &[
     "mixtral-comm",
 ];
 
-/// Dependencies from outside that only some packages may have. Libraries have typed errors.
+/// Dependencies from outside that only some packages may have. `anyhow` is not for libraries, since those have typed
+/// errors.
 const RESTRICTED: &[(&str, &[&str])] = &[("anyhow", &["mixtral", "fuzz", "xtask"])];
 
-/// The files and folders that may hold unsafe code. Their crates deny it elsewhere, all others forbid it.
+/// The files and folders that may contain unsafe code. Their crates deny it elsewhere; all other crates forbid it.
 const UNSAFE: &[&str] = &[
     "crates/mixtral-checkpoint/src/map.rs",
     "crates/mixtral-cpu/src/simd/",
@@ -63,11 +64,11 @@ const UNSAFE: &[&str] = &[
     "crates/mixtral-kernels/src/nvrtc.rs",
 ];
 
-/// Pieces of Hugging Face's tensor names, and the crates whose code may have them (tests may too).
+/// Parts of Hugging Face's tensor names, and the crates whose code may contain them. Tests may contain them too.
 const HUGGING_FACE: &[&str] = &["model.layers.", "block_sparse_moe", "self_attn"];
 const KNOWS_HUGGING_FACE: &[&str] = &["crates/mixtral-convert/", "crates/mixtral-testkit/"];
 
-/// What no Rust file has, tests included, and what to do about it.
+/// Texts that no Rust file may contain, not even tests, and what to do instead.
 const BANNED: &[(&str, &str)] = &[
     ("todo!", "write it, or return a typed error"),
     ("unimplemented!", "write it, or return a typed error"),
@@ -76,30 +77,31 @@ const BANNED: &[(&str, &str)] = &[
     ("cfg(feature", "there is one feature set"),
 ];
 
-/// What a `lib.rs` has none of: it is documentation, modules and re-exports.
+/// Words that a `lib.rs` may not contain: it has documentation, modules and re-exports only.
 const NOT_IN_LIB: &[&str] = &["fn", "impl", "macro_rules"];
 
-/// Lines a source file may have.
+/// The most lines that a source file may have.
 const MAX_FILE_LINES: usize = 800;
 
-/// The code map, and the lines it may have.
+/// The code map, and the number of lines that it must stay below.
 const CODE_MAP: &str = "ARCHITECTURE.md";
 const MAX_CODE_MAP_LINES: usize = 300;
 
-/// The folders of the workspace. Nothing else in a working copy is looked at, so stray files cannot fail the check.
+/// The folders of the workspace. Files outside of them are not checked, so that a stray file in a working copy is no
+/// error.
 const FOLDERS: &[&str] = &["crates", "kernels", "xtask", "examples", "fuzz", "tests", "benches", "docs"];
 
-/// Folders inside those that hold what was generated.
+/// Folders inside those that contain generated files.
 const GENERATED: &[&str] = &["target", "corpus", "__pycache__", "tllm_checkpoint", "engine_outputs"];
 
-/// Files that count as source.
+/// Extensions of source files.
 const SOURCES: &[&str] = &["rs", "py", "c", "cu", "cuh", "h", "toml"];
 
 /// A broken rule: where, and what to do.
 #[derive(Debug, PartialEq, Eq)]
 struct Problem {
     file: String,
-    /// Counted from 1; nothing when it is about the whole file.
+    /// Counted from 1; `None` if the problem is about the whole file.
     line: Option<usize>,
     message: String,
 }
@@ -119,7 +121,7 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Checks every rule and lists all that is broken.
+/// Checks every rule and prints every broken one.
 pub(crate) fn tidy(workspace: &Workspace) -> Result<()> {
     let files = files(&workspace.root)?;
     let read = |file: &str| fs::read_to_string(workspace.root.join(file)).with_context(|| format!("reading {file}"));

@@ -23,7 +23,8 @@ pub(super) fn check(path: &str, text: &str) -> Vec<Problem> {
     problems
 }
 
-/// Unsafe code stands in the files that may hold it, and each crate's root says so to the compiler.
+/// Checks that unsafe code is only in the files that may contain it, and that each crate's root makes the compiler
+/// check this.
 fn unsafe_code(path: &str, bare: &str) -> Vec<Problem> {
     let mut problems = Vec::new();
     if !UNSAFE.iter().any(|allowed| path.starts_with(allowed)) {
@@ -44,7 +45,7 @@ fn unsafe_code(path: &str, bare: &str) -> Vec<Problem> {
     problems
 }
 
-/// Foreign names end in the crates that translate them.
+/// Checks that Hugging Face's names appear only in the crates that translate them.
 fn hugging_face_names(path: &str, code: &Code) -> Vec<Problem> {
     let is_test = path.ends_with("/tests.rs") || path.split('/').any(|part| part == "tests" || part == "benches");
     if !path.starts_with("crates/") || is_test || KNOWS_HUGGING_FACE.iter().any(|known| path.starts_with(known)) {

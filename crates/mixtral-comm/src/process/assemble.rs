@@ -1,5 +1,5 @@
-//! How the ranks of a job come together: rank 0 gathers who is there, gives everyone the roster, and says go when each
-//! is connected to each.
+//! How the ranks of a job come together. The others call rank 0. It sends all of them the roster, and says go when all
+//! ranks are connected to each other.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpStream, ToSocketAddrs};
@@ -17,22 +17,22 @@ use crate::Death;
 use crate::launch::{Meeting, Process};
 use crate::world::host_name;
 
-/// How long rank 0, having refused a job, waits to tell those who are still coming.
+/// When rank 0 has refused a job, it waits this long to tell ranks that are still coming.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// How much longer than rank 0 the others wait, so that its reason for giving up reaches them.
+/// The other ranks wait this much longer than rank 0, so that its reason for giving up reaches them.
 const GRACE: Duration = Duration::from_secs(5);
 
-/// Calls of one rank to another before it counts as out of reach.
+/// After this many failed calls, a rank counts as out of reach.
 const CALLS: usize = 3;
 
 /// Ranks that have come together.
 pub(super) struct Assembled {
     pub(super) rank: usize,
     pub(super) members: Vec<Member>,
-    /// Of rank 0: a connection to each other rank. Of another rank: one to rank 0.
+    /// On rank 0, a connection to each other rank. On another rank, one connection to rank 0.
     pub(super) control: Vec<Control>,
-    /// Data connections by rank; none to this rank itself.
+    /// Data connections by rank; `None` for this rank itself.
     pub(super) mesh: Vec<Option<TcpStream>>,
     pub(super) sender: Sender<Event>,
     pub(super) events: Receiver<Event>,
@@ -40,7 +40,7 @@ pub(super) struct Assembled {
 
 pub(super) struct Control {
     pub(super) rank: usize,
-    /// The name of its events.
+    /// The number that its events carry.
     pub(super) connection: usize,
     pub(super) stream: TcpStream,
 }
@@ -107,7 +107,7 @@ fn host(start: Start<'_>, path: &Path) -> Result<Assembled, JoinError> {
         start,
     };
     let members = host.gather(&door);
-    // Who comes later than this finds nothing.
+    // The door closes here, so a rank that comes later finds nothing.
     let members = members.inspect_err(|error| host.refuse(error))?;
     drop((published, door));
     let Host { start, joined, mesh, .. } = host;
@@ -115,7 +115,7 @@ fn host(start: Start<'_>, path: &Path) -> Result<Assembled, JoinError> {
     Ok(Assembled { rank: 0, members, control, mesh, sender: start.sender, events: start.events })
 }
 
-/// Rank 0's door, and on one host the notice that leads to it.
+/// Opens rank 0's door. On one host, also publishes the notice that tells where it is.
 fn open_to_all(start: &Start<'_>, path: &Path) -> Result<(Door, Option<Published>), JoinError> {
     match &start.process.meeting {
         Meeting::File => {
@@ -191,7 +191,8 @@ impl Host<'_> {
         match event {
             Event::Joined { stream, join, connection } => self.admit(stream, join, connection),
             Event::Meshed { stream, from } => {
-                // A second one, or one of a rank that does not exist, is a mistake of a rank of ours; the first stays.
+                // A second connection, or one of a rank that does not exist, is a mistake of one of our ranks. The
+                // first connection stays.
                 if let Some(place @ None) = self.mesh.get_mut(from) {
                     *place = Some(stream);
                 }
@@ -221,7 +222,7 @@ impl Host<'_> {
         let Join { rank, world_size, identity, pid, host, port } = join;
         self.largest_world = self.largest_world.max(world_size);
         let expected = self.joined.len();
-        // Told like everyone else, whatever is wrong with it.
+        // The rank is told why it is refused, whatever is wrong with it.
         let refused = |error: JoinError| {
             let _ = Message::Refused(error.to_string()).write(&stream);
             Err(error)
@@ -243,7 +244,7 @@ impl Host<'_> {
             let (found, expected) = (short(&identity), short(&self.start.options.identity));
             return refused(JoinError::Identity { rank, host, pid, found, expected });
         }
-        // A connection that is closed already is reported as gone.
+        // If the connection is closed already, an event of its own reports that.
         let ip = stream.peer_addr().map_or(IpAddr::V4(Ipv4Addr::LOCALHOST), |address| address.ip());
         let member = Member { host, pid, address: SocketAddr::new(ip, port) };
         self.joined[rank] = Some(Guest { control: Control { rank, connection, stream }, member });
@@ -261,14 +262,14 @@ impl Host<'_> {
         JoinError::Missing { missing, what, world_size: self.joined.len(), seconds }
     }
 
-    /// A rank that does not hear it is gone, and that is an event of its own.
+    /// Sends a message to all. A failed write is ignored: that rank is gone, and an event of its own reports it.
     fn tell_all(&self, message: &Message) {
         for guest in self.joined.iter().flatten() {
             let _ = message.write(&guest.control.stream);
         }
     }
 
-    /// Tells everyone why there will be no job, those who come in the next moments included.
+    /// Tells all ranks why there will be no job, and waits a moment to tell those that are still coming.
     fn refuse(&mut self, error: &JoinError) {
         let refused = Message::Refused(error.to_string());
         self.tell_all(&refused);
@@ -302,7 +303,7 @@ fn guest(mut start: Start<'_>, path: &Path) -> Result<Assembled, JoinError> {
     let listener = thread::Builder::new().name("rank 0's messages".to_owned());
     listener.spawn(move || listen(clone, 0, &events)).map_err(io)?;
 
-    // Rank 0 decides when it has been enough, and says so.
+    // Rank 0 decides when the wait is over and tells the others, so this rank waits longer than rank 0.
     start.deadline = Instant::now() + start.options.start_limit + 2 * start.options.greeting_limit + GRACE;
     let mut guest = GuestStart {
         mesh: (0..start.process.world_size).map(|_| None).collect(),
@@ -334,7 +335,7 @@ fn guest(mut start: Start<'_>, path: &Path) -> Result<Assembled, JoinError> {
             };
             if !matches!(error, JoinError::Refused(_) | JoinError::HostEnded { .. }) {
                 let _ = Message::Failed(reason).write(&stream);
-                // Until rank 0 has read it, which it shows by refusing or closing.
+                // Wait until rank 0 has read it. It then refuses or closes the connection.
                 start.deadline = Instant::now() + LINGER;
                 while !start.is_late() {
                     let answer = start.next();
@@ -344,7 +345,7 @@ fn guest(mut start: Start<'_>, path: &Path) -> Result<Assembled, JoinError> {
                 }
             }
             if let JoinError::HostEnded { .. } = error {
-                // If rank 0 was killed, its notice is still there.
+                // If rank 0 was killed, its notice is still there and has to be removed.
                 notice::remove_stale(path, Duration::from_secs(1));
             }
             Err(error)
@@ -408,7 +409,7 @@ fn reach_host(start: &Start<'_>, path: &Path) -> Result<(TcpStream, Secret), Joi
     }
 }
 
-/// A rank between its joining and its going.
+/// A rank that has joined and waits for rank 0's go.
 struct GuestStart<'a> {
     start: &'a Start<'a>,
     stream: &'a TcpStream,
@@ -460,11 +461,11 @@ impl GuestStart<'_> {
         }
     }
 
-    /// A data connection to a rank that joined before.
+    /// Opens a data connection to a rank of the roster.
     fn call(&self, other: usize) -> Result<TcpStream, JoinError> {
         let mut address = if other == 0 { self.host_address } else { self.members[other].address };
         if address.ip().is_loopback() {
-            // On rank 0's host, which has an address that this rank can reach.
+            // That rank is on rank 0's host, so it has the address by which this rank reached rank 0.
             address.set_ip(self.host_address.ip());
         }
         let from = self.start.process.rank;

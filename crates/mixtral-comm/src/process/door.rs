@@ -1,5 +1,5 @@
-//! Where a process meets the others: a listener that lets in ranks of the job only, the other side that calls, and the
-//! events that come of it.
+//! How processes connect: a listener that lets in only ranks of the job, the caller's side, and the events that they
+//! cause.
 
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -16,24 +16,25 @@ use super::greeting::{Secret, Stranger, greet_caller, greet_door};
 use super::wire::{Join, Message};
 use crate::Death;
 
-/// Connections that may be in the middle of their greeting at once. More are closed at once; a rank calls again.
+/// How many connections may be in the middle of their greeting. Further ones are closed immediately; a rank then calls
+/// again.
 const MAX_GREETINGS: usize = 256;
 
-/// How often a listener looks whether it is still needed.
+/// How often a listener checks whether it is still needed.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// What happens to a process, from whichever thread learns of it.
+/// Something that happened to a process, sent by the thread that learned of it.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// A rank has come to rank 0. Its messages follow as [`Event::Message`], under its connection.
+    /// A rank has joined at rank 0. Its messages follow as [`Event::Message`] with the same `connection`.
     Joined { stream: TcpStream, join: Join, connection: usize },
-    /// A rank's data connection.
+    /// A rank has opened a data connection.
     Meshed { stream: TcpStream, from: usize },
-    /// A control message.
+    /// A control message has come.
     Message { connection: usize, message: Message },
-    /// A control connection is no more.
+    /// A control connection has closed.
     Gone { connection: usize, reason: Death },
-    /// Someone who is no rank of this job has been shown out.
+    /// A caller that is no rank of this job was refused.
     Stranger { address: String, reason: Stranger },
     /// A data connection broke without a goodbye.
     MeshBroken { rank: usize },
@@ -59,8 +60,8 @@ impl Drop for Door {
 }
 
 impl Door {
-    /// Listens; whoever proves to be of the job becomes an event. A stranger's silence ends after `patience`, and
-    /// holds up nobody.
+    /// Listens. A caller that proves to be of the job becomes an event. A caller that stays silent is refused after
+    /// `patience`; meanwhile others are let in.
     pub(crate) fn open(
         address: SocketAddr,
         secret: Secret,
@@ -79,7 +80,7 @@ impl Door {
                     continue;
                 }
                 let Ok((stream, address)) = listener.accept() else {
-                    // Out of descriptors, perhaps: not worth a busy loop.
+                    // The process may be out of descriptors. The pause avoids a busy loop.
                     thread::sleep(Duration::from_millis(10));
                     continue;
                 };
@@ -94,7 +95,7 @@ impl Door {
                     greetings.fetch_sub(1, Ordering::AcqRel);
                     serve(stream, address, connection, first, &events);
                 };
-                // Without a thread for it, the visitor is dropped and calls again.
+                // If no thread can be started, the connection is closed and the rank calls again.
                 let _ = thread::Builder::new().name("visitor".to_owned()).spawn(visit);
             }
         };
@@ -108,7 +109,7 @@ fn is_waiting(listener: &TcpListener) -> bool {
     matches!(poll(&mut [PollFd::new(&listener.as_fd(), PollFlags::IN)], limit.as_ref()), Ok(1))
 }
 
-/// The visitor's first message, if it is of this job.
+/// The caller's first message, if it is of this job.
 fn let_in(stream: &TcpStream, secret: &Secret, patience: Duration) -> Result<Message, Stranger> {
     stream.set_nonblocking(false)?;
     set_up(stream, patience)?;
@@ -123,7 +124,7 @@ fn serve(
     first: Result<Message, Stranger>,
     events: &Sender<Event>,
 ) {
-    // A receiver that is gone has no more use for events.
+    // If the receiver is gone, nobody needs the events.
     let ready = stream.set_read_timeout(None).and_then(|()| stream.set_write_timeout(None));
     let _ = match (first, ready, stream.try_clone()) {
         (Ok(Message::Join(join)), Ok(()), Ok(clone)) => {
@@ -142,7 +143,7 @@ fn serve(
     };
 }
 
-/// Turns what comes on a control connection into events, until it closes.
+/// Turns the messages of a control connection into events until it closes.
 pub(crate) fn listen(stream: TcpStream, connection: usize, events: &Sender<Event>) {
     let reason = loop {
         match Message::read(&stream) {
@@ -163,7 +164,7 @@ pub(crate) fn listen(stream: TcpStream, connection: usize, events: &Sender<Event
 pub(crate) fn call(address: SocketAddr, secret: &Secret, patience: Duration) -> Result<TcpStream, Stranger> {
     let stream = TcpStream::connect_timeout(&address, patience)?;
     if stream.local_addr()? == stream.peer_addr()? {
-        // On one host, TCP can connect a port that nobody listens on to itself.
+        // On one host, TCP can connect a port to itself if nobody listens on it.
         return Err(io::Error::from(io::ErrorKind::ConnectionRefused).into());
     }
     set_up(&stream, patience)?;
@@ -178,7 +179,7 @@ fn set_up(stream: &TcpStream, patience: Duration) -> io::Result<()> {
     stream.set_write_timeout(Some(patience))
 }
 
-/// What is left until `deadline`, at least a millisecond, because a timeout of none is not allowed.
+/// The time left until `deadline`, but at least a millisecond, because a timeout of zero is not allowed.
 pub(crate) fn until(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1))
 }

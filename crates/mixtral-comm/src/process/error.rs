@@ -10,7 +10,7 @@ pub enum JoinError {
     /// Rank 0's reason.
     #[error("{0}")]
     Refused(String),
-    /// Two ranks think of different worlds.
+    /// Two ranks were started for worlds of different sizes.
     #[error(
         "rank {rank} on {host} (process {pid}) was started for a world of {found}, rank 0 for a world of {expected}; \
          start every rank with the same number of ranks"
@@ -80,17 +80,17 @@ pub enum JoinError {
         host: String,
         /// Its process.
         pid: u32,
-        /// What became of it.
+        /// What happened to it.
         reason: Death,
     },
-    /// Rank 0 is not to be found.
+    /// Rank 0 was not found.
     #[error("rank 0 was not reached at {place} within {seconds} s ({last}); {hint}")]
     NoHost {
         /// The rendezvous file or address.
         place: String,
         /// The limit.
         seconds: u64,
-        /// What the last attempt met.
+        /// How the last attempt failed.
         last: String,
         /// What to try.
         hint: &'static str,
@@ -152,7 +152,7 @@ pub enum JoinError {
         host: String,
         /// Its address.
         address: String,
-        /// The last attempt's end.
+        /// How the last attempt failed.
         error: String,
     },
     /// Rank 0 ended while the job was starting.

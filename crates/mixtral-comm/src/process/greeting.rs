@@ -1,20 +1,20 @@
-//! How two processes make sure that they belong to one job: each proves that it knows the job's secret by hashing what
-//! the other made up a moment ago, so that the secret itself never travels and nothing heard can be used again.
-//! Afterwards the connection is trusted; it is not encrypted.
+//! How two processes prove to each other that they belong to one job. Each sends random bytes, and the other hashes
+//! them together with the job's secret. So the secret itself never travels, and a proof that was overheard cannot be
+//! used again. Afterwards the connection is trusted. It is not encrypted.
 
 use std::io::{self, Read, Write};
 
 use blake3::Hash;
 
-/// The first bytes of either side, with the protocol's version.
+/// The first bytes that either side sends. They contain the protocol's version.
 const MAGIC: [u8; 16] = *b"mixtral-comm 1\r\n";
 
-/// What one job's ranks know, and no stranger.
+/// The secret that all ranks of a job know, and no stranger does.
 #[derive(Clone)]
 pub(crate) struct Secret([u8; 32]);
 
 impl Secret {
-    /// From text or random bytes of any length.
+    /// Makes a secret from text or random bytes of any length.
     pub(crate) fn new(secret: &[u8]) -> Self {
         Self(blake3::derive_key("mixtral-comm 2026-11 the ranks of one job", secret))
     }
@@ -42,7 +42,7 @@ pub(crate) enum Stranger {
     Io(#[from] io::Error),
 }
 
-/// The side that listens: greets first, and tells a caller with another secret so.
+/// Greets from the side that listens. It greets first, and it tells a caller with another secret that it has one.
 pub(crate) fn greet_caller(mut stream: impl Read + Write, secret: &Secret) -> Result<(), Stranger> {
     let mine = random()?;
     stream.write_all(&[&MAGIC[..], &mine].concat())?;
@@ -56,7 +56,7 @@ pub(crate) fn greet_caller(mut stream: impl Read + Write, secret: &Secret) -> Re
     Ok(())
 }
 
-/// The side that calls.
+/// Greets from the side that calls.
 pub(crate) fn greet_door(mut stream: impl Read + Write, secret: &Secret) -> Result<(), Stranger> {
     expect_magic(&mut stream)?;
     let (theirs, mine) = (read_32(&mut stream)?, random()?);
@@ -87,7 +87,7 @@ mod tests {
 
     use super::*;
 
-    /// Both sides' outcomes.
+    /// The results of both sides.
     fn greet(door: &str, caller: &str) -> (Result<(), Stranger>, Result<(), Stranger>) {
         let (here, there) = UnixStream::pair().unwrap();
         let secret = Secret::new(door.as_bytes());

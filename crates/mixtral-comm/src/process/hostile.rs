@@ -1,4 +1,4 @@
-//! The readers of foreign bytes, and that what they accept is written as it was read.
+//! The readers of foreign bytes, for fuzzing. They also check that a value they accept is written as it was read.
 
 use std::io::{self, Read, Write};
 
@@ -6,21 +6,21 @@ use super::greeting::{Secret, greet_caller, greet_door};
 use super::notice::Notice;
 use super::wire::{Frame, Message};
 
-/// A control message with its length before it.
+/// Reads control messages, each behind its length.
 ///
 /// # Panics
-/// If a message that was read is written as another.
+/// If a message is written differently from how it was read.
 pub fn message(mut bytes: &[u8]) {
     while let Ok(message) = Message::read(&mut bytes) {
-        // Texts that are too long are cut when they are written, but none that long can be read.
+        // Writing cuts texts that are too long, but no text that long can be read.
         assert_eq!(Message::parse(&message.encode()), Ok(message));
     }
 }
 
-/// What stands before every message between two ranks.
+/// Reads the frame that stands before every message between two ranks.
 ///
 /// # Panics
-/// If a frame that was read is written as another.
+/// If a frame is written differently from how it was read.
 pub fn frame(bytes: &[u8]) {
     let Some(bytes) = bytes.first_chunk() else { return };
     if let Ok(frame) = Frame::parse(bytes) {
@@ -28,24 +28,25 @@ pub fn frame(bytes: &[u8]) {
     }
 }
 
-/// The rendezvous file.
+/// Reads the rendezvous file.
 pub fn notice(bytes: &[u8]) {
     if let Ok(text) = std::str::from_utf8(bytes) {
         let _ = Notice::parse(text);
     }
 }
 
-/// The other side of a greeting, to either side of ours. Nobody guesses the secret, so it must be refused.
+/// Greets a stranger that sends these bytes, once as the side that listens and once as the side that calls. The
+/// stranger does not know the secret, so it must be refused.
 ///
 /// # Panics
-/// If it is not.
+/// If it is not refused.
 pub fn greeting(bytes: &[u8]) {
     let secret = Secret::new(b"of the job");
     assert!(greet_caller(Stranger(bytes), &secret).is_err());
     assert!(greet_door(Stranger(bytes), &secret).is_err());
 }
 
-/// Says its bytes, whatever it is told.
+/// Sends its bytes, whatever it receives.
 struct Stranger<'a>(&'a [u8]);
 
 impl Read for Stranger<'_> {

@@ -1,5 +1,5 @@
-//! The data connections: one between any two ranks, written by the rank's thread and read by a thread of its own, which
-//! keeps the sender from waiting for the receiver.
+//! The data connections, one between any two ranks. The rank's thread writes to them. A separate thread reads each, so
+//! that a sender need not wait for the receiver.
 
 use std::io::{self, Read, Write};
 use std::net::TcpStream;
@@ -12,7 +12,7 @@ use crate::CommError;
 use crate::endpoint::Buffers;
 use crate::inbox::{Inbox, Key, Op};
 
-/// Messages up to this size leave in one write with their frame.
+/// Messages up to this size are sent in one write with their frame.
 const ONE_WRITE_BYTES: usize = 64 << 10;
 
 /// The writing end of a data connection.
@@ -26,7 +26,7 @@ pub(crate) struct Wire {
 #[derive(Debug)]
 struct Writer {
     stream: TcpStream,
-    /// Frame and message of a small message.
+    /// Holds frame and bytes of a small message.
     scratch: Vec<u8>,
 }
 
@@ -35,7 +35,8 @@ impl Wire {
         Self { rank, writer: Mutex::new(Writer { stream, scratch: Vec::new() }), events }
     }
 
-    /// Sends a message. If the connection is broken, the error is that of the job's end, which is on its way.
+    /// Sends a message. If the connection is broken, waits until the reason for the job's end is known, and returns
+    /// that.
     pub(crate) fn send(&self, key: Key, bytes: &[u8], inbox: &Inbox) -> Result<(), CommError> {
         if let Some(failure) = inbox.failure() {
             return Err(failure);
@@ -47,13 +48,13 @@ impl Wire {
         if sent.is_ok() {
             return Ok(());
         }
-        // The watch finds out who is to blame; it may not have noticed that anything is wrong.
+        // The watch finds out which rank failed. It may not have noticed yet that the connection broke, so it is told.
         let _ = self.events.send(Event::MeshBroken { rank: self.rank });
         inbox.await_end()?;
         Err(CommError::Finished { rank: self.rank })
     }
 
-    /// Says that nothing more will come. That the other side does not hear it any more is no failure.
+    /// Tells the other side that nothing more will come. If the other side is gone already, that is no failure.
     pub(crate) fn goodbye(&self) {
         let _ = self.lock().send(Frame::Goodbye, &[]);
     }
@@ -76,7 +77,7 @@ impl Writer {
     }
 }
 
-/// Puts what comes from `rank` into the inbox until it says goodbye or the connection breaks.
+/// Puts the messages of `rank` into the inbox until it says goodbye or the connection breaks.
 pub(crate) fn read(mut stream: TcpStream, rank: usize, inbox: &Inbox, events: &Sender<Event>) {
     let buffers = Buffers::default();
     let broken = loop {
@@ -89,9 +90,10 @@ pub(crate) fn read(mut stream: TcpStream, rank: usize, inbox: &Inbox, events: &S
             Ok(Frame::Goodbye) => break false,
             Err(_) => break true,
         };
-        // What is received is the caller's to keep; what is gathered is copied out, and its buffer used again.
+        // The caller keeps a received message, so it gets a new buffer. Parts of collectives are copied out, so their
+        // buffers are used again.
         let mut body = if key.op == Op::Send { Vec::new() } else { buffers.take() };
-        // Grows with what arrives, whatever the frame says.
+        // The buffer grows with the bytes that arrive, whatever length the frame claims.
         match (&mut stream).take(bytes as u64).read_to_end(&mut body) {
             Ok(read) if read == bytes => {}
             _ => break true,

@@ -1,13 +1,13 @@
-//! Every rank a process of its own, on one host or several.
+//! Runs every rank in a process of its own, on one host or several.
 //!
-//! Rank 0 listens; the others call it and tell who they are. When all are there and agree, they connect to each other,
-//! rank 0 says go, and nobody listens any more. Data goes straight between any two ranks. The connections to rank 0 stay
-//! open for heartbeats, from a thread that never computes: one that closes is a death at once, one that is silent for too
-//! long a stall, and rank 0 tells everyone who it was.
+//! Rank 0 listens. The others call it and tell who they are. When all have come and agree, they connect to each other,
+//! rank 0 says go, and all stop listening. Data goes directly between any two ranks. The connections to rank 0 stay
+//! open for heartbeats, which a thread sends that never computes. If such a connection closes, the rank counts as dead
+//! immediately. If it is silent for too long, the rank counts as stalled. Rank 0 tells all others which rank it was.
 //!
-//! Who may join is decided by a secret, which never travels. On one host it is in the rendezvous file beside the port,
-//! readable by the user alone; across hosts it is the text of `MIXTRAL_SECRET`. Connections are not encrypted: they belong
-//! on a network that is trusted with the model's activations.
+//! Only a rank that knows the secret may join; the secret itself never travels. On one host it is in the rendezvous
+//! file, beside the port, and only the user can read that file. Across hosts it is the text of `MIXTRAL_SECRET`.
+//! Connections are not encrypted, so use them only on a network that you trust with the model's activations.
 //!
 //! Reading order: `wire` (the messages), `greeting` (the secret), `notice` (the file), `door` (listening and calling),
 //! `assemble` (the start), `mesh` (data), `watch` (who is alive), `signals`.
@@ -39,19 +39,20 @@ pub use error::JoinError;
 /// How to join.
 #[derive(Clone)]
 pub struct JoinOptions {
-    /// What every rank must present alike: the engine's run id.
+    /// The engine's run id, hashed. It must be the same on every rank.
     pub identity: [u8; 32],
-    /// Where the rendezvous file is: the user's runtime folder (`XDG_RUNTIME_DIR`), or else the folder for temporary files.
+    /// The folder of the rendezvous file: the user's runtime folder (`XDG_RUNTIME_DIR`), or else the folder for
+    /// temporary files.
     pub directory: PathBuf,
-    /// How long rank 0 waits for the others, and they for it: 60 s.
+    /// How long rank 0 waits for the others, and they wait for it: 60 s.
     pub start_limit: Duration,
-    /// How long a caller may take to prove that it is of the job: 10 s.
+    /// How long a caller may take to prove that it belongs to the job: 10 s.
     pub greeting_limit: Duration,
-    /// Between heartbeats: 2 s.
+    /// Time between heartbeats: 2 s.
     pub heartbeat: Duration,
-    /// Silence that counts as a stall: 30 s.
+    /// How long a rank may be silent before it counts as stalled: 30 s.
     pub stall_limit: Duration,
-    /// What to do with a warning: print it to standard error.
+    /// What to do with a warning. By default it is printed to standard error.
     pub warn: Arc<dyn Fn(&str) + Send + Sync>,
 }
 
@@ -77,10 +78,10 @@ impl fmt::Debug for JoinOptions {
     }
 }
 
-/// Joins the other ranks, runs `rank_main`, and ends together with them: this returns a value only if every rank's
-/// `rank_main` did. An error or panic here ends every other rank's calls with [`CommError::Dead`](crate::CommError::Dead),
-/// and theirs ends this one's. So do SIGTERM and SIGINT, which are handled from the call on and, the second time, end the
-/// process as they always do.
+/// Joins the other ranks, runs `rank_main`, and ends together with them: it returns a value only if every rank's
+/// `rank_main` did. An error or panic on this rank ends every other rank's calls with
+/// [`CommError::Dead`](crate::CommError::Dead), and theirs end this rank's. SIGTERM and SIGINT do the same; this call
+/// starts to handle them. A second signal ends the process as usual.
 pub fn run<T, E: Display>(
     process: &Process,
     options: &JoinOptions,

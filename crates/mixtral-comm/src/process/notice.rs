@@ -1,5 +1,5 @@
-//! How the ranks of one host find rank 0: a notice with its port and a secret, in a file that only its user can read.
-//! It is there only while the ranks assemble.
+//! How the ranks of one host find rank 0: by a notice with its port and a secret, in a file that only its user can
+//! read. The file exists only while the ranks assemble.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
@@ -15,49 +15,49 @@ use crate::world::host_name;
 
 const FIRST_LINE: &str = "mixtral rendezvous 1";
 
-/// A notice is some 200 bytes.
+/// A notice has about 200 bytes.
 const MAX_BYTES: u64 = 4096;
 
 /// What rank 0 publishes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Notice {
-    /// Rank 0's process, and when it started: process ids are used again.
+    /// Rank 0's process, and when it started. The start tells it from a later process with the same id.
     pub(crate) pid: u32,
     started: u64,
-    /// The host and its network, for a file in a folder that several hosts or containers share.
+    /// The host and its network, in case several hosts or containers share the folder.
     pub(crate) machine: String,
     /// Where rank 0 listens, on the loopback.
     pub(crate) port: u16,
     pub(crate) secret: [u8; 32],
 }
 
-/// What a rank finds at the place of the notice.
+/// What a rank finds where the notice should be.
 #[derive(Debug)]
 pub(crate) enum Found {
-    /// Rank 0 has not published, or what is there was left behind by a process that is gone.
+    /// Rank 0 has not published a notice yet, or the notice was left behind by a process that is gone.
     Nothing,
-    /// A live process's notice.
+    /// The notice of a live process.
     Notice(Notice),
-    /// Something that is no notice of this user.
+    /// Something that is not a notice of this user.
     Foreign(&'static str),
 }
 
 /// Why a notice cannot be published.
 #[derive(Debug)]
 pub(crate) enum NotPublished {
-    /// The live process that has published one for the same job.
+    /// This live process has published a notice for a job of the same name.
     Busy(u32),
     Foreign(&'static str),
     Io(io::Error),
 }
 
-/// The published notice; removed when dropped.
+/// A published notice, removed when dropped.
 #[derive(Debug)]
 pub(crate) struct Published(PathBuf);
 
 impl Drop for Published {
     fn drop(&mut self) {
-        // If it is gone already, so much the better.
+        // The file may be gone already.
         let _ = fs::remove_file(&self.0);
     }
 }
@@ -70,7 +70,7 @@ pub(crate) fn path(directory: &Path, job: &str) -> PathBuf {
     directory.join(format!("mixtral-{user}-{job}.rendezvous"))
 }
 
-/// This host and its network, as [`Notice::machine`] has it.
+/// This host and its network, in the form of [`Notice::machine`].
 pub(crate) fn machine() -> String {
     let network = fs::read_link("/proc/self/ns/net").unwrap_or_default();
     format!("{} {}", host_name().replace(char::is_whitespace, "_"), network.display()).trim().to_owned()
@@ -82,16 +82,16 @@ impl Notice {
         Self { pid, started: started(pid).unwrap_or(0), machine: machine(), port, secret }
     }
 
-    /// Puts the notice at `path`, in place of one that was left behind.
+    /// Puts the notice at `path`, and replaces one that was left behind.
     pub(crate) fn publish(&self, path: &Path) -> Result<Published, NotPublished> {
         let mut draft = path.as_os_str().to_owned();
         draft.push(format!(".{}", self.pid));
         let draft = Published(draft.into());
-        // A draft of this process id can only be left behind.
+        // A draft with this process id can only be one that was left behind.
         let _ = fs::remove_file(&draft.0);
         self.write(&draft.0).map_err(NotPublished::Io)?;
         for _ in 0..8 {
-            // A link, unlike a rename, fails if another process was faster.
+            // A link fails if another process was faster; a rename would not.
             match fs::hard_link(&draft.0, path) {
                 Ok(()) => return Ok(Published(path.to_owned())),
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
@@ -131,11 +131,12 @@ impl Notice {
             port: value("port")?.parse().ok()?,
             secret: *blake3::Hash::from_hex(value("secret")?).ok()?.as_bytes(),
         };
-        // The form is exact, so that a half-written or edited notice is none.
+        // Only the exact form counts, so a half-written or edited notice is refused.
         (notice.to_text() == text).then_some(notice)
     }
 
-    /// True if the process that published it runs no more. Of another machine's process nothing is known.
+    /// Whether the process that published it no longer runs. Nothing is known about a process of another machine, so
+    /// its notice is never stale.
     fn is_stale(&self) -> bool {
         self.machine == machine() && !is_alive(self.pid, self.started)
     }
@@ -166,8 +167,8 @@ pub(crate) fn find(path: &Path) -> io::Result<Found> {
     })
 }
 
-/// Removes the notice of a process that died before it could, so that nothing is left behind. A process's connections
-/// close a little before it counts as dead, so this looks again for up to `patience`.
+/// Removes the notice of a process that died before it could remove the notice itself. A process's connections close a
+/// little before it counts as dead, so this looks again for up to `patience`.
 pub(crate) fn remove_stale(path: &Path, patience: Duration) {
     let deadline = Instant::now() + patience;
     while path.exists() {
@@ -189,7 +190,7 @@ fn read(file: File) -> io::Result<String> {
 
 fn is_alive(pid: u32, started_then: u64) -> bool {
     let Some(id) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return false };
-    // Not being allowed to signal it means that it is there.
+    // Any other error, such as a missing permission, means that the process exists.
     let there = rustix::process::test_kill_process(id) != Err(rustix::io::Errno::SRCH);
     there && stat(pid).is_none_or(|(state, started)| started == started_then && !matches!(state, "Z" | "X"))
 }
@@ -198,11 +199,12 @@ fn started(pid: u32) -> Option<u64> {
     stat(pid).map(|(_, started)| started)
 }
 
-/// A process's state ("Z" is dead but not yet collected) and when it started, in ticks since the host did; none where
-/// the system does not say.
+/// A process's state ("Z" is dead but not yet collected), and when it started, in ticks since the host's start. `None`
+/// where the system does not tell.
 fn stat(pid: u32) -> Option<(&'static str, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses, and may hold anything; these are the third and the 22nd.
+    // The second field is the program's name in parentheses, which may contain anything. State and start are the third
+    // and the 22nd field.
     let mut fields = stat.get(stat.rfind(')')? + 1..)?.split_whitespace();
     let state = match fields.next()? {
         "Z" => "Z",
@@ -245,7 +247,7 @@ mod tests {
         child.wait().unwrap();
         for stale in [
             Notice { pid: child.id(), ..notice() },
-            // This very process id, of an earlier process.
+            // The id of this process, but an earlier start.
             Notice { started: notice().started + 1, ..notice() },
         ] {
             stale.write(&path).unwrap();

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT end the group, not just this process.
+//! SIGTERM and SIGINT end the whole job, not just this process.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -11,9 +11,10 @@ use signal_hook::low_level::emulate_default_handler;
 
 use super::door::Event;
 
-/// Whom to tell. A signal is told once; the second time, or after the job has ended well, it does what it does by
-/// default, so that a process that does not get to its end can still be ended. A job that failed still takes one in
-/// silence: its processes are on their way out, and often a launcher signals all that it sees.
+/// Where signals are sent as events. Only the first signal becomes an event. A second one has its default effect, so a
+/// process that does not finish can still be ended. After the job has ended well, even the first has its default
+/// effect. After a job has failed, the first is ignored: its processes are about to end, and launchers often signal all
+/// of them then.
 static LISTENER: Mutex<Listener> = Mutex::new(Listener { started: false, events: None });
 
 struct Listener {
@@ -21,7 +22,7 @@ struct Listener {
     events: Option<Sender<Event>>,
 }
 
-/// Sends the next signal as an event. The previous listener, if any, is forgotten.
+/// Sends the next signal as an event. Replaces the previous listener, if there is one.
 pub(crate) fn listen(events: Sender<Event>) -> io::Result<()> {
     let mut listener = LISTENER.lock().unwrap_or_else(PoisonError::into_inner);
     if !listener.started {
@@ -33,16 +34,16 @@ pub(crate) fn listen(events: Sender<Event>) -> io::Result<()> {
     Ok(())
 }
 
-/// From now on signals do what they do by default.
+/// From now on signals have their default effect.
 pub(crate) fn release() {
     LISTENER.lock().unwrap_or_else(PoisonError::into_inner).events = None;
 }
 
 fn tell(signal: i32) {
     match LISTENER.lock().unwrap_or_else(PoisonError::into_inner).events.take() {
-        // Of a job that has failed, nobody receives it.
+        // If the job has failed, nobody receives it.
         Some(events) => drop(events.send(Event::Signal(signal))),
-        // The signals listened for have defaults that end the process, so this does not return.
+        // By default both signals end the process, so this does not return.
         None => drop(emulate_default_handler(signal)),
     }
 }

@@ -1,5 +1,5 @@
-//! Who is alive. One thread of each process hears and sends heartbeats and decides when the job is over; it never
-//! computes, and never waits for long.
+//! Watches who is alive. One thread of each process receives and sends heartbeats, and decides when the job is over. It
+//! never computes and never waits for long.
 
 use std::net::{Shutdown, TcpStream};
 use std::sync::Arc;
@@ -16,11 +16,11 @@ use crate::endpoint::{Buffers, Endpoint, Link};
 use crate::inbox::Inbox;
 use crate::{CommError, Death, World};
 
-/// How long a last word may take to be heard.
+/// How long the last message may take to arrive.
 const LAST_WORD: Duration = Duration::from_secs(1);
 
-/// How long a broken data connection waits for a better reason than that: at rank 0, which may hear it from the rank
-/// itself, and at others, which hear it from rank 0.
+/// When a data connection breaks, a rank waits this long for a better reason for the job's end. Rank 0 may hear one
+/// from the failed rank itself; the others hear it from rank 0.
 const REASON_AT_HOST: Duration = Duration::from_secs(1);
 const REASON_AT_GUEST: Duration = Duration::from_secs(3);
 
@@ -43,7 +43,7 @@ impl Watch {
         self.inbox.await_end()
     }
 
-    /// Tells all other ranks, unless the job is over already.
+    /// Tells all other ranks that this rank failed, unless the job is over already.
     pub(super) fn fail(self, reason: String) {
         let _ = self.events.send(Event::Fail(reason));
         let _ = self.inbox.await_end();
@@ -95,9 +95,9 @@ struct Watcher {
     events: Receiver<Event>,
     heartbeat: Duration,
     stall_limit: Duration,
-    /// A rank that a data connection was lost to, and until when a better reason may come.
+    /// A rank to which a data connection was lost, and until when a better reason may come.
     suspect: Option<(usize, Instant)>,
-    /// What this rank told rank 0 to end for, and until when that may take.
+    /// The reason for which this rank asked rank 0 to end the job, and until when rank 0 may answer.
     ending: Option<(Death, Instant)>,
     is_finishing: bool,
 }
@@ -113,12 +113,13 @@ struct Peer {
 
 impl Peer {
     fn new(Control { rank, connection, stream }: Control) -> std::io::Result<Self> {
-        // A stopped process takes many heartbeats before its connection takes no more.
+        // The connection of a stopped process accepts many heartbeats before a write blocks. This limits how long it
+        // blocks.
         stream.set_write_timeout(Some(LAST_WORD))?;
         Ok(Self { rank, connection, stream, heard: Instant::now(), said_goodbye: false, is_gone: false })
     }
 
-    /// That it cannot be told is heard from its connection.
+    /// Sends a message. A failed write is ignored, because the connection then reports that the rank is gone.
     fn tell(&self, message: &Message) {
         let _ = message.write(&self.stream);
     }
@@ -133,21 +134,22 @@ impl Watcher {
             }
             Err(failure) => {
                 inbox.fail(failure);
-                // Wakes a rank that waits for room to send.
+                // This wakes a rank that waits for room to send.
                 mesh.iter().for_each(|stream| drop(stream.shutdown(Shutdown::Both)));
             }
         }
         self.peers.iter().for_each(|peer| drop(peer.stream.shutdown(Shutdown::Both)));
     }
 
-    /// Returns when the job is over: well, or with its failure.
+    /// Returns when the job is over: `Ok` if it ended well, else its failure.
     fn watch(&mut self) -> Result<(), CommError> {
         let mut awake = Instant::now();
         let mut next_beat = awake;
         loop {
             let now = Instant::now();
             if now - awake > self.stall_limit / 2 {
-                // This process was stopped itself; what the others said meanwhile is still to be read.
+                // This process itself was stopped. The others' messages of that time are still unread, so nobody counts
+                // as silent yet.
                 self.peers.iter_mut().for_each(|peer| peer.heard = now);
             }
             awake = now;
@@ -230,7 +232,7 @@ impl Watcher {
         }
     }
 
-    /// A message of a peer.
+    /// Handles a message of a peer.
     fn hear(&mut self, at: usize, message: Message) -> Result<(), CommError> {
         let from = self.peers[at].rank;
         match message {
@@ -240,7 +242,7 @@ impl Watcher {
             }
             Message::Failed(reason) if self.rank == 0 => Err(self.over(from, reason)),
             Message::Lost { rank } if self.rank == 0 && rank < self.members.len() => {
-                // Of a connection to rank 0, the other end is the one to doubt.
+                // If the lost connection was to rank 0 (this rank), the rank that lost it is the suspect.
                 self.suspect(if rank == 0 { from } else { rank });
                 Ok(())
             }
@@ -260,7 +262,7 @@ impl Watcher {
         }
     }
 
-    /// This rank ends the job. Rank 0 says so to all; another rank asks rank 0 to.
+    /// Ends the job because of this rank. Rank 0 tells all others; another rank asks rank 0 to do so.
     fn end(&mut self, reason: Death) -> Result<(), CommError> {
         if self.rank == 0 {
             return Err(self.over(0, reason));
@@ -272,8 +274,8 @@ impl Watcher {
         Ok(())
     }
 
-    /// The job is over because of this rank: rank 0 tells all, and waits a moment until they know, because its own end
-    /// could overtake the word.
+    /// The failure of a job that is over because of `rank`. Rank 0 tells all others first and waits a moment until they
+    /// know, because they might notice rank 0's own end before they read the message.
     fn over(&mut self, rank: usize, reason: Death) -> CommError {
         if self.rank == 0 {
             self.tell_all(&Message::Dead { rank, reason: reason.clone() });
@@ -287,7 +289,7 @@ impl Watcher {
         CommError::Dead { rank, host, pid, reason }
     }
 
-    /// All ranks have said goodbye, and know it.
+    /// Whether all ranks have said goodbye. If so, rank 0 has told them.
     fn has_concluded(&self) -> bool {
         if !self.is_finishing || !self.peers.iter().all(|peer| peer.said_goodbye) {
             return false;

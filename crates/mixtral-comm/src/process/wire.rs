@@ -1,5 +1,5 @@
-//! What processes say to each other, as bytes. Reading is by pure functions that meet any bytes with a value or an
-//! error, and nothing is allocated on a length's word alone.
+//! The messages between processes, as bytes. Pure functions read them, and return a value or an error for any bytes.
+//! They never allocate more memory than there are bytes, whatever a length claims.
 
 use std::io::{self, Read, Write};
 use std::net::{IpAddr, SocketAddr};
@@ -9,20 +9,21 @@ use crate::inbox::{Key, Op};
 use crate::launch::MAX_WORLD_SIZE;
 use crate::world::MAX_MESSAGE_BYTES;
 
-/// The longest control message: a roster of 4096 ranks with long host names fits.
+/// The longest control message. A roster of 4096 ranks with long host names fits into it.
 const MAX_CONTROL_BYTES: usize = 2 << 20;
 
-/// The longest text in a control message; longer ones are cut before they are sent.
+/// The longest text in a control message. Longer texts are cut before they are sent.
 const MAX_TEXT_BYTES: usize = 8 << 10;
 
-/// A message on the connection between rank 0 and another rank, or the first one on a connection between any two.
+/// A message on the connection between rank 0 and another rank, or the first message on a connection between any two
+/// ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Message {
     /// To rank 0: who I am.
     Join(Join),
     /// On a new connection between two ranks: this is rank `from`.
     Mesh { from: usize },
-    /// From rank 0: who and where all are, by rank.
+    /// From rank 0: who and where the ranks are, by rank.
     Roster(Vec<Member>),
     /// To rank 0: connected to everyone.
     Ready,
@@ -32,15 +33,15 @@ pub(crate) enum Message {
     Refused(String),
     /// I am alive.
     Heartbeat,
-    /// I have ended well, or (from rank 0) all have.
+    /// I have finished; from rank 0: all ranks have finished.
     Goodbye,
-    /// To rank 0: I end, and everyone should.
+    /// To rank 0: I end, and all ranks should.
     Failed(Death),
     /// To rank 0: my connection to this rank broke.
     Lost { rank: usize },
     /// From rank 0: this rank is gone, the job is over.
     Dead { rank: usize, reason: Death },
-    /// I have read your last word and say no more.
+    /// I have read your last message and send no more.
     Seen,
 }
 
@@ -52,7 +53,7 @@ pub(crate) struct Join {
     pub(crate) identity: [u8; 32],
     pub(crate) pid: u32,
     pub(crate) host: String,
-    /// Where it listens for the other ranks, on the address by which it reached rank 0.
+    /// The port where it listens for the other ranks, at the address from which it reached rank 0.
     pub(crate) port: u16,
 }
 
@@ -61,11 +62,12 @@ pub(crate) struct Join {
 pub(crate) struct Member {
     pub(crate) host: String,
     pub(crate) pid: u32,
-    /// Where it listens for the other ranks. For rank 0, unused: everyone knows how they reached it.
+    /// Where it listens for the other ranks. Unused for rank 0, since every rank knows the address by which it reached
+    /// rank 0.
     pub(crate) address: SocketAddr,
 }
 
-/// Bytes that are no message.
+/// Bytes that cannot be read as a message.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum WireError {
     #[error("a message ends inside its {0}")]
@@ -133,8 +135,8 @@ impl Message {
         out
     }
 
-    /// Reads one message, which the bytes hold and nothing else. Ranks and counts are under [`MAX_WORLD_SIZE`]; whether
-    /// they are under this job's is the reader's to check.
+    /// Reads bytes that hold exactly one message. Checks that ranks and counts are under [`MAX_WORLD_SIZE`]. The caller
+    /// has to check that they are under this job's size.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, WireError> {
         let mut input = Input(bytes);
         let message = match input.u8("kind")? {
@@ -177,7 +179,8 @@ impl Message {
         stream.write_all(&framed)
     }
 
-    /// Reads a message with its length before it. Bytes that are no message are [`io::ErrorKind::InvalidData`].
+    /// Reads a message with its length before it. Bytes that cannot be read as a message are
+    /// [`io::ErrorKind::InvalidData`].
     pub(crate) fn read(mut stream: impl Read) -> io::Result<Self> {
         let mut length = [0; 4];
         stream.read_exact(&mut length)?;
@@ -195,7 +198,7 @@ impl Message {
     }
 }
 
-/// What stands before every message between two ranks.
+/// The frame before every message between two ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Frame {
     /// This many bytes follow.
@@ -253,7 +256,7 @@ fn op_code(op: Op) -> u32 {
     }
 }
 
-/// Ranks, counts and lengths here are far below the limit; a larger one would be refused by the reader.
+/// Writes a rank, count or length. All are far below the limit of u32, and the reader would refuse a larger one.
 fn put_u32(out: &mut Vec<u8>, value: usize) {
     out.extend(u32::try_from(value).unwrap_or(u32::MAX).to_le_bytes());
 }
@@ -464,7 +467,7 @@ mod tests {
         let error = Message::read(&[0xFF; 64][..]).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
         assert_eq!(error.to_string(), "a length of 4294967295 is over the limit of 2097152");
-        // A length within the limit that the stream does not keep.
+        // A length within the limit, but longer than the stream.
         assert_eq!(Message::read(&[0, 0, 16, 0, 7][..]).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
         // A roster that claims more members than it has bytes.
         assert_eq!(Message::parse(&[3, 0, 16, 0, 0]), Err(WireError::Truncated("host")));

@@ -40,7 +40,7 @@ fn a_stopped_rank_is_a_stall() {
             job.ranks[victim].signal(Signal::STOP);
             let named = named(victim, job.ranks[victim].pid());
             job.survivors_fail(&[victim], &words(&named, "stalled: no heartbeat for 1.5 s"));
-            // Woken, it learns that the others have gone, and goes too.
+            // When it is woken, it learns that the others have ended, and ends too.
             job.ranks[victim].signal(Signal::CONT);
             job.ranks[victim].fails(&[]);
             job.leaves_nothing();

@@ -1,15 +1,15 @@
-//! Two hosts: network namespaces joined by a virtual cable, each with a loopback of its own.
+//! Two hosts: two network namespaces, joined by a virtual cable, each with its own loopback.
 
 use std::process::Command;
 
 use crate::job::Job;
 
-/// Two namespaces, removed when dropped; their processes are the job's to end.
+/// Two namespaces, removed when dropped. The job ends their processes.
 struct Hosts {
     names: [String; 2],
 }
 
-/// Rank 0's address in the first; nothing outside the two namespaces can be reached from either.
+/// The namespaces' addresses; rank 0 is in the first. Nothing outside the two can be reached from them.
 const ADDRESSES: [&str; 2] = ["10.231.77.1", "10.231.77.2"];
 
 fn ip(arguments: &str) -> Result<(), String> {
@@ -33,7 +33,7 @@ impl Hosts {
         Ok(hosts)
     }
 
-    /// The namespaces, or a note why there are none.
+    /// The namespaces, or `None` and a printed reason.
     fn or_note(test: &str) -> Option<Self> {
         match Self::new(test) {
             Ok(hosts) => Some(hosts),
@@ -102,6 +102,6 @@ fn a_death_and_a_cut_cable_are_noticed_across_hosts() {
     job.await_output("round 100");
     ip(&format!("-n {} link set veth0 down", hosts.names[1])).unwrap();
     job.survivors_fail(&[2], &["rank 2 on ", "stalled: no heartbeat for 1.5 s"]);
-    // On the far side it is rank 0 that is silent.
+    // On the other host, rank 0 is the silent one.
     job.ranks[2].fails(&["rank 0 on ", "stalled: no heartbeat for 1.5 s"]);
 }

@@ -1,4 +1,4 @@
-//! A job of processes: started, poked and looked at by a test, and cleared away whatever happens.
+//! A job of processes that a test starts, signals and looks at. Whatever happens, it is cleared away.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-/// Within this every survivor must have ended after a death.
+/// After a death, every survivor must have ended within this time.
 pub(crate) const SOON: Duration = Duration::from_secs(10);
 
-/// Variables of launchers that the tests may have been started under.
+/// Variables of launchers. The tests themselves may have been started by one.
 const LAUNCHERS: &[&str] = &["OMPI_", "PMI", "SLURM_", "RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "MIXTRAL_", "COMM_"];
 
 pub(crate) struct Job {
@@ -57,7 +57,7 @@ impl Job {
         Self { folder: TempDir::new().unwrap(), name, ranks: Vec::new() }
     }
 
-    /// Started with all of its ranks.
+    /// A job with all of its ranks started.
     pub(crate) fn started(task: &str, world_size: usize, env: &[(&str, &str)]) -> Self {
         let mut job = Self::new();
         (0..world_size).for_each(|rank| job.start(task, rank, world_size, env));
@@ -75,7 +75,7 @@ impl Job {
         self.start_in(&[], task, rank, world_size, env);
     }
 
-    /// Through another program, such as `ip netns exec`.
+    /// Starts a rank through another program, such as `ip netns exec`.
     pub(crate) fn start_in(
         &mut self,
         program: &[&str],
@@ -86,7 +86,7 @@ impl Job {
     ) {
         let mut command = worker(program);
         command.env("RANK", rank.to_string()).env("WORLD_SIZE", world_size.to_string());
-        // Without an address, the port is but the job's name.
+        // Without an address, the port is only a name for the job.
         command.env("MASTER_PORT", &self.name);
         self.spawn(command, task, rank, env);
     }
@@ -126,7 +126,7 @@ impl Job {
         notices.next().and_then(|entry| fs::read_to_string(entry.path()).ok())
     }
 
-    /// Every rank ends with success.
+    /// Checks that every rank ends with success.
     pub(crate) fn succeeds(mut self) {
         for rank in &mut self.ranks {
             let status = rank.ends(3 * SOON);
@@ -135,14 +135,14 @@ impl Job {
         self.leaves_nothing();
     }
 
-    /// Every rank but `without` exits 1 soon, with messages that hold all of `words`.
+    /// Checks that every rank except `without` soon exits with 1, and that its messages contain all of `words`.
     pub(crate) fn survivors_fail(&mut self, without: &[usize], words: &[&str]) {
         for rank in self.ranks.iter_mut().filter(|rank| !without.contains(&rank.rank)) {
             rank.fails(words);
         }
     }
 
-    /// Nothing is left where the ranks met.
+    /// Checks that nothing is left where the ranks met.
     pub(crate) fn leaves_nothing(&self) {
         let left: Vec<_> = fs::read_dir(self.meeting()).unwrap().flatten().map(|entry| entry.path()).collect();
         assert!(left.is_empty(), "left behind: {left:?}");
@@ -166,7 +166,7 @@ impl Rank {
         kill_process(Pid::from_raw(self.child.id().try_into().unwrap()).unwrap(), signal).unwrap();
     }
 
-    /// Kills it and collects it.
+    /// Kills the process and collects it.
     pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.status = Some(self.child.wait().unwrap());

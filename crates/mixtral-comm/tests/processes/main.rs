@@ -1,4 +1,4 @@
-//! Ranks as processes: this test binary starts itself, one process a rank.
+//! Ranks as processes: this test binary starts itself, once for each rank.
 
 mod death;
 mod hosts;

@@ -115,7 +115,7 @@ fn strangers_are_dropped_and_disturb_nobody() {
     let mut greeting = [0; 48];
     let mut liar = call();
     liar.read_exact(&mut greeting).unwrap();
-    // The right greeting and a guess at the proof.
+    // The right greeting with a guessed proof.
     liar.write_all(&[&greeting[..16], &[1; 64]].concat()).unwrap();
     let mut verdict = [1; 33];
     liar.read_exact(&mut verdict).unwrap();
@@ -138,7 +138,7 @@ fn a_notice_left_behind_is_replaced() {
     job.ranks[0].kill();
     assert!(job.notice().is_some());
     job.ranks.clear();
-    // A rank that finds only the stale one waits for its own rank 0.
+    // A rank that finds only the stale notice waits for its own rank 0.
     job.start("check", 1, 2, &[]);
     thread::sleep(Duration::from_millis(300));
     job.start("check", 0, 2, &[]);
@@ -147,7 +147,7 @@ fn a_notice_left_behind_is_replaced() {
 
 #[test]
 fn a_death_at_the_start_ends_the_start() {
-    // Of rank 0: the others clear away what it left.
+    // If rank 0 dies, the others remove the notice that it left.
     let mut job = Job::new();
     job.start("check", 0, 3, &[]);
     job.start("check", 1, 3, &[]);
@@ -181,7 +181,7 @@ fn a_signal_at_the_start_ends_the_start() {
     }
 }
 
-/// Several hosts, as far as the ranks are told; all on the loopback.
+/// Variables that tell the ranks that they are on several hosts. All use the loopback.
 fn addressed(port: &str) -> [(&str, &str); 4] {
     [("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", port), ("LOCAL_WORLD_SIZE", "1"), ("MIXTRAL_SECRET", "hush")]
 }

@@ -1,11 +1,11 @@
-//! What a rank's process does, by the word in `COMM_WORKER`.
+//! What a rank's process does. `COMM_WORKER` names the task.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use mixtral_comm::{Cause, CommError, JoinOptions, Launch, World, process};
 
-/// Does nothing in a test run; started by the other tests with the environment of a rank.
+/// Does nothing in a test run. The other tests start it with the environment of a rank.
 #[test]
 fn worker() {
     let Ok(task) = std::env::var("COMM_WORKER") else { return };
@@ -54,7 +54,7 @@ fn run(task: &str) -> Result<(), String> {
     })
 }
 
-/// Every collective, checked; large and small, in groups and along a ring.
+/// Does every collective and checks its result: large and small ones, in groups and along a ring.
 fn check(world: &World) -> Result<(), CommError> {
     let (rank, size) = (world.rank(), world.world_size());
     let bytes = |rank: usize, len: usize| -> Vec<u8> {
@@ -93,7 +93,7 @@ fn check(world: &World) -> Result<(), CommError> {
     Ok(())
 }
 
-/// All-gathers for ever.
+/// Does all-gathers forever.
 fn gather(world: &World) -> Result<(), CommError> {
     let everyone = world.everyone()?;
     let (mine, mut all) = (vec![1; 5000], vec![0; 5000 * world.world_size()]);
@@ -137,7 +137,7 @@ fn flood(world: &World) -> Result<(), CommError> {
     }
 }
 
-/// All but rank 0 are done at once; what they sent is there when rank 0 asks.
+/// All ranks but rank 0 finish at once. Their messages are still there when rank 0 asks for them.
 fn early(world: &World) -> Result<(), CommError> {
     if world.rank() > 0 {
         return world.send(0, 1, &[7; 100_000]);
@@ -150,7 +150,7 @@ fn early(world: &World) -> Result<(), CommError> {
     Ok(())
 }
 
-/// Rank 0 waits for a message that rank 1 ends without sending.
+/// Rank 0 waits for a message, but rank 1 ends without sending it.
 fn wrong(world: &World) -> Result<(), CommError> {
     if world.rank() == 0 { world.recv(1, 1).map(drop) } else { Ok(()) }
 }

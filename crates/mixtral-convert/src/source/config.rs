@@ -1,4 +1,4 @@
-//! The dialects of a model's configuration: transformers 4 and 5, Mistral's `params.json` old and new.
+//! Reads the dialects of a model's configuration: of transformers 4 and 5, and Mistral's `params.json`, old and new.
 
 use std::path::{Path, PathBuf};
 
@@ -9,7 +9,7 @@ use mixtral_model::{DType, ModelConfig, ModelFamily, MoeConfig, MoeNormalization
 use super::files::Dialect;
 use crate::error::ConvertError;
 
-/// Experts over all layers, past which a configuration is a mistake.
+/// A configuration with more experts than this, over all layers, is a mistake.
 const MAX_EXPERTS: usize = 1 << 17;
 
 /// What a model's configuration says.
@@ -17,13 +17,14 @@ const MAX_EXPERTS: usize = 1 << 17;
 pub struct SourceConfig {
     /// The file it was read from.
     pub path: PathBuf,
-    /// The geometry. Its data type is `dtype` if there is one, else f32, and the caller's to choose.
+    /// The geometry. Its data type is `dtype` if that is known; else it is f32, and the caller has to choose one.
     pub model: ModelConfig,
-    /// Data type of the weights, if the file says.
+    /// Data type of the weights, if the file tells.
     pub dtype: Option<DType>,
     /// Whether lm_head is the embedding.
     pub tied: bool,
-    /// How the weights are quantized, after what the file says. It may be left over from weights that no longer are.
+    /// How the weights are quantized, if the file says so. This may be left over from weights that are no longer
+    /// quantized.
     pub quantization: Option<String>,
 }
 
@@ -31,7 +32,7 @@ impl SourceConfig {
     /// Reads the configuration file of `dir`.
     ///
     /// # Errors
-    /// If it is damaged, or describes a model that is not a Mixtral or Mistral, or not one we support.
+    /// If it is damaged, or describes a model that is no Mixtral or Mistral, or one that is not supported.
     pub fn read(dir: &Path, dialect: Dialect) -> Result<Self, ConvertError> {
         let path = dir.join(dialect.config_file());
         let map = parse_object(&read_text(&path)?, &path)?;
@@ -68,8 +69,8 @@ fn refuse(keys: Keys<'_>, names: &[&str], supported: &'static str) -> Result<(),
     }
 }
 
-/// transformers' `config.json`. Missing keys have the values that transformers gives them, except that a missing
-/// `sliding_window` is none.
+/// transformers' `config.json`. Missing keys have transformers' defaults, except that a missing `sliding_window` means
+/// that there is none.
 fn read_hugging_face(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool), KeyError> {
     keys.one_of("model_type", &["mixtral", "mistral"], "mixtral, mistral")?;
     let model_type = keys.text("model_type")?.ok_or_else(|| keys.missing("model_type", "mixtral or mistral"))?;
@@ -79,7 +80,8 @@ fn read_hugging_face(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool
     let rope_theta = read_rope(keys)?.unwrap_or(if moe { 1e6 } else { 1e4 });
     let hidden_size = keys.required_size("hidden_size")?;
     let num_heads = keys.required_size("num_attention_heads")?;
-    // Absent is transformers' default; null, in files of models without grouping, is every head.
+    // If the key is absent, transformers' default counts. Null, in files of models without grouping, means as many as
+    // query heads.
     let num_kv_heads = match keys.contains("num_key_value_heads") {
         true => keys.size("num_key_value_heads")?.unwrap_or(num_heads),
         false if num_heads.is_multiple_of(8) => 8,
@@ -117,7 +119,8 @@ fn moe_config(num_experts: usize, top_k: usize) -> MoeConfig {
     MoeConfig { num_experts, top_k, normalization: MoeNormalization::Renorm }
 }
 
-/// The base of the rotary frequencies, from `rope_parameters` or `rope_theta`; any scaling of them is refused.
+/// The base of the rotary frequencies, from `rope_parameters` or `rope_theta`. Any scaling of the frequencies is
+/// refused.
 fn read_rope(keys: Keys<'_>) -> Result<Option<f64>, KeyError> {
     let mut theta = keys.number("rope_theta")?;
     for (key, prefix) in [("rope_scaling", "rope_scaling."), ("rope_parameters", "rope_parameters.")] {
@@ -138,8 +141,9 @@ fn read_rope(keys: Keys<'_>) -> Result<Option<f64>, KeyError> {
     Ok(theta)
 }
 
-/// `params.json`, in mistral-inference's keys or in those that Mixtral 8x7B was first published with. What it never
-/// says is as transformers' converters assume: 32768 positions, and a rotary base of 1e6 with experts, 1e4 without.
+/// `params.json`, with mistral-inference's keys or with those that Mixtral 8x7B was first published with. Some values
+/// are never in the file. They are those that transformers' converters assume: 32768 positions, and a rotary base of
+/// 1e6 with experts, 1e4 without.
 fn read_params(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool), KeyError> {
     let unsupported = ["vision_encoder", "multimodal", "quantization", "lora", "yarn", "llama_4_scaling"];
     refuse(keys, &unsupported, "none; only the language model with plain weights")?;
@@ -176,7 +180,7 @@ fn read_params(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool), Key
     Ok((model, dtype, keys.flag("tied_embeddings")?))
 }
 
-/// `sliding_window`, which was a string in the first files.
+/// `sliding_window`. In the first files it was a string.
 fn read_window(keys: Keys<'_>) -> Result<Option<usize>, KeyError> {
     match keys.get("sliding_window").and_then(|value| value.as_str()) {
         Some(text) => text.parse().map(Some).map_err(|_| keys.invalid("sliding_window", "a whole number", text)),

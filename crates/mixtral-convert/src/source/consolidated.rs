@@ -1,5 +1,5 @@
-//! Mistral's own layout: `params.json`, `consolidated*.safetensors`, its own names, and rotary pairs beside each
-//! other in the rows of the query and key projections.
+//! Mistral's own layout: `params.json`, `consolidated*.safetensors`, and its own names. In the rows of the query and
+//! key projections, the two rows of a rotary pair lie beside each other.
 
 use mixtral_model::ModelConfig;
 
@@ -7,12 +7,12 @@ use super::view::View;
 use super::{Layout, Stored};
 use crate::names::{HfTensor, Matrix};
 
-/// As mistral-inference reads it: an expert is `feed_forward.experts.N.w1`.
+/// The layout that mistral-inference reads: an expert's matrix is `feed_forward.experts.N.w1`.
 #[derive(Clone, Copy, Debug)]
 pub struct Consolidated;
 
-/// As Mixtral 8x7B was first published: the experts of a layer stacked along the rows of `block_sparse_moe.w1`, `w2`
-/// and `w3`, each `[E · I, H]`, so that w2 lies transposed.
+/// The layout in which Mixtral 8x7B was first published. The experts of a layer are stacked along the rows of
+/// `block_sparse_moe.w1`, `w2` and `w3`. Each of these is `[E · I, H]`, so w2 is stored transposed.
 #[derive(Clone, Copy, Debug)]
 pub struct Stacked;
 

@@ -1,4 +1,4 @@
-//! What is likely wrong with weights that are not those that their configuration describes.
+//! Finds out what is likely wrong with weights that do not match their configuration.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -9,7 +9,7 @@ use super::files::Dialect;
 use super::{Layout, Stored};
 use crate::names::HfTensor;
 
-/// Ends of the names that quantized weights and their scales have.
+/// How names of quantized weights and their scales end.
 const QUANTIZED: [&str; 17] = [
     ".qweight",
     ".qzeros",
@@ -30,17 +30,17 @@ const QUANTIZED: [&str; 17] = [
     ".SCB",
 ];
 
-/// Names of heads that give a score and no next token.
+/// Names of heads that compute a score and not the next token.
 const SCORES: [&str; 6] = ["score.", "classifier.", "v_head.", "value_head.", "reward_head.", "qa_outputs."];
 
-/// Tensors that do not fit, by what is wrong with them.
+/// Tensors that do not match the configuration, by what is wrong with them.
 #[derive(Debug, Default)]
 pub struct Misfits<'a> {
-    /// Names that are not there.
+    /// Names of tensors that are missing.
     pub missing: Vec<String>,
-    /// Names that are there with another shape or type.
+    /// Names of tensors with another shape or type.
     pub wrong: Vec<String>,
-    /// Names that the model has no place for.
+    /// Names of tensors that the model has no place for.
     pub extra: Vec<&'a str>,
 }
 
@@ -49,26 +49,26 @@ pub struct Misfits<'a> {
 pub enum Diagnosis {
     /// Quantized weights.
     Quantized {
-        /// How, if anything says so.
+        /// The method, if a file names it.
         method: Option<String>,
         /// A tensor that shows it.
         tensor: String,
         /// Its type.
         dtype: String,
     },
-    /// An adapter that was never merged into its base.
+    /// An adapter that was not merged into its base model.
     UnmergedAdapter {
         /// A tensor that shows it.
         tensor: String,
     },
-    /// A prefix that a wrapper around the model left.
+    /// All names have a prefix, which a wrapper around the model left.
     Prefix {
-        /// With its dot.
+        /// The prefix with its dot.
         prefix: String,
     },
-    /// The model without its language head, whose names lack a prefix.
+    /// All names lack a prefix, because the model was saved without its language head.
     NoPrefix {
-        /// With its dot.
+        /// The prefix with its dot.
         prefix: String,
         /// The configuration file.
         config: &'static str,
@@ -78,7 +78,7 @@ pub enum Diagnosis {
         /// One of them.
         tensor: String,
     },
-    /// A size that the configuration has otherwise.
+    /// A size that the configuration says differently.
     Size {
         /// The configuration file.
         config: &'static str,
@@ -89,24 +89,24 @@ pub enum Diagnosis {
         /// What the configuration says.
         expected: usize,
     },
-    /// Experts without a configuration of experts, or the other way round.
+    /// The weights have experts and the configuration has none, or the other way round.
     Family {
         /// The configuration file.
         config: &'static str,
         /// Whether the weights have experts.
         has_experts: bool,
     },
-    /// Weights of twice the width.
+    /// Weights in 64-bit floats.
     Double {
         /// One of them.
         tensor: String,
     },
-    /// No head where the configuration does not say that the embedding is it.
+    /// There is no head, and the configuration does not say that the embedding is the head.
     NoHead {
         /// The configuration file.
         config: &'static str,
     },
-    /// A head that gives a score.
+    /// The head computes a score.
     Score {
         /// Its tensor.
         tensor: String,
@@ -167,7 +167,8 @@ impl std::fmt::Display for Diagnosis {
     }
 }
 
-/// The cause of all `misfits`, if one explains them. `method` is how the configuration says that weights are quantized.
+/// The cause of all `misfits`, if a single cause explains them. `method` is how the configuration says that weights are
+/// quantized.
 #[must_use]
 pub fn diagnose(
     dialect: Dialect,
@@ -178,7 +179,7 @@ pub fn diagnose(
     misfits: &Misfits<'_>,
 ) -> Option<Diagnosis> {
     let entries = || stored.values().map(|(_, entry)| entry);
-    // By name, so that the same files give the same message.
+    // The first by name, so that the same files always give the same message.
     let first = |fits: &dyn Fn(&TensorEntry) -> bool| entries().filter(|e| fits(e)).min_by(|a, b| a.name.cmp(&b.name));
     if let Some(e) = first(&|e| is_quantized(e)) {
         return Some(Diagnosis::Quantized { method: method.cloned(), tensor: e.name.clone(), dtype: e.dtype.clone() });
@@ -223,7 +224,7 @@ fn is_quantized(entry: &TensorEntry) -> bool {
     is_packed || QUANTIZED.iter().any(|end| entry.name.ends_with(end))
 }
 
-/// The prefix that most names have too much, or that the model's names have and the stored ones lack.
+/// The prefix that most stored names have in addition, or that the model's names have and the stored names lack.
 fn prefix(dialect: Dialect, expected: &[Stored], stored: &HashMap<String, (usize, TensorEntry)>) -> Option<Diagnosis> {
     let names: HashSet<&str> = expected.iter().map(|s| s.name.as_str()).collect();
     if names.iter().any(|name| stored.contains_key(*name) && *name != "lm_head.weight") {
@@ -232,7 +233,7 @@ fn prefix(dialect: Dialect, expected: &[Stored], stored: &HashMap<String, (usize
     let suffixes = |name: &'_ str| -> Vec<usize> { name.match_indices('.').map(|(at, _)| at + 1).collect() };
     let mut too_much: BTreeMap<&str, usize> = BTreeMap::new();
     for name in stored.keys() {
-        // The longest part of the name that the model knows is what the prefix stands before.
+        // The prefix stands before the longest part of the name that is a name of the model.
         if let Some(at) = suffixes(name).into_iter().find(|&at| names.contains(&name[at..])) {
             *too_much.entry(&name[..at]).or_default() += 1;
         }
@@ -250,7 +251,7 @@ fn prefix(dialect: Dialect, expected: &[Stored], stored: &HashMap<String, (usize
     (lacks.len() * 2 > names.len()).then(|| Diagnosis::NoPrefix { prefix: (*prefix).to_owned(), config })
 }
 
-/// A size of which the weights have more or less than the configuration says, if it explains every misfit.
+/// A size that differs between weights and configuration, if that explains every misfit.
 fn size(
     dialect: Dialect,
     layout: &dyn Layout,
@@ -264,7 +265,7 @@ fn size(
         let Stored { name, .. } = layout.stored(model, tensor);
         stored.get(&name).map(|(_, entry)| entry.shape.as_slice())
     };
-    // Rows of a matrix whose columns are right.
+    // The rows of a stored matrix, if its columns are right.
     let rows = |tensor| match shape(tensor) {
         Some(&[rows, cols]) if cols == model.hidden_size => Some(rows),
         _ => None,

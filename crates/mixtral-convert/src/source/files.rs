@@ -1,4 +1,4 @@
-//! Which files of a directory are the model.
+//! Finds the files of a model in a directory.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::error::ConvertError;
 
-/// Whose conventions a directory follows.
+/// The conventions that a directory follows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
     /// `config.json`, `model*.safetensors`.
@@ -28,7 +28,7 @@ impl Dialect {
     }
 }
 
-/// Formats of other tools, by the ends of their files' names.
+/// Formats of other tools, by how their file names end.
 const FOREIGN: [(&str, &str); 7] = [
     (".gguf", "llama.cpp's GGUF"),
     (".ggml", "llama.cpp's GGML"),
@@ -39,7 +39,7 @@ const FOREIGN: [(&str, &str); 7] = [
     (".nemo", "NeMo's format"),
 ];
 
-/// Files beside weights that say how those were quantized.
+/// Files beside the weights that say how the weights were quantized.
 const QUANTIZERS: [(&str, &str); 3] =
     [("hf_quant_config.json", "ModelOpt"), ("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")];
 
@@ -57,28 +57,29 @@ fn is_hugging_face(name: &str) -> bool {
     name.ends_with(".safetensors") && !is_consolidated(name) && !is_adapter(name)
 }
 
-/// Whether a file is a LoRA adapter's.
+/// Whether a file belongs to a LoRA adapter.
 fn is_adapter(name: &str) -> bool {
     name.starts_with("adapter_model.") || name.starts_with("adapter_model-") || name == "adapter_config.json"
 }
 
-/// What the adapter in `dir` was made for, if it says.
+/// The base model of the adapter in `dir`, if the adapter names it.
 fn adapter_base(dir: &Path) -> Option<String> {
     let path = dir.join("adapter_config.json");
     let map = parse_object(&read_text(&path).ok()?, &path).ok()?;
     map.get("base_model_name_or_path")?.as_str().map(str::to_owned)
 }
 
-/// What says how the weights in `dir` were quantized, outside of their configuration.
+/// The method by which the weights in `dir` were quantized, if a file other than the configuration shows it.
 #[must_use]
 pub fn quantizer(dir: &Path) -> Option<String> {
     QUANTIZERS.iter().find(|(file, _)| dir.join(file).exists()).map(|(_, method)| (*method).to_owned())
 }
 
-/// Whose directory `dir` is. Mistral publishes both dialects side by side; Hugging Face's is read if it is whole.
+/// The dialect of `dir`. Mistral publishes both dialects side by side; then Hugging Face's counts if its files are
+/// complete.
 ///
 /// # Errors
-/// If it is neither's.
+/// If it follows neither.
 pub fn dialect(dir: &Path) -> Result<Dialect, ConvertError> {
     let names = list(dir)?;
     match (names.contains("config.json"), names.contains("params.json")) {
@@ -93,7 +94,7 @@ pub fn dialect(dir: &Path) -> Result<Dialect, ConvertError> {
     }
 }
 
-/// What a directory without a configuration is, as far as that can be seen.
+/// The error for a directory without a configuration, which says what the directory seems to be.
 fn no_config(dir: &Path, names: &BTreeSet<String>) -> ConvertError {
     let own = || dir.to_owned();
     if names.contains("snapshots") {
@@ -121,7 +122,7 @@ fn is_model(dir: &Path) -> bool {
     dir.join(Dialect::Consolidated.config_file()).is_file() || is_hugging_face().is_some()
 }
 
-/// The model inside of a folder of the hub's cache: the main branch's, else the last one downloaded.
+/// The model in a folder of the hub's cache: that of the main branch, else the one downloaded last.
 fn snapshot(dir: &Path) -> Option<PathBuf> {
     let snapshots = dir.join("snapshots");
     let main = std::fs::read_to_string(dir.join("refs/main")).ok().map(|hash| snapshots.join(hash.trim()));
@@ -132,7 +133,7 @@ fn snapshot(dir: &Path) -> Option<PathBuf> {
     paths.filter(|path| is_model(path)).max_by_key(|path| std::fs::metadata(path).and_then(|m| m.modified()).ok())
 }
 
-/// That the weights are in a format that we do not read.
+/// The error for weights in a format that is not read, if they are in one.
 fn foreign(dir: &Path, names: &BTreeSet<String>) -> Option<ConvertError> {
     let ends = |ends: &[&str]| names.iter().find(|name| ends.iter().any(|end| name.ends_with(end)));
     if names.iter().any(|name| name.ends_with(".distcp") || name.starts_with("pytorch_model_fsdp")) {
@@ -148,11 +149,12 @@ fn foreign(dir: &Path, names: &BTreeSet<String>) -> Option<ConvertError> {
     found.map(|(name, what)| ConvertError::Foreign { path: dir.join(name), what })
 }
 
-/// Finds the weight files of `dir`: a single file first, then an index and the files that it names, as transformers does. Which
-/// tensor is in which of them is read from the files; what the index says of that counts for nothing, there as here.
+/// Finds the weight files of `dir` in the order of transformers: a single file first, then an index and the files that
+/// it names. As in transformers, the files themselves tell which tensors they hold, and the index's entries do not
+/// matter.
 ///
 /// # Errors
-/// If there are none that we read, or not all that the index names.
+/// If there are no weights in a format that is read, or if a file that the index names is missing.
 pub fn find(dir: &Path, dialect: Dialect) -> Result<Vec<PathBuf>, ConvertError> {
     let names = list(dir)?;
     let (single, expected) = match dialect {
@@ -215,7 +217,7 @@ fn indexed(dir: &Path, name: &str) -> Result<Vec<PathBuf>, ConvertError> {
     };
     let mut shards = BTreeSet::new();
     for (tensor, file) in entries {
-        // A name with a directory in it could lead anywhere.
+        // A name with a directory in it could name any file of the system.
         let file = file.as_str().filter(|f| !f.is_empty() && !f.contains('/') && *f != ".." && *f != ".");
         shards.insert(file.ok_or_else(|| invalid(format!("`{tensor}`: its file is not the name of a file")))?);
     }

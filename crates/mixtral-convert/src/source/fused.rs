@@ -1,4 +1,4 @@
-//! transformers 5: the experts of a layer in two tensors, and the router beside them under `mlp`.
+//! The layout of transformers 5: the experts of a layer are two tensors, and the router is beside them under `mlp`.
 
 use mixtral_model::ModelConfig;
 

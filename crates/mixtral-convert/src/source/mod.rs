@@ -1,4 +1,4 @@
-//! A model directory, whichever way it is laid out, seen as transformers 4's tensors.
+//! A model directory in any layout, seen as the tensors of transformers 4.
 
 pub mod config;
 pub mod consolidated;
@@ -29,16 +29,16 @@ pub struct Stored {
     pub name: String,
     /// Shape that it must have.
     pub shape: Vec<usize>,
-    /// Which part of it, in which arrangement.
+    /// Which part of the stored tensor it is, and how its elements are arranged there.
     pub view: View,
 }
 
-/// A way of storing a model: one row of a table, from transformers 4's tensors to stored ones.
+/// A way of storing a model: a map from transformers 4's tensors to stored ones.
 pub trait Layout: Sync {
-    /// What it is called in messages.
+    /// Its name in messages.
     fn name(&self) -> &'static str;
 
-    /// Where `tensor` of `model` is.
+    /// Where `tensor` of `model` is stored.
     fn stored(&self, model: &ModelConfig, tensor: HfTensor) -> Stored;
 }
 
@@ -57,14 +57,14 @@ pub struct Located {
     pub view: View,
 }
 
-/// An open model directory whose tensors are all there and of the right shapes.
+/// An open model directory that has all tensors, with the right shapes.
 #[derive(Debug)]
 pub struct Source {
     /// The directory.
     pub dir: PathBuf,
     /// What the configuration says.
     pub config: SourceConfig,
-    /// Whether lm_head is the embedding, after what the weights have.
+    /// Whether lm_head is the embedding, decided by the configuration and the weights.
     pub tied: bool,
     /// How the weights are laid out.
     pub layout: &'static str,
@@ -79,10 +79,11 @@ pub struct Source {
 }
 
 impl Source {
-    /// Opens `dir` and finds every tensor of the model in it; no weights are read.
+    /// Opens `dir` and finds every tensor of the model in it. Reads no weights.
     ///
     /// # Errors
-    /// What is wrong with the directory. Tensors that are missing, misshapen or without a place are listed at once.
+    /// What is wrong with the directory. One error lists all tensors that are missing, have the wrong shape, or have no
+    /// place in the model.
     pub fn open(dir: &Path) -> Result<Self, ConvertError> {
         let (dialect, config) = open_config(dir)?;
         let mut files = Vec::new();
@@ -113,7 +114,7 @@ impl Source {
         Ok(Source { dir, config, tied, layout, files, tensors, num_bytes, largest_tensor })
     }
 
-    /// The type that the model is in: its configuration's, or else that of its embedding.
+    /// The model's data type: that of its configuration, or else that of its embedding.
     #[must_use]
     pub fn dtype(&self) -> DType {
         let embedding = self.tensors.get(&HfTensor::EmbedTokens.to_string());
@@ -124,7 +125,7 @@ impl Source {
 /// Reads the configuration of the model in `dir` and nothing else.
 ///
 /// # Errors
-/// If there is none, or it describes a model that we do not know.
+/// If there is none, or if it describes a model that is not supported.
 pub fn open_config(dir: &Path) -> Result<(Dialect, SourceConfig), ConvertError> {
     match std::fs::metadata(dir) {
         Ok(meta) if !meta.is_dir() => return Err(ConvertError::NotADirectory { path: dir.to_owned() }),
@@ -145,15 +146,14 @@ fn choose_layout(dialect: Dialect, stored: &HashMap<String, (usize, TensorEntry)
     }
 }
 
-/// Whether a tensor is one of those that published models carry and that nothing is computed from: tables of the rotary
-/// embedding, which follow from its base.
+/// Whether a tensor may be left out: published models carry tables of the rotary embedding, which follow from its base.
 fn is_harmless(name: &str) -> bool {
     [".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"].iter().any(|end| name.ends_with(end))
         || name == "rope.freqs"
 }
 
-/// Whether lm_head is the embedding. As in transformers 5, a configuration that says so counts only where one of the two is
-/// missing: if both are there, each is used.
+/// Whether lm_head is the embedding. As in transformers 5, the configuration's word counts only if one of the two is
+/// missing. If both are there, each is used.
 fn is_tied(config: &SourceConfig, layout: &dyn Layout, stored: &HashMap<String, (usize, TensorEntry)>) -> bool {
     let has = |tensor| stored.contains_key(&layout.stored(&config.model, tensor).name);
     let has_both = has(HfTensor::LmHead) && has(HfTensor::EmbedTokens);
@@ -178,7 +178,7 @@ fn locate(
     let mut tensors = HashMap::new();
     let (mut problems, mut misfits) = (Vec::new(), Misfits::default());
     let mut seen = BTreeSet::new();
-    // A tied model's one matrix may be stored under either name.
+    // The one matrix of a tied model may be stored under either name.
     let head = layout.stored(model, HfTensor::LmHead);
     let embedding_is_head = tied && stored.contains_key(&head.name);
     for tensor in HfTensor::all(model, tied) {
@@ -200,7 +200,7 @@ fn locate(
                 }
             },
         };
-        // Many experts may live in one stored tensor, which is at fault once.
+        // One stored tensor may hold many experts; its problem is listed once.
         if seen.insert(name.clone()) {
             problems.push(format!("  `{name}`: {problem}"));
             if stored.contains_key(&name) { &mut misfits.wrong } else { &mut misfits.missing }.push(name);

@@ -1,4 +1,5 @@
-//! transformers 4: one tensor an expert and matrix, and dense Mistral models in any version.
+//! The layout of transformers 4, with one tensor for each expert and matrix; and of dense Mistral models in any
+//! version.
 
 use mixtral_model::ModelConfig;
 
@@ -6,7 +7,7 @@ use super::view::View;
 use super::{Layout, Stored};
 use crate::names::HfTensor;
 
-/// The layout whose names all others are described by.
+/// The layout whose names are the reference for all others.
 #[derive(Clone, Copy, Debug)]
 pub struct PerExpert;
 

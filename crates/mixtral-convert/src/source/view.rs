@@ -1,6 +1,6 @@
-//! Reading a rectangle of a tensor out of a file, whichever way its rows are arranged there.
+//! Reads a rectangle of a tensor from a file, however its rows are arranged there.
 //!
-//! Files are read, not mapped: mapped pages would count as resident memory until the system takes them back.
+//! Files are read and not mapped, because mapped pages count as resident memory until the system takes them back.
 
 use std::fs::File;
 use std::io;
@@ -17,8 +17,9 @@ pub enum View {
         /// The stored row of row 0.
         first: usize,
     },
-    /// Row `i` of a head is stored at `2 i` in its first half, at `2 (i − head_dim / 2) + 1` in its second: stored
-    /// rows hold rotary pairs beside each other, transformers' rows hold them half a head apart.
+    /// In each head, row `i` of the first half is stored at `2 i`, and row `i` of the second half at
+    /// `2 (i − head_dim / 2) + 1`. So the rows of a rotary pair are stored beside each other, while in transformers'
+    /// order they are half a head apart.
     Interleaved {
         /// Rows of a head.
         head_dim: usize,
@@ -30,18 +31,18 @@ pub enum View {
     },
 }
 
-/// Row segments from this many bytes on are read one by one; shorter ones are cut out of whole rows.
+/// Row segments of at least this many bytes are read one by one. Shorter ones are cut out of whole rows.
 const MIN_SEGMENT: usize = 4096;
 
-/// Bytes of whole rows that short segments are cut out of at a time.
+/// When short segments are cut out of whole rows, this many bytes of rows are read at a time.
 const CUT_BYTES: usize = 1 << 18;
 
-/// Stored rows of a transposed tensor that are turned at a time.
+/// How many stored rows of a transposed tensor are transposed at a time.
 const TURN_ROWS: usize = 64;
 
 impl Located {
-    /// Bytes of the pieces that the tensor is best read in. A transposed one is read in strips of its stored rows,
-    /// which are short if the piece has few rows.
+    /// The best size, in bytes, of the pieces in which the tensor is read. Pieces of a transposed tensor are larger,
+    /// because it is read in strips of its stored rows, and these are short if a piece has few rows.
     #[must_use]
     pub fn chunk_bytes(&self) -> usize {
         match self.view {
@@ -56,7 +57,7 @@ impl Located {
     /// What the system said.
     ///
     /// # Panics
-    /// If `out` has not the size of the rectangle.
+    /// If `out` does not have the size of the rectangle.
     pub fn read(
         &self,
         file: &File,
@@ -131,8 +132,8 @@ impl Located {
         let (row_bytes, strip_bytes) = (cols.len() * size, rows.len() * size);
         for start in cols.clone().step_by(TURN_ROWS) {
             let strips = TURN_ROWS.min(cols.end - start);
-            // A stored row is a column here; its elements are our rows. The buffer is taken for the time of the
-            // call, because reading the strips may not use it too.
+            // A stored row is a column of the tensor. The buffer is taken out of `scratch` during the call, because the
+            // call must not use it as well.
             let mut turned = std::mem::take(scratch);
             turned.resize(strips * strip_bytes, 0);
             let stored = first + start..first + start + strips;

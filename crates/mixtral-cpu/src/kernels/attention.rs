@@ -1,8 +1,9 @@
 //! `attention`: causal, paged, grouped, with an optional window.
 //!
-//! A task is one KV head and a few consecutive tokens of one sequence: all the query rows that read the same keys.
-//! It takes the scores of all visible keys first, block by block with the linears' own dot, then the maximum, the
-//! exponentials and their sum of each row, then the weighted values. Nothing about a row depends on its neighbours.
+//! A task is one KV head and a few consecutive tokens of one sequence, with all their query rows, which read the same
+//! keys. It first computes the scores of all visible keys, block by block with the dot product of the linears. Then it
+//! computes each row's maximum, exponentials and their sum, then the weighted values. Nothing in a row depends on its
+//! neighbours.
 
 use std::ops::Range;
 
@@ -14,7 +15,7 @@ use crate::cache::KvView;
 use crate::memory::take;
 use crate::simd::{BLOCK_ROWS, LANES, WEIGHTED_ROWS};
 
-/// Query rows of a task, if the group of heads is not larger: they share each widened block of keys and values.
+/// Query rows of a task, unless the group of heads is larger. They share each widened block of keys and values.
 const QUERY_ROWS: usize = 24;
 /// Keys of a block of scores.
 const KEYS: usize = 64;
@@ -30,13 +31,13 @@ struct Task<'o> {
     outs: Vec<&'o mut [u8]>,
 }
 
-/// The operation's fixed numbers.
+/// The sizes of the operation.
 #[derive(Clone, Copy)]
 struct Shape {
     /// Heads that share a KV head.
     group: usize,
     head_dim: usize,
-    /// `head_dim` in whole vectors.
+    /// `head_dim` rounded up to whole vectors.
     padded: usize,
     window: Option<usize>,
     /// Blocks of a row of the block table.
@@ -50,7 +51,8 @@ impl Shape {
     }
 }
 
-/// `query` has rows of `query_cols` elements, of which the first `num_heads · d` are the queries.
+/// Computes the operation. `query` has rows of `query_cols` elements; the first `num_heads · d` of them are the
+/// queries.
 pub(crate) fn attention(
     workers: &Workers<'_>,
     inputs: &StepInputs<'_>,
@@ -128,7 +130,7 @@ impl Tile<'_> {
         let workers = self.workers;
         let rows = task.outs.len() * group;
         let visible: Vec<Range<usize>> = (0..rows).map(|row| self.shape.visible(task.position + row / group)).collect();
-        // The keys that any of the rows sees.
+        // All keys that some row sees.
         let span = visible[0].start..visible[rows - 1].end;
         let len = span.len();
 
@@ -194,7 +196,7 @@ impl Tile<'_> {
         }
     }
 
-    /// The span in pieces that lie in one block of the cache and hold at most [`KEYS`] keys.
+    /// Cuts the span into pieces that each lie in one block of the cache and hold at most [`KEYS`] keys.
     fn key_blocks(&self, span: &Range<usize>) -> impl Iterator<Item = Range<usize>> + use<> {
         let (size, end) = (self.keys.shape.block_size, span.end);
         let mut start = span.start;
@@ -212,7 +214,7 @@ impl Tile<'_> {
         rows.chunks_exact(self.shape.head_dim * cache.shape.dtype.size())
     }
 
-    /// Packs the keys of a piece as rows, and returns how many they are when rounded up to whole tiles.
+    /// Packs the keys of a piece as rows. Returns the number of rows, rounded up to whole tiles.
     fn pack_keys(&self, kv_head: usize, keys: &Range<usize>, panel: &mut [f32]) -> usize {
         for (row, key) in self.vectors(self.keys, kv_head, keys).enumerate() {
             self.workers.simd.pack_row(self.keys.shape.dtype, key, row, self.shape.padded, panel);
@@ -230,8 +232,8 @@ impl Tile<'_> {
         }
     }
 
-    /// Adds the piece's weighted values to a tile of rows: what all of them see at once, what only some see row by
-    /// row, before and after it, so that every row's sum ascends.
+    /// Adds the piece's weighted values to a tile of rows. Keys that all rows see are added for all rows together. Keys
+    /// before and behind these, which only some rows see, are added row by row. Every row's sum ascends.
     fn add_values(
         &self,
         tile: Range<usize>,
@@ -264,8 +266,8 @@ impl Tile<'_> {
     }
 }
 
-/// Each row's sum in ascending order. Four rows are summed side by side, because one sum alone waits for every
-/// addition.
+/// Each row's sum in ascending order. Four rows are summed side by side, because each addition of a single sum waits
+/// for the one before it.
 fn ascending_sums<'a>(rows: impl Iterator<Item = &'a [f32]>) -> Vec<f32> {
     let rows: Vec<&[f32]> = rows.collect();
     let mut sums = Vec::with_capacity(rows.len());

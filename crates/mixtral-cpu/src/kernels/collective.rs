@@ -1,4 +1,4 @@
-//! `all_reduce` and `all_gather`: what is done with the parts once they are here.
+//! `all_reduce` and `all_gather`: combines the ranks' parts when they have arrived.
 
 use super::workers::Workers;
 use crate::memory::take;
@@ -48,7 +48,7 @@ mod tests {
     use super::super::workers::with_worker;
     use super::*;
 
-    /// The sum of `parts`, one element a rank, and then of `before` if that is there.
+    /// The sum of `parts`, one element for each rank, then plus `before` if there is one.
     fn sum(dtype: DType, parts: &[f32], before: Option<f32>) -> f32 {
         with_worker(dtype, 2, |workers| {
             let bytes = |values: &[f32]| {

@@ -6,8 +6,8 @@ use super::workers::{Workers, index};
 use crate::memory::take;
 use crate::simd::LANES;
 
-/// `out[t] = round(residual[t] + Σ_j expert_weights[t][j] · input[t·k + j])` over the local experts, `out`
-/// holding the residual.
+/// `out[t] = round(residual[t] + Σ_j expert_weights[t][j] · input[t·k + j])` over the local experts. `out` holds the
+/// residual.
 pub(crate) fn combine(
     workers: &Workers<'_>,
     input: &[u8],

@@ -3,7 +3,7 @@
 use super::workers::Workers;
 use crate::memory::take;
 
-/// `out = round(a + out)`: the sum of two buffers, the second being in place already.
+/// `out = round(a + out)`: the sum of two buffers, the second of which is already in `out`.
 pub(crate) fn add(workers: &Workers<'_>, a: &[u8], cols: usize, out: &mut [u8]) {
     let row_bytes = workers.row_bytes(cols);
     workers.for_chunks(out, row_bytes, a.len(), |t, out| {
@@ -29,7 +29,7 @@ pub(crate) fn silu_mul(workers: &Workers<'_>, input: &[u8], cols: usize, out: &m
     });
 }
 
-/// `out[c] = round(silu(gate[c]) · up[c])` of one row up ‖ gate, which is overwritten.
+/// `out[c] = round(silu(gate[c]) · up[c])` of one row up ‖ gate. The row is overwritten.
 pub(crate) fn silu_mul_row(workers: &Workers<'_>, row: &mut [f32], out: &mut [u8]) {
     let (up, gate) = row.split_at_mut(row.len() / 2);
     workers.simd.silu_mul(up, gate);

@@ -1,4 +1,4 @@
-//! `expert_gate_up` and `expert_down`: one linear an expert, over the tokens that were sent to it.
+//! `expert_gate_up` and `expert_down`: one linear for each expert, over the tokens that were sent to it.
 
 use mixtral_engine::BackendError;
 use rayon::prelude::*;
@@ -16,7 +16,7 @@ pub(crate) struct ExpertLists<'a> {
 }
 
 impl<'a> ExpertLists<'a> {
-    /// The lists of each expert, if they are lists of the step's assignments.
+    /// For each expert, where its list starts, and the list. An error if they are not lists of the step's assignments.
     fn experts(&self) -> Result<Vec<(usize, &'a [i32])>, BackendError> {
         let problem = || BackendError::Other("the expert lists are not lists of this step's assignments".to_owned());
         let num_assignments = self.order.len();
@@ -39,11 +39,11 @@ struct Product<'a> {
     outs: Vec<&'a mut [u8]>,
 }
 
-/// Elements of an expert's matrix up to which whole experts are dealt to workers. Cutting so small a product over the
-/// workers costs more than it saves; a larger one is better streamed by all of them.
+/// If an expert's matrix has at most this many elements, each worker computes whole experts. Dividing so small a
+/// product among workers costs more than it saves. All workers together stream larger matrices faster.
 const SMALL: usize = 1 << 19;
 
-/// All products of an operation, each row finished by `finish`.
+/// Computes all products of an operation. `finish` turns each row of accumulators into output.
 fn multiply(
     workers: &Workers<'_>,
     work: &mut Workspace,
@@ -58,7 +58,7 @@ fn multiply(
     let work_in_all = products.iter().map(|p| elements(p) * p.inputs.len()).sum();
     let is_small = products.iter().all(|p| elements(p) <= SMALL);
     if products.len() > 1 && is_small && workers.is_parallel(work_in_all) {
-        // The longest first, so that the last one to finish is short.
+        // The longest products come first, so that a short one finishes last.
         products.sort_by_key(|p| std::cmp::Reverse(p.inputs.len()));
         let spaces = work.apart(products.len())?;
         products.into_par_iter().zip(spaces).with_max_len(1).try_for_each(|(p, work)| one(&workers.alone(), work, p))
@@ -67,7 +67,8 @@ fn multiply(
     }
 }
 
-/// Row p of `out` is token `order[p] / top_k` by its expert's rows, up ‖ gate; `silu_mul` joins the halves.
+/// Row p of `out` is the product of token `order[p] / top_k` with its expert's rows, up ‖ gate. `silu_mul` combines the
+/// halves.
 pub(crate) fn expert_gate_up(
     workers: &Workers<'_>,
     work: &mut Workspace,
@@ -83,7 +84,7 @@ pub(crate) fn expert_gate_up(
     let in_bytes = workers.row_bytes(weight.cols);
     let out_bytes = workers.row_bytes(if silu_mul { rows / 2 } else { rows });
     let mut products = Vec::with_capacity(experts.len());
-    // The lists lie one after another, and so do their rows.
+    // The lists lie one after another, and so do their rows of the output.
     let first = experts.first().map_or(0, |(start, _)| *start);
     let mut rest = &mut out[first * out_bytes..];
     for (e, (_, list)) in experts.into_iter().enumerate() {
@@ -105,7 +106,7 @@ pub(crate) fn expert_gate_up(
     })
 }
 
-/// Row `order[p]` of `out` is row p of `input` by its expert's rows.
+/// Row `order[p]` of `out` is the product of row p of `input` with its expert's rows.
 pub(crate) fn expert_down(
     workers: &Workers<'_>,
     work: &mut Workspace,

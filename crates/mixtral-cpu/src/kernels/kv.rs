@@ -2,7 +2,7 @@
 
 use crate::cache::KvShape;
 
-/// Where each row's heads lie in a buffer: rows of `stride` bytes, the heads starting at `start`.
+/// Where the heads of each row lie in a buffer. Rows have `stride` bytes, and the heads begin at `start` of a row.
 #[derive(Clone, Copy)]
 pub(crate) struct Heads<'a> {
     pub(crate) bytes: &'a [u8],

@@ -1,8 +1,9 @@
-//! Matrix products by the contract's dot, and what becomes of their accumulators.
+//! Matrix products by the contract's dot, and the epilogues of their accumulators.
 //!
-//! Few tokens: the weight's rows are streamed from where they lie, once for all tokens. More tokens: blocks of
-//! rows × tokens × K, in which a worker widens its rows once for all tokens and keeps its accumulators, lane by lane,
-//! in cache from one block of K to the next. Either way lane l of a dot sees the same chain, so the bits are the same.
+//! With few tokens, the weight's rows are streamed from where they lie, once for all tokens. With more tokens, the
+//! product is cut into blocks of rows × tokens × K. In a block, a worker widens its rows once for all tokens; it keeps
+//! its accumulators, lane by lane, in cache from one block of K to the next. In both cases lane l of a dot computes the
+//! same chain of operations, so the bits are the same.
 
 use mixtral_engine::BackendError;
 use mixtral_model::DType;
@@ -17,18 +18,18 @@ use crate::weights::Matrix;
 const TOKENS: usize = 192;
 /// Weight rows of a block.
 const ROWS: usize = 32;
-/// Most weight rows of a streamed task.
+/// The most weight rows of a streamed task.
 const STREAMED_ROWS: usize = 1024;
 /// Columns of a block of K.
 const DEPTH: usize = 512;
 
-/// Memory of a product that all workers share.
+/// The memory of a product. All workers share it.
 pub(crate) struct Workspace {
-    /// Widened activations: `[token][column]` for streams, packed block by block of K else.
+    /// Widened activations: `[token][column]` for streamed products, else packed block by block of K.
     x: Memory,
     /// Accumulators, `[task][token][row of the task]`.
     acc: Memory,
-    /// The same for products that are computed beside each other.
+    /// Workspaces for products that are computed at the same time.
     apart: Vec<Workspace>,
 }
 
@@ -37,7 +38,7 @@ impl Workspace {
         Ok(Workspace { x: Memory::empty()?, acc: Memory::empty()?, apart: Vec::new() })
     }
 
-    /// Memory for `count` products beside each other.
+    /// Workspaces for `count` products at the same time.
     pub(crate) fn apart(&mut self, count: usize) -> Result<&mut [Workspace], BackendError> {
         while self.apart.len() < count {
             self.apart.push(Workspace::new()?);
@@ -46,8 +47,8 @@ impl Workspace {
     }
 }
 
-/// For each token i: `acc[r] = dot(inputs[i], weight[r])` for all rows, then `finish(acc, outs[i], scratch)`, in which
-/// the accumulators may be overwritten and `scratch` is `extra` f32.
+/// For each token i: `acc[r] = dot(inputs[i], weight[r])` for all rows, then `finish(acc, outs[i], scratch)`. `finish`
+/// may overwrite the accumulators. `scratch` has `extra` f32.
 pub(crate) fn linear(
     workers: &Workers<'_>,
     work: &mut Workspace,
@@ -63,7 +64,7 @@ pub(crate) fn linear(
     for (inputs, outs) in inputs.chunks(TOKENS).zip(outs.chunks_mut(TOKENS)) {
         let n = inputs.len();
         let streamed = n <= STREAM_COLUMNS;
-        // A few tasks a worker, so that an interrupted one holds the others up little.
+        // Each worker has a few tasks. So if one worker is interrupted, the others do not wait long.
         let share = rows.div_ceil(4 * workers.num_workers()).next_multiple_of(ROWS);
         let task_rows = if streamed { share.min(STREAMED_ROWS) } else { ROWS };
         work.x.reserve_floats(n * padded)?;
@@ -103,7 +104,7 @@ pub(crate) fn linear(
     Ok(())
 }
 
-/// `x[token][column]`, widened; padded with −0, which adds nothing to any accumulator.
+/// Fills `x[token][column]` with widened inputs. Rows are padded with −0, which changes no accumulator.
 fn widen_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
     let padded = cols.next_multiple_of(LANES);
     workers.for_chunks(x, padded, inputs.len() * padded, |token, x| {
@@ -112,7 +113,7 @@ fn widen_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f
     });
 }
 
-/// The same, packed, one block of K after another.
+/// The same, but packed, one block of K after another.
 fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
     let (n, padded, size) = (inputs.len(), cols.next_multiple_of(LANES), workers.dtype.size());
     workers.for_chunks(x, n * DEPTH, n * padded, |block, x| {
@@ -124,7 +125,7 @@ fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f3
     });
 }
 
-/// `out[token][row] = dot(rows[row], x[token])`, `out` with a row stride of [`ROWS`].
+/// `out[token][row] = dot(rows[row], x[token])`. `out` has a row stride of [`ROWS`].
 fn block(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], mut scratch: &mut [f32]) {
     let (num_rows, cols, size) = (rows.num_rows(), rows.cols, rows.dtype.size());
     let (tile_rows, padded) = (num_rows.next_multiple_of(BLOCK_ROWS), cols.next_multiple_of(LANES));
@@ -136,7 +137,7 @@ fn block(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut
         for (r, row) in rows.bytes.chunks_exact(cols * size).enumerate() {
             workers.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
         }
-        // Rows past the last are whatever lies there; their accumulators are not read.
+        // Rows behind the last one hold old data; their accumulators are not read.
         workers.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);
     }
     for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
@@ -154,7 +155,7 @@ pub(crate) fn store_f32(workers: &Workers<'_>, acc: &[f32], out: &mut [u8]) {
     workers.simd.narrow(DType::F32, acc, out);
 }
 
-/// `out = round(round(acc) + residual)`, `out` holding the residual. `scratch` is as long as `acc`.
+/// `out = round(round(acc) + residual)`, where `out` holds the residual. `scratch` is as long as `acc`.
 pub(crate) fn store_residual(workers: &Workers<'_>, acc: &mut [f32], out: &mut [u8], scratch: &mut [f32]) {
     workers.simd.round(workers.dtype, acc);
     workers.simd.widen(workers.dtype, out, scratch);

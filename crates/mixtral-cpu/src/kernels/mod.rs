@@ -1,4 +1,5 @@
-//! One operation a file. A kernel takes slices, never names; a fused operation calls its parts' functions.
+//! The kernels, one operation a file. A kernel takes slices and knows no names. A fused operation calls the functions
+//! of its parts.
 
 pub(crate) mod attention;
 pub(crate) mod collective;

@@ -11,11 +11,11 @@ pub(crate) struct RopeTable {
 }
 
 impl RopeTable {
-    /// The table of some positions: angles in f32, their sines and cosines in f64.
+    /// The table of these positions. Angles are computed in f32, their sines and cosines in f64.
     #[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "the contract's roundings to f32")]
     pub(crate) fn new(theta: f64, head_dim: usize, positions: &[i32]) -> RopeTable {
         let half = head_dim / 2;
-        // The power is taken in f64 and rounded, which is what a correctly rounded f32 power gives.
+        // The power is computed in f64 and rounded. That equals a correctly rounded f32 power.
         let inv_freq: Vec<f32> =
             (0..half).map(|i| 1.0 / theta.powf(f64::from((2 * i) as f32 / head_dim as f32)) as f32).collect();
         let mut table = RopeTable { cos: Vec::with_capacity(positions.len() * half), sin: vec![] };

@@ -7,7 +7,7 @@ use mixtral_model::MoeNormalization;
 
 use super::workers::index;
 
-/// `exp(x − max)` divided by its sum in ascending order.
+/// `exp(x − max)`, divided by their sum in ascending order.
 pub(crate) fn softmax_row(logits: &[f32], probs: &mut [f32]) {
     let max = logits.iter().fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max });
     let mut sum = 0.0;
@@ -18,7 +18,7 @@ pub(crate) fn softmax_row(logits: &[f32], probs: &mut [f32]) {
     probs.iter_mut().for_each(|p| *p /= sum);
 }
 
-/// The k largest, ties to the lower id, listed in ascending id. NaNs are taken last.
+/// The k largest values, in ascending id. Ties go to the lower id, and NaNs are taken last.
 pub(crate) fn top_k_row(probs: &[f32], normalization: MoeNormalization, ids: &mut [i32], weights: &mut [f32]) {
     let mut taken: Vec<usize> = Vec::with_capacity(ids.len());
     for _ in 0..ids.len() {
@@ -29,7 +29,7 @@ pub(crate) fn top_k_row(probs: &[f32], normalization: MoeNormalization, ids: &mu
                 best = Some(expert);
             }
         }
-        // There are at least k experts in a checked program.
+        // A checked program has at least k experts, so there is always one left.
         taken.extend(best);
     }
     taken.sort_unstable();
@@ -43,7 +43,7 @@ pub(crate) fn top_k_row(probs: &[f32], normalization: MoeNormalization, ids: &mu
     }
 }
 
-/// Lists the assignments of the local experts by expert, each list ascending.
+/// Lists the assignments of each local expert. Each list ascends.
 pub(crate) fn expert_sort(ids: &[i32], experts: &Range<usize>, offsets: &mut [i32], order: &mut [i32]) {
     let local = |id: i32| usize::try_from(id).ok().filter(|id| experts.contains(id)).map(|id| id - experts.start);
     offsets.fill(0);

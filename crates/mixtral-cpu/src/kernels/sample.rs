@@ -4,7 +4,7 @@ use mixtral_engine::{BackendError, StepInputs, sampling};
 use mixtral_model::{DType, TokenId};
 use rayon::prelude::*;
 
-/// One token for each of the step's requests, in their order. `logits` is `[L, cols]`.
+/// Draws one token for each of the step's sample requests, in their order. `logits` is `[L, cols]`.
 pub(crate) fn sample(
     logits: &[f32],
     cols: usize,

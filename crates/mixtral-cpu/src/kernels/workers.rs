@@ -1,4 +1,5 @@
-//! What every kernel gets: the vector kernels, the data type, scratch memory, and ways to share out rows.
+//! What every kernel gets: the vector kernels, the data type, scratch memory, and functions that divide rows among
+//! workers.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -9,22 +10,22 @@ use rayon::prelude::*;
 use crate::memory::Memory;
 use crate::simd::Simd;
 
-/// The workers of the backend's pool, and what kernels need on each of them: shared by all kernels of a step.
+/// The workers of the backend's pool, and what kernels need on each of them. All kernels of a step share it.
 #[derive(Clone, Copy)]
 pub(crate) struct Workers<'a> {
     pub(crate) simd: Simd,
     /// Data type of the activations.
     pub(crate) dtype: DType,
-    /// Whether this work is one worker's share already, and is not shared out again.
+    /// Whether this work is already one worker's share, so that it is not divided again.
     alone: bool,
-    /// Scratch of each worker: at least [`ROW_SCRATCH`] times the widest row.
+    /// Each worker's scratch. It holds at least [`ROW_SCRATCH`] times the widest row.
     scratch: &'a [Mutex<Memory>],
 }
 
-/// Rows, widened and padded, that an elementwise kernel may keep in scratch.
+/// How many rows, widened and padded, an elementwise kernel may keep in scratch.
 pub(crate) const ROW_SCRATCH: usize = 3;
 
-/// Work below this many elementary operations is not worth waking another thread for.
+/// Work of fewer elementary operations than this is not worth waking another thread.
 const MIN_PARALLEL: usize = 1 << 15;
 
 impl<'a> Workers<'a> {
@@ -32,27 +33,27 @@ impl<'a> Workers<'a> {
         Workers { simd, dtype, alone: false, scratch }
     }
 
-    /// The worker that this runs on.
+    /// The index of the worker that this runs on.
     fn worker(&self) -> usize {
         rayon::current_thread_index().unwrap_or(0) % self.scratch.len()
     }
 
-    /// Workers of the pool.
+    /// How many workers the pool has.
     pub(crate) fn num_workers(&self) -> usize {
         self.scratch.len()
     }
 
-    /// The same, for work that is one worker's share.
+    /// The same for work that is one worker's share.
     pub(crate) fn alone(self) -> Self {
         Workers { alone: true, ..self }
     }
 
-    /// Whether a loop of so many elementary operations is shared out.
+    /// Whether a loop of `work` elementary operations is divided among workers.
     pub(crate) fn is_parallel(&self, work: usize) -> bool {
         !self.alone && self.scratch.len() > 1 && work >= MIN_PARALLEL
     }
 
-    /// Makes room for `floats` f32 in the scratch of every worker that will need it.
+    /// Makes room for `floats` f32 in the scratch of every worker that takes part.
     pub(crate) fn reserve_scratch(&self, floats: usize) -> Result<(), BackendError> {
         let workers = if self.alone { std::slice::from_ref(&self.scratch[self.worker()]) } else { self.scratch };
         workers
@@ -60,7 +61,7 @@ impl<'a> Workers<'a> {
             .try_for_each(|scratch| scratch.lock().unwrap_or_else(PoisonError::into_inner).reserve_floats(floats))
     }
 
-    /// Runs `f` with this worker's scratch. `f` must not share out work of its own.
+    /// Runs `f` with this worker's scratch. `f` must not divide work among workers itself.
     pub(crate) fn with_scratch<R>(&self, f: impl FnOnce(&mut [f32]) -> R) -> R {
         let mut scratch = self.scratch[self.worker()].lock().unwrap_or_else(PoisonError::into_inner);
         f(scratch.floats_mut())
@@ -87,7 +88,7 @@ impl<'a> Workers<'a> {
     }
 }
 
-/// An i32 that was checked to be an index.
+/// Converts an i32 that was checked to be an index.
 pub(crate) fn index(value: i32) -> usize {
     usize::try_from(value).unwrap_or(0)
 }

@@ -1,14 +1,14 @@
 //! A vector of the contract's 16 lanes, on each instruction set.
 //!
-//! All implementations give the same bits: a fused multiply-add is one rounding everywhere, widening is exact,
-//! narrowing rounds to nearest even, and `sum` adds in the contract's tree.
+//! All implementations give the same bits: a fused multiply-add rounds once, widening is exact, narrowing rounds to
+//! nearest even, and `sum` adds in the contract's tree.
 
 use half::{bf16, f16};
 
 /// Lanes of a vector, and of the contract's dot product.
 pub(crate) const LANES: usize = 16;
 
-/// Sixteen f32 lanes. Pointers need no alignment; loads and stores touch exactly sixteen elements.
+/// Sixteen f32 lanes. Pointers need no alignment. Loads and stores access exactly sixteen elements.
 pub(super) trait Lanes: Copy {
     /// All lanes `x`.
     unsafe fn splat(x: f32) -> Self;
@@ -28,7 +28,7 @@ pub(super) trait Lanes: Copy {
     unsafe fn fma(self, a: Self, b: Self) -> Self;
     /// The lanes' sum: l with l + 8, then + 4, + 2, + 1.
     unsafe fn sum(self) -> f32;
-    /// Asks for the cache line at `p`, which may lie anywhere.
+    /// Prefetches the cache line at `p`. `p` may point anywhere.
     fn prefetch(p: *const u8);
 }
 
@@ -36,7 +36,7 @@ pub(super) trait Lanes: Copy {
 #[derive(Clone, Copy)]
 pub(super) struct Portable([f32; LANES]);
 
-// SAFETY (of every implementation below): the trait's callers guarantee sixteen readable or writable elements.
+// SAFETY (of every implementation below): callers of the trait guarantee sixteen readable or writable elements.
 impl Lanes for Portable {
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -112,7 +112,7 @@ mod x86 {
 
     use super::Lanes;
 
-    /// Two 8-lane halves; needs AVX2, FMA and F16C.
+    /// Two halves of 8 lanes. Needs AVX2, FMA and F16C.
     #[derive(Clone, Copy)]
     pub(in crate::simd) struct Avx2(__m256, __m256);
 
@@ -221,7 +221,7 @@ mod x86 {
         }
     }
 
-    /// One register; needs AVX-512F besides what [`Avx2`] needs.
+    /// One register. Needs AVX-512F besides what [`Avx2`] needs.
     #[derive(Clone, Copy)]
     pub(in crate::simd) struct Avx512(__m512);
 

@@ -1,8 +1,8 @@
 //! The vector kernels, and the only unsafe code of the crate.
 //!
-//! [`lanes`] is a 16-lane vector on each instruction set, [`tiles`] the kernels over it. Here they are wrapped once
-//! an instruction set, and [`Simd`] calls the wrapper of the set that was chosen. A `Simd` of a set exists only on a
-//! machine that has it, which is what makes its methods safe.
+//! [`lanes`] is a 16-lane vector on each instruction set, and [`tiles`] are the kernels over it. This file wraps the
+//! kernels once for each instruction set, and [`Simd`] calls the wrapper of the chosen set. Its methods are safe
+//! because a `Simd` of an instruction set exists only on a machine that has the set.
 #![allow(unsafe_code)]
 
 mod lanes;
@@ -42,7 +42,7 @@ impl Isa {
         }
     }
 
-    /// Those that this machine has, slowest first.
+    /// The instruction sets that this machine has, slowest first.
     #[must_use]
     pub fn available() -> Vec<Isa> {
         [Isa::Portable, Isa::Avx2, Isa::Avx512].into_iter().filter(|isa| isa.is_available()).collect()
@@ -53,13 +53,13 @@ impl Isa {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Simd(Isa);
 
-/// Most columns that [`Simd::stream`] takes at once.
+/// The most columns that [`Simd::stream`] takes at once.
 pub(crate) const STREAM_COLUMNS: usize = 8;
 
-/// Rows of [`Simd::block`] come in multiples of this, whatever the instruction set.
+/// The rows of [`Simd::block`] are a multiple of this, on every instruction set.
 pub(crate) const BLOCK_ROWS: usize = 4;
 
-/// Most rows that [`Simd::weighted_rows`] takes at once.
+/// The most rows that [`Simd::weighted_rows`] takes at once.
 pub(crate) const WEIGHTED_ROWS: usize = 6;
 
 /// Calls `$kernel::<$lanes, Elem, …>` for the element type of a data type.
@@ -73,7 +73,8 @@ macro_rules! by_dtype {
     };
 }
 
-/// One module of wrappers: the instruction set's vector and features, and the tile sizes that fill its registers.
+/// Defines one module of wrappers, from an instruction set's vector and features, and the tile sizes that fill its
+/// registers.
 macro_rules! wrappers {
     ($module:ident, $lanes:ty, $(#[$features:meta])?, stream: [$stream1:tt, $stream2:tt, $stream3:tt, $stream4:tt, $stream5:tt, $stream6:tt, $stream7:tt, $stream8:tt],
      rows: $rows:tt, columns: $columns:tt, groups: $groups:tt) => {
@@ -227,7 +228,7 @@ impl Simd {
     }
 
     /// `out[c · out_stride + r] = dot(w[r], x[c])`: `w` is `[rows, cols]`, `x` `[n, x_stride]` padded to whole groups
-    /// of lanes with −0, n ≤ [`STREAM_COLUMNS`]. For few columns: the rows are read once, from where they lie.
+    /// of lanes with −0, n ≤ [`STREAM_COLUMNS`]. It is for few columns: the rows are read once, from where they lie.
     pub(crate) fn stream(
         self,
         dtype: DType,
@@ -275,7 +276,7 @@ impl Simd {
     ) {
         let (_, width) = self.tile();
         let width_here = width.min(tokens - token / width * width);
-        // Minus zero times the rows' zero is −0, which leaves every accumulator as it is, +0 and −0 among them.
+        // −0 times the rows' zero padding is −0. Adding that leaves every accumulator as it is, even +0 and −0.
         self.pack(dtype, src, token, width, width_here, depth, -0.0, panel);
     }
 
@@ -294,9 +295,9 @@ impl Simd {
         dispatch!(self, pack(dtype, src, &mut panel[first..], tile_here * LANES, padding));
     }
 
-    /// `acc[t][r] += w[r] · x[t]` lane by lane: one block of `depth` columns (a multiple of 16). `w` holds `rows` packed
-    /// rows (a multiple of [`BLOCK_ROWS`]), `x` packed columns; `acc` is `[tokens, rows, 16]`. Packed operands are read
-    /// in order, one stream each.
+    /// `acc[t][r] += w[r] · x[t]` lane by lane: one block of `depth` columns (a multiple of 16). `w` holds `rows`
+    /// packed rows (a multiple of [`BLOCK_ROWS`]), `x` packed columns; `acc` is `[tokens, rows, 16]`. Each packed
+    /// operand is read in order, as one stream.
     pub(crate) fn block(self, w: &[f32], rows: usize, x: &[f32], tokens: usize, depth: usize, acc: &mut [f32]) {
         dispatch!(self, block(w, rows, x, tokens, depth, acc));
     }
@@ -321,12 +322,12 @@ impl Simd {
         dispatch!(self, weighted_rows(p, p_stride, rows, n, v, width, acc));
     }
 
-    /// The sum of all words, modulo 2^64: what memory bandwidth is measured with.
+    /// The sum of all words, modulo 2^64. Memory bandwidth is measured with it.
     pub(crate) fn sum_words(self, words: &[u64]) -> u64 {
         dispatch!(self, sum_words(words))
     }
 
-    /// The largest element, −∞ for none; NaNs are passed over.
+    /// The largest element; −∞ if there is none. NaNs are ignored.
     pub(crate) fn max(self, x: &[f32]) -> f32 {
         dispatch!(self, max(x))
     }

@@ -1,4 +1,4 @@
-//! Every instruction set against a scalar emulation of the contract, to the bit.
+//! Compares every instruction set with a scalar emulation of the contract, to the bit.
 
 use half::{bf16, f16};
 use mixtral_engine::dummy;
@@ -8,7 +8,7 @@ use super::{BLOCK_ROWS, Isa, LANES, STREAM_COLUMNS, Simd, WEIGHTED_ROWS};
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
-/// Seeded values of about unit size.
+/// Seeded values with a magnitude of about 1.
 fn values(seed: u64, n: usize) -> Vec<f32> {
     (0..n as u64).map(|i| dummy::element(dummy::key(seed, "x"), i, dummy::scale(1))).collect()
 }
@@ -25,7 +25,7 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// The contract's dot, written as its text says.
+/// The contract's dot, written as the contract says.
 fn dot(x: &[f32], w: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
     for (i, (x, w)) in x.iter().zip(w).enumerate() {
@@ -59,7 +59,7 @@ fn streamed_dots_are_the_contracts() {
                 let x = values(2, n * cols);
                 let expected: Vec<f32> = x.chunks(cols).flat_map(|x| w.chunks(cols).map(move |w| dot(x, w))).collect();
                 for (isa, simd) in sets() {
-                    // One byte off, so that no load is aligned by luck.
+                    // One byte in front, so that no load is aligned by chance.
                     let mut bytes = vec![0u8];
                     bytes.extend(to_bytes(dtype, &w));
                     let mut out = vec![f32::NAN; n * rows];
@@ -82,7 +82,7 @@ fn blocked_dots_are_the_contracts_wherever_they_lie_in_a_tile() {
             let (bytes_w, bytes_x) = (to_bytes(DType::F32, &w), to_bytes(DType::F32, &x));
             let padded = cols.next_multiple_of(LANES);
             for (isa, simd) in sets() {
-                // K in two blocks, cut at any group.
+                // K in two blocks, cut at some group.
                 for cut in [0, 16, padded / 2 / LANES * LANES, padded].map(|cut| cut.min(padded)) {
                     let mut acc = vec![0.0; n * rows * LANES];
                     for (from, to) in [(0, cut), (cut, padded)].into_iter().filter(|(from, to)| from < to) {
@@ -107,7 +107,7 @@ fn blocked_dots_are_the_contracts_wherever_they_lie_in_a_tile() {
 
 #[test]
 fn padding_keeps_the_sign_of_zero() {
-    // Lane 0 underflows to −0, the others stay +0 or −0 by the same rule: padding may not turn it into +0.
+    // Lane 0 underflows to −0. Padding may not turn it into +0.
     let (w, x) = (vec![-1e-30f32; 17], vec![1e-30f32; 17]);
     let expected = dot(&x, &w);
     let (bytes_w, bytes_x) = (to_bytes(DType::F32, &w), to_bytes(DType::F32, &x));
@@ -151,7 +151,7 @@ fn weighted_rows_are_one_chain_of_fused_multiply_adds() {
     }
 }
 
-/// Values at which roundings differ if anything does: ties both ways, overflow, subnormals, zeros, infinities, NaN.
+/// Values at which wrong roundings would show: ties in both directions, overflow, subnormals, zeros, infinities, NaN.
 fn edges() -> Vec<f32> {
     let mut edges: Vec<f32> = [
         0x3f80_8000u32,

@@ -1,4 +1,4 @@
-//! The kernels, written once over [`Lanes`]. Each is inlined into one wrapper an instruction set.
+//! The kernels, written once over [`Lanes`]. Each is inlined into one wrapper for each instruction set.
 
 #![expect(clippy::needless_range_loop, reason = "tiles are indexed by row and column, and unroll")]
 
@@ -70,7 +70,7 @@ pub(super) unsafe fn widen<L: Lanes, E: Elem>(src: &[u8], dst: &mut [f32]) {
     }
 }
 
-/// Group g of `src`, widened, goes to `dst[g · stride..]`; what the last group lacks is `padding`.
+/// Group g of `src`, widened, goes to `dst[g · stride..]`. The last group is filled up with `padding`.
 #[inline(always)]
 pub(super) unsafe fn pack<L: Lanes, E: Elem>(src: &[u8], dst: &mut [f32], stride: usize, padding: f32) {
     let n = src.len() / E::SIZE;
@@ -167,8 +167,8 @@ unsafe fn accumulate<L: Lanes, E: Elem, const R: usize, const C: usize>(
     }
 }
 
-/// How far ahead of its reads a stream asks for memory, in bytes. The weights are contiguous, so that what lies ahead is
-/// read soon, whichever row it belongs to. Measured: 4 to 16 KiB is best, on large pages and on small ones.
+/// How many bytes ahead of its reads a stream prefetches. The weights are contiguous, so the bytes ahead are read soon,
+/// whichever row they belong to. Measured: 4 to 16 KiB is best, on large pages and on small ones.
 const PREFETCH: usize = 8192;
 
 /// The dots of R whole rows with C columns; see [`stream`].
@@ -181,7 +181,7 @@ unsafe fn stream_rows<L: Lanes, E: Elem, const R: usize, const C: usize>(
     out: *mut f32,
     out_stride: usize,
 ) {
-    // SAFETY: the caller's; a partial group of w is read through a buffer, x is padded to whole groups.
+    // SAFETY: the caller's; a partial group of w is read through a buffer, and x is padded to whole groups.
     unsafe {
         let mut acc = [[L::splat(0.0); C]; R];
         let (groups, tail) = (cols / LANES, cols % LANES);
@@ -295,7 +295,7 @@ pub(super) unsafe fn block<L: Lanes, const R: usize, const C: usize>(
         // SAFETY: columns t to t + left lie in x and acc, by the asserts.
         unsafe {
             let (x, acc) = (x.as_ptr().add(t * depth), acc.as_mut_ptr().add(t * rows * LANES));
-            // Arms past C are never reached, and compile to nothing.
+            // Branches for more than C columns are never reached and compile to nothing.
             if C >= 6 && left == 6 {
                 block_columns::<L, R, 6>(w.as_ptr(), rows, x, depth, acc);
             } else if C >= 5 && left == 5 {
@@ -391,7 +391,7 @@ pub(super) unsafe fn weighted_rows<L: Lanes, const C: usize, const D: usize>(
     }
 }
 
-/// The sum of all words, modulo 2^64: reads memory and does little else.
+/// The sum of all words, modulo 2^64. It reads memory and does little else.
 #[inline(always)]
 pub(super) fn sum_words(words: &[u64]) -> u64 {
     let mut lanes = [0u64; 2 * LANES];
@@ -404,7 +404,7 @@ pub(super) fn sum_words(words: &[u64]) -> u64 {
     lanes.iter().chain(groups.remainder()).fold(0, |sum, word| sum.wrapping_add(*word))
 }
 
-/// The largest element, −∞ for none; NaNs are passed over.
+/// The largest element; −∞ if there is none. NaNs are ignored.
 #[inline(always)]
 pub(super) fn max(x: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];

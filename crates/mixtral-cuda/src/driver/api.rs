@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 
 use cudarc::driver::sys::{
     CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUgraph, CUgraphExec, CUipcMemHandle, CUlaunchConfig,
-    CUmodule, CUstream, CUtensorMap,
+    CUmodule, CUstream, CUtensorMap, CUuuid,
 };
 use libloading::Library;
 
@@ -55,6 +55,7 @@ functions! {
     cuDeviceGet(*mut CUdevice, c_int);
     cuDeviceGetName(*mut c_char, c_int, CUdevice);
     cuDeviceTotalMem_v2(*mut usize, CUdevice);
+    cuDeviceGetUuid_v2(*mut CUuuid, CUdevice);
     cuDeviceGetAttribute(*mut c_int, c_uint, CUdevice);
     cuDevicePrimaryCtxRetain(*mut CUcontext, CUdevice);
     cuCtxSetCurrent(CUcontext);

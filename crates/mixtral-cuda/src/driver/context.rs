@@ -1,9 +1,9 @@
 //! Devices and their primary contexts.
 
-use std::ffi::c_int;
+use std::ffi::{c_char, c_int};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cudarc::driver::sys::{CUcontext, CUdevice_attribute_enum as Attribute};
+use cudarc::driver::sys::{CUcontext, CUdevice_attribute_enum as Attribute, CUuuid_st};
 
 use super::api;
 use crate::CudaError;
@@ -13,6 +13,8 @@ use crate::CudaError;
 pub struct Device {
     /// Its number among the visible GPUs.
     pub ordinal: usize,
+    /// What tells it from every other GPU, whatever number it has where it is seen.
+    pub uuid: [u8; 16],
     /// Its name.
     pub name: String,
     /// Compute capability, major and minor version as one number: 90 is Hopper.
@@ -45,12 +47,13 @@ pub fn devices() -> Result<Vec<Device>, CudaError> {
 fn describe(ordinal: c_int) -> Result<Device, CudaError> {
     let api = api()?;
     let mut name = [0u8; 256];
-    let (mut handle, mut memory) = (0, 0usize);
-    // SAFETY: a handle, at most 256 bytes of a terminated string, and a size are written.
+    let (mut handle, mut memory, mut uuid) = (0, 0usize, CUuuid_st { bytes: [0; 16] });
+    // SAFETY: a handle, at most 256 bytes of a terminated string, a size and 16 bytes are written.
     unsafe {
         api.check("cuDeviceGet", (api.cuDeviceGet)(&raw mut handle, ordinal))?;
         api.check("cuDeviceGetName", (api.cuDeviceGetName)(name.as_mut_ptr().cast(), 256, handle))?;
         api.check("cuDeviceTotalMem", (api.cuDeviceTotalMem_v2)(&raw mut memory, handle))?;
+        api.check("cuDeviceGetUuid", (api.cuDeviceGetUuid_v2)(&raw mut uuid, handle))?;
     }
     let attribute = |attribute: Attribute| {
         let mut value: c_int = 0;
@@ -62,6 +65,7 @@ fn describe(ordinal: c_int) -> Result<Device, CudaError> {
     let name: Vec<u8> = name.into_iter().take_while(|&b| b != 0).collect();
     Ok(Device {
         ordinal: usize::try_from(ordinal).unwrap_or(0),
+        uuid: uuid.bytes.map(c_char::cast_unsigned),
         name: String::from_utf8_lossy(&name).into_owned(),
         capability: 10 * attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?
             + attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?,

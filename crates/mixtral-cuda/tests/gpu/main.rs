@@ -9,4 +9,5 @@ mod cublaslt;
 mod faults;
 mod kernels;
 mod other_build;
+mod ranks;
 mod steps;

@@ -1,9 +1,10 @@
 //! `all_reduce`, `all_gather`, `send`, `recv`, and what comes before them in a step.
 
+use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Buffer, Op};
 
 use super::elementwise::{VECTOR, epsilon, row_threads, rows};
-use super::{LowerError, Lowering, count, int, launch, named, portable, type_name};
+use super::{LowerError, Lowering, all_named, count, int, launch, moe, named, portable, type_name};
 use crate::exchange::num_collectives;
 use crate::step_block::Array;
 use crate::{Arg, Exchange, ExchangeArg, Grid, Kernel, Launch};
@@ -40,111 +41,141 @@ fn bytes(size: usize) -> Arg {
     Arg::U64(size as u64)
 }
 
-/// `ops` are the operation and all behind it.
+/// What a kernel of a collective is told of the exchange, in the order of its parameters.
+fn exchanged(lowering: &Lowering<'_>, before: usize) -> [(&'static str, Arg); 7] {
+    let program = lowering.program;
+    let exchange = Exchange::new(program).unwrap_or_default();
+    [
+        word("inboxes", ExchangeArg::Inboxes),
+        ("capacity", bytes(exchange.part_bytes)),
+        ("rank", int(program.rank % program.tp_size.max(1))),
+        word("done", ExchangeArg::Done),
+        ("ordinal", Arg::Ordinal(before)),
+        word("stop", ExchangeArg::Stop),
+        word("report", ExchangeArg::Report),
+    ]
+}
+
+fn word(name: &'static str, what: ExchangeArg) -> (&'static str, Arg) {
+    (name, Arg::Exchange(what))
+}
+
+/// The launch of `all_reduce`, or of `combine_all_reduce` if the part of this rank is a combine that nothing else reads. `before` is the
+/// number of collectives of the step before it.
+fn all_reduce(lowering: &Lowering<'_>, combine: Option<&Op>, op: &Op, before: usize) -> Result<Launch, LowerError> {
+    let Op::AllReduce { input, residual, out, norm } = op else {
+        return Err(LowerError::Unsupported { op: op.name(), reason: "not an all-reduce".to_owned() });
+    };
+    let (_, buffer) = lowering.buffer(op, out)?;
+    let (kind, times) = rows(lowering, buffer);
+    let (dtype, cols, ranks) = (type_name(buffer.dtype), buffer.cols, lowering.program.tp_size);
+    let (scale_type, scale, eps, normalized) = match norm {
+        Some(norm) => {
+            let (index, weight) = lowering.weight(op, &norm.weight)?;
+            let scale = Arg::Weight { index, offset: 0 };
+            (type_name(weight.dtype), scale, epsilon(norm.eps), lowering.at(op, &norm.out)?)
+        }
+        // Not read.
+        None => (dtype, lowering.at(op, out)?, Arg::F32(0.0), lowering.at(op, out)?),
+    };
+    let with = format!("{}, {}", residual.is_some(), norm.is_some());
+    let header = ("header", Arg::Step(Array::Header));
+    let (symbol, first) = match combine {
+        Some(op @ Op::Combine { input, expert_ids, expert_weights, experts: [first, last], .. }) => {
+            let all = *first == 0 && *last >= lowering.program.num_experts;
+            let k = lowering.program.top_k;
+            let symbol = format!(
+                "exchange::combine_all_reduce<{dtype}, {scale_type}, {cols}, {k}, {first}, {last}, {all}, {ranks}, {with}>"
+            );
+            let ids = ("expert_ids", lowering.at(op, expert_ids)?);
+            let weights = ("expert_weights", lowering.at(op, expert_weights)?);
+            (symbol, vec![header, ("input", lowering.at(op, input)?), ids, weights])
+        }
+        _ => {
+            let symbol = format!("exchange::all_reduce<{dtype}, {scale_type}, {cols}, {ranks}, {kind}, {with}>");
+            (symbol, vec![header, ("times", int(times)), ("input", lowering.at(op, input)?)])
+        }
+    };
+    let rest = [
+        ("residual", lowering.at(op, residual.as_deref().unwrap_or(out))?),
+        ("out", lowering.at(op, out)?),
+        ("weight", scale),
+        ("eps", eps),
+        ("normalized", normalized),
+    ];
+    let args = first.into_iter().chain(rest).chain(exchanged(lowering, before));
+    let kernel = portable(ALL_REDUCE, symbol, row_threads(cols));
+    Ok(launch(kernel, grid(lowering, buffer, 1), all_named(args)))
+}
+
+/// Where `combine`, `all_reduce`, `linear` (a router's) and `route` follow each other, fewer launches compute several of them: a combine
+/// is part of the all-reduce that follows, and the norm of an all-reduce is part of the router that follows. The number of operations
+/// and their launches.
+pub(super) fn together(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Option<(usize, Vec<Launch>)>, LowerError> {
+    let (combine, behind) = match ops {
+        [combine @ Op::Combine { out, residual: None, norm: None, .. }, reduce @ Op::AllReduce { input, .. }, ..]
+            if input == out
+                && lowering.program.ops.iter().all(|op| op == reduce || !op.reads().contains(&out.as_str())) =>
+        {
+            (Some(combine), &ops[1..])
+        }
+        [Op::AllReduce { .. }, ..] => (None, ops),
+        _ => return Ok(None),
+    };
+    let before = num_collectives(&lowering.program.ops) - num_collectives(behind);
+    let taken = ops.len() - behind.len() + 1;
+    if let [Op::AllReduce { input, residual, out, norm: Some(norm) }, linear, route, ..] = behind {
+        let FusedNorm { weight, eps, out: normed } = norm.clone();
+        let norm = Op::Norm { input: out.clone(), weight, eps, out: normed };
+        if let Some(routed) = moe::norm_router_route(lowering, &[norm, linear.clone(), route.clone()])? {
+            let (input, residual, out) = (input.clone(), residual.clone(), out.clone());
+            let alone = Op::AllReduce { input, residual, out, norm: None };
+            let mut launches = vec![all_reduce(lowering, combine, &alone, before)?];
+            launches.extend(routed);
+            return Ok(Some((taken + 2, launches)));
+        }
+    }
+    Ok(Some((taken, vec![all_reduce(lowering, combine, &behind[0], before)?])))
+}
+
+/// The launch of `all_gather`, `send` or `recv`: the first of `ops`, which are all that is left of the program.
 pub(super) fn lower(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Launch, LowerError> {
     let (op, program) = (&ops[0], lowering.program);
     let exchange = Exchange::new(program).unwrap_or_default();
     let header = ("header", Arg::Step(Array::Header));
-    let word = |name: &'static str, what| (name, Arg::Exchange(what));
     let (stop, report) = (word("stop", ExchangeArg::Stop), word("report", ExchangeArg::Report));
-    let steps = word("steps", ExchangeArg::Steps);
-    let before = num_collectives(&program.ops) - num_collectives(ops);
-    let inboxes = word("inboxes", ExchangeArg::Inboxes);
-    let capacity = ("capacity", bytes(exchange.part_bytes));
-    let rank = ("rank", int(program.rank % program.tp_size.max(1)));
-    let (done, ordinal) = (word("done", ExchangeArg::Done), ("ordinal", Arg::Ordinal(before)));
+    let (steps, capacity) = (word("steps", ExchangeArg::Steps), ("capacity", bytes(exchange.stage_bytes)));
     let of_stage = |name: &str, buffer: &Buffer, kind: &str| -> Kernel {
         let symbol = format!("exchange::{name}<{}, {}, {kind}>", type_name(buffer.dtype), buffer.cols);
         portable(STAGE, symbol, row_threads(buffer.cols))
     };
     Ok(match op {
-        Op::AllReduce { input, residual, out, norm } => {
-            let (_, buffer) = lowering.buffer(op, out)?;
-            let (kind, times) = rows(lowering, buffer);
-            let (dtype, cols, ranks) = (type_name(buffer.dtype), buffer.cols, program.tp_size);
-            let (scale_type, scale, eps, normalized) = match norm {
-                Some(norm) => {
-                    let (index, weight) = lowering.weight(op, &norm.weight)?;
-                    let scale = Arg::Weight { index, offset: 0 };
-                    (type_name(weight.dtype), scale, epsilon(norm.eps), lowering.at(op, &norm.out)?)
-                }
-                // Not read.
-                None => (dtype, lowering.at(op, out)?, Arg::F32(0.0), lowering.at(op, out)?),
-            };
-            let symbol = format!(
-                "exchange::all_reduce<{dtype}, {scale_type}, {cols}, {ranks}, {kind}, {}, {}>",
-                residual.is_some(),
-                norm.is_some()
-            );
-            let args = named([
-                header,
-                ("times", int(times)),
-                ("input", lowering.at(op, input)?),
-                ("residual", lowering.at(op, residual.as_deref().unwrap_or(out))?),
-                ("out", lowering.at(op, out)?),
-                ("weight", scale),
-                ("eps", eps),
-                ("normalized", normalized),
-                inboxes,
-                capacity,
-                rank,
-                done,
-                ordinal,
-                stop,
-                report,
-            ]);
-            launch(portable(ALL_REDUCE, symbol, row_threads(cols)), grid(lowering, buffer, 1), args)
-        }
         Op::AllGather { input, out } => {
             let (_, buffer) = lowering.buffer(op, input)?;
             let (kind, times) = rows(lowering, buffer);
             let (dtype, cols, ranks) = (type_name(buffer.dtype), buffer.cols, program.tp_size);
             let symbol = format!("exchange::all_gather<{dtype}, {cols}, {ranks}, {kind}>");
-            let args = named([
-                header,
-                ("times", int(times)),
-                ("input", lowering.at(op, input)?),
-                ("out", lowering.at(op, out)?),
-                inboxes,
-                capacity,
-                rank,
-                done,
-                ordinal,
-                stop,
-                report,
-            ]);
+            let before = num_collectives(&program.ops) - num_collectives(ops);
+            let (input, out) = (("input", lowering.at(op, input)?), ("out", lowering.at(op, out)?));
+            let args = [header, ("times", int(times)), input, out].into_iter().chain(exchanged(lowering, before));
             let tiles = cols.div_ceil(VECTOR).div_ceil(THREADS);
-            launch(portable(ALL_GATHER, symbol, THREADS), grid(lowering, buffer, tiles), args)
+            launch(portable(ALL_GATHER, symbol, THREADS), grid(lowering, buffer, tiles), all_named(args))
         }
         Op::Send { input, .. } => {
             let (_, buffer) = lowering.buffer(op, input)?;
             let (kind, times) = rows(lowering, buffer);
-            let args = named([
-                header,
-                ("times", int(times)),
-                ("input", lowering.at(op, input)?),
-                word("inbox", ExchangeArg::NextInbox),
-                ("capacity", bytes(exchange.stage_bytes)),
-                steps,
-                word("taken", ExchangeArg::Taken),
-                stop,
-                report,
-            ]);
+            let inbox = word("inbox", ExchangeArg::NextInbox);
+            let taken = word("taken", ExchangeArg::Taken);
+            let input = ("input", lowering.at(op, input)?);
+            let args = named([header, ("times", int(times)), input, inbox, capacity, steps, taken, stop, report]);
             launch(of_stage("send", buffer, kind), grid(lowering, buffer, 1), args)
         }
         Op::Recv { out, .. } => {
             let (_, buffer) = lowering.buffer(op, out)?;
             let (kind, times) = rows(lowering, buffer);
-            let args = named([
-                header,
-                ("times", int(times)),
-                ("out", lowering.at(op, out)?),
-                word("inbox", ExchangeArg::StageInbox),
-                ("capacity", bytes(exchange.stage_bytes)),
-                steps,
-                stop,
-                report,
-            ]);
+            let inbox = word("inbox", ExchangeArg::StageInbox);
+            let out = ("out", lowering.at(op, out)?);
+            let args = named([header, ("times", int(times)), out, inbox, capacity, steps, stop, report]);
             launch(of_stage("recv", buffer, kind), grid(lowering, buffer, 1), args)
         }
         _ => return Err(LowerError::Unsupported { op: op.name(), reason: "it speaks to no other rank".to_owned() }),

@@ -120,6 +120,9 @@ impl Lowering<'_> {
         if let Some(launches) = moe::norm_router_route(self, ops)? {
             return Ok((3, of_launches(launches)));
         }
+        if let Some((taken, launches)) = collective::together(self, ops)? {
+            return Ok((taken, of_launches(launches)));
+        }
         let launches = match &ops[0] {
             op @ (Op::Linear { .. } | Op::ExpertGateUp { .. } | Op::ExpertDown { .. }) => {
                 return Ok((1, linear::lower(self, op)?));
@@ -177,7 +180,12 @@ pub(crate) fn launch(kernel: Kernel, grid: Grid, args: Vec<NamedArg>) -> Launch 
 
 /// Parameters in the kernel's order.
 pub(crate) fn named<const N: usize>(args: [(&'static str, Arg); N]) -> Vec<NamedArg> {
-    args.map(|(name, arg)| NamedArg { name: Cow::Borrowed(name), arg }).into()
+    all_named(args)
+}
+
+/// As [`named`], of parameters that are put together.
+pub(crate) fn all_named(args: impl IntoIterator<Item = (&'static str, Arg)>) -> Vec<NamedArg> {
+    args.into_iter().map(|(name, arg)| NamedArg { name: Cow::Borrowed(name), arg }).collect()
 }
 
 /// A size in the type of kernels and grids. Sizes of a program that passed its check fit.

@@ -8,7 +8,8 @@ use mixtral_tokenizer::Tokenizer;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-/// Words with a mark for the space before them, and a token for each byte: Mixtral's kind. The ids of the bytes are 3 + byte.
+/// Mixtral's kind of tokenizer: words with a mark for the space before them, and a token for each byte. The ids of byte
+/// tokens are 3 + byte.
 pub fn word_pieces() -> Value {
     let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
     vocab.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
@@ -34,9 +35,9 @@ pub fn word_pieces() -> Value {
     })
 }
 
-/// Byte strings: every byte is a token, and some pairs are.
+/// A tokenizer of byte strings: every byte is a token, and some pairs are.
 pub fn byte_strings() -> Value {
-    // The characters that bytes are written with: those that print for themselves, the others from U+0100 on.
+    // The characters that bytes are written with: printable ones as themselves, the others from U+0100 on.
     let prints = |byte: u32| matches!(byte, 0x21..=0x7E | 0xA1..=0xAC | 0xAE..=0xFF);
     let mut others = 0x100..;
     let character = |byte| char::from_u32(if prints(byte) { byte } else { others.next().unwrap() }).unwrap();

@@ -2,17 +2,16 @@
 
 use std::path::PathBuf;
 
-use super::build::BackendChoice;
-use super::numbers::{self, probability};
+use super::numbers;
+use super::place::{ENGINE, PlaceArgs};
 use super::{Usage, usage};
 
-const ENGINE: &str = "Engine";
 const DECODE: &str = "Decode steps";
 const PREFILL: &str = "Prefill";
 const THROUGHPUT: &str = "Throughput";
 const OUTPUT: &str = "Output";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -22,12 +21,9 @@ pub struct BenchArgs {
     /// Engine to measure
     #[arg(help_heading = ENGINE, long, default_value = "engine_outputs")]
     pub engine_dir: PathBuf,
-    /// Where to run; auto is a GPU if the engine was built for one, else the CPU
-    #[arg(help_heading = ENGINE, long, default_value = "auto")]
-    pub backend: BackendChoice,
-    /// Threads of the CPU backend [default: all cores]
-    #[arg(help_heading = ENGINE, long, value_parser = numbers::threads)]
-    pub threads: Option<usize>,
+    /// Where it runs.
+    #[command(flatten)]
+    pub place: PlaceArgs,
     /// Batch sizes of the decode steps
     #[arg(help_heading = DECODE, long, num_args = 1.., action = clap::ArgAction::Set, value_delimiter = ',', default_values_t = [1, 4, 16],
         value_parser = numbers::sequences)]
@@ -65,9 +61,6 @@ pub struct BenchArgs {
     /// Seed of prompts, lengths and arrivals
     #[arg(help_heading = OUTPUT, long, default_value_t = 0)]
     pub random_seed: u64,
-    /// Fraction of free GPU memory for the KV cache [default: 0.9]
-    #[arg(help_heading = ENGINE, long, alias = "kv-cache-free-gpu-memory-fraction", value_parser = probability)]
-    pub kv_cache_free_gpu_mem_fraction: Option<f32>,
     /// Time each operation of the program, which makes steps slower: on a GPU they are then neither captured nor overlapped
     #[arg(help_heading = OUTPUT, long)]
     pub per_op: bool,
@@ -80,7 +73,7 @@ pub struct BenchArgs {
 }
 
 impl BenchArgs {
-    /// Checks the flags against each other.
+    /// Checks that the flags agree with each other.
     pub fn validate(self) -> Result<Self, Usage> {
         if self.sequential && self.arrival_rate > 0.0 {
             usage!("--sequential answers one request after another, so --arrival-rate has no meaning; leave one out");

@@ -1,11 +1,12 @@
-//! Flags beside a directory that already says what they say. One that repeats it changes nothing and is warned about; one that
-//! contradicts it is refused, since a directory is not changed by a flag.
+//! Flags that describe something which a directory already describes. A flag that repeats what the directory says
+//! changes nothing, and the user is warned about it. A flag that contradicts the directory is refused, since no flag
+//! can change the directory.
 
 use std::fmt::Display;
 
 use super::{Usage, usage};
 
-/// What a flag says, and what is there.
+/// What a flag says, and what the directory says.
 pub struct Described {
     flag: &'static str,
     given: String,
@@ -14,13 +15,13 @@ pub struct Described {
 }
 
 impl Described {
-    /// A flag whose agreement is not that of equal values.
+    /// A flag for which the caller decides whether it agrees: comparing the two values would not do.
     pub fn new(flag: &'static str, given: impl Display, found: impl Display, agrees: bool) -> Described {
         Described { flag, given: given.to_string(), found: found.to_string(), agrees }
     }
 }
 
-/// A flag's value beside what was found under a key, if it was given.
+/// A flag's value and the value that the directory has under `key`, if the flag was given.
 pub fn described<T: PartialEq + Display>(
     flag: &'static str,
     given: Option<T>,
@@ -31,7 +32,8 @@ pub fn described<T: PartialEq + Display>(
     Some(Described::new(flag, &given, format_args!("{key} {found}"), given == found))
 }
 
-/// The warning for flags that agree with what `place` says; `advice` tells those whose flags do not what to do.
+/// The warning for flags that agree with what `place` says. If a flag does not agree, the error ends with `advice`:
+/// what the user can do.
 ///
 /// # Errors
 /// The first flag that does not agree.

@@ -17,7 +17,7 @@ const LIMITS: &str = "Limits";
 const KERNELS: &str = "Kernels";
 const SHOW: &str = "The program for people";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -51,8 +51,9 @@ pub struct BuildArgs {
     #[arg(help_heading = KERNELS, long, num_args = 1.., action = clap::ArgAction::Set, value_delimiter = ',',
         value_parser = clap::value_parser!(Arch))]
     pub arch: Vec<Arch>,
-    /// Kernels of dense linears: auto, a data type (the model's), disable (portable kernels), or cublaslt (in steps of more
-    /// than 256 tokens; the machine that runs the engine needs it, and results depend on what else is in a step) [default: auto]
+    /// Kernels of dense linears: auto, a data type (the model's), disable (portable kernels), or cublaslt (in steps of
+    /// more than 256 tokens; the machine that runs the engine needs it, and results depend on what else is in a step)
+    /// [default: auto]
     #[arg(help_heading = KERNELS, long)]
     pub gemm_plugin: Option<String>,
     /// Kernels of the experts: auto, a data type (the model's), or disable (portable kernels) [default: auto]
@@ -116,31 +117,32 @@ pub enum BuildFor {
     Cpu,
     /// These architectures.
     Archs(Vec<Arch>),
-    /// Those of the visible GPUs, of which there has to be one.
+    /// The architectures of the visible GPUs. It is an error if there is none.
     Gpus,
-    /// Those of the visible GPUs, or the CPU alone if there is none.
+    /// The architectures of the visible GPUs, or the CPU alone if there is none.
     Visible,
 }
 
-/// Sequences are at most this long unless asked for.
+/// The longest sequence, unless a flag asks for longer ones.
 const DEFAULT_MAX_SEQ_LEN: usize = 4096;
 
-/// What the old commands left for a length that was not given.
+/// The old commands' default for the one of the two lengths (prompt, output) that was not given.
 const DEFAULT_OTHER_LEN: usize = 1024;
 
 /// How long a sequence may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MaxSeqLen {
-    /// As the model was trained for, within reason.
+    /// As long as the model was trained for, but at most [`DEFAULT_MAX_SEQ_LEN`].
     Model,
-    /// As asked for.
+    /// This many tokens.
     Given(usize),
-    /// One of prompt and output was given, and there is to be room for the other, if the model can.
+    /// The tokens of the prompt or of the output, if only one of the two was given. The sequence also has room for the
+    /// other, as far as the model's positions allow.
     WithRoom(usize),
 }
 
 impl MaxSeqLen {
-    /// In tokens, for a model of so many positions.
+    /// The length in tokens, for a model of `positions` positions.
     pub fn resolve(self, positions: usize) -> usize {
         match self {
             MaxSeqLen::Model => positions.min(DEFAULT_MAX_SEQ_LEN),
@@ -159,7 +161,7 @@ pub enum Model {
     Dummy(String),
 }
 
-/// Validated.
+/// The validated options.
 #[derive(Debug)]
 pub struct BuildOptions {
     /// Where the model comes from.
@@ -170,13 +172,13 @@ pub struct BuildOptions {
     pub seed: Option<u64>,
     /// Mapping of dummy weights.
     pub mapping: Mapping,
-    /// The flags that it was made of.
+    /// The flags that the mapping was made of.
     pub parallel: ParallelArgs,
     /// Where the engine goes.
     pub output_dir: PathBuf,
     /// What to build for.
     pub build_for: BuildFor,
-    /// Ranks and kernels built at a time, if that was asked for.
+    /// Ranks and kernels built at a time, if the user gave a number.
     pub workers: Option<usize>,
     /// How long a sequence may be.
     pub max_seq_len: MaxSeqLen,
@@ -192,7 +194,7 @@ pub struct BuildOptions {
     pub dry_run: bool,
     /// Whether to print the program.
     pub explain: bool,
-    /// Where to draw it.
+    /// Where to draw the program.
     pub graph: Option<PathBuf>,
 }
 
@@ -220,7 +222,7 @@ impl BuildArgs {
         ]
     }
 
-    /// Checks the flags against each other.
+    /// Checks that the flags agree with each other.
     pub fn validate(self) -> Result<BuildOptions, Usage> {
         let build_for = match self.backend {
             BackendChoice::Cpu if !self.arch.is_empty() => {
@@ -295,7 +297,8 @@ impl BuildArgs {
 }
 
 impl BuildOptions {
-    /// Compares the flags that describe a model with the checkpoint that is built, which `place` names.
+    /// Compares the flags that describe a model with the checkpoint that is built. Messages call the checkpoint
+    /// `place`.
     pub fn beside(&self, mapping: &Mapping, dtype: DType, has_weights: bool, place: &str) -> Result<(), Usage> {
         let parallel = self.parallel.beside(mapping, place)?;
         let dtype = compare(place, "convert the model again", [described("--dtype", self.dtype, "dtype", dtype)])?;
@@ -307,7 +310,7 @@ impl BuildOptions {
     }
 }
 
-/// A power of two that attention's kernels take.
+/// Parses a block size: a power of two that attention's kernels take.
 fn block_size(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(size @ (16 | 32 | 64 | 128)) => Ok(size),

@@ -13,7 +13,7 @@ use crate::say;
 const OUTPUT: &str = "Model and checkpoint";
 const PARALLELISM: &str = "Parallelism";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -53,7 +53,7 @@ pub struct ConvertArgs {
     pub geometry: GeometryArgs,
 }
 
-/// Validated.
+/// The validated options.
 #[derive(Debug)]
 pub struct ConvertOptions {
     /// What to convert, and how.
@@ -65,7 +65,7 @@ pub struct ConvertOptions {
 }
 
 impl ConvertArgs {
-    /// Checks the flags against each other.
+    /// Checks that the flags agree with each other.
     pub fn validate(self) -> Result<ConvertOptions, Usage> {
         let dtype = dtype_or_auto(&self.dtype).or_else(|e| usage!("--dtype: {e}"))?;
         let mapping = self.parallel.mapping()?;

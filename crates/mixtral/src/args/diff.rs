@@ -11,7 +11,7 @@ const COMPARED: &str = "What is compared";
 const PROMPTS: &str = "Prompts";
 const OUTPUT: &str = "Output";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Clone, Debug, clap::Args)]
 #[command(
     group = clap::ArgGroup::new("prompts").args(["input_text", "input_file"]),
@@ -76,19 +76,19 @@ pub struct DiffArgs {
     pub json: bool,
 }
 
-/// Validated.
+/// The validated options.
 #[derive(Debug)]
 pub struct DiffOptions {
     /// Everything that needs no check of its own.
     pub args: DiffArgs,
-    /// Engine and backend of the reference, and of the other.
+    /// Engine and backend of the reference, then those of the other side.
     pub sides: [(PathBuf, BackendChoice); 2],
     /// Prompts, if they are not to be drawn.
     pub prompts: Option<Prompts>,
 }
 
 impl DiffArgs {
-    /// Checks the flags against each other.
+    /// Checks that the flags agree with each other.
     pub fn validate(self) -> Result<DiffOptions, Usage> {
         let sides = match (self.engines.as_slice(), self.backends.as_slice()) {
             ([engine], &[a, b]) => [(engine.clone(), a), (engine.clone(), b)],

@@ -5,7 +5,7 @@ use mixtral_model::{DType, ModelConfig, ModelFamily, MoeConfig, MoeNormalization
 use super::beside::{compare, described};
 use super::{Usage, usage};
 
-/// As typed. The defaults are the old command's.
+/// The flags as they were typed. The defaults are the old command's.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Geometry (without --model-dir)")]
 pub struct GeometryArgs {
@@ -101,7 +101,7 @@ impl GeometryArgs {
             || self.hidden_act.is_some()
     }
 
-    /// Compares the flags that were given with the model that a directory has, which `place` names.
+    /// Compares the flags that were given with a directory's model. Messages call the directory `place`.
     pub fn beside(&self, model: &ModelConfig, place: &str) -> Result<Option<String>, Usage> {
         let is_mixtral = model.family == ModelFamily::Mixtral;
         let experts = |n: usize| if is_mixtral { n } else { 0 };
@@ -133,7 +133,7 @@ impl GeometryArgs {
     }
 }
 
-/// Both are the same: the gate's activation, and the whole gated feed-forward.
+/// Both words name the same computation: `silu` the gate's activation, `swiglu` the whole gated feed-forward.
 fn is_silu(act: &str) -> bool {
     matches!(act, "silu" | "swiglu")
 }

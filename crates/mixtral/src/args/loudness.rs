@@ -1,8 +1,8 @@
-//! How much is said.
+//! How much the tool prints.
 
 use crate::say::Level;
 
-/// As typed; every command has them.
+/// The flags as they were typed. Every command has them.
 #[derive(Clone, Copy, Debug, clap::Args)]
 #[command(next_help_heading = "Messages")]
 pub struct Loudness {

@@ -1,9 +1,9 @@
-//! What was typed → validated options.
+//! Turns what was typed into validated options.
 //!
-//! Flags are kebab-case; each also answers to its TensorRT-LLM spelling: underscores become hyphens before anything
-//! else looks at them, and flags that were renamed have their old name as an alias ([`spelling`]). Flags of the old commands
-//! that have no place here are taken out, with one warning, or refused ([`old_flags`]). A flag that is given twice counts as it
-//! is given last.
+//! Flags are kebab-case, and TensorRT-LLM's spellings work too: underscores become hyphens before the command line is
+//! parsed, and renamed flags have their old name as an alias ([`spelling`]). Flags of the old commands that mean
+//! nothing here are either taken out, with one warning for all, or refused ([`old_flags`]). If a flag is given twice,
+//! the last one counts.
 
 pub mod bench;
 pub mod beside;
@@ -18,6 +18,7 @@ pub mod old_flags;
 #[cfg(test)]
 mod old_flags_tests;
 pub mod parallel;
+pub mod place;
 #[cfg(test)]
 mod ranges;
 pub mod rebuild;
@@ -85,7 +86,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// The directory that the command writes, if it does.
+    /// The directory that the command writes, if it writes one.
     pub fn output(&self) -> Option<Output> {
         match self {
             Command::Convert(args) if !args.dry_run => {
@@ -100,16 +101,17 @@ impl Command {
     }
 }
 
-/// A command line and what was taken out of it.
+/// A parsed command line, and the flags that were taken out before.
 #[derive(Debug)]
 pub struct Parsed {
-    /// The rest.
+    /// The command line without those flags.
     pub cli: Cli,
     /// Old flags that change nothing here.
     pub left_out: Vec<&'static OldFlag>,
 }
 
-/// Flags that contradict each other, or the directory that they stand beside, or that this version cannot honour: exit code 2.
+/// Wrong usage: flags that contradict each other or a directory, or flags that this version cannot honour. The exit
+/// code is 2.
 #[derive(Debug)]
 pub struct Usage(pub String);
 
@@ -136,7 +138,7 @@ pub enum NotParsed {
     Usage(Usage),
 }
 
-/// An error and its causes in one line. Many errors already say their cause, which is then not said again.
+/// An error and its causes in one line. A cause that is already part of the text is not repeated.
 pub fn chain(error: &anyhow::Error) -> String {
     error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text {
         text if text.is_empty() => cause,

@@ -1,28 +1,29 @@
-//! Numbers of the command line, and their bounds: a number that can only be a slip of the finger is said to be one, before
-//! anything is made of that size.
+//! Numbers of the command line, and their bounds. A number that can only be a typing mistake is refused before anything
+//! of that size is allocated.
 
-/// Threads, and things done at a time: more than any machine has cores, and each takes a stack.
+/// The most threads, and the most things done at a time. No machine has more cores, and every thread needs a stack.
 pub const MAX_THREADS: usize = 1024;
 
-/// Tokens of a sequence or a step, and steps: what an engine's own limits end at.
+/// The most tokens of a sequence or a step, and the most steps: an engine's own limits cannot be larger.
 pub const MAX_TOKENS: usize = 1 << 30;
 
-/// Sequences at a time: what an engine's own limits end at.
+/// The most sequences at a time: an engine's own limit cannot be larger.
 pub const MAX_SEQUENCES: usize = 1 << 20;
 
-/// Sequences drawn for a prompt, each of which is kept until the end of a run.
+/// The most sequences drawn for a prompt. Each of them is kept until the end of a run.
 pub const MAX_RETURN_SEQUENCES: usize = 4096;
 
-/// Requests of a measurement, which are all drawn before it starts.
+/// The most requests of a measurement. All of them are drawn before it starts.
 pub const MAX_REQUESTS: usize = 1 << 20;
 
-/// Ranks along one dimension of a job.
+/// The most ranks along one dimension of a job.
 pub const MAX_RANKS: usize = 1 << 16;
 
-/// Requests a second: fewer would be waited for longer than a quarter of an hour each, more are all at once.
+/// Requests a second. At a lower rate one would wait more than a quarter of an hour for each request; at a higher rate
+/// all arrive at once.
 pub const ARRIVAL_RATES: std::ops::RangeInclusive<f64> = 1e-3..=1e9;
 
-/// Why there is a bound of tokens and sequences.
+/// The reason given when a number of tokens or sequences is above its bound.
 const NO_ENGINE: &str = "no engine takes more";
 
 fn whole(text: &str, low: usize, high: usize, why: &str) -> Result<usize, String> {
@@ -42,7 +43,7 @@ pub fn tokens(text: &str) -> Result<usize, String> {
     whole(text, 1, MAX_TOKENS, NO_ENGINE)
 }
 
-/// The same, or none.
+/// A number of tokens, or 0.
 pub fn tokens_or_none(text: &str) -> Result<usize, String> {
     whole(text, 0, MAX_TOKENS, NO_ENGINE)
 }
@@ -57,7 +58,7 @@ pub fn return_sequences(text: &str) -> Result<usize, String> {
     whole(text, 1, MAX_RETURN_SEQUENCES, "all are kept until the end")
 }
 
-/// A number of requests, or none.
+/// A number of requests, or 0.
 pub fn requests(text: &str) -> Result<usize, String> {
     whole(text, 0, MAX_REQUESTS, "all are drawn before the first is sent")
 }
@@ -76,7 +77,7 @@ pub fn span(text: &str) -> Result<(usize, usize), String> {
     }
 }
 
-/// Requests a second; 0 is all at once.
+/// A rate in requests a second; 0 sends all requests at once.
 pub fn arrival_rate(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(rate) if rate == 0.0 || ARRIVAL_RATES.contains(&rate) => Ok(rate),

@@ -1,9 +1,9 @@
-//! The old commands' flags that have no place here: those that change nothing are taken out of a command line, those that
-//! cannot be honoured are refused with the reason. The list is a table of the documentation.
+//! The old commands' flags that this program does not have. Flags that change nothing are taken out of a command line;
+//! flags that cannot be honoured are refused with the reason. The list is a table in the documentation.
 
 use std::sync::OnceLock;
 
-/// Where every flag of the old commands stands, for people and for [`table`].
+/// The document that lists every flag of the old commands. People read it, and so does [`table`].
 const TABLE: &str = include_str!("../../../../docs/old-flags.md");
 
 /// How many values follow a flag.
@@ -24,7 +24,7 @@ pub enum Takes {
 pub enum Verdict {
     /// It is a flag of this program.
     Works,
-    /// It is left out, since nothing changes.
+    /// It is left out, since it changes nothing.
     Accepted,
     /// It is left out with these values, and refused with any other.
     Only(Vec<&'static str>),
@@ -37,7 +37,7 @@ pub enum Verdict {
 pub struct OldFlag {
     /// The subcommand that stands for the old program.
     pub program: &'static str,
-    /// With its hyphens: `--moe-tp-mode`.
+    /// The flag with its hyphens: `--moe-tp-mode`.
     pub flag: String,
     /// What follows it.
     pub takes: Takes,
@@ -53,7 +53,7 @@ pub fn table() -> &'static [OldFlag] {
     ROWS.get_or_init(|| TABLE.lines().filter_map(row).collect())
 }
 
-/// The row of a line, if it is one.
+/// The row that a line of the document is, if it is one.
 fn row(line: &'static str) -> Option<OldFlag> {
     let cells: Vec<&str> = line.strip_prefix('|')?.strip_suffix('|')?.split('|').map(str::trim).collect();
     let [program, flag, _, takes, verdict, why] = cells[..] else { return None };
@@ -79,10 +79,10 @@ pub fn find(program: &str, flag: &str) -> Option<&'static OldFlag> {
 }
 
 impl OldFlag {
-    /// Whether the flag may be left out, with the values that were given.
+    /// Checks that the flag, with the values that were given, may be left out.
     ///
     /// # Errors
-    /// Why not, and what to do.
+    /// Why it may not, and what the user can do.
     pub fn judge(&self, values: &[String]) -> Result<(), String> {
         let may = match &self.verdict {
             Verdict::Works | Verdict::Accepted => true,

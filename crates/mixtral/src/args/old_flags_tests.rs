@@ -1,4 +1,4 @@
-//! The table of old flags, held against the parser: every flag is known, and its verdict is what happens.
+//! Compares the table of old flags with the parser: every flag is known, and the parser does what the table says.
 
 use clap::CommandFactory as _;
 
@@ -6,7 +6,7 @@ use super::old_flags::{OldFlag, Takes, Verdict, table};
 
 use super::{Cli, Command, NotParsed, parse};
 
-/// A value that a flag which works takes; for the others any text does.
+/// A value that the flag accepts, if the flag works. For all other flags any text will do.
 fn value(flag: &str) -> &'static str {
     match flag {
         "--dtype" => "bfloat16",
@@ -24,7 +24,7 @@ fn value(flag: &str) -> &'static str {
     }
 }
 
-/// Two spellings of `mixtral PROGRAM FLAG values`, with what the program needs besides.
+/// Two spellings of `mixtral PROGRAM FLAG values`, with the other flags that the program needs.
 fn lines(old: &OldFlag, values: &[&str]) -> Vec<Vec<String>> {
     let mut base = vec!["mixtral".to_owned(), old.program.to_owned()];
     if old.program == "quantize" && old.flag != "--model-dir" {
@@ -41,7 +41,7 @@ fn lines(old: &OldFlag, values: &[&str]) -> Vec<Vec<String>> {
     }
 }
 
-/// What is left out of a command line, or why it is refused.
+/// The flags that are left out of a command line, or why the line is refused.
 fn outcome(line: &[String]) -> Result<Vec<String>, String> {
     match parse(line.iter().map(Into::into)) {
         Ok(parsed) => {
@@ -94,7 +94,7 @@ fn every_old_flag_is_known_and_its_verdict_is_what_happens() {
     }
 }
 
-/// Flags of each program are in the table once, and what is not simply done has its reason.
+/// Each flag of a program is in the table once, and every flag that does not simply work has a reason.
 #[test]
 fn the_table_is_whole() {
     let count = |program: &str| table().iter().filter(|old| old.program == program).count();
@@ -107,7 +107,7 @@ fn the_table_is_whole() {
     }
 }
 
-/// What this program does itself is not taken out of its command lines.
+/// A flag that this program has itself is not taken out of its command lines.
 #[test]
 fn a_flag_of_ours_works() {
     let cli = Cli::command();
@@ -122,7 +122,7 @@ fn a_flag_of_ours_works() {
     }
 }
 
-/// No row of the document is skipped for a slip in it.
+/// No row of the document is skipped because of a typing mistake in it.
 #[test]
 fn every_line_of_the_table_is_read() {
     let text = include_str!("../../../../docs/old-flags.md");
@@ -166,7 +166,7 @@ fn texts_may_begin_like_flags() {
         run_args(&["--bad_words", "- x", "--stop_words", "-- y", "z"]).words.stop.for_prompts(1).unwrap(),
         [["-- y", "z"]]
     );
-    // What is a flag stays one, and a flag with a typo does not become a prompt.
+    // A flag is still read as a flag, and a flag with a typo does not become a prompt.
     assert!(parsed(&["mixtral", "run", "--input_text", "a", "--max_ouput_len", "3"]).contains("unexpected argument"));
     assert_eq!(texts(&["--input_text", "a", "--log_level", "error", "-q", "-v"]), ["a"]);
 }

@@ -5,7 +5,7 @@ use mixtral_model::Mapping;
 use super::beside::{Described, compare, described};
 use super::{Usage, numbers, usage};
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Clone, Copy, Debug, Default, clap::Args)]
 #[command(next_help_heading = "Parallelism")]
 pub struct ParallelArgs {
@@ -27,7 +27,7 @@ pub struct ParallelArgs {
     pub moe_ep_size: Option<i64>,
 }
 
-/// A number of ranks, or −1, TensorRT-LLM's word for "not given".
+/// A number of ranks, or −1, which means "not given" in TensorRT-LLM.
 fn ranks_or_unset(text: &str) -> Result<i64, String> {
     if text == "-1" {
         return Ok(-1);
@@ -46,7 +46,7 @@ impl ParallelArgs {
             || self.experts().1.is_some()
     }
 
-    /// `--moe-tp-size` and `--moe-ep-size`.
+    /// The values of `--moe-tp-size` and `--moe-ep-size`, if they were given.
     fn experts(&self) -> (Option<usize>, Option<usize>) {
         let given = |size: Option<i64>| size.and_then(|n| usize::try_from(n).ok());
         (given(self.moe_tp_size), given(self.moe_ep_size))
@@ -82,7 +82,7 @@ impl ParallelArgs {
         }
     }
 
-    /// Compares the flags that were given with the mapping that a directory has, which `place` names.
+    /// Compares the flags that were given with a directory's mapping. Messages call the directory `place`.
     pub fn beside(&self, mapping: &Mapping, place: &str) -> Result<Option<String>, Usage> {
         let (moe_tp, moe_ep) = self.experts();
         let found = format!("experts in {} slices over {} ranks", mapping.moe_tp_size, mapping.moe_ep_size);
@@ -101,7 +101,7 @@ impl ParallelArgs {
     }
 }
 
-/// Whether experts are spread as a mode says. With one rank all modes are the same.
+/// Whether the mapping spreads the experts as `--moe-tp-mode MODE` does. With one rank all modes are the same.
 fn is_of_mode(mapping: &Mapping, mode: u8) -> bool {
     match mode {
         _ if mapping.tp_size == 1 => true,

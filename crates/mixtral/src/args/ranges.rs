@@ -1,4 +1,4 @@
-//! What every numeric flag takes: a table of all of them, held against values of every kind.
+//! What every numeric flag accepts: a table of all of them, tested with values of every kind.
 
 use std::any::TypeId;
 use std::collections::BTreeSet;
@@ -12,18 +12,18 @@ use super::numbers::{
 };
 use super::{Cli, Command, parse};
 
-/// The values that a flag takes when nothing else is said.
+/// The values that a flag accepts on a command line without further flags.
 #[derive(Clone, Copy, Debug)]
 enum Takes {
-    /// Whole numbers.
+    /// Whole numbers from the first to the second.
     Whole(i128, i128),
     /// These whole numbers.
     OneOf(&'static [i128]),
-    /// Finite numbers between, or equal to, two; `f32` says whether they must fit one.
+    /// Finite numbers from `low` to `high`. `f32` says whether they must fit an f32.
     Real { low: f64, high: f64, f32: bool },
     /// Finite numbers above 0 that fit an f32.
     Positive,
-    /// Any number at all: whether a model can have it is said when it is known which one.
+    /// Any number. Whether the model can have it is checked later, when the model is known.
     AnyReal,
     /// `N` or `A-B`, of tokens.
     Span,
@@ -38,7 +38,7 @@ const THREADS: Takes = Whole(1, MAX_THREADS as i128);
 const TOKENS: Takes = Whole(1, MAX_TOKENS as i128);
 const SEQUENCES: Takes = Whole(1, MAX_SEQUENCES as i128);
 const RANKS: Takes = Whole(1, MAX_RANKS as i128);
-/// What a model may have, and how many candidates there are, is said when it is known which model.
+/// Which sizes a model may have, and how many candidates there are, is checked later, when the model is known.
 const ANY_SIZE: Takes = Whole(0, SIZE);
 const SEED: Takes = Whole(0, u64::MAX as i128);
 const PROBABILITY: Takes = Real { low: 0.0, high: 1.0, f32: true };
@@ -49,7 +49,7 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("convert", "tp-size", RANKS),
     ("convert", "pp-size", RANKS),
     ("convert", "moe-tp-mode", Whole(0, 2)),
-    // With one rank; −1 is TensorRT-LLM's word for "not given".
+    // What one rank allows; −1 means "not given" in TensorRT-LLM.
     ("convert", "moe-tp-size", OneOf(&[-1, 1])),
     ("convert", "moe-ep-size", OneOf(&[-1, 1])),
     ("convert", "moe-normalization-mode", Whole(0, 1)),
@@ -96,11 +96,13 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("run", "end-id", Whole(-1, u32::MAX as i128)),
     ("run", "streaming-interval", TOKENS),
     ("run", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
+    ("run", "ranks-per-gpu", RANKS),
     ("bench", "threads", THREADS),
     ("bench", "batch-size", SEQUENCES),
     ("bench", "context", TOKENS),
     ("bench", "prefill-batch", SEQUENCES),
     ("bench", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
+    ("bench", "ranks-per-gpu", RANKS),
     ("bench", "steps", TOKENS),
     ("bench", "warmup", Whole(0, MAX_TOKENS as i128)),
     ("bench", "prefill", TOKENS),
@@ -120,7 +122,7 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("verify", "workers", THREADS),
 ];
 
-/// A whole number as Rust writes it, or with a plus.
+/// A whole number as Rust writes it, or with a plus sign.
 fn whole(text: &str) -> Option<i128> {
     let digits = text.strip_prefix(['+', '-']).unwrap_or(text);
     let plain = !digits.is_empty() && digits.len() < 30 && digits.bytes().all(|b| b.is_ascii_digit());
@@ -180,7 +182,7 @@ fn the_table_has_every_numeric_flag() {
     assert_eq!(table, numeric_flags());
 }
 
-/// Parses and validates `mixtral command --flag=value`; what can be planned without files is.
+/// Parses and validates `mixtral command --flag=value`, and plans the conversion if that needs no files.
 fn accepts(command: &str, flag: &str, value: &str) -> bool {
     let mut line = vec!["mixtral".to_owned(), command.to_owned(), format!("--{flag}={value}")];
     line.extend((command == "bench").then(|| "--requests=1".to_owned()).filter(|_| flag != "requests"));
@@ -192,7 +194,7 @@ fn accepts(command: &str, flag: &str, value: &str) -> bool {
     let Ok(parsed) = parse(line.into_iter().map(Into::into)) else { return false };
     match parsed.cli.command {
         Command::Convert(args) => args.validate().is_ok_and(|options| {
-            // Most of what fits a flag fits no model; that is an error too, and never a panic.
+            // Most values that fit a flag fit no model. That has to be an error and never a panic.
             let _ = mixtral_convert::plan(&options.convert);
             true
         }),
@@ -207,7 +209,7 @@ fn accepts(command: &str, flag: &str, value: &str) -> bool {
     }
 }
 
-/// Numbers at and about the edges, of every size, and what is none.
+/// Numbers at and near the bounds, numbers of every size, and texts that are no numbers.
 fn value() -> impl Strategy<Value = String> {
     let edges = ["0", "1", "-1", "2", "+1", "0.0", "1.0", "-1.5", "1e400", "NaN", "inf", "-inf", "infinity"];
     let more =
@@ -223,7 +225,7 @@ fn value() -> impl Strategy<Value = String> {
         (0.0f32..2.0).prop_map(|x| x.to_string()),
         (1u64..100, 1u64..100).prop_map(|(low, high)| format!("{low}-{high}")),
     ]
-    // Some flags take a zero with a minus for a zero and some do not, which hurts nobody.
+    // Some flags accept -0 as zero and some do not. Neither does harm.
     .prop_filter("minus zero", |value| value != "-0")
 }
 
@@ -233,7 +235,7 @@ proptest! {
     #[test]
     fn every_numeric_flag_takes_its_range_and_nothing_else(value in value()) {
         for (command, flag, takes) in FLAGS {
-            // A list of values: each of them is tried as one.
+            // The flag takes a list. The values are tried one by one, so a list is left out.
             let is_list = matches!((*command, *flag), ("bench", "batch-size" | "prefill") | ("diff", "input-len"));
             if is_list && value.contains(',') {
                 continue;

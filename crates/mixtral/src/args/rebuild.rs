@@ -1,4 +1,4 @@
-//! `mixtral build --from-engine DIR`: which flags may stand beside it, and what they become.
+//! `mixtral build --from-engine DIR`: which other flags may be given with it, and what they become.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -10,7 +10,8 @@ use mixtral_kernels::Arch;
 use super::build::{BuildArgs, check_plugin};
 use super::{Usage, usage};
 
-/// Flags of `build` that choose kernels or say what was built; all others are the engine's own.
+/// Flags of `build` that may be given with `--from-engine`: they choose kernels, or say what is printed. All that other
+/// flags could say is fixed by the engine.
 const BESIDE: &[&str] = &[
     "from_engine",
     "arch",
@@ -25,24 +26,25 @@ const BESIDE: &[&str] = &[
     "log_level",
 ];
 
-/// Validated.
+/// The validated options.
 #[derive(Debug)]
 pub struct RebuildOptions {
     /// The engine.
     pub engine: PathBuf,
-    /// Architectures, if they are not to be those that the engine was built for.
+    /// The architectures to build for. If there are none, those that the engine was built for.
     pub archs: Vec<Arch>,
     /// Plugin flags that were given, by the names that an engine records them under.
     pub plugins: BTreeMap<String, String>,
-    /// Ranks and kernels built at a time, if that was asked for.
+    /// Ranks and kernels built at a time, if the user gave a number.
     pub workers: Option<usize>,
     /// Whether to print the program.
     pub explain: bool,
-    /// Where to draw it.
+    /// Where to draw the program.
     pub graph: Option<PathBuf>,
 }
 
-/// Why a command line with `--from-engine` cannot be followed: it has flags that would make another engine.
+/// The error for a command line with `--from-engine` and with flags that would make another engine; `None` if there are
+/// no such flags.
 pub fn contradiction(matches: &ArgMatches) -> Option<String> {
     let build = matches.subcommand_matches("build")?;
     let given = |id: &str| build.value_source(id) == Some(ValueSource::CommandLine);
@@ -57,13 +59,13 @@ pub fn contradiction(matches: &ArgMatches) -> Option<String> {
     ))
 }
 
-/// Whether an id names a group of flags, which clap lists beside them.
+/// Whether an id names a group of flags. Clap lists groups together with the flags.
 fn is_group(matches: &ArgMatches, id: &str) -> bool {
     matches.try_get_raw(id).is_err()
 }
 
 impl BuildArgs {
-    /// What `--from-engine` asks for, if it was given.
+    /// The options of `--from-engine`, if it was given.
     pub fn rebuild(&self) -> Result<Option<RebuildOptions>, Usage> {
         let Some(engine) = self.from_engine.clone() else { return Ok(None) };
         let mut plugins = BTreeMap::new();

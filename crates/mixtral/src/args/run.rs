@@ -4,20 +4,19 @@ use std::path::PathBuf;
 
 use mixtral_engine::SamplingParams;
 
-use super::build::BackendChoice;
 use super::numbers::{self, finite, non_negative, positive, probability};
+use super::place::{ENGINE, PlaceArgs};
 use super::words::Words;
 use super::{Usage, spelling, usage};
 use crate::say;
 
-const ENGINE: &str = "Engine";
 const PROMPTS: &str = "Prompts";
 pub(super) const LENGTHS: &str = "Lengths and ends";
 pub(super) const SAMPLING: &str = "Sampling";
 const OUTPUT: &str = "Output";
 const FIGURES: &str = "Figures";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
@@ -34,12 +33,9 @@ pub struct RunArgs {
     /// The old commands' model directory, whose tokenizer is used if no other is named
     #[arg(long, hide = true, alias = "model-dir")]
     pub hf_model_dir: Option<PathBuf>,
-    /// Where to run; auto is a GPU if the engine was built for one, else the CPU
-    #[arg(help_heading = ENGINE, long, default_value = "auto")]
-    pub backend: BackendChoice,
-    /// Threads of the CPU backend [default: all cores]
-    #[arg(help_heading = ENGINE, long, value_parser = numbers::threads)]
-    pub threads: Option<usize>,
+    /// Where it runs.
+    #[command(flatten)]
+    pub place: PlaceArgs,
     /// Prompts
     #[arg(help_heading = PROMPTS, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
     pub input_text: Vec<String>,
@@ -124,9 +120,6 @@ pub struct RunArgs {
     /// Print one JSON object
     #[arg(help_heading = OUTPUT, long)]
     pub json: bool,
-    /// Fraction of free GPU memory for the KV cache [default: 0.9]
-    #[arg(help_heading = ENGINE, long, alias = "kv-cache-free-gpu-memory-fraction", value_parser = probability)]
-    pub kv_cache_free_gpu_mem_fraction: Option<f32>,
 }
 
 /// Where prompts come from.
@@ -134,11 +127,11 @@ pub struct RunArgs {
 pub enum Prompts {
     /// The command line.
     Texts(Vec<String>),
-    /// A file, its kind told by its name.
+    /// A file. Its extension says which kind it is.
     File(PathBuf),
 }
 
-/// Validated.
+/// The validated options.
 #[derive(Debug)]
 pub struct RunOptions {
     /// Everything that needs no check of its own.
@@ -150,7 +143,7 @@ pub struct RunOptions {
 }
 
 impl RunArgs {
-    /// Checks the flags against each other.
+    /// Checks that the flags agree with each other.
     pub fn validate(mut self) -> Result<RunOptions, Usage> {
         if self.tokenizer_dir.is_some() && self.hf_model_dir.is_some() {
             say::warning("--hf-model-dir changes nothing beside --tokenizer-dir: no Hugging Face model is run");
@@ -192,7 +185,8 @@ impl RunArgs {
         Ok(RunOptions { args: self, prompts, sampling })
     }
 
-    /// With the default of --top-k nothing is drawn, whatever else is said of how.
+    /// Warns of flags that change nothing: with the default of --top-k the likeliest token is always taken, so flags
+    /// that say how to draw have no effect.
     fn warn_of_greedy(&self) {
         let unused = [
             (self.temperature != 1.0 && self.temperature != 0.0, format!("--temperature {}", self.temperature)),

@@ -1,5 +1,5 @@
-//! How command lines may be spelled: with underscores or hyphens, with texts that begin like flags, and with the old
-//! commands' own flags and names.
+//! Accepts command lines that clap alone would not: flags with underscores, texts that begin like flags, and the old
+//! commands' flags and names.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -10,21 +10,22 @@ use clap::CommandFactory;
 use super::old_flags::{self, OldFlag, Takes, Verdict};
 use super::{Cli, Usage, usage};
 
-/// Flags that texts follow. A text may begin with a hyphen.
+/// Flags that are followed by texts. A text may begin with a hyphen.
 const TEXTS: &[&str] = &["--input-text", "--stop-words", "--bad-words"];
 
-/// What a text that begins with a hyphen is given to clap behind. No argument of a process can hold it.
+/// Put before a text that begins with a hyphen, so that clap does not take it for a flag. No argument of a process can
+/// contain this character.
 const MARK: char = '\0';
 
-/// A text, without its mark.
+/// Parses a text: removes its mark, if it has one.
 pub fn text(value: &str) -> Result<String, std::convert::Infallible> {
     Ok(value.strip_prefix(MARK).unwrap_or(value).to_owned())
 }
 
-/// A command line as clap takes it, and the old flags that were left out of it.
+/// A command line that clap can parse, and the old flags that were left out of it.
 #[derive(Debug, Default)]
 pub struct Line {
-    /// The rest.
+    /// The arguments for clap.
     pub args: Vec<OsString>,
     /// What was left out.
     pub left_out: Vec<&'static OldFlag>,
@@ -49,7 +50,7 @@ pub fn read(args: impl IntoIterator<Item = OsString>) -> Result<Line, Usage> {
             continue;
         };
         if is_quantize && typed == "quantize" {
-            // The old program's own default; a directory that is named comes later and counts.
+            // The old program's default. If the user names a directory, that flag comes later and counts.
             line.args.extend(["convert".into(), "--output-dir=exported_model".into()]);
             continue;
         }
@@ -95,15 +96,15 @@ fn split(typed: &str) -> (String, Option<&str>) {
     if is_written_as_flag(name) { (name.replace('_', "-"), value) } else { (typed.to_owned(), None) }
 }
 
-/// One or two hyphens and a word: no space, nothing but letters, digits, hyphens and underscores.
+/// Whether the text is one or two hyphens and a word of letters, digits, hyphens and underscores.
 fn is_written_as_flag(name: &str) -> bool {
     let word = name.strip_prefix("--").or_else(|| name.strip_prefix('-')).unwrap_or_default();
     word.starts_with(|c: char| c.is_ascii_alphabetic())
         && word.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'))
 }
 
-/// Whether it is meant as a flag. Where texts are expected, only a flag that is known, or a whole word behind two hyphens, so
-/// that a flag with a typo is not taken for a prompt.
+/// Whether an argument is meant as a flag. Where texts are expected, it is one if the subcommand knows it. It is also
+/// one if it begins with two hyphens and has no space, so that a flag with a typo is not taken for a prompt.
 fn is_flag(typed: &str, name: &str, in_texts: bool, known: &BTreeSet<String>) -> bool {
     if !is_written_as_flag(name) {
         return false;
@@ -111,7 +112,7 @@ fn is_flag(typed: &str, name: &str, in_texts: bool, known: &BTreeSet<String>) ->
     known.contains(name) || !in_texts || name.starts_with("--") && !typed.contains(char::is_whitespace)
 }
 
-/// The values that follow a flag, as argparse counts them.
+/// Takes the values that follow a flag, by the rules of Python's argparse.
 fn values(takes: Takes, args: &mut Peekable<impl Iterator<Item = OsString>>) -> Vec<String> {
     let at_most = match takes {
         Takes::Nothing => 0,
@@ -131,7 +132,7 @@ fn values(takes: Takes, args: &mut Peekable<impl Iterator<Item = OsString>>) -> 
     values
 }
 
-/// All that a subcommand knows: `--long`, `-s`, and every other name of them.
+/// All flags that a subcommand knows: `--long`, `-s`, and their aliases.
 fn flags_of(program: &str) -> BTreeSet<String> {
     let mut cli = Cli::command();
     cli.build();

@@ -1,4 +1,5 @@
-//! `--stop-words` and `--bad-words`: given once, for all prompts; or once a prompt, as run.py has it.
+//! `--stop-words` and `--bad-words`: a flag given once counts for all prompts; else it is given once for each prompt,
+//! as run.py has it.
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
@@ -20,7 +21,7 @@ impl WordLists {
         self.lists.is_empty()
     }
 
-    /// All lists, which are at most as many as prompts.
+    /// The list of each prompt. It is an error if there are more lists than prompts.
     pub fn for_prompts(&self, prompts: usize) -> Result<Vec<&[String]>, Usage> {
         match &self.lists[..] {
             [] => Ok(vec![&[]; prompts]),

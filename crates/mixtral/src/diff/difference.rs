@@ -1,4 +1,4 @@
-//! How far two contents of a buffer are apart.
+//! How far apart two contents of a buffer are.
 
 use mixtral_engine::ElemType;
 use mixtral_model::DType;
@@ -24,7 +24,7 @@ impl Tolerance {
     }
 }
 
-/// An element and what two backends made of it.
+/// An element, and the values that two backends computed for it.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Element {
     /// Row.
@@ -33,7 +33,7 @@ pub struct Element {
     pub col: usize,
     /// The reference's value.
     pub reference: f64,
-    /// The other's.
+    /// The other backend's value.
     pub other: f64,
 }
 
@@ -48,15 +48,16 @@ pub struct Difference {
     pub mean: f64,
     /// Root mean square of the reference, for scale.
     pub rms: f64,
-    /// What is limited: `Σ (x − ref)² / Σ ref²` of floats, the part of the elements that differ of integers.
+    /// The figure that has a limit. Of floats it is `Σ (x − ref)² / Σ ref²`; of integers, the part of the elements that
+    /// differ.
     pub error: f64,
     /// The element with the largest difference.
     pub worst: Option<Element>,
 }
 
 impl Difference {
-    /// Of rows of `cols` elements. Elements of equal bits do not differ, whatever they are; one that is not finite differs
-    /// infinitely from any other.
+    /// Compares two contents, each in rows of `cols` elements. Elements of equal bits do not differ, even if both are
+    /// NaN. An element that is not finite differs infinitely from all others.
     pub fn new(dtype: ElemType, cols: usize, reference: &[u8], other: &[u8]) -> Difference {
         let (a, b) = (values(dtype, reference), values(dtype, other));
         let (mut max, mut sum, mut squares, mut size, mut unequal) = (0.0f64, 0.0f64, 0.0f64, 0.0f64, 0usize);
@@ -83,7 +84,7 @@ impl Difference {
         Difference { elements: a.len(), max, mean: sum / n, rms: (size / n).sqrt(), error, worst }
     }
 
-    /// Both together, `steps` apart: the larger error, the mean of all elements.
+    /// The difference of two parts together: the larger error, and the mean over the elements of both.
     pub fn and(&self, next: &Difference) -> Difference {
         let (a, b) = (count(self.elements), count(next.elements));
         let n = (a + b).max(1.0);

@@ -21,18 +21,18 @@ pub struct Place {
     pub op: usize,
     /// Its name.
     pub kind: &'static str,
-    /// What it wrote.
+    /// The buffer that it wrote.
     pub buffer: String,
-    /// Of such elements.
+    /// Type of the buffer's elements.
     pub dtype: ElemType,
 }
 
-/// A buffer over all steps.
+/// The differences of one buffer over all steps.
 #[derive(Clone, Debug, Serialize)]
 pub struct Row {
     #[serde(flatten)]
     place: Place,
-    /// Operations, where those of several layers are one row.
+    /// How many operations the row stands for: more than one if those of several layers are one row.
     times: usize,
     #[serde(flatten)]
     difference: Difference,
@@ -63,12 +63,12 @@ pub struct Findings {
 }
 
 impl Findings {
-    /// None yet.
+    /// No differences yet.
     pub fn new(tolerance: Tolerance) -> Self {
         Findings { tolerance, rows: BTreeMap::new(), first: None, steps: 0 }
     }
 
-    /// Takes one down.
+    /// Records one difference.
     pub fn add(&mut self, step: usize, place: Place, difference: Difference) {
         let limit = self.tolerance.of(place.dtype);
         let exceeds = difference.error > limit;
@@ -97,7 +97,7 @@ impl Findings {
         self.rows.values().filter(|row| row.exceeded > 0).count()
     }
 
-    /// The same operation of all layers in one row, in the order of the program.
+    /// The rows with the same operation of all layers made one row, in the order of the program.
     fn by_kind(&self) -> Vec<Row> {
         let mut rows: Vec<Row> = Vec::new();
         for row in self.rows.values() {
@@ -106,7 +106,7 @@ impl Findings {
             match rows.iter_mut().find(|r| (r.place.kind, &r.place.buffer) == (place.kind, &place.buffer)) {
                 None => rows.push(Row { place, ..row.clone() }),
                 Some(sum) => {
-                    // Points at the operation that is furthest off.
+                    // The row names the operation with the largest error.
                     if row.difference.error > sum.difference.error {
                         sum.place.op = row.place.op;
                     }
@@ -118,7 +118,7 @@ impl Findings {
         rows
     }
 
-    /// As a table: a row for each kind of operation and buffer, or (`verbose`) for each operation.
+    /// Prints a table with a row for each kind of operation and buffer or, if `verbose`, for each operation.
     pub fn print(&self, verbose: bool, out: &mut dyn Write) -> Result<()> {
         let rows = if verbose { self.rows.values().cloned().collect() } else { self.by_kind() };
         writeln!(
@@ -145,7 +145,7 @@ impl Findings {
         Ok(())
     }
 
-    /// For `--json`.
+    /// The JSON of `--json`.
     pub fn to_json(&self) -> serde_json::Value {
         let rows: Vec<&Row> = self.rows.values().collect();
         serde_json::json!({
@@ -157,7 +157,8 @@ impl Findings {
         })
     }
 
-    /// What is wrong, if anything is: the first operation whose outputs are too far off.
+    /// The error message if any difference is above its limit: it names the first operation whose outputs are too far
+    /// off.
     pub fn verdict(&self) -> Option<String> {
         let First { step, place, difference, limit } = self.first.as_ref()?;
         let Place { op, kind, buffer, dtype } = place;

@@ -1,4 +1,4 @@
-//! Running two backends side by side, each operation on the reference's inputs.
+//! Runs two backends side by side, each operation on the reference's inputs.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::{Range, RangeInclusive};
@@ -11,24 +11,24 @@ use super::difference::Difference;
 use super::findings::{Findings, Place};
 use super::operands::{Contents, Operand, label, reads, writes};
 
-/// A backend that computes with the reference and, beside it, with another, and notes how far that one is off. Its outputs
-/// are the reference's.
+/// A backend that computes every operation on a reference backend and on another one, and records how far the other one
+/// is off. Its outputs are the reference's.
 ///
-/// Before each operation the other is given what the reference has in the buffers and the layer of the cache that the
-/// operation reads. Where one of the two computes several operations together, what happens between them cannot be given: it
-/// is taken from that one instead, and the other is run through the operations one by one on it. So every operation is
-/// compared on equal inputs.
+/// Before each operation, the other backend gets a copy of what the operation reads on the reference: buffers, and a
+/// layer of the cache. One of the two may compute several operations as one group, and then nothing can be copied into
+/// the middle of it. In that case the backend that can runs the group's operations one by one, each on the values that
+/// the first one has computed. So every operation is compared on equal inputs.
 pub struct Lockstep {
     reference: Box<dyn Inspect>,
     other: Box<dyn Inspect>,
-    /// What both compute without a break.
+    /// Operations between two boundaries that both backends have.
     groups: Vec<Range<usize>>,
     compared: RangeInclusive<usize>,
     findings: Arc<Mutex<Findings>>,
     step: usize,
 }
 
-/// Who runs a group's operations one by one.
+/// The backend that runs a group's operations one by one.
 enum Apart {
     Neither,
     Reference,
@@ -36,7 +36,8 @@ enum Apart {
 }
 
 impl Lockstep {
-    /// Of two backends whose programs have the same operations; those in `compared` are.
+    /// Compares two backends whose programs have the same operations. Differences of the operations in `compared` are
+    /// recorded.
     pub fn new(
         reference: Box<dyn Inspect>,
         other: Box<dyn Inspect>,
@@ -49,7 +50,7 @@ impl Lockstep {
         Lockstep { reference, other, groups, compared, findings, step: 0 }
     }
 
-    /// Runs a group on both; the reference's outputs.
+    /// Runs a group on both backends and returns the reference's outputs.
     fn group(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         let given = self.given(&ops, inputs)?;
         feed(self.other.as_mut(), &given)?;
@@ -75,7 +76,7 @@ impl Lockstep {
         }
     }
 
-    /// What a group reads that was there before it, as the reference has it.
+    /// The contents that a group reads and does not write before, read from the reference.
     fn given(&self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<HashMap<Operand, Contents>, BackendError> {
         let (mut given, mut made) = (HashMap::new(), HashSet::new());
         for op in &self.reference.program().ops[ops.clone()] {
@@ -100,7 +101,7 @@ impl Lockstep {
         }
     }
 
-    /// Compares what a group wrote on both.
+    /// Compares what a group wrote on the two backends.
     fn compare(
         &self,
         ops: &Range<usize>,
@@ -120,8 +121,8 @@ impl Lockstep {
         Ok(())
     }
 
-    /// Runs a group's operations one by one on the backend that can, each on what the other one, which has run them together,
-    /// has made; and compares.
+    /// Runs a group's operations one by one on the backend that can, and compares the outputs. Each operation reads the
+    /// values of the other backend, which has already run the whole group.
     fn one_by_one(
         &mut self,
         ops: &Range<usize>,
@@ -158,7 +159,7 @@ impl Lockstep {
         Ok(())
     }
 
-    /// Takes down how far an operand is off.
+    /// Records how far an operand is off.
     fn note(&self, op: usize, operand: &Operand, expected: &Contents, found: &Contents, inputs: &StepInputs<'_>) {
         if !self.compared.contains(&op) {
             return;
@@ -172,7 +173,7 @@ impl Lockstep {
         }
     }
 
-    /// Takes down whether the same tokens were drawn.
+    /// Records whether both backends drew the same tokens.
     fn note_draws(&self, op: usize, expected: &StepOutputs, found: &StepOutputs) {
         let operation = &self.reference.program().ops[op];
         if !self.compared.contains(&op) || !matches!(operation, Op::Sample { .. }) {
@@ -208,11 +209,11 @@ fn run(
 
 impl Backend for Lockstep {
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        // Before operands are read by what the inputs name.
+        // Checked first, since the inputs say which rows of the operands are read.
         inputs.check(self.reference.program(), self.kv_blocks())?;
         let mut outputs = StepOutputs::default();
         for ops in self.groups.clone() {
-            // What comes before the compared ones runs on both: kernels leave tables to later ones.
+            // Operations before the compared ones run on both backends, since kernels leave tables for later kernels.
             let of_group = if ops.start <= *self.compared.end() {
                 self.group(ops.clone(), inputs)?
             } else {

@@ -1,4 +1,4 @@
-//! Whether two programs do the same on buffers of the same names, as far as a comparison needs it.
+//! Checks that two programs can be compared: the same operations on buffers of the same names.
 
 use std::ops::RangeInclusive;
 
@@ -7,11 +7,11 @@ use mixtral_engine::{Op, Program};
 
 use super::operands::{label, reads, writes};
 
-/// Checks that two programs have the same operations between the same buffers. What an operation computes with (a weight, an
-/// epsilon, a window, kernels) may differ: that is what a comparison finds.
+/// Checks that two programs have the same operations on the same buffers. What an operation computes with (a weight, an
+/// epsilon, a window, kernels) may differ: the comparison is to find that.
 ///
 /// # Errors
-/// The first thing that is not the same.
+/// The first difference.
 pub fn same_operations(reference: &Program, other: &Program) -> Result<()> {
     let unlike = |what: String| {
         anyhow!(
@@ -73,7 +73,7 @@ pub fn same_operations(reference: &Program, other: &Program) -> Result<()> {
 /// The operations from the one that `first` names to the one that `last` names: by index, or by a buffer that they write.
 ///
 /// # Errors
-/// A name without an operation; a last one before the first.
+/// A name that no operation has, or a last operation before the first.
 pub fn find(program: &Program, first: Option<&str>, last: Option<&str>) -> Result<RangeInclusive<usize>> {
     let index = |name: &str| -> Result<usize> {
         if let Ok(index) = name.parse::<usize>()

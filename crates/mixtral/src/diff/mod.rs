@@ -1,8 +1,8 @@
-//! Two backends in lockstep: what each operation makes of the same inputs.
+//! Runs two backends in lockstep and compares what each operation computes from the same inputs.
 //!
 //! Reading order: [`matching`] (whether two programs can be compared), [`operands`] (what operations read and write),
-//! [`lockstep`] (running them), [`difference`] (how far two contents are apart), [`findings`] (all differences, and how they are
-//! printed).
+//! [`lockstep`] (running them), [`difference`] (how far two contents are apart), [`findings`] (all differences, and how
+//! they are printed).
 
 pub mod difference;
 pub mod findings;

@@ -1,4 +1,4 @@
-//! What operations read and write beside weights: buffers, and layers of the cache.
+//! What operations read and write apart from weights: buffers, and layers of the cache.
 
 use std::fmt;
 use std::ops::Range;
@@ -10,14 +10,14 @@ use mixtral_engine::{BackendError, ElemType, Inspect, Op, Program, StepInputs};
 pub enum Operand {
     /// The buffer of that name.
     Buffer(String),
-    /// That layer of this rank.
+    /// The keys and values of that layer, counted among this rank's layers.
     Cache(usize),
 }
 
 /// Contents of an operand: the step's rows of a buffer, or all keys and all values of a layer.
 pub type Contents = Vec<Vec<u8>>;
 
-/// Some of an operand's contents that an operation defines, and what they are called.
+/// A part of an operand's contents that an operation defines, and its name.
 pub struct Part {
     /// The buffer's name, or that of a layer's keys or values.
     pub name: String,
@@ -36,7 +36,7 @@ pub fn reads(op: &Op) -> Vec<Operand> {
     buffers.chain(cache).collect()
 }
 
-/// What it writes.
+/// What an operation writes.
 pub fn writes(op: &Op) -> Vec<Operand> {
     let buffers = op.writes().into_iter().map(|name| Operand::Buffer(name.to_owned()));
     let cache = match op {
@@ -46,7 +46,7 @@ pub fn writes(op: &Op) -> Vec<Operand> {
     buffers.chain(cache).collect()
 }
 
-/// An operation and what it makes, for messages.
+/// An operation and its output, for messages.
 pub fn label(op: &Op) -> String {
     writes(op).first().map_or_else(|| format!("`{}`", op.name()), |out| format!("`{}` of {out}", op.name()))
 }
@@ -61,7 +61,7 @@ impl fmt::Display for Operand {
 }
 
 impl Operand {
-    /// Reads it from a backend.
+    /// Reads the operand from a backend.
     ///
     /// # Errors
     /// The backend's.
@@ -78,7 +78,7 @@ impl Operand {
         }
     }
 
-    /// Writes it to a backend.
+    /// Writes the operand to a backend.
     ///
     /// # Errors
     /// The backend's.
@@ -90,14 +90,14 @@ impl Operand {
         }
     }
 
-    /// Where it lies in a program's arena, for the operands that do.
+    /// The operand's bytes in a program's arena, if it is a buffer.
     fn span(&self, program: &Program) -> Option<Range<usize>> {
         let Operand::Buffer(name) = self else { return None };
         let buffer = program.buffer(name)?;
         Some(buffer.offset..buffer.offset + program.max_bytes(buffer))
     }
 
-    /// Whether it still is what operation `op` wrote once the operations before `end` have run.
+    /// Whether the operand still holds what operation `op` wrote after all operations before `end` have run.
     pub fn survives(&self, program: &Program, op: usize, end: usize) -> bool {
         let later = program.ops[op + 1..end].iter().flat_map(writes);
         let overlap = |a: &Range<usize>, b: &Range<usize>| a.start < b.end && b.start < a.end;
@@ -108,7 +108,7 @@ impl Operand {
         !later.into_iter().any(clobbers)
     }
 
-    /// What of its contents `op` has defined: the step's slots of a cache, and of rotated rows the queries.
+    /// The parts of its contents that `op` has defined: of a cache, the step's slots; of rotated rows, the queries.
     pub fn defined(&self, contents: &Contents, op: &Op, program: &Program, inputs: &StepInputs<'_>) -> Vec<Part> {
         match self {
             Operand::Buffer(name) => {

@@ -1,4 +1,4 @@
-//! Engines that are alike, and engines of which one operation was made wrong.
+//! Engines that are the same, and engines with one operation made wrong.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -83,7 +83,7 @@ fn load(program: &Program, coarse: bool) -> Box<dyn Inspect> {
     if coarse { Box::new(Coarse(backend)) } else { Box::new(backend) }
 }
 
-/// Runs a prompt, a decode beside a prompt, and decodes; the findings, and the reference's outputs.
+/// Runs a prompt, a decode together with a prompt, and decodes. Returns the findings and the reference's outputs.
 fn diff(
     a: (&Program, bool),
     b: (&Program, bool),
@@ -111,14 +111,14 @@ fn steps(program: &Program) -> Vec<StepInputs<'static>> {
     steps.iter().map(step).collect()
 }
 
-/// Whether every backend computes each operation by itself, or one of them some together.
+/// Whether each of the two backends computes some operations together.
 const COARSE: [(bool, bool); 4] = [(false, false), (false, true), (true, false), (true, true)];
 
 #[test]
 fn equal_engines_do_not_differ_by_a_bit() {
     for dtype in [DType::F32, DType::F16, DType::Bf16] {
         let a = program(dtype);
-        // The same, with every buffer elsewhere.
+        // The same program, with every second buffer in another place.
         let mut b = a.clone();
         let shift = b.arena_bytes;
         b.buffers.iter_mut().step_by(2).for_each(|buffer| buffer.offset += shift);
@@ -139,7 +139,7 @@ fn equal_engines_do_not_differ_by_a_bit() {
     }
 }
 
-/// What the verdict names, of an engine that was changed.
+/// The operations that the verdict names when `change` was made to one engine.
 fn named(change: impl Fn(&mut Program)) -> Vec<String> {
     let a = program(DType::Bf16);
     let mut b = a.clone();
@@ -182,7 +182,8 @@ fn a_wrong_operation_is_named_and_no_other() {
         thetas.take(1).for_each(|theta| *theta *= 2.0);
     };
     assert_eq!(named(theta), everywhere("0.qkv layer0.keys"));
-    // Where both compute it together with what follows, that is wrong too; else the router alone.
+    // If both backends compute the router together with the operations after it, those are wrong too; else only the
+    // router is.
     let mut router = named(|p| other_weight(p, "1.router.weight"));
     let together = router.pop().unwrap();
     assert_eq!(router, vec!["1.logits".to_owned(); 3]);
@@ -225,7 +226,7 @@ fn programs_of_other_operations_are_refused() {
     );
 }
 
-/// The first layers alone compute what they compute in the whole program.
+/// A program of the first layers alone computes the same as those layers do in the whole program.
 #[test]
 fn a_program_of_the_first_layers_is_the_beginning_of_the_whole() {
     let whole = program(DType::Bf16);

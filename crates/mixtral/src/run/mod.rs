@@ -1,9 +1,16 @@
-//! The parts of `mixtral run`: prompts in, results out, and what the machine can do.
+//! The parts of `mixtral run`: prompts in, results out, and in between an engine that is placed, loaded and led.
+//!
+//! Reading order: [`job`] (all of it, as rank 0 leads it), [`ranks`] (starting them), [`place`] and [`gpus`] (where each runs),
+//! [`load`] and [`cache`] (its backend, and how large the cache is), [`machine`] (what the host has and can do).
 
+pub mod cache;
+pub mod gpus;
 pub mod job;
+pub mod load;
 pub mod machine;
 pub mod outputs;
 pub mod per_op;
+pub mod place;
 pub mod prompt_files;
 pub mod prompts;
 pub mod ranks;

@@ -13,11 +13,12 @@ use mixtral_runtime::{Request, Session};
 use serde::Serialize;
 
 use crate::args::bench::BenchArgs;
-use crate::run::job::{self, Job, LoadOptions};
+use crate::run::job::{self, Job};
+use crate::run::load::LoadOptions;
 use crate::run::per_op::OpTable;
 use crate::run::report::{decode_weight_bytes, f, median, quantile, ratio};
 
-/// GFLOP/s from which on rates are said in TFLOP/s.
+/// From this rate on, in GFLOP/s, rates are printed in TFLOP/s.
 const TERA: f64 = 1e4;
 
 /// Decode steps of one batch size.
@@ -29,7 +30,7 @@ struct Decode {
     p99_ms: f64,
     min_ms: f64,
     tokens_per_s: f64,
-    /// Weights read, experts counted as hit evenly.
+    /// Rate of reading weights, if tokens are spread evenly over the experts.
     weight_gb_per_s: f64,
     bandwidth_percent: f64,
 }
@@ -41,22 +42,22 @@ struct LeftOut {
     why: String,
 }
 
-/// Prompts of one length, so many at a time.
+/// Prompts of one length, `prompts` of them at a time.
 #[derive(Debug, Serialize)]
 struct Prefill {
     prompts: usize,
     tokens: usize,
-    /// Steps that they took: more than one if the engine takes fewer tokens at once.
+    /// Steps that the prompts took: more than one if they have more tokens than the engine takes in a step.
     steps: usize,
     median_ms: f64,
     min_ms: f64,
     tokens_per_s: f64,
     gflop_per_s: f64,
-    /// Nothing if the machine's own rate is unknown.
+    /// `None` if the machine's own rate is unknown.
     compute_percent: Option<f64>,
 }
 
-/// Many requests.
+/// The figures of many requests.
 #[derive(Debug, Serialize)]
 struct Throughput {
     requests: usize,
@@ -78,15 +79,16 @@ struct Bench {
     engine: String,
     /// Where it ran.
     place: String,
-    /// Loading the engine: kernels, weights, cache and graphs. A GPU's context was made before, to measure its rates.
+    /// Time to load the engine: kernels, weights, cache and graphs. The GPU's context is not part of it: it was made
+    /// before, to measure the GPU's rates.
     load_s: f64,
-    /// From nothing to the first token of the first batch.
+    /// Time from the start of loading to the first token of the first batch.
     first_token_s: Option<f64>,
     read_gb_per_s: f64,
-    /// Nothing if it could not be measured.
+    /// `None` if it could not be measured.
     gflop_per_s: Option<f64>,
     decode: Vec<Decode>,
-    /// Batches that were asked for and not measured.
+    /// Batches that were asked for but not measured.
     left_out: Vec<LeftOut>,
     prefill: Vec<Prefill>,
     throughput: Option<Throughput>,
@@ -96,13 +98,7 @@ struct Bench {
 /// Runs the command.
 pub fn main(args: &BenchArgs) -> Result<()> {
     let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions {
-        backend: args.backend,
-        kv_cache_fraction: args.kv_cache_free_gpu_mem_fraction,
-        threads: args.threads,
-        count_experts: false,
-        time_ops: args.per_op,
-    };
+    let load = LoadOptions { place: args.place, count_experts: false, time_ops: args.per_op, graphs: true };
     job::run(&engine, load, |job| {
         let bench = measure(args, &engine, job)?;
         let mut out = std::io::stdout().lock();
@@ -115,7 +111,7 @@ pub fn main(args: &BenchArgs) -> Result<()> {
     })
 }
 
-/// Reproducible numbers for prompts, lengths and arrivals.
+/// Random numbers for prompts, lengths and arrivals. The same seed gives the same numbers.
 pub(super) struct Numbers {
     seed: u64,
     drawn: u32,
@@ -186,7 +182,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         })
         .collect();
     let all: Vec<Request> = batches.iter().chain(&prompts).flatten().chain(&many).cloned().collect();
-    // The machine's own rates, before and after what is measured against them.
+    // The machine's own rates are measured before and after the engine.
     let roof = || job.place().roof(args.quick, job.program().weight_bytes());
     let before = roof()?;
     let start = Instant::now();
@@ -206,7 +202,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
             continue;
         }
         let steps = run_batch(&mut session, batch)?;
-        // The first batch's prompts are the first thing that runs; its tokens come with their last step.
+        // The prompts of the first batch run first. Its first token comes with the last of their steps.
         first_token_s.get_or_insert_with(|| {
             let prompts = steps.iter().take_while(|s| s.stats.prefill_tokens > 0);
             load_s + prompts.map(|s| s.stats.time.as_secs_f64()).sum::<f64>()
@@ -271,7 +267,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     })
 }
 
-/// That everything asked for is of lengths that the engine takes, before it is drawn.
+/// Checks that the engine takes all lengths that were asked for, before any request is drawn.
 fn check_lengths(args: &BenchArgs, output: usize, prefill: &[usize], limits: &Limits) -> Result<()> {
     let longest = limits.max_seq_len;
     let needs = [
@@ -291,7 +287,7 @@ fn check_lengths(args: &BenchArgs, output: usize, prefill: &[usize], limits: &Li
     Ok(())
 }
 
-/// The better of two measurements, figure by figure.
+/// The better of two measurements, for each of the two rates.
 fn better(a: Roof, b: Roof) -> Roof {
     Roof { bytes_per_s: a.bytes_per_s.max(b.bytes_per_s), flops_per_s: a.flops_per_s.max(b.flops_per_s) }
 }
@@ -343,13 +339,13 @@ impl Prefill {
     }
 }
 
-/// A step, and the time of each of its operations if they are timed.
+/// A step, and the time of each of its operations if operations are timed.
 struct MeasuredStep {
     stats: StepStats,
     ops: Vec<Duration>,
 }
 
-/// Answers requests together; the steps it took.
+/// Answers requests together, and returns the steps that this took.
 fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<MeasuredStep>> {
     for request in requests {
         session.submit(request.clone()).context("the engine does not take what is to be measured")?;
@@ -405,7 +401,7 @@ fn throughput(
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     let first: Vec<f64> = finished.iter().map(|(_, t)| ms(t.first_token)).collect();
     let first_id = first_id.unwrap_or(0);
-    // Between the first token and the last; outputs of one token have no time between tokens.
+    // The time from the first token to the last. Outputs of one token have no time between tokens.
     let between: Vec<f64> = finished
         .iter()
         .map(|(id, timing)| (requests[id - first_id].max_output_len, timing))

@@ -66,7 +66,8 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     }
     let plugins = Plugins::of(&options.recorded);
     let kernels = archs(&options.build_for)?.map(|archs| kernel_options(archs, plugins.clone(), options.workers));
-    // Mapped weights can be paged out; dummy ones cannot. GPUs have a memory of their own.
+    // Only dummy weights of an engine for the CPU must fit into memory. Mapped weights can be paged out, and GPUs have
+    // a memory of their own.
     let is_held_here = is_dummy && kernels.is_none() && !options.dry_run;
     let budget = machine::available_memory().filter(|_| is_held_here);
     let build = mixtral_build::BuildOptions {
@@ -105,17 +106,17 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     Ok(())
 }
 
-/// What the plugin flags of a build ask for, as far as they make a difference on a GPU.
+/// What the plugin flags of a build ask for. Only values that make a difference on a GPU are kept.
 #[derive(Clone, Debug)]
 pub struct Plugins {
-    /// Whether dense linears of steps of many tokens are cuBLASLt's.
+    /// Whether cuBLASLt computes the dense linears of steps of many tokens.
     cublaslt: bool,
     /// The flags that ask for portable kernels.
     portable: Vec<&'static str>,
 }
 
 impl Plugins {
-    /// Of the options that an engine records.
+    /// Reads them from the options that an engine records.
     pub fn of(recorded: &BTreeMap<String, String>) -> Self {
         let is = |name: &str, value: &str| recorded.get(name).is_some_and(|found| found == value);
         let tunable = [("gemm_plugin", "--gemm-plugin"), ("moe_plugin", "--moe-plugin")];
@@ -132,7 +133,7 @@ pub fn show_built(built: &Built, explains: bool, graph: Option<&Path>) -> Result
     show(&built.programs, kernels, built.kernels.is_none(), explains, graph)
 }
 
-/// Prints and draws the programs, as far as that was asked for, and says how large they are.
+/// Prints and draws the programs if the flags ask for it, and prints how large they are.
 fn show(
     programs: &[Program],
     kernels: &[Vec<KernelImages>],
@@ -141,7 +142,7 @@ fn show(
     graph: Option<&Path>,
 ) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    // This machine's CPU says nothing of a GPU.
+    // This machine's CPU is measured only for engines that run on a CPU.
     let is_shown = explains || graph.is_some();
     let roof = (is_shown && on_cpu).then(|| machine::measure_roof(machine::cores()));
     if explains {
@@ -169,7 +170,7 @@ fn show(
     Ok(())
 }
 
-/// Opens the checkpoint, and says which it is: what lies there may be older than one thinks.
+/// Opens the checkpoint, and prints when it was written: it may be older than the user thinks.
 fn open(dir: &Path) -> Result<Checkpoint> {
     let checkpoint = Checkpoint::open(dir).map_err(|error| match error {
         ReadError::NoDirectory { .. } | ReadError::NoConfig { .. } => {
@@ -196,7 +197,7 @@ fn ago(time: Duration) -> String {
     }
 }
 
-/// The architectures to build for; none for the CPU alone.
+/// The architectures to build for; `None` for the CPU alone.
 fn archs(build_for: &BuildFor) -> Result<Option<Vec<Arch>>> {
     match build_for {
         BuildFor::Cpu => Ok(None),
@@ -225,7 +226,7 @@ pub fn kernel_options(archs: Vec<Arch>, plugins: Plugins, workers: Option<usize>
     }
 }
 
-/// Says what was compiled and what to know about it.
+/// Prints what was compiled, and what the user should know about it.
 pub fn report(kernels: &Kernels, plugins: &Plugins, programs: &[Program]) {
     let targets: Vec<_> = kernels.codes.iter().map(ToString::to_string).collect();
     say::note(format_args!(
@@ -254,14 +255,14 @@ pub fn report(kernels: &Kernels, plugins: &Plugins, programs: &[Program]) {
     }
 }
 
-/// Whether cuBLASLt computes it, in some steps.
+/// Whether cuBLASLt computes the operation in some steps.
 fn is_by_cublaslt(op: &Op) -> bool {
     let plan = LinearPlan::CublasLt.to_string();
     matches!(op, Op::Linear { ladder, .. } if ladder.iter().any(|rung| rung.plan == plan))
 }
 
-/// The geometry of `--model-config` and its mapping: of a preset's name, or a config.json of a checkpoint or of Hugging Face. The
-/// flags count where they say something.
+/// The geometry that `--model-config` names, and its mapping. The name is a preset's, or the path of a config.json of a
+/// checkpoint or of Hugging Face. Flags that were given override the data type and mapping found there.
 fn geometry(name: &str, options: &BuildOptions) -> Result<(ModelConfig, Mapping)> {
     let preset = options.dtype.unwrap_or(DType::F16);
     match name {
@@ -285,7 +286,7 @@ fn geometry(name: &str, options: &BuildOptions) -> Result<(ModelConfig, Mapping)
     Ok((mixtral_convert::plan(&convert)?.model, options.mapping))
 }
 
-/// A plugin of another data type than the model's is a mistake in the command line.
+/// Checks that no plugin flag names another data type than the model's: that would be a mistake in the command line.
 fn check_plugins(options: &BuildOptions, model: &ModelConfig) -> Result<()> {
     for (flag, dtype) in &options.plugins {
         if *dtype != model.dtype {

@@ -43,11 +43,12 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
     Ok(())
 }
 
-/// The model that a directory's configuration describes; its weights are not looked at.
+/// The model that a directory's configuration describes. The weights are not read.
 fn geometry_of(dir: &Path) -> Result<ModelConfig> {
     let mut convert = mixtral_convert::ConvertOptions::new(Input::Directory(dir.to_owned()), PathBuf::new());
     convert.save_config_only = true;
-    // The data type is no part of the geometry, and where the configuration has none it is the weights'.
+    // Any data type will do, since it is no part of the geometry. Without one, a configuration that names none would
+    // make the weights be read.
     convert.dtype = Some(DType::F16);
     Ok(mixtral_convert::plan(&convert)?.model)
 }

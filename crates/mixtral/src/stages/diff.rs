@@ -14,9 +14,12 @@ use serde_json::json;
 use super::bench::Numbers;
 use crate::args::build::BackendChoice;
 use crate::args::diff::DiffOptions;
+use crate::args::place::PlaceArgs;
 use crate::diff::difference::Tolerance;
 use crate::diff::{Findings, Lockstep, find, same_operations};
-use crate::run::job::{self, Place};
+use crate::run::cache::Wanted;
+use crate::run::load::{LoadOptions, Part};
+use crate::run::place::Place;
 use crate::run::prompts;
 use crate::say;
 
@@ -25,6 +28,7 @@ struct Side {
     engine: EngineDir,
     place: Place,
     program: Program,
+    load: LoadOptions,
 }
 
 impl Side {
@@ -37,16 +41,30 @@ impl Side {
                 dir.display()
             );
         }
-        let place = Place::choose(&engine, backend, options.args.threads)?;
+        // The cache is as large as the prompts need, whatever part of the memory that is.
+        let all = Some(1.0);
+        let args = PlaceArgs {
+            backend,
+            ranks_per_gpu: None,
+            threads: options.args.threads,
+            kv_cache_free_gpu_mem_fraction: all,
+        };
+        let load = LoadOptions { place: args, count_experts: false, time_ops: false, graphs: false };
         let mut program = engine.program(Rank(0))?;
+        let mut place = Place::choose(&engine, &program, None, args)?;
         if let Some(layers) = options.args.layers {
-            program = program.first_layers(layers).with_context(|| dir.display().to_string())?;
+            let first = program.first_layers(layers).with_context(|| dir.display().to_string())?;
+            place = place.first_layers(&program, &first)?;
+            program = first;
         }
-        Ok(Side { engine, place, program })
+        Ok(Side { engine, place, program, load })
     }
 
     fn load(&self, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
-        job::load_alone(&self.engine, &self.place, self.program.clone(), kv_blocks)
+        let part = Part { engine: &self.engine, program: self.program.clone(), place: &self.place, options: self.load };
+        let layers = self.program.num_layers;
+        part.load(None, Wanted::exactly(kv_blocks))
+            .with_context(|| format!("{} ({layers} layers; --layers compares fewer)", self.describe()))
     }
 
     fn describe(&self) -> String {
@@ -64,7 +82,7 @@ pub fn main(options: &DiffOptions) -> Result<()> {
     let compared = find(&reference.program, args.start.as_deref(), args.stop.as_deref())?;
 
     let requests = requests(options, &reference)?;
-    let kv_blocks = job::most_blocks(&reference.engine, &requests);
+    let kv_blocks = Wanted::by(&reference.program.limits, &requests).most;
     let findings = Findings::new(Tolerance { f32: args.f32_limit, half: args.half_limit });
     let findings = Arc::new(Mutex::new(findings));
     let both = Lockstep::new(reference.load(kv_blocks)?, other.load(kv_blocks)?, compared, Arc::clone(&findings));
@@ -95,7 +113,7 @@ pub fn main(options: &DiffOptions) -> Result<()> {
     }
 }
 
-/// The prompts, to be gone on with greedily and not ended by any token.
+/// The requests: prompts that are continued greedily, and that no token ends.
 fn requests(options: &DiffOptions, reference: &Side) -> Result<Vec<Request>> {
     let args = &options.args;
     let output = args.max_output_len;

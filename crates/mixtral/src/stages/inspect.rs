@@ -17,7 +17,7 @@ use crate::args::inspect::InspectArgs;
 /// Runs the command.
 pub fn main(args: &InspectArgs) -> Result<()> {
     let mut out = std::io::stdout().lock();
-    // What it is stands in its config.json; a directory that is neither is reported as a checkpoint's reader sees it.
+    // The directory's config.json says what it is. If it is neither, the error is that of the reader of checkpoints.
     match EngineDir::open(&args.dir) {
         Ok(engine) => inspect_engine(&engine, args, &mut out),
         Err(EngineError::NotAnEngine { .. } | EngineError::NoConfig { .. } | EngineError::NoDirectory { .. }) => {
@@ -194,7 +194,7 @@ fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -
         }
         for images in &kernels[rank] {
             let table = kernel_table(images);
-            // Its first line is the sum of it.
+            // The first line of the table is its total.
             let shown = if args.summary { table.split_inclusive('\n').next().unwrap_or_default() } else { &table };
             write!(out, "{shown}")?;
         }

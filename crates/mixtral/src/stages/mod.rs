@@ -1,4 +1,4 @@
-//! One file a subcommand (and one for `build --from-engine`): validated options in, the work done or an error out.
+//! One file for each subcommand, and one for `build --from-engine`. Each takes validated options and does the work.
 
 pub mod bench;
 pub mod build;

@@ -1,4 +1,4 @@
-//! `mixtral build --from-engine`: an engine's kernels, built again in place.
+//! `mixtral build --from-engine`: builds an engine's kernels again, in place.
 
 use anyhow::{Result, bail};
 use mixtral_build::rebuild::rebuild;
@@ -15,7 +15,7 @@ use crate::say;
 pub fn main(options: &RebuildOptions) -> Result<()> {
     let engine = EngineDir::open(&options.engine)?;
     let config = engine.config();
-    // What was recorded, and over it what is asked for now.
+    // The recorded options, overridden by those that were given now.
     let mut recorded = config.options.clone();
     recorded.extend(options.plugins.clone());
     let plugins = Plugins::of(&recorded);

@@ -14,34 +14,30 @@ use serde_json::json;
 
 use crate::args::Usage;
 use crate::args::run::{RunArgs, RunOptions};
-use crate::run::job::{self, Job, LoadOptions};
+use crate::run::job::{self, Job};
+use crate::run::load::LoadOptions;
 use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_logits, write_npy};
 use crate::run::prompts::{self, Prompt};
 use crate::run::report::{Profile, Stats, expert_table, logits_hash};
 use crate::say;
 
-/// Tokens between two prints of a stream unless asked for.
+/// Tokens between two prints of a stream, unless a flag says otherwise.
 const STREAMING_INTERVAL: usize = 5;
 
-/// Iterations of `--run-profiling`, as many to warm up as to measure.
+/// Measured iterations of `--run-profiling`. As many run before them to warm up.
 const PROFILING_ITERATIONS: u32 = 10;
 
-/// Runs the stage: all ranks of the engine as threads of this process, or the one that a launcher made it.
+/// Runs the stage: either all ranks of the engine, as threads of this process, or the one rank that a launcher started
+/// this process for.
 pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
     check_output_paths(args)?;
     let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions {
-        backend: args.backend,
-        kv_cache_fraction: args.kv_cache_free_gpu_mem_fraction,
-        threads: args.threads,
-        count_experts: args.expert_stats,
-        time_ops: false,
-    };
+    let load = LoadOptions { place: args.place, count_experts: args.expert_stats, time_ops: false, graphs: true };
     job::run(&engine, load, |job| lead(options, &engine, job))
 }
 
-/// Rank 0, which alone reads prompts and writes results.
+/// The work of rank 0. It alone reads prompts and writes results.
 fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let args = &options.args;
     let tokenizer = load_tokenizer(options)?;
@@ -105,7 +101,7 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     write_files(args, &prompts, &outputs, &capabilities)
 }
 
-/// What the flags say beside what the engine is.
+/// Checks the flags that depend on the engine.
 fn check_against_engine(args: &RunArgs, engine: &EngineDir, prompts: &[Prompt]) -> Result<()> {
     let model = &engine.config().model;
     let vocab_size = model.vocab_size;
@@ -131,7 +127,7 @@ fn check_against_engine(args: &RunArgs, engine: &EngineDir, prompts: &[Prompt]) 
     Ok(())
 }
 
-/// A path that cannot be written is better said before the work than after.
+/// Checks that the outputs can be written, so that an error comes before the work and not after it.
 fn check_output_paths(args: &RunArgs) -> Result<()> {
     for path in [&args.output_csv, &args.output_npy, &args.output_logits_npy].into_iter().flatten() {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
@@ -142,7 +138,7 @@ fn check_output_paths(args: &RunArgs) -> Result<()> {
     Ok(())
 }
 
-/// Loads the tokenizer. Prompts of ids get along without one.
+/// Loads the tokenizer. Prompts of token ids work without one.
 fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
     let args = &options.args;
     let dir: &PathBuf = args.tokenizer_dir.as_ref().unwrap_or(&args.engine_dir);
@@ -154,11 +150,11 @@ fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
     Ok(Some(Arc::new(Tokenizer::load(dir)?)))
 }
 
-/// The ids that end a sequence: the model's, and the token that the tokenizer ends texts with. The model is the
-/// tokenizer's, unless only the engine says how its sequences end.
+/// The ids that end a sequence: those of the model, and the token with which the tokenizer ends texts. The model is
+/// that of the tokenizer's directory if it says how its sequences end, else the engine's.
 fn end_ids(args: &RunArgs, tokenizer: Option<&Tokenizer>) -> Result<Vec<TokenId>> {
     if let Some(id) = args.end_id {
-        // −1 is none.
+        // −1 means that no token ends a sequence.
         return Ok(u32::try_from(id).map(TokenId).into_iter().collect());
     }
     let mut ids = match &args.tokenizer_dir {
@@ -206,7 +202,7 @@ fn requests(
     Ok(requests)
 }
 
-/// Generates all requests as one batch in flight, and prints them as they grow if that is asked for.
+/// Generates all requests as one batch in flight. With `--streaming` it prints outputs as they grow.
 fn generate(
     session: &mut Session,
     requests: &[Request],
@@ -287,7 +283,7 @@ fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilit
     Ok(())
 }
 
-/// The mean latency of all requests together, after as many iterations to warm up.
+/// Measures the mean latency of all requests together, after the iterations that warm up.
 fn profile(session: &mut Session, requests: &[Request], args: &RunArgs) -> Result<Profile> {
     let mut sink = std::io::sink();
     let mut seconds = 0.0;

@@ -1,4 +1,5 @@
-//! `mixtral completions` and `mixtral man`: what a shell and `man` want to know, made from the flags themselves.
+//! `mixtral completions` and `mixtral man`: completions for a shell and manual pages, generated from the definitions of
+//! the flags.
 
 use std::fs;
 use std::io::Write as _;
@@ -18,7 +19,7 @@ pub fn completions(args: &CompletionsArgs) -> Result<()> {
     Ok(std::io::stdout().write_all(&script)?)
 }
 
-/// Writes the page of every command, or prints that of `mixtral`.
+/// Writes the page of every command into a directory, or prints the page of `mixtral`.
 pub fn man(args: &ManArgs) -> Result<()> {
     let Some(dir) = &args.dir else {
         let mut page = Vec::new();

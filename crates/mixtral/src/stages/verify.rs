@@ -34,7 +34,7 @@ pub fn main(args: &VerifyArgs) -> Result<()> {
 }
 
 fn read(args: &VerifyArgs, workers: usize, progress: &Bytes) -> Result<(&'static str, Verified)> {
-    // As `inspect` tells them apart.
+    // Decides between engine and checkpoint as `inspect` does.
     match EngineDir::open(&args.dir) {
         Ok(engine) => Ok(("engine", engine.verify(workers, progress)?)),
         Err(EngineError::NotAnEngine { .. } | EngineError::NoConfig { .. } | EngineError::NoDirectory { .. }) => {

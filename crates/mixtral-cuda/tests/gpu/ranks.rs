@@ -1,0 +1,261 @@
+//! Ranks against the CPU's: what they say to each other gives the same bits, in every kind of step, one after another. Each rank is a
+//! thread. Where there are fewer GPUs than ranks, ranks share them.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use mixtral_cpu::{CpuBackend, CpuOptions};
+use mixtral_cuda::{CudaOptions, Loading, devices};
+use mixtral_engine::op::FusedNorm;
+use mixtral_engine::{BackendError, Collectives, ElemType, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights};
+use mixtral_model::{DType, MoeNormalization};
+use mixtral_testkit::assembly::Assembly;
+use mixtral_testkit::batch::{self, Part};
+use mixtral_testkit::elements::{from_bytes, ints_to_bytes, to_bytes, values};
+
+use crate::kernels::Machine;
+
+const TP_SIZE: usize = 2;
+const RANKS: usize = 4;
+const KV_BLOCKS: usize = 40;
+
+/// Messages between threads.
+#[derive(Default)]
+struct Post {
+    waiting: Mutex<HashMap<(usize, usize), VecDeque<Vec<u8>>>>,
+    arrived: Condvar,
+}
+
+/// One rank's end of the post.
+struct Mailbox {
+    post: Arc<Post>,
+    rank: usize,
+}
+
+impl Collectives for Mailbox {
+    fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), BackendError> {
+        let first = self.rank / TP_SIZE * TP_SIZE;
+        let group = first..first + TP_SIZE;
+        group.clone().filter(|&to| to != self.rank).try_for_each(|to| self.send(to, mine))?;
+        for (from, part) in group.zip(all.chunks_exact_mut(mine.len())) {
+            if from == self.rank {
+                part.copy_from_slice(mine);
+            } else {
+                self.recv(from, part)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&self, to: usize, bytes: &[u8]) -> Result<(), BackendError> {
+        let mut waiting = self.post.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.entry((self.rank, to)).or_default().push_back(bytes.to_vec());
+        self.post.arrived.notify_all();
+        Ok(())
+    }
+
+    fn recv(&self, from: usize, bytes: &mut [u8]) -> Result<(), BackendError> {
+        let mut waiting = self.post.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if let Some(message) = waiting.entry((from, self.rank)).or_default().pop_front() {
+                bytes.copy_from_slice(&message);
+                return Ok(());
+            }
+            waiting = self.post.arrived.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn check(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+}
+
+/// Buffers that a rank's program is given, and those that it makes.
+const GIVEN: [&str; 4] = ["part", "residual", "columns", "expert_output"];
+const MADE: [&str; 7] = ["sum", "added", "normed", "both", "joined", "combined", "router_input"];
+/// Of those, the outputs of norms, whose sums are in another order.
+const NORMS: [&str; 3] = ["normed", "both", "router_input"];
+
+const NUM_EXPERTS: usize = 8;
+const TOP_K: usize = 2;
+
+/// One of two stages of two ranks: everything that a rank says to others.
+fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
+    let mut a = Assembly::new(dtype);
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, RANKS, TP_SIZE);
+    let weight = a.weight("scale", dtype, &[cols], &values("scale", cols, 1.0));
+    (a.program.num_experts, a.program.top_k) = (NUM_EXPERTS, TOP_K);
+    let router = a.weight("router", DType::F32, &[NUM_EXPERTS, cols], &values("router", NUM_EXPERTS * cols, 1.0));
+    for name in GIVEN.iter().chain(&MADE).chain(&["passed", "share"]) {
+        let rows = if *name == "expert_output" { Rows::Assignments } else { Rows::Tokens };
+        if *name != "joined" {
+            a.activation(name, rows, cols);
+        }
+    }
+    for (name, dtype, rows, cols) in [
+        ("ids", ElemType::I32, Rows::Tokens, TOP_K),
+        ("weights", ElemType::F32, Rows::Tokens, TOP_K),
+        ("chosen", ElemType::I32, Rows::Tokens, TOP_K),
+        ("chosen_weights", ElemType::F32, Rows::Tokens, TOP_K),
+        ("logits", ElemType::F32, Rows::Tokens, NUM_EXPERTS),
+        ("offsets", ElemType::I32, Rows::One, NUM_EXPERTS / TP_SIZE + 1),
+        ("order", ElemType::I32, Rows::Assignments, 1),
+    ] {
+        a.buffer(name, dtype, rows, cols);
+    }
+    a.activation("joined", Rows::Tokens, TP_SIZE * cols);
+    let name = str::to_owned;
+    let reduce = |residual: bool, out: &str, normed: Option<&str>| Op::AllReduce {
+        input: name("part"),
+        residual: residual.then(|| name("residual")),
+        out: name(out),
+        norm: normed.map(|out| FusedNorm { weight: weight.clone(), eps: 1e-5, out: name(out) }),
+    };
+    let local = NUM_EXPERTS / TP_SIZE;
+    let first = rank % TP_SIZE * local;
+    let experts = [first, first + local];
+    let mut ops = vec![
+        reduce(false, "sum", None),
+        reduce(true, "added", None),
+        reduce(false, "sum", Some("normed")),
+        reduce(true, "added", Some("both")),
+        Op::AllGather { input: name("columns"), out: name("joined") },
+        Op::Combine {
+            input: name("expert_output"),
+            expert_ids: name("ids"),
+            expert_weights: name("weights"),
+            experts,
+            residual: None,
+            out: name("share"),
+            norm: None,
+        },
+        Op::AllReduce {
+            input: name("share"),
+            residual: Some(name("residual")),
+            out: name("combined"),
+            norm: Some(FusedNorm { weight: weight.clone(), eps: 1e-5, out: name("router_input") }),
+        },
+        Op::Linear {
+            input: name("router_input"),
+            weight: router,
+            rows: None,
+            epilogue: Epilogue::F32,
+            residual: None,
+            out: name("logits"),
+            ladder: vec![],
+        },
+        Op::Route {
+            logits: name("logits"),
+            normalization: MoeNormalization::Renorm,
+            layer: 0,
+            experts,
+            expert_ids: name("chosen"),
+            expert_weights: name("chosen_weights"),
+            offsets: name("offsets"),
+            order: name("order"),
+        },
+    ];
+    match rank.checked_sub(TP_SIZE) {
+        Some(from) => ops.insert(0, Op::Recv { out: name("passed"), from }),
+        None => ops.push(Op::Send { input: name("residual"), to: rank + TP_SIZE }),
+    }
+    ops.into_iter().for_each(|op| a.op(op));
+    a.place_apart();
+    (a.program, a.weights.into_weights())
+}
+
+/// Prompts and decodes, more steps than inboxes have slots.
+fn steps(program: &Program) -> Vec<StepInputs<'static>> {
+    let limits = program.limits;
+    let decodes = |n: usize| {
+        let sequences = batch::sequences(7, &vec![2; n], &limits, program.vocab_size, KV_BLOCKS);
+        let parts: Vec<Part<'_>> = sequences.iter().map(|sequence| Part { sequence, past: 1, new: 1 }).collect();
+        batch::step(&limits, &parts)
+    };
+    let prompt = |n: usize| batch::prompt(&limits, program.vocab_size, KV_BLOCKS, n);
+    vec![prompt(1), prompt(33), decodes(1), decodes(7), prompt(256), decodes(33), decodes(1), prompt(5), decodes(2)]
+}
+
+/// What a rank makes in every step, by buffer.
+fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
+    let program = backend.program().clone();
+    let (rank, last) = (program.rank, program.ops.len());
+    let bytes = |name: &str, tokens: usize| tokens * program.buffer(name).unwrap().cols * dtype.size();
+    let made = steps(&program).into_iter().enumerate().map(|(step, inputs)| {
+        let tokens = inputs.num_tokens();
+        let assignments = TOP_K * tokens;
+        let ids: Vec<i32> = (0..assignments).map(|i| ((i / 2 * 3 + i % 2 * 5 + step) % NUM_EXPERTS) as i32).collect();
+        backend.write_buffer("ids", &ints_to_bytes(&ids)).unwrap();
+        backend.write_buffer("weights", &to_bytes(DType::F32, &values("weights", assignments, 0.5))).unwrap();
+        for name in GIVEN {
+            let rows = if name == "expert_output" { assignments } else { tokens };
+            let n = bytes(name, rows) / dtype.size();
+            backend.write_buffer(name, &to_bytes(dtype, &values(&format!("{name} {rank} {step}"), n, 2.0))).unwrap();
+        }
+        backend.run_ops(0..last, &inputs).unwrap();
+        let received = (rank >= TP_SIZE).then_some("passed");
+        MADE.into_iter().chain(received).map(|name| backend.read_buffer(name, bytes(name, tokens)).unwrap()).collect()
+    });
+    made.collect()
+}
+
+/// What all ranks make, each on a thread of its own.
+fn on_threads(rank: impl Fn(usize, Arc<dyn Collectives>) -> Vec<Vec<Vec<u8>>> + Sync) -> Vec<Vec<Vec<Vec<u8>>>> {
+    let post = Arc::new(Post::default());
+    std::thread::scope(|scope| {
+        let spawn = |r: usize| {
+            let (post, rank) = (Arc::clone(&post), &rank);
+            scope.spawn(move || rank(r, Arc::new(Mailbox { post, rank: r })))
+        };
+        let threads: Vec<_> = (0..RANKS).map(spawn).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
+    let Some(machine) = Machine::find() else { return };
+    let count = devices().unwrap().len().min(RANKS);
+    let sharing = RANKS.div_ceil(count);
+    let mut compared = 0;
+    for dtype in [DType::F32, DType::F16, DType::Bf16] {
+        for cols in [20, 64, 1000, 4096, 6144] {
+            let programs: Vec<_> = (0..RANKS).map(|rank| program(dtype, cols, rank)).collect();
+            let code = machine.codes()[0];
+            let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
+            assert!(failures.is_empty(), "{failures:?}");
+            let expected = on_threads(|rank, ranks| {
+                let (program, weights) = &programs[rank];
+                let options = CpuOptions { kv_blocks: KV_BLOCKS, threads: 1, ..CpuOptions::default() };
+                let mut cpu = CpuBackend::load(program.clone(), weights.clone(), options).unwrap().with_ranks(ranks);
+                run(&mut cpu, dtype)
+            });
+            let found = on_threads(|rank, ranks| {
+                let (program, weights) = &programs[rank];
+                let executable = library.executable(program).unwrap();
+                let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
+                let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
+                let mut gpu = loading.finish(KV_BLOCKS, Some(Arc::clone(&ranks))).unwrap();
+                // A rank that allocates may wait for kernels of another that wait for this one.
+                let mut all = [0; TP_SIZE];
+                ranks.all_gather(&[0], &mut all).unwrap();
+                run(&mut gpu, dtype)
+            });
+            for (rank, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
+                    for (buffer, (found, expected)) in found.iter().zip(expected).enumerate() {
+                        let what = format!("{dtype} of {cols}, rank {rank}, step {step}, buffer {buffer}");
+                        let (found, expected) = (from_bytes(dtype, found), from_bytes(dtype, expected));
+                        let is_norm = MADE.get(buffer).is_some_and(|name| NORMS.contains(name));
+                        let limit = if is_norm { 1e-5 } else { 0.0 };
+                        let off: f64 = found.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b)).sum();
+                        let size: f64 = expected.iter().map(|x| x * x).sum();
+                        assert!(size > 0.0 && off <= limit * size, "{what}: {off} of {size}");
+                        compared += found.len();
+                    }
+                }
+            }
+        }
+    }
+    println!("{RANKS} ranks on {count} GPUs: {compared} elements of 15 cases");
+}
