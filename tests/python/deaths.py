@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Kills or stops a rank in mid-generation, and checks what the other ranks do.
 
-    deaths.py --mixtral PATH [--kills 20] [--stops 20] [--mpirun 20] [--seed N]
+    deaths.py --mixtral PATH [--kills 20] [--stops 20] [--mpirun 20] [--seed N] [--ranks 3] [--gpu sm_90]
 
-Starts three ranks as processes (RANK and WORLD_SIZE) on an engine with dummy weights that generates for long. While they
+Starts a few ranks as processes (RANK and WORLD_SIZE) on an engine with dummy weights that generates for long. While they
 generate, it kills (-9) or stops (-STOP) one of them, drawn at random. Every survivor must name the rank and end with exit
 code 1, within 10 s of a kill and 60 s of a stop, and nothing may be left behind. mpirun ends a job if one of its ranks is
-killed: the job must end within 10 s with a code other than 0. Prints the longest wait; exits 1 on a miss.
+killed: the job must end within 10 s with a code other than 0. Prints the longest wait; exits 1 on a miss. With `--gpu`
+the ranks run on GPUs, one each, and no process may be left there either.
 """
 
 import argparse
@@ -21,29 +22,34 @@ import tempfile
 import time
 from pathlib import Path
 
-RANKS = 3
-GEOMETRY = ("--vocab_size 512 --n_layer 6 --n_head 6 --n_kv_head 3 --n_embd 384 --inter_size 768 --n_positions 4096 "
-            "--moe_num_experts 6 --moe_top_k 2 --dtype f32 --tp_size 3").split()
+GEOMETRY = ("--vocab_size 512 --n_layer 6 --n_head 6 --n_kv_head 6 --n_embd 384 --inter_size 768 --n_positions 4096 "
+            "--moe_num_experts 6 --moe_top_k 2 --dtype f32").split()
+GENERATE = ["run", "--input_file", "ids.csv", "--max_output_len", "4000", "--end_id", "-1", "--streaming"]
 
 
-def prepare(binary, directory):
-    run = lambda *args: subprocess.run([binary, *args], cwd=directory, check=True, capture_output=True)
-    run("convert", *GEOMETRY)
-    run("build", "--max-seq-len", "4096")
+def prepare(binary, directory, args):
+    run = lambda *words: subprocess.run([binary, *words], cwd=directory, check=True, capture_output=True)
+    run("convert", *GEOMETRY, "--tp_size", str(args.ranks))
+    run("build", "--max-seq-len", "4096", *(["--arch", args.gpu] if args.gpu else []))
     (directory / "ids.csv").write_text("\n".join("1,2,3" for _ in range(64)))
 
 
-def one(binary, directory, how, rank, delay, job):
+def on_gpus():
+    """Processes that run on GPUs."""
+    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.split()
+
+
+def one(binary, directory, ranks, how, rank, delay, job):
     """One run in which `rank` gets the signal `how` after `delay`. Returns (seconds of the slowest survivor, problems)."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}
-    environment.update(WORLD_SIZE=str(RANKS), MASTER_PORT=str(job), MASTER_ADDR="127.0.0.1", TMPDIR=str(directory / "tmp"),
+    environment.update(WORLD_SIZE=str(ranks), MASTER_PORT=str(job), MASTER_ADDR="127.0.0.1", TMPDIR=str(directory / "tmp"),
                        MIXTRAL_SECRET="deaths")
     environment.pop("XDG_RUNTIME_DIR", None)
-    command = [binary, "run", "--input_file", "ids.csv", "--max_output_len", "4000", "--end_id", "-1", "--streaming",
-               "--streaming-interval", "50"]
+    command = [binary, *GENERATE, "--streaming-interval", "50"]
     processes = [subprocess.Popen(command, cwd=directory, env=environment | {"RANK": str(r)}, text=True,
                                   stdout=subprocess.DEVNULL if r else subprocess.PIPE, stderr=subprocess.PIPE)
-                 for r in range(RANKS)]
+                 for r in range(ranks)]
     # Rank 0 prints when tokens come, so after its first line the ranks are generating.
     processes[0].stdout.readline()
     time.sleep(delay)
@@ -51,7 +57,7 @@ def one(binary, directory, how, rank, delay, job):
     start = time.monotonic()
     limit = 10 if how == signal.SIGKILL else 60
     problems, waited = [], 0.0
-    for survivor in (r for r in range(RANKS) if r != rank):
+    for survivor in (r for r in range(ranks) if r != rank):
         try:
             # communicate() reads the output, so that no process waits on a full pipe.
             _, said = processes[survivor].communicate(timeout=max(0.1, limit - (time.monotonic() - start)))
@@ -69,10 +75,10 @@ def one(binary, directory, how, rank, delay, job):
     return waited, problems
 
 
-def one_of_mpirun(binary, directory, rank, delay):
+def one_of_mpirun(binary, directory, num_ranks, rank, delay):
     """The same for a job of mpirun, in which one process is killed."""
-    command = ["mpirun", "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-n", str(RANKS), binary, "run",
-               "--input_file", "ids.csv", "--max_output_len", "4000", "--end_id", "-1", "--streaming"]
+    command = ["mpirun", "--oversubscribe", "--allow-run-as-root", "--bind-to", "none", "-n", str(num_ranks), binary,
+               *GENERATE]
     job = subprocess.Popen(command, cwd=directory, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            env=os.environ | {"TMPDIR": str(directory / "tmp")})
     job.stdout.readline()
@@ -99,6 +105,8 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--stops", type=int, default=20)
     parser.add_argument("--mpirun", type=int, default=20)
+    parser.add_argument("--ranks", type=int, default=3)
+    parser.add_argument("--gpu", metavar="ARCH", help="run on GPUs of this architecture, e.g. sm_90")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 30))
     args = parser.parse_args()
     print(f"seed {args.seed}")
@@ -108,21 +116,24 @@ def main():
         directory = Path(scratch)
         (directory / "tmp").mkdir()
         binary = str(args.mixtral.resolve())
-        prepare(binary, directory)
+        prepare(binary, directory, args)
         # A job with a stopped rank mostly waits, so several jobs can run at a time.
-        for how, count, at_once in (signal.SIGKILL, args.kills, 1), (signal.SIGSTOP, args.stops, 5):
-            draws = [(rng.randrange(RANKS), rng.uniform(0, 1), 29600 + i) for i in range(count)]
+        for how, count, at_once in (signal.SIGKILL, args.kills, 1), (signal.SIGSTOP, args.stops, 10 if args.gpu else 5):
+            draws = [(rng.randrange(args.ranks), rng.uniform(0, 1), 29600 + i) for i in range(count)]
             with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-                results = list(pool.map(lambda d: one(binary, directory, how, *d), draws))
+                results = list(pool.map(lambda d: one(binary, directory, args.ranks, how, *d), draws))
             problems = [p for _, found in results for p in found]
             left = sorted(path.name for path in (directory / "tmp").iterdir())
             if left:
                 problems.append(f"left behind: {left}")
+            if args.gpu and on_gpus():
+                problems.append(f"left on GPUs: {on_gpus()}")
             longest = max((waited for waited, _ in results), default=0.0)
             print(f"{how.name}: {count} runs, the slowest survivor took {longest:.1f} s, {len(problems)} problems")
             print("".join(f"  {problem}\n" for problem in problems), end="", flush=True)
             failed |= bool(problems)
-        results = [one_of_mpirun(binary, directory, rng.randrange(RANKS), rng.uniform(0, 1)) for _ in range(args.mpirun)]
+        draws = [(rng.randrange(args.ranks), rng.uniform(0, 1)) for _ in range(args.mpirun)]
+        results = [one_of_mpirun(binary, directory, args.ranks, *draw) for draw in draws]
         problems = [p for _, found in results for p in found]
         longest = max((waited for waited, _ in results), default=0.0)
         print(f"mpirun: {args.mpirun} kills, the slowest job took {longest:.1f} s, {len(problems)} problems")

@@ -72,6 +72,9 @@ pub(crate) struct Exchange {
     tp_size: usize,
     /// Whether a step failed.
     broken: bool,
+    /// Whether other ranks have kernels on the same GPU.
+    is_shared: bool,
+    context: Context,
     /// A stream for copies that must not queue behind kernels that wait.
     aside: Stream,
     stop: Pinned,
@@ -135,6 +138,7 @@ impl Exchange {
         program: &Program,
         sizes: &kernels::Exchange,
         ranks: Arc<dyn Collectives>,
+        is_shared: bool,
     ) -> Result<Exchange, BackendError> {
         let aside = Stream::new(context)?;
         let memory = DeviceMemory::new(context, bytes(program, sizes))?;
@@ -182,7 +186,21 @@ impl Exchange {
         let report = Pinned::new(context, size_of::<u32>())?;
         let words = Words { control: memory.address(), next_inbox, taken_before, report: report.address() };
         let (tp_size, broken) = (program.tp_size, false);
-        Ok(Exchange { ranks, neighbours, tp_size, broken, aside, stop, report, words, _opened: opened, memory })
+        let context = context.clone();
+        Ok(Exchange {
+            ranks,
+            neighbours,
+            tp_size,
+            broken,
+            is_shared,
+            context,
+            aside,
+            stop,
+            report,
+            words,
+            _opened: opened,
+            memory,
+        })
     }
 
     /// The addresses that kernels get as arguments.
@@ -229,6 +247,9 @@ impl Drop for Exchange {
     /// writes. Ranks that have failed do not wait for each other.
     fn drop(&mut self) {
         if self.broken || std::thread::panicking() || self.ranks.check().is_err() {
+            if self.is_shared {
+                self.context.abandon();
+            }
             return;
         }
         let part = || -> Result<(), BackendError> {

@@ -1,11 +1,13 @@
 //! Devices and their primary contexts.
 
 use std::ffi::{c_char, c_int};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{CUcontext, CUdevice_attribute_enum as Attribute, CUuuid_st};
 
 use super::api;
+use super::api::Api;
 use crate::CudaError;
 
 /// A GPU.
@@ -84,6 +86,8 @@ pub(crate) struct Context(Arc<Primary>);
 struct Primary {
     device: Device,
     context: CUcontext,
+    /// Nothing is freed any more.
+    abandoned: AtomicBool,
 }
 
 // SAFETY: any thread may make a context current and use it; the driver does the locking.
@@ -120,9 +124,23 @@ impl Context {
             api.check("cuDeviceGet", (api.cuDeviceGet)(&raw mut handle, ordinal))?;
             api.check("cuDevicePrimaryCtxRetain", (api.cuDevicePrimaryCtxRetain)(&raw mut context, handle))?;
         }
-        let context = Context(Arc::new(Primary { device, context }));
+        let context = Context(Arc::new(Primary { device, context, abandoned: AtomicBool::new(false) }));
         context.bind()?;
         Ok(context)
+    }
+
+    /// Leaves what was allocated to the end of the process. The driver frees memory when all kernels of the context have
+    /// ended. Kernels of another rank that shares the GPU may wait for this rank, which is gone.
+    pub(crate) fn abandon(&self) {
+        self.0.abandoned.store(true, Ordering::Relaxed);
+    }
+
+    /// The driver, for a handle to free what it owns, with this context bound. None if that is left to the end of the
+    /// process.
+    pub(super) fn to_free(&self) -> Option<&'static Api> {
+        let api = api().ok().filter(|_| !self.0.abandoned.load(Ordering::Relaxed))?;
+        let _ = self.bind();
+        Some(api)
     }
 
     /// The driver's handle of the context.

@@ -58,8 +58,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        if let Ok(api) = api() {
-            let _ = self.context.bind();
+        if let Some(api) = self.context.to_free() {
             // SAFETY: nothing else holds the handle.
             unsafe { (api.cuGraphExecDestroy)(self.handle) };
         }

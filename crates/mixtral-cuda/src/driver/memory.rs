@@ -53,8 +53,7 @@ impl DeviceMemory {
 
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
-        if let Ok(api) = api() {
-            let _ = self.context.bind();
+        if let Some(api) = self.context.to_free() {
             // SAFETY: nothing else frees it. The driver waits for work that may use it.
             unsafe { (api.cuMemFree_v2)(self.address) };
         }
@@ -177,8 +176,7 @@ impl Pinned {
 impl Drop for Pinned {
     fn drop(&mut self) {
         let _ = self.wait();
-        if let Ok(api) = api() {
-            let _ = self.context.bind();
+        if let Some(api) = self.context.to_free() {
             // SAFETY: nothing else frees it, and no copy uses it: a context that is lost runs none.
             unsafe { (api.cuMemFreeHost)(self.start.cast()) };
         }

@@ -118,8 +118,7 @@ impl Module {
 
 impl Drop for Loaded {
     fn drop(&mut self) {
-        if let Ok(api) = api() {
-            let _ = self.context.bind();
+        if let Some(api) = self.context.to_free() {
             // SAFETY: functions hold the module, so none is left.
             unsafe { (api.cuModuleUnload)(self.handle) };
         }

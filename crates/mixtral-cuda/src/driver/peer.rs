@@ -65,8 +65,7 @@ impl OpenedMemory {
 
 impl Drop for OpenedMemory {
     fn drop(&mut self) {
-        if let Ok(api) = api() {
-            let _ = self.context.bind();
+        if let Some(api) = self.context.to_free() {
             // SAFETY: it was opened, and is closed once. The driver waits for work that may use it.
             unsafe { (api.cuIpcCloseMemHandle)(self.address) };
         }

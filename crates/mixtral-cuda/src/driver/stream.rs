@@ -101,8 +101,7 @@ impl Stream {
 
 impl Drop for Stream {
     fn drop(&mut self) {
-        if let Ok(api) = api() {
-            let _ = self.context.bind();
+        if let Some(api) = self.context.to_free() {
             // SAFETY: nothing else holds the handle.
             unsafe { (api.cuStreamDestroy_v2)(self.handle) };
         }
@@ -162,8 +161,7 @@ impl Event {
 
 impl Drop for Event {
     fn drop(&mut self) {
-        if let Ok(api) = api() {
-            let _ = self.context.bind();
+        if let Some(api) = self.context.to_free() {
             // SAFETY: nothing else holds the handle.
             unsafe { (api.cuEventDestroy_v2)(self.handle) };
         }

@@ -40,7 +40,7 @@ fn a_kernel_that_traps_is_an_error_with_its_step() {
     };
     load(&library).step(&inputs).unwrap();
 
-    let mut backend = load(&library.with("moe::combine", &machine.trap(code, &program)));
+    let mut backend = load(&library.with("moe::combine", &machine.trap(code, &program, "moe::combine")));
     let first = backend.step(&inputs).unwrap_err().to_string();
     println!("{first}");
     assert!(first.starts_with("the GPU failed in step "), "{first}");

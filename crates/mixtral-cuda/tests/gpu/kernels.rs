@@ -107,15 +107,15 @@ impl Machine {
         Executable { schedule, images }
     }
 
-    /// A kernel that stops the GPU, with the parameters of the program's combine.
-    pub(crate) fn trap(&self, code: Code, program: &Program) -> Compiled {
+    /// A kernel that stops the GPU, with the parameters of the program's kernel whose name begins like that.
+    pub(crate) fn trap(&self, code: Code, program: &Program, name: &str) -> Compiled {
         let schedule = Schedule::new(program, Target { family: code.family() }).unwrap();
         let launches = schedule.regimes.iter().flat_map(|(_, works)| works).filter_map(|work| match work {
             Work::Launch(launch) => Some(launch),
             Work::Product(_) => None,
         });
-        let combine = launches.into_iter().find(|launch| launch.kernel.symbol.starts_with("moe::combine")).unwrap();
-        let kinds = combine.args.iter().map(|named| if named.arg.size() == 4 { "int" } else { "unsigned long long" });
+        let trapped = launches.into_iter().find(|launch| launch.kernel.symbol.starts_with(name)).unwrap();
+        let kinds = trapped.args.iter().map(|named| if named.arg.size() == 4 { "int" } else { "unsigned long long" });
         let text = format!(
             "template <int N>\n__global__ void trap({}) {{ asm volatile(\"trap;\"); }}\n",
             kinds.collect::<Vec<_>>().join(", ")

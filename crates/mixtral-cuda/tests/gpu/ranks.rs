@@ -2,7 +2,10 @@
 //! is a thread. If there are fewer GPUs than ranks, ranks share them.
 
 use std::collections::{HashMap, VecDeque};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaOptions, Loading, devices};
@@ -24,6 +27,8 @@ const KV_BLOCKS: usize = 40;
 struct Post {
     waiting: Mutex<HashMap<(usize, usize), VecDeque<Vec<u8>>>>,
     arrived: Condvar,
+    /// Whether a rank is gone.
+    gone: AtomicBool,
 }
 
 /// One rank's access to the messages.
@@ -66,7 +71,10 @@ impl Collectives for Mailbox {
     }
 
     fn check(&self) -> Result<(), BackendError> {
-        Ok(())
+        match self.post.gone.load(Ordering::Relaxed) {
+            true => Err(BackendError::Peer("rank 1 is gone".into())),
+            false => Ok(()),
+        }
     }
 }
 
@@ -200,8 +208,8 @@ fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
     made.collect()
 }
 
-/// What all ranks write, each on a thread of its own.
-fn on_threads(rank: impl Fn(usize, Arc<dyn Collectives>) -> Vec<Vec<Vec<u8>>> + Sync) -> Vec<Vec<Vec<Vec<u8>>>> {
+/// What all ranks return, each on a thread of its own.
+fn on_threads<T: Send>(rank: impl Fn(usize, Arc<Mailbox>) -> T + Sync) -> Vec<T> {
     let post = Arc::new(Post::default());
     std::thread::scope(|scope| {
         let spawn = |r: usize| {
@@ -236,7 +244,7 @@ fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
                 let executable = library.executable(program).unwrap();
                 let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
                 let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
-                let mut gpu = loading.finish(KV_BLOCKS, Some(Arc::clone(&ranks))).unwrap();
+                let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
                 // No rank starts before all have loaded: allocating may wait for another rank's kernels, and those
                 // would wait for this rank.
                 let mut all = [0; TP_SIZE];
@@ -260,4 +268,57 @@ fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
         }
     }
     println!("{RANKS} ranks on {count} GPUs: {compared} elements of 15 cases");
+}
+
+/// Set in the process in which a rank's GPU is lost.
+const CHILD: &str = "MIXTRAL_LOST_RANK";
+
+/// Rank 1 goes away without a step, or its kernel traps. All others end soon, and say so.
+#[test]
+fn a_rank_that_is_gone_ends_the_others() {
+    if std::env::var_os(CHILD).is_none() {
+        for how in ["leaves", "traps"] {
+            let mut child = Command::new(std::env::current_exe().unwrap());
+            child.args(["--exact", "ranks::a_rank_that_is_gone_ends_the_others", "--nocapture"]);
+            let output = child.env(CHILD, how).output().unwrap();
+            let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+            print!("{said}");
+            assert!(output.status.success(), "{how}: {}", output.status);
+        }
+        return;
+    }
+    let Some(machine) = Machine::find() else { return };
+    let count = devices().unwrap().len().min(RANKS);
+    let traps = std::env::var(CHILD).unwrap() == "traps";
+    let programs: Vec<_> = (0..RANKS).map(|rank| program(DType::F32, 64, rank)).collect();
+    let code = machine.codes()[0];
+    let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
+    assert!(failures.is_empty(), "{failures:?}");
+    let trapping = library.with("exchange::all_reduce", &machine.trap(code, &programs[1].0, "exchange::all_reduce"));
+    let ends = on_threads(|rank, ranks| {
+        let (program, weights) = &programs[rank];
+        let library = if traps && rank == 1 { &trapping } else { &library };
+        let executable = library.executable(program).unwrap();
+        let options = CudaOptions { device: rank % count, sharing: RANKS.div_ceil(count), ..CudaOptions::default() };
+        let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
+        let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
+        let begun = Instant::now();
+        if rank == 1 && !traps {
+            std::thread::sleep(Duration::from_millis(500));
+            ranks.post.gone.store(true, Ordering::Relaxed);
+            return (begun.elapsed(), "it left".to_owned());
+        }
+        let error = gpu.run_ops(0..program.ops.len(), &steps(program)[1]).unwrap_err();
+        if rank == 1 {
+            ranks.post.gone.store(true, Ordering::Relaxed);
+        }
+        (begun.elapsed(), error.to_string())
+    });
+    for (rank, (took, said)) in ends.iter().enumerate() {
+        println!("rank {rank} ended after {took:?}: {}", &said[..said.len().min(90)]);
+        assert!(*took < Duration::from_secs(10), "rank {rank} took {took:?}");
+        // Ranks that share the lost GPU hear of it from the driver.
+        let lost = traps && said.contains("context is lost");
+        assert!(lost || said.contains(if rank == 1 { "left" } else { "rank 1 is gone" }), "rank {rank}: {said}");
+    }
 }
