@@ -1,10 +1,11 @@
-// Op: all_reduce, with or without residual and norm; combine and all_reduce in one. CPU twins: kernels/collective.rs, kernels/combine.rs.
+// Op: all_reduce, with or without residual and norm; combine and all_reduce in one. CPU twins: kernels/collective.rs,
+// kernels/combine.rs.
 // Regime: any number of rows.
 // Tile: a row, in registers.
 // Grid: persistent, a CTA a row at a time. Every CTA is resident, sends a row before it waits for that row, and takes rows in
 //   ascending order; so ranks may have different grids.
-// Numerics: the contract's, to the bit: parts in ascending rank from the first one, one rounding; the residual; one rounding. The norm is
-//   that of rms::norm, to the bit.
+// Numerics: the contract's, to the bit: parts in ascending rank from the first one, one rounding; the residual; one
+//   rounding. The norm is that of rms::norm, to the bit.
 // Requires: inboxes that every rank of the group can write to.
 // Traffic: a row to each other rank, and one from each; the residual read, one or two rows written.
 // Measured: docs/perf/cuda.md.
@@ -18,8 +19,8 @@
 
 namespace exchange {
 
-// The rest of an all-reduce of one row, whose part of this rank is in `x`. `residual` may be `out`; `scale`, `eps` and `normalized` are
-// those of the norm.
+// Finishes the all-reduce of one row. This rank's part of it is in `x`. `residual` may be `out`; `scale`, `eps` and
+// `normalized` are those of the norm.
 template <typename T, int COLS, int RANKS, bool RESIDUAL, bool NORM>
 __device__ __forceinline__ void reduce_row(rms::Row<COLS>& x, i64 row, const Slot<T, RANKS>& slot, Patience& patience,
                                            const T* residual, T* out, const rms::Row<COLS>& scale, float eps, T* normalized) {
@@ -81,7 +82,8 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     }
 }
 
-// All-reduce of what the local experts, [FIRST, LAST), give together: each token's TOP_K rows of `input`, as moe::combine adds them.
+// All-reduce of the sums of the local experts, [FIRST, LAST): each token's TOP_K rows of `input`, added as moe::combine
+// adds them.
 template <typename T, typename W, int COLS, int TOP_K, int FIRST, int LAST, bool ALL, int RANKS, bool RESIDUAL, bool NORM>
 __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     combine_all_reduce(const step::Header* header, const T* input, const i32* expert_ids, const float* expert_weights,

@@ -13,8 +13,9 @@
 
 namespace exchange {
 
-// Counts the step's collectives into `done` (which those of the step begin from) and the step into `steps`. Tells the stage before, if
-// there is one, how many steps' rows this rank has taken: all that were begun before this one.
+// Adds the step's collectives to `done`, and the step to `steps`. The step's collectives are numbered from the new
+// `done` on. If there is a stage before this one, tells it through `taken` how many steps' rows this rank has read:
+// those of all steps before this one.
 __global__ void __launch_bounds__(32) begin(u32* done, i32 collectives, u32* steps, u32* taken) {
     pdl::launch_dependents();
     pdl::wait();

@@ -1,10 +1,12 @@
-// How ranks hand rows to each other. Every rank has an inbox in its GPU's memory, which the other ranks can write to. A sender
-// stores rows there as packets; the receiver looks at a packet until all of its words have arrived, so the data is its own flag.
+// How ranks pass rows to each other. Every rank has an inbox in its GPU's memory, and the other ranks can write to it.
+// A sender stores rows there as packets. The receiver reads a packet again and again until all of its words have
+// arrived, so no flag is needed beside the data.
 //
-// An inbox is full of EMPTY words until something arrives, and the receiver makes it so again when it has read. A collective uses
-// one of SLOTS slots, the next one each time. When a rank sends in collective g, its slot at the receiver was last used by
-// collective g − SLOTS. The sender has all rows of the receiver's collective g − 1, which the receiver sent after its collective
-// g − 2 was complete; so the receiver has emptied that slot again, and even one collective without rows in between does no harm.
+// An inbox is full of EMPTY words until packets arrive, and the receiver empties it again when it has read them. Each
+// collective uses the next one of SLOTS slots. So collective g uses the slot of collective g − SLOTS again, and the
+// receiver must have emptied it by then. It has: a rank that sends in collective g has all rows of the receiver's
+// collective g − 1, and the receiver sent those after its collective g − 2 was complete. That is one collective more
+// than needed, so a collective without rows in between does no harm.
 #pragma once
 
 #include "base/vector.cuh"
@@ -13,20 +15,20 @@ namespace exchange {
 
 // Slots of an inbox; `exchange::SLOTS` in lowering.
 inline constexpr int SLOTS = 3;
-// CTAs of a collective over rows of so many elements that fit on a multiprocessor; `per_sm` in lowering. (Told so, the compiler
-// spills nothing.)
+// CTAs on a multiprocessor, for a collective over rows of `cols` elements; `per_sm` in lowering. (With this number the
+// compiler spills no registers.)
 __device__ constexpr int per_sm(int cols) { return cols <= 512 * VECTOR ? 2 : 1; }
 // Slots of the inbox of a pipeline stage; `exchange::STAGE_SLOTS` in lowering.
 inline constexpr int STAGE_SLOTS = 2;
 
-// No packet holds this word: as numbers it is a NaN that no arithmetic gives, or two of them.
+// No packet contains this word. As numbers it is one NaN, or two, that no arithmetic gives.
 inline constexpr u32 EMPTY = 0xffffffffu;
-// Sent instead of it: another NaN, or two.
+// Sent in its place: another NaN, or two.
 inline constexpr u32 OTHER_NAN = 0x7fff7fffu;
 
-// Looks at a packet between two looks at the clock and at the stop word.
+// How often a thread reads a packet before it reads the clock and the stop word.
 inline constexpr u32 LOOKS = 16;
-// Seconds after which a rank gives up: the host knows of a rank that is gone long before, and sets the stop word.
+// Seconds after which a thread gives up. If a rank is gone, the host learns it much earlier and sets the stop word.
 inline constexpr u32 PATIENCE = 120;
 
 __device__ __forceinline__ uint4 look(const uint4* at) {
@@ -59,20 +61,20 @@ __device__ __forceinline__ void put(u32* at, u32 v) {
     asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(v) : "memory");
 }
 
-// 2^30 nanoseconds.
+// The time in units of 2^30 nanoseconds, which are about a second.
 __device__ __forceinline__ u32 seconds() {
     u64 t;
     asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
     return static_cast<u32>(t >> 30);
 }
 
-// How long a thread waits for another rank. The host sets the stop word when a rank is gone. A thread whose patience ends sets it
-// itself, and tells the host. What was computed after a stop is of no use.
+// Decides how long a thread waits for another rank. The host sets the stop word if a rank is gone. A thread that has
+// waited too long sets it itself, and tells the host through the report. Results after a stop are of no use.
 class Patience {
 public:
     __device__ __forceinline__ Patience(u32* stop, u32* report) : stop(stop), report(report) {}
 
-    // To be asked before each further look.
+    // Whether to stop waiting. A thread calls it before it reads the packet again.
     __device__ __forceinline__ bool is_over() {
         if (++looks % LOOKS != 0) return false;
         if (glance(stop) != 0) return true;
@@ -90,7 +92,7 @@ private:
     u32 looks = 0;
 };
 
-// VECTOR elements on their way.
+// VECTOR elements that are sent together.
 template <typename T>
 struct Packet {
     static constexpr int PARTS = VECTOR * static_cast<int>(sizeof(T)) / 16;
@@ -126,7 +128,7 @@ struct Packet {
         for (int p = 0; p < PARTS; ++p) put(at + p, parts[p]);
     }
 
-    // Waits until the packet is there, takes it, and leaves its place EMPTY.
+    // Waits until the packet is there, reads it, and empties its place.
     __device__ __forceinline__ void take_from(uint4* at, Patience& patience) {
 #pragma unroll
         for (int p = 0; p < PARTS; ++p) {
@@ -155,7 +157,7 @@ __device__ constexpr int packets(int cols) { return ceil_div(cols, VECTOR); }
 template <typename T, int RANKS>
 class Slot {
 public:
-    // `inboxes[r]` is where rank r's inbox begins. They stay where they are, so this may come before pdl::wait().
+    // `inboxes[r]` is where rank r's inbox begins. Inboxes never move, so the table may be read before pdl::wait().
     __device__ __forceinline__ Slot(const u64* inboxes, i64 capacity, i32 rank) : capacity(capacity), rank(rank) {
 #pragma unroll
         for (i32 peer = 0; peer < RANKS; ++peer) {
@@ -165,7 +167,7 @@ public:
         own = inboxes[rank];
     }
 
-    // Which slot it is. `done` counts the collectives before the step, `ordinal` those of the step before this one.
+    // Selects the slot. The collective's number is `done` plus `ordinal`, its index among the step's collectives.
     __device__ __forceinline__ void open(u32 done, i32 ordinal) {
         const i64 offset = static_cast<i64>((done + ordinal) % SLOTS) * (RANKS - 1) * capacity;
 #pragma unroll
@@ -173,7 +175,7 @@ public:
         own += offset;
     }
 
-    // Sends a packet to all others.
+    // Sends a packet to all other ranks.
     __device__ __forceinline__ void send(const Packet<T>& packet, i64 index) const {
 #pragma unroll
         for (i32 peer = 0; peer < RANKS; ++peer) {
@@ -181,7 +183,7 @@ public:
         }
     }
 
-    // Replaces `packet`, unless this rank is `peer`, by the one that `peer` sent.
+    // Replaces `packet` by the one that `peer` sent, unless this rank is `peer`.
     __device__ __forceinline__ void take(Packet<T>& packet, i32 peer, i64 index, Patience& patience) const {
         if (peer == rank) return;
         const i64 part = peer < rank ? peer : peer - 1;

@@ -15,13 +15,14 @@
 
 namespace exchange {
 
-// Where the rows of step `steps` − 1, the current one, lie in a stage's inbox.
+// Where the current step's rows lie in a stage's inbox. `steps` counts the steps so far, with the current one.
 template <typename T, int COLS>
 __device__ __forceinline__ uint4* stage_row(u8* inbox, i64 capacity, u32 steps, i64 row) {
     return reinterpret_cast<uint4*>(inbox + ((steps - 1) % STAGE_SLOTS) * capacity) + row * packets(COLS) * Packet<T>::PARTS;
 }
 
-// Sends rows to the next stage's `inbox`, once that has `taken` the rows of the step that used the same slot.
+// Sends rows to the next stage's `inbox`. Waits until that stage has read the rows of the step that used the same slot
+// before.
 template <typename T, int COLS, step::Rows ROWS>
 __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     send(const step::Header* header, i32 times, const T* input, u8* inbox, i64 capacity, const u32* steps, const u32* taken,
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     }
 }
 
-// Receives rows of the stage before from this rank's `inbox`.
+// Reads the rows of the stage before from this rank's `inbox`.
 template <typename T, int COLS, step::Rows ROWS>
 __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     recv(const step::Header* header, i32 times, T* out, u8* inbox, i64 capacity, const u32* steps, u32* stop, u32* report) {

@@ -1,12 +1,12 @@
-// What a token's experts give together.
+// The sum of a token's expert outputs.
 #pragma once
 
 #include "norm/row.cuh"
 
 namespace moe {
 
-// Σ weight · row over the token's experts among the local ones, [FIRST, LAST), in ascending id, by fused multiply-add from +0. With ALL,
-// every expert is local.
+// Σ weight · row over the token's experts among the local ones, [FIRST, LAST), in ascending id, by fused multiply-add
+// from +0. With ALL, every expert is local.
 template <typename T, int COLS, int TOP_K, int FIRST, int LAST, bool ALL>
 __device__ __forceinline__ rms::Row<COLS> combined(i64 token, const T* input, const i32* expert_ids, const float* expert_weights) {
     using Row = rms::Row<COLS>;

@@ -47,7 +47,7 @@ static int describe(unsigned code, const char** text, int by_name) {
 int cuGetErrorName(unsigned code, const char** text) { return describe(code, text, 1); }
 int cuGetErrorString(unsigned code, const char** text) { return describe(code, text, 0); }
 
-// The number of the GPU that is seen as `ordinal`; -1 where there is none.
+// The number of the GPU that the process sees as `ordinal`; -1 if there is none.
 static int seen_as(int ordinal) {
     int devices = number("DRIVER_DEVICES", 1);
     const char* visible = getenv("CUDA_VISIBLE_DEVICES");
@@ -176,7 +176,8 @@ int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* siz
 }
 #endif
 
-// The step's counts and what it drew, where the last launch of the drawing kernel left them for the graph: a thread is a rank.
+// The step's counts and what it drew, where the last launch of the drawing kernel left them for the graph: a thread is
+// a rank.
 static _Thread_local const int32_t* header;
 static _Thread_local int32_t* drawn;
 

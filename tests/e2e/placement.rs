@@ -1,5 +1,5 @@
-//! Ranks on GPUs: which GPU each gets, and what is said when one gets none, or one that its part does not fit. Ranks are threads of one
-//! process or processes of their own, and the GPUs are those of a driver made for the tests.
+//! Ranks on GPUs: which GPU each rank gets, and the errors if a rank gets none or its part does not fit. Ranks are
+//! threads of one process, or processes of their own. The GPUs are those of the tests' driver.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -14,8 +14,8 @@ use crate::tool::{Said, binary, example_engine, mixtral_in, said};
 
 const RUN: &str = "run --max_output_len 2 --input_text KING";
 
-/// A driver, and an engine of two ranks with kernels for Hopper GPUs, and for others from generation 8 on. Nothing where one of them
-/// cannot be made.
+/// The tests' driver, and an engine of two ranks with kernels for Hopper GPUs and for others from generation 8 on.
+/// `None` if one of them cannot be made.
 fn two_ranks() -> Option<(&'static Path, &'static Path)> {
     static MADE: OnceLock<Option<(TempDir, TempDir)>> = OnceLock::new();
     let made = MADE.get_or_init(|| {
@@ -25,9 +25,9 @@ fn two_ranks() -> Option<(&'static Path, &'static Path)> {
     made.as_ref().map(|(driver, engine)| (driver.path(), engine.path()))
 }
 
-/// What two processes say, a rank each, that a launcher gave variables of their own.
+/// Runs two ranks as processes, each with the variables that a launcher would give it. Returns what they printed.
 fn as_processes(driver: &Path, dir: &Path, line: &str, variables: [&[(&str, &str)]; 2]) -> [Said; 2] {
-    // Jobs of one parent process need names.
+    // Jobs of the same parent process need different names.
     static JOBS: AtomicUsize = AtomicUsize::new(29_600);
     let port = JOBS.fetch_add(1, Ordering::Relaxed).to_string();
     let start = |rank: usize| {
@@ -44,7 +44,7 @@ fn as_processes(driver: &Path, dir: &Path, line: &str, variables: [&[(&str, &str
     [0, 1].map(start).map(|child| said(child.wait_with_output().expect("it ends")))
 }
 
-/// What was said, a line of any rank after another, without the names of this host and of processes.
+/// The printed lines of all ranks, without the names of this host and of processes.
 fn plain(said: &[Said]) -> String {
     let host = std::fs::read_to_string("/proc/sys/kernel/hostname").expect("Linux, where the driver is");
     let host = host.trim();
@@ -63,14 +63,14 @@ fn plain(said: &[Said]) -> String {
     lines.join("\n")
 }
 
-/// What ranks say that all end well.
+/// The messages of ranks that must all succeed.
 #[track_caller]
 fn done(said: &[Said]) -> String {
     assert!(said.iter().all(|said| said.code == 0), "{said:?}");
     plain(said)
 }
 
-/// Why ranks end that all fail. How much memory the engine needs is left out.
+/// The errors of ranks that must all fail, without the amount of memory that the engine needs.
 #[track_caller]
 fn failed(said: &[Said]) -> String {
     assert!(said.iter().all(|said| said.code == 1 && !said.err.contains("panicked")), "{said:?}");
@@ -105,7 +105,7 @@ fn every_rank_has_a_gpu() {
     insta::assert_snapshot!(said.map(|(how, said)| format!("# {how}\n{said}\n")).join("\n"));
 }
 
-/// Whichever rank fails, and however the ranks were started: all end, and say why that one did.
+/// Whichever rank fails, and however the ranks were started, all ranks end and give the reason of the one that failed.
 #[test]
 fn a_rank_that_cannot_run_on_a_gpu_ends_the_others() {
     let Some((driver, engine)) = two_ranks() else { return };

@@ -1,4 +1,4 @@
-//! Engines for the CPU: what `build` writes is what was planned, with the checkpoint's weights and tokenizer.
+//! Engines for the CPU: `build` writes what was planned, with the checkpoint's weights and tokenizer.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,7 +10,7 @@ use mixtral_convert::recipes;
 use mixtral_engine::{EngineDir, Limits, WeightsKind};
 use mixtral_model::{DType, Mapping, ModelConfig, Rank};
 
-/// A tiny model over two stages of two ranks.
+/// A tiny model on two stages of two ranks each.
 fn config() -> CheckpointConfig {
     let mut model = ModelConfig::mixtral_8x7b(DType::Bf16);
     (model.num_layers, model.hidden_size, model.intermediate_size) = (2, 24, 20);
@@ -29,7 +29,7 @@ fn options() -> BuildOptions {
     }
 }
 
-/// A checkpoint of zeros in `dir`, with a tokenizer's files and a file that is none of them.
+/// Writes a checkpoint of zeros to `dir`, with a tokenizer's files and one other file.
 fn write_checkpoint(dir: &Path) {
     let mut writer = CheckpointWriter::create(dir, config(), false).unwrap();
     writer.write_in("tokenizer.json", b"{}").unwrap();
@@ -116,7 +116,7 @@ fn an_engine_of_a_checkpoint_has_its_weights_and_its_tokenizer() {
     assert_eq!(engine.config().files, checkpoint.config().files);
     assert_eq!(engine.config().files.keys().collect::<Vec<_>>(), ["tokenizer.json", "tokenizer_config.json"]);
     assert!(!to.path().join("notes.txt").exists());
-    // A tokenizer that is not the one that the checkpoint was written with.
+    // The tokenizer is not the one with which the checkpoint was written.
     fs::write(from.path().join("tokenizer.json"), "[]").unwrap();
     let error = build(&to.path().join("other")).unwrap_err().to_string();
     assert!(error.contains("tokenizer.json: the file has BLAKE3"), "{error}");

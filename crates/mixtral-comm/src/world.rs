@@ -93,11 +93,11 @@ impl World {
         Ok(Arc::try_unwrap(body).unwrap_or_else(|shared| shared.to_vec()))
     }
 
-    /// Looks whether the job is over, and never waits: for a rank that waits for something else than a message, such as
-    /// memory that another rank writes. It may be called thousands of times a second.
+    /// Checks whether the job is over, and never waits. It is for a rank that waits for something other than a message,
+    /// such as memory that another rank writes. It may be called thousands of times a second.
     ///
     /// # Errors
-    /// What ended the job, as every other call says it. That a rank has ended well is no error.
+    /// What ended the job, the same error as from every other call. It is no error if a rank has ended well.
     pub fn check(&self) -> Result<(), CommError> {
         self.endpoint.inbox.failure().map_or(Ok(()), Err)
     }

@@ -131,7 +131,7 @@ fn a_panic_poisons_every_rank() {
     assert_eq!((failure.rank, failure.cause), (1, Cause::Panic("index 9 out of bounds".to_owned())));
 }
 
-/// A rank that waits for no message learns of a failure by looking.
+/// A rank that waits for no message learns of a failure by `check`.
 #[test]
 fn a_look_tells_of_a_failure() {
     let outcome = threads::run(2, |world| -> Result<(), String> {

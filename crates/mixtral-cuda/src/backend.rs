@@ -16,7 +16,8 @@ use crate::{CudaError, CudaOptions, KvBlocks, Loading, inputs};
 
 /// One rank's program on a GPU. Fields are dropped in their order, so what uses the memory comes before the memory.
 pub struct CudaBackend {
-    /// First, because it waits for the other ranks: freeing memory may wait for all kernels on the GPU, theirs too.
+    /// Dropped first, because it waits for the other ranks. Freeing memory may wait for all kernels on the GPU, also
+    /// for those of other ranks.
     pub(crate) exchange: Option<Exchange>,
     pub(crate) work: Vec<(Regime, WorkList)>,
     pub(crate) timer: Option<Timer>,
@@ -28,7 +29,7 @@ pub struct CudaBackend {
     pub(crate) block: StepBlock,
     pub(crate) kv_blocks: usize,
     pub(crate) overlap: bool,
-    /// Steps so far.
+    /// Steps that have run so far.
     pub(crate) steps: u64,
     /// The failure that lost the device, if there was one. The device answers nothing after it.
     pub(crate) lost: Option<CudaError>,
@@ -36,10 +37,10 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// Loads a program of one rank that has the GPU to itself. Ranks of a job load by [`Loading`].
+    /// Loads a program of one rank that has the GPU to itself. The ranks of a job use [`Loading`].
     ///
     /// # Errors
-    /// As [`Loading::new`], [`Loading::kv_blocks`] and [`Loading::finish`].
+    /// Those of [`Loading::new`], [`Loading::kv_blocks`] and [`Loading::finish`].
     pub fn load(
         program: Program,
         source: &Weights,

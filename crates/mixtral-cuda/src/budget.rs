@@ -31,7 +31,7 @@ pub(crate) struct Needs {
     pub(crate) weights: usize,
     /// Activations.
     pub(crate) arena: usize,
-    /// Workspaces of kernels, and memory between ranks.
+    /// Workspaces of kernels, and the memory between ranks.
     pub(crate) scratch: usize,
     /// The step's inputs, and the experts' counters.
     pub(crate) inputs: usize,

@@ -1,6 +1,7 @@
-//! The memory between ranks: every rank has an inbox that the others' kernels write to (`kernels/collective/exchange.cuh`).
-//! Here it is allocated, and the others' inboxes are found: those of threads of this process directly, those of other processes by
-//! handles that are told around. It is also where the host waits for a step that waits for other ranks.
+//! The memory between ranks: every rank has an inbox, and the other ranks' kernels write to it
+//! (`kernels/collective/exchange.cuh`). This module allocates a rank's inbox and finds the inboxes of the others. In
+//! the same process their addresses can be used directly; other processes send handles. The host also waits here for a
+//! step whose kernels wait for other ranks.
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
@@ -13,23 +14,23 @@ use mixtral_kernels::{self as kernels, ExchangeArg};
 use crate::CudaError;
 use crate::driver::{Context, DeviceMemory, HANDLE_BYTES, OpenedMemory, Pinned, Stream};
 
-/// Words of the control block, in bytes from the memory's start, each in a cache line of its own.
+/// Offsets of the control block's words, in bytes from the memory's start. Each word has a cache line of its own.
 const DONE: usize = 0;
 const STEPS: usize = 128;
 const TAKEN: usize = 256;
 const STOP: usize = 384;
 /// Where the inboxes of the group begin.
 const INBOXES: usize = 512;
-/// Bytes of the control block. The stage's inbox lies behind it, then the group's.
+/// Bytes of the control block. Behind it lies the inbox of the stage, then that of the group.
 const CONTROL: usize = 4096;
 
 /// A byte of an empty inbox: `exchange::EMPTY`.
 const EMPTY: u8 = 0xff;
 
-/// How often the host looks whether a rank is gone while it waits for the device.
+/// How often the host checks whether a rank is gone, while it waits for the device.
 const LOOK_EVERY: Duration = Duration::from_micros(200);
 
-/// What ranks tell each other of their memory.
+/// What a rank tells the others about its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Introduction {
     /// A number that no other process has.
@@ -38,7 +39,7 @@ struct Introduction {
     device: u64,
     /// Where the memory begins in that process.
     address: u64,
-    /// What other processes open it by.
+    /// The handle with which other processes open the memory.
     handle: [u8; HANDLE_BYTES],
 }
 
@@ -71,7 +72,7 @@ pub(crate) struct Exchange {
     tp_size: usize,
     /// Whether a step failed.
     broken: bool,
-    /// For what must overtake kernels that wait.
+    /// A stream for copies that must not queue behind kernels that wait.
     aside: Stream,
     stop: Pinned,
     report: Pinned,
@@ -91,7 +92,7 @@ pub(crate) struct Words {
 }
 
 impl Words {
-    /// What a kernel is told.
+    /// The value of a kernel's argument.
     pub(crate) fn word(&self, what: ExchangeArg) -> u64 {
         let control = |offset: usize| self.control + offset as u64;
         match what {
@@ -108,7 +109,7 @@ impl Words {
     }
 }
 
-/// The ranks of the stages before and after this one that a program speaks to.
+/// The ranks of the stages before and after this one with which a program exchanges rows.
 fn neighbours(program: &Program) -> (Option<usize>, Option<usize>) {
     let from = program.ops.iter().find_map(|op| if let Op::Recv { from, .. } = op { Some(*from) } else { None });
     let to = program.ops.iter().find_map(|op| if let Op::Send { to, .. } = op { Some(*to) } else { None });
@@ -127,7 +128,8 @@ pub(crate) fn bytes(program: &Program, sizes: &kernels::Exchange) -> usize {
 }
 
 impl Exchange {
-    /// Allocates this rank's inboxes and finds the others'. All ranks of a job call it, and it returns when all have theirs.
+    /// Allocates this rank's inboxes and finds those of the others. All ranks of a job must call it; it returns when
+    /// the ranks that this one needs have allocated theirs.
     pub(crate) fn new(
         context: &Context,
         program: &Program,
@@ -183,13 +185,13 @@ impl Exchange {
         Ok(Exchange { ranks, neighbours, tp_size, broken, aside, stop, report, words, _opened: opened, memory })
     }
 
-    /// Where what kernels are told lies.
+    /// The addresses that kernels get as arguments.
     pub(crate) fn words(&self) -> Words {
         self.words
     }
 
-    /// Waits for what is in the stream, whose kernels may wait for other ranks. If one of those is gone, the kernels are told to
-    /// stop, and that is the error.
+    /// Waits for the work in the stream. Its kernels may wait for other ranks. If one of those is gone, the kernels are
+    /// told to stop, and the error says which rank.
     pub(crate) fn wait(&mut self, stream: &Stream) -> Result<(), CudaError> {
         self.broken = true;
         self.wait_or_fail(stream)?;
@@ -222,9 +224,9 @@ impl Exchange {
 }
 
 impl Drop for Exchange {
-    /// Waits until no other rank will write to this one's memory any more: all have come this far. Without that a rank that has all that
-    /// it needs could free memory that another, which is a little behind, still writes to. Ranks that have failed do not wait for
-    /// each other.
+    /// Waits until all neighbours and all ranks of the group have come this far, so that none of them will write to
+    /// this rank's memory any more. Otherwise a rank that is done could free memory to which a slower rank still
+    /// writes. Ranks that have failed do not wait for each other.
     fn drop(&mut self) {
         if self.broken || std::thread::panicking() || self.ranks.check().is_err() {
             return;
@@ -234,7 +236,7 @@ impl Drop for Exchange {
             self.neighbours.iter().try_for_each(|&neighbour| self.ranks.send(neighbour, &[0]))?;
             self.neighbours.iter().try_for_each(|&neighbour| self.ranks.recv(neighbour, &mut [0]))
         };
-        // A rank that is gone writes nothing.
+        // An error means that a rank is gone, and then it writes nothing.
         let _ = part();
     }
 }

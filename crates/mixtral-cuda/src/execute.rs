@@ -35,7 +35,7 @@ pub(crate) struct Addresses {
     pub(crate) block: StepBlock,
     /// Of the scratch memory.
     pub(crate) scratch: u64,
-    /// Of the memory between ranks, if there is some.
+    /// Addresses of the memory between ranks, if there is any.
     pub(crate) exchange: Option<Words>,
     /// Of the experts' counters, and how many counters a layer has, if tokens are counted.
     pub(crate) counts: Option<(u64, usize)>,
@@ -102,8 +102,8 @@ impl<'a> Functions<'a> {
         Functions { images, context: context.clone(), sharing, loaded: HashMap::new(), cublaslt: None }
     }
 
-    /// Multiprocessors that CTAs of a launch which are all to run at once may count on. Those that wait for other ranks leave half
-    /// of a shared GPU to those ranks, so that what they wait for can happen.
+    /// Multiprocessors for a launch whose CTAs must all run at once. If its CTAs wait for other ranks, it uses only a
+    /// part of a shared GPU, so that those ranks' kernels can run.
     fn multiprocessors(&self, launch: &Launch) -> u32 {
         let all = self.context.device().multiprocessors;
         let waits = launch.args.iter().any(|named| named.arg == Arg::Exchange(ExchangeArg::Stop));

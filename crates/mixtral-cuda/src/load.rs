@@ -1,5 +1,5 @@
-//! Loading a program onto a GPU, in two steps: its kernels first, and when it is known how large the cache may be, everything else.
-//! The ranks of a job agree on the cache's size in between.
+//! Loads a program onto a GPU in two steps: first its kernels, then everything else. In between, the ranks of a job
+//! agree on the size of the cache.
 
 use std::sync::Arc;
 
@@ -20,12 +20,13 @@ use crate::{CudaError, weights};
 pub struct CudaOptions {
     /// The GPU, counted from 0 over those that are visible.
     pub device: usize,
-    /// Ranks that share the GPU, this one included. With more than one, nothing overlaps, and kernels that wait for other ranks leave
-    /// room for the kernels of those.
+    /// Ranks that share the GPU, this one included. If there are more than one, nothing overlaps, and kernels that wait
+    /// for other ranks leave room for those ranks' kernels.
     pub sharing: usize,
     /// Whether to count tokens for [`expert_counts`](mixtral_engine::Backend::expert_counts).
     pub count_experts: bool,
-    /// Whether to measure for [`op_times`](mixtral_engine::Backend::op_times). Launches are then neither captured nor overlapped.
+    /// Whether to measure for [`op_times`](mixtral_engine::Backend::op_times). Launches are then neither captured nor
+    /// overlapped.
     pub time_ops: bool,
     /// Whether steps of decodes are captured as graphs.
     pub graphs: bool,
@@ -43,7 +44,7 @@ impl Default for CudaOptions {
 /// The lowest compute capability on which kernels can overlap.
 const OVERLAPS: u32 = 90;
 
-/// A program on its way onto a GPU: its kernels are loaded, and its memory is not yet taken.
+/// A program that is half loaded onto a GPU: its kernels are loaded, but its memory is not yet allocated.
 pub struct Loading<'a> {
     program: Program,
     source: &'a Weights,
@@ -88,8 +89,9 @@ impl<'a> Loading<'a> {
         Ok(Loading { program, source, schedule, options, context, stream, functions, fills, needs })
     }
 
-    /// Blocks of cache that fit beside everything else, as many as are wanted at most. Kernels take memory too, so all ranks that share
-    /// the GPU have come this far, and none has gone further.
+    /// The blocks of cache that fit beside everything else, but at most as many as are wanted. The free memory is
+    /// divided among the ranks that share the GPU. Kernels take memory too, so all these ranks must have loaded theirs,
+    /// and none may have allocated anything.
     ///
     /// # Errors
     /// Too little memory.
@@ -98,12 +100,12 @@ impl<'a> Loading<'a> {
         Ok(self.needs.kv_blocks(free, wanted)?)
     }
 
-    /// Allocates everything, brings the weights onto the device, and captures the graphs. With `ranks`, all ranks of the job call this,
-    /// and find each other's memory.
+    /// Allocates everything, copies the weights to the device, and captures the graphs. With `ranks`, all ranks of the
+    /// job must call this, and they find each other's memory.
     ///
     /// # Errors
-    /// A program of several ranks without `ranks`; memory that another program took meanwhile; GPUs that cannot reach each other; a
-    /// missing or wrong weight; kernels that take other parameters than the schedule passes.
+    /// A program of several ranks without `ranks`; memory that another program took meanwhile; GPUs that cannot reach
+    /// each other; a missing or wrong weight; kernels that take other parameters than the schedule passes.
     pub fn finish(self, kv_blocks: usize, ranks: Option<Arc<dyn Collectives>>) -> Result<CudaBackend, BackendError> {
         let Loading { program, source, schedule, options, context, stream, mut functions, fills, needs } = self;
         let block = schedule.block.clone();

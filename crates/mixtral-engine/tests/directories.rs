@@ -1,4 +1,5 @@
-//! An engine's directory: what is written is read back, and what is not whole, or not its own, is refused.
+//! An engine's directory: what is written is read back, and a directory that is not whole, or has files of another
+//! engine, is refused.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -12,7 +13,7 @@ use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::{Tensor, write_safetensors};
 use tempfile::TempDir;
 
-/// The larger of what may be in a tensor of an engine file and in a config, in bytes, and one more.
+/// One byte more than the larger of two limits: of a tensor in an engine file, and of a config.
 const TOO_LARGE: u64 = (256 << 20) + 1;
 
 /// The program of one of two ranks.
@@ -208,7 +209,7 @@ fn files_that_were_changed_are_named() {
     assert_eq!(found.problems.len(), 2, "{:?}", found.problems);
 }
 
-/// Hashes change with every format; that there are two different ones does not.
+/// Replaces hashes, since they change with every format. Different hashes stay different.
 fn hashes_left_out(text: &str) -> String {
     let mut known = Vec::new();
     text.split_inclusive(|c: char| !c.is_ascii_hexdigit())
@@ -226,7 +227,7 @@ fn hashes_left_out(text: &str) -> String {
         .collect()
 }
 
-/// Engines whose config vouches for files that no writer of ours makes.
+/// Engines whose config has the right hashes of files that our writer would not make.
 #[test]
 fn what_a_config_vouches_for_is_still_looked_at() {
     // The program of another rank; weights of another shape; no image of that name; a program larger than any.

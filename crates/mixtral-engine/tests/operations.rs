@@ -1,15 +1,17 @@
-//! What each operation asks of its operands, one operation at a time: so that no other operation holds what it forgets.
+//! What each operation requires of its operands. Each program has one operation, so that no other operation's check
+//! hides a missing one.
 
 use mixtral_engine::Program;
 
-/// A program of six query heads over three of 4 elements, 2 of 5 experts a token, and 20 tokens in the vocabulary; rank 1 of 4.
+/// A program of six query heads over three of 4 elements, 2 of 5 experts a token, and 20 tokens in the vocabulary; rank
+/// 1 of 4.
 const HEAD: &str = "mixtral-program 1
 program rank=1 world_size=4 tp_size=2 dtype=bfloat16 vocab_size=20 num_layers=3 num_experts=5 top_k=2 arena_bytes=65536
 limits max_batch_size=2 max_num_tokens=8 max_seq_len=16 max_num_logits=4 block_size=4
 kv num_layers=2 num_kv_heads=3 head_dim=4 dtype=bfloat16
 ";
 
-/// Operations, and operands that they take: buffers by type, rows and columns, weights by shape.
+/// Operations, and operands that they accept: buffers by type, rows and columns, weights by shape.
 const OPERATIONS: &[(&str, &[&str])] = &[
     ("embed table=w vocab_start=0 out=x", &["w [20,12]", "x bf16 tokens 12"]),
     ("norm input=x weight=w eps=1e-5 out=y", &["x bf16 tokens 12", "w [12]", "y bf16 tokens 12"]),
@@ -124,7 +126,7 @@ fn changes(operand: &str) -> Vec<String> {
     all
 }
 
-/// Nearly every change of an operand alone is refused; those that are not are listed.
+/// Nearly every change of a single operand is refused. The snapshot lists those that are not.
 #[test]
 fn operands_have_the_type_rows_and_columns_that_the_operation_needs() {
     let mut taken = String::new();

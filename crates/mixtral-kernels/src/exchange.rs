@@ -1,5 +1,5 @@
-//! The memory through which the ranks of a job hand rows to each other on GPUs: how large it is, and what kernels are told of it.
-//! `kernels/collective/exchange.cuh` says how it works.
+//! The memory through which the ranks of a job pass rows to each other on GPUs: its sizes, and the kernels' arguments
+//! for it. `kernels/collective/exchange.cuh` explains how it works.
 
 use mixtral_engine::{Buffer, Op, Program};
 use serde::{Deserialize, Serialize};
@@ -10,54 +10,55 @@ const PACKET: usize = 8;
 const SLOTS: usize = 3;
 /// Slots of a pipeline stage's inbox: `exchange::STAGE_SLOTS`.
 const STAGE_SLOTS: usize = 2;
-/// Bytes that a part of an inbox is a multiple of.
+/// Each part of an inbox is a multiple of this many bytes.
 const ALIGN: usize = 1024;
 
-/// What a rank's program needs to reach the other ranks.
+/// Sizes of the memory that a rank's program needs to exchange rows with other ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Exchange {
     /// Slots of the inbox of a tensor-parallel group's rank.
     pub slots: usize,
-    /// Bytes of a slot for each other rank of the group: what one sends in a collective at most.
+    /// Bytes that a slot has for each other rank of the group: the most that a rank sends in a collective.
     pub part_bytes: usize,
     /// Slots of the inbox for rows of the pipeline stage before.
     pub stage_slots: usize,
-    /// Bytes of such a slot: the rows that one stage sends in a step at most. The same for all stages.
+    /// Bytes of such a slot: the most that a stage sends in a step. It is the same for all stages.
     pub stage_bytes: usize,
 }
 
-/// What a kernel is told of the exchange. Pointers stay the same for as long as a program is loaded.
+/// An argument of a kernel that concerns the exchange. Pointers stay the same as long as a program is loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ExchangeArg {
-    /// Pointer to where the inbox of each rank of the tensor-parallel group begins, 64 bits each.
+    /// Pointer to the addresses, of 64 bits each, of the inboxes of all ranks of the tensor-parallel group.
     Inboxes,
-    /// Pointer to the number of collectives that the group did before this step.
+    /// Pointer to the number that the step's first collective has in the group.
     Done,
     /// Pointer to the number of steps, this one included.
     Steps,
     /// Pointer to the inbox for rows of the stage before.
     StageInbox,
-    /// Pointer to that of the next stage.
+    /// Pointer to the next stage's inbox.
     NextInbox,
-    /// Pointer to how many steps' rows the next stage has taken: it writes there.
+    /// Pointer to the number of steps whose rows the next stage has read. The next stage writes it.
     Taken,
-    /// Pointer to where the stage before reads how many steps' rows this one has taken; null on the first stage.
+    /// Pointer to the same number for the stage before: this rank writes there how many steps' rows it has read. Null
+    /// on the first stage.
     TakenBefore,
-    /// Pointer to a word that is not zero once a rank is gone.
+    /// Pointer to a word that is not zero after a rank was lost.
     Stop,
-    /// Pointer to a word of the host that is not zero once a kernel has waited for too long.
+    /// Pointer to a word in the host's memory. A kernel that has waited too long sets it.
     Report,
 }
 
-/// Bytes of a row on its way: whole packets.
+/// Bytes of a row when it is sent: whole packets.
 fn row_bytes(buffer: &Buffer) -> usize {
     buffer.cols.div_ceil(PACKET) * PACKET * buffer.dtype.size()
 }
 
 impl Exchange {
-    /// That of a program; none if it speaks to no other rank.
+    /// The exchange that a program needs; `None` if the program sends nothing to other ranks.
     #[must_use]
     pub fn new(program: &Program) -> Option<Exchange> {
         let limits = program.limits;
@@ -92,7 +93,7 @@ impl Exchange {
     }
 }
 
-/// Collectives of a tensor-parallel group among some operations.
+/// How many of the operations are collectives of a tensor-parallel group.
 pub(crate) fn num_collectives(ops: &[Op]) -> usize {
     ops.iter().filter(|op| matches!(op, Op::AllReduce { .. } | Op::AllGather { .. })).count()
 }

@@ -34,9 +34,9 @@ pub enum Arg {
     Scratch(usize),
     /// Pointer to a layer's `u64[num_experts]` token counts, or null when they are not counted.
     ExpertCounts(usize),
-    /// Of the memory between ranks.
+    /// An address in the memory between ranks.
     Exchange(ExchangeArg),
-    /// 32 bits: the collectives of the step before this one.
+    /// 32 bits: the number of the step's collectives before this one.
     Ordinal(usize),
     /// A 32-bit integer.
     I32(i32),

@@ -135,6 +135,14 @@ mod tests {
     }
 
     #[test]
+    fn a_special_token_hides_itself_alone_when_text_before_it_comes_out() {
+        let mut matcher = StopMatcher::new(&words(&["ab~", "<end>fin"]));
+        assert_eq!(matcher.push("ab"), (String::new(), false));
+        assert_eq!(matcher.push_hidden("<end>"), ("ab".to_owned(), false));
+        assert_eq!(matcher.push("done"), ("done".to_owned(), false));
+    }
+
+    #[test]
     fn a_word_after_a_space_is_also_found_at_the_start_of_a_line() {
         let stop = words(&[" dog", "\n\n"]);
         assert_eq!(StopMatcher::new(&stop).push("dog"), (String::new(), true));

@@ -113,7 +113,7 @@ fn receive(world: &World) -> Result<(), CommError> {
     world.recv((world.rank() + 1) % world.world_size(), 1).map(drop)
 }
 
-/// Every rank waits for no message, and looks whether the job is over.
+/// No rank waits for a message. Each checks again and again whether the job is over.
 fn look(world: &World) -> Result<(), CommError> {
     world.check()?;
     world.everyone()?.barrier()?;

@@ -125,7 +125,7 @@ impl Context {
         Ok(context)
     }
 
-    /// The driver's name of it.
+    /// The driver's handle of the context.
     pub(super) fn handle(&self) -> CUcontext {
         self.0.context
     }

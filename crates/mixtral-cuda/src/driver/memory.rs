@@ -92,7 +92,7 @@ impl Pinned {
         Ok(Pinned { start: start.cast(), len, last, busy: false, context: context.clone() })
     }
 
-    /// Where it begins. Kernels may use it too.
+    /// The address at which the memory begins. Kernels may use it too.
     pub(crate) fn address(&self) -> u64 {
         self.start as u64
     }

@@ -1,4 +1,4 @@
-//! Memory of other GPUs and of other processes, which kernels of this one can write to.
+//! Memory of other GPUs and of other processes, to which this process's kernels can write.
 
 use cudarc::driver::sys::CUipcMemHandle;
 
@@ -27,7 +27,7 @@ impl Context {
 }
 
 impl DeviceMemory {
-    /// What another process needs to open this memory.
+    /// The handle with which another process can open this memory.
     pub(crate) fn handle(&self, context: &Context) -> Result<[u8; HANDLE_BYTES], CudaError> {
         let api = api()?;
         context.bind()?;
@@ -45,7 +45,7 @@ pub(crate) struct OpenedMemory {
 }
 
 impl OpenedMemory {
-    /// Opens what `handle` was made of.
+    /// Opens the memory of which `handle` was made.
     pub(crate) fn new(context: &Context, handle: [u8; HANDLE_BYTES]) -> Result<OpenedMemory, CudaError> {
         let api = api()?;
         context.bind()?;
@@ -57,7 +57,7 @@ impl OpenedMemory {
         Ok(OpenedMemory { address, context: context.clone() })
     }
 
-    /// Where it begins in this process.
+    /// The address at which the memory begins in this process.
     pub(crate) fn address(&self) -> u64 {
         self.address
     }

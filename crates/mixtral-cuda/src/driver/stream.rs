@@ -47,7 +47,7 @@ impl Stream {
         api.check("cuStreamSynchronize", unsafe { (api.cuStreamSynchronize)(self.handle) })
     }
 
-    /// Whether everything in it is done.
+    /// Whether all work in the stream is done.
     pub(crate) fn is_idle(&self) -> Result<bool, CudaError> {
         self.context.bind()?;
         let api = api()?;

@@ -1,5 +1,5 @@
-//! Ranks against the CPU's: what they say to each other gives the same bits, in every kind of step, one after another. Each rank is a
-//! thread. Where there are fewer GPUs than ranks, ranks share them.
+//! Compares ranks on GPUs with ranks on the CPU: exchanging rows gives the same bits in every kind of step. Each rank
+//! is a thread. If there are fewer GPUs than ranks, ranks share them.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -26,7 +26,7 @@ struct Post {
     arrived: Condvar,
 }
 
-/// One rank's end of the post.
+/// One rank's access to the messages.
 struct Mailbox {
     post: Arc<Post>,
     rank: usize,
@@ -70,16 +70,17 @@ impl Collectives for Mailbox {
     }
 }
 
-/// Buffers that a rank's program is given, and those that it makes.
+/// Buffers that a rank's program reads, and those that it writes.
 const GIVEN: [&str; 4] = ["part", "residual", "columns", "expert_output"];
 const MADE: [&str; 7] = ["sum", "added", "normed", "both", "joined", "combined", "router_input"];
-/// Of those, the outputs of norms, whose sums are in another order.
+/// Those of them that norms write. On a GPU, norms add in another order.
 const NORMS: [&str; 3] = ["normed", "both", "router_input"];
 
 const NUM_EXPERTS: usize = 8;
 const TOP_K: usize = 2;
 
-/// One of two stages of two ranks: everything that a rank says to others.
+/// The program of one of the ranks, in two stages of two ranks each. It has every operation that sends rows to other
+/// ranks.
 fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
     let mut a = Assembly::new(dtype);
     (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, RANKS, TP_SIZE);
@@ -164,7 +165,7 @@ fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
     (a.program, a.weights.into_weights())
 }
 
-/// Prompts and decodes, more steps than inboxes have slots.
+/// Steps of prompts and of decodes. There are more steps than slots of an inbox.
 fn steps(program: &Program) -> Vec<StepInputs<'static>> {
     let limits = program.limits;
     let decodes = |n: usize| {
@@ -176,7 +177,7 @@ fn steps(program: &Program) -> Vec<StepInputs<'static>> {
     vec![prompt(1), prompt(33), decodes(1), decodes(7), prompt(256), decodes(33), decodes(1), prompt(5), decodes(2)]
 }
 
-/// What a rank makes in every step, by buffer.
+/// What a rank writes in every step, by buffer.
 fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
     let program = backend.program().clone();
     let (rank, last) = (program.rank, program.ops.len());
@@ -199,7 +200,7 @@ fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
     made.collect()
 }
 
-/// What all ranks make, each on a thread of its own.
+/// What all ranks write, each on a thread of its own.
 fn on_threads(rank: impl Fn(usize, Arc<dyn Collectives>) -> Vec<Vec<Vec<u8>>> + Sync) -> Vec<Vec<Vec<Vec<u8>>>> {
     let post = Arc::new(Post::default());
     std::thread::scope(|scope| {
@@ -236,7 +237,8 @@ fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
                 let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
                 let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
                 let mut gpu = loading.finish(KV_BLOCKS, Some(Arc::clone(&ranks))).unwrap();
-                // A rank that allocates may wait for kernels of another that wait for this one.
+                // No rank starts before all have loaded: allocating may wait for another rank's kernels, and those
+                // would wait for this rank.
                 let mut all = [0; TP_SIZE];
                 ranks.all_gather(&[0], &mut all).unwrap();
                 run(&mut gpu, dtype)

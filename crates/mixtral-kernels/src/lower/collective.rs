@@ -1,10 +1,10 @@
-//! `all_reduce`, `all_gather`, `send`, `recv`, and what comes before them in a step.
+//! `all_reduce`, `all_gather`, `send`, `recv`, and the launch that begins a step with them.
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Buffer, Op};
 
 use super::elementwise::{VECTOR, epsilon, row_threads, rows};
-use super::{LowerError, Lowering, all_named, count, int, launch, moe, named, portable, type_name};
+use super::{LowerError, Lowering, all_named, count, int, launch, may_be_one, moe, named, portable, type_name};
 use crate::exchange::num_collectives;
 use crate::step_block::Array;
 use crate::{Arg, Exchange, ExchangeArg, Grid, Kernel, Launch};
@@ -28,7 +28,7 @@ pub(super) fn begin(lowering: &Lowering<'_>) -> Launch {
     launch(kernel, Grid::Fixed(1), args)
 }
 
-/// CTAs for rows of a buffer, `times` for each, that are all resident.
+/// The grid for rows of a buffer, with `times` items for each row. All CTAs run at the same time.
 fn grid(lowering: &Lowering<'_>, buffer: &Buffer, times: usize) -> Grid {
     let program = lowering.program;
     let most = program.num_rows(buffer.rows, lowering.regime.max_tokens, program.limits.max_num_logits);
@@ -41,7 +41,7 @@ fn bytes(size: usize) -> Arg {
     Arg::U64(size as u64)
 }
 
-/// What a kernel of a collective is told of the exchange, in the order of its parameters.
+/// The arguments for the exchange that every kernel of a collective has, in the order of its parameters.
 fn exchanged(lowering: &Lowering<'_>, before: usize) -> [(&'static str, Arg); 7] {
     let program = lowering.program;
     let exchange = Exchange::new(program).unwrap_or_default();
@@ -60,8 +60,8 @@ fn word(name: &'static str, what: ExchangeArg) -> (&'static str, Arg) {
     (name, Arg::Exchange(what))
 }
 
-/// The launch of `all_reduce`, or of `combine_all_reduce` if the part of this rank is a combine that nothing else reads. `before` is the
-/// number of collectives of the step before it.
+/// The launch of `all_reduce`, or of `combine_all_reduce` if this rank's part is a combine that nothing else reads.
+/// `before` counts the step's collectives before this one.
 fn all_reduce(lowering: &Lowering<'_>, combine: Option<&Op>, op: &Op, before: usize) -> Result<Launch, LowerError> {
     let Op::AllReduce { input, residual, out, norm } = op else {
         return Err(LowerError::Unsupported { op: op.name(), reason: "not an all-reduce".to_owned() });
@@ -108,13 +108,14 @@ fn all_reduce(lowering: &Lowering<'_>, combine: Option<&Op>, op: &Op, before: us
     Ok(launch(kernel, grid(lowering, buffer, 1), all_named(args)))
 }
 
-/// Where `combine`, `all_reduce`, `linear` (a router's) and `route` follow each other, fewer launches compute several of them: a combine
-/// is part of the all-reduce that follows, and the norm of an all-reduce is part of the router that follows. The number of operations
-/// and their launches.
+/// If `combine`, `all_reduce`, a router's `linear` and `route` follow each other, fewer launches compute them: a
+/// combine becomes part of the all-reduce after it, and an all-reduce's norm becomes part of the router after it.
+/// Returns the number of operations and their launches.
 pub(super) fn together(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Option<(usize, Vec<Launch>)>, LowerError> {
     let (combine, behind) = match ops {
         [combine @ Op::Combine { out, residual: None, norm: None, .. }, reduce @ Op::AllReduce { input, .. }, ..]
             if input == out
+                && may_be_one(lowering.program, &[combine, reduce])
                 && lowering.program.ops.iter().all(|op| op == reduce || !op.reads().contains(&out.as_str())) =>
         {
             (Some(combine), &ops[1..])
@@ -138,7 +139,8 @@ pub(super) fn together(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Option<(us
     Ok(Some((taken, vec![all_reduce(lowering, combine, &behind[0], before)?])))
 }
 
-/// The launch of `all_gather`, `send` or `recv`: the first of `ops`, which are all that is left of the program.
+/// The launch of `all_gather`, `send` or `recv`. This operation is the first of `ops`, which are the rest of the
+/// program.
 pub(super) fn lower(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Launch, LowerError> {
     let (op, program) = (&ops[0], lowering.program);
     let exchange = Exchange::new(program).unwrap_or_default();

@@ -89,7 +89,8 @@ impl Schedule {
         Ok(())
     }
 
-    /// There is memory between ranks if the program speaks to others, and it holds what they send.
+    /// Checks that there is memory between ranks if the program exchanges rows with others, and that it is large enough
+    /// for them.
     fn check_exchange(&self, program: &Program) -> Result<(), String> {
         let (found, needed) = match (self.exchange, Exchange::new(program)) {
             (None, None) => return Ok(()),

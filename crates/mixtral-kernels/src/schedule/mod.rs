@@ -44,7 +44,7 @@ pub struct Schedule {
     pub probe: Launch,
     /// Bytes of the workspaces between kernels.
     pub scratch_bytes: usize,
-    /// The memory between ranks, if there are others.
+    /// The memory between ranks, if there are other ranks.
     pub exchange: Option<Exchange>,
     /// Where a step's inputs lie.
     pub block: StepBlock,
@@ -68,8 +68,8 @@ impl Schedule {
     }
 
     /// The schedule of `short`, the [`Program::first_layers`] of the schedule's own program `whole`. It has the work of
-    /// the operations that are left, on the same kernels. `None` if `short` is no such program, or one that
-    /// speaks to other ranks: its collectives are numbered.
+    /// the operations that are left, on the same kernels. `None` if `short` is no such program, or if it exchanges rows
+    /// with other ranks: a schedule numbers its collectives.
     #[must_use]
     pub fn first_layers(&self, whole: &Program, short: &Program) -> Option<Schedule> {
         if self.exchange.is_some() {

@@ -1,4 +1,4 @@
-//! Sessions over mocks, requests for them, and what should come of these.
+//! Sessions over mocks, requests for them, and the expected outcomes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use mixtral_runtime::{Event, Executor, FinishReason, Local, Request, RequestId, 
 
 use crate::mock::{Mock, Pipeline, Steps, VOCAB, digest_of, logits, parts};
 
-/// What a session is made of.
+/// The parts of a session.
 #[derive(Clone)]
 pub struct Setup {
     pub depth: usize,
@@ -25,7 +25,7 @@ pub struct Setup {
 }
 
 impl Default for Setup {
-    /// Room for all that a test does not limit. Blocks are of 4 tokens, sequences of at most 30.
+    /// Limits that are large enough, unless a test sets smaller ones. Blocks have 4 tokens, and sequences at most 30.
     fn default() -> Self {
         Setup {
             depth: 1,
@@ -59,7 +59,7 @@ impl Setup {
         Session::new(executor, capabilities, self.tokenizer.clone())
     }
 
-    /// A session over a mock, and the steps that the mock is handed.
+    /// A session over a mock, and the steps that the mock gets.
     pub fn session(&self) -> (Session, Steps) {
         let mock = self.mock();
         let steps = Steps::clone(&mock.steps);
@@ -72,7 +72,7 @@ impl Setup {
     }
 }
 
-/// A request of random tokens, which are others for every seed.
+/// A request of random tokens. Every seed gives other tokens.
 pub fn request(seed: u32, prompt_len: u32, max_output_len: usize) -> Request {
     let token = |position| {
         let bits = RandomKey { seed: 1, prompt: seed, hypothesis: 0, position }.bits();
@@ -81,7 +81,7 @@ pub fn request(seed: u32, prompt_len: u32, max_output_len: usize) -> Request {
     Request { prompt: (0..prompt_len).map(token).collect(), max_output_len, ..Request::default() }
 }
 
-/// A request that draws its tokens at random, and wants to know everything.
+/// A request that draws its tokens at random, and asks for all logits.
 pub fn curious(seed: u32, prompt_len: u32, max_output_len: usize) -> Request {
     Request {
         params: SamplingParams { top_k: 0, frequency_penalty: 0.5, ..SamplingParams::default() },
@@ -94,7 +94,7 @@ pub fn curious(seed: u32, prompt_len: u32, max_output_len: usize) -> Request {
     }
 }
 
-/// What came of a request.
+/// The outcome of a request.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Outcome {
     pub tokens: Vec<TokenId>,
@@ -106,7 +106,7 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// Takes in the request's next event.
+    /// Adds the request's next event.
     pub fn add(&mut self, event: Event) {
         assert_eq!(self.reason, None, "an event of request {}, which ended", event.id);
         assert!(self.text_failed.is_none() || event.text_failed.is_none(), "a text fails once");
@@ -122,7 +122,7 @@ impl Outcome {
     }
 }
 
-/// What should come of a request, whatever else there is to do; without a tokenizer.
+/// The expected outcome of a request without a tokenizer. It does not depend on other requests.
 pub fn expected(request: &Request) -> Outcome {
     let row = |tokens: &[TokenId]| logits(digest_of(tokens));
     let prompt_len = request.prompt.len();
@@ -159,7 +159,7 @@ pub fn expected(request: &Request) -> Outcome {
 /// More steps than any test's requests need.
 pub const ENOUGH_STEPS: usize = 1000;
 
-/// Steps until nothing is left to do; what came of each request.
+/// Runs steps until nothing is left to do. Returns the outcome of each request.
 pub fn finish(session: &mut Session) -> BTreeMap<RequestId, Outcome> {
     let mut outcomes: BTreeMap<RequestId, Outcome> = BTreeMap::new();
     for _ in 0..ENOUGH_STEPS {
@@ -178,7 +178,7 @@ pub fn submit(session: &mut Session, request: &Request) -> RequestId {
     session.submit(request.clone()).unwrap()
 }
 
-/// What came of one request alone.
+/// The outcome of one request alone.
 pub fn alone(setup: &Setup, request: &Request) -> Outcome {
     let (mut session, _) = setup.session();
     let id = submit(&mut session, request);

@@ -1,8 +1,9 @@
-//! A backend that computes nothing, and looks closely at what it is asked to compute.
+//! A backend that computes nothing, and checks every step that it is asked to compute.
 //!
-//! A slot of its cache holds a digest of the token there and of all tokens before it, as the keys of a causal model depend on all
-//! of them. Logits are numbers drawn from the last token's digest. So a token depends on its sequence and on how it is
-//! drawn, and on nothing else; and a step that reads what another sequence wrote, or what nobody wrote, is noticed.
+//! A slot of its cache holds a digest of the token there and of all tokens before it, as the keys of a causal model
+//! depend on all of them. Logits are numbers drawn from the last token's digest. So a token depends on its sequence and
+//! on how it is drawn, and on nothing else. A step that reads slots which another sequence wrote, or which nobody
+//! wrote, is found.
 
 use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
@@ -17,7 +18,7 @@ use mixtral_runtime::Executor;
 /// Entries of the vocabulary.
 pub const VOCAB: usize = 32;
 
-/// The steps that a mock was handed, in order.
+/// The steps that a mock got, in order.
 pub type Steps = Arc<Mutex<Vec<StepInputs<'static>>>>;
 
 /// The backend.
@@ -25,16 +26,16 @@ pub struct Mock {
     program: Program,
     /// What each slot holds: the digest of the tokens before its own, and with its own.
     cache: Vec<Option<[u64; 2]>>,
-    /// What it was handed.
+    /// The steps that it got.
     pub steps: Steps,
     /// The step that fails.
     pub fails_at: Option<usize>,
-    /// What it says that its experts were given.
+    /// The token counts that it returns for its experts.
     pub expert_counts: Vec<Vec<u64>>,
 }
 
 impl Mock {
-    /// A mock of an engine with these limits and so many blocks of cache.
+    /// A mock of an engine with these limits and this many blocks of cache.
     pub fn new(limits: Limits, kv_blocks: usize) -> Self {
         let name = || "heads".to_owned();
         let attention = Op::Attention { query: name(), num_heads: 1, window: None, layer: 0, out: name() };
@@ -58,7 +59,7 @@ impl Mock {
         Mock { program, cache, steps: Steps::default(), fails_at: None, expert_counts: vec![vec![3, 4], vec![5, 6]] }
     }
 
-    /// The digest of all tokens that the cache holds of a sequence.
+    /// The digest of all tokens of a sequence that are in the cache.
     fn read(&self, step: usize, sequence: &Part<'_>) -> u64 {
         (0..sequence.positions.start).fold(0, |before, position| {
             let slot = sequence.slot(position, self.program.limits.block_size);
@@ -130,7 +131,7 @@ pub struct Pipeline {
 }
 
 impl Pipeline {
-    /// So many steps can be under way.
+    /// The most steps that can be under way.
     pub fn new(mock: Mock, depth: usize) -> Self {
         Pipeline { mock, depth, under_way: VecDeque::new() }
     }
@@ -141,7 +142,7 @@ impl Executor for Pipeline {
         self.depth
     }
 
-    /// Besides what the mock looks at: blocks of a step under way are not another sequence's.
+    /// Checks one thing more than the mock: no other sequence has blocks of a step that is under way.
     fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
         assert!(self.under_way.len() < self.depth, "more than {} steps are under way", self.depth);
         for earlier in self.under_way.iter().flat_map(|(inputs, _)| parts(inputs)) {

@@ -1,4 +1,4 @@
-//! What comes out of sessions: tokens, logits, ends, refusals, figures and failures.
+//! The outputs of sessions: tokens, logits, ends, refusals, figures and failures.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -15,8 +15,8 @@ use crate::mock::VOCAB;
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, ..ProptestConfig::default() })]
 
-    /// Requests that come at any time, and of which some are cancelled at any time: the others get what they would get alone,
-    /// those get the beginning of it, and no block stays behind.
+    /// Requests come at any time, and some are cancelled at any time. The others get the same as alone, the cancelled
+    /// ones get the beginning of that, and no block stays allocated.
     #[test]
     fn company_chunks_and_cancellations_change_nothing(
         depth in 1usize..4,
@@ -82,7 +82,7 @@ fn a_sequence_ends_with_an_end_id_or_at_its_length() {
         (vec![], 6, FinishReason::Length),
         (vec![tokens[2]], at(tokens[2]), FinishReason::EndId),
         (vec![tokens[4], tokens[1]], at(tokens[1]), FinishReason::EndId),
-        // The last token that there may be.
+        // The end id is the last token that the request may have.
         (vec![tokens[5]], at(tokens[5]), FinishReason::EndId),
         (vec![TokenId(32)], 6, FinishReason::Length),
     ] {
@@ -95,7 +95,7 @@ fn a_sequence_ends_with_an_end_id_or_at_its_length() {
 fn logits_come_to_those_who_asked() {
     for (generation_logits, context_logits) in [(false, false), (true, false), (false, true), (true, true)] {
         let asks = Request { generation_logits, context_logits, ..request(0, 7, 3) };
-        // Beside one who asks for the rest.
+        // Another request asks for the logits that this one does not ask for.
         let other = Request { generation_logits: !generation_logits, context_logits: true, ..request(1, 6, 4) };
         let (mut session, _) = Setup { max_num_tokens: 5, ..Setup::default() }.session();
         let ids = [&asks, &other].map(|asks| submit(&mut session, asks));
@@ -129,7 +129,7 @@ fn requests_are_refused_that_can_never_be_answered() {
         assert_eq!(session.submit(asks), Err(refusal));
     }
     assert!(session.is_idle(), "what is refused is not queued");
-    // What is at each of these limits, and numbers go on as if nothing had been.
+    // Requests exactly at these limits are accepted, and refused requests have taken no numbers.
     for (asks, id) in [with_token(vocab - 1), request(0, 20, 4)].iter().zip(0..) {
         assert_eq!(session.submit(asks.clone()), Ok(RequestId(id)));
     }
@@ -157,7 +157,7 @@ fn a_request_is_cancelled_in_every_state() {
             assert_eq!(session.free_blocks(), 4);
         }
     }
-    // In the queue, while another one runs.
+    // Cancels a request in the queue, while another one runs.
     let (mut session, _) = setup.session();
     let [first, second, third] = [0, 1, 2].map(|seed| submit(&mut session, &request(seed, 8, 3)));
     session.step().unwrap();
@@ -185,7 +185,7 @@ fn a_step_says_what_it_was_made_of() {
             sum += stats.time;
             done += 1;
         }
-        // Where steps overlap, no time is counted twice.
+        // If steps overlap, no time is counted twice.
         assert!(sum <= started.elapsed(), "{sum:?}");
         assert_eq!(done, steps.lock().unwrap().len());
         assert_eq!(session.expert_counts().unwrap(), [[3, 4], [5, 6]]);

@@ -1,4 +1,4 @@
-//! The ranks of a job, as threads: what rank 0 launches is what the others compute, and what becomes of failures.
+//! The ranks of a job, as threads: the others compute what rank 0 launches, and all learn of failures.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -41,13 +41,13 @@ fn rank_main(
             submit(&mut session, &curious(seed, 2 + seed, 4));
         }
         outcomes.extend(finish(&mut session).into_values());
-        // Of each stage the first rank counts.
+        // The counts are those of the first rank of each stage.
         let stages = 0..mapping.pp_size as u64;
         let counts: Vec<_> = stages.map(|stage| vec![stage + 1, 10 + stage * mapping.tp_size as u64]).collect();
         assert_eq!(session.expert_counts().unwrap(), counts);
         assert_eq!(session.op_times(), [Duration::from_secs(steps.lock().unwrap().len() as u64)]);
         drop(session);
-        // Whatever was sent to rank 0 was received: what comes next is the others' goodbye.
+        // Rank 0 has received all other messages: the next one from each rank is its goodbye.
         for (rank, tag) in (1..world.world_size()).flat_map(|rank| [(rank, 2), (rank, 3)]) {
             assert_eq!(world.recv(rank, tag).unwrap(), b"goodbye", "rank {rank}, tag {tag}");
         }
@@ -71,7 +71,7 @@ fn all_ranks_compute_the_same_steps_and_the_tokens_of_one() {
         for (rank, (_, steps)) in (1..).zip(ranks) {
             let draws = rank == (pp_size - 1) * tp_size;
             let expected = launched.iter().cloned().map(|step| {
-                // Only one rank's draws and logits are looked at.
+                // Only one rank's tokens and logits are used.
                 if draws { step } else { StepInputs { samples: vec![], return_logits: false, ..step } }
             });
             assert!(expected.eq(steps), "rank {rank} of {tp_size} × {pp_size}");
@@ -84,7 +84,7 @@ fn a_rank_that_fails_is_named_to_all() {
     for (tp_size, pp_size) in LAYOUTS {
         for failing in 0..tp_size * pp_size {
             let mapping = Mapping::tensor_parallel(tp_size, pp_size);
-            // A driver that is dropped sends the others home; this one is kept until all are gone.
+            // Dropping a driver tells the others to end, so this one is kept until all have ended.
             let (said, kept) = (Mutex::new(Vec::new()), Mutex::new(None));
             let result = threads::run(tp_size * pp_size, |world| {
                 let fails_at = (world.rank() == failing).then_some(2);
@@ -94,7 +94,7 @@ fn a_rank_that_fails_is_named_to_all() {
                     let mut session = setup.over(Box::new(Driver::new(world, mapping, Box::new(mock))?));
                     let mut quiet = 0;
                     let error = loop {
-                        // It is never idle, so that it must notice.
+                        // The session always has work, so it must notice the failure.
                         if session.is_idle() {
                             submit(&mut session, &request(0, 6, 20));
                         }
@@ -142,7 +142,7 @@ fn steps_are_collected_in_their_order_and_only_if_there_are_any() {
     assert_eq!(said.unwrap()[0], none);
 }
 
-/// What `follow` says at rank 1 of whatever rank 0 does.
+/// The result of `follow` at rank 1, for what rank 0 does.
 fn followed(lead: impl Fn(&World) + Sync) -> Result<(), String> {
     let result = threads::run(2, |world| {
         if world.rank() == 0 {
@@ -162,7 +162,7 @@ fn messages_that_make_no_sense_are_refused() {
         assert_eq!(say(message).unwrap_err(), "rank 0 said something that this version does not know");
     }
     assert!(say(&[0, 1, 2]).unwrap_err().starts_with("a message between ranks is damaged: the number of decodes"));
-    // Outputs that are none.
+    // A message that should be outputs, but is not.
     let said = threads::run(2, |world| {
         if world.rank() == 1 {
             return world.send(0, 2, &[7]).map(|()| String::new()).map_err(|error| BackendError::Peer(error.into()));

@@ -1,4 +1,4 @@
-//! What steps are made of: who is admitted, and who computes what.
+//! What steps consist of: which requests are admitted, and what each step computes of them.
 
 use mixtral_runtime::Request;
 
@@ -93,7 +93,8 @@ fn prompts_whose_logits_are_all_wanted_take_as_many_rows_as_there_are() {
 
 #[test]
 fn logits_are_asked_for_where_somebody_wants_them() {
-    // In which steps of a prompt of two chunks and two decodes, beside one of which nobody wants to know anything.
+    // The steps in which logits are returned: first those of a prompt of two chunks and two decodes, then those of a
+    // request that does not ask for any.
     let setup = Setup { max_num_tokens: 4, max_batch_size: 1, ..Setup::default() };
     let returned = |generation_logits, context_logits| {
         let asks = Request { generation_logits, context_logits, ..request(0, 7, 3) };
@@ -105,7 +106,7 @@ fn logits_are_asked_for_where_somebody_wants_them() {
     assert_eq!(returned(true, false), [false, true, true, true, false, false]);
     assert_eq!(returned(false, true), [true, true, false, false, false, false]);
     assert_eq!(returned(true, true), [true, true, true, true, false, false]);
-    // One who asks is enough.
+    // It is enough if one request of a step asks.
     let asks = Request { generation_logits: true, ..request(0, 3, 1) };
     let steps = steps(&Setup::default(), [request(1, 3, 2), asks, request(2, 3, 2)]);
     assert_eq!(steps.lock().unwrap().iter().map(|step| step.return_logits).collect::<Vec<_>>(), [true, false]);
@@ -136,7 +137,7 @@ fn each_of_the_steps_under_way_has_its_share_of_the_sequences() {
     assert_eq!(all_written(&steps), ["| 0..4", "| 4..8", "| 8..10"]);
     finish(&mut session);
     assert_eq!(all_written(&steps)[3..], ["10..11 |"]);
-    // Nothing more is computed of one that was cancelled.
+    // Nothing more is computed of a request that was cancelled.
     let (mut session, steps) = setup.session();
     let id = submit(&mut session, &request(0, 14, 2));
     session.step().unwrap();

@@ -1,4 +1,4 @@
-//! Text beside the tokens: what ends it, what is left out, and a tokenizer that fails.
+//! The text of outputs: what ends it, what is left out of it, and a tokenizer that fails.
 
 use std::fs;
 use std::sync::{Arc, LazyLock};
@@ -41,7 +41,7 @@ fn setup() -> Setup {
     Setup { tokenizer: Some(TOKENIZER.clone()), ..Setup::default() }
 }
 
-/// The first request of 8 tokens of output that draws what is wanted.
+/// The first request whose 8 tokens of output are as wanted.
 fn drawing(wanted: impl Fn(&[TokenId]) -> bool) -> (Request, Vec<TokenId>) {
     let requests = (0..).map(|seed| request(seed, 3, 8));
     requests.map(|asks| (asks.clone(), expected(&asks).tokens)).find(|(_, tokens)| wanted(tokens)).unwrap()
@@ -71,12 +71,12 @@ fn the_text_is_that_of_the_ids() {
     let found = alone(&setup(), &asks);
     assert_eq!((&found.tokens, &found.text), (&tokens, &text(&tokens)));
     assert!(found.text.contains('é') && !found.text.contains("end"), "{}", found.text);
-    // The token that ends it is not part of the text, even if it has one.
+    // The token that ends a sequence is not part of the text, even if the token has a text.
     let (asks, tokens) = drawing(is_plain);
     let found = alone(&setup(), &Request { end_ids: vec![tokens[7]], ..asks.clone() });
     let end = tokens.iter().position(|token| *token == tokens[7]).unwrap();
     assert_eq!((found.text, found.tokens.len()), (text(&tokens[..end]), end + 1));
-    // Without a tokenizer there is none, and no stop words.
+    // Without a tokenizer there is no text, and stop words have no effect.
     let (mut session, _) = Setup::default().session();
     assert!(!session.makes_text() && setup().session().0.makes_text());
     let id = submit(&mut session, &Request { stop_words: vec![text(&tokens[2..4])], ..asks });
@@ -96,14 +96,14 @@ fn stop_words_end_the_text_and_are_cut_from_it() {
     stopped(&whole[..1], 1, "");
     stopped(&whole[2..5], 5, &whole[..2]);
     stopped(&whole[6..7], 7, &whole[..6]);
-    // At the last token that there may be.
+    // The stop word ends with the last token that the request may have.
     stopped(&whole[5..], 8, &whole[..5]);
-    // What only begins like a stop word is text, held back or not.
+    // Text that only begins like a stop word comes out, even if it was held back.
     for word in [format!("{}~", &whole[6..]), format!("{}~", &whole[2..4])] {
         let found = stopping(&asks, &word);
         assert_eq!((found.text, found.reason), (whole.clone(), Some(FinishReason::Length)), "{word:?}");
     }
-    // An end id comes before what it would stop; what was held back for a stop word comes out.
+    // If an end id comes first, text that was held back for a stop word comes out.
     let word = format!("{}~", &whole[4..6]);
     let found = alone(&setup(), &Request { stop_words: vec![word], end_ids: vec![tokens[6]], ..asks.clone() });
     assert_eq!((found.text.as_str(), found.reason), (&whole[..6], Some(FinishReason::EndId)));

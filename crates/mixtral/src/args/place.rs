@@ -1,4 +1,4 @@
-//! Where an engine runs, and how much of that it may have: the flags of every command that runs one.
+//! The flags of every command that runs an engine: where it runs, and how much of that place it may use.
 
 use super::build::BackendChoice;
 use super::numbers::{self, probability};
@@ -6,7 +6,7 @@ use super::numbers::{self, probability};
 /// The heading of flags that say which engine runs, and where.
 pub(super) const ENGINE: &str = "Engine";
 
-/// As typed.
+/// The flags as they were typed.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct PlaceArgs {
     /// Where to run; auto is a GPU if the engine was built for one, else the CPU

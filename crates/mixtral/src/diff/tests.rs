@@ -247,3 +247,19 @@ fn a_program_of_the_first_layers_is_the_beginning_of_the_whole() {
     assert_eq!(whole.first_layers(3).unwrap(), whole);
     assert!(whole.first_layers(4).is_err() && whole.first_layers(0).is_err());
 }
+
+#[test]
+fn a_step_that_breaks_a_rule_reaches_no_backend() {
+    let program = program(DType::F32);
+    let findings = Arc::new(Mutex::new(Findings::new(Tolerance { f32: 1e-10, half: 1e-5 })));
+    let compared = find(&program, None, None).unwrap();
+    let mut both = Lockstep::new(load(&program, false), load(&program, true), compared, findings);
+    let changes: [fn(&mut StepInputs<'static>); 3] =
+        [|i| i.block_table[0] = -1, |i| i.positions[0] += 1, |i| i.slot_mapping[1] += 1];
+    for change in changes {
+        let mut inputs = steps(&program).swap_remove(1);
+        change(&mut inputs);
+        // What a backend says comes with its name and an operation's.
+        assert!(matches!(both.step(&inputs), Err(BackendError::Inputs(_))));
+    }
+}

@@ -1,4 +1,4 @@
-//! How many blocks the cache gets: what the requests ask for, as far as every rank has room for it.
+//! How many blocks the cache gets: as many as the requests ask for, if every rank has room for them.
 
 use anyhow::{Result, anyhow, bail};
 use mixtral_build::explain::bytes;
@@ -10,9 +10,9 @@ use mixtral_runtime::Request;
 /// Blocks of the cache that requests ask for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
-    /// For as many requests at a time as the engine's batch allows.
+    /// Enough for as many requests at a time as the engine's batch allows.
     pub most: usize,
-    /// For the longest request.
+    /// Enough for the longest request.
     pub least: usize,
 }
 
@@ -34,9 +34,9 @@ impl Wanted {
     }
 }
 
-/// The blocks that all ranks load: the smallest of what each has `room` for. Every rank calls this when it has all that it
-/// needs beside weights, buffers and cache, and allocates those afterwards. What rank 0 wants counts, and the others are told
-/// of it.
+/// The blocks that all ranks allocate: the smallest number for which a rank has `room`. Every rank calls this when it
+/// has everything but weights, buffers and cache, and allocates those afterwards. Rank 0 decides how many blocks are
+/// wanted, and tells the others.
 pub fn agree(world: Option<&World>, wanted: Wanted, room: impl FnOnce(Wanted) -> Result<usize>) -> Result<usize> {
     let Some(world) = world else { return room(wanted) };
     let everyone = world.everyone()?;
@@ -56,7 +56,8 @@ fn numbers(bytes: &[u8]) -> Result<Vec<usize>> {
     bytes.chunks(size_of::<u64>()).map(number).collect()
 }
 
-/// As many of the wanted blocks as a host with `available` bytes has room for, if ranks with these plans run there on the CPU.
+/// As many of the wanted blocks as a host with `available` bytes has room for, if ranks with these plans run there on
+/// the CPU.
 pub fn room_on_host(
     available: usize,
     plans: &[MemoryPlan],

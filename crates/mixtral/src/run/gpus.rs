@@ -21,7 +21,7 @@ pub struct Share {
     pub of: usize,
 }
 
-/// A GPU that a rank sees, in its order.
+/// A GPU that a rank sees.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Gpu {
     uuid: [u8; 16],
@@ -35,15 +35,16 @@ impl fmt::Display for Gpu {
     }
 }
 
-/// What a rank sees. A launcher may show every process all GPUs of its host, or each its own.
+/// The GPUs that a rank sees, in its order. A launcher may show every process all GPUs of its host, or each process its
+/// own.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Seen {
     host: String,
     gpus: Vec<Gpu>,
 }
 
-/// Chooses this rank's GPU: the first without a world, else as [`assign`] says of all ranks, which tell each other what they
-/// see.
+/// Chooses this rank's GPU. Without a world it is the first. Else all ranks tell each other what they see, and
+/// [`assign`] chooses.
 ///
 /// # Errors
 /// If there is no GPU, or a rank is left without one: that rank says so, and the others name it.
@@ -80,7 +81,7 @@ pub fn choose(world: Option<&World>, ranks_per_gpu: usize) -> Result<Share> {
     Ok(Share { device: devices.swap_remove(indices[rank]), ranks, of })
 }
 
-/// What every rank has to tell, by rank.
+/// Sends every rank's value to all ranks; the result is by rank.
 fn tell<T: Serialize + for<'a> Deserialize<'a>>(world: &World, mine: &T) -> Result<Vec<T>> {
     let everyone = world.everyone()?;
     let told = |rank| {
@@ -91,7 +92,7 @@ fn tell<T: Serialize + for<'a> Deserialize<'a>>(world: &World, mine: &T) -> Resu
     (0..world.world_size()).map(told).collect()
 }
 
-/// Which of the GPUs that it sees each rank gets: the first on which fewer than `ranks_per_gpu` ranks of a lower number run.
+/// Chooses, for each rank, one of the GPUs that it sees: the first on which fewer than `ranks_per_gpu` lower ranks run.
 fn assign(seen: &[Seen], ranks_per_gpu: usize) -> Result<Vec<usize>, NoGpu> {
     let mut taken: HashMap<(&str, [u8; 16]), usize> = HashMap::new();
     let mut indices = Vec::with_capacity(seen.len());
@@ -139,7 +140,7 @@ impl fmt::Display for NoGpu {
     }
 }
 
-/// What is to be said of ranks on different kinds of GPUs.
+/// The warning if ranks run on different kinds of GPUs.
 fn mixed<'a>(gpus: impl Iterator<Item = &'a Gpu>) -> Option<String> {
     let mut kinds: Vec<(String, Vec<String>)> = Vec::new();
     for (rank, gpu) in gpus.enumerate() {
@@ -185,7 +186,7 @@ mod tests {
         assert_eq!(assign(&shown(&[&[0], &[1], &[2]]), 1), Ok(vec![0, 0, 0]));
         // All GPUs, each rank's own first.
         assert_eq!(assign(&shown(&[&[0, 1], &[1, 0]]), 1), Ok(vec![0, 0]));
-        // The same one to all: it has to be shared.
+        // All ranks see the same GPU, so they have to share it.
         assert_eq!(assign(&shown(&[&[3], &[3]]), 2), Ok(vec![0, 0]));
         assert_eq!(assign(&shown(&[&[3], &[3]]), 1).unwrap_err().rank, 1);
     }

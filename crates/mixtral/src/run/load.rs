@@ -1,4 +1,4 @@
-//! Loading one rank's part of an engine, on whatever backend it runs.
+//! Loads one rank's part of an engine, on any backend.
 
 use std::sync::Arc;
 
@@ -22,7 +22,7 @@ const DEFAULT_KV_CACHE_FRACTION: f32 = 0.9;
 /// How every rank loads its part of the engine.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
-    /// Where the engine runs, and how much of that it may have.
+    /// Where the engine runs, and how much of that place it may use.
     pub place: PlaceArgs,
     /// Whether to count how many tokens each expert gets.
     pub count_experts: bool,
@@ -45,8 +45,8 @@ pub struct Part<'a> {
 }
 
 impl Part<'_> {
-    /// Loads it, with a cache of as many blocks as rank 0 wants and all ranks have room for. All ranks of a world call this
-    /// together, and load at the same time.
+    /// Loads the part, with a cache of as many blocks as rank 0 wants, if all ranks have room for them. All ranks of a
+    /// world call this together, and load at the same time.
     pub fn load(&self, world: Option<&World>, wanted: Wanted) -> Result<Box<dyn Inspect>> {
         let weights = self.weights()?;
         let mapping = &self.engine.config().mapping;

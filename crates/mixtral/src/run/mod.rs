@@ -1,7 +1,8 @@
-//! The parts of `mixtral run`: prompts in, results out, and in between an engine that is placed, loaded and led.
+//! The parts of `mixtral run`: it reads prompts, places, loads and leads an engine, and writes results.
 //!
-//! Reading order: [`job`] (all of it, as rank 0 leads it), [`ranks`] (starting them), [`place`] and [`gpus`] (where each runs),
-//! [`load`] and [`cache`] (its backend, and how large the cache is), [`machine`] (what the host has and can do).
+//! Reading order: [`job`] (all of it, as rank 0 leads it), [`ranks`] (starting them), [`place`] and [`gpus`] (where
+//! each runs), [`load`] and [`cache`] (its backend, and how large the cache is), [`machine`] (what the host has and can
+//! do).
 
 pub mod cache;
 pub mod gpus;
