@@ -151,9 +151,16 @@ fn what_is_missing_is_said_and_leaves_the_engine_that_was_there() {
 }
 
 #[test]
-fn several_ranks_have_no_kernels_yet() {
+fn every_rank_has_its_kernels() {
+    if !has_nvrtc() {
+        return;
+    }
     let dir = checkpoint("--dtype auto --tp_size 2");
-    let said = mixtral_in(dir.path(), "build --arch sm_90a", &[]);
-    assert_eq!(said.code, 1, "{}{}", said.out, said.err);
-    insta::assert_snapshot!(said.err);
+    mixtral_in(dir.path(), "build --arch sm_90a", &[]).ok();
+    let said = mixtral_in(dir.path(), "inspect engine_outputs --json", &[]).ok();
+    let value: Value = serde_json::from_str(&said).unwrap();
+    let kernels = [0, 1].map(|rank| &value["ranks"][rank]["kernels"]);
+    assert_eq!(kernels[0][0]["target"], "sm_90a");
+    // The ranks' programs differ in what they are told, and not in what they run.
+    assert_eq!(kernels[0], kernels[1]);
 }
