@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use serde::Serialize;
 
-use crate::Program;
+use crate::{Op, Program};
 
 /// Alignment of buffers in the arena, in bytes: a cache line, which is enough for vector loads and TMA.
 pub const ALIGN: usize = 64;
@@ -66,10 +66,20 @@ impl Program {
     }
 
     /// Gives every buffer an offset such that no two live buffers overlap, and sets the arena's size. It places the
-    /// largest buffer first, and each buffer at the lowest offset that is free during its lifetime.
+    /// largest buffer first, and each buffer at the lowest offset that is free during its lifetime. The operands of a
+    /// combine stay until the all-reduce of its output has ended, so that a backend can do both at once.
     pub fn plan_arena(&mut self) {
-        let lifetimes: HashMap<String, (usize, usize)> =
+        let mut lifetimes: HashMap<String, (usize, usize)> =
             self.lifetimes().into_iter().map(|(name, span)| (name.to_owned(), span)).collect();
+        for (index, pair) in self.ops.windows(2).enumerate() {
+            if let [combine @ Op::Combine { out, .. }, Op::AllReduce { input, .. }] = pair
+                && out == input
+            {
+                for operand in combine.reads() {
+                    lifetimes.entry(operand.to_owned()).and_modify(|(_, last)| *last = (*last).max(index + 1));
+                }
+            }
+        }
         let sizes: Vec<usize> = self.buffers.iter().map(|b| self.max_bytes(b).next_multiple_of(ALIGN)).collect();
         let mut by_size: Vec<usize> = (0..self.buffers.len()).collect();
         by_size.sort_by_key(|&i| std::cmp::Reverse(sizes[i]));

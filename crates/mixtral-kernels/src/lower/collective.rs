@@ -4,7 +4,7 @@ use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Buffer, Op};
 
 use super::elementwise::{VECTOR, epsilon, row_threads, rows};
-use super::{LowerError, Lowering, all_named, count, int, launch, moe, named, portable, type_name};
+use super::{LowerError, Lowering, all_named, count, int, launch, may_be_one, moe, named, portable, type_name};
 use crate::exchange::num_collectives;
 use crate::step_block::Array;
 use crate::{Arg, Exchange, ExchangeArg, Grid, Kernel, Launch};
@@ -115,6 +115,7 @@ pub(super) fn together(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Option<(us
     let (combine, behind) = match ops {
         [combine @ Op::Combine { out, residual: None, norm: None, .. }, reduce @ Op::AllReduce { input, .. }, ..]
             if input == out
+                && may_be_one(lowering.program, &[combine, reduce])
                 && lowering.program.ops.iter().all(|op| op == reduce || !op.reads().contains(&out.as_str())) =>
         {
             (Some(combine), &ops[1..])

@@ -164,6 +164,20 @@ impl Lowering<'_> {
     }
 }
 
+/// Whether what `ops` write lies apart from what any of them reads that none of them writes. Then CTAs of one launch may compute them
+/// all, some ahead of others.
+fn may_be_one(program: &Program, ops: &[&Op]) -> bool {
+    let buffers = |names: Vec<&str>| -> Vec<&Buffer> {
+        program.buffers.iter().filter(|buffer| names.contains(&buffer.name.as_str())).collect()
+    };
+    let written = buffers(ops.iter().flat_map(|op| op.writes()).collect());
+    let read = buffers(ops.iter().flat_map(|op| op.reads()).collect());
+    let end = |buffer: &Buffer| buffer.offset + program.max_bytes(buffer);
+    let apart = |a: &Buffer, b: &Buffer| a.name == b.name || end(a) <= b.offset || end(b) <= a.offset;
+    // Programs that are not planned yet have no places.
+    program.arena_bytes == 0 || read.iter().all(|read| written.iter().all(|written| apart(read, written)))
+}
+
 fn of_launches(launches: Vec<Launch>) -> Vec<Work> {
     launches.into_iter().map(Work::Launch).collect()
 }

@@ -5,7 +5,7 @@ use mixtral_engine::{Epilogue, Op};
 use mixtral_model::{DType, MoeNormalization};
 
 use super::elementwise::{VECTOR, epsilon, row_threads};
-use super::{LowerError, Lowering, count, launch, named, portable, type_name};
+use super::{LowerError, Lowering, count, launch, may_be_one, named, portable, type_name};
 use crate::step_block::Array;
 use crate::{Arg, Grid, Launch};
 
@@ -154,7 +154,8 @@ pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<O
         return Ok(None);
     };
     let (router_index, router) = lowering.weight(linear, router)?;
-    if x != out || logits != made || router.dtype != DType::F32 || router.rows() > FUSED_EXPERTS {
+    let one = may_be_one(lowering.program, &[norm, linear, route]);
+    if !one || x != out || logits != made || router.dtype != DType::F32 || router.rows() > FUSED_EXPERTS {
         return Ok(None);
     }
     let (scale_index, scale) = lowering.weight(norm, weight)?;

@@ -282,3 +282,40 @@ fn a_plan_that_cublaslt_cannot_follow_is_chosen_anew() {
     let work = schedule.expect("kernels").regimes.into_iter().flat_map(|(_, work)| work).collect::<Vec<_>>();
     assert!(work.iter().all(|work| work.kernel().is_some()));
 }
+
+/// A combine is part of the all-reduce behind it, unless the all-reduce writes where the combine still reads: an engine of an older
+/// version may have planned so.
+#[test]
+fn a_combine_is_part_of_its_all_reduce_where_memory_allows() {
+    let kernels = |overlapping: bool| {
+        let mut a = Assembly::new(DType::Bf16);
+        (a.program.world_size, a.program.tp_size, a.program.num_experts, a.program.top_k) = (2, 2, 8, 2);
+        a.activation("expert_output", Rows::Assignments, 64);
+        a.activation("share", Rows::Tokens, 64);
+        a.activation("sum", Rows::Tokens, 64);
+        a.buffer("ids", ElemType::I32, Rows::Tokens, 2);
+        a.buffer("weights", ElemType::F32, Rows::Tokens, 2);
+        a.op(Op::Combine {
+            input: name("expert_output"),
+            expert_ids: name("ids"),
+            expert_weights: name("weights"),
+            experts: [0, 8],
+            residual: None,
+            out: name("share"),
+            norm: None,
+        });
+        a.op(Op::AllReduce { input: name("share"), residual: None, out: name("sum"), norm: None });
+        a.program.plan_arena();
+        if overlapping {
+            let input = a.program.buffer("expert_output").expect("declared").offset;
+            a.program.buffers[2].offset = input;
+        }
+        let schedule = Schedule::new(&a.program, Target { family: Family::Portable }).expect("kernels");
+        let (_, works) = schedule.for_step(1, true).expect("a regime").clone();
+        let functions =
+            works.iter().filter_map(Work::kernel).map(|k| k.symbol.split('<').next().unwrap_or("").to_owned());
+        functions.collect::<Vec<_>>()
+    };
+    assert_eq!(kernels(false), ["exchange::begin", "exchange::combine_all_reduce"]);
+    assert_eq!(kernels(true), ["exchange::begin", "moe::combine", "exchange::all_reduce"]);
+}
