@@ -65,6 +65,10 @@ fn memory_may_be_used_again_and_in_place() {
     program.check().unwrap_err();
     program.plan_arena();
     program.check().unwrap();
+    // It uses the memory of `a` again, which nothing needs when `c` is written.
+    let mut program = sums(&[("a", 0), ("b", 0), ("c", 0)], &[["a", "a", "b"], ["b", "b", "c"]]);
+    program.plan_arena();
+    assert_eq!(program.arena_bytes, 2 * 128);
 }
 
 #[test]

@@ -83,6 +83,31 @@ fn a_step_that_keeps_the_rules_passes() {
     inputs.check(&program(true), KV_BLOCKS).unwrap();
 }
 
+/// A prompt of two tokens from its start, in the first block of the cache.
+fn prompt(slots: [i32; 2]) -> StepInputs<'static> {
+    StepInputs {
+        token_ids: vec![7, 8],
+        positions: vec![0, 1],
+        slot_mapping: slots.to_vec(),
+        block_table: vec![0, -1, -1],
+        seq_lens: vec![2],
+        cu_query_lens: vec![0, 2],
+        ..StepInputs::default()
+    }
+}
+
+#[test]
+fn slot_0_is_a_slot_like_any_other() {
+    for attends in [true, false] {
+        let check = |slots| prompt(slots).check(&program(attends), KV_BLOCKS);
+        check([0, 1]).unwrap();
+        check([-1, -1]).unwrap();
+        check([0, 0]).unwrap_err();
+        // One token's key is kept, so with attention the other's has to be.
+        assert_eq!(check([0, -1]).is_err(), attends);
+    }
+}
+
 #[test]
 fn limits_and_lengths() {
     let said = [
