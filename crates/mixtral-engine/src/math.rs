@@ -66,5 +66,18 @@ mod tests {
         assert_eq!(exp(-88.0), 0.0);
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert!(exp(f32::NAN).is_nan());
+        // The ends of the range belong to it.
+        assert!(exp(-87.0) > 0.0);
+        assert!(exp(88.0) < f32::INFINITY);
+    }
+
+    #[test]
+    fn silu_is_close_to_the_real_one() {
+        for x in [-20.0f32, -4.0, -1.0, -0.1, 0.1, 0.5, 1.0, 3.0, 20.0] {
+            let reference = f64::from(x) / (1.0 + f64::from(-x).exp());
+            let error = ((f64::from(silu(x)) - reference) / reference).abs();
+            assert!(error < 4e-7, "silu({x}) is {} instead of {reference}", silu(x));
+        }
+        assert_eq!(silu(0.0), 0.0);
     }
 }

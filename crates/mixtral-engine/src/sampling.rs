@@ -243,6 +243,21 @@ mod tests {
     }
 
     #[test]
+    fn a_key_has_the_same_bits_everywhere() {
+        let bits = |seed, prompt, hypothesis, position| RandomKey { seed, prompt, hypothesis, position }.bits();
+        assert_eq!(bits(0, 0, 0, 0), 0xe220_a839_7b1d_cdaf);
+        assert_eq!(bits(1, 2, 3, 4), 0x128b_9720_b85d_0de3);
+        assert_eq!(bits(u64::MAX, u32::MAX, 7, 1), 0x74a6_c657_da5b_3dc4);
+    }
+
+    #[test]
+    fn one_candidate_or_no_temperature_is_greedy() {
+        assert!(SamplingParams::default().is_greedy());
+        assert!(SamplingParams { temperature: 0.0, ..params() }.is_greedy());
+        assert!(!params().is_greedy());
+    }
+
+    #[test]
     fn greedy_takes_the_lowest_of_equals() {
         let mut logits = [1.0, 2.0, 2.0, -1.0];
         let key = RandomKey::default();
@@ -273,7 +288,7 @@ mod tests {
         let none = SamplingParams::default();
         let penalized = |params: SamplingParams| {
             let mut logits = [4.0, 0.0, -4.0];
-            penalize(&mut logits, &params, &[0, 1, 2, 2, 7].map(TokenId), 1);
+            penalize(&mut logits, &params, &[0, 1, 2, 2, 3, 7].map(TokenId), 1);
             assert_eq!(params.has_penalties(), params != none);
             logits
         };

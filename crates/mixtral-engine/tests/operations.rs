@@ -1,7 +1,7 @@
 //! What each operation requires of its operands. Each program has one operation, so that no other operation's check
 //! hides a missing one.
 
-use mixtral_engine::Program;
+use mixtral_engine::{ElemType, Program};
 
 /// A program of six query heads over three of 4 elements, 2 of 5 experts a token, and 20 tokens in the vocabulary; rank
 /// 1 of 4.
@@ -195,4 +195,35 @@ fn arguments_are_within_the_model_and_the_job() {
         )
     };
     assert_eq!((rope(3), rope(0).is_err(), rope(4).is_err()), (Ok(()), true, true));
+}
+
+/// A program's lines: blank ones and comments are skipped, and a message names the line that it is about.
+#[test]
+fn lines_that_cannot_be_read_are_named() {
+    let spaced = HEAD.replace('\n', "\n\n  \n# A comment.\n");
+    assert_eq!(Program::parse(&spaced).unwrap(), Program::parse(HEAD).unwrap());
+    let piece = "piece source=a source_rows=1 source_cols=1 rows={\"start\":0,\"end\":1} cols={\"start\":0,\"end\":1} target_row=0\n";
+    let texts = [
+        String::new(),
+        HEAD.replace("mixtral-program", "program"),
+        HEAD.replace("mixtral-program 1", "mixtral-program 2"),
+        HEAD.replace("\nprogram", "\nsomething"),
+        HEAD.replace("\nlimits", "\n#"),
+        HEAD.replace("\nkv", "\n#"),
+        HEAD.replace("\nprogram", "\n#"),
+        format!("{HEAD}buffer\n"),
+        format!("{HEAD}weight\n"),
+        format!("{HEAD}{piece}"),
+        format!("{HEAD}op fly\n"),
+    ];
+    let said = texts.map(|text| Program::parse(&text).expect_err("no program").to_string());
+    insta::assert_snapshot!(said.join("\n"));
+}
+
+/// Types have the same names in messages as in a program's text.
+#[test]
+fn types_are_named_alike() {
+    for dtype in [ElemType::F32, ElemType::F16, ElemType::Bf16, ElemType::I32] {
+        assert_eq!(serde_json::to_value(dtype).unwrap(), dtype.to_string());
+    }
 }
