@@ -250,6 +250,14 @@ mod tests {
         assert_eq!(bits(u64::MAX, u32::MAX, 7, 1), 0x74a6_c657_da5b_3dc4);
     }
 
+    /// Of all bits, zero is the nearest to a token that comes first and cannot be drawn.
+    #[test]
+    fn a_token_without_weight_is_never_drawn() {
+        let key = RandomKey { seed: 0xcbd4_ad27_8de9_e0ee, ..RandomKey::default() };
+        assert_eq!(key.bits(), 0);
+        assert_eq!(sample(&mut [-100.0, 1.0, 1.0], &request(params(), key)), TokenId(1));
+    }
+
     #[test]
     fn one_candidate_or_no_temperature_is_greedy() {
         assert!(SamplingParams::default().is_greedy());
