@@ -258,6 +258,15 @@ mod tests {
         assert_eq!(StepOutputs::unpack(&outputs.pack()), Ok(outputs));
     }
 
+    #[test]
+    fn a_block_ends_where_the_step_does() {
+        let longer = |block: Vec<u8>| [block, vec![0]].concat();
+        let said = StepInputs::unpack(&longer(step().pack())).unwrap_err();
+        let len = step().pack().len();
+        assert_eq!(said, WireError { what: "the end", at: len, len: len + 1 });
+        assert!(StepOutputs::unpack(&longer(StepOutputs::default().pack())).is_err());
+    }
+
     proptest! {
         #[test]
         fn damaged_blocks_are_refused_or_harmless(cut in 0usize..200, at in 0usize..200, flip in any::<u8>()) {
