@@ -3,7 +3,7 @@
 # in which this script lies. The script needs bash, NVRTC, and Python with torch, transformers, safetensors and numpy. It
 # uses compute-sanitizer if there is one.
 #
-#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), twin, load, peers
+#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), twin, load, peers, ranks
 #
 # parity     operations and decoder steps against the CPU backend, bits that may not change, and an engine of another build
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
@@ -12,6 +12,7 @@
 # twin       Mixtral 8x7B's shape against transformers with the same dummy weights
 # load       how fast weights get onto the GPU, and how fast its bus is; writes 25 GB, in memory if there is room
 # peers      transformers' own speed on this machine
+# ranks      two GPUs: layouts against the CPU backend, deaths of ranks, and Mixtral 8x7B's shape in two halves
 #
 # Logs go to $OUT (default ./out), at most one for each section. The last thing printed is table.txt there, with one
 # line for each check.
@@ -25,9 +26,11 @@ tests=$here/bin/gpu-tests
 engines=$here/engines
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
+# Ranks that share a GPU as threads of one process each need launch queues of their own.
+export CUDA_DEVICE_MAX_CONNECTIONS=32
 
 # Seconds that a section may take. The default sections take about six minutes together.
-declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [twin]=150 [load]=150 [peers]=420)
+declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [twin]=150 [load]=150 [peers]=420 [ranks]=560)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -152,6 +155,17 @@ twin() {
 
 load() {
     check "load: weights" last_line "$python" "$here/tests/python/load.py" --mixtral "$mixtral"
+}
+
+ranks() {
+    check "layouts of ranks" last_line "$python" "$here/tests/python/gpu_ranks.py" --mixtral "$mixtral"
+    check "same bits: 8x7b, two ranks" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
+        --engine "$engines/8x7b-tp2" --backend cuda
+    rm -f "$out/bench.json"
+    bench_engine "8x7b tp2" 8x7b-tp2 --batch-size 1,8,64,256 --prefill 2048 --requests 512 --input-len 128 \
+        --output-len 128
+    bench_engine "8x7b tp2, 8 prompts" 8x7b-tp2 --batch-size 1 --steps 4 --prefill 2048 --prefill-batch 8 --quick
+    check "deaths of ranks" last_line "$python" "$here/tests/python/deaths.py" --mixtral "$mixtral" --gpu sm_90 --ranks 2
 }
 
 peers() {

@@ -29,7 +29,9 @@ const FILES: &[&str] = &[
     "crates/mixtral-engine/src/snapshots",
     "examples/tiny-mixtral",
     "tests/python/common.py",
+    "tests/python/deaths.py",
     "tests/python/determinism.py",
+    "tests/python/gpu_ranks.py",
     "tests/python/load.py",
     "tests/python/parity.py",
     "tests/python/twin.py",
@@ -41,6 +43,7 @@ const SCRIPT: &str = "tests/gpu/run.sh";
 /// Names and flags of engines with dummy weights. Such engines hold nothing but programs and kernels.
 const ENGINES: &[(&str, &[&[&str]])] = &[
     ("8x7b", &[MEASURED]),
+    ("8x7b-tp2", &[MEASURED, &["--tp-size", "2"]]),
     ("8x7b-portable", &[MEASURED, PORTABLE]),
     ("8x7b-cublaslt", &[MEASURED, &["--gemm-plugin", "cublaslt"]]),
     ("8x7b-logits", &[GATHERED]),

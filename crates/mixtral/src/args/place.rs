@@ -12,7 +12,7 @@ pub struct PlaceArgs {
     /// Where to run; auto is a GPU if the engine was built for one, else the CPU
     #[arg(help_heading = ENGINE, long, default_value = "auto")]
     pub backend: BackendChoice,
-    /// Ranks that may share a GPU of their host [default: 1]
+    /// Ranks that may share a GPU of their host; as threads of one process, with CUDA_DEVICE_MAX_CONNECTIONS=32 [default: 1]
     #[arg(help_heading = ENGINE, long, value_name = "N", value_parser = numbers::ranks)]
     pub ranks_per_gpu: Option<usize>,
     /// Threads of the CPU backend [default: all cores]
