@@ -197,6 +197,15 @@ fn layers_that_are_not_alike_are_not_cut() {
 }
 
 #[test]
+fn buffers_and_weights_are_found_by_name() {
+    for program in programs() {
+        assert!(program.buffers.iter().all(|buffer| program.buffer(&buffer.name) == Some(buffer)));
+        assert!(program.weights.iter().all(|weight| program.weight(&weight.name) == Some(weight)));
+        assert_eq!((program.buffer("none"), program.weight("none")), (None, None));
+    }
+}
+
+#[test]
 fn the_memory_plan_adds_up() {
     let program = decoder::program(&Geometry::small(DType::F32), true);
     let plan = program.memory_plan();
