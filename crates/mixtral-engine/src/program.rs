@@ -163,6 +163,9 @@ pub struct Weight {
     /// Where its elements come from when the engine has dummy weights; empty when it has a weight file.
     #[serde(skip)]
     pub pieces: Vec<Piece>,
+    /// The dimension that is cut over the tensor-parallel ranks. Only known until the collectives are placed.
+    #[serde(skip)]
+    pub sharded: Option<usize>,
 }
 
 impl Weight {

@@ -100,6 +100,7 @@ impl Assembly {
             dtype,
             shape: shape.to_vec(),
             format: WeightFormat::Plain,
+            sharded: None,
             pieces: vec![],
         });
         name.to_owned()

@@ -2,9 +2,9 @@
 //!
 //! A linear or a combine over a sharded K gives a part of a sum, so an `all_reduce` follows. A residual is added after
 //! the `all_reduce`, not before. An embedding with some of the vocabulary's rows gives a part of a sum too. An
-//! embedding with some of the columns, and the vocabulary's logits, are parts of rows, so an `all_gather` follows.
+//! embedding with some of the columns, and the vocabulary's logits, are parts of rows, so an `all_gather` follows. The
+//! graph says how each weight is sharded.
 
-use mixtral_checkpoint::TensorId;
 use mixtral_engine::{Buffer, Op, Program};
 
 use super::{Fused, rewrite};
@@ -14,23 +14,28 @@ pub fn run(program: &mut Program) {
     if program.tp_size > 1 {
         rewrite(program, place);
     }
+    // The collectives say it from here on.
+    program.weights.iter_mut().for_each(|weight| weight.sharded = None);
 }
 
 fn place(program: &Program, ops: &[Op]) -> Option<Fused> {
     match ops.first()? {
         op @ Op::Embed { table, out, .. } => {
             let weight = program.weight(table)?;
-            if weight.cols() < program.buffer(out)?.cols {
-                gather(program, op, out, weight.cols())
-            } else if weight.rows() < program.vocab_size {
+            match weight.sharded? {
+                0 => reduce(program, op, out, None),
+                _ => gather(program, op, out, weight.cols()),
+            }
+        }
+        op @ Op::Linear { weight, rows, out, .. } => {
+            let weight = program.weight(weight)?;
+            if weight.sharded? + 1 == weight.shape.len() {
                 reduce(program, op, out, None)
+            } else if rows.is_none() && weight.rows() < program.buffer(out)?.cols {
+                gather(program, op, out, weight.rows())
             } else {
                 None
             }
-        }
-        op @ Op::Linear { weight, out, .. } if is_row_parallel(weight) => reduce(program, op, out, None),
-        op @ Op::Linear { weight, out, .. } if *weight == TensorId::LmHead.to_string() => {
-            gather(program, op, out, program.weight(weight)?.rows())
         }
         Op::Combine { input, expert_ids, expert_weights, experts, residual, out, norm: None } => {
             let part = Op::Combine {
@@ -46,17 +51,6 @@ fn place(program: &Program, ops: &[Op]) -> Option<Fused> {
         }
         _ => None,
     }
-}
-
-/// Whether a linear's columns are sharded. They are in the output projection of attention, and in the second linear of
-/// a dense feed-forward.
-fn is_row_parallel(weight: &str) -> bool {
-    let is = |id: fn(usize) -> TensorId| {
-        // Tensors of all layers count, so only what follows the layer's number is compared.
-        let end = |name: &str| name.rsplit_once(|c: char| c.is_ascii_digit()).map(|(_, end)| end.to_owned());
-        end(weight).is_some_and(|e| Some(e) == end(&id(0).to_string()))
-    };
-    is(TensorId::Dense) || is(TensorId::Proj)
 }
 
 /// Has `op` write this rank's part, puts the sum over the ranks into `out`, and adds `residual` to it, if there is one.

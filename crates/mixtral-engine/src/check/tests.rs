@@ -127,7 +127,14 @@ fn weights_and_their_pieces_have_bounds() {
     let of = |shape: &[usize], piece: Option<Piece>| {
         let mut program = sums(&[("a", 0)], &[["a", "a", "a"]]);
         let (name, shape, pieces) = ("w".to_owned(), shape.to_vec(), piece.into_iter().collect());
-        program.weights.push(Weight { name, dtype: DType::F32, shape, format: WeightFormat::Plain, pieces });
+        program.weights.push(Weight {
+            name,
+            dtype: DType::F32,
+            shape,
+            format: WeightFormat::Plain,
+            pieces,
+            sharded: None,
+        });
         program.check()
     };
     for shape in [&[5][..], &[5, 4], &[3, 5, 4], &[1 << 24, 1 << 24, 1 << 8]] {
