@@ -197,6 +197,13 @@ fn layers_that_are_not_alike_are_not_cut() {
 }
 
 #[test]
+fn a_written_program_is_read_back() {
+    for program in programs() {
+        assert_eq!(Program::parse(&program.to_text()).expect("well-formed"), program);
+    }
+}
+
+#[test]
 fn buffers_and_weights_are_found_by_name() {
     for program in programs() {
         assert!(program.buffers.iter().all(|buffer| program.buffer(&buffer.name) == Some(buffer)));
