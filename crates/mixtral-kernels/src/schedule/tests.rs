@@ -1,7 +1,8 @@
 //! A schedule reads back as it was written, stays short, and asks for nothing that the program does not have.
 
-use mixtral_engine::{ElemType, Limits, Program};
+use mixtral_engine::{ElemType, Limits, Op, Program, Rows};
 use mixtral_model::DType;
+use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::cases;
 use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::large;
@@ -9,7 +10,7 @@ use mixtral_testkit::large;
 use super::fold::fold;
 use super::*;
 use crate::step_block::Array;
-use crate::{Grid, NamedArg, PieceArg, ProbeArg, Product, Target, TensorMap, Work};
+use crate::{ExchangeArg, Grid, NamedArg, PieceArg, ProbeArg, Product, Target, TensorMap, Work};
 
 /// Decoders that use each kind of kernel, some with layers that fold and some with layers that do not.
 fn programs() -> Vec<Program> {
@@ -41,7 +42,6 @@ fn whatever_is_lowered_passes_the_check() {
     let mut checked = 0;
     for program in programs {
         for family in [Family::Portable, Family::Hopper] {
-            // Programs of several ranks have no kernels.
             let Ok(schedule) = Schedule::new(&program, Target { family }) else { continue };
             let text = schedule.to_text();
             assert_eq!(Schedule::parse(&text, &program), Ok(schedule));
@@ -280,4 +280,66 @@ fn the_text_of_a_small_decoder() {
     // Lines are cut, because the symbol of the table of cosines holds its many constants.
     let text: Vec<String> = schedule.to_text().lines().map(|line| line.chars().take(240).collect()).collect();
     insta::assert_snapshot!(text.join("\n"));
+}
+
+/// A rank of four: layers that are alike, each with a sum over the ranks.
+fn of_a_rank() -> (Schedule, Program) {
+    let mut a = Assembly::new(DType::Bf16);
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (1, 4, 2);
+    a.activation("x", Rows::Tokens, 64);
+    for layer in 0..6 {
+        let (part, sum) = (format!("part{layer}"), format!("sum{layer}"));
+        a.activation(&part, Rows::Tokens, 64);
+        a.activation(&sum, Rows::Tokens, 64);
+        a.op(Op::AllReduce { input: part, residual: None, out: sum, norm: None });
+    }
+    a.op(Op::Send { input: "x".to_owned(), to: 3 });
+    a.program.plan_arena();
+    (Schedule::new(&a.program, Target { family: Family::Portable }).expect("kernels"), a.program)
+}
+
+#[test]
+fn collectives_are_numbered_where_layers_fold() {
+    let (schedule, program) = of_a_rank();
+    let text = schedule.to_text();
+    assert!(text.contains("collectives=1"), "{text}");
+    assert_eq!(Schedule::parse(&text, &program), Ok(schedule.clone()));
+    let (_, works) = schedule.for_step(1, true).expect("a regime");
+    let ordinals = works.iter().flat_map(Work::args).filter_map(|arg| match arg {
+        Arg::Ordinal(before) => Some(*before),
+        _ => None,
+    });
+    assert_eq!(ordinals.collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+    assert_eq!(schedule.first_layers(&program, &program), None);
+}
+
+#[test]
+fn memory_between_ranks_is_what_the_program_needs() {
+    let refused = |change: fn(&mut Schedule)| {
+        let (mut schedule, program) = of_a_rank();
+        change(&mut schedule);
+        schedule.check(&program).expect_err("refused").to_string()
+    };
+    let (schedule, program) = of_a_rank();
+    // 256 tokens of 128 bytes.
+    let part_bytes = 256 * 128;
+    assert_eq!(schedule.exchange, Some(Exchange { slots: 3, part_bytes, stage_slots: 2, stage_bytes: part_bytes }));
+    assert_eq!(
+        schedule.exchange.map(|e| (e.inbox_bytes(4), e.stage_inbox_bytes())),
+        Some((9 * part_bytes, 2 * part_bytes))
+    );
+    assert_eq!(schedule.check(&program), Ok(()));
+    let mut said = vec![
+        refused(|s| s.exchange = None),
+        refused(|s| s.exchange.as_mut().expect("ranks").slots = 2),
+        refused(|s| s.exchange.as_mut().expect("ranks").stage_bytes -= 1),
+        refused(|s| s.exchange.as_mut().expect("ranks").part_bytes = usize::MAX),
+    ];
+    let (mut alone, program) = example();
+    alone.exchange = schedule.exchange;
+    said.push(alone.check(&program).expect_err("refused").to_string());
+    alone.exchange = None;
+    first(&mut alone).args[0].arg = Arg::Exchange(ExchangeArg::Stop);
+    said.push(alone.check(&program).expect_err("refused").to_string());
+    insta::assert_snapshot!(said.join("\n"));
 }
