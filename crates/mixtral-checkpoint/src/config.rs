@@ -278,7 +278,7 @@ fn seal_of(map: &Map<String, Value>) -> Option<&str> {
     map.values().find_map(|object| object.as_object()?.get("seal")?.as_str())
 }
 
-/// Refuses settings that change the meaning of the weights and are not implemented.
+/// Refuses settings that give the weights another meaning than the one that this tool reads them with.
 fn refuse_unsupported(root: Keys<'_>) -> Result<(), KeyError> {
     let quantization = root.object("quantization", "quantization.")?;
     for key in ["quant_algo", "kv_cache_quant_algo"] {
