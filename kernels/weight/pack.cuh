@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(256)
     pack(const u8* values, const Scale* scales, const u8* zeros, u8* out) {
     pdl::launch_dependents();
     pdl::wait();
-    constexpr int SLABS = INTERLEAVED ? (ROWS / 2 + 7) / 8 : W::slabs(ROWS), BLOCKS = W::blocks(K);
+    constexpr int SLABS = W::slabs(INTERLEAVED ? ROWS / 2 : ROWS, INTERLEAVED), BLOCKS = W::blocks(K);
     constexpr int GROUP = W::SCALED ? W::GROUP : K, GROUPS = (K + GROUP - 1) / GROUP;
     constexpr i64 ROW_BYTES = static_cast<i64>(K) * W::BITS / 8;
     static_assert(K * W::BITS % 8 == 0, "rows are whole bytes");

@@ -24,7 +24,8 @@
 #pragma once
 
 #include "base/types.cuh"
-#include "weight/plain.cuh"
+#include "ptx/cp_async.cuh"
+#include "ptx/shared.cuh"
 
 namespace weight {
 
@@ -76,6 +77,7 @@ template <typename Element, int BITS_, int GROUP_, bool ZEROS_, typename ScaleTy
 struct Quantized {
     using T = Element;  // of tokens, and what integers are converted to
     using Scale = ScaleType;
+    using Stored = const u8*;  // points at a weight, or at a slab of it
     static constexpr int BITS = BITS_;
     static constexpr int GROUP = GROUP_;
     static constexpr bool ZEROS = ZEROS_;
@@ -99,9 +101,28 @@ struct Quantized {
 
     __device__ static constexpr int blocks(int k) { return (k + DEPTH - 1) / DEPTH; }
 
-    // Bytes of a slab, and slabs of `rows` rows. (With silu·mul, a slab has eight of up and eight of gate.)
     __device__ static constexpr i64 slab_bytes(int k) { return static_cast<i64>(blocks(k)) * BLOCK; }
-    __device__ static constexpr int slabs(int rows) { return (rows + SLAB - 1) / SLAB; }
+
+    // Slabs of a matrix with this many outputs. With silu·mul, a slab has the eight up and the eight gate rows of eight
+    // outputs.
+    __device__ static constexpr int slabs(int outputs, bool silu_mul) { return silu_mul ? (outputs + 7) / 8 : (outputs + 15) / 16; }
+
+    // The values of rows, which lie behind all of a weight's slabs.
+    __device__ static __forceinline__ const float* row_values(Stored weight, i64 slabs, int k) {
+        return reinterpret_cast<const float*>(weight + slabs * slab_bytes(k));
+    }
+
+    // Bytes of a stage's rows: one block of each of their slabs.
+    __device__ static constexpr int tile_bytes(int rows) { return rows / SLAB * BLOCK; }
+
+    // Starts to copy the i-th 16 bytes of a tile. `find(row)` says where the slab that begins with a tile's row lies.
+    template <int K, typename Find>
+    __device__ static __forceinline__ void copy_rows(u8* tile, int i, Find find, int k) {
+        constexpr int PARTS = BLOCK / 16;
+        const Stored slab = find(i / PARTS * SLAB);
+        const Stored from = slab == nullptr ? slab : slab + k / DEPTH * BLOCK + i % PARTS * 16;
+        ptx::cp_async_16(ptx::shared_address(tile + i * 16), from, slab != nullptr);
+    }
 
     // What a chain's conversions subtract, for a lane's rows g and g + 8.
     struct Zero {
@@ -135,21 +156,24 @@ struct Quantized {
     }
 
     // The scales of a lane's rows g and g + 8, from a block.
-    __device__ static __forceinline__ float2 scales(const u8* block, int chain, int lane) {
+    struct alignas(2 * sizeof(Scale)) Scales {
+        Scale upper, lower;
+    };
+
+    __device__ static __forceinline__ Scales scales(const u8* block, int chain, int lane) {
         static_assert(SCALED, "scales of rows lie behind the slabs");
-        const u8* at = block + SCALES_AT + (chain * SLAB + lane / 4 * 2) * static_cast<int>(sizeof(Scale));
-        if constexpr (sizeof(Scale) == 4) {
-            return *reinterpret_cast<const float2*>(at);
-        } else {
-            const u32 pair = *reinterpret_cast<const u32*>(at);
-            return {low_of<Scale>(pair), high_of<Scale>(pair)};
-        }
+        return reinterpret_cast<const Scales*>(block + SCALES_AT)[chain * (SLAB / 2) + lane / 4];
     }
 
     // A lane's part of a block's integers.
     struct Lane {
         uint4 pieces[PIECES];
     };
+
+    // Of a tile's slab that begins with `row`.
+    __device__ static __forceinline__ void load(Lane& to, const u8* tile, int row, int lane) {
+        load(to, tile + row / SLAB * BLOCK, lane);
+    }
 
     __device__ static __forceinline__ void load(Lane& to, const u8* block, int lane) {
 #pragma unroll
@@ -179,27 +203,45 @@ struct Quantized {
     }
 
     // The sums so far, plus a group's: rows g (columns c and c + 1), then g + 8.
-    __device__ static __forceinline__ void add(float (&sums)[4], const float (&chain)[4], float2 scale) {
-        sums[0] = __fmaf_rn(chain[0], scale.x, sums[0]);
-        sums[1] = __fmaf_rn(chain[1], scale.x, sums[1]);
-        sums[2] = __fmaf_rn(chain[2], scale.y, sums[2]);
-        sums[3] = __fmaf_rn(chain[3], scale.y, sums[3]);
+    __device__ static __forceinline__ void add(float (&sums)[4], const float (&chain)[4], Scales scales) {
+        const float upper = to_float(scales.upper), lower = to_float(scales.lower);
+        sums[0] = __fmaf_rn(chain[0], upper, sums[0]);
+        sums[1] = __fmaf_rn(chain[1], upper, sums[1]);
+        sums[2] = __fmaf_rn(chain[2], lower, sums[2]);
+        sums[3] = __fmaf_rn(chain[3], lower, sums[3]);
     }
 
-    // Where a row's integers lie in its slab's blocks: byte, and first bit. `row` is the row in the slab, `k` the element
-    // in the block.
-    struct Place {
-        int byte, bit;
+    // One row of a slab, for kernels that read single elements.
+    struct Row {
+        Stored slab;  // null is no row
+        int row;
+        const float* values;  // of the slab's rows, if there are any
+
+        __device__ __forceinline__ explicit operator bool() const { return slab != nullptr; }
     };
 
-    __device__ static __forceinline__ Place place(int row, int k) {
-        const int lane = row % 8 * 4 + k % 8 / 2, register_ = row / 8 + k % 16 / 8 * 2, step = k / 16;
+    // What element k of a row stands for.
+    __device__ static __forceinline__ float at(const Row& from, int k) {
+        const u8* block = from.slab + static_cast<i64>(k / DEPTH) * BLOCK;
+        const int step = k % DEPTH / 16, lane = from.row % 8 * 4 + k % 8 / 2, part = from.row / 8 + k % 16 / 8 * 2;
+        int value;
         if constexpr (BITS == 4) {
-            const int bit = k % 2 * 16 + register_ * 4;
-            return {step / 4 * 512 + lane * 16 + step % 4 * 4 + bit / 8, bit % 8};
+            const u8* word = block + step / 4 * 512 + lane * 16 + step % 4 * 4;
+            value = word[k % 2 * 2 + part / 2] >> (part % 2 * 4) & 15;
         } else {
-            return {step / 2 * 512 + lane * 16 + step % 2 * 8 + register_ / 2 * 4 + k % 2 * 2 + register_ % 2, 0};
+            value = block[step / 2 * 512 + lane * 16 + step % 2 * 8 + part / 2 * 4 + k % 2 * 2 + part % 2];
         }
+        int zero = 1 << (BITS - 1);
+        float scale;
+        if constexpr (SCALED) {
+            const int entry = k % DEPTH / GROUP * SLAB + from.row % 8 * 2 + from.row / 8;
+            if constexpr (ZEROS) zero = block[ZEROS_AT + entry];
+            scale = to_float(reinterpret_cast<const Scale*>(block + SCALES_AT)[entry]);
+        } else {
+            if constexpr (ZEROS) zero = static_cast<int>(from.values[from.row * 2 + 1]);
+            scale = from.values[from.row * ROW_VALUES];
+        }
+        return static_cast<float>(value - zero) * scale;
     }
 };
 
