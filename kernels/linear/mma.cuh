@@ -67,8 +67,8 @@ __device__ __forceinline__ typename C::Stored find_row(typename C::Stored weight
     }
 }
 
-// Computes the products of a tile of one of EXPERTS matrices, and its epilogue.
-template <typename C, int EXPERTS, typename Out>
+// Computes the products of a tile, and its epilogue.
+template <typename C, typename Out>
 __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
                                          typename C::Stored weight, const typename C::T* tokens, Out* out,
                                          const Out* residual) {
@@ -99,11 +99,10 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
     typename W::Zero zeros[C::BLOCKS];
     if constexpr (W::ROW_VALUES > 0) {
         constexpr int SLABS = W::slabs(C::OUTPUTS, C::SILU);
-        const float* values = W::row_values(weight, static_cast<i64>(EXPERTS) * SLABS, C::K);
 #pragma unroll
         for (int m = 0; m < C::BLOCKS; m++) {
             const int slab = min(tile.row * (C::ROWS / 16) + warp * C::BLOCKS + m, SLABS - 1);
-            const float* of_row = values + ((static_cast<i64>(tile.expert) * SLABS + slab) * 16 + lane / 4) * W::ROW_VALUES;
+            const float* of_row = W::row_values(weight, static_cast<i64>(tile.expert) * SLABS + slab) + lane / 4 * W::ROW_VALUES;
             scales[m][0] = of_row[0], scales[m][1] = of_row[8 * W::ROW_VALUES];
             zeros[m] = W::row_zero(of_row[W::ROW_VALUES - 1], of_row[9 * W::ROW_VALUES - 1]);
         }
@@ -205,7 +204,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        mma_tile<C, 1>(dynamic_shared, tile, sources, map, weight, tokens, out, residual);
+        mma_tile<C>(dynamic_shared, tile, sources, map, weight, tokens, out, residual);
     }
 }
 
@@ -230,8 +229,8 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             sources[i] = i >= tile.count ? -1 : DOWN ? position : assignment / TOP_K;
         }
         __syncthreads();
-        mma_tile<C, EXPERTS>(dynamic_shared, tile, sources, map, weight, tokens, out,
-                             static_cast<const typename C::T*>(nullptr));
+        mma_tile<C>(dynamic_shared, tile, sources, map, weight, tokens, out,
+                    static_cast<const typename C::T*>(nullptr));
     }
 }
 

@@ -41,9 +41,9 @@ struct SimtShared {
     int sources[C::COLS];
 };
 
-// Row `row` of a tile of one of EXPERTS matrices, or no row. With silu·mul, the first half of a tile is up, the second
+// Row `row` of a tile, or no row. With silu·mul, the first half of a tile is up, the second
 // half gate.
-template <typename C, int EXPERTS>
+template <typename C>
 __device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight, const sched::Tile& tile, int row) {
     const int at = tile.row * C::OUT_ROWS + row % C::OUT_ROWS;
     if (at >= C::OUTPUTS) return {};
@@ -51,8 +51,7 @@ __device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight
     if constexpr (C::W::PACKED) {
         constexpr i64 SLABS = C::W::slabs(C::OUTPUTS, C::SILU);
         const i64 slab = tile.expert * SLABS + (C::SILU ? at / 8 : at / 16);
-        const float* values = C::W::row_values(weight, EXPERTS * SLABS, C::K) + slab * 16 * C::W::ROW_VALUES;
-        return {weight + slab * C::W::slab_bytes(C::K), C::SILU ? at % 8 + gate * 8 : at % 16, values};
+        return {weight + slab * C::W::slab_bytes(C::K), C::SILU ? at % 8 + gate * 8 : at % 16, C::W::row_values(weight, slab)};
     } else {
         constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
         return weight + (tile.expert * EXPERT_ROWS + at + (gate ? C::OUTPUTS : 0)) * C::K;
@@ -61,7 +60,7 @@ __device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight
 
 // Thread (i, j) of 16 × 8 computes rows i, i + 16, i + 32, i + 48 of columns 4j … 4j + 3. With silu·mul the last two
 // rows are the gates of the first two.
-template <typename C, int EXPERTS, typename Out>
+template <typename C, typename Out>
 __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Tile& tile, typename C::Stored weight,
                                           const typename C::T* tokens, Out* out, const Out* residual) {
     using T = typename C::T;
@@ -70,7 +69,7 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
     for (int k0 = 0; k0 < C::K; k0 += C::DEPTH) {
         for (int at = threadIdx.x; at < C::ROWS * C::DEPTH; at += C::THREADS) {
             const int row = at / C::DEPTH, k = at % C::DEPTH;
-            const typename C::W::Row source = simt_row<C, EXPERTS>(weight, tile, row);
+            const typename C::W::Row source = simt_row<C>(weight, tile, row);
             shared.weights[k][row] = source && k0 + k < C::K ? C::W::at(source, k0 + k) : 0.0f;
         }
         for (int at = threadIdx.x; at < C::COLS * C::DEPTH; at += C::THREADS) {
@@ -126,7 +125,7 @@ __global__ void __launch_bounds__(C::THREADS)
             shared.sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        simt_tile<C, 1>(shared, tile, weight, tokens, out, residual);
+        simt_tile<C>(shared, tile, weight, tokens, out, residual);
     }
 }
 
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(C::THREADS)
             shared.sources[i] = i >= tile.count ? -1 : DOWN ? position : assignment / TOP_K;
         }
         __syncthreads();
-        simt_tile<C, EXPERTS>(shared, tile, weight, tokens, out, static_cast<const typename C::T*>(nullptr));
+        simt_tile<C>(shared, tile, weight, tokens, out, static_cast<const typename C::T*>(nullptr));
     }
 }
 

@@ -9,8 +9,8 @@
 // With few tokens a linear is as fast as its weights are read. Each warp has a ring of its own in shared memory, which it
 // fills by bulk copies: no warp waits for another one's weights, and 128 KB and more are under way on a multiprocessor at
 // all times. Tokens are shared: one more warp copies them. A team of SPLIT warps shares a slab along K, if there are too
-// few slabs to occupy all warps. Then each warp keeps the sums of its groups until the warp before it hands on the sums
-// so far: sums are added in ascending K, whoever computed them. (So a chain over a whole row cannot be split.)
+// few slabs to occupy all warps. They leave the sums of all groups in shared memory, and one more warp scales and adds
+// them in ascending K. (So a chain over a whole row cannot be split.)
 #pragma once
 
 #include "base/step.cuh"
@@ -74,24 +74,28 @@ struct StreamConfig {
     static constexpr bool RESIDENT = TOKEN_STAGES * TOKEN_BLOCKS == PART;
     static constexpr int TOKEN_CHUNKS = TOKEN_BLOCKS / BLOCKS;  // chunks of weights that a stage of tokens serves
     // Whether a warp moves a whole chunk to registers before it multiplies. Then it refills the stage earlier.
-    static constexpr bool AHEAD = WIDTH == 1 && SPLIT == 1 && BLOCKS * SLABS * sizeof(Block<W>) <= 192;
+    static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * SLABS * sizeof(Block<W>) <= (WARPS < 8 ? 400 : 192);
 
-    static constexpr int SLOTS = 4;  // sums that a warp may hand on before the next warp takes any
-    static constexpr int KEPT = COLS == 1 ? 2 : 4;  // of a fragment's four sums; a single token has two
     static constexpr int COPY = BLOCKS * W::BLOCK, STAGE = SLABS * COPY;
     static constexpr int TOKEN_ROW = TOKEN_BLOCKS * 256 + 16;  // 16 more, so that rows begin in different banks
     static constexpr int TOKEN_STAGE = SPLIT * COLS * TOKEN_ROW;
     static constexpr int TOKENS_AT = WARPS * STAGES * STAGE;
-    static constexpr int HANDED = 32 * KEPT * 4 * WIDTH * SLABS;  // bytes of the sums that a warp hands on
-    static constexpr int HANDED_AT = TOKENS_AT + TOKEN_STAGES * TOKEN_STAGE;
-    static constexpr int BARRIERS_AT = HANDED_AT + (SPLIT > 1 ? WARPS * SLOTS * HANDED : 0);
-    static constexpr int BARRIERS = WARPS * STAGES + 2 * TOKEN_STAGES + (SPLIT > 1 ? 2 * WARPS * SLOTS : 0);
+    // The sums of a team's slab: each group's 16 rows of each token, and their scales. There are SLOTS of them, so that
+    // the next slab's may be written while one slab's are added.
+    static constexpr int SLOTS = 2;
+    static constexpr int GROUPS = W::blocks(K) * W::CHAINS;
+    static constexpr int COLUMN = COLS == 1 ? 16 : 20;  // 4 more, so that columns begin in different banks
+    static constexpr int SUMS = GROUPS * COLS * COLUMN * 4, SLOT = SUMS + GROUPS * 8 * static_cast<int>(sizeof(typename W::Scales));
+    static constexpr int SLOTS_AT = TOKENS_AT + TOKEN_STAGES * TOKEN_STAGE;
+    static constexpr int BARRIERS_AT = SLOTS_AT + (SPLIT > 1 ? TEAMS * SLOTS * SLOT : 0);
+    static constexpr int BARRIERS = WARPS * STAGES + 2 * TOKEN_STAGES + (SPLIT > 1 ? 2 * TEAMS * SLOTS : 0);
     static constexpr int SHARED = BARRIERS_AT + BARRIERS * 8;
     static_assert(SHARED <= SHARED_ && SHARED_ <= 232448, "what the launch asks for");
-    static constexpr int THREADS = WARPS * 32 + 32;
+    static constexpr int THREADS = (WARPS + (SPLIT > 1 ? 2 : 1)) * 32;
 
     static_assert(K % W::DEPTH == 0 && W::blocks(K) % SPLIT == 0 && PART % BLOCKS == 0 && WARPS % SPLIT == 0, "");
-    static_assert(TOKEN_BLOCKS % BLOCKS == 0 && PART % TOKEN_BLOCKS == 0 && (SPLIT == 1 || W::SCALED), "");
+    static_assert(TOKEN_BLOCKS % BLOCKS == 0 && PART % TOKEN_BLOCKS == 0, "");
+    static_assert(SPLIT == 1 || (W::SCALED && SLABS == 1 && WIDTH == 1), "sums of a group, of few tokens");
     static_assert(STAGE % 16 == 0 && TOKENS_AT % 16 == 0, "bulk copies");
 };
 
@@ -104,10 +108,11 @@ struct StreamBarriers {
     __device__ __forceinline__ u32 full(int warp, int stage) const { return at(warp * C::STAGES + stage); }
     __device__ __forceinline__ u32 tokens_full(int stage) const { return at(C::WARPS * C::STAGES + stage); }
     __device__ __forceinline__ u32 tokens_empty(int stage) const { return tokens_full(C::TOKEN_STAGES + stage); }
-    __device__ __forceinline__ u32 handed(int warp, int slot) const {
-        return tokens_full(2 * C::TOKEN_STAGES + warp * C::SLOTS + slot);
+    // A team's slot has all sums; and they are added.
+    __device__ __forceinline__ u32 summed(int team, int slot) const {
+        return tokens_full(2 * C::TOKEN_STAGES + team * C::SLOTS + slot);
     }
-    __device__ __forceinline__ u32 taken(int warp, int slot) const { return handed(C::WARPS + warp, slot); }
+    __device__ __forceinline__ u32 added(int team, int slot) const { return summed(C::TEAMS + team, slot); }
 };
 
 // A place in a ring.
@@ -204,14 +209,27 @@ __device__ __forceinline__ void copy_tokens(u32 base, Spans spans, const typenam
     }
 }
 
-// A chain of a block's products: sums += slabs · tokens. `tokens` is where the lane's row of tokens lies.
+// A lane's part of the B operands of two steps of 16 elements, for all of a tile's tokens.
+template <typename C>
+struct TokenPair {
+    u32 values[C::WIDTH][4];
+
+    __device__ __forceinline__ void load(const u32 (&tokens)[C::WIDTH], int pair) {
+#pragma unroll
+        for (int c = 0; c < C::WIDTH; c++) ptx::ldmatrix_x4(values[c], tokens[c] + pair * 64);
+    }
+};
+
+// A chain of a block's products: sums += slabs · tokens. `tokens` is where the lane's rows of tokens lie. `pairs` has the
+// tokens of the chain's first two steps, and afterwards those behind its last ones, if they are in the block.
 template <typename C>
 __device__ __forceinline__ void multiply_chain(float (&sums)[C::SLABS][C::WIDTH][4], const Block<typename C::W> (&blocks)[C::SLABS],
-                                               int chain, u32 (&tokens)[C::WIDTH]) {
+                                               int chain, const u32 (&tokens)[C::WIDTH], TokenPair<C> (&pairs)[2]) {
     using W = typename C::W;
-    constexpr int PAIRS = 4 / W::CHAINS;  // of steps of 16 elements
+    constexpr int PAIRS = 4 / W::CHAINS;
 #pragma unroll
     for (int pair = chain * PAIRS; pair < (chain + 1) * PAIRS; pair++) {
+        if (pair < 3) pairs[(pair + 1) % 2].load(tokens, pair + 1);
         u32 a[C::SLABS][2][4];
 #pragma unroll
         for (int s = 0; s < C::SLABS; s++) {
@@ -219,58 +237,89 @@ __device__ __forceinline__ void multiply_chain(float (&sums)[C::SLABS][C::WIDTH]
             W::fragment(a[s][1], blocks[s].lane, pair * 2 + 1, blocks[s].zeros[chain]);
         }
 #pragma unroll
-        for (int c = 0; c < C::WIDTH; c++) {
-            u32 b[4];
-            ptx::ldmatrix_x4(b, tokens[c] + pair * 64);
-            const u32 first[2] = {b[0], b[1]}, second[2] = {b[2], b[3]};
+        for (int step = 0; step < 2; step++) {
 #pragma unroll
-            for (int s = 0; s < C::SLABS; s++) {
-                ptx::mma<typename C::T>(sums[s][c], a[s][0], first);
-                ptx::mma<typename C::T>(sums[s][c], a[s][1], second);
+            for (int c = 0; c < C::WIDTH; c++) {
+                const u32* b = pairs[pair % 2].values[c];
+                const u32 of_step[2] = {b[step * 2], b[step * 2 + 1]};
+#pragma unroll
+                for (int s = 0; s < C::SLABS; s++) ptx::mma<typename C::T>(sums[s][c], a[s][step], of_step);
             }
         }
     }
 }
 
-// The sums of a warp's groups, which wait for the sums of the warps before it.
+// A team's slot in shared memory.
 template <typename C>
-struct Kept {
-    static constexpr int COUNT = C::SPLIT > 1 ? C::PART * C::W::CHAINS : 1;
-    float sums[COUNT][C::SLABS][C::WIDTH][C::KEPT];
-    typename C::W::Scales scales[COUNT][C::SLABS];
+struct Slot {
+    float sums[C::GROUPS][C::COLS][C::COLUMN];
+    typename C::W::Scales scales[C::GROUPS][8];
 
-    __device__ __forceinline__ void keep(int i, const float (&chains)[C::SLABS][C::WIDTH][4], const Block<typename C::W> (&blocks)[C::SLABS],
-                                         int chain) {
+    __device__ static __forceinline__ Slot& of(u8* shared, int team, int slot) {
+        static_assert(sizeof(Slot) == C::SLOT, "");
+        return *reinterpret_cast<Slot*>(shared + C::SLOTS_AT + (team * C::SLOTS + slot) * C::SLOT);
+    }
+
+    // Stores a group's sums, which a warp has.
+    __device__ __forceinline__ void store(int group, const float (&chain)[4], typename C::W::Scales of_group, int lane) {
+        const int row = lane / 4, col = lane % 4 * 2;
+        if (lane % 4 == 0) scales[group][row] = of_group;
 #pragma unroll
-        for (int s = 0; s < C::SLABS; s++) {
-            scales[i][s] = blocks[s].scales[chain];
-#pragma unroll
-            for (int c = 0; c < C::WIDTH; c++) {
-#pragma unroll
-                for (int j = 0; j < C::KEPT; j++) sums[i][s][c][j] = chains[s][c][j * 4 / C::KEPT];
-            }
+        for (int i = 0; i < 4; i++) {
+            if (col + i % 2 < C::COLS) sums[group][col + i % 2][row + i / 2 * 8] = chain[i];
         }
     }
 
-    __device__ __forceinline__ void add(float (&total)[C::SLABS][C::WIDTH][4]) const {
+    // The sum over all groups of a row and a column.
+    __device__ __forceinline__ float total(int row, int col) const {
+        float total = 0.0f;
+#pragma unroll 8
+        for (int group = 0; group < C::GROUPS; group++) {
+            const typename C::W::Scales& pair = scales[group][row % 8];
+            total = __fmaf_rn(sums[group][col][row], to_float(row < 8 ? pair.upper : pair.lower), total);
+        }
+        return total;
+    }
+};
+
+// The warp that adds what teams have summed. `destination(column)` is a column's row of `out`.
+template <typename C, typename Spans, typename Out, typename Destination>
+__device__ __forceinline__ void add_groups(u8* shared, Spans spans, Out* out, const Out* residual, Destination destination) {
+    const StreamBarriers<C> barriers{ptx::shared_address(shared)};
+    const int lane = threadIdx.x % 32, row = lane % 16;
+    Turn<C::SLOTS> turns[C::TEAMS];
+    sched::Span span;
+    while (spans.take(span)) {
+        for (int first = 0; first < span.slabs; first += C::TEAMS) {
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
+            for (int team = 0; team < C::TEAMS; team++) {
+                if (first + team >= span.slabs) break;
+                Turn<C::SLOTS>& turn = turns[team];
+                mbarrier::wait(barriers.summed(team, turn.stage), turn.phase);
+                const Slot<C>& slot = Slot<C>::of(shared, team, turn.stage);
+                float upper[(C::COLS + 1) / 2], lower[(C::COLS + 1) / 2];
 #pragma unroll
-            for (int s = 0; s < C::SLABS; s++) {
+                for (int i = 0; i < (C::COLS + 1) / 2; i++) {
+                    upper[i] = slot.total(row, min(i * 2 + lane / 16, C::COLS - 1)) * C::W::UNIT;
+                    lower[i] = __shfl_xor_sync(~0u, upper[i], 8);
+                }
+                if (lane == 0) mbarrier::arrive(barriers.added(team, turn.stage));
+                turn.advance();
+                const int at_row = (span.slab + first + team) * (C::SILU ? 8 : 16) + row;
 #pragma unroll
-                for (int c = 0; c < C::WIDTH; c++) {
-                    float chain[4] = {};
-#pragma unroll
-                    for (int j = 0; j < C::KEPT; j++) chain[j * 4 / C::KEPT] = sums[i][s][c][j];
-                    C::W::add(total[s][c], chain, scales[i][s]);
+                for (int i = 0; i < (C::COLS + 1) / 2; i++) {
+                    const int column = i * 2 + lane / 16;
+                    if (row >= 8 || column >= span.count) continue;
+                    const i64 at = static_cast<i64>(destination(span.first + column)) * C::OUTPUTS;
+                    epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper[i], lower[i], at_row, out + at, residual + at);
                 }
             }
         }
     }
-};
+}
 
 // A warp that multiplies. `destination(column)` is a column's row of `out`.
-template <typename C, int EXPERTS, typename Spans, typename Out, typename Destination>
+template <typename C, typename Spans, typename Out, typename Destination>
 __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loader, Spans spans, const u8* weight, Out* out,
                                                const Out* residual, Destination destination) {
     using W = typename C::W;
@@ -284,7 +333,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
     const u32 token_lane = base + C::TOKENS_AT + (part * C::COLS + min(lane % 8, C::COLS - 1)) * C::TOKEN_ROW + lane / 8 * 16;
     Turn<C::STAGES> turn;
     Turn<C::TOKEN_STAGES> token_turn;
-    Turn<C::SLOTS> hand;
+    Turn<C::SLOTS> slot_turn;
     sched::Span span;
     while (spans.take(span)) {
         const int rounds = (span.slabs + C::TEAMS * C::SLABS - 1) / (C::TEAMS * C::SLABS);
@@ -296,17 +345,17 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
             typename W::Zero row_zeros[C::SLABS];
             float row_scales[C::SLABS][2];
             if constexpr (W::ROW_VALUES > 0) {
-                const float* values = W::row_values(weight, static_cast<i64>(EXPERTS) * C::MATRIX_SLABS, C::K);
 #pragma unroll
                 for (int s = 0; s < C::SLABS; s++) {
                     const i64 at = span.expert * C::MATRIX_SLABS + min(span.slab + slab + s, C::MATRIX_SLABS - 1);
-                    const float* of_row = values + (at * W::SLAB + lane / 4) * W::ROW_VALUES;
+                    const float* of_row = W::row_values(weight, at) + lane / 4 * W::ROW_VALUES;
                     row_scales[s][0] = of_row[0], row_scales[s][1] = of_row[8 * W::ROW_VALUES];
                     row_zeros[s] = W::row_zero(of_row[W::ROW_VALUES - 1], of_row[9 * W::ROW_VALUES - 1]);
                 }
             }
             float total[C::SLABS][C::WIDTH][4] = {};
-            Kept<C> kept;
+            Slot<C>& slot = Slot<C>::of(shared, team, slot_turn.stage);
+            if (C::SPLIT > 1 && active) mbarrier::wait(barriers.added(team, slot_turn.stage), slot_turn.phase ^ 1);
             const auto chunk = [&](int index) {
                 u32 tokens[C::WIDTH];
 #pragma unroll
@@ -336,20 +385,23 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                         for (int b = 0; b < C::BLOCKS; b++) fetch(b);
                         refill();
                     }
-#pragma unroll C::AHEAD || C::SPLIT > 1 ? C::BLOCKS : 1
+#pragma unroll C::AHEAD ? C::BLOCKS : 1
                     for (int b = 0; b < C::BLOCKS; b++) {
                         if constexpr (!C::AHEAD) {
                             fetch(b);
                             if (b == C::BLOCKS - 1) refill();
                         }
                         const auto& block = blocks[C::AHEAD ? b : 0];
+                        TokenPair<C> pairs[2];
+                        pairs[0].load(tokens, 0);
                         if constexpr (W::SCALED) {
 #pragma unroll
                             for (int chain = 0; chain < W::CHAINS; chain++) {
                                 float chains[C::SLABS][C::WIDTH][4] = {};
-                                multiply_chain<C>(chains, block, chain, tokens);
+                                multiply_chain<C>(chains, block, chain, tokens, pairs);
                                 if constexpr (C::SPLIT > 1) {
-                                    kept.keep((index * C::BLOCKS + b) * W::CHAINS + chain, chains, block, chain);
+                                    const int group = (part * C::PART + index * C::BLOCKS + b) * W::CHAINS + chain;
+                                    slot.store(group, chains[0][0], block[0].scales[chain], lane);
                                 } else {
 #pragma unroll
                                     for (int s = 0; s < C::SLABS; s++) {
@@ -359,7 +411,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                                 }
                             }
                         } else {
-                            multiply_chain<C>(total, block, 0, tokens);
+                            multiply_chain<C>(total, block, 0, tokens, pairs);
                         }
 #pragma unroll
                         for (int c = 0; c < C::WIDTH; c++) tokens[c] += 256;
@@ -374,65 +426,29 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                     token_turn.advance();
                 }
             };
-            if constexpr (C::SPLIT > 1) {
-#pragma unroll
-                for (int index = 0; index < C::CHUNKS; index++) chunk(index);
-            } else {
 #pragma unroll 1
-                for (int index = 0; index < C::CHUNKS; index++) chunk(index);
-            }
+            for (int index = 0; index < C::CHUNKS; index++) chunk(index);
             if (!active) continue;
             if constexpr (C::SPLIT > 1) {
-                using Handed = float[C::SLABS][C::WIDTH][32][C::KEPT];
-                const auto slot_of = [&](int w) -> Handed& {
-                    return *reinterpret_cast<Handed*>(shared + C::HANDED_AT + (w * C::SLOTS + hand.stage) * C::HANDED);
-                };
-                if (part > 0) {
-                    mbarrier::wait(barriers.handed(warp - 1, hand.stage), hand.phase);
-                    const Handed& from = slot_of(warp - 1);
+                __syncwarp();
+                if (lane == 0) mbarrier::arrive(barriers.summed(team, slot_turn.stage));
+                slot_turn.advance();
+            } else {
 #pragma unroll
-                    for (int s = 0; s < C::SLABS; s++) {
+                for (int c = 0; c < C::WIDTH; c++) {
 #pragma unroll
-                        for (int c = 0; c < C::WIDTH; c++) {
+                    for (int half = 0; half < 2; half++) {
+                        const int column = c * 8 + lane % 4 * 2 + half;
+                        if (column >= span.count) continue;
+                        const i64 at = static_cast<i64>(destination(span.first + column)) * C::OUTPUTS;
 #pragma unroll
-                            for (int j = 0; j < C::KEPT; j++) total[s][c][j * 4 / C::KEPT] = from[s][c][lane][j];
+                        for (int s = 0; s < C::SLABS; s++) {
+                            if (slab + s >= span.slabs) continue;
+                            float upper = total[s][c][half] * W::UNIT, lower = total[s][c][half + 2] * W::UNIT;
+                            if constexpr (W::ROW_VALUES > 0) upper *= row_scales[s][0], lower *= row_scales[s][1];
+                            const int row = (span.slab + slab + s) * (C::SILU ? 8 : 16) + lane / 4;
+                            epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper, lower, row, out + at, residual + at);
                         }
-                    }
-                    __syncwarp();
-                    if (lane == 0) mbarrier::arrive(barriers.taken(warp - 1, hand.stage));
-                }
-                kept.add(total);
-                if (part < C::SPLIT - 1) {
-                    mbarrier::wait(barriers.taken(warp, hand.stage), hand.phase ^ 1);
-                    Handed& to = slot_of(warp);
-#pragma unroll
-                    for (int s = 0; s < C::SLABS; s++) {
-#pragma unroll
-                        for (int c = 0; c < C::WIDTH; c++) {
-#pragma unroll
-                            for (int j = 0; j < C::KEPT; j++) to[s][c][lane][j] = total[s][c][j * 4 / C::KEPT];
-                        }
-                    }
-                    __syncwarp();
-                    if (lane == 0) mbarrier::arrive(barriers.handed(warp, hand.stage));
-                }
-                hand.advance();
-                if (part < C::SPLIT - 1) continue;
-            }
-#pragma unroll
-            for (int c = 0; c < C::WIDTH; c++) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int column = c * 8 + lane % 4 * 2 + half;
-                    if (column >= span.count) continue;
-                    const i64 at = static_cast<i64>(destination(span.first + column)) * C::OUTPUTS;
-#pragma unroll
-                    for (int s = 0; s < C::SLABS; s++) {
-                        if (slab + s >= span.slabs) continue;
-                        float upper = total[s][c][half] * W::UNIT, lower = total[s][c][half + 2] * W::UNIT;
-                        if constexpr (W::ROW_VALUES > 0) upper *= row_scales[s][0], lower *= row_scales[s][1];
-                        const int row = (span.slab + slab + s) * (C::SILU ? 8 : 16) + lane / 4;
-                        epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper, lower, row, out + at, residual + at);
                     }
                 }
             }
@@ -442,7 +458,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
 
 // What both kernels do. With EARLY, warps begin to load weights before the preceding kernel has finished: what the spans
 // depend on was complete before that kernel started. With LATE, the next kernel may start only after this one's wait.
-template <typename C, int EXPERTS, bool EARLY, bool LATE, typename MakeSpans, typename Source, typename Destination, typename Out>
+template <typename C, bool EARLY, bool LATE, typename MakeSpans, typename Source, typename Destination, typename Out>
 __device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, const typename C::T* tokens, Out* out,
                                        const Out* residual, Source source, Destination destination) {
     extern __shared__ __align__(128) u8 dynamic_shared[];
@@ -464,14 +480,24 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, c
         copy_tokens<C>(base, make_spans(), tokens, source);
         return;
     }
+    if (warp > C::WARPS) {
+        if constexpr (C::SPLIT > 1) {
+            if (lane == 0) {
+                for (int s = 0; s < C::TEAMS * C::SLOTS; s++) {
+                    mbarrier::init(barriers.summed(0, s), C::SPLIT);
+                    mbarrier::init(barriers.added(0, s), 1);
+                }
+                mbarrier::fence_init();
+            }
+            __syncthreads();
+            pdl::wait();
+            if constexpr (LATE) pdl::launch_dependents();
+            add_groups<C>(dynamic_shared, make_spans(), out, residual, destination);
+        }
+        return;
+    }
     if (lane == 0) {
         for (int s = 0; s < C::STAGES; s++) mbarrier::init(barriers.full(warp, s), 1);
-        if constexpr (C::SPLIT > 1) {
-            for (int s = 0; s < C::SLOTS; s++) {
-                mbarrier::init(barriers.handed(warp, s), 1);
-                mbarrier::init(barriers.taken(warp, s), 1);
-            }
-        }
         mbarrier::fence_init();
     }
     __syncwarp();
@@ -482,7 +508,7 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, c
     __syncthreads();
     if constexpr (EARLY) pdl::wait();
     if constexpr (LATE) pdl::launch_dependents();
-    multiply_slabs<C, EXPERTS>(dynamic_shared, loader, spans, weight, out, residual, destination);
+    multiply_slabs<C>(dynamic_shared, loader, spans, weight, out, residual, destination);
 }
 
 // Dense linear of a packed weight [OUTPUTS][K] with tokens [·][K].
@@ -493,7 +519,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         return sched::Spans<1, C::MATRIX_SLABS, C::COLS>(nullptr, LOGITS ? header->num_logits : header->num_tokens);
     };
     const auto same = [](int column) { return column; };
-    stream<C, 1, true, false>(spans, weight, tokens, out, residual, same, same);
+    stream<C, true, false>(spans, weight, tokens, out, residual, same, same);
 }
 
 // Linear of each token by its experts, as `mma_grouped`. expert_down loads its first weights before its wait: the lists
@@ -505,7 +531,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const auto spans = [&] { return sched::Spans<EXPERTS, C::MATRIX_SLABS, C::COLS>(offsets, header->num_tokens); };
     const auto source = [&](int position) { return DOWN ? position : order[position] / TOP_K; };
     const auto destination = [&](int position) { return DOWN ? order[position] : position; };
-    stream<C, EXPERTS, DOWN, true>(spans, weight, tokens, out, static_cast<const typename C::T*>(nullptr), source, destination);
+    stream<C, DOWN, true>(spans, weight, tokens, out, static_cast<const typename C::T*>(nullptr), source, destination);
 }
 
 }  // namespace linear

@@ -1,10 +1,9 @@
 // Op: none; puts a quantized weight into the device's order (weight/quantized.cuh) when an engine is loaded. CPU twin:
 // none: the CPU reads the parts as they are stored.
-// Regime: one launch for each weight · Tile: a block of a slab: 16 rows, 128 elements of K; a warp each
+// Regime: one launch for each matrix · Tile: a block of a slab: 16 rows, 128 elements of K; a warp each
 // Grid: any; warps stride over the blocks · Numerics: copies bits; scales of rows become f32
-// Requires: parts as a checkpoint has them, row-major: integers [experts][rows][K · BITS / 8], scales and zeros
-// [experts][rows][groups]; EXPERTS of them lie one after another
-// Traffic: every part read once, the packed weight written once · Measured: docs/perf/cuda.md
+// Requires: a matrix's parts as a checkpoint has them, row-major: integers [ROWS][K · BITS / 8], scales and zeros
+// [ROWS][groups] · Traffic: every part read once, the packed weight written once · Measured: docs/perf/cuda.md
 #pragma once
 
 #include "ptx/pdl.cuh"
@@ -12,34 +11,31 @@
 
 namespace weight {
 
-// With INTERLEAVED, a slab has eight rows of an expert's first half (up) and eight of its second half (gate).
-template <typename W, typename Scale, int EXPERTS, int ROWS, int K, bool INTERLEAVED>
+// Packs matrix `expert` of the weight `out`. With INTERLEAVED, a slab has eight rows of the matrix's first half (up) and
+// eight of its second half (gate). `zeros` are read only if the format has any.
+template <typename W, typename Scale, int ROWS, int K, bool INTERLEAVED>
 __global__ void __launch_bounds__(256)
-    pack(const u8* values, const Scale* scales, const u8* zeros, u8* out) {
+    pack(const u8* values, const Scale* scales, const u8* zeros, u8* out, int expert) {
     pdl::launch_dependents();
     pdl::wait();
     constexpr int SLABS = W::slabs(INTERLEAVED ? ROWS / 2 : ROWS, INTERLEAVED), BLOCKS = W::blocks(K);
     constexpr int GROUP = W::SCALED ? W::GROUP : K, GROUPS = (K + GROUP - 1) / GROUP;
-    constexpr i64 ROW_BYTES = static_cast<i64>(K) * W::BITS / 8;
-    static_assert(K * W::BITS % 8 == 0, "rows are whole bytes");
+    constexpr i64 ROW_BYTES = (static_cast<i64>(K) * W::BITS + 7) / 8;
     constexpr int WORDS = W::VALUES / 128;  // of a lane
     const int lane = threadIdx.x % 32;
-    // The weight's row that is row `row` of a slab, or −1. Rows are counted over all experts.
-    const auto source = [](i64 slab, int row) -> i64 {
-        const i64 expert = slab / SLABS, within = slab % SLABS;
+    // The matrix's row that is row `row` of a slab, or −1.
+    const auto source = [](int slab, int row) -> i64 {
         if constexpr (INTERLEAVED) {
-            const i64 at = within * 8 + row % 8;
-            return at < ROWS / 2 ? expert * ROWS + row / 8 * (ROWS / 2) + at : -1;
+            const int at = slab * 8 + row % 8;
+            return at < ROWS / 2 ? row / 8 * (ROWS / 2) + at : -1;
         } else {
-            const i64 at = within * W::SLAB + row;
-            return at < ROWS ? expert * ROWS + at : -1;
+            const int at = slab * W::SLAB + row;
+            return at < ROWS ? at : -1;
         }
     };
-    const i64 count = static_cast<i64>(EXPERTS) * SLABS * BLOCKS, stride = gridDim.x * 8ll;
-    for (i64 index = blockIdx.x * 8ll + threadIdx.x / 32; index < count; index += stride) {
-        const i64 slab = index / BLOCKS;
-        const int block = static_cast<int>(index % BLOCKS);
-        u8* to = out + index * W::BLOCK;
+    for (int index = blockIdx.x * 8 + threadIdx.x / 32; index < SLABS * BLOCKS; index += gridDim.x * 8) {
+        const int slab = index / BLOCKS, block = index % BLOCKS;
+        u8* to = out + (static_cast<i64>(expert) * SLABS * BLOCKS + index) * W::BLOCK;
         const i64 rows[2] = {source(slab, lane / 4), source(slab, lane / 4 + 8)};
         const auto zero = [&](i64 row, int group) -> u32 {
             return W::ZEROS && row >= 0 && group < GROUPS ? zeros[row * GROUPS + group] : 1u << (W::BITS - 1);
@@ -57,7 +53,8 @@ __global__ void __launch_bounds__(256)
                 if (row >= 0 && k < K) {
                     const u8* from = values + row * ROW_BYTES + k * W::BITS / 8;
                     if constexpr (W::BITS == 4) {
-                        low = *from & 15, high = *from >> 4;
+                        low = *from & 15;
+                        if (K % 2 == 0 || k + 1 < K) high = *from >> 4;
                     } else if constexpr (K % 2 == 0) {
                         const u32 both = *reinterpret_cast<const u16*>(from);
                         low = both & 255, high = both >> 8;
@@ -89,10 +86,10 @@ __global__ void __launch_bounds__(256)
                 if constexpr (W::ZEROS) to[W::ZEROS_AT + i] = exists ? zeros[row * GROUPS + group] : 1 << (W::BITS - 1);
             }
         } else if (block == 0 && lane < W::SLAB) {
-            float* ends = reinterpret_cast<float*>(out + static_cast<i64>(EXPERTS) * SLABS * W::slab_bytes(K));
-            const i64 at = slab * W::SLAB + lane, row = source(slab, lane);
-            ends[at * W::ROW_VALUES] = row < 0 ? 0.0f : to_float(scales[row]);
-            if constexpr (W::ZEROS) ends[at * 2 + 1] = row < 0 ? 1 << (W::BITS - 1) : zeros[row];
+            float* of_row = const_cast<float*>(W::row_values(out, static_cast<i64>(expert) * SLABS + slab)) + lane * W::ROW_VALUES;
+            const i64 row = source(slab, lane);
+            of_row[0] = row < 0 ? 0.0f : to_float(scales[row]);
+            if constexpr (W::ZEROS) of_row[1] = row < 0 ? 1 << (W::BITS - 1) : zeros[row];
         }
     }
 }

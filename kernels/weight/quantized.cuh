@@ -9,7 +9,7 @@
 //   · if scales belong to groups: the scales [group][8][2] and, if zeros are stored, those [group][8][2] in bytes. Entry
 //     [i][0] belongs to row i and [i][1] to row i + 8.
 // If scales belong to rows, they lie behind all slabs as f32, in the order of the slabs' rows; with stored zeros, a row
-// has two values, its scale and its zero.
+// has two values, its scale and its zero. Kernels find them VALUES_AT bytes behind the slab that they are given.
 //
 // With g = lane / 4 and c = 2 · (lane % 4), a lane's A operand of 16 elements of K (ptx::mma) is four registers: row g of
 // columns c and c + 1, row g + 8 of the same, row g of columns c + 8 and c + 9, row g + 8 of the same.
@@ -73,7 +73,7 @@ struct Conversion<float> {
 };
 
 // GROUP is the number of elements along K that share a scale, or 0 for a whole row.
-template <typename Element, int BITS_, int GROUP_, bool ZEROS_, typename ScaleType>
+template <typename Element, int BITS_, int GROUP_, bool ZEROS_, typename ScaleType, i64 VALUES_AT>
 struct Quantized {
     using T = Element;  // of tokens, and what integers are converted to
     using Scale = ScaleType;
@@ -107,9 +107,9 @@ struct Quantized {
     // outputs.
     __device__ static constexpr int slabs(int outputs, bool silu_mul) { return silu_mul ? (outputs + 7) / 8 : (outputs + 15) / 16; }
 
-    // The values of rows, which lie behind all of a weight's slabs.
-    __device__ static __forceinline__ const float* row_values(Stored weight, i64 slabs, int k) {
-        return reinterpret_cast<const float*>(weight + slabs * slab_bytes(k));
+    // The values of slab `slab`'s first row.
+    __device__ static __forceinline__ const float* row_values(Stored weight, i64 slab) {
+        return reinterpret_cast<const float*>(weight + VALUES_AT) + slab * SLAB * ROW_VALUES;
     }
 
     // Bytes of a stage's rows: one block of each of their slabs.
