@@ -31,6 +31,7 @@ pub mod scratch;
 pub mod select;
 pub mod source;
 pub mod step_block;
+mod stream;
 pub mod weight;
 
 pub use arch::{Arch, Family};

@@ -51,12 +51,12 @@ pub enum LinearPlan {
 pub struct Stream {
     /// The most columns of a tile.
     pub cols: u32,
+    /// The most tokens in shared memory: of one tile, or of several that lie one behind the other.
+    pub rows: u32,
     /// Warps that multiply.
     pub warps: u32,
     /// Warps that share a slab of 16 rows along K.
     pub split: u32,
-    /// Slabs that a warp, or a team of `split` warps, computes at a time.
-    pub slabs: u32,
     /// Blocks of 128 elements of K in a stage of a warp's ring.
     pub blocks: u32,
     /// Stages of a warp's ring.
@@ -81,8 +81,8 @@ impl fmt::Display for LinearPlan {
                 write!(f, "wgmma:{rows}x{cols}:k{depth}:s{stages}:w{warpgroups}:c{cluster}")?;
                 if *dynamic { write!(f, ":dynamic") } else { Ok(()) }
             }
-            LinearPlan::Stream(Stream { cols, warps, split, slabs, blocks, stages, token_blocks, token_stages }) => {
-                write!(f, "stream:{warps}x{cols}:p{split}:r{slabs}:b{blocks}:s{stages}:t{token_blocks}x{token_stages}")
+            LinearPlan::Stream(Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages }) => {
+                write!(f, "stream:{rows}x{cols}:w{warps}:p{split}:b{blocks}:s{stages}:t{token_blocks}x{token_stages}")
             }
             LinearPlan::CublasLt => write!(f, "cublaslt"),
         }
@@ -120,11 +120,11 @@ impl FromStr for LinearPlan {
                 LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic }
             }
             "stream" => {
-                let (warps, cols) = tile(words.next())?;
-                let (split, slabs) = (number(words.next(), 'p')?, number(words.next(), 'r')?);
+                let (rows, cols) = tile(words.next())?;
+                let (warps, split) = (number(words.next(), 'w')?, number(words.next(), 'p')?);
                 let (blocks, stages) = (number(words.next(), 'b')?, number(words.next(), 's')?);
                 let (token_blocks, token_stages) = tile(words.next().and_then(|w| w.strip_prefix('t')))?;
-                LinearPlan::Stream(Stream { cols, warps, split, slabs, blocks, stages, token_blocks, token_stages })
+                LinearPlan::Stream(Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages })
             }
             "cublaslt" => LinearPlan::CublasLt,
             _ => return Err(error()),
@@ -146,9 +146,9 @@ mod tests {
             LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 2, dynamic: true },
             LinearPlan::Stream(Stream {
                 cols: 1,
+                rows: 2,
                 warps: 14,
                 split: 7,
-                slabs: 2,
                 blocks: 4,
                 stages: 3,
                 token_blocks: 16,
@@ -168,8 +168,8 @@ mod tests {
             "mma:64",
             "simt:3",
             "cublaslt:1",
-            "stream:15x8:p1:r1:b4:s2",
-            "stream:15x8:p1:r1:b4:s2:t4",
+            "stream:8x8:w15:p1:b4:s2",
+            "stream:8x8:w15:p1:b4:s2:t4",
             "wgmma:64x8:k128:s5",
             "wgmma:64x8:k128:s5:w1",
             "wgmma:64x8:k128:s5:w1:c1:x",

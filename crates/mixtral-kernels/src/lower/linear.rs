@@ -277,18 +277,17 @@ impl<'a> Linear<'a> {
     }
 
     fn stream(&self, stream: &Stream) -> Result<Vec<Launch>, LowerError> {
-        let Stream { cols, warps, split, slabs, blocks, stages, token_blocks, token_stages } = *stream;
+        let Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages } = *stream;
         let shared = stream.shared_bytes(&self.shape);
         let config = format!(
-            "linear::StreamConfig<{}, {cols}, {warps}, {split}, {slabs}, {blocks}, {stages}, {token_blocks}, {token_stages}, {}, {}, {}, {shared}>",
+            "linear::StreamConfig<{}, {cols}, {rows}, {warps}, {split}, {blocks}, {stages}, {token_blocks}, {token_stages}, {}, {}, {}, {shared}>",
             self.packing.symbol(self.first_row),
             self.outputs,
             self.shape.depth,
             self.kind as u32
         );
         let (kernel, args) = self.simple("stream", "linear/stream.cuh", &config);
-        let threads = 32 * (warps + if split > 1 { 2 } else { 1 });
-        let kernel = Kernel { threads, shared_bytes: shared, family: Family::Hopper, ..kernel };
+        let kernel = Kernel { threads: 32 * (warps + 1), shared_bytes: shared, family: Family::Hopper, ..kernel };
         Ok(vec![self.launch(kernel, 1, None, args)])
     }
 
