@@ -102,7 +102,7 @@ fn safetensors_header(bytes: &[u8]) {
     let Ok(file) = RankFile::open(&path) else { return };
     for name in file.names() {
         let tensor = file.tensor(name).expect("a tensor that was listed");
-        let size = tensor.shape.iter().product::<usize>() * tensor.dtype.size();
+        let size = tensor.shape.iter().product::<usize>() * tensor.elem.size();
         assert_eq!(tensor.bytes.len(), size, "a view has the bytes of its shape");
         let _ = file.hash(name);
     }

@@ -8,27 +8,27 @@
 //! The graph is itself a [`Program`] whose arena is not planned yet. Passes rewrite it, and between any two passes it
 //! can be planned and run. Tests use that to show that fused programs equal unfused ones.
 
-use mixtral_checkpoint::{CheckpointConfig, TensorId, rank_tensors};
-use mixtral_engine::{Buffer, ElemType, Epilogue, KvLayout, Limits, Op, Program, Rows, Weight, WeightFormat};
-use mixtral_model::{Mapping, ModelConfig, Rank};
+use mixtral_checkpoint::{CheckpointConfig, TensorId, rank_weights};
+use mixtral_engine::{Buffer, Epilogue, KvLayout, Limits, Op, Program, Rows, Weight};
+use mixtral_model::{ElemType, Mapping, ModelConfig, Rank};
 
 /// Builds the naive graph of `rank`.
 #[must_use]
 pub fn naive(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     let (model, mapping) = (&config.model, &config.mapping);
-    let whole = rank_tensors(&CheckpointConfig { mapping: Mapping::single(), ..config.clone() }, Rank(0));
+    let whole = rank_weights(&CheckpointConfig { mapping: Mapping::single(), ..config.clone() }, Rank(0));
     let sharded = |name: &str, shape: &[usize]| {
         let whole = whole.iter().find(|whole| whole.name == name)?;
         shape.iter().zip(&whole.shape).position(|(part, whole)| part != whole)
     };
-    let weights = rank_tensors(config, rank)
+    let weights = rank_weights(config, rank)
         .into_iter()
         .map(|t| Weight {
             sharded: sharded(&t.name, &t.shape),
             name: t.name,
             dtype: t.dtype,
             shape: t.shape,
-            format: WeightFormat::Plain,
+            format: t.format,
             pieces: Vec::new(),
         })
         .collect();

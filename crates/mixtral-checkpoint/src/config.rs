@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mixtral_model::{
-    ConfigError, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme,
+    Bits, ConfigError, Formats, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization,
+    Quantization, WeightFormat,
 };
 use serde_json::{Map, Value, json};
 
@@ -221,15 +222,7 @@ impl CheckpointConfig {
             "moe_ep_size": mapping.moe_ep_size,
             "gpus_per_node": 8,
         });
-        root["quantization"] = json!({
-            "quant_algo": null,
-            "kv_cache_quant_algo": null,
-            "group_size": 128,
-            "smoothquant_val": null,
-            "has_zero_point": false,
-            "pre_quant_scale": false,
-            "exclude_modules": null,
-        });
+        root["quantization"] = quantization(&model.formats);
         root["mixtral"] = json!({
             "format_version": FORMAT_VERSION,
             "tool_version": self.tool_version,
@@ -238,6 +231,7 @@ impl CheckpointConfig {
             "headers": self.headers,
             "files": self.files,
             "weight_layout": "row-major",
+            "formats": model.formats,
             "tensor_hash": "blake3",
             "tokenizer_files": "beside config.json",
         });
@@ -278,13 +272,50 @@ fn seal_of(map: &Map<String, Value>) -> Option<&str> {
     map.values().find_map(|object| object.as_object()?.get("seal")?.as_str())
 }
 
+/// TensorRT-LLM's description of quantized weights. It has no words for all that [`Formats`] says, so that is written too.
+fn quantization(formats: &Formats) -> Value {
+    let algorithm = |format| match format {
+        WeightFormat::Plain => None,
+        WeightFormat::Quantized(Quantization { bits: Bits::Eight, group: None, .. }) => Some("W8A16"),
+        WeightFormat::Quantized(Quantization { bits: Bits::Eight, .. }) => Some("W8A16_GPTQ"),
+        WeightFormat::Quantized(Quantization { bits: Bits::Four, group: None, .. }) => Some("W4A16"),
+        WeightFormat::Quantized(Quantization { bits: Bits::Four, .. }) => Some("W4A16_GPTQ"),
+    };
+    let is_mixed = formats.attention != formats.feed_forward;
+    let quantized = |format| if let WeightFormat::Quantized(quantization) = format { Some(quantization) } else { None };
+    let of = quantized(formats.feed_forward).or(quantized(formats.attention));
+    json!({
+        "quant_algo": if is_mixed { Some("MIXED_PRECISION") } else { algorithm(formats.feed_forward) },
+        "kv_cache_quant_algo": null,
+        "group_size": of.and_then(|of| of.group).unwrap_or(128),
+        "smoothquant_val": null,
+        "has_zero_point": of.is_some_and(|of| of.zeros),
+        "pre_quant_scale": false,
+        "exclude_modules": of.map(|_| ["lm_head", "router", "vocab_embedding"]),
+    })
+}
+
+/// The formats of the weights. A checkpoint that does not name them has plain weights.
+fn read_formats(ours: Keys<'_>) -> Result<Formats, KeyError> {
+    let keys = ours.object("formats", "mixtral.formats.")?;
+    let format = |key| {
+        let Some(word) = keys.text(key)? else { return Ok(WeightFormat::Plain) };
+        word.parse().map_err(|_| keys.unsupported(key, "plain, int8:row:f32, int4:g128:bf16 and the like", word))
+    };
+    Ok(Formats { attention: format("attention")?, feed_forward: format("feed_forward")? })
+}
+
 /// Refuses settings that give the weights another meaning than the one that this tool reads them with.
 fn refuse_unsupported(root: Keys<'_>) -> Result<(), KeyError> {
     let quantization = root.object("quantization", "quantization.")?;
-    for key in ["quant_algo", "kv_cache_quant_algo"] {
-        if let Some(algo) = quantization.get(key) {
-            return Err(quantization.unsupported(key, "null; convert the original model again", algo));
-        }
+    if let Some(algo) = quantization.get("kv_cache_quant_algo") {
+        return Err(quantization.unsupported("kv_cache_quant_algo", "null; convert the original model again", algo));
+    }
+    let ours = root.object("mixtral", "mixtral.")?;
+    // TensorRT-LLM stores integers in the order in which one kind of GPU reads them.
+    if let Some(algo) = quantization.get("quant_algo").filter(|_| !ours.contains("formats")) {
+        let supported = "null: another tool's quantized weights are arranged for its own kernels; quantize the original model with `mixtral convert`";
+        return Err(quantization.unsupported("quant_algo", supported, algo));
     }
     if let Some(scaling) = root.get("rotary_scaling") {
         return Err(root.unsupported("rotary_scaling", "null", scaling));
@@ -363,6 +394,7 @@ fn read_mapping(root: Keys<'_>) -> Result<Mapping, KeyError> {
 }
 
 fn read_config(root: Keys<'_>) -> Result<CheckpointConfig, KeyError> {
+    let ours = root.object("mixtral", "mixtral.")?;
     let moe = read_moe(root)?;
     let hidden_size = root.required_size("hidden_size")?;
     let num_heads = root.required_size("num_attention_heads")?;
@@ -383,9 +415,8 @@ fn read_config(root: Keys<'_>) -> Result<CheckpointConfig, KeyError> {
         rope_theta: root.number("rotary_base")?.unwrap_or(10_000.0),
         norm_eps: root.number("norm_epsilon")?.unwrap_or(1e-5),
         sliding_window: root.size("sliding_window")?,
-        quant: QuantScheme::None,
+        formats: read_formats(ours)?,
     };
-    let ours = root.object("mixtral", "mixtral.")?;
     if let Some(version) = ours.size("format_version")?
         && version as u64 > FORMAT_VERSION
     {

@@ -6,7 +6,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use mixtral_model::DType;
+use mixtral_model::{DType, ElemType};
 use serde::de::{Error as _, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
@@ -32,15 +32,16 @@ pub struct TensorEntry {
 }
 
 impl TensorEntry {
+    /// The element type, if it is one of those that checkpoints have.
+    #[must_use]
+    pub fn elem(&self) -> Option<ElemType> {
+        ELEM_TYPES.into_iter().find(|&elem| safetensors_name(elem) == self.dtype)
+    }
+
     /// The element type, if it is one of the float types that models use.
     #[must_use]
     pub fn float(&self) -> Option<DType> {
-        match self.dtype.as_str() {
-            "F32" => Some(DType::F32),
-            "F16" => Some(DType::F16),
-            "BF16" => Some(DType::Bf16),
-            _ => None,
-        }
+        self.elem().and_then(ElemType::float)
     }
 
     /// Bytes of its data.
@@ -50,13 +51,18 @@ impl TensorEntry {
     }
 }
 
-/// safetensors' name of a data type.
+/// All element types.
+const ELEM_TYPES: [ElemType; 5] = [ElemType::F32, ElemType::F16, ElemType::Bf16, ElemType::I32, ElemType::U8];
+
+/// safetensors' name of an element type.
 #[must_use]
-pub const fn safetensors_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "F32",
-        DType::F16 => "F16",
-        DType::Bf16 => "BF16",
+pub const fn safetensors_name(elem: ElemType) -> &'static str {
+    match elem {
+        ElemType::F32 => "F32",
+        ElemType::F16 => "F16",
+        ElemType::Bf16 => "BF16",
+        ElemType::I32 => "I32",
+        ElemType::U8 => "U8",
     }
 }
 

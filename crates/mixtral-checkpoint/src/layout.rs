@@ -1,19 +1,47 @@
-//! What a rank's file must hold: the table of tensors, their shapes and data types.
+//! What a rank's file must hold: the table of weights, their shapes and formats, and the tensors that they are stored in.
 
-use mixtral_model::{DType, Rank};
+use mixtral_model::{DType, ElemType, Part, Rank, WeightFormat};
 
+use crate::names::part_name;
 use crate::{CheckpointConfig, TensorId};
+
+/// One weight of a rank.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WeightSpec {
+    /// Which weight it is.
+    pub id: TensorId,
+    /// Its name: `id` written out.
+    pub name: String,
+    /// Type of its elements, or of what they stand for: the model's, except for the router's f32.
+    pub dtype: DType,
+    /// How it is stored.
+    pub format: WeightFormat,
+    /// Its shape on this rank.
+    pub shape: Vec<usize>,
+}
+
+impl WeightSpec {
+    /// The tensors that it is stored in.
+    #[must_use]
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        tensors(&self.name, self.format.parts(self.dtype, &self.shape))
+    }
+
+    /// Bytes of its tensors. Saturates instead of overflowing.
+    #[must_use]
+    pub fn num_bytes(&self) -> u64 {
+        self.format.num_bytes(self.dtype, &self.shape) as u64
+    }
+}
 
 /// One tensor of a rank's file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TensorSpec {
-    /// Which tensor it is.
-    pub id: TensorId,
-    /// Its name in the file: `id` written out.
+    /// Its name in the file.
     pub name: String,
-    /// Its data type: the model's, except for the router's f32.
-    pub dtype: DType,
-    /// Its shape on this rank.
+    /// Its element type.
+    pub elem: ElemType,
+    /// Its shape.
     pub shape: Vec<usize>,
 }
 
@@ -21,16 +49,32 @@ impl TensorSpec {
     /// Bytes of the tensor.
     #[must_use]
     pub fn num_bytes(&self) -> u64 {
-        self.shape.iter().map(|&n| n as u64).product::<u64>() * self.dtype.size() as u64
+        self.shape.iter().map(|&n| n as u64).product::<u64>() * self.elem.size() as u64
     }
 }
 
-/// The tensors of `rank`, in the order of the computation.
+/// The tensors that hold the parts of the weight with the name `weight`.
+#[must_use]
+pub fn tensors(weight: &str, parts: Vec<Part>) -> Vec<TensorSpec> {
+    let tensor = |part: Part| TensorSpec { name: part_name(weight, part.kind), elem: part.elem, shape: part.shape };
+    parts.into_iter().map(tensor).collect()
+}
+
+/// The tensors of `rank`'s file, in the order of the computation.
+///
+/// # Panics
+/// As [`rank_weights`].
+#[must_use]
+pub fn rank_tensors(config: &CheckpointConfig, rank: Rank) -> Vec<TensorSpec> {
+    rank_weights(config, rank).iter().flat_map(WeightSpec::tensors).collect()
+}
+
+/// The weights of `rank`, in the order of the computation.
 ///
 /// # Panics
 /// If `rank` is not in the mapping. `config` must be valid (see [`CheckpointConfig::validate`]).
 #[must_use]
-pub fn rank_tensors(config: &CheckpointConfig, rank: Rank) -> Vec<TensorSpec> {
+pub fn rank_weights(config: &CheckpointConfig, rank: Rank) -> Vec<WeightSpec> {
     let (model, mapping) = (&config.model, &config.mapping);
     let hidden = model.hidden_size;
     let heads = mapping.heads(model, rank).len();
@@ -39,9 +83,14 @@ pub fn rank_tensors(config: &CheckpointConfig, rank: Rank) -> Vec<TensorSpec> {
     let intermediate = mapping.intermediate(model, rank).len();
     let vocab = mapping.vocab(model, rank).len();
 
-    let mut tensors = Vec::new();
+    let mut weights = Vec::new();
     let mut add = |id: TensorId, dtype, shape: &[usize]| {
-        tensors.push(TensorSpec { id, name: id.to_string(), dtype, shape: shape.to_vec() });
+        let format = match id {
+            TensorId::Qkv(_) | TensorId::Dense(_) => model.formats.attention,
+            TensorId::Fc(_) | TensorId::Proj(_) => model.formats.feed_forward,
+            _ => WeightFormat::Plain,
+        };
+        weights.push(WeightSpec { id, name: id.to_string(), dtype, format, shape: shape.to_vec() });
     };
     if mapping.is_first_stage(rank) {
         let shape = match config.embedding_shards() {
@@ -66,7 +115,7 @@ pub fn rank_tensors(config: &CheckpointConfig, rank: Rank) -> Vec<TensorSpec> {
         add(TensorId::FinalNorm, model.dtype, &[hidden]);
         add(TensorId::LmHead, model.dtype, &[vocab, hidden]);
     }
-    tensors
+    weights
 }
 
 #[cfg(test)]
@@ -79,7 +128,7 @@ mod tests {
         let config = CheckpointConfig::new(ModelConfig::mixtral_8x7b(DType::F16), mapping);
         config.validate().unwrap();
         let wanted = ["qkv", "dense", "router", "fc", "proj", "lm_head", "vocab"];
-        rank_tensors(&config, Rank(rank))
+        rank_weights(&config, Rank(rank))
             .into_iter()
             .filter(|t| t.id.layer().is_none_or(|l| l == 0) && wanted.iter().any(|w| t.name.contains(w)))
             .map(|t| (t.name, t.shape))
@@ -110,9 +159,9 @@ mod tests {
     fn each_stage_counts_its_layers_from_zero() {
         let config = CheckpointConfig::new(ModelConfig::mixtral_8x7b(DType::F16), Mapping::tensor_parallel(1, 3));
         let layers: Vec<_> = (0..3)
-            .map(|r| rank_tensors(&config, Rank(r)).iter().filter_map(|t| t.id.layer()).max().unwrap() + 1)
+            .map(|r| rank_weights(&config, Rank(r)).iter().filter_map(|t| t.id.layer()).max().unwrap() + 1)
             .collect();
         assert_eq!(layers, [11, 11, 10]);
-        assert!(rank_tensors(&config, Rank(1)).iter().all(|t| t.id.layer().is_some()));
+        assert!(rank_weights(&config, Rank(1)).iter().all(|t| t.id.layer().is_some()));
     }
 }

@@ -29,7 +29,7 @@ pub mod writer;
 pub use config::{CheckpointConfig, ConfigFileError};
 pub use header::{Header, HeaderError, TensorEntry};
 pub use keys::{KeyError, Keys};
-pub use layout::{TensorSpec, rank_tensors};
+pub use layout::{TensorSpec, WeightSpec, rank_tensors, rank_weights, tensors};
 pub use names::{TensorId, rank_file_name};
 pub use progress::Progress;
 pub use reader::{Checkpoint, RankFile, ReadError, TensorView, lines};

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use mixtral_model::Rank;
+use mixtral_model::{PartKind, Rank};
 
 /// The file that makes a directory a checkpoint. It is written last and removed first.
 pub const CONFIG_FILE: &str = "config.json";
@@ -68,6 +68,20 @@ impl fmt::Display for TensorId {
         };
         write!(f, "transformer.layers.{layer}.{name}.weight")
     }
+}
+
+/// The name of a part of the weight with the name `weight`. The values have the weight's own name.
+///
+/// Scales have TensorRT-LLM's name for scales of groups. The zeros have another name than there, because that tool stores zeros
+/// that are multiplied by the scale already.
+#[must_use]
+pub fn part_name(weight: &str, part: PartKind) -> String {
+    let suffix = match part {
+        PartKind::Values => return weight.to_owned(),
+        PartKind::Scales => "weights_scaling_factor",
+        PartKind::Zeros => "weights_zero_point",
+    };
+    format!("{}.{suffix}", weight.strip_suffix(".weight").unwrap_or(weight))
 }
 
 /// `rank{r}.safetensors`.

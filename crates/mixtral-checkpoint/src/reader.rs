@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use mixtral_model::{DType, Rank};
+use mixtral_model::{ElemType, Rank};
 
 use crate::config::{CheckpointConfig, ConfigFileError, is_unsealed};
 use crate::header::{Header, HeaderError, TensorEntry, safetensors_name};
@@ -252,14 +252,14 @@ impl Checkpoint {
 #[derive(Clone, Debug)]
 pub struct TensorView<'a> {
     /// Element type.
-    pub dtype: DType,
+    pub elem: ElemType,
     /// Shape.
     pub shape: &'a [usize],
     /// Row-major little-endian elements, naturally aligned.
     pub bytes: &'a [u8],
 }
 
-/// A safetensors file of float tensors. Tensors of other types are ignored.
+/// A safetensors file of tensors of the [`ElemType`]s. Tensors of other types are ignored.
 #[derive(Debug)]
 pub struct RankFile {
     path: PathBuf,
@@ -268,7 +268,7 @@ pub struct RankFile {
     map: OnceLock<std::io::Result<FileMap>>,
     header_blake3: String,
     metadata: BTreeMap<String, String>,
-    tensors: BTreeMap<String, (DType, TensorEntry)>,
+    tensors: BTreeMap<String, (ElemType, TensorEntry)>,
 }
 
 impl RankFile {
@@ -280,9 +280,9 @@ impl RankFile {
         let io = |source| ReadError::Io { path: path.to_owned(), source };
         let file = File::open(path).map_err(io)?;
         let Header { metadata, tensors, blake3, .. } = Header::read(&file, path)?;
-        let floats = tensors.into_iter().filter_map(|t| Some((t.name.clone(), (t.float()?, t)))).collect();
+        let tensors = tensors.into_iter().filter_map(|t| Some((t.name.clone(), (t.elem()?, t)))).collect();
         let (path, file, header_blake3) = (path.to_owned(), Arc::new(file), blake3.to_string());
-        Ok(RankFile { path, file, map: OnceLock::new(), header_blake3, metadata, tensors: floats })
+        Ok(RankFile { path, file, map: OnceLock::new(), header_blake3, metadata, tensors })
     }
 
     /// The file's bytes, as many as the header describes.
@@ -312,14 +312,14 @@ impl RankFile {
             return Err(ReadError::RunId { path: self.path.clone(), expected, found });
         }
         let mut problems = Vec::new();
-        for TensorSpec { name, dtype, shape, .. } in specs {
-            let wanted = format!("{} {shape:?}", safetensors_name(*dtype));
+        for TensorSpec { name, elem, shape } in specs {
+            let wanted = format!("{} {shape:?}", safetensors_name(*elem));
             match self.tensors.get(name) {
                 None => problems.push(format!("  `{name}`: missing, expected {wanted}")),
-                Some((d, t)) if d != dtype || &t.shape != shape => {
+                Some((found, t)) if found != elem || &t.shape != shape => {
                     problems.push(format!("  `{name}`: expected {wanted}, found {} {:?}", t.dtype, t.shape));
                 }
-                Some((_, t)) if !t.start.is_multiple_of(dtype.size() as u64) => {
+                Some((_, t)) if !t.start.is_multiple_of(elem.size() as u64) => {
                     problems.push(format!("  `{name}`: its data starts at byte {}, which is not aligned", t.start));
                 }
                 Some(_) => {}
@@ -352,7 +352,7 @@ impl RankFile {
         self.metadata.get(&format!("{HASH_PREFIX}{tensor}")).map(String::as_str)
     }
 
-    /// Names of the float tensors, sorted.
+    /// Names of the tensors, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
     }
@@ -361,8 +361,8 @@ impl RankFile {
     ///
     /// # Errors
     /// If it is not in the file.
-    pub fn shape(&self, name: &str) -> Result<(DType, &[usize]), ReadError> {
-        self.entry(name).map(|(dtype, entry)| (*dtype, entry.shape.as_slice()))
+    pub fn shape(&self, name: &str) -> Result<(ElemType, &[usize]), ReadError> {
+        self.entry(name).map(|(elem, entry)| (*elem, entry.shape.as_slice()))
     }
 
     /// The tensor `name`.
@@ -370,13 +370,13 @@ impl RankFile {
     /// # Errors
     /// If it is not in the file, or the file cannot be mapped.
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, ReadError> {
-        let (dtype, entry) = self.entry(name)?;
+        let (elem, entry) = self.entry(name)?;
         let at = |offset: u64| usize::try_from(offset).expect("inside the map");
         let bytes = &self.map()?[at(entry.start)..at(entry.end)];
-        Ok(TensorView { dtype: *dtype, shape: &entry.shape, bytes })
+        Ok(TensorView { elem: *elem, shape: &entry.shape, bytes })
     }
 
-    fn entry(&self, name: &str) -> Result<&(DType, TensorEntry), ReadError> {
+    fn entry(&self, name: &str) -> Result<&(ElemType, TensorEntry), ReadError> {
         let missing = || ReadError::NoTensor { path: self.path.clone(), tensor: name.to_owned() };
         self.tensors.get(name).ok_or_else(missing)
     }
@@ -400,8 +400,8 @@ impl RankFile {
     /// Every tensor as an item for [`crate::verify()`].
     #[must_use]
     pub fn items(&self) -> Vec<Item> {
-        let item = |(name, (dtype, t)): (&String, &(DType, TensorEntry))| {
-            Item::tensor(&self.path, &self.file, name, (t.start, t.end), self.hash(name), Some(*dtype))
+        let item = |(name, (elem, t)): (&String, &(ElemType, TensorEntry))| {
+            Item::tensor(&self.path, &self.file, name, (t.start, t.end), self.hash(name), elem.float())
         };
         self.tensors.iter().map(item).collect()
     }

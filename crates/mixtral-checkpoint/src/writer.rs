@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use mixtral_model::Rank;
 use serde_json::{Map, Value, json};
@@ -72,7 +73,7 @@ impl CheckpointWriter {
         let mut ranks = Vec::new();
         if !config_only {
             let tensors = config.mapping.ranks().flat_map(|rank| rank_tensors(&config, rank));
-            staged.reserve(tensors.fold(0, |sum, spec| spec.num_bytes().saturating_add(sum)))?;
+            staged.reserve(tensors.fold(0, |sum, tensor| tensor.num_bytes().saturating_add(sum)))?;
             for rank in config.mapping.ranks() {
                 let path = staged.path(&rank_file_name(rank));
                 ranks.push(RankWriter::create(path, rank, rank_tensors(&config, rank))?);
@@ -107,25 +108,25 @@ impl CheckpointWriter {
         Ok(())
     }
 
-    /// Writes the headers, then `config.json`, waits until they are on the disk, and returns the run id. `hashes` are
-    /// the hashes of every rank's tensors, in the order of [`RankWriter::specs`].
+    /// Writes the headers, then `config.json`, waits until they are on the disk, and returns the run id.
     ///
     /// The run id is a hash of all tensors and of the config without the tokenizer's files, so the same model gives the
     /// same bytes.
     ///
     /// # Errors
-    /// If a file cannot be written.
-    pub fn finish(mut self, hashes: &[Vec<blake3::Hash>]) -> Result<Option<String>, WriteError> {
+    /// If a file cannot be written, or a tensor was not written.
+    pub fn finish(mut self) -> Result<Option<String>, WriteError> {
         if !self.ranks.is_empty() {
             let mut hasher = blake3::Hasher::new();
             let unnamed = CheckpointConfig { files: BTreeMap::new(), ..self.config.clone() };
             hasher.update(unnamed.to_json().as_bytes());
+            let hashes = self.ranks.iter().map(RankWriter::hashes).collect::<Result<Vec<_>, _>>()?;
             hashes.iter().flatten().for_each(|hash| {
                 hasher.update(hash.as_bytes());
             });
             let mut run_id = hasher.finalize().to_hex().to_string();
             run_id.truncate(RUN_ID_LEN);
-            for (rank, hashes) in self.ranks.iter().zip(hashes) {
+            for (rank, hashes) in self.ranks.iter().zip(&hashes) {
                 self.config.headers.push(rank.write_header(&run_id, hashes)?.to_string());
             }
             for rank in &self.ranks {
@@ -146,7 +147,9 @@ pub struct RankWriter {
     file: File,
     path: PathBuf,
     rank: Rank,
-    specs: Vec<TensorSpec>,
+    tensors: Vec<TensorSpec>,
+    /// The hash of each tensor that is complete.
+    hashes: Vec<OnceLock<blake3::Hash>>,
     /// First byte of each tensor, counted from the start of the file.
     starts: Vec<u64>,
     /// Bytes of the header, without the bytes of its length.
@@ -158,16 +161,16 @@ impl RankWriter {
     ///
     /// # Errors
     /// If it cannot be created, or the disk is too full for it.
-    pub fn create(path: PathBuf, rank: Rank, mut specs: Vec<TensorSpec>) -> Result<Self, WriteError> {
-        specs.sort_by_key(|spec| std::cmp::Reverse(spec.dtype.size()));
-        let unknown = vec![blake3::Hash::from_bytes([0; 32]); specs.len()];
-        let text_len = header_text(rank, &specs, &"0".repeat(RUN_ID_LEN), &unknown).len();
+    pub fn create(path: PathBuf, rank: Rank, mut tensors: Vec<TensorSpec>) -> Result<Self, WriteError> {
+        tensors.sort_by_key(|tensor| std::cmp::Reverse(tensor.elem.size()));
+        let unknown = vec![blake3::Hash::from_bytes([0; 32]); tensors.len()];
+        let text_len = header_text(rank, &tensors, &"0".repeat(RUN_ID_LEN), &unknown).len();
         let header_len = (8 + text_len).next_multiple_of(DATA_ALIGNMENT) - 8;
         let mut at = LENGTH_BYTES + header_len as u64;
-        let mut starts = Vec::with_capacity(specs.len());
-        for spec in &specs {
+        let mut starts = Vec::with_capacity(tensors.len());
+        for tensor in &tensors {
             starts.push(at);
-            at += spec.num_bytes();
+            at += tensor.num_bytes();
         }
         let open = || {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
@@ -178,7 +181,8 @@ impl RankWriter {
             Ok(file) => file,
             Err(source) => return Err(StagedError::Io { action: "create", path, source }.into()),
         };
-        Ok(RankWriter { file, path, rank, specs, starts, header_len })
+        let hashes = tensors.iter().map(|_| OnceLock::new()).collect();
+        Ok(RankWriter { file, path, rank, tensors, hashes, starts, header_len })
     }
 
     /// The rank.
@@ -189,15 +193,33 @@ impl RankWriter {
 
     /// The tensors, in the order of the file.
     #[must_use]
-    pub fn specs(&self) -> &[TensorSpec] {
-        &self.specs
+    pub fn tensors(&self) -> &[TensorSpec] {
+        &self.tensors
     }
 
-    /// Starts to write the `index`-th tensor of [`RankWriter::specs`]. Different tensors may be written at the same
-    /// time.
+    /// Starts to write a tensor. Different tensors may be written at the same time.
+    ///
+    /// # Panics
+    /// If the rank has no tensor of this name.
     #[must_use]
-    pub fn tensor(&self, index: usize) -> TensorWriter<'_> {
+    pub fn tensor(&self, name: &str) -> TensorWriter<'_> {
+        let index = self.tensors.iter().position(|tensor| tensor.name == name);
+        let index = index.unwrap_or_else(|| panic!("rank {} has no tensor `{name}`", self.rank));
         TensorWriter { rank: self, index, written: 0, hasher: blake3::Hasher::new() }
+    }
+
+    /// The hashes of all tensors, in the order of the file.
+    fn hashes(&self) -> Result<Vec<blake3::Hash>, WriteError> {
+        let of = |(index, hash): (usize, &OnceLock<blake3::Hash>)| {
+            hash.get().copied().ok_or_else(|| self.wrong_length(index, 0))
+        };
+        self.hashes.iter().enumerate().map(of).collect()
+    }
+
+    fn wrong_length(&self, index: usize, found: u64) -> WriteError {
+        let TensorSpec { name, .. } = &self.tensors[index];
+        let (path, tensor) = (self.path.clone(), name.clone());
+        WriteError::Length { path, tensor, expected: self.tensors[index].num_bytes(), found }
     }
 
     /// Waits until everything written is on the disk.
@@ -214,7 +236,7 @@ impl RankWriter {
 
     /// Writes the header and returns its BLAKE3.
     fn write_header(&self, run_id: &str, hashes: &[blake3::Hash]) -> Result<blake3::Hash, WriteError> {
-        let mut text = header_text(self.rank, &self.specs, run_id, hashes);
+        let mut text = header_text(self.rank, &self.tensors, run_id, hashes);
         debug_assert!(text.len() <= self.header_len && self.header_len - text.len() < DATA_ALIGNMENT);
         text.resize(self.header_len, b' ');
         let mut bytes = (self.header_len as u64).to_le_bytes().to_vec();
@@ -224,8 +246,8 @@ impl RankWriter {
     }
 }
 
-/// The header's JSON. Its length depends only on the rank and the specs.
-fn header_text(rank: Rank, specs: &[TensorSpec], run_id: &str, hashes: &[blake3::Hash]) -> Vec<u8> {
+/// The header's JSON. Its length depends only on the rank and the tensors.
+fn header_text(rank: Rank, tensors: &[TensorSpec], run_id: &str, hashes: &[blake3::Hash]) -> Vec<u8> {
     let mut metadata = Map::new();
     // transformers only loads files with a `format`.
     metadata.insert("format".into(), json!("pt"));
@@ -234,11 +256,12 @@ fn header_text(rank: Rank, specs: &[TensorSpec], run_id: &str, hashes: &[blake3:
     let mut root = Map::new();
     let mut start = 0;
     let mut entries = Map::new();
-    for (spec, hash) in specs.iter().zip(hashes) {
-        metadata.insert(format!("{HASH_PREFIX}{}", spec.name), json!(hash.to_hex().as_str()));
-        let end = start + spec.num_bytes();
-        let dtype = safetensors_name(spec.dtype);
-        entries.insert(spec.name.clone(), json!({ "dtype": dtype, "shape": spec.shape, "data_offsets": [start, end] }));
+    for (tensor, hash) in tensors.iter().zip(hashes) {
+        let TensorSpec { name, elem, shape } = tensor;
+        metadata.insert(format!("{HASH_PREFIX}{name}"), json!(hash.to_hex().as_str()));
+        let end = start + tensor.num_bytes();
+        let dtype = safetensors_name(*elem);
+        entries.insert(name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] }));
         start = end;
     }
     root.insert("__metadata__".into(), Value::Object(metadata));
@@ -262,8 +285,8 @@ impl TensorWriter<'_> {
     /// If they cannot be written, or are more bytes than the tensor has.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), WriteError> {
         let end = self.written + bytes.len() as u64;
-        if end > self.rank.specs[self.index].num_bytes() {
-            return Err(self.wrong_length(end));
+        if end > self.rank.tensors[self.index].num_bytes() {
+            return Err(self.rank.wrong_length(self.index, end));
         }
         self.hasher.update(bytes);
         let at = self.rank.starts[self.index] + self.written;
@@ -272,20 +295,16 @@ impl TensorWriter<'_> {
         Ok(())
     }
 
-    /// The tensor's hash, once it is complete.
+    /// Keeps the tensor's hash for the header, once the tensor is complete.
     ///
     /// # Errors
     /// If bytes are missing.
-    pub fn finish(self) -> Result<blake3::Hash, WriteError> {
-        if self.written != self.rank.specs[self.index].num_bytes() {
-            return Err(self.wrong_length(self.written));
+    pub fn finish(self) -> Result<(), WriteError> {
+        if self.written != self.rank.tensors[self.index].num_bytes() {
+            return Err(self.rank.wrong_length(self.index, self.written));
         }
-        Ok(self.hasher.finalize())
-    }
-
-    fn wrong_length(&self, found: u64) -> WriteError {
-        let spec = &self.rank.specs[self.index];
-        let (path, tensor) = (self.rank.path.clone(), spec.name.clone());
-        WriteError::Length { path, tensor, expected: spec.num_bytes(), found }
+        // A tensor that is written twice keeps the first hash; no caller writes one twice.
+        let _ = self.rank.hashes[self.index].set(self.hasher.finalize());
+        Ok(())
     }
 }

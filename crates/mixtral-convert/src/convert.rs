@@ -157,22 +157,17 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
 /// What is wrong with the source, the options, a weight or the output directory.
 pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
-    let Prepared { config, source, mut recipes, tokenizer } = prepare(options)?;
+    let Prepared { config, source, recipes, tokenizer } = prepare(options)?;
     let mut writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
     if let Input::Directory(dir) = &options.input {
         tokenizer.write(dir, &mut writer)?;
     }
-    let mut hashes = Vec::new();
     if let Some(source) = &source {
-        for (recipes, rank) in recipes.iter_mut().zip(writer.ranks()) {
-            let place = |recipe: &Recipe| rank.specs().iter().position(|spec| spec.name == recipe.name);
-            recipes.sort_by_cached_key(place);
-        }
-        hashes = execute(source, &recipes, writer.ranks(), options.workers, progress)?;
+        execute(source, &recipes, writer.ranks(), options.workers, progress)?;
     }
     let tensors = recipes.iter().flatten();
     let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());
-    let run_id = writer.finish(&hashes)?;
+    let run_id = writer.finish()?;
     let seconds = start.elapsed().as_secs_f64();
     Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds, warnings: tokenizer.warnings })
 }

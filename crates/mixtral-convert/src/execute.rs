@@ -31,8 +31,7 @@ pub fn buffer_bytes(source: &Source) -> u64 {
     4 * chunk.max(row)
 }
 
-/// Writes all tensors of all ranks. `recipes[r]` has the order of `writers[r]`'s tensors. Returns their hashes in that
-/// order.
+/// Writes all weights of all ranks: those of `recipes[r]` with `writers[r]`.
 ///
 /// # Errors
 /// The first failure, in the order of the work.
@@ -42,28 +41,24 @@ pub fn execute(
     writers: &[RankWriter],
     workers: usize,
     progress: &dyn Progress,
-) -> Result<Vec<Vec<blake3::Hash>>, ConvertError> {
+) -> Result<(), ConvertError> {
     let jobs = jobs(recipes);
     progress.start(recipes.iter().flatten().map(|r| r.num_bytes() as u64).sum());
     let next = AtomicUsize::new(0);
     let stop = AtomicBool::new(false);
-    let hashes: Mutex<Vec<Vec<blake3::Hash>>> =
-        Mutex::new(recipes.iter().map(|r| vec![blake3::Hash::from_bytes([0; 32]); r.len()]).collect());
     let failure: Mutex<Option<(usize, ConvertError)>> = Mutex::new(None);
     let work = || {
         let mut buffers = Buffers::default();
         while !stop.load(Ordering::Relaxed) {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(&(rank, tensor)) = jobs.get(index) else { return };
-            let writer = writers[rank].tensor(tensor);
-            match write_tensor(source, &recipes[rank][tensor], writer, &mut buffers, progress) {
-                Ok(hash) => hashes.lock().expect("no worker panics with it")[rank][tensor] = hash,
-                Err(error) => {
-                    stop.store(true, Ordering::Relaxed);
-                    let mut failure = failure.lock().expect("no worker panics with it");
-                    if failure.as_ref().is_none_or(|(first, _)| index < *first) {
-                        *failure = Some((index, error));
-                    }
+            let recipe = &recipes[rank][tensor];
+            if let Err(error) = write_tensor(source, recipe, writers[rank].tensor(&recipe.name), &mut buffers, progress)
+            {
+                stop.store(true, Ordering::Relaxed);
+                let mut failure = failure.lock().expect("no worker panics with it");
+                if failure.as_ref().is_none_or(|(first, _)| index < *first) {
+                    *failure = Some((index, error));
                 }
             }
         }
@@ -76,7 +71,7 @@ pub fn execute(
     });
     match failure.into_inner().expect("no worker panicked") {
         Some((_, error)) => Err(error),
-        None => Ok(hashes.into_inner().expect("no worker panicked")),
+        None => Ok(()),
     }
 }
 
@@ -95,7 +90,7 @@ fn write_tensor(
     mut writer: TensorWriter<'_>,
     buffers: &mut Buffers,
     progress: &dyn Progress,
-) -> Result<blake3::Hash, ConvertError> {
+) -> Result<(), ConvertError> {
     let row_bytes = recipe.cols() * recipe.dtype.size();
     let mut row = 0;
     for piece in &recipe.pieces {

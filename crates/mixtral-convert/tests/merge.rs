@@ -91,7 +91,7 @@ impl Merge {
         let mut part = |name: &str| {
             left.retain(|n| n != name);
             let view = file.tensor(name).unwrap();
-            Part { cols: *view.shape.last().unwrap(), size: view.dtype.size(), bytes: view.bytes.to_vec() }
+            Part { cols: *view.shape.last().unwrap(), size: view.elem.size(), bytes: view.bytes.to_vec() }
         };
         if p == 0 {
             let embedding = part("transformer.vocab_embedding.weight");

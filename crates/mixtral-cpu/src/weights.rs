@@ -1,31 +1,92 @@
 //! The program's weights. They are either checked once and then read where they lie, or generated.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use mixtral_engine::{BackendError, Program, Weight, WeightSource, WeightView, Weights, dummy};
-use mixtral_model::{DType, Piece};
+use mixtral_engine::{BackendError, Program, TensorSpec, Weight, WeightSource, WeightView, Weights, dummy};
+use mixtral_model::{DType, ElemType, Part, PartKind, Piece, Quantization, WeightFormat};
 use rayon::prelude::*;
 
-use crate::memory::Memory;
+use crate::memory::{Memory, take};
 use crate::simd::Simd;
 
 /// A weight seen as the matrix `[product of the leading dimensions, last]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Matrix<'a> {
+    /// Type of its elements, or of what they stand for.
     pub(crate) dtype: DType,
+    pub(crate) format: WeightFormat,
     pub(crate) cols: usize,
+    /// The elements, or the integers that stand for them.
     pub(crate) bytes: &'a [u8],
+    scales: &'a [u8],
+    zeros: &'a [u8],
 }
 
 impl<'a> Matrix<'a> {
+    /// A matrix of the given parts, as [`WeightFormat::parts`] orders them.
+    fn new(weight: &Weight, parts: &[&'a [u8]]) -> Matrix<'a> {
+        let part = |index: usize| parts.get(index).copied().unwrap_or_default();
+        let Weight { dtype, format, .. } = *weight;
+        Matrix { dtype, format, cols: weight.cols(), bytes: part(0), scales: part(1), zeros: part(2) }
+    }
+
+    fn row_bytes(&self) -> usize {
+        match self.format {
+            WeightFormat::Plain => self.cols * self.dtype.size(),
+            WeightFormat::Quantized(quantization) => quantization.row_bytes(self.cols),
+        }
+    }
+
     pub(crate) fn num_rows(&self) -> usize {
-        self.bytes.len() / (self.cols * self.dtype.size())
+        self.bytes.len() / self.row_bytes()
     }
 
     /// Rows `start` to `end`.
     pub(crate) fn rows(&self, start: usize, end: usize) -> Matrix<'a> {
-        let size = self.cols * self.dtype.size();
-        Matrix { bytes: &self.bytes[start * size..end * size], ..*self }
+        let num_rows = self.num_rows();
+        let cut = |bytes: &'a [u8]| {
+            let size = bytes.len() / num_rows.max(1);
+            &bytes[start * size..end * size]
+        };
+        Matrix { bytes: cut(self.bytes), scales: cut(self.scales), zeros: cut(self.zeros), ..*self }
+    }
+
+    /// How many f32 of scratch [`Matrix::decode`] needs.
+    pub(crate) fn decode_scratch(&self) -> usize {
+        match self.format {
+            WeightFormat::Plain => 0,
+            WeightFormat::Quantized(quantization) => 2 * quantization.groups(self.cols),
+        }
+    }
+
+    /// Columns `cols` of a row of a quantized matrix, decoded to f32: this defines what the integers stand for. `cols` starts at a
+    /// whole byte.
+    pub(crate) fn decode(
+        &self,
+        simd: Simd,
+        quantization: Quantization,
+        row: usize,
+        cols: Range<usize>,
+        mut scratch: &mut [f32],
+        out: &mut [f32],
+    ) {
+        let Quantization { bits, scale, .. } = quantization;
+        let (len, groups) = (quantization.group_len(self.cols), quantization.groups(self.cols));
+        let (first, end) = (cols.start / len, cols.end.div_ceil(len));
+        let (scales, zeros) = (take(&mut scratch, end - first), take(&mut scratch, end - first));
+        let of_row = row * groups;
+        simd.widen(scale, &self.scales[(of_row + first) * scale.size()..(of_row + end) * scale.size()], scales);
+        match self.zeros {
+            [] => zeros.fill(f32::from(bits.middle())),
+            stored => {
+                let stored = &stored[of_row + first..of_row + end];
+                zeros.iter_mut().zip(stored).for_each(|(zero, &z)| *zero = f32::from(z));
+            }
+        }
+        let values = &self.bytes[row * self.row_bytes()..][..self.row_bytes()];
+        let runs = ((first + 1) * len - cols.start, len);
+        simd.decode(bits, &values[cols.start / bits.per_byte()..], runs, scales, zeros, out);
     }
 }
 
@@ -39,68 +100,87 @@ enum Store {
 /// The weights of a program, in its order.
 pub(crate) struct WeightTable {
     store: Store,
-    weights: Vec<Weight>,
+    /// Each weight and the tensors that hold it.
+    weights: Vec<(Weight, Vec<TensorSpec>)>,
 }
 
 impl WeightTable {
     pub(crate) fn load(program: &Program, weights: Weights, simd: Simd) -> Result<WeightTable, BackendError> {
         let store = match weights {
             Weights::Source(source) => {
-                for weight in &program.weights {
-                    checked(weight, source.as_ref())?;
+                for tensor in program.weights.iter().flat_map(Weight::tensors) {
+                    checked(&tensor, source.as_ref())?;
                 }
                 Store::Source(source)
             }
             Weights::Dummy { seed } => generate(program, seed, simd)?,
         };
-        Ok(WeightTable { store, weights: program.weights.clone() })
+        let weights = program.weights.iter().map(|weight| (weight.clone(), weight.tensors())).collect();
+        Ok(WeightTable { store, weights })
     }
 
-    /// All weights as matrices. Each is looked up by name in its source, so this is done only once a step, before the
+    /// All weights as matrices. Each tensor is looked up by name in its source, so this is done only once a step, before the
     /// first operation.
     pub(crate) fn matrices(&self) -> Result<Vec<Matrix<'_>>, BackendError> {
-        let matrix = |(index, weight): (usize, &Weight)| {
-            let bytes = match &self.store {
-                Store::Source(source) => checked_bytes(weight, source.as_ref())?,
-                Store::Owned(memory, offsets) => &memory.bytes()[offsets[index]..][..weight.num_bytes()],
-            };
-            Ok(Matrix { dtype: weight.dtype, cols: weight.cols(), bytes })
+        let matrix = |(index, (weight, tensors)): (usize, &(Weight, Vec<TensorSpec>))| {
+            let mut parts = Vec::with_capacity(tensors.len());
+            match &self.store {
+                Store::Source(source) => {
+                    for tensor in tensors {
+                        parts.push(checked_bytes(tensor, source.as_ref())?);
+                    }
+                }
+                Store::Owned(memory, offsets) => {
+                    let mut rest = &memory.bytes()[offsets[index]..];
+                    for tensor in tensors {
+                        let (part, behind) = rest.split_at(len(tensor));
+                        parts.push(part);
+                        rest = behind;
+                    }
+                }
+            }
+            Ok(Matrix::new(weight, &parts))
         };
         self.weights.iter().enumerate().map(matrix).collect()
     }
 }
 
-/// Bytes of a weight; `None` if they overflow.
-fn num_bytes(weight: &Weight) -> Option<usize> {
-    weight.shape.iter().try_fold(weight.dtype.size(), |bytes, &side| bytes.checked_mul(side))
+/// Bytes of a tensor that was checked.
+fn len(tensor: &TensorSpec) -> usize {
+    usize::try_from(tensor.num_bytes()).unwrap_or(usize::MAX)
 }
 
-fn describe(dtype: DType, shape: &[usize], bytes: Option<usize>) -> String {
+/// Bytes of a tensor; `None` if they overflow.
+fn num_bytes(tensor: &TensorSpec) -> Option<usize> {
+    tensor.shape.iter().try_fold(tensor.elem.size(), |bytes, &side| bytes.checked_mul(side))
+}
+
+fn describe(elem: ElemType, shape: &[usize], bytes: Option<usize>) -> String {
     let bytes = bytes.map_or("too many".to_owned(), |b| b.to_string());
-    format!("{dtype} {shape:?} of {bytes} bytes")
+    format!("{elem} {shape:?} of {bytes} bytes")
 }
 
-fn wrong(weight: &Weight, found: &WeightView<'_>) -> BackendError {
+fn wrong(tensor: &TensorSpec, found: &WeightView<'_>) -> BackendError {
     BackendError::WrongWeight {
-        name: weight.name.clone(),
-        found: describe(found.dtype, found.shape, Some(found.bytes.len())),
-        expected: describe(weight.dtype, &weight.shape, num_bytes(weight)),
+        name: tensor.name.clone(),
+        found: describe(found.elem, found.shape, Some(found.bytes.len())),
+        expected: describe(tensor.elem, &tensor.shape, num_bytes(tensor)),
     }
 }
 
-/// The weight's bytes. An error unless the source has the tensor that the program expects.
-fn checked<'a>(weight: &Weight, source: &'a dyn WeightSource) -> Result<&'a [u8], BackendError> {
-    let found = source.weight(&weight.name).ok_or_else(|| BackendError::MissingWeight { name: weight.name.clone() })?;
-    if found.dtype != weight.dtype || found.shape != weight.shape || Some(found.bytes.len()) != num_bytes(weight) {
-        return Err(wrong(weight, &found));
+/// The tensor's bytes. An error unless the source has the tensor that the program expects.
+fn checked<'a>(tensor: &TensorSpec, source: &'a dyn WeightSource) -> Result<&'a [u8], BackendError> {
+    let found = source.weight(&tensor.name).ok_or_else(|| BackendError::MissingWeight { name: tensor.name.clone() })?;
+    if found.elem != tensor.elem || found.shape != tensor.shape || Some(found.bytes.len()) != num_bytes(tensor) {
+        return Err(wrong(tensor, &found));
     }
     Ok(found.bytes)
 }
 
 /// As [`checked`], for a source that was checked when it was loaded. It only checks what indexing relies on.
-fn checked_bytes<'a>(weight: &Weight, source: &'a dyn WeightSource) -> Result<&'a [u8], BackendError> {
-    let found = source.weight(&weight.name).ok_or_else(|| BackendError::MissingWeight { name: weight.name.clone() })?;
-    if found.bytes.len() == weight.num_bytes() { Ok(found.bytes) } else { Err(wrong(weight, &found)) }
+fn checked_bytes<'a>(tensor: &TensorSpec, source: &'a dyn WeightSource) -> Result<&'a [u8], BackendError> {
+    let found = source.weight(&tensor.name).ok_or_else(|| BackendError::MissingWeight { name: tensor.name.clone() })?;
+    if found.bytes.len() == len(tensor) { Ok(found.bytes) } else { Err(wrong(tensor, &found)) }
 }
 
 /// Fills anonymous memory with the dummy weights, in parallel over rows. Parts that no piece covers stay zero.
@@ -110,29 +190,49 @@ fn generate(program: &Program, seed: u64, simd: Simd) -> Result<Store, BackendEr
     for weight in &program.weights {
         offsets.push(end.unwrap_or(0));
         end = end
-            .and_then(|end| end.checked_add(num_bytes(weight)?))
+            .and_then(|end| weight.tensors().iter().try_fold(end, |end, tensor| end.checked_add(num_bytes(tensor)?)))
             .and_then(|end| end.checked_next_multiple_of(mixtral_engine::memory::ALIGN));
     }
     let hint = "use a smaller model configuration, or more ranks";
     let mut memory = Memory::new("the dummy weights", end, hint)?;
     for (weight, &offset) in program.weights.iter().zip(&offsets) {
-        let row_bytes = weight.cols() * weight.dtype.size();
-        let bytes = &mut memory.bytes_mut()[offset..][..weight.num_bytes()];
-        for piece in &weight.pieces {
-            let target = &mut bytes[piece.target_row * row_bytes..][..piece.rows.len() * row_bytes];
-            fill(piece, seed, weight, target, row_bytes, simd);
+        let mut rest = &mut memory.bytes_mut()[offset..];
+        for part in weight.format.parts(weight.dtype, &weight.shape) {
+            let (bytes, behind) = rest.split_at_mut(part.num_bytes());
+            rest = behind;
+            for piece in &weight.pieces {
+                let row_bytes = part.row_bytes();
+                let target = &mut bytes[piece.target_row * row_bytes..][..piece.rows.len() * row_bytes];
+                fill(piece, seed, weight, &part, target, simd);
+            }
         }
     }
     Ok(Store::Owned(memory, offsets))
 }
 
-fn fill(piece: &Piece, seed: u64, weight: &Weight, target: &mut [u8], row_bytes: usize, simd: Simd) {
-    let rows = target.par_chunks_exact_mut(row_bytes).enumerate();
+/// Fills the rows of a piece in one part of a weight.
+fn fill(piece: &Piece, seed: u64, weight: &Weight, part: &Part, target: &mut [u8], simd: Simd) {
+    let rows = target.par_chunks_exact_mut(part.row_bytes()).enumerate();
     rows.for_each_init(
-        || vec![0f32; weight.cols()],
+        || vec![0f32; part.shape.last().copied().unwrap_or(1)],
         |values, (row, bytes)| {
-            dummy::fill_row(seed, piece, piece.rows.start + row, weight.dtype, values);
-            simd.narrow(weight.dtype, values, bytes);
+            let row = piece.rows.start + row;
+            match (weight.format, part.kind) {
+                (WeightFormat::Plain, _) => {
+                    dummy::fill_row(seed, piece, row, weight.dtype, values);
+                    simd.narrow(weight.dtype, values, bytes);
+                }
+                (WeightFormat::Quantized(quantization), PartKind::Values) => {
+                    dummy::fill_integers(seed, piece, row, quantization, bytes);
+                }
+                (WeightFormat::Quantized(quantization), PartKind::Scales) => {
+                    dummy::fill_scales(seed, piece, row, quantization, values);
+                    simd.narrow(quantization.scale, values, bytes);
+                }
+                (WeightFormat::Quantized(quantization), PartKind::Zeros) => {
+                    dummy::fill_zeros(seed, piece, row, quantization, bytes);
+                }
+            }
         },
     );
 }

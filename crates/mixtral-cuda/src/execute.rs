@@ -7,10 +7,10 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use mixtral_engine::ElemType;
 use mixtral_kernels::{
     Arg, ExchangeArg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work,
 };
+use mixtral_model::ElemType;
 
 use crate::CudaError;
 use crate::driver::{

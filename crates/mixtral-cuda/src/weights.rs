@@ -34,14 +34,14 @@ pub(crate) fn layout(program: &Program) -> (Vec<usize>, usize) {
 
 /// Checks that the source has what the program expects.
 fn check(program: &Program, source: &dyn WeightSource) -> Result<(), BackendError> {
-    program.weights.iter().try_for_each(|weight| {
-        let missing = || BackendError::MissingWeight { name: weight.name.clone() };
-        let (dtype, shape) = source.shape(&weight.name).ok_or_else(missing)?;
-        if dtype != weight.dtype || shape != weight.shape {
+    program.weights.iter().flat_map(Weight::tensors).try_for_each(|tensor| {
+        let missing = || BackendError::MissingWeight { name: tensor.name.clone() };
+        let (elem, shape) = source.shape(&tensor.name).ok_or_else(missing)?;
+        if elem != tensor.elem || shape != tensor.shape {
             return Err(BackendError::WrongWeight {
-                name: weight.name.clone(),
-                found: format!("{dtype} {shape:?}"),
-                expected: format!("{} {:?}", weight.dtype, weight.shape),
+                found: format!("{elem} {shape:?}"),
+                expected: format!("{} {:?}", tensor.elem, tensor.shape),
+                name: tensor.name,
             });
         }
         Ok(())

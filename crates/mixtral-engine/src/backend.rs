@@ -3,35 +3,35 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use mixtral_model::{DType, TokenId};
+use mixtral_model::{DType, ElemType, TokenId};
 
 use crate::{InputError, StepInputs};
 
-/// A weight's bytes in memory: row-major and naturally aligned.
+/// The bytes of a tensor of weights in memory: row-major and naturally aligned.
 #[derive(Clone, Copy, Debug)]
 pub struct WeightView<'a> {
     /// Element type.
-    pub dtype: DType,
+    pub elem: ElemType,
     /// Shape.
     pub shape: &'a [usize],
     /// The elements, little-endian.
     pub bytes: &'a [u8],
 }
 
-/// Something that holds a rank's weights: usually a mapped file.
+/// Something that holds the tensors of a rank's weights: usually a mapped file.
 pub trait WeightSource: Send + Sync {
-    /// The weight with this name, if there is one.
+    /// The tensor with this name, if there is one.
     fn weight(&self, name: &str) -> Option<WeightView<'_>>;
 
-    /// Type and shape of the weight with this name, if there is one.
-    fn shape(&self, name: &str) -> Option<(DType, &[usize])> {
-        self.weight(name).map(|weight| (weight.dtype, weight.shape))
+    /// Type and shape of the tensor with this name, if there is one.
+    fn shape(&self, name: &str) -> Option<(ElemType, &[usize])> {
+        self.weight(name).map(|weight| (weight.elem, weight.shape))
     }
 
-    /// Copies bytes of a weight from its byte `offset` on. Backends that read each weight only once use this.
+    /// Copies bytes of a tensor from its byte `offset` on. Backends that read each weight only once use this.
     ///
     /// # Errors
-    /// If there is no such weight, if it has fewer bytes, or if they cannot be read.
+    /// If there is no such tensor, if it has fewer bytes, or if they cannot be read.
     fn read(&self, name: &str, offset: usize, into: &mut [u8]) -> Result<(), BackendError> {
         let missing = || BackendError::MissingWeight { name: name.to_owned() };
         let bytes = self.weight(name).ok_or_else(missing)?.bytes;
@@ -180,13 +180,13 @@ mod tests {
 
     impl WeightSource for One {
         fn weight(&self, name: &str) -> Option<WeightView<'_>> {
-            (name == "w").then_some(WeightView { dtype: DType::Bf16, shape: &[2, 1], bytes: &[1, 2, 3, 4] })
+            (name == "w").then_some(WeightView { elem: ElemType::Bf16, shape: &[2, 1], bytes: &[1, 2, 3, 4] })
         }
     }
 
     #[test]
     fn a_weight_is_read_in_parts() {
-        assert_eq!((One.shape("w"), One.shape("v")), (Some((DType::Bf16, &[2, 1][..])), None));
+        assert_eq!((One.shape("w"), One.shape("v")), (Some((ElemType::Bf16, &[2, 1][..])), None));
         let read = |name: &str, offset: usize, len: usize| {
             let mut bytes = vec![9; len];
             One.read(name, offset, &mut bytes).map(|()| bytes).map_err(|error| error.to_string())

@@ -1,11 +1,12 @@
 //! Defines what a well-formed program is. Every program that was read from a file passes through [`Program::check`]
 //! before a backend sees it, so backends can index by its numbers.
 
+use mixtral_model::{ElemType, WeightFormat};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::memory::ALIGN;
 use crate::op::FusedNorm;
-use crate::{Buffer, ElemType, Epilogue, Limits, Op, Program, Rows, Weight};
+use crate::{Buffer, Epilogue, Limits, Op, Program, Rows, Weight};
 
 /// A program that cannot run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -224,8 +225,16 @@ impl<'a> Scope<'a> {
         self.buffers.get(name).copied().ok_or_else(|| format!("there is no buffer `{name}`"))
     }
 
-    fn weight(&self, name: &str) -> Result<&'a Weight, String> {
+    /// A weight that an operation multiplies with. It may have any format.
+    fn matrix(&self, name: &str) -> Result<&'a Weight, String> {
         self.weights.get(name).copied().ok_or_else(|| format!("there is no weight `{name}`"))
+    }
+
+    /// A weight whose elements an operation reads.
+    fn weight(&self, name: &str) -> Result<&'a Weight, String> {
+        let weight = self.matrix(name)?;
+        same(&format!("the format of `{name}`"), weight.format, WeightFormat::Plain)?;
+        Ok(weight)
     }
 
     /// A buffer in the model's data type.
@@ -246,7 +255,7 @@ impl<'a> Scope<'a> {
 
     /// A weight of `[experts, rows, cols]`.
     fn expert_weight(&self, name: &str, cols: usize) -> Result<(usize, usize), String> {
-        let weight = self.weight(name)?;
+        let weight = self.matrix(name)?;
         let [experts, rows, found] = weight.shape[..] else {
             return Err(format!("`{name}` has {} dimensions, expected 3", weight.shape.len()));
         };
@@ -344,7 +353,7 @@ impl<'a> Scope<'a> {
                 alike(a, out)
             }
             Op::Linear { input, weight, rows, epilogue, residual, out, .. } => {
-                let (input, weight) = (self.activation(input)?, self.weight(weight)?);
+                let (input, weight) = (self.activation(input)?, self.matrix(weight)?);
                 same("columns", input.cols, weight.cols())?;
                 let rows = rows.unwrap_or([0, weight.rows()]);
                 if rows[0] >= rows[1] || rows[1] > weight.rows() {

@@ -14,14 +14,15 @@ use mixtral_checkpoint::names::{CONFIG_FILE, is_tokenizer_file};
 use mixtral_checkpoint::seal::{UNSEALED, is_intact, seal};
 use mixtral_checkpoint::staged::{LOCK_FILE, finish, warn_if_older};
 use mixtral_checkpoint::{
-    Header, HeaderError, Item, Ownership, Progress, RankFile, ReadError, StagedDir, StagedError, Verified, disk, verify,
+    Header, HeaderError, Item, Ownership, Progress, RankFile, ReadError, StagedDir, StagedError, TensorSpec, Verified,
+    disk, verify,
 };
-use mixtral_model::{DType, Mapping, ModelConfig, Rank};
+use mixtral_model::{ElemType, Mapping, ModelConfig, Rank};
 use safetensors::tensor::{Dtype, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::program::FORMAT_VERSION;
-use crate::{BackendError, Limits, Program, TextError, WeightSource, WeightView};
+use crate::{BackendError, Limits, Program, TextError, Weight, WeightSource, WeightView};
 
 /// Where an engine's weights are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -443,14 +444,14 @@ fn same_hash(path: &Path, what: &'static str, expected: &str, found: blake3::Has
 
 /// Checks that the file has every weight that the program reads, with that type and shape.
 fn check_weights(program: &Program, file: &RankFile) -> Result<(), EngineError> {
-    for weight in &program.weights {
-        let (dtype, shape) = file.shape(&weight.name)?;
-        if (dtype, shape) != (weight.dtype, weight.shape.as_slice()) {
+    for TensorSpec { name, elem, shape } in program.weights.iter().flat_map(Weight::tensors) {
+        let found = file.shape(&name)?;
+        if found != (elem, shape.as_slice()) {
             return Err(EngineError::Shape {
                 path: file.path().to_owned(),
-                tensor: weight.name.clone(),
-                expected: format!("{} {:?}", weight.dtype, weight.shape),
-                found: format!("{dtype} {shape:?}"),
+                tensor: name,
+                expected: format!("{elem} {shape:?}"),
+                found: format!("{} {:?}", found.0, found.1),
             });
         }
     }
@@ -471,10 +472,10 @@ pub struct MappedWeights(pub RankFile);
 impl WeightSource for MappedWeights {
     fn weight(&self, name: &str) -> Option<WeightView<'_>> {
         let tensor = self.0.tensor(name).ok()?;
-        Some(WeightView { dtype: tensor.dtype, shape: tensor.shape, bytes: tensor.bytes })
+        Some(WeightView { elem: tensor.elem, shape: tensor.shape, bytes: tensor.bytes })
     }
 
-    fn shape(&self, name: &str) -> Option<(DType, &[usize])> {
+    fn shape(&self, name: &str) -> Option<(ElemType, &[usize])> {
         self.0.shape(name).ok()
     }
 

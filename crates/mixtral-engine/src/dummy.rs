@@ -2,7 +2,7 @@
 //! whole, unsharded tensor. So every layout of ranks holds the same model. No math library is involved, and each
 //! backend has the same few lines.
 
-use mixtral_model::{DType, Piece};
+use mixtral_model::{Bits, DType, Piece, Quantization};
 
 /// Hash of the seed and a tensor's name: FNV-1a over the name's bytes, started from the seed.
 #[must_use]
@@ -33,11 +33,8 @@ pub fn scale(fan_in: usize) -> f32 {
 /// Element `index` of a whole tensor, before rounding to its data type.
 #[must_use]
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "the two halves of a 64-bit number")]
 pub fn element(key: u64, index: u64, scale: f32) -> f32 {
-    let (low, high) = (index as u32, (index >> 32) as u32);
-    let word = mix(low ^ (key as u32) ^ high.wrapping_mul(0x9e37_79b9)).wrapping_add((key >> 32) as u32);
-    let word = mix(word);
+    let word = word(key, index);
     let sum = (word & 0xff) + ((word >> 8) & 0xff) + ((word >> 16) & 0xff) + (word >> 24);
     // At most 1020: exact in f32.
     (sum as f32 - 510.0) * scale
@@ -59,6 +56,69 @@ pub fn fill_row(seed: u64, piece: &Piece, row: usize, dtype: DType, out: &mut [f
     let first = row as u64 * piece.source_cols as u64 + piece.cols.start as u64;
     for (index, value) in (first..).zip(out) {
         *value = dtype.round(element(key, index, scale));
+    }
+}
+
+/// The random word of element `index` of a whole tensor.
+#[must_use]
+#[inline(always)]
+#[expect(clippy::cast_possible_truncation, reason = "the two halves of a 64-bit number")]
+pub const fn word(key: u64, index: u64) -> u32 {
+    let (low, high) = (index as u32, (index >> 32) as u32);
+    mix(mix(low ^ (key as u32) ^ high.wrapping_mul(0x9e37_79b9)).wrapping_add((key >> 32) as u32))
+}
+
+/// Integers of a quantized dummy weight are uniform in `1..=2 middle − 1`, so their mean is `middle`.
+const fn integer(word: u32, bits: Bits) -> u32 {
+    1 + word % (2 * bits.middle() as u32 - 1)
+}
+
+/// Fills `out` with the packed integers of row `row` of a piece. The piece's columns begin and end at whole bytes, or at the end
+/// of the row.
+#[expect(clippy::cast_possible_truncation, reason = "at most 255")]
+pub fn fill_integers(seed: u64, piece: &Piece, row: usize, quantization: Quantization, out: &mut [u8]) {
+    let (key, bits) = (key(seed, &piece.source), quantization.bits);
+    let first = row as u64 * piece.source_cols as u64;
+    let at = |col: usize| if col < piece.cols.end { integer(word(key, first + col as u64), bits) as u8 } else { 0 };
+    for (cols, byte) in piece.cols.clone().step_by(bits.per_byte()).zip(out) {
+        *byte = match bits {
+            Bits::Four => at(cols) | at(cols + 1) << 4,
+            Bits::Eight => at(cols),
+        };
+    }
+}
+
+/// The part of a row's groups that a piece's columns lie in: their first group, counted over the whole tensor.
+fn first_group(piece: &Piece, row: usize, quantization: Quantization) -> u64 {
+    let groups = quantization.groups(piece.source_cols) as u64;
+    row as u64 * groups + (piece.cols.start / quantization.group_len(piece.source_cols)) as u64
+}
+
+/// The middle of the scales of a quantized dummy weight whose rows have `fan_in` elements. Integers that are uniform over
+/// `n = 2 middle − 1` values have variance (n² − 1) / 12, so elements have a standard deviation of about 1/√`fan_in`.
+#[must_use]
+#[expect(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "one f32 constant is the contract")]
+pub fn scale_of_integers(fan_in: usize, bits: Bits) -> f32 {
+    let values = 2.0 * f64::from(bits.middle()) - 1.0;
+    (1.0 / ((values * values - 1.0) / 12.0 * fan_in as f64).sqrt() / 256.0) as f32
+}
+
+/// Fills `out` with the scales of row `row` of a piece, rounded to their type: uniform between 3/4 and 5/4 of
+/// 256 [`scale_of_integers`].
+#[expect(clippy::cast_precision_loss, reason = "at most 319: exact in f32")]
+pub fn fill_scales(seed: u64, piece: &Piece, row: usize, quantization: Quantization, out: &mut [f32]) {
+    let key = key(seed, &format!("{}.scales", piece.source));
+    let scale = scale_of_integers(piece.source_cols, quantization.bits);
+    for (index, value) in (first_group(piece, row, quantization)..).zip(out) {
+        *value = quantization.scale.round((192 + (word(key, index) & 127)) as f32 * scale);
+    }
+}
+
+/// Fills `out` with the zeros of row `row` of a piece: `middle` or one of its neighbours.
+pub fn fill_zeros(seed: u64, piece: &Piece, row: usize, quantization: Quantization, out: &mut [u8]) {
+    let key = key(seed, &format!("{}.zeros", piece.source));
+    for (index, zero) in (first_group(piece, row, quantization)..).zip(out) {
+        *zero = quantization.bits.middle() - 1 + (word(key, index) % 3) as u8;
     }
 }
 

@@ -34,8 +34,9 @@ pub use dir::{EngineConfig, EngineDir, EngineError, EngineWriter, MappedWeights,
 pub use first_layers::CutError;
 pub use inputs::{InputError, SampleRequest, StepInputs};
 pub use inspect::Inspect;
+pub use mixtral_checkpoint::TensorSpec;
 pub use op::{Epilogue, Op, Rung};
-pub use program::{Buffer, ElemType, KvLayout, Limits, Program, Rows, Weight, WeightFormat};
+pub use program::{Buffer, KvLayout, Limits, Program, Rows, Weight};
 pub use sampling::{RandomKey, SamplingParams};
 pub use text::TextError;
 pub use wire::WireError;

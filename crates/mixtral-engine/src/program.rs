@@ -1,60 +1,13 @@
 //! A program: its operations, the buffers between them, the weights they read, and the limits it was built for.
 
-use std::fmt;
-
-use mixtral_model::{DType, Piece};
+use mixtral_checkpoint::TensorSpec;
+use mixtral_model::{DType, ElemType, Piece, WeightFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::Op;
 
 /// Version of the program's text and of the engine directory. It is raised whenever an older reader would misread them.
 pub const FORMAT_VERSION: u32 = 1;
-
-/// Element type of a buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum ElemType {
-    /// IEEE binary32.
-    F32,
-    /// IEEE binary16.
-    F16,
-    /// The upper half of binary32.
-    Bf16,
-    /// 32-bit signed integer.
-    I32,
-}
-
-impl ElemType {
-    /// Bytes of one element.
-    #[must_use]
-    pub const fn size(self) -> usize {
-        match self {
-            ElemType::F32 | ElemType::I32 => 4,
-            ElemType::F16 | ElemType::Bf16 => 2,
-        }
-    }
-}
-
-impl From<DType> for ElemType {
-    fn from(dtype: DType) -> Self {
-        match dtype {
-            DType::F32 => ElemType::F32,
-            DType::F16 => ElemType::F16,
-            DType::Bf16 => ElemType::Bf16,
-        }
-    }
-}
-
-impl fmt::Display for ElemType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            ElemType::F32 => "f32",
-            ElemType::F16 => "f16",
-            ElemType::Bf16 => "bf16",
-            ElemType::I32 => "i32",
-        })
-    }
-}
 
 /// How many rows a buffer has. The number follows from the step at run time, and from the limits when memory is
 /// planned.
@@ -139,22 +92,13 @@ pub struct Buffer {
     pub offset: usize,
 }
 
-/// How a weight's bytes are stored. Formats such as int8, int4 and fp8 will be variants of this.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum WeightFormat {
-    /// Row-major elements of the weight's own type.
-    #[default]
-    Plain,
-}
-
-/// A weight that operations read by name. The name is that of the checkpoint's tensor.
+/// A weight that operations read by name. The name is the checkpoint's.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Weight {
-    /// Tensor name in the rank's weight file.
+    /// Name in the rank's weight file.
     pub name: String,
-    /// Element type.
+    /// Type of its elements, or of what they stand for.
     pub dtype: DType,
     /// Shape.
     pub shape: Vec<usize>,
@@ -181,10 +125,16 @@ impl Weight {
         self.shape.iter().rev().skip(1).product()
     }
 
-    /// Bytes in the weight file.
+    /// The tensors of the weight file that hold it: one for each part, the values first.
+    #[must_use]
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        mixtral_checkpoint::tensors(&self.name, self.format.parts(self.dtype, &self.shape))
+    }
+
+    /// Bytes in the weight file, all parts together. Saturates instead of overflowing.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
-        self.shape.iter().product::<usize>() * self.dtype.size()
+        self.format.num_bytes(self.dtype, &self.shape)
     }
 }
 

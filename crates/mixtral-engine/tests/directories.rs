@@ -8,7 +8,7 @@ use std::path::Path;
 use mixtral_checkpoint::{Header, Verified};
 use mixtral_engine::dir::{OWNERSHIP, RankRecord, engine_file_name, weights_file_name};
 use mixtral_engine::{EngineConfig, EngineDir, EngineWriter, MappedWeights, Program, WeightSource, WeightsKind};
-use mixtral_model::{DType, Mapping, ModelConfig, Rank};
+use mixtral_model::{DType, ElemType, Mapping, ModelConfig, Rank};
 use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::{Tensor, write_safetensors};
 use tempfile::TempDir;
@@ -99,9 +99,9 @@ fn what_is_written_is_read_back() {
         engine.check_weights(&read).unwrap();
         let weights = MappedWeights(engine.weight_file(number).unwrap());
         for weight in &program.weights {
-            assert_eq!(weights.shape(&weight.name), Some((DType::F32, weight.shape.as_slice())));
+            assert_eq!(weights.shape(&weight.name), Some((ElemType::F32, weight.shape.as_slice())));
             let view = weights.weight(&weight.name).unwrap();
-            assert_eq!((view.dtype, view.shape), (DType::F32, weight.shape.as_slice()));
+            assert_eq!((view.elem, view.shape), (ElemType::F32, weight.shape.as_slice()));
             let mut read = [0; 8];
             weights.read(&weight.name, 4, &mut read).unwrap();
             assert_eq!((&read[..4], &read[4..]), (&1f32.to_le_bytes()[..], &2f32.to_le_bytes()[..]));

@@ -1,7 +1,8 @@
 //! What each operation requires of its operands. Each program has one operation, so that no other operation's check
 //! hides a missing one.
 
-use mixtral_engine::{ElemType, Program};
+use mixtral_engine::Program;
+use mixtral_model::ElemType;
 
 /// A program of six query heads over three of 4 elements, 2 of 5 experts a token, and 20 tokens in the vocabulary; rank
 /// 1 of 4.

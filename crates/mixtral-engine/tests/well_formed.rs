@@ -1,8 +1,8 @@
 //! A decoder's program is well-formed. Nothing in it can be changed alone: every size, type and range has to agree with
 //! another part of the program, so the check notices the change.
 
-use mixtral_engine::{CutError, ElemType, Op, Program, Rows};
-use mixtral_model::DType;
+use mixtral_engine::{CutError, Op, Program, Rows};
+use mixtral_model::{DType, ElemType};
 use mixtral_testkit::decoder::{self, Geometry};
 
 /// Decoders in two data types, each with fused operations and without.

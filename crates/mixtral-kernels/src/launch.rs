@@ -4,11 +4,11 @@
 
 use std::borrow::Cow;
 
-use mixtral_engine::ElemType;
 use serde::{Deserialize, Serialize};
 
 use crate::step_block::Array;
 use crate::{ExchangeArg, Kernel};
+use mixtral_model::ElemType;
 
 /// What is passed for a parameter.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

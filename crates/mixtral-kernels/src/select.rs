@@ -1,7 +1,8 @@
 //! Chooses the plan of a linear by its shape, type and token count. `mixtral build` makes its ladders from these
 //! tables.
 
-use mixtral_engine::{ElemType, Op, Program, Rows, Rung};
+use mixtral_engine::{Op, Program, Rows, Rung};
+use mixtral_model::ElemType;
 
 use crate::plan::RUNGS;
 use crate::{Family, LinearPlan, WeightRows};
@@ -33,7 +34,7 @@ impl LinearShape {
             _ => return None,
         };
         let (weight, tokens) = (program.weight(name)?, program.buffer(input)?.dtype);
-        let stored = WeightRows::of(weight);
+        let stored = WeightRows::of(weight)?;
         let (grouped, rows) = match op {
             Op::Linear { rows, .. } => (false, rows.map_or(weight.rows(), |[start, end]| end - start)),
             _ => (true, weight.rows() / weight.shape.first().copied().unwrap_or(1).max(1)),

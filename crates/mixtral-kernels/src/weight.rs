@@ -1,8 +1,8 @@
 //! How the rows of a linear's weight are stored, as its kernels see it. This is the Rust side of `kernels/weight/`;
 //! each variant has a header there.
 
-use mixtral_engine::{ElemType, Weight, WeightFormat};
-use mixtral_model::DType;
+use mixtral_engine::Weight;
+use mixtral_model::{DType, ElemType, WeightFormat};
 
 use crate::lower::type_name;
 
@@ -14,11 +14,12 @@ pub enum WeightRows {
 }
 
 impl WeightRows {
-    /// The format of `weight`.
+    /// The format of `weight`; `None` if it has no kernels.
     #[must_use]
-    pub fn of(weight: &Weight) -> Self {
+    pub fn of(weight: &Weight) -> Option<Self> {
         match weight.format {
-            WeightFormat::Plain => WeightRows::Plain(weight.dtype),
+            WeightFormat::Plain => Some(WeightRows::Plain(weight.dtype)),
+            WeightFormat::Quantized(_) => None,
         }
     }
 

@@ -5,10 +5,10 @@
 use std::collections::BTreeSet;
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{ElemType, Epilogue, Op, Program, Rows};
+use mixtral_engine::{Epilogue, Op, Program, Rows};
 use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
 use mixtral_kernels::{Arg, ExchangeArg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
-use mixtral_model::{DType, MoeNormalization};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 use serde_json::Value;

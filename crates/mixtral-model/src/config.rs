@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::DType;
+use crate::{DType, Formats};
 
 /// The architecture of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -58,16 +58,6 @@ pub struct MoeConfig {
     pub normalization: MoeNormalization,
 }
 
-/// How the weights are quantized. Float models only so far; every weight nevertheless names its format, so that
-/// a quantized one is a new variant here and not a new code path.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum QuantScheme {
-    /// Weights in the model's own data type.
-    #[default]
-    None,
-}
-
 /// A Mixtral-family decoder. All sizes are those of the whole model, before any sharding.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
@@ -99,8 +89,9 @@ pub struct ModelConfig {
     pub norm_eps: f64,
     /// Attention window W: key j is visible from position i when i − W < j ≤ i. `None` is full attention.
     pub sliding_window: Option<usize>,
-    /// Weight quantization.
-    pub quant: QuantScheme,
+    /// How the matrices are stored.
+    #[serde(default)]
+    pub formats: Formats,
 }
 
 /// A geometry that no model can have.
@@ -176,7 +167,7 @@ impl ModelConfig {
             rope_theta: 1e6,
             norm_eps: 1e-5,
             sliding_window: None,
-            quant: QuantScheme::None,
+            formats: Formats::default(),
         }
     }
 

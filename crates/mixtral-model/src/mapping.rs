@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{ModelConfig, Rank};
+use crate::{ModelConfig, Rank, WeightFormat};
 
 /// Degrees of parallelism of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -87,6 +87,22 @@ pub enum MappingError {
         by: &'static str,
         /// The degree.
         degree: usize,
+    },
+    /// A rank's part of a quantized row that begins inside a group.
+    #[error(
+        "with {by} {degree}, a rank's part of each {what} row begins at element {start}, inside a group of format {format}; choose a {by} or a group size so that ranks begin at whole groups"
+    )]
+    Group {
+        /// The matrix.
+        what: &'static str,
+        /// The degree's name.
+        by: &'static str,
+        /// The degree.
+        degree: usize,
+        /// The first element of the part.
+        start: usize,
+        /// The matrix's format.
+        format: WeightFormat,
     },
     /// A dense model has no experts to distribute.
     #[error("moe_ep_size {0} needs a model with experts; a dense model has none")]
@@ -191,6 +207,19 @@ impl Mapping {
         enough("layers", model.num_layers, "pp_size", self.pp_size)?;
         if self.moe_ep_size > 1 && !model.has_router() {
             return Err(MappingError::DenseExpertParallel(self.moe_ep_size));
+        }
+        let formats = model.formats;
+        for rank in (0..self.tp_size).map(Rank) {
+            let attended = self.heads(model, rank).start * model.head_dim;
+            if !formats.attention.can_be_cut_at(attended) {
+                let (what, by, degree) = ("attention.dense", "tp_size", self.tp_size);
+                return Err(MappingError::Group { what, by, degree, start: attended, format: formats.attention });
+            }
+            let inner = self.intermediate(model, rank).start;
+            if !formats.feed_forward.can_be_cut_at(inner) {
+                let (what, by, degree) = ("mlp.proj", "moe_tp_size", self.moe_tp_size);
+                return Err(MappingError::Group { what, by, degree, start: inner, format: formats.feed_forward });
+            }
         }
         enough("experts", model.moe.num_experts, "moe_ep_size", self.moe_ep_size)
     }

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::DType;
+use crate::{DType, WeightFormat};
 
 /// A rectangle of a whole tensor, which is seen as a matrix `[source_rows, source_cols]` (a vector is one row).
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -26,14 +26,16 @@ pub struct Piece {
     pub target_row: usize,
 }
 
-/// One tensor of a rank's file. Rows of the target that no piece covers are zero.
+/// One weight of a rank's file. Rows of the target that no piece covers are zero.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Recipe {
     /// Name in the checkpoint.
     pub name: String,
-    /// Data type in the checkpoint.
+    /// Data type of its elements, or of what they stand for.
     pub dtype: DType,
-    /// Shape in the checkpoint: `[n]`, `[rows, cols]` or `[experts, rows, cols]`.
+    /// How it is stored in the checkpoint.
+    pub format: WeightFormat,
+    /// Shape: `[n]`, `[rows, cols]` or `[experts, rows, cols]`.
     pub shape: Vec<usize>,
     /// Where its elements come from. Pieces ascend by target row and do not overlap.
     pub pieces: Vec<Piece>,
@@ -64,9 +66,9 @@ impl Recipe {
         self.len() == 0
     }
 
-    /// Bytes of the target.
+    /// Bytes of the target in the checkpoint.
     #[must_use]
     pub fn num_bytes(&self) -> usize {
-        self.len() * self.dtype.size()
+        self.format.num_bytes(self.dtype, &self.shape)
     }
 }

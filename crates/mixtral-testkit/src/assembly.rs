@@ -4,23 +4,21 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use mixtral_engine::memory::ALIGN;
-use mixtral_engine::{
-    Buffer, ElemType, KvLayout, Limits, Op, Program, Rows, Weight, WeightFormat, WeightSource, WeightView, Weights,
-};
-use mixtral_model::DType;
+use mixtral_engine::{Buffer, KvLayout, Limits, Op, Program, Rows, Weight, WeightSource, WeightView, Weights};
+use mixtral_model::{DType, ElemType, WeightFormat};
 
 use crate::elements::to_bytes;
 
 /// Weights in memory, by name.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryWeights {
-    tensors: HashMap<String, (DType, Vec<usize>, Vec<u8>)>,
+    tensors: HashMap<String, (ElemType, Vec<usize>, Vec<u8>)>,
 }
 
 impl MemoryWeights {
     /// Adds a tensor, or replaces it.
-    pub fn insert(&mut self, name: &str, dtype: DType, shape: &[usize], bytes: Vec<u8>) {
-        self.tensors.insert(name.to_owned(), (dtype, shape.to_vec(), bytes));
+    pub fn insert(&mut self, name: &str, elem: impl Into<ElemType>, shape: &[usize], bytes: Vec<u8>) {
+        self.tensors.insert(name.to_owned(), (elem.into(), shape.to_vec(), bytes));
     }
 
     /// Removes a tensor.
@@ -37,8 +35,8 @@ impl MemoryWeights {
 
 impl WeightSource for MemoryWeights {
     fn weight(&self, name: &str) -> Option<WeightView<'_>> {
-        let (dtype, shape, bytes) = self.tensors.get(name)?;
-        Some(WeightView { dtype: *dtype, shape, bytes })
+        let (elem, shape, bytes) = self.tensors.get(name)?;
+        Some(WeightView { elem: *elem, shape, bytes })
     }
 }
 

@@ -2,13 +2,14 @@
 //! case on a backend and compares the result with the f64 reference.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, ElemType, Epilogue, Inspect, Op, Rows, StepInputs, Weights};
-use mixtral_model::{DType, MoeNormalization};
+use mixtral_engine::{BackendError, Epilogue, Inspect, Op, Rows, StepInputs, Weights};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
 use crate::batch::{self, Part};
-use crate::elements::{float_type, from_bytes, ints_from_bytes, ints_to_bytes, to_bytes, values};
+use crate::elements::{from_bytes, ints_from_bytes, ints_to_bytes, to_bytes, values};
 use crate::poison::{poison, sentinel};
+use crate::quantized;
 use crate::reference::{Reference, State, Values};
 
 /// One operation (or a few) on given operands.
@@ -73,7 +74,7 @@ impl Default for Tolerance {
 }
 
 impl Case {
-    fn new(name: String, assembly: Assembly, inputs: StepInputs<'static>) -> Case {
+    pub(crate) fn new(name: String, assembly: Assembly, inputs: StepInputs<'static>) -> Case {
         Case::over_blocks(KV_BLOCKS, name, assembly, inputs)
     }
 
@@ -84,7 +85,7 @@ impl Case {
         for buffer in &program.buffers {
             let n = program.num_rows(buffer.rows, inputs.num_tokens(), inputs.num_logits()) * buffer.cols;
             let values = match buffer.dtype {
-                ElemType::I32 => Values::Ints(vec![-1; n]),
+                ElemType::I32 | ElemType::U8 => Values::Ints(vec![-1; n]),
                 _ => Values::Floats(vec![f64::NAN; n]),
             };
             initial.buffers.insert(buffer.name.clone(), values);
@@ -97,16 +98,16 @@ impl Case {
     }
 
     /// Fills a float buffer with seeded values, rounded to its type.
-    fn fill(mut self, name: &str, scale: f32) -> Self {
+    pub(crate) fn fill(mut self, name: &str, scale: f32) -> Self {
         let buffer = self.assembly.program.buffer(name).expect("a buffer");
-        let dtype = float_type(buffer.dtype).expect("a float buffer");
+        let dtype = buffer.dtype.float().expect("a float buffer");
         let Some(Values::Floats(contents)) = self.initial.buffers.get_mut(name) else { panic!("no floats `{name}`") };
         *contents =
             from_bytes(dtype, &to_bytes(dtype, &values(&format!("{}{name}", self.name), contents.len(), scale)));
         self
     }
 
-    fn ints(mut self, name: &str, contents: Vec<i32>) -> Self {
+    pub(crate) fn ints(mut self, name: &str, contents: Vec<i32>) -> Self {
         self.initial.buffers.insert(name.to_owned(), Values::Ints(contents));
         self
     }
@@ -144,7 +145,7 @@ impl Case {
             Values::Ints(values) => ints_to_bytes(values),
             Values::Floats(values) => {
                 let buffer = self.assembly.program.buffer(name).expect("a buffer");
-                to_bytes(float_type(buffer.dtype).expect("a float buffer"), values)
+                to_bytes(buffer.dtype.float().expect("a float buffer"), values)
             }
         }
     }
@@ -195,7 +196,7 @@ impl Case {
                 }
                 Values::Floats(expected) => {
                     let buffer = program.buffer(name).expect("a buffer");
-                    let dtype = float_type(buffer.dtype).expect("a float buffer");
+                    let dtype = buffer.dtype.float().expect("a float buffer");
                     let defined = self.defined_cols(name, buffer.cols);
                     let part = |all: &[f64]| -> Vec<f64> {
                         all.chunks(buffer.cols).flat_map(|row| row[..defined].to_vec()).collect()
@@ -297,7 +298,7 @@ pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: To
 /// Blocks of a case's cache.
 const KV_BLOCKS: usize = 40;
 /// Tokens of most cases: more than a register tile, and no multiple of one.
-const T: usize = 37;
+pub(crate) const T: usize = 37;
 
 /// All cases.
 #[must_use]
@@ -306,7 +307,8 @@ pub fn all() -> Vec<Case> {
         .into_iter()
         .flat_map(|dtype| {
             let attention = [attention(dtype), attention_by_tiles(dtype), decodes_by_tiles(dtype)].concat();
-            [dense(dtype), long_linears(dtype), attention, routing(dtype), experts(dtype)].concat()
+            [dense(dtype), long_linears(dtype), attention, routing(dtype), experts(dtype), quantized::cases(dtype)]
+                .concat()
         })
         .chain([many_decodes()])
         .collect()
@@ -353,7 +355,7 @@ fn name(text: &str) -> String {
     text.to_owned()
 }
 
-fn tokens(assembly: &Assembly, n: usize) -> StepInputs<'static> {
+pub(crate) fn tokens(assembly: &Assembly, n: usize) -> StepInputs<'static> {
     let program = &assembly.program;
     batch::prompt(&program.limits, program.vocab_size, KV_BLOCKS, n)
 }
@@ -549,7 +551,7 @@ fn many_decodes() -> Case {
 }
 
 /// Buffers of the routing operations.
-fn routed(dtype: DType, experts: usize, top_k: usize, local: [usize; 2]) -> Assembly {
+pub(crate) fn routed(dtype: DType, experts: usize, top_k: usize, local: [usize; 2]) -> Assembly {
     let mut a = Assembly::new(dtype);
     (a.program.num_experts, a.program.top_k) = (experts, top_k);
     a.buffer("ids", ElemType::I32, Rows::Tokens, top_k);
@@ -605,7 +607,7 @@ fn routing(dtype: DType) -> Vec<Case> {
 
 /// Distinct ascending experts for each of [`T`] tokens. The last expert is never among them, unless `top_k` is all
 /// experts.
-fn assignments(experts: usize, top_k: usize) -> Vec<i32> {
+pub(crate) fn assignments(experts: usize, top_k: usize) -> Vec<i32> {
     let used = (experts - 1).max(top_k);
     let int = |e: usize| i32::try_from(e).unwrap_or(0);
     let token = |t: usize| {

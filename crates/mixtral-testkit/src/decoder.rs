@@ -1,8 +1,8 @@
 //! The program of a small decoder with dummy weights, written by hand. All fusions are on or off.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{ElemType, Epilogue, Op, Program, Rows};
-use mixtral_model::{DType, MoeNormalization, Piece};
+use mixtral_engine::{Epilogue, Op, Program, Rows};
+use mixtral_model::{DType, ElemType, MoeNormalization, Piece};
 
 use crate::assembly::Assembly;
 

@@ -1,7 +1,7 @@
 //! Converts values to bytes and back by plain scalar code, and makes seeded values.
 
 use half::{bf16, f16};
-use mixtral_engine::{ElemType, dummy};
+use mixtral_engine::dummy;
 use mixtral_model::DType;
 
 /// `n` seeded values of mean 0 and standard deviation `scale`.
@@ -43,15 +43,4 @@ pub fn ints_to_bytes(values: &[i32]) -> Vec<u8> {
 #[must_use]
 pub fn ints_from_bytes(bytes: &[u8]) -> Vec<i32> {
     bytes.chunks_exact(4).map(|b| i32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-}
-
-/// The float type of a buffer's elements; `None` for integers.
-#[must_use]
-pub fn float_type(elem: ElemType) -> Option<DType> {
-    match elem {
-        ElemType::F32 => Some(DType::F32),
-        ElemType::F16 => Some(DType::F16),
-        ElemType::Bf16 => Some(DType::Bf16),
-        ElemType::I32 => None,
-    }
 }

@@ -2,14 +2,14 @@
 //! ones, which backends generate themselves. A random part of the outputs is compared with f64.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, ElemType, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights};
-use mixtral_model::{DType, MoeNormalization};
+use mixtral_engine::{BackendError, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
 use crate::batch::{self, Part};
 use crate::cases::{Failure, Tolerance, close, lists};
 use crate::decoder::weight;
-use crate::elements::{float_type, from_bytes, ints_from_bytes, ints_to_bytes};
+use crate::elements::{from_bytes, ints_from_bytes, ints_to_bytes};
 use crate::poison::{poison, sentinel};
 use crate::sampled::{Contents, SEED, Sampled, Views, seeded};
 
@@ -234,7 +234,7 @@ impl Large {
                     continue;
                 }
                 let dtype = self.program.buffer(name).expect("a buffer").dtype;
-                let bytes = match float_type(dtype) {
+                let bytes = match dtype.float() {
                     Some(dtype) => seeded(&format!("{} {name}", step.name), self.len(name, step) / dtype.size(), dtype),
                     None => {
                         let (_, ints) = step.ints.iter().find(|(other, _)| other == name).expect("integers");
@@ -314,7 +314,7 @@ impl Large {
                 let fails = |problem| (sample.name.clone(), problem);
                 let (indices, expected): (Vec<usize>, Vec<f64>) = sample.points.iter().copied().unzip();
                 let bytes = &found[&sample.name];
-                let Some(dtype) = float_type(sample.dtype) else {
+                let Some(dtype) = sample.dtype.float() else {
                     let all: Vec<f64> = ints_from_bytes(bytes).into_iter().map(f64::from).collect();
                     let wrong = indices.iter().zip(&expected).find(|&(&i, x)| all[i].to_bits() != x.to_bits());
                     match wrong {

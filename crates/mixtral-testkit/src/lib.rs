@@ -14,6 +14,7 @@ pub mod decoder;
 pub mod elements;
 pub mod large;
 pub mod poison;
+pub mod quantized;
 pub mod reference;
 mod sampled;
 pub mod tiny_model;

@@ -8,6 +8,7 @@ use mixtral_engine::{Epilogue, Op, Program, StepInputs, WeightSource};
 use mixtral_model::{DType, MoeNormalization};
 
 use crate::elements::{from_bytes, to_bytes};
+use crate::quantized;
 
 /// Contents of a buffer: this step's rows.
 #[derive(Clone, Debug, PartialEq)]
@@ -102,8 +103,7 @@ impl Reference<'_> {
     }
 
     fn weight(&self, name: &str) -> Vec<f64> {
-        let view = self.weights.weight(name).expect("a weight");
-        from_bytes(view.dtype, view.bytes)
+        quantized::elements(self.program.weight(name).expect("a weight"), self.weights)
     }
 
     fn cols(&self, buffer: &str) -> usize {

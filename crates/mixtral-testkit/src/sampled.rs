@@ -3,11 +3,11 @@
 
 use std::collections::HashMap;
 
-use mixtral_engine::{ElemType, Epilogue, Op, Program, StepInputs, dummy};
-use mixtral_model::{DType, MoeNormalization};
+use mixtral_engine::{Epilogue, Op, Program, StepInputs, dummy};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 
 use crate::batch::shuffled;
-use crate::elements::{float_type, from_bytes, ints_from_bytes, to_bytes};
+use crate::elements::{from_bytes, ints_from_bytes, to_bytes};
 
 /// Seed of the dummy weights.
 pub(crate) const SEED: u64 = 5;
@@ -97,7 +97,7 @@ impl Sampled<'_> {
 
     /// A row of a buffer's contents.
     fn row_of(&self, bytes: &[u8], name: &str, row: usize) -> Vec<f64> {
-        let dtype = float_type(self.dtype(name)).expect("floats");
+        let dtype = self.dtype(name).float().expect("floats");
         let size = self.cols(name) * dtype.size();
         from_bytes(dtype, &bytes[row * size..][..size])
     }

@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use half::{bf16, f16};
-use mixtral_model::{DType, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme};
+use mixtral_model::{DType, Formats, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
 use serde_json::{Value, json};
 
 /// How a model is laid out on disk.
@@ -119,7 +119,7 @@ impl TinyModel {
             rope_theta: 1e6,
             norm_eps: 1e-5,
             sliding_window: None,
-            quant: QuantScheme::None,
+            formats: Formats::default(),
         };
         TinyModel { config, tied: false, seed }
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::KeyError;
 use mixtral_checkpoint::keys::{Keys, parse_object, read_text};
-use mixtral_model::{DType, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme};
+use mixtral_model::{DType, Formats, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
 
 use super::files::Dialect;
 use crate::error::ConvertError;
@@ -110,7 +110,7 @@ fn read_hugging_face(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool
         rope_theta,
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(if moe { 1e-5 } else { 1e-6 }),
         sliding_window: keys.size("sliding_window")?,
-        quant: QuantScheme::None,
+        formats: Formats::default(),
     };
     Ok((model, dtype, keys.flag("tie_word_embeddings")?))
 }
@@ -175,7 +175,7 @@ fn read_params(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool), Key
         rope_theta: keys.number("rope_theta")?.unwrap_or(if num_experts.is_some() { 1e6 } else { 1e4 }),
         norm_eps: norm_eps.unwrap_or(1e-5),
         sliding_window: read_window(keys)?,
-        quant: QuantScheme::None,
+        formats: Formats::default(),
     };
     Ok((model, dtype, keys.flag("tied_embeddings")?))
 }

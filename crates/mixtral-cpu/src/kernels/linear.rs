@@ -6,7 +6,7 @@
 //! same chain of operations, so the bits are the same.
 
 use mixtral_engine::BackendError;
-use mixtral_model::DType;
+use mixtral_model::{DType, WeightFormat};
 use rayon::prelude::*;
 
 use super::workers::Workers;
@@ -22,6 +22,8 @@ const ROWS: usize = 32;
 const STREAMED_ROWS: usize = 1024;
 /// Columns of a block of K.
 const DEPTH: usize = 512;
+/// Quantized rows that are decoded before they are streamed: few enough for the cache, and enough for the widest tile of rows.
+const DECODED_ROWS: usize = 4;
 
 /// The memory of a product. All workers share it.
 pub(crate) struct Workspace {
@@ -60,7 +62,9 @@ pub(crate) fn linear(
 ) -> Result<(), BackendError> {
     let rows = weight.num_rows();
     let padded = weight.cols.next_multiple_of(LANES);
-    workers.reserve_scratch((ROWS * DEPTH.min(padded) + TOKENS.min(inputs.len()) * ROWS * LANES).max(rows + extra))?;
+    let blocked = (ROWS + 1) * DEPTH.min(padded) + TOKENS.min(inputs.len()) * ROWS * LANES;
+    let streamed = DECODED_ROWS * weight.cols;
+    workers.reserve_scratch((blocked.max(streamed) + weight.decode_scratch()).max(rows + extra))?;
     for (inputs, outs) in inputs.chunks(TOKENS).zip(outs.chunks_mut(TOKENS)) {
         let n = inputs.len();
         let streamed = n <= STREAM_COLUMNS;
@@ -80,7 +84,7 @@ pub(crate) fn linear(
         workers.for_chunks(acc, task_rows * n, rows * padded * n, |task, acc| {
             let rows = weight.rows(task * task_rows, ((task + 1) * task_rows).min(rows));
             if streamed {
-                workers.simd.stream(rows.dtype, rows.bytes, rows.cols, x, padded, n, acc, task_rows);
+                stream(workers, rows, x, n, acc, task_rows);
             } else {
                 workers.with_scratch(|scratch| block(workers, rows, x, n, acc, scratch));
             }
@@ -125,17 +129,48 @@ fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f3
     });
 }
 
+/// `out[token · stride + row] = dot(rows[row], x[token])`, for few tokens. Quantized rows are decoded a few at a time, into the cache.
+fn stream(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], stride: usize) {
+    let (simd, cols) = (workers.simd, rows.cols);
+    let padded = cols.next_multiple_of(LANES);
+    let WeightFormat::Quantized(quantization) = rows.format else {
+        return simd.stream(rows.dtype, rows.bytes, cols, x, padded, n, out, stride);
+    };
+    workers.with_scratch(|mut scratch| {
+        let decoded = take(&mut scratch, DECODED_ROWS * cols);
+        for first in (0..rows.num_rows()).step_by(DECODED_ROWS) {
+            let count = DECODED_ROWS.min(rows.num_rows() - first);
+            for (row, decoded) in decoded.chunks_exact_mut(cols).take(count).enumerate() {
+                rows.decode(simd, quantization, first + row, 0..cols, scratch, decoded);
+            }
+            let decoded = bytemuck::cast_slice(&decoded[..count * cols]);
+            simd.stream(DType::F32, decoded, cols, x, padded, n, &mut out[first..], stride);
+        }
+    });
+}
+
 /// `out[token][row] = dot(rows[row], x[token])`. `out` has a row stride of [`ROWS`].
 fn block(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], mut scratch: &mut [f32]) {
     let (num_rows, cols, size) = (rows.num_rows(), rows.cols, rows.dtype.size());
     let (tile_rows, padded) = (num_rows.next_multiple_of(BLOCK_ROWS), cols.next_multiple_of(LANES));
     let acc = take(&mut scratch, n * tile_rows * LANES);
     let w = take(&mut scratch, ROWS * DEPTH.min(padded));
+    let decoded = take(&mut scratch, DEPTH.min(padded));
     acc.fill(0.0);
     for start in (0..cols).step_by(DEPTH) {
         let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
-        for (r, row) in rows.bytes.chunks_exact(cols * size).enumerate() {
-            workers.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
+        for r in 0..num_rows {
+            match rows.format {
+                WeightFormat::Plain => {
+                    let row = &rows.bytes[r * cols * size..];
+                    workers.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
+                }
+                WeightFormat::Quantized(quantization) => {
+                    let decoded = &mut decoded[..end - start];
+                    rows.decode(workers.simd, quantization, r, start..end, scratch, decoded);
+                    workers.simd.pack_row(DType::F32, bytemuck::cast_slice(decoded), r, depth, w);
+                }
+            }
         }
         // Rows behind the last one hold old data; their accumulators are not read.
         workers.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);

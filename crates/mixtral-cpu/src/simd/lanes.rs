@@ -18,6 +18,10 @@ pub(super) trait Lanes: Copy {
     unsafe fn load_bf16(p: *const u8) -> Self;
     /// Sixteen f16, widened.
     unsafe fn load_f16(p: *const u8) -> Self;
+    /// Sixteen bytes as unsigned integers, widened.
+    unsafe fn load_u8(p: *const u8) -> Self;
+    /// Sixteen unsigned integers of 4 bits, widened: two a byte, the first in the lower half.
+    unsafe fn load_u4(p: *const u8) -> Self;
     /// Sixteen f32.
     unsafe fn store_f32(self, p: *mut u8);
     /// Sixteen bf16, rounded.
@@ -61,6 +65,19 @@ impl Lanes for Portable {
         // SAFETY: sixteen readable elements, by contract.
         let bits = unsafe { p.cast::<[u16; LANES]>().read_unaligned() };
         Portable(bits.map(|b| f16::from_bits(b).to_f32()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_u8(p: *const u8) -> Self {
+        // SAFETY: sixteen readable elements, by contract.
+        Portable(unsafe { p.cast::<[u8; LANES]>().read_unaligned() }.map(f32::from))
+    }
+
+    #[inline(always)]
+    unsafe fn load_u4(p: *const u8) -> Self {
+        // SAFETY: sixteen readable elements, by contract.
+        let bytes = unsafe { p.cast::<[u8; LANES / 2]>().read_unaligned() };
+        Portable(std::array::from_fn(|lane| f32::from(bytes[lane / 2] >> (lane % 2 * 4) & 15)))
     }
 
     #[inline(always)]
@@ -129,6 +146,18 @@ mod x86 {
         }
     }
 
+    /// Sixteen integers of 4 bits as bytes.
+    #[inline(always)]
+    unsafe fn spread(p: *const u8) -> __m128i {
+        // SAFETY: SSE2 is part of the architecture; eight readable bytes, by the caller.
+        unsafe {
+            let pairs = _mm_loadl_epi64(p.cast());
+            let low = _mm_and_si128(pairs, _mm_set1_epi8(15));
+            let high = _mm_and_si128(_mm_srli_epi16::<4>(pairs), _mm_set1_epi8(15));
+            _mm_unpacklo_epi8(low, high)
+        }
+    }
+
     /// Eight f32 as bf16, in the low halves of 32-bit lanes.
     #[inline(always)]
     unsafe fn round_bf16(x: __m256) -> __m256i {
@@ -178,6 +207,16 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn load_u8(p: *const u8) -> Self {
+            unsafe { Avx2::of_bytes(_mm_loadu_si128(p.cast())) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_u4(p: *const u8) -> Self {
+            unsafe { Avx2::of_bytes(spread(p)) }
+        }
+
+        #[inline(always)]
         unsafe fn store_f32(self, p: *mut u8) {
             unsafe {
                 _mm256_storeu_ps(p.cast(), self.0);
@@ -221,6 +260,18 @@ mod x86 {
         }
     }
 
+    impl Avx2 {
+        /// Sixteen bytes, widened.
+        #[inline(always)]
+        unsafe fn of_bytes(bytes: __m128i) -> Self {
+            // SAFETY: the caller runs with AVX2.
+            unsafe {
+                let widen = |bytes| _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+                Avx2(widen(bytes), widen(_mm_srli_si128::<8>(bytes)))
+            }
+        }
+    }
+
     /// One register. Needs AVX-512F besides what [`Avx2`] needs.
     #[derive(Clone, Copy)]
     pub(in crate::simd) struct Avx512(__m512);
@@ -250,6 +301,16 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_f16(p: *const u8) -> Self {
             unsafe { Avx512(_mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_u8(p: *const u8) -> Self {
+            unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_u4(p: *const u8) -> Self {
+            unsafe { Avx512(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(spread(p)))) }
         }
 
         #[inline(always)]

@@ -10,7 +10,7 @@ mod lanes;
 mod tests;
 mod tiles;
 
-use mixtral_model::DType;
+use mixtral_model::{Bits, DType};
 
 pub(crate) use lanes::LANES;
 
@@ -81,7 +81,7 @@ macro_rules! wrappers {
         // SAFETY (of every call): the machine has the features, by the wrapper's contract; sizes are asserted.
         #[expect(clippy::undocumented_unsafe_blocks, reason = "one contract for all, stated above")]
         mod $module {
-            use mixtral_model::DType;
+            use mixtral_model::{Bits, DType};
 
             use super::{lanes, tiles};
 
@@ -95,6 +95,18 @@ macro_rules! wrappers {
             $(#[$features])?
             pub(super) unsafe fn pack(dtype: DType, src: &[u8], dst: &mut [f32], stride: usize, padding: f32) {
                 unsafe { by_dtype!(dtype, pack, $lanes, [], (src, dst, stride, padding)) }
+            }
+
+            $(#[$features])?
+            pub(super) unsafe fn decode(
+                bits: Bits, src: &[u8], runs: (usize, usize), scales: &[f32], zeros: &[f32], dst: &mut [f32],
+            ) {
+                unsafe {
+                    match bits {
+                        Bits::Four => tiles::decode::<$lanes, tiles::U4>(src, runs, scales, zeros, dst),
+                        Bits::Eight => tiles::decode::<$lanes, tiles::U8>(src, runs, scales, zeros, dst),
+                    }
+                }
             }
 
             $(#[$features])?
@@ -213,6 +225,20 @@ impl Simd {
     /// `dst[i] = src[i]`, widened.
     pub(crate) fn widen(self, dtype: DType, src: &[u8], dst: &mut [f32]) {
         dispatch!(self, widen(dtype, src, dst));
+    }
+
+    /// A row of quantized elements: `dst[i] = (u[i] − zeros[g]) · scales[g]`, each product rounded. `src` holds u. The first
+    /// `runs.0` elements are of group 0, then each `runs.1` are of one group; both are whole bytes.
+    pub(crate) fn decode(
+        self,
+        bits: Bits,
+        src: &[u8],
+        runs: (usize, usize),
+        scales: &[f32],
+        zeros: &[f32],
+        dst: &mut [f32],
+    ) {
+        dispatch!(self, decode(bits, src, runs, scales, zeros, dst));
     }
 
     /// `dst[i] = src[i]`, rounded.

@@ -38,6 +38,30 @@ elem!(F32, 4, load_f32, store_f32);
 elem!(F16, 2, load_f16, store_f16);
 elem!(Bf16, 2, load_bf16, store_bf16);
 
+/// A type of unsigned integers in memory.
+pub(super) trait Integers {
+    /// Integers of a byte.
+    const PER_BYTE: usize;
+    /// Sixteen integers, widened.
+    unsafe fn load<L: Lanes>(p: *const u8) -> L;
+}
+
+macro_rules! integers {
+    ($name:ident, $per_byte:literal, $load:ident) => {
+        pub(super) struct $name;
+        impl Integers for $name {
+            const PER_BYTE: usize = $per_byte;
+            #[inline(always)]
+            unsafe fn load<L: Lanes>(p: *const u8) -> L {
+                // SAFETY: the caller's.
+                unsafe { L::$load(p) }
+            }
+        }
+    };
+}
+integers!(U8, 1, load_u8);
+integers!(U4, 2, load_u4);
+
 /// Loads `n < 16` elements; the other lanes are +0.
 #[inline(always)]
 unsafe fn load_partial<L: Lanes, E: Elem>(p: *const u8, n: usize) -> L {
@@ -68,6 +92,53 @@ pub(super) unsafe fn widen<L: Lanes, E: Elem>(src: &[u8], dst: &mut [f32]) {
             std::ptr::copy_nonoverlapping(buffer.as_ptr(), dst.add(i * 4), (n - i) * 4);
         }
     }
+}
+
+/// The elements of one group: `dst[i] = (u[i] − z) · s`, each operation rounded. `u` is packed in `src`, [`Integers::PER_BYTE`] to a
+/// byte.
+#[inline(always)]
+unsafe fn decode_run<L: Lanes, U: Integers>(src: *const u8, z: f32, s: f32, dst: &mut [f32]) {
+    let n = dst.len();
+    let dst: *mut u8 = dst.as_mut_ptr().cast();
+    // SAFETY: i + 16 ≤ n in the loop; the rest goes through a buffer of sixteen.
+    unsafe {
+        // u − z is exact, and adding −0 to a product changes nothing, so the only rounding is the product's.
+        let (one, minus_z, s, nothing) = (L::splat(1.0), L::splat(-z), L::splat(s), L::splat(-0.0));
+        let decode = |p: *const u8| nothing.fma(minus_z.fma(U::load::<L>(p), one), s);
+        let mut i = 0;
+        while i + LANES <= n {
+            decode(src.add(i / U::PER_BYTE)).store_f32(dst.add(i * 4));
+            i += LANES;
+        }
+        if i < n {
+            let (mut integers, mut floats) = ([0u8; LANES], [0u8; 4 * LANES]);
+            let bytes = (n - i).div_ceil(U::PER_BYTE);
+            std::ptr::copy_nonoverlapping(src.add(i / U::PER_BYTE), integers.as_mut_ptr(), bytes);
+            decode(integers.as_ptr()).store_f32(floats.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(floats.as_ptr(), dst.add(i * 4), (n - i) * 4);
+        }
+    }
+}
+
+/// A row of quantized elements from one in group 0 on: `dst[i] = (u[i] − zeros[g]) · scales[g]`. The first `first` elements are
+/// of group 0, then each `len` are of one group. `first` and `len` are multiples of [`Integers::PER_BYTE`].
+#[inline(always)]
+pub(super) unsafe fn decode<L: Lanes, U: Integers>(
+    src: &[u8],
+    (first, len): (usize, usize),
+    scales: &[f32],
+    zeros: &[f32],
+    dst: &mut [f32],
+) {
+    assert!(src.len() >= dst.len().div_ceil(U::PER_BYTE));
+    let (mut at, mut run) = (0, first);
+    for (&s, &z) in scales.iter().zip(zeros) {
+        let end = (at + run).min(dst.len());
+        // SAFETY: the assert covers every element of dst.
+        unsafe { decode_run::<L, U>(src.as_ptr().add(at / U::PER_BYTE), z, s, &mut dst[at..end]) };
+        (at, run) = (end, len);
+    }
+    assert_eq!(at, dst.len());
 }
 
 /// Group g of `src`, widened, goes to `dst[g · stride..]`. The last group is filled up with `padding`.

@@ -1,6 +1,7 @@
 //! cuBLASLt: products of 16-bit matrices, accumulated in f32. It computes the dense linears of long steps in engines
 //! that were built with `--gemm-plugin cublaslt`, and its speed is what other matrix products are compared with.
 
+use mixtral_model::ElemType;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::Path;
@@ -8,7 +9,6 @@ use std::ptr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
-use mixtral_engine::ElemType;
 use mixtral_kernels::Search;
 
 use super::{Context, Stream};
@@ -272,6 +272,7 @@ fn data_type(dtype: ElemType) -> c_int {
         ElemType::F16 => 2,
         ElemType::Bf16 => 14,
         ElemType::I32 => 10,
+        ElemType::U8 => 8,
     }
 }
 

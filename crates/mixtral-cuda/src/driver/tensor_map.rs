@@ -5,8 +5,8 @@ use cudarc::driver::sys::{
     CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
     CUtensorMapSwizzle_enum as Swizzle,
 };
-use mixtral_engine::ElemType;
 use mixtral_kernels::TensorMap;
+use mixtral_model::ElemType;
 
 use super::api;
 use crate::CudaError;
@@ -33,6 +33,7 @@ pub(crate) fn encode(map: &TensorMap, address: u64) -> Result<CUtensorMap, CudaE
         ElemType::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         ElemType::Bf16 => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         ElemType::I32 => DataType::CU_TENSOR_MAP_DATA_TYPE_INT32,
+        ElemType::U8 => DataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
     };
     let api = api()?;
     let mut encoded = CUtensorMap { opaque: [0; 16] };

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use mixtral_model::{DType, Piece};
+use mixtral_model::{DType, ElemType, Piece, WeightFormat};
 
 use super::*;
-use crate::{KvLayout, WeightFormat};
+use crate::KvLayout;
 
 /// A program of sums `out = a + b`, over buffers at the given offsets.
 fn sums(buffers: &[(&str, usize)], ops: &[[&str; 3]]) -> Program {

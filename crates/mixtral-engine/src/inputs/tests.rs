@@ -1,9 +1,9 @@
 //! Breaks every rule of [`StepInputs::check`], one at a time.
 
-use mixtral_model::DType;
+use mixtral_model::{DType, ElemType};
 
 use super::*;
-use crate::{Buffer, ElemType, KvLayout, Rows};
+use crate::{Buffer, KvLayout, Rows};
 
 /// Blocks of the cache.
 const KV_BLOCKS: usize = 9;

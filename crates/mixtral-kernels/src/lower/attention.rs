@@ -1,6 +1,7 @@
 //! `attention`, `rope`, `write_kv`, `rope_write_kv`.
 
-use mixtral_engine::{ElemType, KvLayout, Op};
+use mixtral_engine::{KvLayout, Op};
+use mixtral_model::ElemType;
 
 use super::elementwise::{VECTOR, threads_for};
 use super::{LowerError, Lowering, count, int, is_16_bit, launch, named, portable, type_name};

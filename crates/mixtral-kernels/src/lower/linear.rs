@@ -1,6 +1,7 @@
 //! Linears, dense and by expert.
 
 use mixtral_engine::{Epilogue, Op, Rows};
+use mixtral_model::WeightFormat;
 
 use super::{LowerError, Lowering, count, elementwise, moe, named, of_launches, type_name};
 use crate::scratch::PRODUCT_WORKSPACE;
@@ -107,6 +108,13 @@ struct Linear<'a> {
 impl<'a> Linear<'a> {
     fn new(lowering: &'a Lowering<'a>, op: &'a Op) -> Result<Self, LowerError> {
         let missing = |name: &str| LowerError::Missing { op: op.name(), name: name.to_owned() };
+        for name in op.weights() {
+            let format = lowering.weight(op, name)?.1.format;
+            if format != WeightFormat::Plain {
+                let reason = format!("weights of format {format} are computed on the CPU only; run with --backend cpu");
+                return Err(LowerError::Unsupported { op: op.name(), reason });
+            }
+        }
         let shape = LinearShape::of(lowering.program, op).ok_or_else(|| missing("its input or weight"))?;
         let buffer = |name: &str| Ok::<usize, LowerError>(lowering.buffer(op, name)?.0);
         let (input, weight, out) = match op {

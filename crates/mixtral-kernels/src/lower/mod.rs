@@ -16,8 +16,8 @@ pub(crate) use moe::CHUNK;
 
 use std::borrow::Cow;
 
-use mixtral_engine::{Buffer, ElemType, Op, Program, Weight};
-use mixtral_model::DType;
+use mixtral_engine::{Buffer, Op, Program, Weight};
+use mixtral_model::{DType, ElemType};
 
 use crate::plan::{LAST_RUNG, RUNGS};
 use crate::{Arg, Exchange, Family, Grid, Kernel, Launch, NamedArg, Regime, Schedule, Scratch, StepBlock, Work};
@@ -219,6 +219,7 @@ pub(crate) fn type_name(dtype: impl Into<ElemType>) -> &'static str {
         ElemType::F16 => "f16_t",
         ElemType::Bf16 => "bf16_t",
         ElemType::I32 => "int",
+        ElemType::U8 => "u8",
     }
 }
 

@@ -1,8 +1,8 @@
 //! Which kernels the operations of a layer of Mixtral 8x7B become.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{ElemType, Epilogue, KvLayout, Limits, Op, Program, Rows, Rung};
-use mixtral_model::{DType, MoeNormalization};
+use mixtral_engine::{Epilogue, KvLayout, Limits, Op, Program, Rows, Rung};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 

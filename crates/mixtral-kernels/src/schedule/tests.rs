@@ -1,7 +1,7 @@
 //! A schedule reads back as it was written, stays short, and asks for nothing that the program does not have.
 
-use mixtral_engine::{ElemType, Limits, Op, Program, Rows};
-use mixtral_model::DType;
+use mixtral_engine::{Limits, Op, Program, Rows};
+use mixtral_model::{DType, ElemType};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::cases;
 use mixtral_testkit::decoder::{self, Geometry};

@@ -1,6 +1,6 @@
 //! The geometry of a checkpoint without a model.
 
-use mixtral_model::{DType, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, QuantScheme};
+use mixtral_model::{DType, Formats, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
 
 use super::beside::{compare, described};
 use super::{Usage, usage};
@@ -77,7 +77,7 @@ impl GeometryArgs {
             rope_theta: self.rotary_base.unwrap_or(10_000.0),
             norm_eps: self.rms_norm_eps.unwrap_or(1e-6),
             sliding_window: None,
-            quant: QuantScheme::None,
+            formats: Formats::default(),
         })
     }
 

@@ -1,7 +1,6 @@
 //! How far apart two contents of a buffer are.
 
-use mixtral_engine::ElemType;
-use mixtral_model::DType;
+use mixtral_model::ElemType;
 use serde::Serialize;
 
 /// How far contents may be from the reference's.
@@ -19,7 +18,7 @@ impl Tolerance {
         match dtype {
             ElemType::F32 => self.f32,
             ElemType::F16 | ElemType::Bf16 => self.half,
-            ElemType::I32 => 0.0,
+            ElemType::I32 | ElemType::U8 => 0.0,
         }
     }
 }
@@ -105,11 +104,9 @@ fn count(n: usize) -> f64 {
 }
 
 fn values(dtype: ElemType, bytes: &[u8]) -> Vec<f64> {
-    let floats = |dtype: DType| dtype.widen(bytes).into_iter().map(f64::from).collect();
-    match dtype {
-        ElemType::F32 => floats(DType::F32),
-        ElemType::F16 => floats(DType::F16),
-        ElemType::Bf16 => floats(DType::Bf16),
-        ElemType::I32 => bytes.as_chunks().0.iter().map(|b| f64::from(i32::from_le_bytes(*b))).collect(),
+    match (dtype, dtype.float()) {
+        (_, Some(float)) => float.widen(bytes).into_iter().map(f64::from).collect(),
+        (ElemType::U8, _) => bytes.iter().map(|&b| f64::from(b)).collect(),
+        _ => bytes.as_chunks().0.iter().map(|b| f64::from(i32::from_le_bytes(*b))).collect(),
     }
 }

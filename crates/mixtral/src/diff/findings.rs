@@ -1,10 +1,10 @@
 //! All differences of a comparison, by operation and buffer.
 
+use mixtral_model::ElemType;
 use std::collections::BTreeMap;
 use std::io::Write;
 
 use anyhow::Result;
-use mixtral_engine::ElemType;
 use serde::Serialize;
 
 use super::difference::{Difference, Element, Tolerance};

@@ -5,7 +5,8 @@ use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use mixtral_engine::{Backend, BackendError, ElemType, Inspect, Op, StepInputs, StepOutputs};
+use mixtral_engine::{Backend, BackendError, Inspect, Op, StepInputs, StepOutputs};
+use mixtral_model::ElemType;
 
 use super::difference::Difference;
 use super::findings::{Findings, Place};

@@ -1,9 +1,10 @@
 //! What operations read and write apart from weights: buffers, and layers of the cache.
 
+use mixtral_model::ElemType;
 use std::fmt;
 use std::ops::Range;
 
-use mixtral_engine::{BackendError, ElemType, Inspect, Op, Program, StepInputs};
+use mixtral_engine::{BackendError, Inspect, Op, Program, StepInputs};
 
 /// A buffer or a layer's keys and values.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]

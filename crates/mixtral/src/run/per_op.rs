@@ -117,8 +117,8 @@ fn name(op: &Op) -> String {
 
 #[cfg(test)]
 mod tests {
-    use mixtral_engine::{Buffer, ElemType, KvLayout, Limits, Rows};
-    use mixtral_model::DType;
+    use mixtral_engine::{Buffer, KvLayout, Limits, Rows};
+    use mixtral_model::{DType, ElemType};
 
     use super::*;
 

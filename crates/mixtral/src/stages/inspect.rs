@@ -67,7 +67,8 @@ fn inspect_checkpoint(checkpoint: &Checkpoint, args: &InspectArgs, out: &mut dyn
                 let list: Vec<_> = tensors
                     .iter()
                     .map(|(t, hash)| {
-                        json!({ "name": t.name, "dtype": t.dtype, "shape": t.shape, "bytes": t.num_bytes(), "blake3": hash })
+                        let dtype = t.elem.float().map_or_else(|| json!(t.elem), |dtype| json!(dtype));
+                        json!({ "name": t.name, "dtype": dtype, "shape": t.shape, "bytes": t.num_bytes(), "blake3": hash })
                     })
                     .collect();
                 json!({ "bytes": tensors.iter().map(|(t, _)| t.num_bytes()).sum::<u64>(), "tensors": list })
@@ -101,7 +102,7 @@ fn inspect_checkpoint(checkpoint: &Checkpoint, args: &InspectArgs, out: &mut dyn
                 out,
                 "  {:<52} {:<4} {shape:<22} {}",
                 tensor.name,
-                tensor.dtype.to_string(),
+                tensor.elem.to_string(),
                 size(tensor.num_bytes())
             )?;
         }

@@ -1,0 +1,162 @@
+//! Weights of integers and scales: seeded ones, what they stand for by plain scalar code, and the cases of operations that multiply
+//! with them.
+
+use mixtral_engine::{Epilogue, Op, Rows, TensorSpec, Weight, WeightSource, dummy};
+use mixtral_model::{Bits, DType, ElemType, PartKind, Quantization, WeightFormat};
+
+use crate::assembly::Assembly;
+use crate::cases::{Case, assignments, lists, routed, tokens};
+use crate::elements::{from_bytes, to_bytes};
+
+/// A format of every kind.
+pub const FORMATS: [&str; 7] = [
+    "int8:row:f32",
+    "int4:g128:bf16",
+    "int4:g64:f16:zeros",
+    "int4:g32:f16",
+    "int4:row:f32",
+    "int8:g32:bf16:zeros",
+    "int8:row:bf16:zeros",
+];
+
+/// A format of [`FORMATS`].
+///
+/// # Panics
+/// If it is none.
+#[must_use]
+pub fn format(word: &str) -> WeightFormat {
+    word.parse().expect("a format")
+}
+
+impl Assembly {
+    /// Adds a weight of integers and scales. All integers of the format occur, some scales are negative, and one is zero.
+    ///
+    /// # Panics
+    /// On a plain format.
+    pub fn quantized(&mut self, name: &str, format: WeightFormat, shape: &[usize], scale: f32) -> String {
+        let WeightFormat::Quantized(Quantization { bits, .. }) = format else { panic!("{format} has no integers") };
+        let dtype = self.program.dtype;
+        self.declare(name, dtype, shape);
+        let weight = self.program.weights.last_mut().expect("just declared");
+        weight.format = format;
+        let key = dummy::key(0x7e57, name);
+        let scale = f64::from(scale) / f64::from(bits.middle());
+        for (part, TensorSpec { name, elem, shape }) in format.parts(dtype, shape).iter().zip(weight.tensors()) {
+            let n = shape.iter().product::<usize>() as u64;
+            let byte = |index: u64| (dummy::word(key, index) & 0xff) as u8;
+            let bytes = match (part.kind, elem.float()) {
+                (PartKind::Scales, Some(dtype)) => {
+                    let scales = (0..n).map(|i| f64::from(i32::from(byte(i << 20)) - 64) / 128.0 * scale);
+                    to_bytes(dtype, &scales.collect::<Vec<_>>())
+                }
+                (PartKind::Zeros, _) => (0..n).map(|i| byte(i << 40) % bits.max()).collect(),
+                _ => (0..n).map(byte).collect(),
+            };
+            self.weights.insert(&name, elem, &shape, bytes);
+        }
+        name.to_owned()
+    }
+}
+
+/// The elements that a weight stands for.
+///
+/// # Panics
+/// If the source lacks a part of it.
+#[must_use]
+pub fn elements(weight: &Weight, source: &dyn WeightSource) -> Vec<f64> {
+    let parts: Vec<Vec<u8>> =
+        weight.tensors().iter().map(|t| source.weight(&t.name).expect("a tensor").bytes.to_vec()).collect();
+    let WeightFormat::Quantized(quantization) = weight.format else { return from_bytes(weight.dtype, &parts[0]) };
+    let Quantization { bits, scale, .. } = quantization;
+    let (cols, scales) = (weight.cols(), from_bytes(scale, &parts[1]));
+    let (row_bytes, groups) = (quantization.row_bytes(cols), quantization.groups(cols));
+    let element = |row: usize, col: usize| {
+        let group = row * groups + col / quantization.group_len(cols);
+        let byte = parts[0][row * row_bytes + col / bits.per_byte()];
+        let integer = match bits {
+            Bits::Four => byte >> (col % 2 * 4) & 15,
+            Bits::Eight => byte,
+        };
+        let zero = parts.get(2).map_or(bits.middle(), |zeros| zeros[group]);
+        (f64::from(integer) - f64::from(zero)) * scales[group]
+    };
+    (0..weight.rows())
+        .flat_map(|row| (0..cols).map(move |col| (row, col)))
+        .map(|(row, col)| element(row, col))
+        .collect()
+}
+
+/// Linears and experts with weights of every format.
+#[must_use]
+pub fn cases(dtype: DType) -> Vec<Case> {
+    FORMATS.into_iter().flat_map(|word| [linears(dtype, word), experts(dtype, word)].concat()).collect()
+}
+
+fn linears(dtype: DType, word: &str) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (n, k, rows) in [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 136, 24)] {
+        for epilogue in [Epilogue::Store, Epilogue::Residual, Epilogue::F32] {
+            let mut a = Assembly::new(dtype);
+            let weight = a.quantized("w", format(word), &[rows, k], 0.3);
+            let input = a.activation("x", Rows::Tokens, k);
+            let out = match epilogue {
+                Epilogue::F32 => a.buffer("out", ElemType::F32, Rows::Tokens, rows),
+                _ => a.activation("out", Rows::Tokens, rows),
+            };
+            let residual = (epilogue == Epilogue::Residual).then(|| a.activation("residual", Rows::Tokens, rows));
+            let added = residual.clone();
+            a.op(Op::Linear { input, weight, rows: None, epilogue, residual, out, ladder: vec![] });
+            let inputs = tokens(&a, n);
+            let case = Case::new(format!("linear {word} {n}x{k}x{rows} {epilogue:?}"), a, inputs).fill("x", 1.0);
+            cases.push(if let Some(added) = added { case.fill(&added, 1.0) } else { case });
+        }
+    }
+    let mut a = Assembly::new(dtype);
+    let weight = a.quantized("w", format(word), &[80, 128], 0.3);
+    let (input, out) = (a.activation("x", Rows::Tokens, 128), a.activation("out", Rows::Tokens, 48));
+    let (rows, epilogue) = (Some([16, 64]), Epilogue::Store);
+    a.op(Op::Linear { input, weight, rows, epilogue, residual: None, out, ladder: vec![] });
+    let inputs = tokens(&a, 5);
+    cases.push(Case::new(format!("linear {word} of some rows"), a, inputs).fill("x", 1.0));
+    cases
+}
+
+fn experts(dtype: DType, word: &str) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let (hidden, inter) = (160, 72);
+    for (experts, top_k, local) in [(8, 2, [0, 8]), (5, 3, [1, 4])] {
+        // Every token goes to the first experts, or to any.
+        let crowded: Vec<i32> = (0..T).flat_map(|_| (0..top_k).map(|e| i32::try_from(e).unwrap_or(0))).collect();
+        for (kind, ids) in [("spread", assignments(experts, top_k)), ("crowded", crowded)] {
+            let text = format!("{word} {top_k} of {experts} at {local:?} {kind}");
+            let num_local = local[1] - local[0];
+            let (offsets, order) = lists(&ids, local);
+            let given = |case: Case| {
+                case.ints("ids", ids.clone()).ints("offsets", offsets.clone()).ints("order", order.clone())
+            };
+            let base = routed(dtype, experts, top_k, local);
+            let inputs = tokens(&base, T);
+            for silu_mul in [false, true] {
+                let mut a = base.clone();
+                let weight = a.quantized("fc", format(word), &[num_local, 2 * inter, hidden], 0.2);
+                let input = a.activation("x", Rows::Tokens, hidden);
+                let out = a.activation("out", Rows::Assignments, if silu_mul { inter } else { 2 * inter });
+                let (offsets, order) = ("offsets".to_owned(), "order".to_owned());
+                a.op(Op::ExpertGateUp { input, weight, offsets, order, silu_mul, out, ladder: vec![] });
+                let text = format!("expert_gate_up {text} silu {silu_mul}");
+                cases.push(given(Case::new(text, a, inputs.clone())).fill("x", 1.0));
+            }
+            let mut a = base.clone();
+            let weight = a.quantized("proj", format(word), &[num_local, hidden, inter], 0.2);
+            let input = a.activation("x", Rows::Assignments, inter);
+            let out = a.activation("out", Rows::Assignments, hidden);
+            let (offsets, order) = ("offsets".to_owned(), "order".to_owned());
+            a.op(Op::ExpertDown { input, weight, offsets, order, out, ladder: vec![] });
+            cases.push(given(Case::new(format!("expert_down {text}"), a, inputs.clone())).fill("x", 1.0));
+        }
+    }
+    cases
+}
+
+/// Tokens of a step of experts: as many as [`assignments`] are for.
+const T: usize = crate::cases::T;
