@@ -109,7 +109,7 @@ def autoawq(source, target, options):
 
 def gptqmodel(source, target, options):
     os.environ["GPTQMODEL_CPU_WORKERS"] = "4"  # with one it does not start
-    os.environ["GPTQ_TORCH_TRITON_DEQUANT"] = "0"
+    import torch
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
     from tokenizers import Tokenizer, models
 
@@ -122,7 +122,8 @@ def gptqmodel(source, target, options):
     model = GPTQModel.load(source, QuantizeConfig(bits=4, device="cpu", **options))
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in numbers(0, 32, 48)], batch_size=4)
     model.save(str(target))
-    model = GPTQModel.load(str(target), backend=BACKEND.TORCH, device="cpu").model.eval()
+    # In float16 the scales stay what the file has.
+    model = GPTQModel.load(str(target), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16).model.eval()
     linears = {name: module for name, module in model.named_modules() if hasattr(module, "qweight")}
     return {name: type(module).dequantize_weight(module).T for name, module in linears.items()}
 

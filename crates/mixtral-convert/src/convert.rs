@@ -4,12 +4,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use mixtral_checkpoint::disk::free_bytes;
-use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
+use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress, RankWriter, TensorSpec};
 use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe};
 
 use crate::error::ConvertError;
 use crate::execute::{buffer_bytes, execute};
-use crate::plan::recipes;
+use crate::plan::{parts, recipes};
 use crate::report::{ConvertPlan, PlannedTensor, RankPlan, Report};
 use crate::source::config::SourceConfig;
 use crate::source::{Source, open_config};
@@ -122,9 +122,9 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
         .into_iter()
         .enumerate()
         .map(|(rank, recipes)| {
-            let tensors: Vec<PlannedTensor> = recipes
-                .into_iter()
-                .map(|r| PlannedTensor { bytes: r.num_bytes() as u64, name: r.name, dtype: r.dtype, shape: r.shape })
+            let specs = recipes.iter().flat_map(parts).map(|tensor| tensor.spec);
+            let tensors: Vec<PlannedTensor> = specs
+                .map(|s| PlannedTensor { bytes: s.num_bytes(), name: s.name, dtype: s.elem, shape: s.shape })
                 .collect();
             RankPlan { rank, bytes: tensors.iter().map(|t| t.bytes).sum(), tensors }
         })
@@ -135,7 +135,7 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
             Input::Directory(dir) => Some(dir.clone()),
             Input::Geometry(_) => None,
         },
-        layout: source.as_ref().map(|s| s.layout),
+        layout: source.as_ref().map(|s| s.layout.clone()),
         source_dtype: source.as_ref().map(Source::dtype),
         source_bytes: source.as_ref().map_or(0, |s| s.num_bytes),
         output_dir: options.output_dir.clone(),
@@ -165,8 +165,8 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
     if let Some(source) = &source {
         execute(source, &recipes, writer.ranks(), options.workers, progress)?;
     }
-    let tensors = recipes.iter().flatten();
-    let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());
+    let tensors = writer.ranks().iter().flat_map(RankWriter::tensors);
+    let (count, bytes) = (tensors.clone().count(), tensors.map(TensorSpec::num_bytes).sum());
     let run_id = writer.finish()?;
     let seconds = start.elapsed().as_secs_f64();
     Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds, warnings: tokenizer.warnings })

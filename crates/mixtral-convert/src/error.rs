@@ -213,7 +213,7 @@ pub enum ConvertError {
         /// Name of the configuration file.
         config: &'static str,
         /// How the weights were read.
-        layout: &'static str,
+        layout: String,
         /// One line each.
         problems: Vec<String>,
     },
