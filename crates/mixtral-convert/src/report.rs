@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use mixtral_model::{DType, Mapping, ModelConfig};
+use mixtral_model::{DType, ElemType, Mapping, ModelConfig};
 use serde::Serialize;
 
 /// What a conversion will do.
@@ -11,8 +11,8 @@ use serde::Serialize;
 pub struct ConvertPlan {
     /// The model directory; `None` for a geometry without weights.
     pub model_dir: Option<PathBuf>,
-    /// How its weights are laid out.
-    pub layout: Option<&'static str>,
+    /// How its weights are laid out and quantized.
+    pub layout: Option<String>,
     /// Type of its weights.
     pub source_dtype: Option<DType>,
     /// Bytes of its weights.
@@ -55,8 +55,8 @@ pub struct RankPlan {
 pub struct PlannedTensor {
     /// Name in the checkpoint.
     pub name: String,
-    /// Type in the checkpoint.
-    pub dtype: DType,
+    /// Type of its elements in the checkpoint.
+    pub dtype: ElemType,
     /// Shape in the checkpoint.
     pub shape: Vec<usize>,
     /// Its bytes.
@@ -92,7 +92,7 @@ fn size(bytes: u64) -> String {
 
 impl fmt::Display for ConvertPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.model_dir, self.layout, self.source_dtype) {
+        match (&self.model_dir, &self.layout, self.source_dtype) {
             (Some(dir), Some(layout), Some(dtype)) => {
                 writeln!(f, "source   {} ({layout}, {dtype}, {})", dir.display(), size(self.source_bytes))?;
             }
@@ -110,9 +110,16 @@ impl fmt::Display for ConvertPlan {
             writeln!(f, "  tensors of rank 0, layers like its first left out:")?;
             let is_later_layer =
                 |name: &str| name.starts_with("transformer.layers.") && !name.starts_with("transformer.layers.0.");
-            for PlannedTensor { name, dtype, shape, bytes } in first.tensors.iter().filter(|t| !is_later_layer(&t.name))
-            {
-                writeln!(f, "    {name:<48} {:<4} {:<20} {}", dtype.to_string(), format!("{shape:?}"), size(*bytes))?;
+            let tensors = || first.tensors.iter().filter(|tensor| !is_later_layer(&tensor.name));
+            let width = tensors().map(|tensor| tensor.name.len()).max().unwrap_or(0);
+            for PlannedTensor { name, dtype, shape, bytes } in tensors() {
+                writeln!(
+                    f,
+                    "    {name:<width$} {:<4} {:<20} {}",
+                    dtype.to_string(),
+                    format!("{shape:?}"),
+                    size(*bytes)
+                )?;
             }
         }
         if !self.tokenizer_files.is_empty() {
