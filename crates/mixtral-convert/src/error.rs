@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::config::ConfigRuleError;
-use mixtral_checkpoint::{HeaderError, KeyError, WriteError, lines};
+use mixtral_checkpoint::{HeaderError, KeyError, ReadError, WriteError, lines};
 use mixtral_model::{ConfigError, DType};
 use mixtral_tokenizer::TokenizerError;
 
@@ -205,6 +205,16 @@ pub enum ConvertError {
         /// Another.
         second: PathBuf,
     },
+    /// Quantized weights that are to be quantized.
+    #[error(
+        "the weights in {dir} are quantized already ({layout}); convert them as they are, or quantize the original model"
+    )]
+    Quantized {
+        /// The directory.
+        dir: PathBuf,
+        /// How they are quantized.
+        layout: String,
+    },
     /// All tensors that are missing, that have the wrong shape or type, or that the model has no place for.
     #[error("the weights in {dir} are not those that {config} describes (read as {layout}); download both again from one place:\n{}", lines(.problems))]
     Tensors {
@@ -272,6 +282,9 @@ pub enum ConvertError {
         /// Rows of the embedding.
         vocab_size: usize,
     },
+    /// A checkpoint that is quantized cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] ReadError),
     /// The checkpoint cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),

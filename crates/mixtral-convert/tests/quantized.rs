@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use mixtral_checkpoint::names::part_name;
 use mixtral_checkpoint::{Checkpoint, RankFile, rank_weights};
 use mixtral_convert::{ConvertOptions, HfTensor, Input, Matrix, convert};
-use mixtral_model::{DType, Mapping, PartKind, Quantization, Rank, WeightFormat};
+use mixtral_model::{DType, Formats, Mapping, PartKind, Precision, Quantization, Rank, WeightFormat, WeightOnly};
 use mixtral_testkit::{Tensor, write_safetensors};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -219,6 +219,17 @@ fn renamed(tensors: &mut BTreeMap<String, Stored>, rename: &[(&str, &str)]) {
 }
 
 #[test]
+fn a_config_without_weights_is_of_plain_ones_and_says_so() {
+    let root = tempfile::tempdir().unwrap();
+    let mut only_config = options(&fixtures().join("awq-mixtral"), root.path().join("checkpoint"), Mapping::single());
+    only_config.save_config_only = true;
+    let report = convert(&only_config, &()).unwrap();
+    assert!(report.warnings.iter().any(|warning| warning.contains("quantized by awq")), "{report:?}");
+    let checkpoint = Checkpoint::open(&only_config.output_dir).unwrap();
+    assert_eq!(checkpoint.config().model.formats, Formats::default());
+}
+
+#[test]
 fn every_spelling_gives_the_same_checkpoint() {
     let to_4 = [(".gate_proj.", ".w1."), (".up_proj.", ".w3."), (".down_proj.", ".w2.")];
     let moe = [(".mlp.", ".block_sparse_moe.")];
@@ -374,5 +385,10 @@ fn what_is_refused_says_why() {
         tensors.get_mut("model.layers.0.self_attn.k_proj.scales").unwrap().2[..2].copy_from_slice(&[0, 0x7c]);
     });
     case("ranks that cut groups", "awq-mistral", Mapping::tensor_parallel(2, 1), &|_| {}, &|_| {});
+    let mut again = options(&fixtures().join(awq), PathBuf::from("checkpoint"), one);
+    again.weight_only = Some(WeightOnly { attention: Precision::Int8, feed_forward: Precision::Int8, group: None });
+    let error = convert(&again, &()).unwrap_err().to_string();
+    let dir = fixtures().display().to_string();
+    writeln!(text, "# quantized weights that are to be quantized\n{}", error.replace(&dir, "[DIR]")).unwrap();
     insta::assert_snapshot!(text);
 }

@@ -17,7 +17,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::{Header, TensorEntry};
-use mixtral_model::{DType, ElemType, ModelConfig};
+use mixtral_model::{DType, ElemType, Formats, ModelConfig};
 
 use crate::error::ConvertError;
 use crate::names::HfTensor;
@@ -130,6 +130,12 @@ impl Source {
         let (num_bytes, largest_tensor) = (sizes().sum(), sizes().max().unwrap_or(0));
         let (dir, layout) = (dir.to_owned(), form.name());
         Ok(Source { dir, config, tied, layout, files, tensors, num_bytes, largest_tensor })
+    }
+
+    /// Whether linears are quantized.
+    #[must_use]
+    pub fn is_quantized(&self) -> bool {
+        self.config.model.formats != Formats::default()
     }
 
     /// The model's data type: that of its configuration, or else that of its embedding.
