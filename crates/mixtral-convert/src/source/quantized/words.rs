@@ -94,7 +94,7 @@ impl Words {
                     for (col, out) in out.iter_mut().enumerate() {
                         let one = if less_one { 0x1111_1111 } else { 0 };
                         let word = word(col, row / 8 - stored_cols.start).wrapping_add(one);
-                        *out = (word >> (4 * place)) as u8 & 15;
+                        *out = (word >> (4 * place)).to_le_bytes()[0] & 15;
                     }
                 }
             }
@@ -103,7 +103,7 @@ impl Words {
                 for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
                     for (col, out) in out.iter_mut().enumerate() {
                         let word = word(row / in_word - stored_rows.start, col);
-                        *out = (word >> (32 / in_word * (row % in_word))) as u8 & bits.max();
+                        *out = (word >> (32 / in_word * (row % in_word))).to_le_bytes()[0] & bits.max();
                     }
                 }
             }
