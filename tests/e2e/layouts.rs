@@ -140,7 +140,7 @@ fn the_example_model_writes_the_same_text_in_every_layout() {
     }
     for quantized in ["--use_weight_only", "--use_weight_only --weight_only_precision int4 --group_size 32"] {
         let alone = text(quantized);
-        for layout in ["--tp_size 2", "--tp_size 6 --moe_tp_size 3 --moe_ep_size 2", "--tp_size 3 --pp_size 2"] {
+        for layout in ["--tp_size 2", "--tp_size 6 --moe_tp_size 3 --moe_ep_size 2", "--tp_size 2 --pp_size 2"] {
             assert_eq!(text(&format!("{quantized} {layout}")), alone, "{quantized} {layout}");
         }
     }
