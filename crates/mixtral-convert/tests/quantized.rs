@@ -247,6 +247,35 @@ fn every_spelling_gives_the_same_checkpoint() {
 }
 
 #[test]
+fn files_beside_the_configuration_describe_older_models() {
+    let older = [
+        (
+            "gptq-mixtral",
+            "quantize_config.json",
+            json!({ "bits": 4, "group_size": 32, "desc_act": false, "sym": true }),
+        ),
+        (
+            "awq-mixtral",
+            "quant_config.json",
+            json!({ "w_bit": 4, "q_group_size": 32, "zero_point": true, "version": "GEMM" }),
+        ),
+    ];
+    for (name, file, keys) in older {
+        let root = tempfile::tempdir().unwrap();
+        let from = root.path().join("model");
+        let remove = |config: &mut Value| drop(config.as_object_mut().unwrap().shift_remove("quantization_config"));
+        spoiled(name, &from, remove, |_| {});
+        fs::write(from.join(file), keys.to_string()).unwrap();
+        let read = |from: &Path, to: &str| {
+            let to = root.path().join(to);
+            convert(&options(from, to.clone(), Mapping::single()), &()).unwrap();
+            fs::read(to.join("rank0.safetensors")).unwrap()
+        };
+        assert!(read(&from, "older") == read(&fixtures().join(name), "newer"), "{name}");
+    }
+}
+
+#[test]
 fn a_part_of_a_model_may_be_plain_or_of_another_scheme() {
     let root = tempfile::tempdir().unwrap();
     let (from, to) = (root.path().join("model"), root.path().join("checkpoint"));
@@ -331,6 +360,8 @@ fn what_is_refused_says_why() {
     key("sparse weights", compressed, "sparsity_config", json!({ "format": "sparse-24-bitmask" }));
     key("turned activations", compressed, "transform_config", json!({ "config_groups": { "u": {} } }));
     key("a format without groups", compressed, "config_groups", Value::Null);
+    let many: serde_json::Map<String, Value> = (0..17).map(|n| (n.to_string(), json!({}))).collect();
+    key("groups without end", compressed, "config_groups", Value::Object(many));
     let mut group = |title: &str, at: &[&str], value: Value| {
         let edit = |config: &mut Value| {
             let group = &mut config["quantization_config"]["config_groups"]["group_0"];

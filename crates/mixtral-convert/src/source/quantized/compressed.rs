@@ -19,6 +19,9 @@ struct PackQuantized;
 #[derive(Debug)]
 struct IntQuantized;
 
+/// A configuration with more schemes than this is a mistake. Each linear is compared with all of them.
+const MAX_GROUPS: usize = 16;
+
 /// The schemes of all `config_groups`.
 pub(super) fn schemes(keys: Keys<'_>) -> Result<Vec<Scheme>, KeyError> {
     let form = keys.text("format")?.unwrap_or_default();
@@ -31,6 +34,9 @@ pub(super) fn schemes(keys: Keys<'_>) -> Result<Vec<Scheme>, KeyError> {
     sparsity.one_of("format", &["dense"], "dense")?;
     let groups = keys.get("config_groups").and_then(|groups| groups.as_object());
     let groups = groups.ok_or_else(|| keys.missing("config_groups", "an object of schemes"))?;
+    if groups.len() > MAX_GROUPS {
+        return Err(keys.unsupported("config_groups", "at most 16 groups", format_args!("{} groups", groups.len())));
+    }
     let all = keys.object("config_groups", "quantization_config.config_groups.")?;
     groups.keys().map(|name| scheme(all.object(name, "quantization_config.config_groups.*.")?, form)).collect()
 }
