@@ -11,6 +11,7 @@ use mixtral_checkpoint::seal::{UNSEALED, seal};
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig, Header, RankFile, rank_tensors};
 use mixtral_convert::source::config::SourceConfig;
 use mixtral_convert::source::files::{self, Dialect};
+use mixtral_convert::{ConvertOptions, Input};
 use mixtral_engine::dir::RankRecord;
 use mixtral_engine::{EngineConfig, EngineDir, Limits, Program, StepInputs, StepOutputs, WeightsKind};
 use mixtral_kernels::{Arch, Code, KernelImages, Schedule};
@@ -34,6 +35,7 @@ pub const READERS: &[Reader] = &[
     Reader { name: "safetensors-index", read: safetensors_index },
     Reader { name: "hugging-face-config", read: |bytes| source_config(bytes, Dialect::HuggingFace) },
     Reader { name: "params-json", read: |bytes| source_config(bytes, Dialect::Consolidated) },
+    Reader { name: "quantized-model", read: quantized_model },
     Reader { name: "checkpoint", read: checkpoint },
     Reader { name: "engine-config", read: engine_config },
     Reader { name: "engine-file", read: engine_file },
@@ -125,6 +127,18 @@ fn source_config(bytes: &[u8], dialect: Dialect) {
     let path = Path::new("config.json");
     assert_eq!(CheckpointConfig::parse(config.to_json().as_bytes(), path).expect("what is written is read"), config);
     let _ = rank_tensors(&config, Rank(0)).iter().map(|spec| u128::from(spec.num_bytes())).sum::<u128>();
+}
+
+/// A model's configuration and its weights, which are converted if they belong together.
+fn quantized_model(bytes: &[u8]) {
+    let (config, weights) = two(bytes);
+    let dir = directory("quantized", &[("config.json", config), ("model.safetensors", weights)]);
+    let options =
+        ConvertOptions { workers: 1, ..ConvertOptions::new(Input::Directory(dir), folder().join("converted")) };
+    if mixtral_convert::convert(&options, &()).is_ok() {
+        let checkpoint = Checkpoint::open(&options.output_dir).expect("what is written is read");
+        assert!(checkpoint.verify(1, &()).is_ok(), "what is written is whole");
+    }
 }
 
 fn checkpoint(bytes: &[u8]) {

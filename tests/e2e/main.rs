@@ -19,6 +19,7 @@ mod layouts;
 mod mapped;
 mod older;
 mod placement;
+mod quantized;
 mod refusals;
 mod sessions;
 mod sources;

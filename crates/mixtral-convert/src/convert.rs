@@ -97,6 +97,11 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
                 (source.config.clone(), source.tied)
             };
             tokenizer = TokenizerFiles::read(dir, config.model.vocab_size)?;
+            if let (None, Some(method), None) = (&source, &config.quantization, options.weight_only) {
+                tokenizer.warnings.push(format!(
+                    "the model is quantized by {method}, but its weights are not read, so the checkpoint's config describes plain ones"
+                ));
+            }
             let dtype = options.dtype.or(source.as_ref().map(Source::dtype)).or(config.dtype);
             let SourceConfig { path, model, .. } = config;
             let dtype = dtype.ok_or(ConvertError::NoDType { path })?;
@@ -105,6 +110,9 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
     };
     model.moe.normalization = options.normalization;
     if let Some(weight_only) = options.weight_only {
+        if let Some(source) = source.as_ref().filter(|source| source.is_quantized()) {
+            return Err(ConvertError::Quantized { dir: source.dir.clone(), layout: source.layout.clone() });
+        }
         model.formats = weight_only.formats(model.dtype);
     }
     let mut config = CheckpointConfig::new(model, options.mapping);
@@ -144,7 +152,7 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
             Input::Directory(dir) => Some(dir.clone()),
             Input::Geometry(_) => None,
         },
-        layout: source.as_ref().map(|s| s.layout),
+        layout: source.as_ref().map(|s| s.layout.clone()),
         source_dtype: source.as_ref().map(Source::dtype),
         source_bytes: source.as_ref().map_or(0, |s| s.num_bytes),
         output_dir: options.output_dir.clone(),

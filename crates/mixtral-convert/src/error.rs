@@ -205,6 +205,16 @@ pub enum ConvertError {
         /// Another.
         second: PathBuf,
     },
+    /// Quantized weights that are to be quantized.
+    #[error(
+        "the weights in {dir} are quantized already ({layout}); convert them as they are, or quantize the original model"
+    )]
+    Quantized {
+        /// The directory.
+        dir: PathBuf,
+        /// How they are quantized.
+        layout: String,
+    },
     /// All tensors that are missing, that have the wrong shape or type, or that the model has no place for.
     #[error("the weights in {dir} are not those that {config} describes (read as {layout}); download both again from one place:\n{}", lines(.problems))]
     Tensors {
@@ -213,7 +223,7 @@ pub enum ConvertError {
         /// Name of the configuration file.
         config: &'static str,
         /// How the weights were read.
-        layout: &'static str,
+        layout: String,
         /// One line each.
         problems: Vec<String>,
     },

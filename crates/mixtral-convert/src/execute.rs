@@ -10,11 +10,12 @@ use std::sync::{Mutex, PoisonError};
 
 use mixtral_checkpoint::names::part_name;
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
-use mixtral_checkpoint::{Progress, RankWriter, TensorWriter};
-use mixtral_model::{DType, PartKind, Piece, Quantization, Recipe, WeightFormat};
+use mixtral_checkpoint::{Progress, RankWriter, TensorSpec, TensorWriter};
+use mixtral_model::{DType, ElemType, PartKind, Piece, Quantization, Recipe, WeightFormat};
 
 use crate::error::ConvertError;
 use crate::number::{convert_elements, first_refused, narrow};
+use crate::plan::{TensorRecipe, parts};
 use crate::quantize::{Loss, quantize_row};
 use crate::source::{Located, Source};
 
@@ -33,7 +34,7 @@ struct Buffers {
 #[must_use]
 pub fn buffer_bytes(source: &Source) -> u64 {
     let chunk = source.tensors.values().map(Located::chunk_bytes).max().unwrap_or(0) as u64;
-    let row = source.tensors.values().map(|l| l.stored_cols as u64 * l.dtype.size() as u64).max().unwrap_or(0);
+    let row = source.tensors.values().map(|l| l.stored_cols as u64 * l.stored_size() as u64).max().unwrap_or(0);
     // Input, output (up to twice as wide), and scratch.
     4 * chunk.max(row)
 }
@@ -56,12 +57,15 @@ pub fn execute(
         let (rank, weight) = jobs[index];
         let recipe = &recipes[rank][weight];
         match recipe.format {
-            WeightFormat::Plain => write_plain(source, recipe, &writers[rank], buffers, progress),
-            WeightFormat::Quantized(quantization) => {
+            WeightFormat::Quantized(quantization) if !source.is_quantized() => {
                 let found = write_quantized(source, recipe, quantization, &writers[rank], buffers, progress)?;
                 let mut losses = losses.lock().unwrap_or_else(PoisonError::into_inner);
                 found.into_iter().for_each(|(name, loss)| losses.entry(name).or_default().add(loss));
                 Ok(())
+            }
+            _ => {
+                let mut write = |tensor| write_tensor(source, tensor, &writers[rank], buffers, progress);
+                parts(recipe).iter().try_for_each(&mut write)
             }
         }
     })?;
@@ -115,26 +119,29 @@ fn jobs(recipes: &[Vec<Recipe>]) -> Vec<(usize, usize)> {
     jobs
 }
 
-fn write_plain(
+/// Writes a tensor of a weight that the source stores in the same format.
+fn write_tensor(
     source: &Source,
-    recipe: &Recipe,
+    recipe: &TensorRecipe,
     writer: &RankWriter,
     buffers: &mut Buffers,
     progress: &dyn Progress,
 ) -> Result<(), ConvertError> {
-    let mut writer = writer.tensor(&recipe.name);
-    let row_bytes = recipe.cols() * recipe.dtype.size();
+    let TensorSpec { name, elem, shape } = &recipe.spec;
+    let mut writer = writer.tensor(name);
+    let row_bytes = shape.last().copied().unwrap_or(1) * elem.size();
+    let rows: usize = shape.iter().rev().skip(1).product();
     let mut row = 0;
     for piece in &recipe.pieces {
         write_zeros(&mut writer, (piece.target_row - row) * row_bytes, progress)?;
-        read_piece(source, piece, &piece.cols, [recipe.dtype; 2], buffers, |bytes| {
+        read_piece(source, piece, &piece.cols, [*elem; 2], buffers, |bytes| {
             writer.write(bytes)?;
             progress.advance(bytes.len() as u64);
             Ok(())
         })?;
         row = piece.target_row + piece.rows.len();
     }
-    write_zeros(&mut writer, (recipe.rows() - row) * row_bytes, progress)?;
+    write_zeros(&mut writer, (rows - row) * row_bytes, progress)?;
     Ok(writer.finish()?)
 }
 
@@ -156,7 +163,7 @@ fn write_quantized(
         // One scale for a row comes from the whole row, also where this rank has a part of it.
         let cols = if quantization.group.is_none() { 0..piece.source_cols } else { piece.cols.clone() };
         let taken = piece.cols.start - cols.start..piece.cols.end - cols.start;
-        read_piece(source, piece, &cols, [DType::F32, quantization.scale], buffers, |bytes| {
+        read_piece(source, piece, &cols, [ElemType::F32, quantization.scale.into()], buffers, |bytes| {
             integers.clear();
             found.clear();
             for row in bytes.chunks_exact(cols.len() * DType::F32.size()) {
@@ -188,37 +195,39 @@ fn write_zeros(writer: &mut TensorWriter<'_>, bytes: usize, progress: &dyn Progr
     Ok(())
 }
 
-/// Reads the columns `cols` of a piece's rows, some rows at a time, and gives them to `each` as elements of type `to`. Elements
+/// Reads the columns `cols` of a piece's rows, some rows at a time, and gives them to `each` as elements of type `to`. Floats
 /// that are not finite, or too large for the type `limit`, are refused.
 fn read_piece(
     source: &Source,
     piece: &Piece,
     cols: &Range<usize>,
-    [to, limit]: [DType; 2],
+    [to, limit]: [ElemType; 2],
     buffers: &mut Buffers,
     mut each: impl FnMut(&[u8]) -> Result<(), ConvertError>,
 ) -> Result<(), ConvertError> {
     // Source::open found all tensors of the model, and the plan names no others.
     let located = &source.tensors[&piece.source];
-    let first_refused = first_refused(located.dtype, limit);
-    let row_bytes = cols.len() * located.dtype.size();
+    let row_bytes = cols.len() * located.elem.size();
     let rows_at_once = (located.chunk_bytes() / row_bytes.max(1)).max(1);
     let (path, file) = &source.files[located.file];
     for start in piece.rows.clone().step_by(rows_at_once) {
         let rows = start..piece.rows.end.min(start + rows_at_once);
-        let elements = rows.len() * cols.len();
-        buffers.input.resize(elements * located.dtype.size(), 0);
+        buffers.input.resize(rows.len() * row_bytes, 0);
         let Buffers { input, output, scratch } = buffers;
         let read = located.read(file, rows, cols.clone(), input, scratch);
         read.map_err(|source| unreadable(path, source))?;
-        if max_magnitude(located.dtype, input) >= first_refused {
-            return Err(refusal(source, located, piece, limit, first_refused));
+        let (Some(from), Some(to), Some(limit)) = (located.elem.float(), to.float(), limit.float()) else {
+            each(input)?;
+            continue;
+        };
+        if max_magnitude(from, input) >= first_refused(from, limit) {
+            return Err(refusal(source, located, piece, from, limit));
         }
-        if located.dtype == to {
+        if from == to {
             each(input)?;
         } else {
-            output.resize(elements * to.size(), 0);
-            convert_elements(located.dtype, input, to, output);
+            output.resize(input.len() / from.size() * to.size(), 0);
+            convert_elements(from, input, to, output);
             each(output)?;
         }
     }
@@ -236,36 +245,36 @@ fn unreadable(path: &Path, source: io::Error) -> ConvertError {
 
 /// The error for refused elements. Reads the whole source tensor of `piece` again, and not only this rank's part, to
 /// count its refused elements and find the first.
-fn refusal(source: &Source, located: &Located, piece: &Piece, dtype: DType, limit: u32) -> ConvertError {
+fn refusal(source: &Source, located: &Located, piece: &Piece, from: DType, to: DType) -> ConvertError {
     let (path, file) = &source.files[located.file];
     let cols = piece.source_cols;
-    let rows_at_once = (located.chunk_bytes() / (cols * located.dtype.size()).max(1)).max(1);
+    let rows_at_once = (located.chunk_bytes() / (cols * from.size()).max(1)).max(1);
     let (mut bytes, mut scratch) = (Vec::new(), Vec::new());
     let mut not_finite: Option<(u64, u64)> = None;
     let mut overflow: Option<(u64, u64)> = None;
     for start in (0..piece.source_rows).step_by(rows_at_once) {
         let rows = start..piece.source_rows.min(start + rows_at_once);
-        bytes.resize(rows.len() * cols * located.dtype.size(), 0);
+        bytes.resize(rows.len() * cols * from.size(), 0);
         if let Err(source) = located.read(file, rows, 0..cols, &mut bytes, &mut scratch) {
             return unreadable(path, source);
         }
         let add = |total: &mut Option<(u64, u64)>, limit| {
-            if let Some((count, first)) = count_from(located.dtype, &bytes, limit) {
+            if let Some((count, first)) = count_from(from, &bytes, limit) {
                 let (so_far, at) = total.unwrap_or((0, start as u64 * cols as u64 + first));
                 *total = Some((so_far + count, at));
             }
         };
-        add(&mut not_finite, infinity_bits(located.dtype));
-        add(&mut overflow, limit);
+        add(&mut not_finite, infinity_bits(from));
+        add(&mut overflow, first_refused(from, to));
     }
-    let (path, tensor) = (path.clone(), piece.source.clone());
+    let (path, tensor) = (path.clone(), located.name.clone());
     if let Some((count, first)) = not_finite {
         return ConvertError::NotFinite { path, tensor, count, first };
     }
     let (count, first) = overflow.unwrap_or_default();
-    let max = match dtype {
+    let max = match to {
         DType::F16 => "65504",
         DType::Bf16 | DType::F32 => "3.39e38",
     };
-    ConvertError::Overflow { path, tensor, count, first, dtype, max }
+    ConvertError::Overflow { path, tensor, count, first, dtype: to, max }
 }

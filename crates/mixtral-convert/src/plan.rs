@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use mixtral_checkpoint::{CheckpointConfig, TensorId, rank_weights};
-use mixtral_model::{Piece, Rank, Recipe};
+use mixtral_checkpoint::names::part_name;
+use mixtral_checkpoint::{CheckpointConfig, TensorId, TensorSpec, rank_weights, tensors};
+use mixtral_model::{PartKind, Piece, Rank, Recipe, WeightFormat};
 
 use crate::names::{HfTensor, Matrix};
 
@@ -21,6 +22,40 @@ pub fn recipes(config: &CheckpointConfig, rank: Rank, tied: bool) -> Vec<Recipe>
             Recipe { name: spec.name, dtype: spec.dtype, format: spec.format, shape: spec.shape, pieces }
         })
         .collect()
+}
+
+/// One tensor of a rank's file, and the pieces of the source's tensors that make it up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TensorRecipe {
+    /// Name, type and shape in the checkpoint.
+    pub spec: TensorSpec,
+    /// Where its elements come from.
+    pub pieces: Vec<Piece>,
+}
+
+/// The tensors that a weight is stored in, if the source stores its linears in the same format: each part of the weight
+/// is made of the same part of the linears.
+#[must_use]
+pub fn parts(recipe: &Recipe) -> Vec<TensorRecipe> {
+    let piece = |piece: &Piece, kind: PartKind| {
+        // Elements of a row that share an element of the part.
+        let shared = match (recipe.format, kind) {
+            (WeightFormat::Plain, _) => 1,
+            (WeightFormat::Quantized(quantization), PartKind::Values) => quantization.bits.per_byte(),
+            (WeightFormat::Quantized(quantization), _) => quantization.group_len(piece.source_cols),
+        };
+        Piece {
+            source: part_name(&piece.source, kind),
+            source_cols: piece.source_cols.div_ceil(shared),
+            cols: piece.cols.start / shared..piece.cols.end.div_ceil(shared),
+            ..piece.clone()
+        }
+    };
+    let parts = recipe.format.parts(recipe.dtype, &recipe.shape);
+    let kinds: Vec<PartKind> = parts.iter().map(|part| part.kind).collect();
+    let specs = tensors(&recipe.name, parts);
+    let pieces = kinds.into_iter().map(|kind| recipe.pieces.iter().map(|p| piece(p, kind)).collect());
+    specs.into_iter().zip(pieces).map(|(spec, pieces)| TensorRecipe { spec, pieces }).collect()
 }
 
 fn pieces(config: &CheckpointConfig, rank: Rank, tied: bool, id: TensorId) -> Vec<Piece> {

@@ -14,8 +14,8 @@ use crate::quantize::Loss;
 pub struct ConvertPlan {
     /// The model directory; `None` for a geometry without weights.
     pub model_dir: Option<PathBuf>,
-    /// How its weights are laid out.
-    pub layout: Option<&'static str>,
+    /// How its weights are laid out and quantized.
+    pub layout: Option<String>,
     /// Type of its weights.
     pub source_dtype: Option<DType>,
     /// Bytes of its weights.
@@ -119,7 +119,7 @@ fn size(bytes: u64) -> String {
 
 impl fmt::Display for ConvertPlan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match (&self.model_dir, self.layout, self.source_dtype) {
+        match (&self.model_dir, &self.layout, self.source_dtype) {
             (Some(dir), Some(layout), Some(dtype)) => {
                 writeln!(f, "source   {} ({layout}, {dtype}, {})", dir.display(), size(self.source_bytes))?;
             }

@@ -263,13 +263,16 @@ fn both_dialects_in_one_directory_read_as_hugging_face() {
     let model = TinyModel::mixtral(DType::Bf16, 10);
     model.write(&from, Layout::Consolidated, 1);
     model.write(&from, Layout::V4, 2);
-    assert_eq!(plan(&options(&from, root.path().join("a"))).unwrap().layout, Some("Hugging Face, a tensor an expert"));
+    assert_eq!(
+        plan(&options(&from, root.path().join("a"))).unwrap().layout.unwrap(),
+        "Hugging Face, a tensor an expert"
+    );
     for entry in fs::read_dir(&from).unwrap().map(|e| e.unwrap().path()) {
         if entry.file_name().unwrap().to_str().unwrap().starts_with("model") {
             fs::remove_file(entry).unwrap();
         }
     }
-    assert_eq!(plan(&options(&from, root.path().join("a"))).unwrap().layout, Some("Mistral consolidated"));
+    assert_eq!(plan(&options(&from, root.path().join("a"))).unwrap().layout.unwrap(), "Mistral consolidated");
 }
 
 #[test]

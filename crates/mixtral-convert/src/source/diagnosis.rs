@@ -1,11 +1,13 @@
 //! Finds out what is likely wrong with weights that do not match their configuration.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 
 use mixtral_checkpoint::TensorEntry;
 use mixtral_model::{ModelConfig, ModelFamily};
 
 use super::files::Dialect;
+use super::locate::Entries;
+use super::quantized::READ;
 use super::{Layout, Stored};
 use crate::names::HfTensor;
 
@@ -55,6 +57,20 @@ pub enum Diagnosis {
         tensor: String,
         /// Its type.
         dtype: String,
+    },
+    /// Groups of inputs that are not neighbours.
+    Scattered {
+        /// The tensor with the group of each input.
+        tensor: String,
+        /// The first input that is in another group.
+        input: usize,
+        /// That group.
+        group: u32,
+    },
+    /// Zeros of a model that its configuration calls symmetric.
+    Asymmetric {
+        /// The tensor of zeros.
+        tensor: String,
     },
     /// An adapter that was not merged into its base model.
     UnmergedAdapter {
@@ -120,9 +136,17 @@ impl std::fmt::Display for Diagnosis {
                 let by = method.as_ref().map(|m| format!(" by {m}")).unwrap_or_default();
                 write!(
                     f,
-                    "they are quantized{by} (`{tensor}` is {dtype}), and this version converts plain f16, bf16 and f32 weights only; download the model's unquantized weights, or dequantize them first"
+                    "they are quantized{by} (`{tensor}` is {dtype}) in a way that is not read; read are {READ}, and plain f16, bf16 and f32 weights: download the model in one of these, or dequantize it first"
                 )
             }
+            Diagnosis::Scattered { tensor, input, group } => write!(
+                f,
+                "groups of their inputs are not neighbours (`{tensor}` puts input {input} into group {group}), because they were quantized in the order of activations; layers would need their inputs in that order, which is not supported. Download a branch of the model without act-order, or quantize it again without desc_act (actorder), with static_groups, or in whole rows"
+            ),
+            Diagnosis::Asymmetric { tensor } => write!(
+                f,
+                "the configuration calls them symmetric (`sym`), but `{tensor}` has zeros other than 8; set `sym` to false if that is right, else download the files again"
+            ),
             Diagnosis::UnmergedAdapter { tensor } => write!(
                 f,
                 "they hold an adapter that is not merged (`{tensor}`); merge it with peft (`model.merge_and_unload()`), save that (`save_pretrained`), and convert it"
@@ -167,23 +191,28 @@ impl std::fmt::Display for Diagnosis {
     }
 }
 
-/// The cause of all `misfits`, if a single cause explains them. `method` is how the configuration says that weights are
-/// quantized.
+/// That weights are quantized, if they are. `method` tells how, if a file says so.
+#[must_use]
+pub fn quantized(stored: &Entries, method: impl Fn() -> Option<String>) -> Option<Diagnosis> {
+    let entry = first(stored, &is_quantized)?;
+    Some(Diagnosis::Quantized { method: method(), tensor: entry.name.clone(), dtype: entry.dtype.clone() })
+}
+
+/// The first tensor by name that `fits`, so that the same files always give the same message.
+fn first<'a>(stored: &'a Entries, fits: &dyn Fn(&TensorEntry) -> bool) -> Option<&'a TensorEntry> {
+    stored.values().map(|(_, entry)| entry).filter(|entry| fits(entry)).min_by(|a, b| a.name.cmp(&b.name))
+}
+
+/// The cause of all `misfits`, if a single cause explains them.
 #[must_use]
 pub fn diagnose(
     dialect: Dialect,
     layout: &dyn Layout,
     model: &ModelConfig,
-    method: Option<&String>,
-    stored: &HashMap<String, (usize, TensorEntry)>,
+    stored: &Entries,
     misfits: &Misfits<'_>,
 ) -> Option<Diagnosis> {
-    let entries = || stored.values().map(|(_, entry)| entry);
-    // The first by name, so that the same files always give the same message.
-    let first = |fits: &dyn Fn(&TensorEntry) -> bool| entries().filter(|e| fits(e)).min_by(|a, b| a.name.cmp(&b.name));
-    if let Some(e) = first(&|e| is_quantized(e)) {
-        return Some(Diagnosis::Quantized { method: method.cloned(), tensor: e.name.clone(), dtype: e.dtype.clone() });
-    }
+    let first = |fits: &dyn Fn(&TensorEntry) -> bool| first(stored, fits);
     if let Some(e) =
         first(&|e| [".lora_", ".base_layer.", ".modules_to_save."].iter().any(|part| e.name.contains(part)))
     {
@@ -218,14 +247,16 @@ pub fn diagnose(
     size(dialect, layout, model, stored, misfits)
 }
 
-fn is_quantized(entry: &TensorEntry) -> bool {
+/// Whether a tensor belongs to a quantized weight.
+#[must_use]
+pub fn is_quantized(entry: &TensorEntry) -> bool {
     let is_packed = matches!(entry.dtype.as_str(), "I8" | "U8" | "I16" | "U16" | "I32" | "U32")
         || ["F8_", "F6_", "F4"].iter().any(|narrow| entry.dtype.starts_with(narrow));
     is_packed || QUANTIZED.iter().any(|end| entry.name.ends_with(end))
 }
 
 /// The prefix that most stored names have in addition, or that the model's names have and the stored names lack.
-fn prefix(dialect: Dialect, expected: &[Stored], stored: &HashMap<String, (usize, TensorEntry)>) -> Option<Diagnosis> {
+fn prefix(dialect: Dialect, expected: &[Stored], stored: &Entries) -> Option<Diagnosis> {
     let names: HashSet<&str> = expected.iter().map(|s| s.name.as_str()).collect();
     if names.iter().any(|name| stored.contains_key(*name) && *name != "lm_head.weight") {
         return None;
@@ -256,7 +287,7 @@ fn size(
     dialect: Dialect,
     layout: &dyn Layout,
     model: &ModelConfig,
-    stored: &HashMap<String, (usize, TensorEntry)>,
+    stored: &Entries,
     misfits: &Misfits<'_>,
 ) -> Option<Diagnosis> {
     let config = dialect.config_file();

@@ -2,7 +2,7 @@
 
 use mixtral_model::ModelConfig;
 
-use super::per_expert::PerExpert;
+use super::per_expert::TRANSFORMERS_4;
 use super::view::View;
 use super::{Layout, Stored};
 use crate::names::{HfTensor, Matrix};
@@ -20,7 +20,7 @@ impl Layout for Fused {
         let (experts, hidden, inner) = (model.moe.num_experts, model.hidden_size, model.intermediate_size);
         match tensor {
             HfTensor::Router(layer) => {
-                Stored { name: format!("model.layers.{layer}.mlp.gate.weight"), ..PerExpert.stored(model, tensor) }
+                Stored { name: format!("model.layers.{layer}.mlp.gate.weight"), ..TRANSFORMERS_4.stored(model, tensor) }
             }
             HfTensor::Expert { layer, expert, matrix: Matrix::Down } => Stored {
                 name: format!("model.layers.{layer}.mlp.experts.down_proj"),
@@ -32,7 +32,7 @@ impl Layout for Fused {
                 shape: vec![experts, 2 * inner, hidden],
                 view: View::Rows { first: (2 * expert + usize::from(matrix == Matrix::Up)) * inner },
             },
-            _ => PerExpert.stored(model, tensor),
+            _ => TRANSFORMERS_4.stored(model, tensor),
         }
     }
 }

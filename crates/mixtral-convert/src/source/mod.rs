@@ -5,21 +5,27 @@ pub mod consolidated;
 pub mod diagnosis;
 pub mod files;
 pub mod fused;
+pub mod locate;
 pub mod per_expert;
+pub mod quantized;
 pub mod view;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
+use std::fmt;
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::{Header, TensorEntry};
-use mixtral_model::{DType, ModelConfig};
+use mixtral_model::{DType, ElemType, Formats, ModelConfig};
 
 use crate::error::ConvertError;
 use crate::names::HfTensor;
 use config::SourceConfig;
-use diagnosis::{Misfits, diagnose};
+use diagnosis::{Diagnosis, is_quantized};
 use files::Dialect;
+use locate::{Entries, Form, Found};
+use quantized::MustBe;
 use view::View;
 
 /// Where a layout keeps a tensor.
@@ -34,7 +40,7 @@ pub struct Stored {
 }
 
 /// A way of storing a model: a map from transformers 4's tensors to stored ones.
-pub trait Layout: Sync {
+pub trait Layout: fmt::Debug + Sync {
     /// Its name in messages.
     fn name(&self) -> &'static str;
 
@@ -42,13 +48,15 @@ pub trait Layout: Sync {
     fn stored(&self, model: &ModelConfig, tensor: HfTensor) -> Stored;
 }
 
-/// A tensor of the model, found in a file.
+/// A tensor of the model, or a part of a quantized linear, found in a file.
 #[derive(Clone, Debug)]
 pub struct Located {
+    /// Its name in messages.
+    pub name: String,
     /// Index into [`Source::files`].
     pub file: usize,
-    /// Element type in the file.
-    pub dtype: DType,
+    /// Type of its elements. Those of the stored tensor are as many bytes, unless they are packed.
+    pub elem: ElemType,
     /// First byte of the stored tensor in the file.
     pub start: u64,
     /// Elements of a row of the stored tensor, seen as a matrix.
@@ -66,11 +74,12 @@ pub struct Source {
     pub config: SourceConfig,
     /// Whether lm_head is the embedding, decided by the configuration and the weights.
     pub tied: bool,
-    /// How the weights are laid out.
-    pub layout: &'static str,
+    /// How the weights are laid out and quantized.
+    pub layout: String,
     /// The weight files.
     pub files: Vec<(PathBuf, File)>,
-    /// The model's tensors by transformers 4's names.
+    /// The model's tensors by transformers 4's names. Parts of quantized linears have the names that a checkpoint would
+    /// give them.
     pub tensors: HashMap<String, Located>,
     /// Bytes of the weights.
     pub num_bytes: u64,
@@ -85,9 +94,9 @@ impl Source {
     /// What is wrong with the directory. One error lists all tensors that are missing, have the wrong shape, or have no
     /// place in the model.
     pub fn open(dir: &Path) -> Result<Self, ConvertError> {
-        let (dialect, config) = open_config(dir)?;
+        let (dialect, mut config) = open_config(dir)?;
         let mut files = Vec::new();
-        let mut stored: HashMap<String, (usize, TensorEntry)> = HashMap::new();
+        let mut stored = Entries::new();
         for path in files::find(dir, dialect)? {
             let io = |source| ConvertError::Io { path: path.clone(), source };
             let file = File::open(&path).map_err(io)?;
@@ -101,24 +110,39 @@ impl Source {
         }
         let layout = choose_layout(dialect, &stored);
         let tied = is_tied(&config, layout, &stored);
-        let tensors = locate(dir, dialect, layout, &config, tied, &stored)?;
-        if let Some(method) = &config.quantization {
+        let mut schemes = Vec::new();
+        if stored.values().any(|(_, entry)| is_quantized(entry)) && dialect == Dialect::HuggingFace {
+            schemes = quantized::schemes(&config.path)?;
+        } else if let Some(method) = &config.quantization {
             log::warn!(
                 "{} says that the weights are quantized by {method}, but all of them are plain floats; they are converted as they are",
                 config.path.display()
             );
         }
+        let form = Form::new(dialect, layout, tied, &config.model, schemes, &stored);
+        let Found { tensors, to_check } = form.locate(dir, &config, &stored)?;
+        for (name, must_be) in to_check {
+            let (file, entry) = &stored[&name];
+            check(&files[*file], entry, must_be, dir)?;
+        }
+        config.model.formats = form.formats();
         let sizes = || stored.values().map(|(_, entry)| entry.num_bytes());
         let (num_bytes, largest_tensor) = (sizes().sum(), sizes().max().unwrap_or(0));
-        let (dir, layout) = (dir.to_owned(), layout.name());
+        let (dir, layout) = (dir.to_owned(), form.name());
         Ok(Source { dir, config, tied, layout, files, tensors, num_bytes, largest_tensor })
+    }
+
+    /// Whether linears are quantized.
+    #[must_use]
+    pub fn is_quantized(&self) -> bool {
+        self.config.model.formats != Formats::default()
     }
 
     /// The model's data type: that of its configuration, or else that of its embedding.
     #[must_use]
     pub fn dtype(&self) -> DType {
         let embedding = self.tensors.get(&HfTensor::EmbedTokens.to_string());
-        self.config.dtype.or(embedding.map(|located| located.dtype)).unwrap_or(DType::F32)
+        self.config.dtype.or(embedding.and_then(|located| located.elem.float())).unwrap_or(DType::F32)
     }
 }
 
@@ -136,25 +160,22 @@ pub fn open_config(dir: &Path) -> Result<(Dialect, SourceConfig), ConvertError> 
     Ok((dialect, SourceConfig::read(dir, dialect)?))
 }
 
-fn choose_layout(dialect: Dialect, stored: &HashMap<String, (usize, TensorEntry)>) -> &'static dyn Layout {
+fn choose_layout(dialect: Dialect, stored: &Entries) -> &'static dyn Layout {
     let any = |suffix: &str| stored.keys().any(|name| name.ends_with(suffix));
+    let unfused = |block: &str| stored.keys().any(|name| name.contains(&format!("{block}.experts.0.gate_proj.")));
     match dialect {
         Dialect::HuggingFace if any(".mlp.experts.gate_up_proj") => &fused::Fused,
-        Dialect::HuggingFace => &per_expert::PerExpert,
+        Dialect::HuggingFace if unfused(".block_sparse_moe") => &per_expert::LLM_COMPRESSOR,
+        Dialect::HuggingFace if unfused(".mlp") => &per_expert::GPTQMODEL,
+        Dialect::HuggingFace => &per_expert::TRANSFORMERS_4,
         Dialect::Consolidated if any(".block_sparse_moe.w1") => &consolidated::Stacked,
         Dialect::Consolidated => &consolidated::Consolidated,
     }
 }
 
-/// Whether a tensor may be left out: published models carry tables of the rotary embedding, which follow from its base.
-fn is_harmless(name: &str) -> bool {
-    [".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached"].iter().any(|end| name.ends_with(end))
-        || name == "rope.freqs"
-}
-
 /// Whether lm_head is the embedding. As in transformers 5, the configuration's word counts only if one of the two is
 /// missing. If both are there, each is used.
-fn is_tied(config: &SourceConfig, layout: &dyn Layout, stored: &HashMap<String, (usize, TensorEntry)>) -> bool {
+fn is_tied(config: &SourceConfig, layout: &dyn Layout, stored: &Entries) -> bool {
     let has = |tensor| stored.contains_key(&layout.stored(&config.model, tensor).name);
     let has_both = has(HfTensor::LmHead) && has(HfTensor::EmbedTokens);
     if config.tied && has_both {
@@ -166,56 +187,19 @@ fn is_tied(config: &SourceConfig, layout: &dyn Layout, stored: &HashMap<String, 
     config.tied && !has_both
 }
 
-fn locate(
-    dir: &Path,
-    dialect: Dialect,
-    layout: &'static dyn Layout,
-    config: &SourceConfig,
-    tied: bool,
-    stored: &HashMap<String, (usize, TensorEntry)>,
-) -> Result<HashMap<String, Located>, ConvertError> {
-    let model = &config.model;
-    let mut tensors = HashMap::new();
-    let (mut problems, mut misfits) = (Vec::new(), Misfits::default());
-    let mut seen = BTreeSet::new();
-    // The one matrix of a tied model may be stored under either name.
-    let head = layout.stored(model, HfTensor::LmHead);
-    let embedding_is_head = tied && stored.contains_key(&head.name);
-    for tensor in HfTensor::all(model, tied) {
-        let Stored { name, shape, view } = match tensor {
-            HfTensor::EmbedTokens if embedding_is_head => head.clone(),
-            _ => layout.stored(model, tensor),
-        };
-        let problem = match stored.get(&name) {
-            None => format!("missing, expected shape {shape:?}"),
-            Some((_, entry)) if entry.shape != shape => format!("expected shape {shape:?}, found {:?}", entry.shape),
-            Some((file, entry)) => match entry.float() {
-                None => format!("expected type F32, F16 or BF16, found {}", entry.dtype),
-                Some(dtype) => {
-                    let stored_cols = shape.last().copied().unwrap_or(1);
-                    let located = Located { file: *file, dtype, start: entry.start, stored_cols, view };
-                    tensors.insert(tensor.to_string(), located);
-                    seen.insert(name);
-                    continue;
-                }
-            },
-        };
-        // One stored tensor may hold many experts; its problem is listed once.
-        if seen.insert(name.clone()) {
-            problems.push(format!("  `{name}`: {problem}"));
-            if stored.contains_key(&name) { &mut misfits.wrong } else { &mut misfits.missing }.push(name);
-        }
+/// Checks that a stored tensor holds what it must. It is as small as the scales of a linear.
+fn check((path, file): &(PathBuf, File), entry: &TensorEntry, must_be: MustBe, dir: &Path) -> Result<(), ConvertError> {
+    if must_be == MustBe::Anything {
+        return Ok(());
     }
-    misfits.extra = stored.keys().map(String::as_str).filter(|n| !seen.contains(*n) && !is_harmless(n)).collect();
-    misfits.extra.sort_unstable();
-    problems.extend(misfits.extra.iter().map(|name| format!("  `{name}`: the model has no place for it")));
-    if problems.is_empty() {
-        return Ok(tensors);
-    }
-    let method = config.quantization.clone().or_else(|| files::quantizer(dir));
-    let dir = dir.to_owned();
-    if let Some(diagnosis) = diagnose(dialect, layout, model, method.as_ref(), stored, &misfits) {
-        return Err(ConvertError::Diagnosed { dir, diagnosis: Box::new(diagnosis) });
-    }
-    Err(ConvertError::Tensors { dir, config: dialect.config_file(), layout: layout.name(), problems })
+    // The header's check has shown that the file is that long.
+    let mut bytes = vec![0; usize::try_from(entry.num_bytes()).unwrap_or(0)];
+    file.read_exact_at(&mut bytes, entry.start).map_err(|source| ConvertError::Io { path: path.clone(), source })?;
+    let Some((index, word)) = must_be.first_other(&bytes) else { return Ok(()) };
+    let tensor = entry.name.clone();
+    let diagnosis = match must_be {
+        MustBe::InOrder { .. } => Diagnosis::Scattered { tensor, input: index, group: word },
+        _ => Diagnosis::Asymmetric { tensor },
+    };
+    Err(ConvertError::Diagnosed { dir: dir.to_owned(), diagnosis: Box::new(diagnosis) })
 }

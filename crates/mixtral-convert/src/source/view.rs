@@ -8,6 +8,7 @@ use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
 use super::Located;
+use super::quantized::words::{WORD, Words};
 
 /// How a tensor `[rows, columns]` lies in a stored matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -29,6 +30,10 @@ pub enum View {
         /// The stored row of column 0.
         first: usize,
     },
+    /// Bytes that are unpacked from a stored matrix of 32-bit words.
+    Packed(Words),
+    /// Bytes that are stored less 128, as signed ones.
+    Signed,
 }
 
 /// Row segments of at least this many bytes are read one by one. Shorter ones are cut out of whole rows.
@@ -46,8 +51,8 @@ impl Located {
     #[must_use]
     pub fn chunk_bytes(&self) -> usize {
         match self.view {
-            View::Rows { .. } | View::Interleaved { .. } => 1 << 19,
-            View::Transposed { .. } => 1 << 24,
+            View::Rows { .. } | View::Interleaved { .. } | View::Signed => 1 << 19,
+            View::Transposed { .. } | View::Packed(_) => 1 << 24,
         }
     }
 
@@ -66,11 +71,11 @@ impl Located {
         out: &mut [u8],
         scratch: &mut Vec<u8>,
     ) -> io::Result<()> {
-        assert_eq!(out.len(), rows.len() * cols.len() * self.dtype.size());
+        assert_eq!(out.len(), rows.len() * cols.len() * self.elem.size());
         match self.view {
             View::Rows { first } => self.read_rows(file, rows.start + first..rows.end + first, cols, out, scratch),
             View::Interleaved { head_dim } => {
-                let row_bytes = cols.len() * self.dtype.size();
+                let row_bytes = cols.len() * self.elem.size();
                 for (row, out) in rows.zip(out.chunks_exact_mut(row_bytes)) {
                     let (head, within, half) = (row / head_dim, row % head_dim, head_dim / 2);
                     let stored = head * head_dim + 2 * (within % half) + within / half;
@@ -79,11 +84,29 @@ impl Located {
                 Ok(())
             }
             View::Transposed { first } => self.read_turned(file, first, rows, cols, out, scratch),
+            View::Packed(layout) => {
+                let (stored_rows, stored_cols) = layout.rectangle(&rows, &cols);
+                scratch.resize(stored_rows.len() * stored_cols.len() * WORD, 0);
+                self.read_rows(file, stored_rows, stored_cols, scratch, &mut Vec::new())?;
+                layout.unpack(scratch, rows, cols, out);
+                Ok(())
+            }
+            View::Signed => {
+                self.read_rows(file, rows, cols, out, scratch)?;
+                out.iter_mut().for_each(|byte| *byte ^= 128);
+                Ok(())
+            }
         }
     }
 
+    /// Bytes of an element of the stored matrix.
+    #[must_use]
+    pub fn stored_size(&self) -> usize {
+        if matches!(self.view, View::Packed(_)) { WORD } else { self.elem.size() }
+    }
+
     fn offset(&self, row: usize, col: usize) -> u64 {
-        self.start + (row as u64 * self.stored_cols as u64 + col as u64) * self.dtype.size() as u64
+        self.start + (row as u64 * self.stored_cols as u64 + col as u64) * self.stored_size() as u64
     }
 
     /// Reads stored rows `rows`, columns `cols`.
@@ -95,7 +118,7 @@ impl Located {
         out: &mut [u8],
         scratch: &mut Vec<u8>,
     ) -> io::Result<()> {
-        let size = self.dtype.size();
+        let size = self.stored_size();
         let segment = cols.len() * size;
         if cols.len() == self.stored_cols {
             return file.read_exact_at(out, self.offset(rows.start, 0));
@@ -128,7 +151,7 @@ impl Located {
         out: &mut [u8],
         scratch: &mut Vec<u8>,
     ) -> io::Result<()> {
-        let size = self.dtype.size();
+        let size = self.elem.size();
         let (row_bytes, strip_bytes) = (cols.len() * size, rows.len() * size);
         for start in cols.clone().step_by(TURN_ROWS) {
             let strips = TURN_ROWS.min(cols.end - start);

@@ -1,0 +1,68 @@
+//! AutoAWQ's gemm: 4 bits, always with zeros. Words run along the outputs, in an order of their own.
+
+use mixtral_checkpoint::KeyError;
+use mixtral_checkpoint::keys::Keys;
+use mixtral_model::{Bits, PartKind};
+
+use super::words::{AWQ_ORDER, Words};
+use super::{Beside, Packing, Scheme, StoredPart, group_size};
+use crate::source::view::View;
+
+/// `qweight` i32 `[inputs, outputs / 8]`, `scales` `[groups, outputs]`, `qzeros` i32 `[groups, outputs / 8]`.
+#[derive(Debug)]
+struct Gemm;
+
+/// What `quantization_config` says, or the `quant_config.json` of older versions.
+pub(super) fn scheme(keys: Keys<'_>) -> Result<Scheme, KeyError> {
+    let bits = if keys.contains("w_bit") { "w_bit" } else { "bits" };
+    if let Some(found) = keys.get(bits).filter(|found| *found != 4) {
+        return Err(keys.unsupported(bits, "4 bits", found));
+    }
+    keys.one_of("version", &["gemm", "GEMM"], "gemm")?;
+    if let Some(found) = keys.get("backend").filter(|found| *found == "llm-awq") {
+        return Err(keys.unsupported("backend", "AutoAWQ's gemm", found));
+    }
+    if let Some(found) = keys.get("zero_point").filter(|found| *found != true) {
+        return Err(keys.unsupported("zero_point", "true", found));
+    }
+    let group = group_size(keys, &["group_size", "q_group_size"], Some(128))?;
+    Ok(Scheme { packing: &Gemm, bits: Bits::Four, group, zeros: true })
+}
+
+impl Packing for Gemm {
+    fn name(&self) -> &'static str {
+        "AutoAWQ"
+    }
+
+    fn parts(&self, scheme: &Scheme, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
+        let groups = scheme.groups(inputs);
+        vec![
+            StoredPart {
+                kind: PartKind::Values,
+                suffix: "qweight",
+                dtype: Some("I32"),
+                // Eight inputs are unpacked at a time. Groups are multiples of 8, and so are inputs.
+                shape: vec![inputs.next_multiple_of(8), outputs.div_ceil(8)],
+                view: View::Packed(Words::TurnedNibbles),
+            },
+            StoredPart {
+                kind: PartKind::Scales,
+                suffix: "scales",
+                dtype: None,
+                shape: vec![groups, outputs],
+                view: View::Transposed { first: 0 },
+            },
+            StoredPart {
+                kind: PartKind::Zeros,
+                suffix: "qzeros",
+                dtype: Some("I32"),
+                shape: vec![groups, outputs.div_ceil(8)],
+                view: View::Packed(Words::Nibbles { order: AWQ_ORDER, less_one: false }),
+            },
+        ]
+    }
+
+    fn beside(&self, _: &Scheme, _: [usize; 2]) -> Vec<Beside> {
+        Vec::new()
+    }
+}

@@ -1,0 +1,62 @@
+//! Models that libraries quantized (`tests/goldens/quantized/README.md`): each layout of ranks gives the tokens that
+//! transformers gives with the dequantized weights.
+
+use std::fs;
+
+use safetensors::SafeTensors;
+
+use crate::tool::{fast_dir, mixtral_in, root};
+
+/// Lines of token ids from the tensors `name`.0, `name`.1 and `name`.2.
+fn lines(file: &SafeTensors<'_>, name: &str) -> String {
+    let line = |n: usize| {
+        let tensor = file.tensor(&format!("{name}.{n}")).unwrap();
+        let ids = tensor.data().chunks_exact(4).map(|bytes| i32::from_le_bytes(bytes.try_into().unwrap()).to_string());
+        ids.collect::<Vec<_>>().join(",") + "\n"
+    };
+    (0..3).map(line).collect()
+}
+
+fn agrees(model: &str, layouts: &[&str]) {
+    let source = root().join("tests/goldens/quantized").join(model);
+    let bytes = fs::read(source.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let dir = fast_dir();
+    let at = dir.path();
+    fs::write(at.join("ids.csv"), lines(&expected, "prompt")).unwrap();
+    for layout in layouts {
+        let convert = format!("convert --model_dir {} --dtype f32 --output_dir c {layout}", source.display());
+        mixtral_in(at, &convert, &[]).ok();
+        mixtral_in(at, "build --checkpoint_dir c --output_dir e", &[]).ok();
+        let run = "run --engine_dir e --input_file ids.csv --max_output_len 8 --end_id -1 --output_csv out.csv";
+        mixtral_in(at, run, &[]).ok();
+        assert_eq!(fs::read_to_string(at.join("out.csv")).unwrap(), lines(&expected, "tokens"), "{model} {layout}");
+    }
+}
+
+/// One rank, tensor parallel, in stages, and experts whole.
+const LAYOUTS: [&str; 4] = ["", "--tp_size 2", "--pp_size 2", "--tp_size 2 --moe_tp_size 1 --moe_ep_size 2"];
+/// Without tensor parallelism, which would cut groups of these models.
+const STAGES: [&str; 2] = ["", "--pp_size 2"];
+
+#[test]
+fn autoawq() {
+    agrees("awq-mixtral", &LAYOUTS);
+    agrees("awq-mistral", &STAGES);
+}
+
+#[test]
+fn gptq() {
+    agrees("gptq-mixtral", &LAYOUTS);
+    agrees("gptq-mixtral-rows", &LAYOUTS);
+    agrees("gptq-mistral-v2", &STAGES);
+}
+
+#[test]
+fn compressed_tensors() {
+    agrees("compressed-mixtral-int4", &LAYOUTS);
+    agrees("compressed-mixtral-int8", &LAYOUTS);
+    agrees("compressed-mixtral-int8-unpacked", &[""]);
+    agrees("compressed-mixtral-int8-zeros", &STAGES);
+    agrees("compressed-mistral-int4-zeros", &STAGES);
+}
