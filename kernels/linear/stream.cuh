@@ -456,16 +456,15 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
     }
 }
 
-// What both kernels do. With EARLY, warps begin to load weights before the preceding kernel has finished: what the spans
-// depend on was complete before that kernel started. With LATE, the next kernel may start only after this one's wait.
-template <typename C, bool EARLY, bool LATE, typename MakeSpans, typename Source, typename Destination, typename Out>
-__device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, const typename C::T* tokens, Out* out,
+// What both kernels do. `wait` returns when the preceding kernel has finished. With EARLY, warps begin to load weights
+// before that: what the spans depend on was complete before that kernel started.
+template <typename C, bool EARLY, typename MakeSpans, typename Wait, typename Source, typename Destination, typename Out>
+__device__ __forceinline__ void stream(MakeSpans make_spans, Wait wait, const u8* weight, const typename C::T* tokens, Out* out,
                                        const Out* residual, Source source, Destination destination) {
     extern __shared__ __align__(128) u8 dynamic_shared[];
     const u32 base = ptx::shared_address(dynamic_shared);
     const StreamBarriers<C> barriers{base};
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-    if constexpr (!LATE) pdl::launch_dependents();
     if (warp == C::WARPS) {
         if (lane == 0) {
             for (int s = 0; s < C::TOKEN_STAGES; s++) {
@@ -475,8 +474,7 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, c
             mbarrier::fence_init();
         }
         __syncthreads();
-        pdl::wait();
-        if constexpr (LATE) pdl::launch_dependents();
+        wait();
         copy_tokens<C>(base, make_spans(), tokens, source);
         return;
     }
@@ -490,8 +488,7 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, c
                 mbarrier::fence_init();
             }
             __syncthreads();
-            pdl::wait();
-            if constexpr (LATE) pdl::launch_dependents();
+            wait();
             add_groups<C>(dynamic_shared, make_spans(), out, residual, destination);
         }
         return;
@@ -501,13 +498,12 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, c
         mbarrier::fence_init();
     }
     __syncwarp();
-    if constexpr (!EARLY) pdl::wait();
+    if constexpr (!EARLY) wait();
     const auto spans = make_spans();
     Loader<C, decltype(make_spans())> loader(spans, weight, warp / C::SPLIT, warp % C::SPLIT);
     for (int s = 0; s < C::STAGES; s++) loader.load(base + (warp * C::STAGES + s) * C::STAGE, barriers.full(warp, s));
     __syncthreads();
-    if constexpr (EARLY) pdl::wait();
-    if constexpr (LATE) pdl::launch_dependents();
+    if constexpr (EARLY) wait();
     multiply_slabs<C>(dynamic_shared, loader, spans, weight, out, residual, destination);
 }
 
@@ -515,11 +511,12 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, const u8* weight, c
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, 1)
     stream_dense(const u8* weight, const typename C::T* tokens, const step::Header* header, Out* out, const Out* residual) {
+    pdl::launch_dependents();
     const auto spans = [&] {
         return sched::Spans<1, C::MATRIX_SLABS, C::COLS>(nullptr, LOGITS ? header->num_logits : header->num_tokens);
     };
     const auto same = [](int column) { return column; };
-    stream<C, true, false>(spans, weight, tokens, out, residual, same, same);
+    stream<C, true>(spans, [] { pdl::wait(); }, weight, tokens, out, residual, same, same);
 }
 
 // Linear of each token by its experts, as `mma_grouped`. expert_down loads its first weights before its wait: the lists
@@ -531,7 +528,11 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     const auto spans = [&] { return sched::Spans<EXPERTS, C::MATRIX_SLABS, C::COLS>(offsets, header->num_tokens); };
     const auto source = [&](int position) { return DOWN ? position : order[position] / TOP_K; };
     const auto destination = [&](int position) { return DOWN ? order[position] : position; };
-    stream<C, DOWN, true>(spans, weight, tokens, out, static_cast<const typename C::T*>(nullptr), source, destination);
+    const auto wait = [] {
+        pdl::wait();
+        pdl::launch_dependents();  // after the wait, because expert_down relies on that
+    };
+    stream<C, DOWN>(spans, wait, weight, tokens, out, static_cast<const typename C::T*>(nullptr), source, destination);
 }
 
 }  // namespace linear

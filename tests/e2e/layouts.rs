@@ -95,6 +95,27 @@ fn sharded_embeddings_give_the_tokens_of_one_rank() {
     }
 }
 
+/// Quantized weights in layouts whose ranks begin at whole groups. Both models' sizes are multiples of 32 on every rank.
+#[test]
+fn quantized_engines_give_the_tokens_of_one_rank_in_every_layout() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    write_prompts(&at.join("ids.csv"), 101);
+    let geometry = "--vocab_size 101 --n_layer 4 --n_head 4 --n_kv_head 2 --head_size 32 --n_embd 72 --inter_size 128 --n_positions 256 --moe_num_experts 5 --moe_top_k 2";
+    for quantized in [
+        "--use_weight_only",
+        "--use_weight_only --weight_only_precision int4 --group_size 32",
+        "--use_weight_only --weight_only_precision int4 --group_size 32 --attention-precision int4",
+        "--use_weight_only --weight_only_precision int4 --group_size -1 --attention-precision float",
+    ] {
+        let geometry = format!("{geometry} {quantized}");
+        let alone = tokens(at, &geometry, 5, "");
+        for layout in layouts() {
+            assert_eq!(tokens(at, &geometry, 5, &layout), alone, "{geometry} {layout}");
+        }
+    }
+}
+
 /// The example model in f32: with 16 bits, the ranks' sums could decide between near-ties.
 #[test]
 fn the_example_model_writes_the_same_text_in_every_layout() {
@@ -116,5 +137,11 @@ fn the_example_model_writes_the_same_text_in_every_layout() {
         "--tp_size 2 --pp_size 4 --moe_tp_mode 1",
     ] {
         assert_eq!(text(layout), alone, "{layout}");
+    }
+    for quantized in ["--use_weight_only", "--use_weight_only --weight_only_precision int4 --group_size 32"] {
+        let alone = text(quantized);
+        for layout in ["--tp_size 2", "--tp_size 6 --moe_tp_size 3 --moe_ep_size 2", "--tp_size 2 --pp_size 2"] {
+            assert_eq!(text(&format!("{quantized} {layout}")), alone, "{quantized} {layout}");
+        }
     }
 }

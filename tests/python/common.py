@@ -81,6 +81,46 @@ def correct_inv_freq(model):
     rotary.inv_freq.copy_(torch.from_numpy(exact))
 
 
+def decoded(tensors, formats, kind, name, cols):
+    """The floats of a weight of a checkpoint, of `cols` columns; `formats` are those of attention and of the feed-forward."""
+    values = tensors[f"{name}.weight"]
+    if formats[kind] == "plain":
+        return values.float()
+    bits, group = formats[kind].split(":")[:2]
+    values = values.float() if bits == "int8" else torch.stack([values & 15, values >> 4], dim=-1).flatten(-2).float()
+    scales = tensors[f"{name}.weights_scaling_factor"].float()
+    values = values[..., :cols]  # an odd row of int4 ends in half a byte
+    scales = scales.repeat_interleave(cols if group == "row" else int(group[1:]), dim=-1)[..., :cols]
+    return (values - (128 if bits == "int8" else 8)) * scales
+
+
+def write_decoded(checkpoint, model, directory):
+    """Writes the model of a quantized checkpoint of one rank as f32 in Hugging Face's format.
+
+    `model` has the same configuration, and what is not quantized.
+    """
+    tensors = load_file(Path(checkpoint) / "rank0.safetensors")
+    formats = json.loads((Path(checkpoint) / "config.json").read_text())["mixtral"]["formats"]
+    config = model.config
+    state = {}
+    for layer in range(config.num_hidden_layers):
+        ours, theirs = f"transformer.layers.{layer}", f"model.layers.{layer}"
+        of = lambda kind, name, cols: decoded(tensors, formats, kind, f"{ours}.{name}", cols)
+        hidden, inter = config.hidden_size, config.intermediate_size
+        q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        for part, rows in zip("qkv", of("attention", "attention.qkv", hidden).split([q, kv, kv])):
+            state[f"{theirs}.self_attn.{part}_proj.weight"] = rows
+        state[f"{theirs}.self_attn.o_proj.weight"] = of("attention", "attention.dense", q)
+        # transformers 5 has gate before up.
+        up, gate = of("feed_forward", "mlp.fc", hidden).chunk(2, dim=1)
+        state[f"{theirs}.mlp.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
+        state[f"{theirs}.mlp.experts.down_proj"] = of("feed_forward", "mlp.proj", inter)
+    own = model.state_dict()
+    assert all(own[name].shape == tensor.shape for name, tensor in state.items()), "the checkpoint is of another model"
+    model.load_state_dict(own | state)
+    save_model(model, directory, "float32")
+
+
 def forward(model, ids):
     """(logits [len(ids), vocabulary], router logits [layers, len(ids), experts]) of one sequence, in f32."""
     routers = []

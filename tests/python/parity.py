@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Live parity with transformers: new random models go through convert, build and run, and transformers checks the results.
 
-    parity.py --mixtral PATH [--backend cuda] [--models 24] [--seed N] [--example DIR] [--jobs N]
+    parity.py --mixtral PATH [--backend cuda] [--models 24] [--seed N] [--example DIR] [--jobs N] [--layout FLAGS]
     parity.py --self-test
 
 With `--backend cuda` there are two engines for the GPU, one with the kernels selected for it and one with the portable
 kernels. f32 engines run on the CPU too. Half of the models have sizes that tensor cores take. `--example` adds a trained
-model in every data type, with prompts that it has written itself.
+model in every data type, with prompts that it has written itself. Half of the random models are quantized; the reference then
+has the floats that the integers stand for. `--layout "--tp_size 2"` cuts all models into ranks.
 
 The limits:
 - f32: every logit differs by at most 1e-5 of the reference's largest at its position, and greedy tokens are equal. This
@@ -15,7 +16,8 @@ The limits:
   differ, so the comparison of that prompt stops. Such stops must be under 2 % of the prompts.
 - 16 bit: the reference is transformers in f32 on the same 16-bit weights, and e = |x - ref| / |ref| at each prompt
   position. Over all positions of a data type, our median of e is at most 1.1 times that of transformers' own eager code
-  at that data type, and our 90th percentile at most 1.5 times. Tokens are not compared.
+  at that data type, and our 90th percentile at most 1.5 times. Tokens are not compared. For a quantized model, the eager code
+  computes the model before it was quantized, and its e is against that model in f32.
 """
 
 import argparse
@@ -34,12 +36,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import MixtralConfig, forward, load_model, random_model, run_tool, save_model
+from common import MixtralConfig, forward, load_model, random_model, run_tool, save_model, write_decoded
 
 NEAR = 1e-5
 MAX_STOPS = 0.02
 MAX_MEDIAN, MAX_P90 = 1.1, 1.5
 MAX_PROMPT = 300
+# Formats of weights, as flags of convert.
+FORMATS = ["--qformat int8_wo", "--qformat int4_wo", "--qformat int4_wo --group_size 32 --attention_precision int4",
+           "--qformat int4_wo --group_size -1 --attention_precision float"]
 MAX_OUTPUT = 8
 
 
@@ -52,6 +57,7 @@ class Case:
     prompts: list
     batch: int
     directory: Path | None = None
+    quantize: str = ""
 
     def __str__(self):
         c = self.config
@@ -59,7 +65,7 @@ class Case:
                 f"{c.num_key_value_heads}x{c.head_dim:2} {c.num_local_experts:2}e top{c.num_experts_per_tok}"
                 f" i{c.intermediate_size:3} v{c.vocab_size:3} {'tied' if c.tie_word_embeddings else 'free'}"
                 f" w{c.sliding_window or '-':<3} t{c.rope_parameters['rope_theta']:.0e}"
-                f"{f' {self.directory.name}' if self.directory else ''}")
+                f"{f' {self.directory.name}' if self.directory else ''}{f' {self.quantize}' if self.quantize else ''}")
 
 
 @dataclass
@@ -106,6 +112,7 @@ def draw_cases(count, seed, tensor_cores=False):
     experts, tied, windows = deck([2, 16, 8, 3, 4, 12, 5, 7]), deck([False, True]), deck([False, True])
     thetas, dtypes = deck([1e4, 1e6]), deck(["float32", "bfloat16", "float32", "float16"])
     # A token cannot go to more experts than there are, so models with many experts get the large top-k.
+    formats = deck(["", *FORMATS[:2], "", *FORMATS[2:]])
     experts.sort()
     order = sorted(range(count), key=lambda i: (min(top_ks[i], 2), rng.random()))
     experts = [e for _, e in sorted(zip(order, experts))]
@@ -135,7 +142,8 @@ def draw_cases(count, seed, tensor_cores=False):
             lengths = lengths[:10]
         rng.shuffle(lengths)
         prompts = [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
-        cases.append(Case(config, dtypes[i], rng.randrange(2**31), prompts, rng.choice([1, 3, len(prompts)])))
+        batch = rng.choice([1, 3, len(prompts)])
+        cases.append(Case(config, dtypes[i], rng.randrange(2**31), prompts, batch, quantize=formats[i]))
     return cases
 
 
@@ -150,6 +158,7 @@ def check_coverage(cases):
         ("sliding window", {False, True}, seen(lambda c: c.sliding_window is not None)),
         ("rope_theta", {1e4, 1e6}, seen(lambda c: c.rope_parameters["rope_theta"])),
         ("dtype", {"float32", "bfloat16", "float16"}, {case.dtype for case in cases}),
+        ("format of weights", {"", *FORMATS}, {case.quantize for case in cases}),
         ("prompt length", {1, MAX_PROMPT}, {len(prompt) for case in cases for prompt in case.prompts}),
     ]
     for what, values, found in wanted:
@@ -172,12 +181,20 @@ def example_cases(binary, directory):
     return [Case(config, dtype, 0, prompts, 8, Path(directory)) for dtype in ("float32", "bfloat16", "float16")]
 
 
-def by_tool(binary, backend, case, directory):
-    """Converts, builds and runs `case`, whose model is in directory/hf: {what ran: its Output}."""
+def by_tool(binary, backend, layout, case, directory):
+    """Converts, builds and runs `case`, whose model is in directory/hf: {what ran: its Output}.
+
+    For a quantized case, directory/decoded gets the model that the quantized weights stand for.
+    """
     checkpoint, engine = directory / "checkpoint", directory / "engine"
     ids, csv, logits = directory / "ids.csv", directory / "out.csv", directory / "logits"
     ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in case.prompts))
-    run_tool(binary, "convert", "--model_dir", directory / "hf", "--output_dir", checkpoint, "--dtype", case.dtype)
+    convert = ["convert", "--model_dir", directory / "hf", "--dtype", case.dtype, *case.quantize.split()]
+    if case.quantize:
+        run_tool(binary, *convert, "--output_dir", checkpoint)
+        model = load_model(directory / "hf", "float32")
+        write_decoded(checkpoint, model, directory / "decoded")
+    run_tool(binary, *convert, "--output_dir", checkpoint, *layout.split())
 
     def build(kernels):
         run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", backend,
@@ -267,15 +284,16 @@ def compare_f32(case, output, reference):
     return verdict
 
 
-def compare_16bit(case, output, reference, eager):
+def compare_16bit(case, output, reference, eager, floats):
+    """`floats` is the model that `eager` computes, in f32: the reference itself unless the model was quantized."""
     verdict = Verdict()
     if not check_shapes(case, output, verdict):
         return verdict
     for number, prompt in enumerate(case.prompts):
-        expected = forward(reference, prompt)[0].astype(np.float64)
-        error = lambda x: np.linalg.norm(x - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-        verdict.ours.extend(error(output.context[number, : len(prompt)]))
-        verdict.eager.extend(error(forward(eager, prompt)[0]))
+        error = lambda x, expected: np.linalg.norm(x - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        expected = lambda model: forward(model, prompt)[0].astype(np.float64)
+        verdict.ours.extend(error(output.context[number, : len(prompt)], expected(reference)))
+        verdict.eager.extend(error(forward(eager, prompt)[0], expected(floats)))
     return verdict
 
 
@@ -286,12 +304,13 @@ def check_case(implementation, case):
         model = load_model(case.directory, "float32") if case.directory else random_model(case.config, case.seed)
         save_model(model, directory / "hf", case.dtype)
         outputs = implementation(case, directory)
-        reference = load_model(directory / "hf", "float32")
+        decoded = directory / "decoded"
+        reference = load_model(decoded if decoded.exists() else directory / "hf", "float32")
         if case.dtype == "float32":
             verdicts = {what: compare_f32(case, output, reference) for what, output in outputs.items()}
         else:
-            eager = load_model(directory / "hf", case.dtype)
-            verdicts = {what: compare_16bit(case, output, reference, eager) for what, output in outputs.items()}
+            eager, floats = load_model(directory / "hf", case.dtype), load_model(directory / "hf", "float32")
+            verdicts = {what: compare_16bit(case, output, reference, eager, floats) for what, output in outputs.items()}
     for what, output in outputs.items():
         if case.dtype == "float32" and "cpu" in outputs and what != "cpu":
             verdicts[what].as_cpu = sum(a == b for a, b in zip(output.tokens, outputs["cpu"].tokens))
@@ -451,6 +470,7 @@ def main():
     parser.add_argument("--mixtral", help="the tool's binary")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--example", type=Path, help="a directory of a trained model")
+    parser.add_argument("--layout", default="", metavar="FLAGS", help="flags of convert that cut a model into ranks")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--models", type=int, default=24)
     parser.add_argument("--seed", type=int, default=None)
@@ -466,7 +486,7 @@ def main():
     print(f"{len(cases)} models; again with --models {args.models} --seed {seed}", flush=True)
     if args.example:
         cases += example_cases(args.mixtral, args.example)
-    misses, summary = check(cases, functools.partial(by_tool, args.mixtral, args.backend), jobs=args.jobs)
+    misses, summary = check(cases, functools.partial(by_tool, args.mixtral, args.backend, args.layout), jobs=args.jobs)
     if misses:
         sys.exit(f"{len(misses)} misses, the first: {misses[0]}")
     print(f"parity holds: {summary}")

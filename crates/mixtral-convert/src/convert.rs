@@ -5,12 +5,12 @@ use std::time::Instant;
 
 use mixtral_checkpoint::disk::free_bytes;
 use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
-use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe};
+use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe, WeightOnly};
 
 use crate::error::ConvertError;
-use crate::execute::{buffer_bytes, execute};
+use crate::execute::{Losses, buffer_bytes, execute};
 use crate::plan::recipes;
-use crate::report::{ConvertPlan, PlannedTensor, RankPlan, Report};
+use crate::report::{ConvertPlan, PlannedTensor, QuantizedTensor, RankPlan, Report};
 use crate::source::config::SourceConfig;
 use crate::source::{Source, open_config};
 use crate::tokenizer::TokenizerFiles;
@@ -37,6 +37,8 @@ pub struct ConvertOptions {
     pub output_dir: PathBuf,
     /// Data type to write. `None` keeps the source's.
     pub dtype: Option<DType>,
+    /// What matrices are rounded to. `None` keeps them as floats.
+    pub weight_only: Option<WeightOnly>,
     /// How to cut the model.
     pub mapping: Mapping,
     /// How the weights of a token's experts are scaled.
@@ -59,6 +61,7 @@ impl ConvertOptions {
             input,
             output_dir,
             dtype: None,
+            weight_only: None,
             mapping: Mapping::single(),
             normalization: MoeNormalization::Renorm,
             use_parallel_embedding: false,
@@ -101,6 +104,9 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
         }
     };
     model.moe.normalization = options.normalization;
+    if let Some(weight_only) = options.weight_only {
+        model.formats = weight_only.formats(model.dtype);
+    }
     let mut config = CheckpointConfig::new(model, options.mapping);
     config.use_parallel_embedding = options.use_parallel_embedding;
     config.embedding_sharding_dim = options.embedding_sharding_dim;
@@ -124,7 +130,10 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
         .map(|(rank, recipes)| {
             let tensors: Vec<PlannedTensor> = recipes
                 .into_iter()
-                .map(|r| PlannedTensor { bytes: r.num_bytes() as u64, name: r.name, dtype: r.dtype, shape: r.shape })
+                .map(|r| {
+                    let bytes = r.num_bytes() as u64;
+                    PlannedTensor { name: r.name, dtype: r.dtype, format: r.format, shape: r.shape, bytes }
+                })
                 .collect();
             RankPlan { rank, bytes: tensors.iter().map(|t| t.bytes).sum(), tensors }
         })
@@ -162,12 +171,14 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
     if let Input::Directory(dir) = &options.input {
         tokenizer.write(dir, &mut writer)?;
     }
+    let mut losses = Losses::new();
     if let Some(source) = &source {
-        execute(source, &recipes, writer.ranks(), options.workers, progress)?;
+        losses = execute(source, &recipes, writer.ranks(), options.workers, progress)?;
     }
     let tensors = recipes.iter().flatten();
     let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());
     let run_id = writer.finish()?;
     let seconds = start.elapsed().as_secs_f64();
-    Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds, warnings: tokenizer.warnings })
+    let quantized = QuantizedTensor::list(losses);
+    Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds, quantized, warnings: tokenizer.warnings })
 }

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::config::ConfigRuleError;
-use mixtral_checkpoint::{HeaderError, KeyError, WriteError, lines};
+use mixtral_checkpoint::{HeaderError, KeyError, ReadError, WriteError, lines};
 use mixtral_model::{ConfigError, DType};
 use mixtral_tokenizer::TokenizerError;
 
@@ -272,6 +272,9 @@ pub enum ConvertError {
         /// Rows of the embedding.
         vocab_size: usize,
     },
+    /// A checkpoint that is quantized cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] ReadError),
     /// The checkpoint cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),

@@ -5,7 +5,7 @@
 //!
 //! Reading order: [`names`] (transformers' names of tensors), [`source`] (finds the tensors in each layout),
 //! [`mod@plan`] (which rectangles of them make a rank's tensors), [`execute`] (streams those through the conversions of
-//! [`number`]), [`mod@tokenizer`] (the tokenizer's files), and [`mod@convert`] (the whole stage).
+//! [`number`] and [`mod@quantize`]), [`mod@tokenizer`] (the tokenizer's files), and [`mod@convert`] (the whole stage).
 #![forbid(unsafe_code)]
 
 pub mod convert;
@@ -14,7 +14,9 @@ pub mod execute;
 pub mod names;
 pub mod number;
 pub mod plan;
+pub mod quantize;
 pub mod report;
+pub mod requantize;
 pub mod source;
 pub mod tokenizer;
 
@@ -23,3 +25,4 @@ pub use error::ConvertError;
 pub use names::{HfTensor, Matrix};
 pub use plan::recipes;
 pub use report::{ConvertPlan, RankPlan, Report};
+pub use requantize::requantize;

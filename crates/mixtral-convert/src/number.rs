@@ -70,6 +70,15 @@ pub fn convert_elements(from: DType, input: &[u8], to: DType, output: &mut [u8])
     }
 }
 
+/// The bytes of finite values, rounded to `to`.
+#[must_use]
+pub fn narrow(to: DType, values: &[f32]) -> Vec<u8> {
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let mut narrowed = vec![0; values.len() * to.size()];
+    convert_elements(DType::F32, &bytes, to, &mut narrowed);
+    narrowed
+}
+
 /// Rounds a finite value. The conversion of `half` looks for NaNs first, and so does not vectorize.
 #[inline]
 #[allow(clippy::cast_possible_truncation)] // The upper half is what is wanted.

@@ -3,8 +3,11 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use mixtral_model::{DType, Mapping, ModelConfig};
+use mixtral_model::{DType, Mapping, ModelConfig, WeightFormat};
 use serde::Serialize;
+
+use crate::execute::Losses;
+use crate::quantize::Loss;
 
 /// What a conversion will do.
 #[derive(Clone, Debug, Serialize)]
@@ -46,18 +49,20 @@ pub struct RankPlan {
     pub rank: usize,
     /// Bytes of its tensors.
     pub bytes: u64,
-    /// Its tensors.
+    /// Its weights.
     pub tensors: Vec<PlannedTensor>,
 }
 
-/// A tensor of a [`RankPlan`].
+/// A weight of a [`RankPlan`].
 #[derive(Clone, Debug, Serialize)]
 pub struct PlannedTensor {
     /// Name in the checkpoint.
     pub name: String,
-    /// Type in the checkpoint.
+    /// Type of its elements, or of what they stand for.
     pub dtype: DType,
-    /// Shape in the checkpoint.
+    /// How it is stored.
+    pub format: WeightFormat,
+    /// Shape.
     pub shape: Vec<usize>,
     /// Its bytes.
     pub bytes: u64,
@@ -76,8 +81,30 @@ pub struct Report {
     pub bytes: u64,
     /// Wall time.
     pub seconds: f64,
+    /// What each tensor of the source lost by quantizing, the largest part first. Empty if nothing was quantized.
+    pub quantized: Vec<QuantizedTensor>,
     /// What a user should know about the source.
     pub warnings: Vec<String>,
+}
+
+/// A tensor that was quantized.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct QuantizedTensor {
+    /// Name of the source's tensor, in Hugging Face's per-expert spelling.
+    pub name: String,
+    /// Its error as a part of its size: √(Σ (w − ŵ)² / Σ w²).
+    pub error: f64,
+}
+
+impl QuantizedTensor {
+    /// All tensors that lost something, the largest part first.
+    #[must_use]
+    pub fn list(losses: Losses) -> Vec<QuantizedTensor> {
+        let tensor = |(name, loss): (String, Loss)| QuantizedTensor { name, error: loss.relative() };
+        let mut tensors: Vec<QuantizedTensor> = losses.into_iter().map(tensor).collect();
+        tensors.sort_by(|a, b| b.error.total_cmp(&a.error));
+        tensors
+    }
 }
 
 /// Bytes for people: `1.93 GB`.
@@ -110,9 +137,14 @@ impl fmt::Display for ConvertPlan {
             writeln!(f, "  tensors of rank 0, layers like its first left out:")?;
             let is_later_layer =
                 |name: &str| name.starts_with("transformer.layers.") && !name.starts_with("transformer.layers.0.");
-            for PlannedTensor { name, dtype, shape, bytes } in first.tensors.iter().filter(|t| !is_later_layer(&t.name))
+            for PlannedTensor { name, dtype, format, shape, bytes } in
+                first.tensors.iter().filter(|t| !is_later_layer(&t.name))
             {
-                writeln!(f, "    {name:<48} {:<4} {:<20} {}", dtype.to_string(), format!("{shape:?}"), size(*bytes))?;
+                let stored = match format {
+                    WeightFormat::Plain => dtype.to_string(),
+                    WeightFormat::Quantized(_) => format.to_string(),
+                };
+                writeln!(f, "    {name:<48} {stored:<4} {:<20} {}", format!("{shape:?}"), size(*bytes))?;
             }
         }
         if !self.tokenizer_files.is_empty() {

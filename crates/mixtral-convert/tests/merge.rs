@@ -6,9 +6,12 @@
 
 use std::collections::BTreeMap;
 
-use mixtral_checkpoint::Checkpoint;
-use mixtral_convert::{ConvertOptions, Input, convert};
-use mixtral_model::{DType, Mapping, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, Rank};
+use mixtral_checkpoint::{Checkpoint, rank_weights};
+use mixtral_convert::{ConvertOptions, Input, convert, requantize};
+use mixtral_model::{
+    Bits, DType, Mapping, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, Precision, Quantization, Rank,
+    WeightFormat, WeightOnly,
+};
 use mixtral_testkit::{Layout, TinyModel};
 use proptest::prelude::*;
 
@@ -43,6 +46,27 @@ impl Part {
     fn at(&self, row: usize, col: usize) -> &[u8] {
         &self.bytes[(row * self.cols + col) * self.size..][..self.size]
     }
+}
+
+/// Each element of a quantized weight as its integer, followed by its scale.
+fn integers_and_scales(
+    Quantization { bits, group, scale, .. }: Quantization,
+    rows: usize,
+    cols: usize,
+    integers: &[u8],
+    scales: &[u8],
+) -> Vec<u8> {
+    let len = group.unwrap_or(cols);
+    let (row_bytes, groups) = (integers.len() / rows, cols.div_ceil(len));
+    let element = |(row, col): (usize, usize)| {
+        let integer = match bits {
+            Bits::Eight => integers[row * row_bytes + col],
+            Bits::Four => integers[row * row_bytes + col / 2] >> (4 * (col % 2)) & 15,
+        };
+        let scale = &scales[(row * groups + col / len) * scale.size()..][..scale.size()];
+        [&[integer], scale].concat()
+    };
+    (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))).flat_map(element).collect()
 }
 
 /// Where the `index`-th of `parts` begins when the first `len % parts` take one more.
@@ -88,10 +112,20 @@ impl Merge {
         let (t, tp, p, pp) = (rank % mapping.tp_size, mapping.tp_size, rank / mapping.tp_size, mapping.pp_size);
         let file = checkpoint.rank(Rank(rank)).unwrap();
         let mut left: Vec<String> = file.names().map(str::to_owned).collect();
+        let weights = rank_weights(checkpoint.config(), Rank(rank));
         let mut part = |name: &str| {
-            left.retain(|n| n != name);
-            let view = file.tensor(name).unwrap();
-            Part { cols: *view.shape.last().unwrap(), size: view.elem.size(), bytes: view.bytes.to_vec() }
+            let weight = weights.iter().find(|weight| weight.name == name).unwrap();
+            let tensors: Vec<_> = weight.tensors().iter().map(|tensor| file.tensor(&tensor.name).unwrap()).collect();
+            left.retain(|n| weight.tensors().iter().all(|tensor| &tensor.name != n));
+            let cols = *weight.shape.last().unwrap();
+            match weight.format {
+                WeightFormat::Plain => Part { cols, size: tensors[0].elem.size(), bytes: tensors[0].bytes.to_vec() },
+                WeightFormat::Quantized(quantization) => {
+                    let rows = weight.shape.iter().rev().skip(1).product();
+                    let bytes = integers_and_scales(quantization, rows, cols, tensors[0].bytes, tensors[1].bytes);
+                    Part { cols, size: 1 + quantization.scale.size(), bytes }
+                }
+            }
         };
         if p == 0 {
             let embedding = part("transformer.vocab_embedding.weight");
@@ -179,6 +213,16 @@ fn merged(checkpoint: &Checkpoint, tied: bool) -> BTreeMap<String, Whole> {
     merge.wholes
 }
 
+/// Any precisions, and groups of 4 or whole rows.
+fn weight_only() -> impl Strategy<Value = WeightOnly> {
+    let precision = || prop::sample::select(vec![Precision::Float, Precision::Int8, Precision::Int4]);
+    (precision(), precision(), any::<bool>()).prop_map(|(attention, feed_forward, is_row)| WeightOnly {
+        attention,
+        feed_forward,
+        group: (!is_row).then_some(4),
+    })
+}
+
 #[derive(Clone, Debug)]
 struct Case {
     model: TinyModel,
@@ -263,5 +307,44 @@ proptest! {
             prop_assert!(whole.elements[len..].iter().flatten().flatten().all(|&b| b == 0));
         }
         prop_assert!(wholes.is_empty(), "{:?}", wholes.keys());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Quantizing the model for many ranks, quantizing a checkpoint of many ranks, and cutting the quantized model give the same.
+    #[test]
+    fn merging_quantized_ranks_gives_the_quantized_model(case in case(), weight_only in weight_only()) {
+        let Case { mut model, layout, shards, mapping, workers, .. } = case;
+        // Ranks begin at whole groups. The hidden size stays as it is, so the last group of a row may be shorter.
+        model.config.head_dim *= 2;
+        model.config.intermediate_size *= 4;
+        let root = tempfile::tempdir().unwrap();
+        let at = |name: &str| root.path().join(name);
+        model.write(&at("model"), layout, shards);
+        let whole = ConvertOptions {
+            weight_only: Some(weight_only),
+            ..ConvertOptions::new(Input::Directory(at("model")), at("whole"))
+        };
+        convert(&whole, &()).unwrap();
+        let cut = ConvertOptions { mapping, workers, output_dir: at("cut"), ..whole.clone() };
+        convert(&cut, &()).unwrap();
+        let floats = ConvertOptions { weight_only: None, output_dir: at("floats"), ..cut };
+        convert(&floats, &()).unwrap();
+        requantize(&Checkpoint::open(&at("floats")).unwrap(), weight_only, &at("again"), workers, &()).unwrap();
+
+        let elements = |name: &str| {
+            let wholes = merged(&Checkpoint::open(&at(name)).unwrap(), model.tied);
+            // Padding of the vocabulary is left out.
+            let kept = |tensor: mixtral_testkit::Tensor| {
+                let len = tensor.shape.iter().product();
+                let found: Vec<u8> = wholes[&tensor.name].elements[..len].iter().flatten().flatten().copied().collect();
+                (tensor.name, found)
+            };
+            model.weights().into_iter().map(kept).collect::<Vec<_>>()
+        };
+        let expected = elements("whole");
+        prop_assert_eq!(&elements("cut"), &expected);
+        prop_assert_eq!(&elements("again"), &expected);
     }
 }

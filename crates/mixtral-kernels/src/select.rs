@@ -2,9 +2,10 @@
 //! tables.
 
 use mixtral_engine::{Op, Program, Rows, Rung};
-use mixtral_model::ElemType;
+use mixtral_model::{ElemType, Quantization};
 
-use crate::plan::RUNGS;
+use crate::lower::count;
+use crate::plan::{RUNGS, Stream};
 use crate::{Family, LinearPlan, WeightRows};
 
 /// A linear as its kernels see it.
@@ -53,7 +54,7 @@ impl LinearShape {
 
     /// Whether TMA takes it: rows of weights, tokens and outputs begin at multiples of 16 bytes.
     fn is_aligned(&self) -> bool {
-        let (weight, tokens) = (self.weight.bytes(self.depth), self.depth * self.tokens.size());
+        let (weight, tokens) = (self.depth * self.weight.dtype().size(), self.depth * self.tokens.size());
         weight.is_multiple_of(16)
             && tokens.is_multiple_of(16)
             && self.rows.is_multiple_of(if self.silu_mul { 16 } else { 8 })
@@ -71,14 +72,14 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     if !shape.weight.suits_tensor_cores(shape.tokens) {
         return LinearPlan::Simt;
     }
+    if shape.weight.is_packed() {
+        let few = family == Family::Hopper && tokens <= if shape.grouped { 64 } else { 8 };
+        let stream = if few { stream(shape, tokens) } else { None };
+        // A stage has twice the elements of a plain weight's.
+        return stream.map_or(LinearPlan::Mma { rows: 64, cols: portable_cols(tokens).min(64) }, LinearPlan::Stream);
+    }
     if family == Family::Portable || !shape.is_aligned() {
-        let cols = match tokens {
-            0..=8 => 8,
-            9..=16 => 16,
-            17..=32 => 32,
-            33..=64 => 64,
-            _ => 128,
-        };
+        let cols = portable_cols(tokens);
         return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
     }
     let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| LinearPlan::Wgmma {
@@ -122,6 +123,91 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     }
 }
 
+/// Columns of a tile of the portable kernels.
+fn portable_cols(tokens: usize) -> u32 {
+    match tokens {
+        0..=8 => 8,
+        9..=16 => 16,
+        17..=32 => 32,
+        33..=64 => 64,
+        _ => 128,
+    }
+}
+
+/// The most bytes of shared memory of a CTA.
+const MAX_SHARED: u32 = 227 << 10;
+
+/// The least bytes of shared memory of a CTA of `linear::stream`: more than half of a multiprocessor's, as [`RING`].
+const MIN_SHARED: u32 = 116 << 10;
+
+/// Bytes of weights that the warps of a CTA have under way together, if shared memory has room.
+const UNDER_WAY: u32 = 150 << 10;
+
+/// The most warps that multiply. One more copies tokens, and with 16 warps each thread may have 128 registers.
+const MAX_WARPS: u32 = 15;
+
+/// How weights are streamed for up to `tokens` tokens; `None` if K has no whole blocks.
+fn stream(shape: &LinearShape, tokens: usize) -> Option<Stream> {
+    if !shape.depth.is_multiple_of(128) || shape.depth == 0 {
+        return None;
+    }
+    let blocks_of_k = count(shape.depth / 128);
+    // Of up to 16 tokens an expert seldom gets more than 8.
+    let cols = match (tokens, shape.grouped) {
+        (0..=1, _) => 1,
+        (2, _) => 2,
+        (3..=4, _) => 4,
+        (5..=16, true) | (_, false) => 8,
+        (17..=32, true) => 16,
+        (_, true) => 32,
+    };
+    // A token goes to two experts or more. Several tokens share some of theirs.
+    let slabs = shape.rows.div_ceil(16) * if shape.grouped { (2 * tokens).clamp(2, 6) } else { 1 };
+    let per_sm = count(slabs.div_ceil(MULTIPROCESSORS));
+    let divisor = |most: u32| (1..=most.max(1)).rev().find(|n| blocks_of_k.is_multiple_of(*n)).unwrap_or(1);
+    let (split, warps) = if shape.weight.has_groups() && per_sm < 12 && cols <= 2 {
+        let split = divisor(MAX_WARPS - 1);
+        (split, (MAX_WARPS - 1) / split * split)
+    } else {
+        (1, if per_sm > 8 { MAX_WARPS } else { per_sm.max(4) })
+    };
+    let part = blocks_of_k / split;
+    let block = count(shape.weight.block_bytes());
+    // Copies of about 4 KB; with few warps, of twice that.
+    let most = if warps < 8 { 8 << 10 } else { 4 << 10 };
+    let blocks = [4, 2, 1].into_iter().find(|&n| part.is_multiple_of(n) && n * block <= most + 256).unwrap_or(1);
+    let chunks = part / blocks;
+    // All tokens, if they fit.
+    let (token_blocks, token_stages) = if cols * blocks_of_k <= 64 * 4 || part == blocks {
+        (part, 1)
+    } else {
+        let some = [4, 2, 1].into_iter().find(|n| chunks.is_multiple_of(*n) && n * blocks <= 4);
+        (some.unwrap_or(1) * blocks, if cols > 16 { 2 } else { 4 })
+    };
+    let plan = |stages| Stream { cols, warps, split, slabs: 1, blocks, stages, token_blocks, token_stages };
+    let wanted = (UNDER_WAY / (warps * blocks * block)).clamp(2, 8);
+    (1..=wanted).rev().map(plan).find(|plan| plan.shared_bytes(shape) <= MAX_SHARED)
+}
+
+impl Stream {
+    /// Bytes of shared memory of a CTA: at least `linear::StreamConfig::SHARED`; the kernel asserts that.
+    #[must_use]
+    pub fn shared_bytes(&self, shape: &LinearShape) -> u32 {
+        let Stream { cols, warps, split, slabs, blocks, stages, token_blocks, token_stages } = *self;
+        let format = shape.weight;
+        let block = count(format.block_bytes());
+        let ring = warps * stages * slabs * blocks * block;
+        let tokens = token_stages * split * cols * (token_blocks * 256 + 16);
+        let teams = warps / split;
+        let WeightRows::Quantized(_, Quantization { group, scale, .. }) = format else { return 0 };
+        let groups = count(shape.depth / group.unwrap_or(128));
+        let column = if cols == 1 { 16 } else { 20 };
+        let slots = if split > 1 { 2 * teams * groups * (cols * column * 4 + 16 * count(scale.size())) } else { 0 };
+        let barriers = 8 * (warps * stages + 2 * token_stages + if split > 1 { 4 * teams } else { 0 });
+        (ring + tokens + slots + barriers).max(MIN_SHARED)
+    }
+}
+
 /// Multiprocessors of a Hopper GPU.
 const MULTIPROCESSORS: usize = 132;
 
@@ -144,8 +230,9 @@ pub const CUBLASLT_ABOVE: usize = 256;
 pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let Op::Linear { input, .. } = op else { return false };
     let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
-    let fits = LinearShape::of(program, op)
-        .is_some_and(|shape| shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned());
+    let fits = LinearShape::of(program, op).is_some_and(|shape| {
+        !shape.weight.is_packed() && shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned()
+    });
     of_tokens && fits && tokens > CUBLASLT_ABOVE
 }
 

@@ -157,6 +157,52 @@ impl Quantization {
     }
 }
 
+/// What weights are rounded to by weight-only quantization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Nothing: they stay floats.
+    Float,
+    /// Integers of 8 bits with an f32 scale for each row.
+    Int8,
+    /// Integers of 4 bits with a scale for each group, in the model's type.
+    Int4,
+}
+
+impl Precision {
+    /// The format of weights of type `dtype`. `group` is the length of int4's groups; `None` for whole rows.
+    #[must_use]
+    pub const fn format(self, group: Option<usize>, dtype: DType) -> WeightFormat {
+        let (bits, group, scale) = match self {
+            Precision::Float => return WeightFormat::Plain,
+            Precision::Int8 => (Bits::Eight, None, DType::F32),
+            Precision::Int4 => (Bits::Four, group, dtype),
+        };
+        WeightFormat::Quantized(Quantization { bits, group, zeros: false, scale })
+    }
+}
+
+/// What a model's matrices are rounded to by weight-only quantization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WeightOnly {
+    /// Precision of attention's projections.
+    pub attention: Precision,
+    /// Precision of the feed-forward.
+    pub feed_forward: Precision,
+    /// Elements that share an int4 scale; `None` for a whole row.
+    pub group: Option<usize>,
+}
+
+impl WeightOnly {
+    /// The formats, for a model of type `dtype`.
+    #[must_use]
+    pub const fn formats(self, dtype: DType) -> Formats {
+        Formats {
+            attention: self.attention.format(self.group, dtype),
+            feed_forward: self.feed_forward.format(self.group, dtype),
+        }
+    }
+}
+
 /// What a tensor of a weight holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PartKind {

@@ -13,7 +13,7 @@ pub mod recipe;
 
 pub use config::{ConfigError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
 pub use dtype::DType;
-pub use format::{Bits, ElemType, Formats, Part, PartKind, Quantization, WeightFormat};
+pub use format::{Bits, ElemType, Formats, Part, PartKind, Precision, Quantization, WeightFormat, WeightOnly};
 pub use ids::{BlockId, ExpertId, LayerIdx, Rank, TokenId};
 pub use mapping::{Mapping, MappingError, RankCoords, even_split};
 pub use recipe::{Piece, Recipe};

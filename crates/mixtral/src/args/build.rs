@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use mixtral_engine::Limits;
 use mixtral_kernels::Arch;
-use mixtral_model::{DType, Mapping};
+use mixtral_model::{DType, Mapping, WeightOnly};
 
 use super::beside::{compare, described};
 use super::parallel::ParallelArgs;
+use super::weight_only::WeightOnlyArgs;
 use super::{Usage, numbers, usage};
 use crate::say;
 
@@ -91,6 +92,8 @@ pub struct BuildArgs {
     pub dry_run: bool,
     #[command(flatten)]
     pub parallel: ParallelArgs,
+    #[command(flatten)]
+    pub weight_only: WeightOnlyArgs,
     /// Print the program with bytes, FLOPs and predicted time of each operation
     #[arg(help_heading = SHOW, long)]
     pub explain: bool,
@@ -170,6 +173,8 @@ pub struct BuildOptions {
     pub dtype: Option<DType>,
     /// Seed of dummy weights.
     pub seed: Option<u64>,
+    /// What the weights of a checkpoint of floats, or dummy weights, are rounded to.
+    pub weight_only: Option<WeightOnly>,
     /// Mapping of dummy weights.
     pub mapping: Mapping,
     /// The flags that the mapping was made of.
@@ -273,6 +278,7 @@ impl BuildArgs {
             model,
             dtype: self.dtype,
             seed: self.seed,
+            weight_only: self.weight_only.weight_only(self.weight_only.weight_only_precision)?,
             mapping: self.parallel.mapping()?,
             parallel: self.parallel,
             output_dir: self.output_dir,

@@ -3,21 +3,24 @@
 use std::path::PathBuf;
 
 use mixtral_convert::Input;
-use mixtral_model::{DType, MoeNormalization};
+use mixtral_model::{DType, MoeNormalization, Precision};
 
 use super::geometry::GeometryArgs;
 use super::parallel::ParallelArgs;
+use super::weight_only::WeightOnlyArgs;
 use super::{Usage, dtype_or_auto, numbers, usage};
 use crate::say;
 
 const OUTPUT: &str = "Model and checkpoint";
 const PARALLELISM: &str = "Parallelism";
+const QUANTIZATION: &str = "Quantization";
 
 /// The flags as they were typed.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Examples:
   mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --dtype bf16
+  mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --use-weight-only --weight-only-precision int4
   mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --tp-size 2 --moe-tp-mode 1 --dry-run")]
 pub struct ConvertArgs {
     /// Hugging Face model (or Mistral's own files); without it only config.json is written, from the geometry flags
@@ -49,8 +52,32 @@ pub struct ConvertArgs {
     /// Print the plan (tensors, bytes a rank, peak memory, disk) and write nothing
     #[arg(help_heading = OUTPUT, long)]
     pub dry_run: bool,
+    /// Print what was written and what quantizing lost as JSON
+    #[arg(help_heading = OUTPUT, long)]
+    pub json: bool,
+    /// Quantize the matrices: to --weight-only-precision, int8 if it is not given
+    #[arg(help_heading = QUANTIZATION, long)]
+    pub use_weight_only: bool,
+    /// The same by the old quantize.py's words: full_prec, int8_wo, int4_wo
+    #[arg(help_heading = QUANTIZATION, long, value_name = "FORMAT", value_parser = qformat)]
+    pub qformat: Option<Precision>,
+    #[command(flatten)]
+    pub weight_only: WeightOnlyArgs,
     #[command(flatten)]
     pub geometry: GeometryArgs,
+}
+
+/// `--qformat`.
+fn qformat(text: &str) -> Result<Precision, String> {
+    match text {
+        "full_prec" => Ok(Precision::Float),
+        "int8_wo" => Ok(Precision::Int8),
+        "int4_wo" => Ok(Precision::Int4),
+        "int4_awq" | "int8_sq" | "w4a8_awq" | "fp8" | "nvfp4" => Err(format!(
+            "{text} needs calibration, which this version does not have; use int4_wo, int8_wo or full_prec"
+        )),
+        _ => Err("expected int8_wo, int4_wo or full_prec".to_owned()),
+    }
 }
 
 /// The validated options.
@@ -60,6 +87,8 @@ pub struct ConvertOptions {
     pub convert: mixtral_convert::ConvertOptions,
     /// Whether to print the plan only.
     pub dry_run: bool,
+    /// Whether to print the report as JSON.
+    pub json: bool,
     /// The geometry flags, to be compared with the model's.
     pub geometry: GeometryArgs,
 }
@@ -72,12 +101,25 @@ impl ConvertArgs {
         let Some(normalization) = MoeNormalization::from_mode(self.moe_normalization_mode) else {
             usage!("--moe-normalization-mode is {}; expected 0 or 1", self.moe_normalization_mode)
         };
+        let named = self.weight_only.weight_only_precision;
+        let by_flag = self.use_weight_only.then(|| named.unwrap_or(Precision::Int8));
+        let precision = match (by_flag, self.qformat) {
+            (Some(a), Some(b)) if a != b => {
+                usage!("--use-weight-only and --qformat ask for different formats; leave one out")
+            }
+            (Some(precision), _) | (None, Some(precision)) => Some(precision).filter(|&p| p != Precision::Float),
+            (None, None) => None,
+        };
+        if named.is_some() && precision.is_none() {
+            say::warning("--weight-only-precision changes nothing without --use-weight-only");
+        }
         let input = match self.model_dir {
             Some(dir) => Input::Directory(dir),
             None => Input::Geometry(self.geometry.model(dtype.unwrap_or(DType::F16), normalization)?),
         };
         let mut convert = mixtral_convert::ConvertOptions::new(input, self.output_dir);
         convert.dtype = dtype;
+        convert.weight_only = self.weight_only.weight_only(precision)?;
         convert.mapping = mapping;
         convert.normalization = normalization;
         convert.use_parallel_embedding = self.use_parallel_embedding;
@@ -89,6 +131,6 @@ impl ConvertArgs {
         if let Some(workers) = self.workers {
             convert.workers = workers;
         }
-        Ok(ConvertOptions { convert, dry_run: self.dry_run, geometry: self.geometry })
+        Ok(ConvertOptions { convert, dry_run: self.dry_run, json: self.json, geometry: self.geometry })
     }
 }

@@ -26,6 +26,7 @@ pub mod run;
 pub mod shell;
 pub mod spelling;
 pub mod verify;
+pub mod weight_only;
 pub mod words;
 
 use std::ffi::OsString;

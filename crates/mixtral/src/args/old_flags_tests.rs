@@ -19,6 +19,9 @@ fn value(flag: &str) -> &'static str {
         "--top-p" => "0.5",
         // Several outputs of greedy sampling are refused.
         "--num-return-sequences" | "--tp-size" | "--moe-tp-size" | "--moe-ep-size" | "--moe-tp-mode" => "1",
+        "--weight-only-precision" => "int8",
+        "--group-size" => "64",
+        "--qformat" => "int4_wo",
         "--embedding-sharding-dim" | "--moe-renorm-mode" | "--moe-normalization-mode" => "1",
         _ => "8",
     }
@@ -206,9 +209,18 @@ fn the_last_of_a_flag_counts() {
 
 #[test]
 fn quantize_in_full_precision_is_convert() {
-    let quantized =
-        parsed(&["mixtral", "quantize", "--model_dir", "m", "--qformat", "full_prec", "--calib_size", "32"]);
-    assert_eq!(quantized, parsed(&["mixtral", "convert", "--model_dir", "m", "--output_dir", "exported_model"]));
+    let validated = |line: &[&str]| match parse(line.iter().map(Into::into)) {
+        Ok(super::Parsed { cli: Cli { command: Command::Convert(args), .. }, .. }) => {
+            format!("{:?}", args.validate().unwrap().convert)
+        }
+        _ => panic!("{line:?}"),
+    };
+    let quantized = ["mixtral", "quantize", "--model_dir", "m", "--qformat", "full_prec", "--calib_size", "32"];
+    let converted = ["mixtral", "convert", "--model_dir", "m", "--output_dir", "exported_model"];
+    assert_eq!(validated(&quantized), validated(&converted));
+    let to_int4 = ["mixtral", "quantize", "--model_dir", "m", "--qformat", "int4_wo"];
+    let int4 = [&converted[..], &["--use_weight_only", "--weight_only_precision", "int4"]].concat();
+    assert_eq!(validated(&to_int4), validated(&int4));
     let named = parsed(&["mixtral", "quantize", "--model_dir", "m", "--output_dir", "o"]);
     assert_eq!(named, parsed(&["mixtral", "convert", "--model_dir", "m", "--output_dir", "o"]));
     assert!(parsed(&["mixtral", "quantize", "--qformat", "full_prec"]).contains("--model-dir"));

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -14,20 +14,21 @@ use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
 use mixtral_kernels::{Arch, Cache, KernelImages, LinearPlan, Search};
-use mixtral_model::{DType, Mapping, ModelConfig};
+use mixtral_model::{DType, Formats, Mapping, ModelConfig, WeightOnly};
 
 use crate::args::build::{BuildFor, BuildOptions, Model};
-use crate::progress::Kernels as Progress;
+use crate::progress::{Bytes, Kernels as Progress};
 use crate::run::machine;
 use crate::say;
+use crate::stages::convert::show_losses;
 
 /// Runs the stage.
 pub fn main(options: &BuildOptions) -> Result<()> {
-    let checkpoint = match &options.model {
+    let mut checkpoint = match &options.model {
         Model::Checkpoint(dir) => Some(open(dir)?),
         Model::Dummy(_) => None,
     };
-    let config = match (&checkpoint, &options.model) {
+    let mut config = match (&checkpoint, &options.model) {
         (Some(checkpoint), _) => checkpoint.config().clone(),
         (None, Model::Dummy(name)) => {
             let (model, mapping) = geometry(name, options)?;
@@ -42,6 +43,18 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         options.beside(&config.mapping, config.model.dtype, checkpoint.has_weights(), &place)?;
     }
     check_plugins(options, &config.model)?;
+    let mut quantized = None;
+    if let Some(formats) = formats_to_make(options, &config.model)? {
+        config.model.formats = formats;
+        config.validate()?;
+        if let (Some(floats), Some(weight_only), false) = (&checkpoint, options.weight_only, options.dry_run)
+            && floats.has_weights()
+        {
+            let between = Between::new(&options.output_dir, floats, weight_only)?;
+            checkpoint = Some(Checkpoint::open(&between.0)?);
+            quantized = Some(between);
+        }
+    }
 
     let model_limit = config.model.max_position_embeddings;
     let limits = Limits { max_seq_len: options.max_seq_len.resolve(model_limit), ..options.limits };
@@ -88,6 +101,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     let built = mixtral_build::build(&config, &weights, &build, &options.output_dir, &advance);
     progress.finish();
     let built = built?;
+    drop(quantized);
     if is_dummy {
         say::note(format_args!("weights: dummy, seed {seed}"));
     }
@@ -104,6 +118,50 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     show_built(&built, options.explain, options.graph.as_deref())?;
     say::note(format_args!("wrote {} (engine {})", options.output_dir.display(), built.config.run_id));
     Ok(())
+}
+
+/// The formats that the checkpoint's weights, or the dummy weights, have yet to be brought into.
+fn formats_to_make(options: &BuildOptions, model: &ModelConfig) -> Result<Option<Formats>> {
+    let Some(formats) = options.weight_only.map(|weight_only| weight_only.formats(model.dtype)) else {
+        return Ok(None);
+    };
+    match model.formats {
+        found if found == formats => Ok(None),
+        found if found == Formats::default() => Ok(Some(formats)),
+        found => bail!(
+            "--weight-only-precision asks for {} and {} in attention, but the checkpoint is quantized already, to {} and {} in attention; leave the flag out, or convert the model again",
+            formats.feed_forward,
+            formats.attention,
+            found.feed_forward,
+            found.attention
+        ),
+    }
+}
+
+/// A quantized checkpoint between a checkpoint of floats and the engine, beside the engine's directory. The engine keeps its
+/// weight files; the directory is removed when this is dropped.
+struct Between(PathBuf);
+
+impl Between {
+    fn new(engine: &Path, floats: &Checkpoint, weight_only: WeightOnly) -> Result<Self> {
+        let mut name = engine.file_name().unwrap_or_default().to_owned();
+        name.push(".quantized");
+        let between = Between(engine.with_file_name(name));
+        let progress = Bytes::new();
+        let workers = std::thread::available_parallelism().map_or(1, usize::from);
+        let lost = mixtral_convert::requantize(floats, weight_only, &between.0, workers, &progress);
+        progress.finish();
+        show_losses(&lost?);
+        Ok(between)
+    }
+}
+
+impl Drop for Between {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_dir_all(&self.0) {
+            say::warning(format_args!("cannot remove {}: {error}", self.0.display()));
+        }
+    }
 }
 
 /// What the plugin flags of a build ask for. Only values that make a difference on a GPU are kept.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use mixtral_build::explain::bytes;
 use mixtral_convert::Input;
+use mixtral_convert::report::QuantizedTensor;
 use mixtral_model::{DType, ModelConfig};
 
 use crate::args::convert::ConvertOptions;
@@ -14,7 +15,7 @@ use crate::say;
 
 /// Runs the stage.
 pub fn main(options: &ConvertOptions) -> Result<()> {
-    let ConvertOptions { convert, dry_run, geometry } = options;
+    let ConvertOptions { convert, dry_run, json, geometry } = options;
     if let (Input::Directory(dir), true) = (&convert.input, geometry.is_given()) {
         let place = format!("the configuration in {}", dir.display());
         geometry.beside(&geometry_of(dir)?, &place)?.into_iter().for_each(say::warning);
@@ -22,7 +23,10 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
     if *dry_run {
         let plan = mixtral_convert::plan(convert)?;
         plan.warnings.iter().for_each(say::warning);
-        writeln!(std::io::stdout(), "{plan}")?;
+        match json {
+            true => writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&plan)?)?,
+            false => writeln!(std::io::stdout(), "{plan}")?,
+        }
         return Ok(());
     }
     say::detail(format_args!("{} threads, {} ranks", convert.workers, convert.mapping.world_size()));
@@ -40,7 +44,22 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
         bytes(size),
         report.seconds
     ));
+    show_losses(&report.quantized);
+    if *json {
+        writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&report)?)?;
+    }
     Ok(())
+}
+
+/// Says what quantizing lost: the tensors that lost most, and the middle one.
+pub fn show_losses(tensors: &[QuantizedTensor]) {
+    const SHOWN: usize = 5;
+    let Some(middle) = tensors.get(tensors.len() / 2) else { return };
+    say::note(format_args!("quantized {} tensors; the largest errors, as parts of a tensor's size:", tensors.len()));
+    for QuantizedTensor { name, error } in tensors.iter().take(SHOWN) {
+        say::note(format_args!("  {:6.2} %  {name}", 100.0 * error));
+    }
+    say::note(format_args!("  {:6.2} %  the median", 100.0 * middle.error));
 }
 
 /// The model that a directory's configuration describes. The weights are not read.

@@ -9,7 +9,7 @@ use mixtral_build::explain::{bytes, kernel_table};
 use mixtral_checkpoint::{Checkpoint, rank_tensors};
 use mixtral_engine::{EngineDir, EngineError};
 use mixtral_kernels::{Code, KernelImages};
-use mixtral_model::{Mapping, ModelConfig, Rank};
+use mixtral_model::{Formats, Mapping, ModelConfig, Rank};
 use serde_json::json;
 
 use crate::args::inspect::InspectArgs;
@@ -41,6 +41,10 @@ fn describe(out: &mut dyn Write, what: &str, dir: &Path, model: &ModelConfig, ma
         model.sliding_window.map_or("none".to_owned(), |w| w.to_string()),
         model.moe.normalization.mode(),
     )?;
+    if model.formats != Formats::default() {
+        let Formats { attention, feed_forward } = model.formats;
+        writeln!(out, "formats  {feed_forward}, attention {attention}")?;
+    }
     writeln!(out, "mapping  tp {tp_size} (experts: tp {moe_tp_size} × ep {moe_ep_size}), pp {pp_size}")?;
     Ok(())
 }
@@ -131,7 +135,7 @@ fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -
                 let tensors: Vec<_> = program
                     .weights
                     .iter()
-                    .map(|w| json!({ "name": w.name, "dtype": w.dtype, "shape": w.shape, "bytes": w.num_bytes() }))
+                    .map(|w| json!({ "name": w.name, "dtype": w.dtype, "format": w.format, "shape": w.shape, "bytes": w.num_bytes() }))
                     .collect();
                 let kernels: Vec<_> = kernels
                     .iter()
