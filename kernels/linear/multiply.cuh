@@ -103,7 +103,8 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
     constexpr int SLAB = C::DEPTH / W::DEPTH * W::BLOCK;  // bytes of 16 rows of a stage
     static_assert(STAGE % 2 == 0 && CHAIN % STEPS == 0, "operands alternate between two places");
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
-    const int first = (warpgroup * C::BLOCKS * 4 + warp) * SLAB;
+    // Where the warp's first slab lies in a stage. A warp for which a tile has no slab computes the last one again.
+    const int first = min(warpgroup * C::BLOCKS * 4 + warp, C::SLABS - 1) * SLAB;
 
     float chain[W::SCALED ? N / 2 : 1];
 #pragma unroll

@@ -2,7 +2,7 @@
 //! tables.
 
 use mixtral_engine::{Op, Program, Rows, Rung};
-use mixtral_model::{ElemType, Quantization};
+use mixtral_model::{Bits, ElemType, Quantization};
 
 use crate::lower::count;
 use crate::plan::{RUNGS, Stream};
@@ -72,24 +72,21 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     if !shape.weight.suits_tensor_cores(shape.tokens) {
         return LinearPlan::Simt;
     }
-    if shape.weight.is_packed() {
-        let few = family == Family::Hopper && tokens <= if shape.grouped { 64 } else { 8 };
-        let stream = if few { stream(shape, tokens) } else { None };
-        // A stage has twice the elements of a plain weight's.
-        return stream.map_or(LinearPlan::Mma { rows: 64, cols: portable_cols(tokens).min(64) }, LinearPlan::Stream);
+    let packed = shape.weight.is_packed();
+    if packed && family == Family::Hopper && tokens <= if shape.grouped { 64 } else { 8 } {
+        if let Some(stream) = stream(shape, tokens) {
+            return LinearPlan::Stream(stream);
+        }
     }
     if family == Family::Portable || !shape.is_aligned() {
-        let cols = portable_cols(tokens);
+        // A stage of a packed weight has twice the elements of a plain one's.
+        let cols = portable_cols(tokens).min(if packed { 64 } else { 128 });
         return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
     }
-    let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| LinearPlan::Wgmma {
-        rows,
-        cols,
-        depth,
-        stages: (RING / ((rows + cols) * depth * 2)).clamp(3, 12),
-        warpgroups,
-        cluster: 1,
-        dynamic: false,
+    let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| {
+        let depth = if packed { 128 } else { depth };
+        let stages = (RING / stage_bytes(shape.weight, rows, cols, depth)).clamp(3, 12);
+        LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }
     };
     match (tokens, shape.grouped) {
         (0..=16, grouped) => {
@@ -97,11 +94,14 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
         }
         (17..=32, true) => ring(64, 32, 128, 1),
+        // A product with an operand from registers takes about 30 cycles more, however few columns it has. Tall tiles
+        // keep the tensor cores busy all the same.
+        (33..=256, true) if packed => ring(256, if tokens <= 128 { 64 } else { 96 }, 128, 2),
         // Of 128 tokens an expert gets about 32, of 256 about 64 and seldom more than 96. Wider tiles would leave less
         // shared memory for stages.
         (33..=128, true) => ring(128, 64, 64, 2),
         (129..=256, true) => ring(128, 96, 64, 2),
-        (257..=512, true) => ring(128, 192, 64, 2),
+        (257..=512, true) if !packed => ring(128, 192, 64, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
         (65..=256, false) if shape.rows.div_ceil(64) * tokens.div_ceil(128) <= MULTIPROCESSORS => ring(64, 128, 64, 1),
         // Larger tiles are better than a second round of tiles.
@@ -114,6 +114,10 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         // of 2048 tokens has too few such tiles to occupy every multiprocessor. CTAs work in pairs that share their
         // tokens. Tiles are handed out as CTAs become free: the experts' ragged last tiles then leave no CTA idle, and
         // neighbours stay close enough to share data in L2.
+        _ if packed => {
+            let (rows, cols) = large_packed(shape.weight);
+            LinearPlan::Wgmma { rows, cols, depth: 128, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
+        }
         (_, true) => {
             LinearPlan::Wgmma { rows: 256, cols: 192, depth: 64, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
         }
@@ -121,6 +125,22 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 2, dynamic: true }
         }
     }
+}
+
+/// Rows and columns of the tiles of a packed weight in prefill. Groups need accumulators for a chain and for its sum. So
+/// a tile has half the rows of a plain weight's, and stored zeros leave registers for fewer columns.
+fn large_packed(weight: WeightRows) -> (u32, u32) {
+    match weight {
+        WeightRows::Quantized(_, Quantization { zeros: true, group: Some(_), bits: Bits::Four, .. }) => (256, 128),
+        WeightRows::Quantized(_, Quantization { zeros: true, group: Some(_), bits: Bits::Eight, .. }) => (128, 128),
+        _ => (128, 192),
+    }
+}
+
+/// Bytes of a stage of `linear::Config`: `depth` elements of `rows` rows of weights and of `cols` tokens.
+pub(crate) fn stage_bytes(weight: WeightRows, rows: u32, cols: u32, depth: u32) -> u32 {
+    let rows = depth / count(weight.stage_depth()) * count(weight.stage_bytes(rows as usize));
+    rows.next_multiple_of(1024) + cols * depth * 2
 }
 
 /// Columns of a tile of the portable kernels.
