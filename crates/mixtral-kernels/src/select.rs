@@ -290,6 +290,37 @@ mod tests {
     }
 
     #[test]
+    fn packed_weights_go_to_three_kernels() {
+        let plans = |word: &str, grouped: bool, tokens: &[usize]| -> Vec<String> {
+            let Ok(mixtral_model::WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
+            let weight = WeightRows::Quantized(DType::Bf16, quantization);
+            let shape =
+                LinearShape { rows: 4096, depth: 14336, tokens: ElemType::Bf16, weight, silu_mul: false, grouped };
+            tokens.iter().map(|&n| plan(&shape, n, Family::Hopper).to_string()).collect()
+        };
+        let experts = plans("int4:g128:bf16", true, &[64, 128, 256, 16384]);
+        assert!(experts[0].starts_with("stream:"), "{experts:?}");
+        assert_eq!(
+            experts[1..],
+            ["wgmma:256x64:k128:s5:w2:c1", "wgmma:256x96:k128:s4:w2:c1", "wgmma:128x192:k128:s3:w2:c2:dynamic"]
+        );
+        let dense = plans("int8:row:f32", false, &[8, 9, 128, 512, 2048]);
+        assert!(dense[0].starts_with("stream:"), "{dense:?}");
+        assert_eq!(
+            dense[1..],
+            [
+                "wgmma:32x16:k128:s12:w1:c1",
+                "wgmma:64x128:k128:s4:w1:c1",
+                "wgmma:128x128:k128:s3:w2:c1",
+                "wgmma:128x192:k128:s3:w2:c2:dynamic"
+            ]
+        );
+        // Stored zeros take registers.
+        assert_eq!(plans("int4:g64:f16:zeros", true, &[2048]), ["wgmma:256x128:k128:s3:w2:c2:dynamic"]);
+        assert_eq!(plans("int8:g64:f16:zeros", true, &[2048]), ["wgmma:128x128:k128:s3:w2:c2:dynamic"]);
+    }
+
+    #[test]
     fn odd_shapes_go_to_the_portable_kernels() {
         let shape = LinearShape {
             rows: 64,

@@ -317,7 +317,8 @@ impl<'a> Linear<'a> {
             shared_bytes: shared,
             family: Family::Hopper,
         };
-        let weight = ("weight", if self.packing.format.is_packed() { self.slab_map(tiling) } else { self.weight_map(rows) });
+        let weight =
+            ("weight", if self.packing.format.is_packed() { self.slab_map(tiling) } else { self.weight_map(rows) });
         let stored = ("stored", self.weight_at_first_row());
         let header = ("header", Arg::Step(Array::Header));
         let out = ("out", Arg::Buffer(self.out));
