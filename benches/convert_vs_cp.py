@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How fast `mixtral convert` is, compared with `cp` of the same bytes.
 
-    convert_vs_cp.py --mixtral PATH_TO_RELEASE_BINARY [--dir SCRATCH] [--pairs 5] [--tp-size 2] [--dtype bfloat16]
+    convert_vs_cp.py --mixtral PATH_TO_RELEASE_BINARY [--dir SCRATCH] [--pairs 5] [--tp-size 2] [--dtype bfloat16] [--qformat int8_wo]
 
 Writes a synthetic bf16 model of Mixtral 8x7B's layer shapes once (2 layers, 6.3 GB, random bits of small values). Then it
 copies the model with `cp -r --reflink=never` and converts it with `mixtral convert`, in turn. Both timings include `sync`,
@@ -91,6 +91,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--tp-size", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--qformat", default="full_prec")
     args = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(dir=args.dir))
     try:
@@ -99,7 +100,7 @@ def main():
         size = (model / "model.safetensors").stat().st_size
         subprocess.run(["cat", model / "model.safetensors"], check=True, stdout=subprocess.DEVNULL)
         convert = [str(args.mixtral.resolve()), "convert", "--model_dir", str(model), "--output_dir", str(checkpoint),
-                   "--dtype", args.dtype, "--tp_size", str(args.tp_size)]
+                   "--dtype", args.dtype, "--tp_size", str(args.tp_size), "--qformat", args.qformat]
         ratios, resident = [], 0
         for pair in range(args.pairs):
             cp, _ = timed(["cp", "-r", "--reflink=never", str(model), str(copy)])
@@ -110,7 +111,7 @@ def main():
             resident = max(resident, rss)
             print(f"pair {pair}: cp {cp:.2f} s ({size / cp / 1e9:.2f} GB/s), convert {ours:.2f} s "
                   f"({size / ours / 1e9:.2f} GB/s), ratio {cp / ours:.2f}", flush=True)
-        print(f"{size / 1e9:.2f} GB, tp {args.tp_size}, {args.dtype}: median ratio {statistics.median(ratios):.2f}; "
+        print(f"{size / 1e9:.2f} GB, tp {args.tp_size}, {args.dtype}, {args.qformat}: median ratio {statistics.median(ratios):.2f}; "
               f"largest resident set {resident / 1e6:.1f} MB")
     finally:
         shutil.rmtree(scratch)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """How fast an engine's weights get onto a GPU, from files that are in memory.
 
-    load.py --mixtral PATH [--layers N] [--backend cuda]
+    load.py --mixtral PATH [--layers N] [--backend cuda] [--convert "--qformat int4_wo --tp_size 2"]
 
 Writes a model of Mixtral 8x7B's shape with N layers in bf16 (4 layers are 12 GB) as Hugging Face would, converts and builds
-it, in /dev/shm if that has room. `mixtral bench` prints how long loading took. An engine of the same shape with dummy
+it, in /dev/shm if that has room. `--convert` gives convert further flags: formats, ranks. `mixtral bench` prints how long loading took. An engine of the same shape with dummy
 weights, which are made on the device, is loaded too: the difference is the time of the weights. For comparison, torch
 measures the rate of copies from pinned memory.
 """
@@ -91,16 +91,19 @@ def measure(args, scratch):
     model, checkpoint, engine, dummy = (scratch / name for name in ("model", "checkpoint", "engine", "dummy"))
     model.mkdir()
     write_model(model, args.layers, args.backend)
-    run_tool(args.mixtral, "convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", "bfloat16")
+    run_tool(args.mixtral, "convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", "bfloat16",
+             *args.convert.split())
     shutil.rmtree(model)
     limits = ["--max-batch-size", 8, "--max-num-tokens", 512, "--max-seq-len", 512, "--backend", args.backend]
     run_tool(args.mixtral, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, *limits)
     run_tool(args.mixtral, "build", "--model-config", checkpoint / "config.json", "--output_dir", dummy, *limits)
-    weights = json.loads(run_tool(args.mixtral, "inspect", engine, "--json"))["ranks"][0]["bytes"]
+    ranks = json.loads(run_tool(args.mixtral, "inspect", engine, "--json"))["ranks"]
+    weights = sum(rank["bytes"] for rank in ranks)
     loaded, without = load_seconds(args, engine), load_seconds(args, dummy)
     pinned = f"{pinned_rate() / 1e9:.1f} GB/s from pinned memory" if args.backend == "cuda" else "no bus"
     rate = f"{weights / (loaded - without) / 1e9:.1f} GB/s" if loaded > without else "in no time"
-    print(f"{weights / 1e9:.1f} GB loaded in {loaded:.2f} s ({weights / loaded / 1e9:.1f} GB/s), {without:.2f} s of it "
+    of = f" of {len(ranks)} ranks" if len(ranks) > 1 else ""
+    print(f"{weights / 1e9:.1f} GB{of} loaded in {loaded:.2f} s ({weights / loaded / 1e9:.1f} GB/s), {without:.2f} s of it "
           f"not for weights: those at {rate}, {pinned}")
 
 
@@ -108,6 +111,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", required=True, help="the tool's binary")
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--convert", default="", metavar="FLAGS", help="further flags of convert")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cuda")
     args = parser.parse_args()
     # 2.9 GB for each layer and 0.5 GB for the rest, twice: the model and its checkpoint exist at the same time.

@@ -96,10 +96,11 @@ class Total:
     worst: float = 0.0
 
 
-def draw_cases(count, seed, tensor_cores=False):
+def draw_cases(count, seed, tensor_cores=False, ranks=False):
     """Models that together take every value of every list below. Each list is shuffled on its own.
 
-    With `tensor_cores`, every second model of each data type has sizes that tensor cores take.
+    With `tensor_cores`, every second model of each data type has sizes that tensor cores take. With `ranks`, sizes divide over
+    two ranks of any kind.
     """
     rng = random.Random(seed)
 
@@ -119,16 +120,17 @@ def draw_cases(count, seed, tensor_cores=False):
     even = [tensor_cores and dtypes[:i].count(dtypes[i]) % 2 == 0 for i in range(count)]
     cases = []
     for i in range(count):
-        kv_heads = rng.choice([1, 2, 3])
+        kv_heads = rng.choice([1, 2, 3]) if not ranks else 2
         heads = kv_heads * groups[i]
         hidden = 64 * rng.randint(1, 4) if even[i] else rng.randint(24, 144)
         head_dim = rng.choice([d for d in ([32, 64, 128] if even[i] else range(6, 34, 2)) if d * heads != hidden])
         inter = 32 * rng.randint(1, 8) if even[i] else rng.randint(16, 120)
+        inter += ranks * (inter % 2)
         window = rng.randint(1, 100) if windows[i] else None
         vocab = 16 * rng.randint(4, 40) if even[i] else 2 * rng.randint(30, 300) + 1
         config = MixtralConfig(
             vocab_size=vocab, hidden_size=hidden, intermediate_size=inter,
-            num_hidden_layers=layers[i], num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
+            num_hidden_layers=max(layers[i], 1 + ranks), num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim,
             num_local_experts=max(experts[i], top_ks[i]), num_experts_per_tok=top_ks[i],
             tie_word_embeddings=tied[i], sliding_window=window, rms_norm_eps=rng.choice([1e-5, 1e-3]),
             max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": thetas[i]},
@@ -144,6 +146,9 @@ def draw_cases(count, seed, tensor_cores=False):
         prompts = [[rng.randrange(vocab) for _ in range(length)] for length in lengths]
         batch = rng.choice([1, 3, len(prompts)])
         cases.append(Case(config, dtypes[i], rng.randrange(2**31), prompts, batch, quantize=formats[i]))
+        if ranks and "int4" in formats[i]:
+            # Ranks begin at whole groups, and these sizes are odd multiples of anything.
+            cases[-1].quantize = FORMATS[0]
     return cases
 
 
@@ -481,8 +486,9 @@ def main():
         return self_test(seed)
     if not args.mixtral:
         parser.error("--mixtral PATH or --self-test")
-    cases = draw_cases(args.models, seed, tensor_cores=args.backend == "cuda")
-    check_coverage(cases)
+    cases = draw_cases(args.models, seed, tensor_cores=args.backend == "cuda", ranks=bool(args.layout))
+    if not args.layout:
+        check_coverage(cases)
     print(f"{len(cases)} models; again with --models {args.models} --seed {seed}", flush=True)
     if args.example:
         cases += example_cases(args.mixtral, args.example)

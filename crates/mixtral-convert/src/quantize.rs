@@ -6,6 +6,8 @@
 //! element, or a number somewhat smaller, to −8 or to 7, for which the scale may have to be negative. The candidate whose
 //! decoded elements are nearest to the floats, by the sum of squares, is taken.
 
+use std::ops::Range;
+
 use mixtral_model::{Bits, DType, Quantization};
 
 /// Parts of the largest element that candidates map to an end of the range. On normally distributed weights in groups of 128 the
@@ -67,10 +69,11 @@ impl Rounding {
     /// The integer of an element, as a float.
     #[inline(always)]
     fn integer(self, x: f32) -> f32 {
-        (((x * self.inverse).clamp(-300.0, 300.0) + ROUND) - ROUND).max(self.low).min(self.high)
+        (x * self.inverse + ROUND - ROUND).max(self.low).min(self.high)
     }
 
     /// Σ (w − ŵ)².
+    #[inline(always)]
     fn error(self, values: &[f32]) -> f32 {
         sum(values, |x| {
             let difference = x - self.integer(x) * self.scale;
@@ -80,6 +83,7 @@ impl Rounding {
 }
 
 /// Σ w².
+#[inline(always)]
 fn energy(values: &[f32]) -> f32 {
     sum(values, |x| x * x)
 }
@@ -90,25 +94,46 @@ fn sum(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     let mut sums = [0f32; 16];
     let (whole, rest) = values.as_chunks::<16>();
     for chunk in whole {
-        sums.iter_mut().zip(chunk).for_each(|(sum, &x)| *sum += f(x));
+        for lane in 0..16 {
+            sums[lane] += f(chunk[lane]);
+        }
     }
     sums.iter_mut().zip(rest).for_each(|(sum, &x)| *sum += f(x));
     sums.iter().sum()
 }
 
-/// Chooses the rounding of a group: `values` are all its elements in the unsharded row.
-fn choose(values: &[f32], bits: Bits, scale: DType) -> Rounding {
-    let largest = values.iter().fold(0f32, |largest, &x| if x.abs() > largest.abs() { x } else { largest });
-    match bits {
-        Bits::Eight => Rounding::new(largest.abs() / 127.0, scale, -127.0, 127.0),
-        Bits::Four => {
-            let candidates = REACHES.iter().flat_map(|reach| [largest * reach / -8.0, largest * reach / 7.0]);
-            let candidates = candidates.map(|s| Rounding::new(s, scale, -8.0, 7.0));
-            let with_error = candidates.map(|candidate| (candidate.error(values), candidate));
-            let best = with_error.min_by(|(a, _), (b, _)| a.total_cmp(b));
-            best.map_or(Rounding::new(0.0, scale, -8.0, 7.0), |(_, rounding)| rounding)
+/// The element of the largest size; 0 if there is none.
+#[inline(always)]
+fn largest(values: &[f32]) -> f32 {
+    let (mut least, mut most) = ([0f32; 16], [0f32; 16]);
+    for chunk in values.chunks(16) {
+        for (lane, &x) in chunk.iter().enumerate() {
+            least[lane] = least[lane].min(x);
+            most[lane] = most[lane].max(x);
         }
     }
+    let (least, most) = (least.into_iter().fold(0.0, f32::min), most.into_iter().fold(0.0, f32::max));
+    if most >= -least { most } else { least }
+}
+
+/// Chooses the rounding of a group: `values` are all its elements in the unsharded row.
+#[inline(always)]
+fn choose(values: &[f32], bits: Bits, scale: DType) -> Rounding {
+    let largest = largest(values);
+    if bits == Bits::Eight {
+        return Rounding::new(largest.abs() / 127.0, scale, -127.0, 127.0);
+    }
+    let mut best = (f32::INFINITY, Rounding::new(largest / -8.0, scale, -8.0, 7.0));
+    for reach in REACHES {
+        for end in [-8.0, 7.0] {
+            let candidate = Rounding::new(largest * reach / end, scale, -8.0, 7.0);
+            let error = candidate.error(values);
+            if error < best.0 {
+                best = (error, candidate);
+            }
+        }
+    }
+    best.1
 }
 
 /// Quantizes a row of finite elements. `values` are its columns from a border of groups on: all of it if the whole row has one
@@ -118,7 +143,22 @@ fn choose(values: &[f32], bits: Bits, scale: DType) -> Rounding {
 /// The zero of every group is the middle of the range.
 pub fn quantize_row(
     values: &[f32],
-    taken: std::ops::Range<usize>,
+    taken: Range<usize>,
+    quantization: Quantization,
+    integers: &mut Vec<u8>,
+    scales: &mut Vec<f32>,
+) -> Loss {
+    // The loops below are compiled for the widest vectors of this machine. Each operation rounds as it does without them.
+    pulp::Arch::new().dispatch(
+        #[inline(always)]
+        || quantize_groups(values, taken, quantization, integers, scales),
+    )
+}
+
+#[inline(always)]
+fn quantize_groups(
+    values: &[f32],
+    taken: Range<usize>,
     quantization: Quantization,
     integers: &mut Vec<u8>,
     scales: &mut Vec<f32>,
@@ -161,7 +201,7 @@ mod tests {
         Quantization { bits, group, zeros: false, scale: DType::F32 }
     }
 
-    fn decoded(values: &[f32], taken: std::ops::Range<usize>, q: Quantization) -> (Vec<f32>, Vec<f32>) {
+    fn decoded(values: &[f32], taken: Range<usize>, q: Quantization) -> (Vec<f32>, Vec<f32>) {
         let (mut integers, mut scales) = (Vec::new(), Vec::new());
         quantize_row(values, taken.clone(), q, &mut integers, &mut scales);
         let len = q.group_len(values.len());

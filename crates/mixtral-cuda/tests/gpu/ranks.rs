@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaOptions, Loading, devices};
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, Collectives, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights};
+use mixtral_engine::{
+    Backend as _, BackendError, Collectives, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights,
+};
 use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::batch::{self, Part};
@@ -212,15 +214,15 @@ fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
     made.collect()
 }
 
-/// What all ranks return, each on a thread of its own.
-fn on_threads<T: Send>(rank: impl Fn(usize, Arc<Mailbox>) -> T + Sync) -> Vec<T> {
+/// What `count` ranks return, each on a thread of its own.
+fn on_threads<T: Send>(count: usize, rank: impl Fn(usize, Arc<Mailbox>) -> T + Sync) -> Vec<T> {
     let post = Arc::new(Post::default());
     std::thread::scope(|scope| {
         let spawn = |r: usize| {
             let (post, rank) = (Arc::clone(&post), &rank);
             scope.spawn(move || rank(r, Arc::new(Mailbox { post, rank: r })))
         };
-        let threads: Vec<_> = (0..RANKS).map(spawn).collect();
+        let threads: Vec<_> = (0..count).map(spawn).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
@@ -237,13 +239,13 @@ fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
             let code = machine.codes()[0];
             let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
             assert!(failures.is_empty(), "{failures:?}");
-            let expected = on_threads(|rank, ranks| {
+            let expected = on_threads(RANKS, |rank, ranks| {
                 let (program, weights) = &programs[rank];
                 let options = CpuOptions { kv_blocks: KV_BLOCKS, threads: 1, ..CpuOptions::default() };
                 let mut cpu = CpuBackend::load(program.clone(), weights.clone(), options).unwrap().with_ranks(ranks);
                 run(&mut cpu, dtype)
             });
-            let found = on_threads(|rank, ranks| {
+            let found = on_threads(RANKS, |rank, ranks| {
                 let (program, weights) = &programs[rank];
                 let executable = library.executable(program).unwrap();
                 let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
@@ -274,6 +276,96 @@ fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
     println!("{RANKS} ranks on {count} GPUs: {compared} elements of 15 cases");
 }
 
+/// A program of two ranks that sums `sums` times, one after another.
+fn sums(sums: usize, tokens: usize, fused: bool, rank: usize) -> (Program, Weights) {
+    const COLS: usize = 4096;
+    let mut a = Assembly::new(DType::Bf16);
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, TP_SIZE, TP_SIZE);
+    let limits = &mut a.program.limits;
+    (limits.max_num_tokens, limits.max_batch_size) = (tokens.max(64), 64);
+    limits.max_seq_len = tokens.max(256);
+    let weight = a.weight("scale", DType::Bf16, &[COLS], &vec![1.0; COLS]);
+    let names = ["a", "b", "residual", "added", "normed"].map(|name| a.activation(name, Rows::Tokens, COLS));
+    let logits = a.buffer("logits", ElemType::F32, Rows::Logits, a.program.vocab_size);
+    let [one, other, residual, added, normed] = names;
+    for index in 0..sums {
+        let (from, to) = if index % 2 == 0 { (&one, &other) } else { (&other, &one) };
+        let norm = FusedNorm { weight: weight.clone(), eps: 1e-5, out: normed.clone() };
+        a.op(match fused {
+            false => Op::AllReduce { input: from.clone(), residual: None, out: to.clone(), norm: None },
+            true => Op::AllReduce {
+                input: from.clone(),
+                residual: Some(residual.clone()),
+                out: added.clone(),
+                norm: Some(norm),
+            },
+        });
+    }
+    a.op(Op::Sample { logits });
+    a.place_apart();
+    (a.program, a.weights.into_weights())
+}
+
+/// Times sums over two GPUs: steps of many sums against steps of few, so that what a step costs anyway drops out. The limits are
+/// those of ranks on two Hopper GPUs.
+#[test]
+fn sums_of_two_gpus_take_a_few_microseconds() {
+    let Some(machine) = Machine::find() else { return };
+    if devices().unwrap().len() < TP_SIZE {
+        return;
+    }
+    const FEW: usize = 8;
+    let us = |tokens: usize, fused: bool, many: usize| {
+        let [few, many] = [FEW, many].map(|count| {
+            let programs: Vec<_> = (0..TP_SIZE).map(|rank| sums(count, tokens, fused, rank)).collect();
+            let code = machine.codes()[0];
+            let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
+            assert!(failures.is_empty(), "{failures:?}");
+            let blocks = tokens.div_ceil(16).max(64);
+            let times = on_threads(TP_SIZE, |rank, ranks| {
+                let (program, weights) = &programs[rank];
+                let executable = library.executable(program).unwrap();
+                let options = CudaOptions { device: rank, ..CudaOptions::default() };
+                let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
+                let mut gpu = loading.finish(blocks, Some(ranks.clone())).unwrap();
+                let limits = program.limits;
+                let inputs = match tokens {
+                    0..=64 => {
+                        let sequences = batch::sequences(7, &vec![2; tokens], &limits, program.vocab_size, blocks);
+                        let part = |sequence| Part { sequence, past: 1, new: 1 };
+                        batch::step(&limits, &sequences.iter().map(part).collect::<Vec<_>>())
+                    }
+                    _ => batch::prompt(&limits, program.vocab_size, blocks, tokens),
+                };
+                let inputs = StepInputs { return_logits: false, ..inputs };
+                let mut times: Vec<Duration> = (0..60)
+                    .map(|_| {
+                        let begun = Instant::now();
+                        gpu.step(&inputs).unwrap();
+                        begun.elapsed()
+                    })
+                    .collect();
+                times.sort();
+                times[times.len() / 4]
+            });
+            times.into_iter().max().unwrap()
+        });
+        many.saturating_sub(few).as_secs_f64() * 1e6
+    };
+    for (tokens, fused, many, limit) in [
+        (1, false, 264, 3.0),
+        (64, false, 264, 5.0),
+        (4096, false, 40, 115.0),
+        (1, true, 264, 3.2),
+        (64, true, 264, 5.5),
+    ] {
+        let each = us(tokens, fused, many) / (many - FEW) as f64;
+        let what = if fused { "all-reduce, residual and norm" } else { "all-reduce" };
+        println!("{what} of {tokens} tokens ({} KB): {each:.2} us, limit {limit}", tokens * 8);
+        assert!(each < 2.0 * limit, "{what} of {tokens} tokens took {each:.2} us");
+    }
+}
+
 /// Set in the process in which a rank's GPU is lost.
 const CHILD: &str = "MIXTRAL_LOST_RANK";
 
@@ -302,7 +394,7 @@ fn a_rank_that_is_gone_ends_the_others() {
     let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
     assert!(failures.is_empty(), "{failures:?}");
     let trapping = library.with("exchange::all_reduce", &machine.trap(code, &programs[1].0, "exchange::all_reduce"));
-    let ends = on_threads(|rank, ranks| {
+    let ends = on_threads(RANKS, |rank, ranks| {
         let (program, weights) = &programs[rank];
         let library = if traps && rank == 1 { &trapping } else { &library };
         let executable = library.executable(program).unwrap();
