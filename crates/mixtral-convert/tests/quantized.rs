@@ -185,7 +185,7 @@ fn gptq() {
 fn compressed_tensors() {
     agrees("compressed-mixtral-int4", "int4:g32:f16", &all_mappings());
     agrees("compressed-mixtral-int8", "int8:row:bf16", &all_mappings());
-    agrees("compressed-mixtral-int8-unpacked", "int8:row:bf16", &all_mappings());
+    agrees("compressed-mixtral-int8-unpacked", "int8:row:bf16:zeros", &all_mappings());
     agrees("compressed-mixtral-int8-zeros", "int8:g32:bf16:zeros", &[Mapping::tensor_parallel(1, 2)]);
     agrees("compressed-mistral-int4-zeros", "int4:g128:bf16:zeros", &[Mapping::tensor_parallel(1, 2)]);
 }

@@ -90,6 +90,12 @@ pub struct StoredPart {
     pub view: View,
 }
 
+impl StoredPart {
+    fn new(kind: PartKind, suffix: &'static str, dtype: Option<&'static str>, shape: [usize; 2], view: View) -> Self {
+        StoredPart { kind, suffix, dtype, shape: shape.to_vec(), view }
+    }
+}
+
 /// A tensor that holds nothing of a linear's value, but may say that the linear is not what it seems to be.
 #[derive(Clone, Debug)]
 pub struct Beside {
