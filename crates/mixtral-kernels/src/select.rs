@@ -4,7 +4,7 @@
 use mixtral_engine::{Op, Program, Rows, Rung};
 use mixtral_model::ElemType;
 
-use crate::plan::RUNGS;
+use crate::plan::{RUNGS, Stream};
 use crate::{Family, LinearPlan, WeightRows};
 
 /// A linear as its kernels see it.
@@ -53,7 +53,7 @@ impl LinearShape {
 
     /// Whether TMA takes it: rows of weights, tokens and outputs begin at multiples of 16 bytes.
     fn is_aligned(&self) -> bool {
-        let (weight, tokens) = (self.weight.bytes(self.depth), self.depth * self.tokens.size());
+        let (weight, tokens) = (self.depth * self.weight.dtype().size(), self.depth * self.tokens.size());
         weight.is_multiple_of(16)
             && tokens.is_multiple_of(16)
             && self.rows.is_multiple_of(if self.silu_mul { 16 } else { 8 })
@@ -71,14 +71,14 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     if !shape.weight.suits_tensor_cores(shape.tokens) {
         return LinearPlan::Simt;
     }
+    if shape.weight.is_packed() {
+        let few = family == Family::Hopper && tokens <= if shape.grouped { 64 } else { 8 };
+        let stream = if few { Stream::new(shape, tokens) } else { None };
+        // A stage has twice the elements of a plain weight's.
+        return stream.map_or(LinearPlan::Mma { rows: 64, cols: portable_cols(tokens).min(64) }, LinearPlan::Stream);
+    }
     if family == Family::Portable || !shape.is_aligned() {
-        let cols = match tokens {
-            0..=8 => 8,
-            9..=16 => 16,
-            17..=32 => 32,
-            33..=64 => 64,
-            _ => 128,
-        };
+        let cols = portable_cols(tokens);
         return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
     }
     let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| LinearPlan::Wgmma {
@@ -122,8 +122,19 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     }
 }
 
+/// Columns of a tile of the portable kernels.
+fn portable_cols(tokens: usize) -> u32 {
+    match tokens {
+        0..=8 => 8,
+        9..=16 => 16,
+        17..=32 => 32,
+        33..=64 => 64,
+        _ => 128,
+    }
+}
+
 /// Multiprocessors of a Hopper GPU.
-const MULTIPROCESSORS: usize = 132;
+pub(crate) const MULTIPROCESSORS: usize = 132;
 
 /// Rows of a tile when there are few tokens. Chosen so that nearly every multiprocessor has one tile and none has two.
 fn few_rows(rows: usize) -> u32 {
@@ -144,8 +155,9 @@ pub const CUBLASLT_ABOVE: usize = 256;
 pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let Op::Linear { input, .. } = op else { return false };
     let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
-    let fits = LinearShape::of(program, op)
-        .is_some_and(|shape| shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned());
+    let fits = LinearShape::of(program, op).is_some_and(|shape| {
+        !shape.weight.is_packed() && shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned()
+    });
     of_tokens && fits && tokens > CUBLASLT_ABOVE
 }
 
