@@ -276,6 +276,15 @@ fn files_beside_the_configuration_describe_older_models() {
 }
 
 #[test]
+fn the_tool_that_wrote_zeros_may_be_named_in_a_list_or_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let from = root.path().join("model");
+    let alone = |config: &mut Value| config["quantization_config"]["meta"]["quantizer"] = json!("gptqmodel:1.0.0");
+    spoiled("gptq-mixtral-rows", &from, alone, |_| {});
+    convert(&options(&from, root.path().join("checkpoint"), Mapping::single()), &()).unwrap();
+}
+
+#[test]
 fn a_part_of_a_model_may_be_plain_or_of_another_scheme() {
     let root = tempfile::tempdir().unwrap();
     let (from, to) = (root.path().join("model"), root.path().join("checkpoint"));
@@ -370,6 +379,7 @@ fn what_is_refused_says_why() {
         case(title, compressed, one, &edit, &|_| {});
     };
     group("fp4", &["format"], json!("nvfp4-pack-quantized"));
+    group("4 bits that are not packed", &["format"], json!("int-quantized"));
     group("fp8", &["weights", "type"], json!("float"));
     group("2 bits", &["weights", "num_bits"], json!(2));
     group("a scale a tensor", &["weights", "strategy"], json!("tensor"));

@@ -5,7 +5,7 @@ use mixtral_checkpoint::keys::Keys;
 use mixtral_model::{Bits, PartKind};
 
 use super::words::{AWQ_ORDER, Words};
-use super::{Beside, Packing, Scheme, StoredPart, group_size};
+use super::{Packing, Scheme, StoredPart, group_size};
 use crate::source::view::View;
 
 /// `qweight` i32 `[inputs, outputs / 8]`, `scales` `[groups, outputs]`, `qzeros` i32 `[groups, outputs / 8]`.
@@ -54,9 +54,5 @@ impl Packing for Gemm {
                 View::Packed(Words::Nibbles { order: AWQ_ORDER, less_one: false }),
             ),
         ]
-    }
-
-    fn beside(&self, _: &Scheme, _: [usize; 2]) -> Vec<Beside> {
-        Vec::new()
     }
 }

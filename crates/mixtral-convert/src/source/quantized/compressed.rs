@@ -121,8 +121,4 @@ impl Packing for IntQuantized {
         }
         parts
     }
-
-    fn beside(&self, _: &Scheme, _: [usize; 2]) -> Vec<Beside> {
-        Vec::new()
-    }
 }

@@ -9,7 +9,6 @@ pub mod gptq;
 pub mod words;
 
 use std::fmt;
-
 use std::path::Path;
 
 use mixtral_checkpoint::KeyError;
@@ -71,8 +70,10 @@ pub trait Packing: fmt::Debug + Sync {
     /// Where the parts of a linear `[outputs, inputs]` are.
     fn parts(&self, scheme: &Scheme, shape: [usize; 2]) -> Vec<StoredPart>;
 
-    /// The tensors that a linear has beside its parts.
-    fn beside(&self, scheme: &Scheme, shape: [usize; 2]) -> Vec<Beside>;
+    /// The tensors that a linear may have beside its parts.
+    fn beside(&self, _scheme: &Scheme, _shape: [usize; 2]) -> Vec<Beside> {
+        Vec::new()
+    }
 }
 
 /// Where a part of a linear is stored.
@@ -136,8 +137,8 @@ impl MustBe {
     }
 }
 
-/// The schemes that a model directory describes; none if no library is named, or another one. There are several if linears differ; their
-/// tensors then tell which linear has which.
+/// The schemes that a model directory describes; none if no library is named, or another one. There are several if
+/// linears differ. Their tensors then tell which linear has which.
 ///
 /// # Errors
 /// If it describes something that is not read.
