@@ -94,7 +94,9 @@ struct Quantized {
     static constexpr int CHAINS = SCALED ? DEPTH / GROUP : 1;  // of a block
     static constexpr int SCALES_AT = VALUES;
     static constexpr int ZEROS_AT = SCALES_AT + (SCALED ? SLAB * CHAINS * static_cast<int>(sizeof(Scale)) : 0);
-    static constexpr int BLOCK = ZEROS_AT + (SCALED && ZEROS ? SLAB * CHAINS : 0);  // bytes
+    // Bytes of a block. TMA copies it in PARTS, each a multiple of 16 bytes and at most 256 words.
+    static constexpr int PARTS = BITS / 2;
+    static constexpr int BLOCK = (ZEROS_AT + (SCALED && ZEROS ? SLAB * CHAINS : 0) + PARTS * 16 - 1) / (PARTS * 16) * (PARTS * 16);
     static constexpr int ROW_VALUES = SCALED ? 0 : ZEROS ? 2 : 1;  // f32 values of a row behind the slabs
     static constexpr float UNIT = Conversion<T>::UNIT;
     static_assert(BLOCK % 16 == 0, "whole copies");

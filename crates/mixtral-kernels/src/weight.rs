@@ -58,13 +58,14 @@ impl WeightRows {
         matches!(self, WeightRows::Quantized(_, Quantization { group: Some(_), .. }))
     }
 
-    /// Elements of K in a stage of `linear::mma`.
+    /// Elements of K in a block of a packed weight, and in a row of a plain one that TMA swizzles: the least that a stage
+    /// has.
     #[must_use]
     pub const fn stage_depth(self) -> usize {
         if self.is_packed() { BLOCK } else { 64 }
     }
 
-    /// Bytes of a stage's `rows` rows, of a 16-bit model.
+    /// Bytes of such a stage's `rows` rows, of a 16-bit model.
     #[must_use]
     pub fn stage_bytes(self, rows: usize) -> usize {
         match self {
@@ -79,7 +80,18 @@ impl WeightRows {
         let WeightRows::Quantized(_, quantization) = self else { return 0 };
         let integers = SLAB * BLOCK / quantization.bits.per_byte();
         let groups = quantization.group.map_or(0, |group| BLOCK / group);
-        integers + SLAB * groups * (quantization.scale.size() + usize::from(quantization.zeros))
+        let bytes = integers + SLAB * groups * (quantization.scale.size() + usize::from(quantization.zeros));
+        bytes.next_multiple_of(16 * self.parts())
+    }
+
+    /// In how many parts TMA copies a block.
+    #[must_use]
+    pub const fn parts(self) -> usize {
+        match self {
+            WeightRows::Plain(_) => 1,
+            WeightRows::Quantized(_, Quantization { bits: Bits::Four, .. }) => 2,
+            WeightRows::Quantized(_, Quantization { bits: Bits::Eight, .. }) => 4,
+        }
     }
 
     /// Bytes of the values of a row that lie behind the slabs.
@@ -218,6 +230,9 @@ mod tests {
         assert_eq!((groups.offset(16), groups.offset(8)), (Some(2 * 1056), None));
         assert_eq!(groups.symbol(16), "weight::Quantized<bf16_t, 4, 128, false, bf16_t, 0>");
         assert_eq!(packing("int4:g32:f32:zeros", 16, false).bytes(), 2 * 2 * (1024 + 4 * 16 * 5));
+        // TMA copies blocks in two parts or four, of whole 16 bytes.
+        assert_eq!(packing("int4:g128:f16:zeros", 16, false).bytes(), 2 * 2 * (1024 + 16 * 3 + 16));
+        assert_eq!(packing("int8:g128:f16:zeros", 16, false).bytes(), 2 * 2 * (2048 + 16 * 3 + 16));
         // The rows' scales lie behind all slabs, with zeros if there are any.
         let rows = packing("int8:row:bf16:zeros", 33, false);
         assert_eq!(rows.bytes(), 6 * (2 * 2048 + 16 * 8));

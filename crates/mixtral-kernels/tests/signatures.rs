@@ -303,7 +303,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 "table" => weight.shape.len() == 2,
                 "router_weight" => weight.dtype == DType::F32 && of("linear"),
                 "weight" if is_router(ops) => of("norm"),
-                "weight" => true,
+                "weight" | "stored" => true,
                 _ => false,
             };
             if fits { None } else { wrong("a weight") }

@@ -1,6 +1,7 @@
 //! Linears, dense and by expert.
 
 use mixtral_engine::{Epilogue, Op, Rows};
+use mixtral_model::ElemType;
 
 use super::{LowerError, Lowering, count, elementwise, moe, named, of_launches, type_name};
 use crate::plan::Stream;
@@ -66,11 +67,11 @@ struct Tiling {
 
 impl Tiling {
     /// Bytes of shared memory. Equal to `linear::Config::SHARED`; the kernel asserts that.
-    fn shared_bytes(&self, kind: Kind) -> u32 {
+    fn shared_bytes(&self, kind: Kind, weight: WeightRows) -> u32 {
         let Tiling { rows, cols, depth, stages, warpgroups, .. } = *self;
         let blocks = rows.div_ceil(64 * warpgroups);
         let token_bytes = cols * depth * 2;
-        let ring = stages * (rows * depth * 2 + token_bytes);
+        let ring = stages * select::stage_bytes(weight, rows, cols, depth);
         let moved_cols = match cols {
             0..=64 => cols,
             cols if cols.is_multiple_of(64) => 64,
@@ -81,7 +82,7 @@ impl Tiling {
             Kind::SiluMul => 32 * blocks * moved_cols * 2,
             _ => 64 * moved_cols * 2,
         };
-        let overread = if rows < 64 { (64 - rows) * 128 } else { 0 };
+        let overread = if rows < 64 && !weight.is_packed() { (64 - rows) * 128 } else { 0 };
         let skipped = if overread > warpgroups * moved + token_bytes { overread } else { 0 };
         ring + skipped + warpgroups * moved + warpgroups * cols * 4 + 2 * stages * 8 + 64 + 1024
     }
@@ -293,7 +294,7 @@ impl<'a> Linear<'a> {
 
     fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
         let Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic } = *tiling;
-        let shared = tiling.shared_bytes(self.kind);
+        let shared = tiling.shared_bytes(self.kind, self.shape.weight);
         let every = !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
         // An expert's tiles are seldom full, so each is loaded in quarters, as many as it needs. Full tiles are loaded
         // in one box, which is the least work for the producer, unless the box is so large that other loads have to
@@ -315,7 +316,9 @@ impl<'a> Linear<'a> {
             shared_bytes: shared,
             family: Family::Hopper,
         };
-        let weight = ("weight", self.weight_map(rows));
+        let weight =
+            ("weight", if self.packing.format.is_packed() { self.slab_map(tiling) } else { self.weight_map(rows) });
+        let stored = ("stored", self.weight_at_first_row());
         let header = ("header", Arg::Step(Array::Header));
         let out = ("out", Arg::Buffer(self.out));
         let turns = ("counter", Arg::Scratch(self.lowering.scratch.turns));
@@ -323,7 +326,7 @@ impl<'a> Linear<'a> {
             let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
             let tokens = self.token_map(Arg::Buffer(self.input), self.lowering.program.buffers[self.input].rows, part);
             let residual = ("residual", Arg::Buffer(self.residual));
-            let args = named([weight, ("tokens", tokens), header, out, residual, turns]);
+            let args = named([weight, ("tokens", tokens), stored, header, out, residual, turns]);
             let launch = self.launch(kernel(symbol), 1, self.items(rows * cluster, cols).map(|n| n * cluster), args);
             return Ok(vec![Launch { cluster, ..launch }]);
         };
@@ -341,7 +344,7 @@ impl<'a> Linear<'a> {
         let (experts, top_k) = (self.experts(), self.lowering.program.top_k);
         let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
         let (offsets, order) = (("offsets", Arg::Buffer(offsets)), ("order", Arg::Buffer(order)));
-        let args = named([weight, ("tokens", tokens), header, offsets, order, out, turns]);
+        let args = named([weight, ("tokens", tokens), stored, header, offsets, order, out, turns]);
         launches.push(Launch { cluster, ..self.launch(kernel(symbol), 1, None, args) });
         Ok(launches)
     }
@@ -389,6 +392,22 @@ impl<'a> Linear<'a> {
         };
         let base = Box::new(self.weight_at_first_row());
         Arg::TensorMap(TensorMap { base, dtype, dims, strides, tile, swizzle: 128 })
+    }
+
+    /// The map of a packed weight: words of a part of a block, parts of a slab, slabs. A box is a stage of a tile.
+    fn slab_map(&self, tiling: &Tiling) -> Arg {
+        let (format, parts) = (self.packing.format, self.packing.format.parts());
+        let (block, dtype) = (format.block_bytes(), ElemType::I32);
+        let words = block / parts / dtype.size();
+        let slabs = self.packing.experts * self.packing.slabs() - self.first_row / 16;
+        Arg::TensorMap(TensorMap {
+            base: Box::new(self.weight_at_first_row()),
+            dtype,
+            dims: [words, self.packing.blocks() * parts, slabs].map(|n| n as u64).to_vec(),
+            strides: [block / parts, self.packing.blocks() * block].map(|n| n as u64).to_vec(),
+            tile: vec![count(words), tiling.depth / count(format.stage_depth()) * count(parts), tiling.rows / 16],
+            swizzle: 0,
+        })
     }
 
     /// The map of the token rows, in boxes of 128 bytes of `tokens` tokens.
