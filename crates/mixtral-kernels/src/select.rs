@@ -76,10 +76,9 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         return LinearPlan::Simt;
     }
     let packed = shape.weight.is_packed();
-    if packed && family == Family::Hopper && tokens <= if shape.grouped { STREAMED } else { 8 } {
-        if let Some(stream) = Stream::new(shape, tokens) {
-            return LinearPlan::Stream(stream);
-        }
+    let few = packed && family == Family::Hopper && tokens <= if shape.grouped { STREAMED } else { 8 };
+    if few && let Some(stream) = Stream::new(shape, tokens) {
+        return LinearPlan::Stream(stream);
     }
     if family == Family::Portable || !shape.is_aligned() {
         // A stage of a packed weight has twice the elements of a plain one's.

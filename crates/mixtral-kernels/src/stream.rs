@@ -38,7 +38,7 @@ impl Stream {
         let cols = match tokens {
             0..=1 => 1,
             2 if !shape.grouped => 2,
-            0..=FEW => 8,
+            2..=FEW => 8,
             _ => count(tokens.next_multiple_of(8)).min(32),
         };
         // Slabs of a CTA. A token goes to two experts or more. Several tokens share some of theirs.
