@@ -74,7 +74,7 @@ struct StreamConfig {
     static constexpr bool RESIDENT = TOKEN_STAGES * TOKEN_BLOCKS == PART;
     static constexpr int TOKEN_CHUNKS = TOKEN_BLOCKS / BLOCKS;  // chunks of weights that a stage of tokens serves
     // Whether a warp moves a whole chunk to registers before it multiplies. Then it refills the stage earlier.
-    static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * sizeof(Block<W>) <= (WARPS < 6 || (WARPS > 7 && WARPS < 12) ? 400 : 192);
+    static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * sizeof(Block<W>) <= (WARPS < 8 ? 400 : 192);
     // Blocks whose chains are computed at the same time, so that none waits for its last product.
     static constexpr int AT_ONCE = AHEAD && W::SCALED && W::CHAINS == 1 && BLOCKS % 2 == 0 ? 2 : 1;
 
@@ -94,8 +94,6 @@ struct StreamConfig {
     static constexpr int SHARED = BARRIERS_AT + BARRIERS * 8;
     static_assert(SHARED <= SHARED_ && SHARED_ <= 232448, "what the launch asks for");
     static constexpr int THREADS = (WARPS + 1) * 32;
-    // A small CTA leaves registers to the next kernel's, so that this may begin to load while the last ones compute.
-    static constexpr int PER_SM = THREADS <= 256 ? 2 : 1;
 
     static_assert(K % W::DEPTH == 0 && W::blocks(K) % SPLIT == 0 && PART % BLOCKS == 0 && WARPS % SPLIT == 0, "");
     static_assert(TOKEN_BLOCKS % BLOCKS == 0 && PART % TOKEN_BLOCKS == 0 && ROWS >= COLS, "");
@@ -477,8 +475,9 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, Wait wait, const u8
             mbarrier::fence_init();
         }
         __syncthreads();
-        wait();
+        if constexpr (!EARLY) wait();
         const auto spans = make_spans();
+        if constexpr (EARLY) wait();
         Cursor<decltype(make_spans())> cursor{spans};
         Turn<C::TOKEN_STAGES> turn;
         for_rounds<C>(spans, [&](const sched::Group& group, int round) {
@@ -503,7 +502,7 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, Wait wait, const u8
 
 // Dense linear of a packed weight [OUTPUTS][K] with tokens [·][K].
 template <typename C, bool LOGITS, typename Out>
-__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+__global__ void __launch_bounds__(C::THREADS, 1)
     stream_dense(const u8* weight, const typename C::T* tokens, const step::Header* header, Out* out, const Out* residual) {
     pdl::launch_dependents();
     const auto spans = [&] {
@@ -516,7 +515,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
 // Linear of each token by its experts, as `mma_grouped`. expert_down loads its first weights before its wait: the lists
 // were complete before expert_gate_up started (wgmma.cuh).
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
-__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+__global__ void __launch_bounds__(C::THREADS, 1)
     stream_grouped(const u8* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                    const int* order, typename C::T* out) {
     const auto spans = [&] { return sched::Spans<EXPERTS, C::MATRIX_SLABS, C::COLS>(offsets, header->num_tokens); };

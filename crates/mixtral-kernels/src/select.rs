@@ -66,6 +66,9 @@ impl LinearShape {
 /// finish long after all others.
 const RING: u32 = 184 << 10;
 
+/// Experts of packed weights stream them in steps of up to this many tokens.
+const STREAMED: usize = 16;
+
 /// The plan for up to `tokens` tokens.
 #[must_use]
 pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
@@ -73,8 +76,8 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         return LinearPlan::Simt;
     }
     let packed = shape.weight.is_packed();
-    let few = packed && family == Family::Hopper && tokens <= if shape.grouped { 64 } else { 8 };
-    if let Some(stream) = few.then(|| Stream::new(shape, tokens)).flatten() {
+    let few = packed && family == Family::Hopper && tokens <= if shape.grouped { STREAMED } else { 8 };
+    if few && let Some(stream) = Stream::new(shape, tokens) {
         return LinearPlan::Stream(stream);
     }
     if family == Family::Portable || !shape.is_aligned() {
