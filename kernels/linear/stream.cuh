@@ -229,8 +229,9 @@ struct TokenPair {
 };
 
 // A chain of products of each of N blocks that lie one behind the other. `tokens` is where the lane's rows of tokens
-// lie for the first of them. `next` has the tokens of the chain's first two steps, and afterwards those behind its last
-// ones, if they are in the block.
+// lie for the first of them. Of up to eight tokens, `next` has those of the chain's first two steps, and afterwards those
+// behind its last ones, if they are in the block. More tokens are loaded when they are needed: the products of one eight
+// of them hide the loads of the next.
 template <typename C, int N>
 __device__ __forceinline__ void multiply_chain(float (&sums)[N][C::WIDTH][4], const Block<typename C::W>* blocks, int chain,
                                                const u32 (&tokens)[C::WIDTH], TokenPair<C> (&next)[N]) {
@@ -242,15 +243,18 @@ __device__ __forceinline__ void multiply_chain(float (&sums)[N][C::WIDTH][4], co
         u32 a[N][2][4];
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            here[n] = next[n];
-            if (pair < 3) next[n].load(tokens, n, pair + 1);
+            if constexpr (C::WIDTH == 1) {
+                here[n] = next[n];
+                if (pair < 3) next[n].load(tokens, n, pair + 1);
+            }
             W::fragment(a[n][0], blocks[n].lane, pair * 2, blocks[n].zeros[chain]);
             W::fragment(a[n][1], blocks[n].lane, pair * 2 + 1, blocks[n].zeros[chain]);
         }
 #pragma unroll
-        for (int step = 0; step < 2; step++) {
+        for (int c = 0; c < C::WIDTH; c++) {
+            if constexpr (C::WIDTH > 1) ptx::ldmatrix_x4(here[0].values[c], tokens[c] + pair * 64);
 #pragma unroll
-            for (int c = 0; c < C::WIDTH; c++) {
+            for (int step = 0; step < 2; step++) {
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     const u32 b[2] = {here[n].values[c][step * 2], here[n].values[c][step * 2 + 1]};
@@ -395,7 +399,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                     const Block<W>* here = blocks + (C::AHEAD ? b : 0);
                     TokenPair<C> next[C::AT_ONCE];
 #pragma unroll
-                    for (int n = 0; n < C::AT_ONCE; n++) next[n].load(tokens, n, 0);
+                    for (int n = 0; C::WIDTH == 1 && n < C::AT_ONCE; n++) next[n].load(tokens, n, 0);
                     if constexpr (W::SCALED) {
 #pragma unroll
                         for (int chain = 0; chain < W::CHAINS; chain++) {

@@ -67,7 +67,7 @@ impl LinearShape {
 const RING: u32 = 184 << 10;
 
 /// Experts of packed weights stream them in steps of up to this many tokens.
-const STREAMED: usize = 16;
+const STREAMED: usize = 64;
 
 /// The plan for up to `tokens` tokens.
 #[must_use]
