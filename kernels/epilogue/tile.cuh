@@ -2,6 +2,7 @@
 // a token are swizzled, so that neither the transposing writes nor the reads have bank conflicts.
 #pragma once
 
+#include "base/math.cuh"
 #include "base/types.cuh"
 
 namespace epilogue {
@@ -9,6 +10,24 @@ namespace epilogue {
 // What happens to an accumulator. `Residual` rounds, adds the residual and rounds again. `SiluMul` takes rows 16i … 16i
 // + 7 as up and the next eight as gate.
 enum Kind { Store = 0, Residual = 1, F32 = 2, SiluMul = 3 };
+
+// Stores one token's sums of two rows of a fragment, which a thread has: rows `row` and `row` + 8, or with silu·mul the up
+// and the gate of output `row`. `to` and `residual` are the token's rows, of OUTPUTS elements.
+template <typename T, int KIND, int OUTPUTS, typename Out>
+__device__ __forceinline__ void store_pair(float upper, float lower, int row, Out* to, const Out* residual) {
+    if constexpr (KIND == SiluMul) {
+        if (row < OUTPUTS) to[row] = from_float<Out>(math::silu_approximate(rounded<T>(lower)) * rounded<T>(upper));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int at = row + i * 8;
+            if (at >= OUTPUTS) continue;
+            float value = i == 0 ? upper : lower;
+            if constexpr (KIND == Residual) value = rounded<T>(value) + to_float(residual[at]);
+            to[at] = from_float<Out>(value);
+        }
+    }
+}
 
 // ROWS output features (32 or 64, 16 bits each) of COLS tokens.
 template <int ROWS, int COLS>

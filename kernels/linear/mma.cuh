@@ -1,5 +1,5 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
-// Regime: any token count · Tile: ROWS output features × COLS tokens, 64 elements of K a stage
+// Regime: any token count · Tile: ROWS output features × COLS tokens, 64 elements of K a stage (128 of quantized weights)
 // Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on the
 // tile or on other tokens · Requires: sm_80, 16-bit types, any shape
 // Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows (through L2) · Measured: docs/perf/cuda.md
@@ -15,13 +15,14 @@
 #include "ptx/shared.cuh"
 #include "sched/tiles.cuh"
 #include "weight/plain.cuh"
+#include "weight/quantized.cuh"
 
 namespace linear {
 
 template <typename Weight, int ROWS_, int COLS_, int OUTPUTS_, int K_, int KIND_, int SHARED_>
 struct MmaConfig {
     using W = Weight;  // a format: weight/
-    using Row = typename W::Row;
+    using Stored = typename W::Stored;
     using T = typename W::T;
     using Tokens = weight::Plain<T>;
     static constexpr int ROWS = ROWS_;
@@ -34,14 +35,14 @@ struct MmaConfig {
     static constexpr int WARPS = 4;
     static constexpr int THREADS = WARPS * 32;
     static constexpr int STAGES = 3;
-    static constexpr int DEPTH = 64;
+    static constexpr int DEPTH = W::DEPTH;
     static constexpr int BLOCKS = ROWS / (16 * WARPS);  // of 16 rows, of a warp
     static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
-    static constexpr int A_ROW = W::bytes(DEPTH), B_ROW = Tokens::bytes(DEPTH);  // bytes of a stage's rows
-    static constexpr int A_BYTES = ROWS * A_ROW;
-    static constexpr int STAGE = A_BYTES + COLS * B_ROW;
+    static constexpr int A_BYTES = W::tile_bytes(ROWS);
+    static constexpr int B_ATOM = COLS * Tokens::bytes(64);  // 64 elements of each token
+    static constexpr int STAGE = A_BYTES + DEPTH / 64 * B_ATOM;
     static constexpr int SHARED = STAGES * STAGE + 2 * COLS * 4;
     static_assert(SHARED == SHARED_, "what the launch asks for");
     // CTAs of a multiprocessor, as many as are launched. Without this number, ptxas may spill to make room for more.
@@ -49,47 +50,110 @@ struct MmaConfig {
     static_assert(ROWS % 64 == 0 && COLS % 8 == 0, "");
 };
 
-// Computes the products of a tile, and its epilogue. Functions give the tile's weight rows and token rows; null means
-// no row.
-template <typename C, typename Out, typename WeightRow>
+// Where row `row` of a tile lies; null if there is none. Of packed weights, where the slab lies that begins with it.
+// With silu·mul, a tile has eight up rows, then their eight gate rows, and so on. So a thread has both the up and the
+// gate accumulators of its outputs.
+template <typename C>
+__device__ __forceinline__ typename C::Stored find_row(typename C::Stored weight, const sched::Tile& tile, int row) {
+    if constexpr (C::W::PACKED) {
+        constexpr int SLABS = C::W::slabs(C::OUTPUTS, C::SILU);
+        const int slab = tile.row * (C::ROWS / 16) + row / 16;
+        return slab < SLABS ? weight + (static_cast<i64>(tile.expert) * SLABS + slab) * C::W::slab_bytes(C::K) : nullptr;
+    } else {
+        const i64 at = tile.row * C::OUT_ROWS + (C::SILU ? row / 16 * 8 + row % 8 : row);
+        if (at >= C::OUTPUTS) return nullptr;
+        constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
+        return weight + (tile.expert * EXPERT_ROWS + at + (C::SILU && row % 16 >= 8 ? C::OUTPUTS : 0)) * C::K;
+    }
+}
+
+// Computes the products of a tile, and its epilogue.
+template <typename C, typename Out>
 __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
-                                         WeightRow weight_row, const typename C::T* tokens, Out* out, const Out* residual) {
+                                         typename C::Stored weight, const typename C::T* tokens, Out* out,
+                                         const Out* residual) {
     using T = typename C::T;
+    using W = typename C::W;
     using Tokens = typename C::Tokens;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float d[C::BLOCKS][C::COLS / 8][4] = {};
     const auto copy = [&](int k_block) {
         if (k_block < C::K_BLOCKS) {
             u8* stage = shared + k_block % C::STAGES * C::STAGE;
-            constexpr int A_PIECES = C::A_ROW / 16, B_PIECES = C::B_ROW / 16;
-            for (int i = threadIdx.x; i < C::ROWS * A_PIECES; i += C::THREADS) {
-                C::W::template copy<C::K>(stage, i / A_PIECES, i % A_PIECES, weight_row(i / A_PIECES), k_block * C::DEPTH);
+            constexpr int B_PIECES = C::DEPTH / 8;
+            for (int i = threadIdx.x; i < C::A_BYTES / 16; i += C::THREADS) {
+                W::template copy_rows<C::K>(
+                    stage, i, [&](int row) { return find_row<C>(weight, tile, row); }, k_block * C::DEPTH);
             }
             for (int i = threadIdx.x; i < C::COLS * B_PIECES; i += C::THREADS) {
-                const int source = sources[i / B_PIECES];
+                const int source = sources[i / B_PIECES], atom = i % B_PIECES / 8;
                 const T* from = source < 0 ? nullptr : tokens + static_cast<i64>(source) * C::K;
-                Tokens::template copy<C::K>(stage + C::A_BYTES, i / B_PIECES, i % B_PIECES, from, k_block * C::DEPTH);
+                Tokens::template copy<C::K>(stage + C::A_BYTES + atom * C::B_ATOM, i / B_PIECES, i % 8, from,
+                                            k_block * C::DEPTH + atom * 64);
             }
         }
         ptx::cp_async_commit();
     };
+    // Slab by slab, the scales and zeros of the lane's two rows, if a row has them.
+    float scales[C::BLOCKS][2];
+    typename W::Zero zeros[C::BLOCKS];
+    if constexpr (W::ROW_VALUES > 0) {
+        constexpr int SLABS = W::slabs(C::OUTPUTS, C::SILU);
+#pragma unroll
+        for (int m = 0; m < C::BLOCKS; m++) {
+            const int slab = min(tile.row * (C::ROWS / 16) + warp * C::BLOCKS + m, SLABS - 1);
+            const float* of_row = W::row_values(weight, static_cast<i64>(tile.expert) * SLABS + slab) + lane / 4 * W::ROW_VALUES;
+            scales[m][0] = of_row[0], scales[m][1] = of_row[8 * W::ROW_VALUES];
+            zeros[m] = W::row_zero(of_row[W::ROW_VALUES - 1], of_row[9 * W::ROW_VALUES - 1]);
+        }
+    }
     for (int s = 0; s < C::STAGES - 1; s++) copy(s);
     for (int k = 0; k < C::K_BLOCKS; k++) {
         ptx::cp_async_wait_group<C::STAGES - 2>();
         __syncthreads();
         copy(k + C::STAGES - 1);
-        const u32 a_tile = ptx::shared_address(shared + k % C::STAGES * C::STAGE), b_tile = a_tile + C::A_BYTES;
+        const u8* stage = shared + k % C::STAGES * C::STAGE;
+        const u32 b_tile = ptx::shared_address(stage) + C::A_BYTES;
+        typename W::Lane lanes[C::BLOCKS];
 #pragma unroll
-        for (int i = 0; i < C::DEPTH / 16; i++) {
-            u32 a[C::BLOCKS][4];
+        for (int m = 0; m < C::BLOCKS; m++) W::load(lanes[m], stage, (warp * C::BLOCKS + m) * 16, lane);
 #pragma unroll
-            for (int m = 0; m < C::BLOCKS; m++) C::W::fragment(a[m], a_tile, (warp * C::BLOCKS + m) * 16, i, lane);
+        for (int chain = 0; chain < W::CHAINS; chain++) {
+            float chains[W::SCALED ? C::BLOCKS : 1][W::SCALED ? C::COLS / 8 : 1][4] = {};
 #pragma unroll
-            for (int c = 0; c < C::COLS / 8; c++) {
-                u32 b[2];
-                ptx::ldmatrix_x2(b, b_tile + Tokens::offset(c * 8 + lane % 8, i * 2 + lane / 8 % 2));
+            for (int m = 0; m < C::BLOCKS; m++) {
+                if constexpr (W::SCALED) {
+                    zeros[m] = W::group_zero(stage + (warp * C::BLOCKS + m) * W::BLOCK, chain, lane);
+                }
+            }
+            constexpr int STEPS = C::DEPTH / 16 / W::CHAINS;
 #pragma unroll
-                for (int m = 0; m < C::BLOCKS; m++) ptx::mma<T>(d[m][c], a[m], b);
+            for (int i = chain * STEPS; i < (chain + 1) * STEPS; i++) {
+                u32 a[C::BLOCKS][4];
+#pragma unroll
+                for (int m = 0; m < C::BLOCKS; m++) W::fragment(a[m], lanes[m], i, zeros[m]);
+#pragma unroll
+                for (int c = 0; c < C::COLS / 8; c++) {
+                    u32 b[2];
+                    ptx::ldmatrix_x2(b, b_tile + i / 4 * C::B_ATOM +
+                                            Tokens::offset(c * 8 + lane % 8, i % 4 * 2 + lane / 8 % 2));
+#pragma unroll
+                    for (int m = 0; m < C::BLOCKS; m++) {
+                        if constexpr (W::SCALED) {
+                            ptx::mma<T>(chains[m][c], a[m], b);
+                        } else {
+                            ptx::mma<T>(d[m][c], a[m], b);
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                if constexpr (W::SCALED) {
+                    const typename W::Scales scale = W::scales(stage + (warp * C::BLOCKS + m) * W::BLOCK, chain, lane);
+#pragma unroll
+                    for (int c = 0; c < C::COLS / 8; c++) W::add(d[m][c], chains[m][c], scale);
+                }
             }
         }
     }
@@ -97,31 +161,25 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
 #pragma unroll
     for (int m = 0; m < C::BLOCKS; m++) {
         const int block = warp * C::BLOCKS + m;
+        if constexpr (W::PACKED) {
+#pragma unroll
+            for (int c = 0; c < C::COLS / 8; c++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    d[m][c][i] *= W::UNIT;
+                    if constexpr (W::ROW_VALUES > 0) d[m][c][i] *= scales[m][i / 2];
+                }
+            }
+        }
 #pragma unroll
         for (int c = 0; c < C::COLS / 8; c++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int col = c * 8 + lane % 4 * 2 + half;
                 if (col >= tile.count || map[col] < 0) continue;
-                Out* to = out + static_cast<i64>(map[col]) * C::OUTPUTS;
-                const float* v = d[m][c];
-                if constexpr (C::SILU) {
-                    const int row = tile.row * C::OUT_ROWS + block * 8 + lane / 4;
-                    const float value = math::silu_approximate(rounded<T>(v[half + 2])) * rounded<T>(v[half]);
-                    if (row < C::OUTPUTS) to[row] = from_float<Out>(value);
-                } else {
-#pragma unroll
-                    for (int lower = 0; lower < 2; lower++) {
-                        const int row = tile.row * C::ROWS + block * 16 + lane / 4 + lower * 8;
-                        if (row >= C::OUTPUTS) continue;
-                        float value = v[half + lower * 2];
-                        if constexpr (C::KIND == epilogue::Residual) {
-                            const float added = to_float(residual[static_cast<i64>(map[col]) * C::OUTPUTS + row]);
-                            value = rounded<T>(value) + added;
-                        }
-                        to[row] = from_float<Out>(value);
-                    }
-                }
+                const i64 at = static_cast<i64>(map[col]) * C::OUTPUTS;
+                const int row = tile.row * C::OUT_ROWS + block * (C::SILU ? 8 : 16) + lane / 4;
+                epilogue::store_pair<T, C::KIND, C::OUTPUTS>(d[m][c][half], d[m][c][half + 2], row, out + at, residual + at);
             }
         }
     }
@@ -131,7 +189,7 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
 // Dense linear of weight [OUTPUTS][K] with tokens [·][K].
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
-    mma_dense(typename C::Row weight, const typename C::T* tokens, const step::Header* header, Out* out,
+    mma_dense(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, Out* out,
               const Out* residual) {
     pdl::launch_dependents();
     extern __shared__ __align__(128) u8 dynamic_shared[];
@@ -146,11 +204,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        const auto weight_row = [&](int row) -> typename C::Row {
-            const i64 at = tile.row * C::ROWS + row;
-            return at < C::OUTPUTS ? C::W::after(weight, at, C::K) : typename C::Row{};
-        };
-        mma_tile<C>(dynamic_shared, tile, sources, map, weight_row, tokens, out, residual);
+        mma_tile<C>(dynamic_shared, tile, sources, map, weight, tokens, out, residual);
     }
 }
 
@@ -159,7 +213,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
 // [T·k][K], and results are by assignment.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
-    mma_grouped(typename C::Row weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+    mma_grouped(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                 const int* order, typename C::T* out) {
     extern __shared__ __align__(128) u8 dynamic_shared[];
     int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
@@ -175,20 +229,8 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             sources[i] = i >= tile.count ? -1 : DOWN ? position : assignment / TOP_K;
         }
         __syncthreads();
-        constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
-        const typename C::Row expert = C::W::after(weight, tile.expert * EXPERT_ROWS, C::K);
-        const auto weight_row = [&](int row) -> typename C::Row {
-            if constexpr (C::SILU) {
-                // Eight up rows, then eight gate rows, so a thread has both the up and the gate accumulators of its
-                // outputs.
-                const i64 at = tile.row * C::OUT_ROWS + row / 16 * 8 + row % 8;
-                return at < C::OUTPUTS ? C::W::after(expert, at + (row % 16 < 8 ? 0 : C::OUTPUTS), C::K) : typename C::Row{};
-            } else {
-                const i64 at = tile.row * C::ROWS + row;
-                return at < C::OUTPUTS ? C::W::after(expert, at, C::K) : typename C::Row{};
-            }
-        };
-        mma_tile<C>(dynamic_shared, tile, sources, map, weight_row, tokens, out, static_cast<const typename C::T*>(nullptr));
+        mma_tile<C>(dynamic_shared, tile, sources, map, weight, tokens, out,
+                    static_cast<const typename C::T*>(nullptr));
     }
 }
 

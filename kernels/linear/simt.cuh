@@ -12,13 +12,14 @@
 #include "ptx/pdl.cuh"
 #include "sched/tiles.cuh"
 #include "weight/plain.cuh"
+#include "weight/quantized.cuh"
 
 namespace linear {
 
 template <typename Weight, typename Element, int OUTPUTS_, int K_, int KIND_>
 struct SimtConfig {
     using W = Weight;  // a format: weight/
-    using Row = typename W::Row;
+    using Stored = typename W::Stored;
     using T = Element;
     static constexpr int ROWS = 64;
     static constexpr int COLS = 32;
@@ -40,10 +41,27 @@ struct SimtShared {
     int sources[C::COLS];
 };
 
+// Row `row` of a tile, or no row. With silu·mul, the first half of a tile is up, the second
+// half gate.
+template <typename C>
+__device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight, const sched::Tile& tile, int row) {
+    const int at = tile.row * C::OUT_ROWS + row % C::OUT_ROWS;
+    if (at >= C::OUTPUTS) return {};
+    const bool gate = C::SILU && row >= C::OUT_ROWS;
+    if constexpr (C::W::PACKED) {
+        constexpr i64 SLABS = C::W::slabs(C::OUTPUTS, C::SILU);
+        const i64 slab = tile.expert * SLABS + (C::SILU ? at / 8 : at / 16);
+        return {weight + slab * C::W::slab_bytes(C::K), C::SILU ? at % 8 + gate * 8 : at % 16, C::W::row_values(weight, slab)};
+    } else {
+        constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
+        return weight + (tile.expert * EXPERT_ROWS + at + (gate ? C::OUTPUTS : 0)) * C::K;
+    }
+}
+
 // Thread (i, j) of 16 × 8 computes rows i, i + 16, i + 32, i + 48 of columns 4j … 4j + 3. With silu·mul the last two
 // rows are the gates of the first two.
-template <typename C, typename Out, typename WeightRow>
-__device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Tile& tile, WeightRow weight_row,
+template <typename C, typename Out>
+__device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Tile& tile, typename C::Stored weight,
                                           const typename C::T* tokens, Out* out, const Out* residual) {
     using T = typename C::T;
     const int i = threadIdx.x % 16, j = threadIdx.x / 16;
@@ -51,7 +69,7 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
     for (int k0 = 0; k0 < C::K; k0 += C::DEPTH) {
         for (int at = threadIdx.x; at < C::ROWS * C::DEPTH; at += C::THREADS) {
             const int row = at / C::DEPTH, k = at % C::DEPTH;
-            const typename C::Row source = weight_row(row);
+            const typename C::W::Row source = simt_row<C>(weight, tile, row);
             shared.weights[k][row] = source && k0 + k < C::K ? C::W::at(source, k0 + k) : 0.0f;
         }
         for (int at = threadIdx.x; at < C::COLS * C::DEPTH; at += C::THREADS) {
@@ -93,7 +111,7 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
 // As `mma_dense`.
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS)
-    simt_dense(typename C::Row weight, const typename C::T* tokens, const step::Header* header, Out* out,
+    simt_dense(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, Out* out,
                const Out* residual) {
     pdl::launch_dependents();
     __shared__ SimtShared<C> shared;
@@ -107,18 +125,14 @@ __global__ void __launch_bounds__(C::THREADS)
             shared.sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        const auto weight_row = [&](int row) -> typename C::Row {
-            const i64 at = tile.row * C::ROWS + row;
-            return at < C::OUTPUTS ? C::W::after(weight, at, C::K) : typename C::Row{};
-        };
-        simt_tile<C>(shared, tile, weight_row, tokens, out, residual);
+        simt_tile<C>(shared, tile, weight, tokens, out, residual);
     }
 }
 
 // As `mma_grouped`.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS)
-    simt_grouped(typename C::Row weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+    simt_grouped(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                  const int* order, typename C::T* out) {
     __shared__ SimtShared<C> shared;
     pdl::wait();
@@ -132,18 +146,7 @@ __global__ void __launch_bounds__(C::THREADS)
             shared.sources[i] = i >= tile.count ? -1 : DOWN ? position : assignment / TOP_K;
         }
         __syncthreads();
-        constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
-        const typename C::Row expert = C::W::after(weight, tile.expert * EXPERT_ROWS, C::K);
-        const auto weight_row = [&](int row) -> typename C::Row {
-            if constexpr (C::SILU) {
-                const i64 at = tile.row * C::OUT_ROWS + row % 32;
-                return at < C::OUTPUTS ? C::W::after(expert, at + (row < 32 ? 0 : C::OUTPUTS), C::K) : typename C::Row{};
-            } else {
-                const i64 at = tile.row * C::ROWS + row;
-                return at < C::OUTPUTS ? C::W::after(expert, at, C::K) : typename C::Row{};
-            }
-        };
-        simt_tile<C>(shared, tile, weight_row, tokens, out, static_cast<const typename C::T*>(nullptr));
+        simt_tile<C>(shared, tile, weight, tokens, out, static_cast<const typename C::T*>(nullptr));
     }
 }
 

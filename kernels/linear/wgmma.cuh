@@ -1,164 +1,30 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
 // Regime: one token to prefill, by Config · Tile: ROWS output features × up to COLS tokens, DEPTH elements of K a stage
 // Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on
-// COLS, ROWS, DEPTH or on other tokens · Requires: sm_90a, 16-bit types, K and row length multiples of 8
+// COLS, ROWS, DEPTH or on other tokens; with scales, as `mma` · Requires: sm_90a, 16-bit types, K and row length
+// multiples of 8
 // Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows and CTAs of a cluster (through L2)
 // Measured: docs/perf/cuda.md
 //
-// One producer thread streams both operands through a ring of stages by TMA; consumer warpgroups multiply. Weights are
-// the M side, because then tokens are padded to 8 columns of N and not to 64 rows of M.
+// One producer thread streams both operands through a ring of stages by TMA; consumer warpgroups multiply
+// (linear/multiply.cuh). Weights are the M side, because then tokens are padded to 8 columns of N and not to 64 rows of
+// M. That is also why packed weights fit: they become operands in registers, and only the M side may come from there.
 #pragma once
 
 #include "base/math.cuh"
 #include "base/step.cuh"
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
+#include "linear/multiply.cuh"
+#include "linear/ring.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/tma.cuh"
-#include "ptx/wgmma.cuh"
 #include "sched/tiles.cuh"
-#include "weight/plain.cuh"
 
 namespace linear {
-
-template <typename Weight, int ROWS_, int COLS_, int BOX_, int DEPTH_, int STAGES_, int WARPGROUPS_, int CLUSTER_, bool DYNAMIC_,
-          int OUTPUTS_, int K_, int KIND_, int SHARED_>
-struct Config {
-    using W = Weight;  // a format: weight/
-    using T = typename W::T;
-    static constexpr int ROWS = ROWS_;              // weight rows of a tile
-    static constexpr int COLS = COLS_;              // tokens of a tile at most
-    static constexpr int DEPTH = DEPTH_;            // elements of K in a stage
-    static constexpr int STAGES = STAGES_;
-    static constexpr int WARPGROUPS = WARPGROUPS_;  // consumers
-    static constexpr int CLUSTER = CLUSTER_;        // CTAs that share a tile of tokens, for as many tiles of rows
-    static constexpr bool DYNAMIC = DYNAMIC_;       // whether tiles are handed out as CTAs become free
-    static constexpr int OUTPUTS = OUTPUTS_;        // columns of the output: features, after silu·mul if there is one
-    static constexpr int K = K_;
-    static constexpr int KIND = KIND_;              // epilogue::Kind
-
-    static constexpr bool SILU = KIND == epilogue::SiluMul;
-    static constexpr int BLOCKS = (ROWS + 64 * WARPGROUPS - 1) / (64 * WARPGROUPS);  // of 64 rows, of a warpgroup
-    static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;                          // outputs of a tile
-    static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
-    // Tiles of rows; the CLUSTER tiles of a cluster count as one.
-    static constexpr int ROW_TURNS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
-    static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
-    static constexpr int ATOMS = DEPTH / W::ATOM;  // swizzle atoms of 128 bytes along K
-    // Tokens are copied in boxes of BOX, as many boxes as a tile needs. A box is a whole tile or a quarter.
-    static constexpr int BOX = BOX_;
-    static_assert(BOX == COLS || BOX * 4 == COLS, "multiply() has these widths");
-
-    static constexpr int A_ATOM = ROWS * 128, B_ATOM = COLS * 128;
-    static constexpr int A_BYTES = ATOMS * A_ATOM, B_BYTES = ATOMS * B_ATOM;
-    static constexpr int STAGE = A_BYTES + B_BYTES;
-    // Outputs and tokens that a warpgroup moves at a time.
-    static constexpr int MOVED = SILU ? 32 * BLOCKS : 64;
-    static constexpr int MOVED_COLS = COLS <= 64 ? COLS : COLS % 64 == 0 ? 64 : 48;
-    static constexpr int MOVED_BYTES = KIND == epilogue::F32 ? 0 : epilogue::Tile<MOVED, MOVED_COLS>::BYTES;
-    static constexpr int RING = STAGES * STAGE;
-    // Products always read 64 rows. If a tile has fewer, they read on behind the tile, and those results are dropped.
-    static constexpr int OVERREAD = ROWS < 64 ? (64 - ROWS) * 128 : 0;
-    static constexpr int MOVED_AT = RING + (OVERREAD > WARPGROUPS * MOVED_BYTES + B_BYTES ? OVERREAD : 0);
-    static constexpr int MAP_AT = MOVED_AT + WARPGROUPS * MOVED_BYTES;
-    static constexpr int BARRIERS_AT = MAP_AT + WARPGROUPS * COLS * 4;
-    static constexpr int TURNS_AT = BARRIERS_AT + 2 * STAGES * 8;
-    static constexpr int SHARED = TURNS_AT + 64 + 1024;  // 1024 to align
-    static_assert(SHARED == SHARED_, "what the launch asks for");
-    // setmaxnreg acts on whole warpgroups, so beside two consumers the producer is a whole warpgroup too.
-    static constexpr int PRODUCERS = WARPGROUPS == 1 ? 32 : 128;
-    static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
-
-    static_assert(ROWS % 16 == 0 && (ROWS <= 64 || ROWS % (64 * WARPGROUPS) == 0), "whole blocks of 64 rows");
-    static_assert(BOX % 8 == 0 && COLS % MOVED_COLS == 0 && DEPTH % W::ATOM == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
-    static_assert(MOVED == 32 || MOVED == 64, "as epilogue::Tile");
-    static_assert(SHARED <= 232448, "shared memory of a CTA");
-};
-
-// The barriers and stages of the ring.
-template <typename C>
-struct Ring {
-    u32 base;
-    int stage = 0;
-    u32 phase = 0;
-
-    __device__ __forceinline__ u32 full() const { return base + C::BARRIERS_AT + stage * 8; }
-    __device__ __forceinline__ u32 empty(int s) const { return base + C::BARRIERS_AT + (C::STAGES + s) * 8; }
-    __device__ __forceinline__ u32 a() const { return base + stage * C::STAGE; }
-    __device__ __forceinline__ u32 b() const { return a() + C::A_BYTES; }
-    __device__ __forceinline__ void advance() {
-        if (++stage == C::STAGES) {
-            stage = 0;
-            phase ^= 1;
-        }
-    }
-};
-
-// One tile's products, with instructions of N columns.
-template <typename C, int N>
-__device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
-    const int lane = threadIdx.x % 32;
-    // Every warp tells every producer that fills this CTA's shared memory.
-    const auto release = [&](int stage) {
-        if constexpr (C::CLUSTER == 1) {
-            if (lane == 0) mbarrier::arrive(ring.empty(stage));
-        } else {
-            if (lane < C::CLUSTER) mbarrier::arrive(ring.empty(stage), lane);
-        }
-    };
-    const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
-#pragma unroll
-    for (int m = 0; m < C::BLOCKS; m++) {
-#pragma unroll
-        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
-        wgmma::pin(d[m]);
-    }
-    int previous = 0;
-    for (int k = 0; k < C::K_BLOCKS; k++) {
-        mbarrier::wait(ring.full(), ring.phase);
-        const u32 tile = wgmma::descriptor(ring.a());
-        const u32 a = tile + (C::ROWS > 64 ? first_row * 8 : 0), b = tile + (C::A_BYTES >> 4);
-        wgmma::fence();
-#pragma unroll
-        for (int i = 0; i < C::DEPTH / 16; i++) {
-            const int atom = i / 4, within = i % 4 * 2;
-#pragma unroll
-            for (int m = 0; m < C::BLOCKS; m++) {
-                wgmma::Product<typename C::T, N>::run(d[m], a + ((atom * C::A_ATOM + m * 8192) >> 4) + within,
-                                                      b + ((atom * C::B_ATOM) >> 4) + within);
-            }
-        }
-        wgmma::commit();
-        if (k > 0) {
-            wgmma::wait<1>();
-            release(previous);
-        }
-        previous = ring.stage;
-        ring.advance();
-    }
-    wgmma::wait<0>();
-#pragma unroll
-    for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
-    release(previous);
-}
-
-// One tile's products, with the narrowest of four widths that holds `count` columns.
-template <typename C>
-__device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, int count, float (&d)[C::BLOCKS][C::COLS / 2]) {
-    if constexpr (C::BOX == C::COLS) {
-        multiply<C, C::COLS>(ring, warpgroup, d);
-    } else {
-        switch ((count + C::BOX - 1) / C::BOX) {
-            case 1: multiply<C, C::BOX>(ring, warpgroup, d); break;
-            case 2: multiply<C, 2 * C::BOX>(ring, warpgroup, d); break;
-            case 3: multiply<C, 3 * C::BOX>(ring, warpgroup, d); break;
-            default: multiply<C, 4 * C::BOX>(ring, warpgroup, d);
-        }
-    }
-}
 
 // Stores a tile's accumulators. `map` has the row of `out` for every column.
 template <typename C, typename Out>
@@ -334,17 +200,45 @@ __device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& ti
     return found;
 }
 
+// A step of few tokens reads each weight once; a step of many tokens reads it many times.
+template <typename C>
+__device__ __forceinline__ constexpr u64 weight_policy() {
+    return C::COLS >= 128 ? tma::EVICT_NORMAL : tma::EVICT_FIRST;
+}
+
+// Starts the copies of stage `k` of the tile's weights. What lies behind a weight or an expert may be copied too; those
+// rows are not stored.
+template <typename C, bool GROUPED>
+__device__ __forceinline__ void load_weights(const TensorMap& weight, u32 to, u32 full, int k, const sched::Tile& tile) {
+    if constexpr (C::W::PACKED) {
+        const int slab = tile.expert * C::MATRIX_SLABS + tile.row * C::SLABS;
+        tma::load(to, weight, full, weight_policy<C>(), 0, k * (C::DEPTH / C::W::DEPTH) * C::W::PARTS, slab);
+    } else {
+#pragma unroll
+        for (int i = 0; i < C::ATOMS; i++) {
+            const u32 atom = to + i * C::A_ATOM;
+            const int column = k * C::DEPTH + i * C::Tokens::ATOM;
+            if constexpr (!GROUPED) {
+                tma::load(atom, weight, full, weight_policy<C>(), column, tile.row * C::ROWS);
+            } else if constexpr (C::SILU) {
+                tma::load(atom, weight, full, weight_policy<C>(), column, 0, 0, tile.row * (C::ROWS / 16), tile.expert);
+            } else {
+                tma::load(atom, weight, full, weight_policy<C>(), column, tile.row * C::ROWS, tile.expert);
+            }
+        }
+    }
+}
+
 // The producer: one thread. With EARLY it starts to load the first tile's weights before the preceding kernel has
-// finished. The caller must know that the tile list was complete before that kernel started.
-// `load_weights(shared, barrier, column, tile)` starts the copy of one atom. `counter` is [turns taken, CTAs that are
-// done]. Both are 0 between launches.
-template <typename C, bool EARLY, typename Tiles, typename LoadWeights>
-__device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& tokens, u32* counter, LoadWeights load_weights) {
+// finished. The caller must know that the tile list was complete before that kernel started. `counter` is [turns taken,
+// CTAs that are done]. Both are 0 between launches.
+template <typename C, bool GROUPED, bool EARLY, typename Tiles>
+__device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const TensorMap& weight, const TensorMap& tokens,
+                                        u32* counter) {
     const auto boxes = [](const sched::Tile& tile) { return (tile.count + C::BOX - 1) / C::BOX; };
     const auto begin_stage = [&](u32 a, u32 full, int k, const sched::Tile& tile) {
-        mbarrier::arrive_expect(full, C::A_BYTES + C::ATOMS * boxes(tile) * C::BOX * 128);
-#pragma unroll
-        for (int i = 0; i < C::ATOMS; i++) load_weights(a + i * C::A_ATOM, full, k * C::DEPTH + i * C::W::ATOM, tile);
+        mbarrier::arrive_expect(full, C::COPIED + C::ATOMS * boxes(tile) * C::BOX * 128);
+        load_weights<C, GROUPED>(weight, a, full, k, tile);
     };
     Turns<C> turns{ring.base};
     const bool leads = C::CLUSTER == 1 || cluster::rank() == 0;
@@ -372,7 +266,7 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
             }
 #pragma unroll
             for (int i = 0; i < C::ATOMS; i++) {
-                const int column = k * C::DEPTH + i * C::W::ATOM;
+                const int column = k * C::DEPTH + i * C::Tokens::ATOM;
                 const u32 to = ring.b() + i * C::B_ATOM;
                 if constexpr (C::CLUSTER > 1) {
                     for (int box = cluster::rank(); box < boxes(tile); box += C::CLUSTER) {
@@ -403,8 +297,8 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
 // The consumers. `fetch(tile, column)` starts to read what determines the column's row of `out`. The products follow.
 // Then `place(map, tile, column, fetched)` writes that row to `map`.
 template <typename C, typename Out, typename Tiles, typename Fetch, typename Place>
-__device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, Out* out, const Out* residual, Fetch fetch,
-                                        Place place) {
+__device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, typename C::Stored stored, Out* out,
+                                        const Out* residual, Fetch fetch, Place place) {
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
     u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
     int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
@@ -418,7 +312,10 @@ __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, 
 #pragma unroll
         for (int i = 0; i < EACH; i++) fetched[i] = fetch(tile, thread + i * 128);
         if constexpr (!C::DYNAMIC) more = tile_at<C>(tiles, turn += turns.count(), next);
-        multiply<C>(ring, warpgroup, tile.count, d);
+        Rows<C> rows;
+        rows.load(stored, tile, warpgroup);
+        multiply<C>(ring, warpgroup, rows, tile.count, d);
+        rows.finish(d);
         if constexpr (C::DYNAMIC) more = tile_at<C>(tiles, turns.template take<false>(), next);
         for (int i = thread; i < C::COLS; i += 128) map[i] = -1;
         ptx::sync_threads(1 + warpgroup, 128);
@@ -440,19 +337,14 @@ __device__ __forceinline__ void take_registers() {
     if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::WARPGROUPS == 2 ? 232 : 160));
 }
 
-// A step of few tokens reads each weight once; a step of many tokens reads it many times.
-template <typename C>
-__device__ __forceinline__ constexpr u64 weight_policy() {
-    return C::COLS >= 128 ? tma::EVICT_NORMAL : tma::EVICT_FIRST;
-}
-
 // Dense linear. With `LOGITS` its columns are the step's rows of logits, else its tokens. Maps: weight [OUTPUTS][K] in
-// boxes of ROWS × 64, tokens [·][K] in boxes of BOX × 64. (The header may be read before the wait: it was uploaded
-// before any kernel of the step started.)
+// boxes of ROWS × 64, or packed [slabs][blocks · PARTS][words of a part] in boxes of ROWS / 16 slabs and a stage's parts;
+// tokens [·][K] in boxes of BOX × 64. `stored` is the weight too; values of a packed weight's whole rows are read from
+// it. (The header may be read before the wait: it was uploaded before any kernel of the step started.)
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, 1)
-    dense(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
-          Out* out, const Out* residual, u32* counter) {
+    dense(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, typename C::Stored stored,
+          const step::Header* header, Out* out, const Out* residual, u32* counter) {
     pdl::launch_dependents();
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
@@ -462,9 +354,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         if (threadIdx.x / 32 == C::WARPGROUPS * 4 && ptx::elect()) {
             tma::prefetch(weight);
             tma::prefetch(tokens);
-            produce<C, true>(ring, tiles, tokens, counter, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
-                tma::load(to, weight, full, weight_policy<C>(), column, tile.row * C::ROWS);
-            });
+            produce<C, false, true>(ring, tiles, weight, tokens, counter);
         } else {
             pdl::wait();
         }
@@ -472,7 +362,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         take_registers<C>();
         pdl::wait();
         consume<C>(
-            ring, shared, tiles, out, residual, [](const sched::Tile&, int) { return 0; },
+            ring, shared, tiles, stored, out, residual, [](const sched::Tile&, int) { return 0; },
             [](int* map, const sched::Tile& tile, int column, int) {
                 if (column < tile.count) map[column] = tile.first + column;
             });
@@ -488,15 +378,16 @@ enum Source {
 };
 
 // Linear of each token by its experts. Maps: weight [EXPERTS][OUTPUTS][K] in boxes of ROWS × 64, or with silu·mul
-// [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; tokens as `dense`.
+// [EXPERTS][2][OUTPUTS / 8][8][K] in boxes that interleave eight up rows with eight gate rows; packed weights and tokens
+// as `dense`.
 //
 // It calls launch_dependents only after its own wait. Its predecessor, which wrote the experts' lists, is then complete
 // before its successor starts. That is why expert_down may read the lists, and load its first weights, before
 // expert_gate_up has finished.
 template <typename C, int EXPERTS, int TOP_K, int SOURCE>
 __global__ void __launch_bounds__(C::THREADS, 1)
-    grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, const step::Header* header,
-            const int* offsets, const int* order, typename C::T* out, u32* counter) {
+    grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, typename C::Stored stored,
+            const step::Header* header, const int* offsets, const int* order, typename C::T* out, u32* counter) {
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
     const sched::ByExpert<EXPERTS, C::ROW_TURNS, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
@@ -505,13 +396,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         if (threadIdx.x / 32 == C::WARPGROUPS * 4 && ptx::elect()) {
             tma::prefetch(weight);
             tma::prefetch(tokens);
-            produce<C, SOURCE == Down>(ring, tiles, tokens, counter, [&](u32 to, u32 full, int column, const sched::Tile& tile) {
-                if constexpr (C::SILU) {
-                    tma::load(to, weight, full, weight_policy<C>(), column, 0, 0, tile.row * (C::ROWS / 16), tile.expert);
-                } else {
-                    tma::load(to, weight, full, weight_policy<C>(), column, tile.row * C::ROWS, tile.expert);
-                }
-            });
+            produce<C, true, SOURCE == Down>(ring, tiles, weight, tokens, counter);
         } else {
             pdl::wait();
         }
@@ -525,7 +410,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
             count = SOURCE == Every ? offsets[tile.expert + 1] - first : tile.count;
         };
         consume<C>(
-            ring, shared, tiles, out, static_cast<const typename C::T*>(nullptr),
+            ring, shared, tiles, stored, out, static_cast<const typename C::T*>(nullptr),
             [&](const sched::Tile& tile, int column) {
                 int first, count;
                 span(tile, first, count);

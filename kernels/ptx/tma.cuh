@@ -22,6 +22,14 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
 // Orders this thread's ordinary accesses to shared memory before TMA copies and products that follow a barrier.
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// Copies `bytes` bytes that lie one after another. Addresses and the number are multiples of 16.
+__device__ __forceinline__ void load_bytes(u32 shared, const void* global, u32 bytes, u32 barrier, u64 policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(shared),
+        "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(barrier), "l"(policy)
+        : "memory");
+}
+
 // Copies a box of two dimensions. Coordinates are innermost first.
 __device__ __forceinline__ void load(u32 shared, const TensorMap& map, u32 barrier, u64 policy, int x, int y) {
     asm volatile(

@@ -101,6 +101,13 @@ struct Product;
 template <typename T, int N>
 struct FirstProduct;
 
+// As `Product` and `FirstProduct`, but A comes from registers: a[0] to a[3] are the four registers of ptx::mma's A
+// operand, and warp w of the warpgroup has rows 16·w to 16·w + 15.
+template <typename T, int N>
+struct FragmentProduct;
+template <typename T, int N>
+struct FirstFragmentProduct;
+
 // D[64][N] += A[64][16] · B[16][N]. A comes from registers in the layout of 16 columns of D, two elements in each: a[j]
 // has d[2·j] and d[2·j + 1]. B lies in shared memory with N innermost; `b` comes from `descriptor_of_rows`.
 template <typename T, int N>
@@ -121,20 +128,33 @@ struct RegisterProduct;
         } \
     };
 
-// A from the four registers A0 …, B by descriptor.
-#define REGISTER_PRODUCT(TYPE, N, COUNT, A0, A1, A2, A3, B) \
+// A from the four registers A0 …, B by descriptor. D is read if ADDS. N is innermost in B if ROWS is 1, else K.
+#define REGISTER_PRODUCT(NAME, TYPE, N, COUNT, A0, A1, A2, A3, B, ADDS, ROWS) \
     template <> \
-    struct RegisterProduct<TYPE##_t, N> { \
+    struct NAME<TYPE##_t, N> { \
         template <int R> \
         __device__ __forceinline__ static void run(float (&d)[R], const u32 (&a)[4], u32 b) { \
             asm volatile("{.reg .b64 b; mov.b64 b, {%" #B ", 0x40000040}; " \
                          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" REGISTERS_##COUNT \
-                         "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, b, 1, 1, 1, 1;}" \
+                         "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, b, " #ADDS ", 1, 1, " #ROWS ";}" \
                          : ACCUMULATORS_##COUNT \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)); \
         } \
     };
 
+#define FRAGMENT_PRODUCTS(NAME, TYPE, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, 8, 4, 4, 5, 6, 7, 8, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 16, 8, 8, 9, 10, 11, 12, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 24, 12, 12, 13, 14, 15, 16, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 32, 16, 16, 17, 18, 19, 20, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 48, 24, 24, 25, 26, 27, 28, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 64, 32, 32, 33, 34, 35, 36, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 72, 36, 36, 37, 38, 39, 40, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 96, 48, 48, 49, 50, 51, 52, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 128, 64, 64, 65, 66, 67, 68, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 144, 72, 72, 73, 74, 75, 76, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 192, 96, 96, 97, 98, 99, 100, ADDS, 0) \
+    REGISTER_PRODUCT(NAME, TYPE, 256, 128, 128, 129, 130, 131, 132, ADDS, 0)
 #define PRODUCTS(TYPE) \
     SHARED_PRODUCT(Product, TYPE, 8, 4, 4, 5, 1) \
     SHARED_PRODUCT(Product, TYPE, 16, 8, 8, 9, 1) \
@@ -150,11 +170,14 @@ struct RegisterProduct;
     SHARED_PRODUCT(Product, TYPE, 256, 128, 128, 129, 1) \
     SHARED_PRODUCT(FirstProduct, TYPE, 64, 32, 32, 33, 0) \
     SHARED_PRODUCT(FirstProduct, TYPE, 128, 64, 64, 65, 0) \
-    REGISTER_PRODUCT(TYPE, 64, 32, 32, 33, 34, 35, 36) \
-    REGISTER_PRODUCT(TYPE, 128, 64, 64, 65, 66, 67, 68)
+    REGISTER_PRODUCT(RegisterProduct, TYPE, 64, 32, 32, 33, 34, 35, 36, 1, 1) \
+    REGISTER_PRODUCT(RegisterProduct, TYPE, 128, 64, 64, 65, 66, 67, 68, 1, 1) \
+    FRAGMENT_PRODUCTS(FragmentProduct, TYPE, 1) \
+    FRAGMENT_PRODUCTS(FirstFragmentProduct, TYPE, 0)
 PRODUCTS(bf16)
 PRODUCTS(f16)
 #undef PRODUCTS
+#undef FRAGMENT_PRODUCTS
 #undef REGISTER_PRODUCT
 #undef SHARED_PRODUCT
 

@@ -2,14 +2,14 @@
 // f32, one after another. Token rows have this format too.
 //
 // A format is a type in this folder and an argument of a linear's Config. Only the format knows
-//   · what points at a row, how many bytes its elements take, and where a later row begins: `Row`, `bytes`, `after`;
-//   · how 16 bytes of a stage's row get there, whatever K is, and where they lie in it: `copy`, `offset`;
-//   · how they become an A operand of mma.sync, and how one element becomes an f32: `fragment`, `at`;
+//   · what points at a weight, and whether its rows lie in slabs of 16, in the order in which a tile has them: `Stored`,
+//     `PACKED`;
+//   · how many elements of K a stage has, how 16 bytes of it get there, whatever K is, and where they lie in it: `DEPTH`,
+//     `copy_rows`, `offset`;
+//   · how they become an A operand of mma.sync, and how one element becomes an f32: `load`, `fragment`, `at`;
+//   · whether sums begin at zero for each group of elements, to be scaled and added up: `SCALED`;
 //   · the type in which elements are multiplied, which is the tokens' type, and how many TMA writes into 128 bytes:
 //     `T`, `ATOM`.
-// A format with scales has a `Row` of two pointers. The mainloops do not call it to apply scales yet, since no stored
-// format needs that. For int8 and fp8, that call comes once after K and multiplies sums by their row's scale. For int4,
-// it comes after each block of K: sums begin at zero, and are scaled and added to those of the blocks before.
 #pragma once
 
 #include "base/types.cuh"
@@ -23,17 +23,26 @@ template <typename Element>
 struct Plain {
     using T = Element;
 
-    // A row of a weight. Null is no row, and reads as zeros.
-    using Row = const Element*;
+    // Points at a weight, or at a row of it. Null is no row, and reads as zeros.
+    using Stored = const Element*;
+    using Row = Stored;
+    static constexpr bool PACKED = false;
+
+    // Elements of K in a stage, and bytes of a stage's rows.
+    static constexpr int DEPTH = 64;
+    __device__ static constexpr int tile_bytes(int rows) { return rows * bytes(DEPTH); }
+
+    // A sum is one chain over K, and is not scaled.
+    static constexpr bool SCALED = false;
+    static constexpr int CHAINS = 1, ROW_VALUES = 0;
+    static constexpr float UNIT = 1.0f;
+    struct Zero {};
 
     // Bytes of `count` elements of a row.
     __device__ static constexpr int bytes(int count) { return count * static_cast<int>(sizeof(Element)); }
 
     // Elements in a row of TMA's 128-byte swizzle.
     static constexpr int ATOM = 128 / sizeof(Element);
-
-    // The row that lies `rows` rows of `k` elements further on.
-    __device__ static __forceinline__ Row after(Row row, i64 rows, int k) { return row + rows * k; }
 
     __device__ static __forceinline__ float at(Row row, int k) { return to_float(row[k]); }
 
@@ -60,9 +69,26 @@ struct Plain {
         }
     }
 
-    // A lane's part of the A operand (ptx::mma) of 16 rows from `row` and the `step`-th 16 elements of a tile.
-    __device__ static __forceinline__ void fragment(u32 (&a)[4], u32 tile, int row, int step, int lane) {
-        ptx::ldmatrix_x4(a, tile + offset(row + lane % 16, step * 2 + lane / 16));
+    // Starts to copy the i-th 16 bytes of a tile. `find(row)` says where the elements of a tile's row lie.
+    template <int K, typename Find>
+    __device__ static __forceinline__ void copy_rows(u8* tile, int i, Find find, int k) {
+        constexpr int PIECES = bytes(DEPTH) / 16;
+        copy<K>(tile, i / PIECES, i % PIECES, find(i / PIECES), k);
+    }
+
+    // A lane's part of 16 rows of a tile.
+    struct Lane {
+        u32 tile;
+        int row, lane;
+    };
+
+    __device__ static __forceinline__ void load(Lane& to, const u8* tile, int row, int lane) {
+        to = {ptx::shared_address(tile), row, lane};
+    }
+
+    // A lane's part of the A operand (ptx::mma) of the `step`-th 16 elements.
+    __device__ static __forceinline__ void fragment(u32 (&a)[4], const Lane& from, int step, Zero) {
+        ptx::ldmatrix_x4(a, from.tile + offset(from.row + from.lane % 16, step * 2 + from.lane / 16));
     }
 };
 

@@ -114,6 +114,11 @@ fn quantized_engines_give_the_tokens_of_one_rank_in_every_layout() {
             assert_eq!(tokens(at, &geometry, 5, &layout), alone, "{geometry} {layout}");
         }
     }
+    // The last engine has twelve ranks: four by three.
+    if has_mpirun() {
+        mpirun_in(at, 12, "run --engine_dir e --input_file ids.csv --max_output_len 12 --output_csv mpi.csv").ok();
+        assert_eq!(fs::read_to_string(at.join("mpi.csv")).unwrap(), fs::read_to_string(at.join("out.csv")).unwrap());
+    }
 }
 
 /// The example model in f32: with 16 bits, the ranks' sums could decide between near-ties.

@@ -48,7 +48,7 @@ RECIPES = {
     "compressed-mixtral-int4": ("llmcompressor", "mixtral", compressed(4, 32, True)),
     "compressed-mixtral-int8": ("llmcompressor", "small", compressed(8, None, True)),
     "compressed-mixtral-int8-zeros": ("llmcompressor", "small", compressed(8, 32, False)),
-    "compressed-mixtral-int8-unpacked": ("llmcompressor", "small", compressed(8, None, True, "int-quantized")),
+    "compressed-mixtral-int8-unpacked": ("llmcompressor", "small", compressed(8, None, False, "int-quantized")),
     "compressed-mistral-int4-zeros": ("llmcompressor", "mistral", compressed(4, 128, False)),
 }
 

@@ -244,6 +244,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::cast_possible_truncation, reason = "any weights will do")]
     fn the_search_loses_less_than_plain_rounding() {
         let values: Vec<f32> =
             mixtral_testkit::elements::values("weights", 128 * 64, 1.0).into_iter().map(|x| x as f32).collect();

@@ -185,7 +185,7 @@ fn gptq() {
 fn compressed_tensors() {
     agrees("compressed-mixtral-int4", "int4:g32:f16", &all_mappings());
     agrees("compressed-mixtral-int8", "int8:row:bf16", &all_mappings());
-    agrees("compressed-mixtral-int8-unpacked", "int8:row:bf16", &all_mappings());
+    agrees("compressed-mixtral-int8-unpacked", "int8:row:bf16:zeros", &all_mappings());
     agrees("compressed-mixtral-int8-zeros", "int8:g32:bf16:zeros", &[Mapping::tensor_parallel(1, 2)]);
     agrees("compressed-mistral-int4-zeros", "int4:g128:bf16:zeros", &[Mapping::tensor_parallel(1, 2)]);
 }
@@ -273,6 +273,15 @@ fn files_beside_the_configuration_describe_older_models() {
         };
         assert!(read(&from, "older") == read(&fixtures().join(name), "newer"), "{name}");
     }
+}
+
+#[test]
+fn the_tool_that_wrote_zeros_may_be_named_in_a_list_or_alone() {
+    let root = tempfile::tempdir().unwrap();
+    let from = root.path().join("model");
+    let alone = |config: &mut Value| config["quantization_config"]["meta"]["quantizer"] = json!("gptqmodel:1.0.0");
+    spoiled("gptq-mixtral-rows", &from, alone, |_| {});
+    convert(&options(&from, root.path().join("checkpoint"), Mapping::single()), &()).unwrap();
 }
 
 #[test]
@@ -370,6 +379,7 @@ fn what_is_refused_says_why() {
         case(title, compressed, one, &edit, &|_| {});
     };
     group("fp4", &["format"], json!("nvfp4-pack-quantized"));
+    group("4 bits that are not packed", &["format"], json!("int-quantized"));
     group("fp8", &["weights", "type"], json!("float"));
     group("2 bits", &["weights", "num_bits"], json!(2));
     group("a scale a tensor", &["weights", "strategy"], json!("tensor"));

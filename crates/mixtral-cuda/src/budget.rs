@@ -4,6 +4,7 @@
 use mixtral_engine::Program;
 use mixtral_kernels::Schedule;
 
+use crate::staging::Queue;
 use crate::{CudaError, exchange, weights};
 
 /// How large the cache is.
@@ -37,6 +38,8 @@ pub(crate) struct Needs {
     pub(crate) inputs: usize,
     /// One block of cache, all layers.
     pub(crate) kv_block: usize,
+    /// What weights take while they are loaded, in the memory that becomes the cache.
+    pub(crate) staging: usize,
     /// The most tokens of a step, which arena and scratch are planned for.
     pub(crate) max_num_tokens: usize,
 }
@@ -45,11 +48,12 @@ impl Needs {
     pub(crate) fn new(program: &Program, schedule: &Schedule) -> Needs {
         let exchange = schedule.exchange.as_ref().map_or(0, |sizes| exchange::bytes(program, sizes));
         Needs {
-            weights: weights::layout(program).1,
+            weights: weights::layout(program, schedule).1,
             arena: program.arena_bytes,
             scratch: schedule.scratch_bytes.saturating_add(exchange),
             inputs: schedule.block.bytes() + 8 * program.num_layers * program.num_experts,
             kv_block: program.kv.block_bytes(program.limits.block_size),
+            staging: Queue::new(program, schedule).bytes(),
             max_num_tokens: program.limits.max_num_tokens,
         }
     }
@@ -72,10 +76,10 @@ impl Needs {
                 (at_least, (part / block).min(at_most), Some(of_free))
             }
         };
-        if free >= fixed && blocks >= least {
+        if free >= fixed && blocks >= least && left >= self.staging {
             return Ok(blocks);
         }
-        let kv = least.saturating_mul(block);
+        let kv = least.saturating_mul(block).max(self.staging);
         let what = format!(
             "the engine needs {} on the GPU: {} for weights, {} for activations, {} for workspaces, {} for inputs, {} for the driver, and {} for {least} blocks of KV cache; {} are free",
             bytes(fixed.saturating_add(kv)),
@@ -140,6 +144,7 @@ mod tests {
             scratch: GB,
             inputs: GB / 10,
             kv_block: GB / 100,
+            staging: 0,
             max_num_tokens: 8192,
         }
     }

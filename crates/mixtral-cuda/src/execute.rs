@@ -35,6 +35,8 @@ pub(crate) struct Addresses {
     pub(crate) block: StepBlock,
     /// Of the scratch memory.
     pub(crate) scratch: u64,
+    /// Of the memory in which matrices wait to be packed while the program is loaded.
+    pub(crate) staging: u64,
     /// Addresses of the memory between ranks, if there is any.
     pub(crate) exchange: Option<Words>,
     /// Of the experts' counters, and how many counters a layer has, if tokens are counted.
@@ -57,7 +59,8 @@ impl Addresses {
             Arg::I32(value) => u64::from(value.cast_unsigned()),
             Arg::U64(value) => *value,
             Arg::F32(value) => u64::from(value.to_bits()),
-            Arg::TensorMap(_) | Arg::Piece(_) | Arg::Probe(_) => return None,
+            Arg::Staged(offset) => self.staging + *offset as u64,
+            Arg::TensorMap(_) | Arg::Piece(_) | Arg::Pack(_) | Arg::Probe(_) => return None,
         })
     }
 
@@ -489,6 +492,7 @@ mod tests {
             step: 0x40_0000,
             block,
             scratch: 0x50_0000,
+            staging: 0x70_0000,
             exchange: None,
             counts: Some((0x60_0000, 8)),
         };
@@ -501,6 +505,7 @@ mod tests {
         assert_eq!(word(Arg::Keys(1)), None);
         assert_eq!(word(Arg::Step(Array::Positions)), Some(0x40_0000 + positions));
         assert_eq!(word(Arg::Scratch(0x80)), Some(0x50_0080));
+        assert_eq!(word(Arg::Staged(0x80)), Some(0x70_0080));
         assert_eq!(word(Arg::ExpertCounts(2)), Some(0x60_0000 + 2 * 8 * 8));
         let uncounted = Addresses { counts: None, ..addresses.clone() };
         assert_eq!(uncounted.word(&Arg::ExpertCounts(2)), Some(0));

@@ -21,6 +21,7 @@ pub mod images;
 mod inputs;
 pub mod load;
 pub mod probe;
+mod staging;
 mod weights;
 
 pub use backend::CudaBackend;

@@ -6,14 +6,16 @@ use std::sync::Arc;
 use mixtral_engine::{BackendError, Collectives, Program, Weights};
 use mixtral_kernels::lower::dummy;
 use mixtral_kernels::step_block::Array;
-use mixtral_kernels::{Executable, Schedule, StepBlock, Work};
+use mixtral_kernels::{Executable, Launch, Schedule, StepBlock, Work};
 
+use crate::CudaError;
 use crate::backend::CudaBackend;
 use crate::budget::{KvBlocks, Needs};
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 use crate::exchange::Exchange;
 use crate::execute::{Addresses, Functions, Shape, Timer, WorkList};
-use crate::{CudaError, weights};
+use crate::staging::{Matrix, Queue};
+use crate::weights::{self, Targets};
 
 /// How to load a program.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,7 +55,6 @@ pub struct Loading<'a> {
     context: Context,
     stream: Stream,
     functions: Functions<'a>,
-    fills: Vec<Work>,
     needs: Needs,
 }
 
@@ -74,19 +75,16 @@ impl<'a> Loading<'a> {
         let context = Context::new(options.device)?;
         let stream = Stream::new(&context)?;
         let mut functions = Functions::new(&executable.images, &context, options.sharing);
-        let fills: Vec<Work> = match source {
-            Weights::Dummy { seed } => {
-                let fills = dummy::launches(&program, &schedule.fills, *seed);
-                let none = |dtype| BackendError::Other(format!("the engine has no kernel that fills {dtype} weights"));
-                fills.map_err(none)?.into_iter().map(Work::Launch).collect()
-            }
-            Weights::Source(_) => Vec::new(),
-        };
-        for work in schedule.regimes.iter().flat_map(|(_, work)| work).chain(&fills) {
+        for work in schedule.regimes.iter().flat_map(|(_, work)| work) {
             functions.load(work)?;
         }
+        let packs = schedule.packs.iter().map(|pack| &pack.launch.kernel);
+        let fills = schedule.fills.iter().map(|(_, launch)| &launch.kernel);
+        for kernel in packs.chain(fills) {
+            functions.get(kernel)?;
+        }
         let needs = Needs::new(&program, schedule);
-        Ok(Loading { program, source, schedule, options, context, stream, functions, fills, needs })
+        Ok(Loading { program, source, schedule, options, context, stream, functions, needs })
     }
 
     /// The blocks of cache that fit beside everything else, but at most as many as are wanted. The free memory is
@@ -107,7 +105,7 @@ impl<'a> Loading<'a> {
     /// A program of several ranks without `ranks`; memory that another program took meanwhile; GPUs that cannot reach
     /// each other; a missing or wrong weight; kernels that take other parameters than the schedule passes.
     pub fn finish(self, kv_blocks: usize, ranks: Option<Arc<dyn Collectives>>) -> Result<CudaBackend, BackendError> {
-        let Loading { program, source, schedule, options, context, stream, mut functions, fills, needs } = self;
+        let Loading { program, source, schedule, options, context, stream, mut functions, needs } = self;
         let block = schedule.block.clone();
         let memory = Memory::new(&context, &stream, &needs, &program, schedule, kv_blocks, options.count_experts)?;
         let exchange = match (&schedule.exchange, ranks) {
@@ -118,21 +116,48 @@ impl<'a> Loading<'a> {
                 return Err(BackendError::Other(alone));
             }
         };
-        let (starts, weight_bytes) = weights::layout(&program);
-        let addresses = memory.addresses(&program, &starts, &block, exchange.as_ref());
+        let (starts, weight_bytes) = weights::layout(&program, schedule);
+        let addresses = memory.addresses(&program, kv_blocks, &starts, &block, exchange.as_ref());
+        let queue = Queue::new(&program, schedule);
+        // Runs launches one after another, and waits for them.
+        let mut run = |launches: Vec<Launch>| -> Result<(), BackendError> {
+            let works: Vec<Work> = launches.into_iter().map(Work::Launch).collect();
+            let list = WorkList::new(&works, &mut functions, &addresses)?;
+            list.run(&stream, Shape { tokens: 0, logits: 0 }, &(0..usize::MAX), false)?;
+            Ok(stream.synchronize()?)
+        };
+        let pack = |matrix: &Matrix, start| {
+            let pack =
+                schedule.pack(matrix.weight).map(|pack| pack.of_matrix(matrix.weight, matrix.expert, matrix.at(start)));
+            pack.ok_or_else(|| BackendError::Other("a weight without a kernel that packs it".to_owned()))
+        };
         match source {
             Weights::Source(source) => {
-                weights::upload(&program, source.as_ref(), &context, &memory.weights, &starts)?;
+                let targets =
+                    Targets { weights: &memory.weights, starts: &starts, staging: &memory.cache, queue: &queue };
+                weights::upload(&program, source.as_ref(), &context, &targets, |matrix, start| {
+                    run(vec![pack(matrix, start)?])
+                })?;
             }
-            Weights::Dummy { .. } => {
+            Weights::Dummy { seed } => {
+                let none =
+                    |fill| BackendError::Other(format!("the engine has no kernel that fills weights with {fill:?}"));
                 // Parts of a weight that no piece covers are zero.
                 stream.fill(&memory.weights, 0, weight_bytes, 0)?;
-                let shape = Shape { tokens: 0, logits: 0 };
-                let fills = WorkList::new(&fills, &mut functions, &addresses)?;
-                fills.run(&stream, shape, &(0..usize::MAX), false)?;
-                stream.synchronize()?;
+                run(dummy::launches(&program, &schedule.fills, *seed).map_err(none)?)?;
+                for matrix in queue.matrices() {
+                    stream.fill(&memory.cache, 0, queue.bytes(), 0)?;
+                    let weight = &program.weights[matrix.weight];
+                    let (rows, at) = (matrix.rows.clone(), matrix.at(0));
+                    let mut launches = dummy::of_matrix(weight, &schedule.fills, *seed, rows, at).map_err(none)?;
+                    launches.push(pack(matrix, 0)?);
+                    run(launches)?;
+                }
             }
         }
+        // The cache held matrices until now.
+        stream.fill(&memory.cache, 0, queue.bytes(), 0)?;
+        stream.synchronize()?;
 
         let overlap = options.overlap && options.sharing <= 1 && context.device().capability >= OVERLAPS;
         let mut work = Vec::with_capacity(schedule.regimes.len());
@@ -198,7 +223,7 @@ impl Memory {
         let memory = Memory {
             weights: DeviceMemory::new(context, needs.weights)?,
             arena: zeroed(needs.arena)?,
-            cache: zeroed(needs.kv_block * kv_blocks)?,
+            cache: zeroed((needs.kv_block * kv_blocks).max(needs.staging))?,
             scratch: zeroed(schedule.scratch_bytes)?,
             step: zeroed(schedule.block.bytes())?,
             counts: count_experts.then(|| zeroed(counters)).transpose()?,
@@ -210,11 +235,12 @@ impl Memory {
     fn addresses(
         &self,
         program: &Program,
+        kv_blocks: usize,
         starts: &[usize],
         block: &StepBlock,
         exchange: Option<&Exchange>,
     ) -> Addresses {
-        let half = half_layer(program, self.cache.len() / program.kv.block_bytes(program.limits.block_size).max(1));
+        let half = half_layer(program, kv_blocks);
         let at = |memory: &DeviceMemory, offset: usize| memory.address() + offset as u64;
         Addresses {
             buffers: program.buffers.iter().map(|b| at(&self.arena, b.offset)).collect(),
@@ -226,6 +252,7 @@ impl Memory {
             step: self.step.address(),
             block: block.clone(),
             scratch: self.scratch.address(),
+            staging: self.cache.address(),
             exchange: exchange.map(Exchange::words),
             counts: self.counts.as_ref().map(|counts| (counts.address(), program.num_experts)),
         }

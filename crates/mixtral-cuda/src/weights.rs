@@ -5,9 +5,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
 use mixtral_engine::{BackendError, Program, Weight, WeightSource};
+use mixtral_kernels::Schedule;
+use mixtral_model::WeightFormat;
 
 use crate::CudaError;
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
+use crate::staging::{Matrix, Queue};
 
 /// Alignment of weights, in bytes. It is the alignment of allocations, and more than any vector load or tensor map
 /// needs.
@@ -21,14 +24,14 @@ const CHUNK: usize = 4 << 20;
 const MAX_THREADS: usize = 16;
 
 /// The offset of each weight, and the bytes of all of them.
-pub(crate) fn layout(program: &Program) -> (Vec<usize>, usize) {
+pub(crate) fn layout(program: &Program, schedule: &Schedule) -> (Vec<usize>, usize) {
     let mut end = 0;
-    let place = |weight: &Weight| {
+    let place = |index| {
         let start = end;
-        end += weight.num_bytes().next_multiple_of(ALIGN);
+        end += schedule.weight_bytes(program, index).next_multiple_of(ALIGN);
         start
     };
-    let starts = program.weights.iter().map(place).collect();
+    let starts = (0..program.weights.len()).map(place).collect();
     (starts, end)
 }
 
@@ -48,71 +51,134 @@ fn check(program: &Program, source: &dyn WeightSource) -> Result<(), BackendErro
     })
 }
 
+/// Where weights are copied to.
+pub(crate) struct Targets<'a> {
+    pub(crate) weights: &'a DeviceMemory,
+    /// Offsets of weights.
+    pub(crate) starts: &'a [usize],
+    /// The memory in which matrices wait to be packed.
+    pub(crate) staging: &'a DeviceMemory,
+    pub(crate) queue: &'a Queue,
+}
+
 /// Copies all weights to the device. Each thread reads chunks of the file into its two pinned buffers, one after the
 /// other, so that one is copied over the bus while the next is read. It calls pread and does not touch the mapping,
 /// because pread is faster: a page fault costs about as much as copying the page, and page faults of all threads wait
 /// for one lock, that of the address space.
+///
+/// Matrices that have to be packed are copied to the staging memory. `pack` packs the next one, in their order, from a
+/// place in that memory, and returns when that is done.
 pub(crate) fn upload(
     program: &Program,
     source: &dyn WeightSource,
     context: &Context,
-    memory: &DeviceMemory,
-    starts: &[usize],
+    targets: &Targets<'_>,
+    mut pack: impl FnMut(&Matrix, usize) -> Result<(), BackendError>,
 ) -> Result<(), BackendError> {
     check(program, source)?;
-    let chunks = chunks(program, starts);
+    let chunks = chunks(program, targets.starts, targets.queue.matrices());
     let next = AtomicUsize::new(0);
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(MAX_THREADS).min(chunks.len());
-    let work = || -> Result<(), BackendError> {
+    let copy = || -> Result<(), BackendError> {
         let stream = Stream::new(context)?;
         let mut buffers = [Pinned::new(context, CHUNK)?, Pinned::new(context, CHUNK)?];
+        // What the last copy from each buffer brought.
+        let mut under_way = [None, None];
         for turn in 0.. {
             let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
-            let buffer = &mut buffers[turn % 2];
-            source.read(chunk.name, chunk.from, &mut buffer.bytes()?[..chunk.len])?;
-            buffer.upload(&stream, 0, chunk.len, memory, chunk.to)?;
+            let (buffer, brought) = (&mut buffers[turn % 2], &mut under_way[turn % 2]);
+            buffer.bytes()?;
+            targets.queue.arrived(brought.take());
+            if let Place::Staged { matrix, .. } = chunk.to
+                && !targets.queue.has_room(matrix)
+            {
+                // What this thread still copies may be what the queue waits for.
+                stream.synchronize()?;
+                under_way.iter_mut().for_each(|brought| targets.queue.arrived(brought.take()));
+                if !targets.queue.wait_for_room(matrix) {
+                    return Ok(());
+                }
+            }
+            source.read(&chunk.name, chunk.from, &mut buffers[turn % 2].bytes()?[..chunk.len])?;
+            let (memory, to) = match chunk.to {
+                Place::Weight(to) => (targets.weights, to),
+                Place::Staged { matrix, at } => (targets.staging, targets.queue.start(matrix) + at),
+            };
+            buffers[turn % 2].upload(&stream, 0, chunk.len, memory, to)?;
+            under_way[turn % 2] = Some(chunk.to).map(|to| (to, chunk.len));
         }
-        Ok(stream.synchronize()?)
+        stream.synchronize()?;
+        under_way.into_iter().for_each(|brought| targets.queue.arrived(brought));
+        Ok(())
     };
+    let work = || copy().inspect_err(|_| targets.queue.fail());
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
+        let packed = targets.queue.drain(&mut pack);
         let joined = workers.into_iter().map(|worker| {
             let failed = || CudaError::Unsupported("a thread that copies weights failed".to_owned()).into();
             worker.join().unwrap_or_else(|_| Err(failed()))
         });
-        joined.collect()
+        joined.collect::<Result<(), BackendError>>().and(packed)
     })
 }
 
-/// A piece of a weight.
+/// Where a chunk goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// Bytes before it in the memory of all weights.
+    Weight(usize),
+    /// A matrix that is to be packed, and the bytes before the chunk in the matrix's part of the staging memory.
+    Staged {
+        /// Number of the matrix in the queue.
+        matrix: usize,
+        at: usize,
+    },
+}
+
+/// A piece of a tensor.
 #[derive(Debug, PartialEq, Eq)]
-struct Chunk<'a> {
-    /// The weight.
-    name: &'a str,
-    /// Bytes before it in the weight.
+struct Chunk {
+    /// The tensor.
+    name: String,
+    /// Bytes before it in the tensor.
     from: usize,
     len: usize,
-    /// Bytes before it in the memory of all weights.
-    to: usize,
+    to: Place,
 }
 
 /// The weights cut into pieces, each with its place on the device.
-fn chunks<'a>(program: &'a Program, starts: &[usize]) -> Vec<Chunk<'a>> {
-    let cut = |(weight, &start): (&'a Weight, &usize)| {
-        let bytes = weight.num_bytes();
-        let piece =
-            move |from: usize| Chunk { name: &weight.name, from, len: CHUNK.min(bytes - from), to: start + from };
-        (0..bytes).step_by(CHUNK).map(piece)
+fn chunks(program: &Program, starts: &[usize], matrices: &[Matrix]) -> Vec<Chunk> {
+    let mut chunks = Vec::new();
+    let mut cut = |name: &str, from: usize, bytes: usize, place: &dyn Fn(usize) -> Place| {
+        for done in (0..bytes).step_by(CHUNK) {
+            let len = CHUNK.min(bytes - done);
+            chunks.push(Chunk { name: name.to_owned(), from: from + done, len, to: place(done) });
+        }
     };
-    program.weights.iter().zip(starts).flat_map(cut).collect()
+    let plain = |weight: &Weight| weight.format == WeightFormat::Plain;
+    for (weight, &start) in program.weights.iter().zip(starts).filter(|(weight, _)| plain(weight)) {
+        cut(&weight.name, 0, weight.num_bytes(), &|done| Place::Weight(start + done));
+    }
+    for (index, matrix) in matrices.iter().enumerate() {
+        for (tensor, part) in program.weights[matrix.weight].tensors().iter().zip(&matrix.parts) {
+            cut(&tensor.name, part.from, part.bytes, &|done| Place::Staged { matrix: index, at: part.at + done });
+        }
+    }
+    chunks
 }
 
 #[cfg(test)]
 mod tests {
+    use mixtral_kernels::{Family, Target};
     use mixtral_model::DType;
     use mixtral_testkit::assembly::Assembly;
 
     use super::*;
+
+    fn schedule(program: &Program) -> Schedule {
+        Schedule::new(program, Target { family: Family::Portable }).expect("kernels")
+    }
 
     #[test]
     fn chunks_cover_every_byte_once() {
@@ -120,11 +186,11 @@ mod tests {
         a.declare("a", DType::F32, &[CHUNK / 4 + 5]);
         a.declare("b", DType::F32, &[3]);
         a.declare("c", DType::F32, &[2 * CHUNK / 4]);
-        let (starts, _) = layout(&a.program);
+        let (starts, _) = layout(&a.program, &schedule(&a.program));
         let [b, c] = [CHUNK + 256, CHUNK + 512];
-        let chunk = |name, from, len, to| Chunk { name, from, len, to };
+        let chunk = |name: &str, from, len, to| Chunk { name: name.to_owned(), from, len, to: Place::Weight(to) };
         assert_eq!(
-            chunks(&a.program, &starts),
+            chunks(&a.program, &starts, &[]),
             [
                 chunk("a", 0, CHUNK, 0),
                 chunk("a", CHUNK, 20, CHUNK),
@@ -141,7 +207,7 @@ mod tests {
         a.weight("a", DType::Bf16, &[3, 5], &[1.0; 15]);
         a.weight("b", DType::F32, &[100], &[1.0; 100]);
         a.weight("c", DType::F32, &[1], &[1.0]);
-        assert_eq!(layout(&a.program), (vec![0, 256, 768], 1024));
+        assert_eq!(layout(&a.program, &schedule(&a.program)), (vec![0, 256, 768], 1024));
         check(&a.program, &a.weights).unwrap();
         let mut bytes = [0; 8];
         a.weights.read("b", 392, &mut bytes).unwrap();

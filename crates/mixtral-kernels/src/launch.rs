@@ -49,6 +49,11 @@ pub enum Arg {
     /// A value of the piece of a dummy weight that the launch fills. The schedule has one such launch for each data
     /// type; loading makes one launch of it for each piece.
     Piece(PieceArg),
+    /// A value of the matrix that the launch packs. The schedule has one such launch for each kind of quantized weight;
+    /// loading makes one launch of it for each matrix.
+    Pack(PackArg),
+    /// Pointer into the memory in which a matrix waits to be packed: bytes from its start. Only loading knows it.
+    Staged(usize),
     /// A value of the memory that the probe reads. Only the caller of the probe knows that memory.
     Probe(ProbeArg),
 }
@@ -58,14 +63,15 @@ impl Arg {
     #[must_use]
     pub fn size(&self) -> usize {
         match self {
-            Arg::I32(_) | Arg::F32(_) | Arg::Ordinal(_) | Arg::Piece(PieceArg::Scale | PieceArg::Bias) => 4,
+            Arg::I32(_) | Arg::F32(_) | Arg::Ordinal(_) => 4,
+            Arg::Piece(PieceArg::Scale | PieceArg::Bias) | Arg::Pack(PackArg::Expert) => 4,
             Arg::TensorMap(_) => 128,
             _ => 8,
         }
     }
 }
 
-/// A parameter of `dummy::fill`, taken from the piece that it fills. The piece's elements are a rectangle of a source
+/// A parameter of the kernels of `dummy/fill.cuh`, taken from the piece that they fill. The piece's elements are a rectangle of a source
 /// tensor.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -86,6 +92,22 @@ pub enum PieceArg {
     Scale,
     /// f32: what is added to the product.
     Bias,
+}
+
+/// A parameter of `weight::pack`, taken from the matrix that it packs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PackArg {
+    /// Pointer to its integers.
+    Values,
+    /// Pointer to its scales.
+    Scales,
+    /// Pointer to its zeros, if there are any.
+    Zeros,
+    /// Pointer to the packed weight.
+    Out,
+    /// 32 bits: the number of the matrix in the weight.
+    Expert,
 }
 
 /// A parameter of `probe::read`.

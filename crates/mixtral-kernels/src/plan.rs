@@ -39,9 +39,32 @@ pub enum LinearPlan {
         /// Whether a CTA takes its next tile when it becomes free. Else its tiles are fixed beforehand.
         dynamic: bool,
     },
+    /// Bulk copies and mma.sync, for few tokens and packed weights: each warp streams weights through a ring of its own.
+    Stream(Stream),
     /// cuBLASLt's product, with the algorithm that cuBLASLt chooses at run time. Used only where the user asked for it,
     /// because with it a row's bits depend on the other rows.
     CublasLt,
+}
+
+/// The numbers of [`LinearPlan::Stream`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Stream {
+    /// The most columns of a tile.
+    pub cols: u32,
+    /// The most tokens in shared memory: of one tile, or of several that lie one behind the other.
+    pub rows: u32,
+    /// Warps that multiply.
+    pub warps: u32,
+    /// Warps that share a slab of 16 rows along K.
+    pub split: u32,
+    /// Blocks of 128 elements of K in a stage of a warp's ring.
+    pub blocks: u32,
+    /// Stages of a warp's ring.
+    pub stages: u32,
+    /// Blocks of each warp's part of K in a stage of tokens.
+    pub token_blocks: u32,
+    /// Stages of tokens.
+    pub token_stages: u32,
 }
 
 /// A text that is not a plan's.
@@ -57,6 +80,9 @@ impl fmt::Display for LinearPlan {
             LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
                 write!(f, "wgmma:{rows}x{cols}:k{depth}:s{stages}:w{warpgroups}:c{cluster}")?;
                 if *dynamic { write!(f, ":dynamic") } else { Ok(()) }
+            }
+            LinearPlan::Stream(Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages }) => {
+                write!(f, "stream:{rows}x{cols}:w{warps}:p{split}:b{blocks}:s{stages}:t{token_blocks}x{token_stages}")
             }
             LinearPlan::CublasLt => write!(f, "cublaslt"),
         }
@@ -93,6 +119,13 @@ impl FromStr for LinearPlan {
                 }
                 LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic }
             }
+            "stream" => {
+                let (rows, cols) = tile(words.next())?;
+                let (warps, split) = (number(words.next(), 'w')?, number(words.next(), 'p')?);
+                let (blocks, stages) = (number(words.next(), 'b')?, number(words.next(), 's')?);
+                let (token_blocks, token_stages) = tile(words.next().and_then(|w| w.strip_prefix('t')))?;
+                LinearPlan::Stream(Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages })
+            }
             "cublaslt" => LinearPlan::CublasLt,
             _ => return Err(error()),
         };
@@ -111,6 +144,16 @@ mod tests {
             LinearPlan::Mma { rows: 64, cols: 32 },
             LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1, cluster: 1, dynamic: false },
             LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 2, dynamic: true },
+            LinearPlan::Stream(Stream {
+                cols: 1,
+                rows: 2,
+                warps: 14,
+                split: 7,
+                blocks: 4,
+                stages: 3,
+                token_blocks: 16,
+                token_stages: 1,
+            }),
             LinearPlan::CublasLt,
         ];
         for plan in plans {
@@ -125,6 +168,8 @@ mod tests {
             "mma:64",
             "simt:3",
             "cublaslt:1",
+            "stream:8x8:w15:p1:b4:s2",
+            "stream:8x8:w15:p1:b4:s2:t4",
             "wgmma:64x8:k128:s5",
             "wgmma:64x8:k128:s5:w1",
             "wgmma:64x8:k128:s5:w1:c1:x",

@@ -2,9 +2,10 @@
 //! tables.
 
 use mixtral_engine::{Op, Program, Rows, Rung};
-use mixtral_model::ElemType;
+use mixtral_model::{Bits, ElemType, Quantization};
 
-use crate::plan::RUNGS;
+use crate::lower::count;
+use crate::plan::{RUNGS, Stream};
 use crate::{Family, LinearPlan, WeightRows};
 
 /// A linear as its kernels see it.
@@ -53,7 +54,7 @@ impl LinearShape {
 
     /// Whether TMA takes it: rows of weights, tokens and outputs begin at multiples of 16 bytes.
     fn is_aligned(&self) -> bool {
-        let (weight, tokens) = (self.weight.bytes(self.depth), self.depth * self.tokens.size());
+        let (weight, tokens) = (self.depth * self.weight.dtype().size(), self.depth * self.tokens.size());
         weight.is_multiple_of(16)
             && tokens.is_multiple_of(16)
             && self.rows.is_multiple_of(if self.silu_mul { 16 } else { 8 })
@@ -65,42 +66,45 @@ impl LinearShape {
 /// finish long after all others.
 const RING: u32 = 184 << 10;
 
+/// Experts of packed weights stream them in steps of up to this many tokens.
+const STREAMED: usize = 64;
+
 /// The plan for up to `tokens` tokens.
 #[must_use]
 pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     if !shape.weight.suits_tensor_cores(shape.tokens) {
         return LinearPlan::Simt;
     }
+    let packed = shape.weight.is_packed();
+    let few = packed && family == Family::Hopper && tokens <= if shape.grouped { STREAMED } else { 8 };
+    if few && let Some(stream) = Stream::new(shape, tokens) {
+        return LinearPlan::Stream(stream);
+    }
     if family == Family::Portable || !shape.is_aligned() {
-        let cols = match tokens {
-            0..=8 => 8,
-            9..=16 => 16,
-            17..=32 => 32,
-            33..=64 => 64,
-            _ => 128,
-        };
+        // A stage of a packed weight has twice the elements of a plain one's.
+        let cols = portable_cols(tokens).min(if packed { 64 } else { 128 });
         return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
     }
-    let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| LinearPlan::Wgmma {
-        rows,
-        cols,
-        depth,
-        stages: (RING / ((rows + cols) * depth * 2)).clamp(3, 12),
-        warpgroups,
-        cluster: 1,
-        dynamic: false,
+    let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| {
+        let depth = if packed { 128 } else { depth };
+        let stages = (RING / stage_bytes(shape.weight, rows, cols, depth)).clamp(3, 12);
+        LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }
     };
     match (tokens, shape.grouped) {
         (0..=16, grouped) => {
             let cols = if tokens <= 8 { 8 } else { 16 };
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
         }
+        // A product with an operand from registers takes about 30 cycles more, however few columns it has. So tiles are
+        // tall, and no wider than an expert's share of the tokens usually is.
+        (17..=64, true) if packed => ring(256, 32, 128, 2),
+        (65..=256, true) if packed => ring(256, if tokens <= 128 { 64 } else { 96 }, 128, 2),
         (17..=32, true) => ring(64, 32, 128, 1),
         // Of 128 tokens an expert gets about 32, of 256 about 64 and seldom more than 96. Wider tiles would leave less
         // shared memory for stages.
         (33..=128, true) => ring(128, 64, 64, 2),
         (129..=256, true) => ring(128, 96, 64, 2),
-        (257..=512, true) => ring(128, 192, 64, 2),
+        (257..=512, true) if !packed => ring(128, 192, 64, 2),
         (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
         (65..=256, false) if shape.rows.div_ceil(64) * tokens.div_ceil(128) <= MULTIPROCESSORS => ring(64, 128, 64, 1),
         // Larger tiles are better than a second round of tiles.
@@ -113,6 +117,10 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         // of 2048 tokens has too few such tiles to occupy every multiprocessor. CTAs work in pairs that share their
         // tokens. Tiles are handed out as CTAs become free: the experts' ragged last tiles then leave no CTA idle, and
         // neighbours stay close enough to share data in L2.
+        _ if packed => {
+            let (rows, cols) = large_packed(shape.weight);
+            LinearPlan::Wgmma { rows, cols, depth: 128, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
+        }
         (_, true) => {
             LinearPlan::Wgmma { rows: 256, cols: 192, depth: 64, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
         }
@@ -122,8 +130,35 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
     }
 }
 
+/// Rows and columns of the tiles of a packed weight in prefill. Groups need accumulators for a chain and for its sum. So
+/// a tile has half the rows of a plain weight's, and stored zeros leave registers for fewer columns.
+fn large_packed(weight: WeightRows) -> (u32, u32) {
+    match weight {
+        WeightRows::Quantized(_, Quantization { zeros: true, group: Some(_), bits: Bits::Four, .. }) => (256, 128),
+        WeightRows::Quantized(_, Quantization { zeros: true, group: Some(_), bits: Bits::Eight, .. }) => (128, 128),
+        _ => (128, 192),
+    }
+}
+
+/// Bytes of a stage of `linear::Config`: `depth` elements of `rows` rows of weights and of `cols` tokens.
+pub(crate) fn stage_bytes(weight: WeightRows, rows: u32, cols: u32, depth: u32) -> u32 {
+    let rows = depth / count(weight.stage_depth()) * count(weight.stage_bytes(rows as usize));
+    rows.next_multiple_of(1024) + cols * depth * 2
+}
+
+/// Columns of a tile of the portable kernels.
+fn portable_cols(tokens: usize) -> u32 {
+    match tokens {
+        0..=8 => 8,
+        9..=16 => 16,
+        17..=32 => 32,
+        33..=64 => 64,
+        _ => 128,
+    }
+}
+
 /// Multiprocessors of a Hopper GPU.
-const MULTIPROCESSORS: usize = 132;
+pub(crate) const MULTIPROCESSORS: usize = 132;
 
 /// Rows of a tile when there are few tokens. Chosen so that nearly every multiprocessor has one tile and none has two.
 fn few_rows(rows: usize) -> u32 {
@@ -144,8 +179,9 @@ pub const CUBLASLT_ABOVE: usize = 256;
 pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let Op::Linear { input, .. } = op else { return false };
     let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
-    let fits = LinearShape::of(program, op)
-        .is_some_and(|shape| shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned());
+    let fits = LinearShape::of(program, op).is_some_and(|shape| {
+        !shape.weight.is_packed() && shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned()
+    });
     of_tokens && fits && tokens > CUBLASLT_ABOVE
 }
 
@@ -180,6 +216,42 @@ mod tests {
     fn rows_fill_the_machine() {
         // Mixtral 8x7B: q/k/v, o, vocabulary; 8x22B: q/k/v, o.
         assert_eq!([6144, 4096, 32000, 8192, 6144].map(few_rows), [48, 32, 64, 64, 48]);
+    }
+
+    #[test]
+    fn packed_weights_go_to_three_kernels() {
+        let plans = |word: &str, grouped: bool, tokens: &[usize]| -> Vec<String> {
+            let Ok(mixtral_model::WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
+            let weight = WeightRows::Quantized(DType::Bf16, quantization);
+            let shape =
+                LinearShape { rows: 4096, depth: 14336, tokens: ElemType::Bf16, weight, silu_mul: false, grouped };
+            tokens.iter().map(|&n| plan(&shape, n, Family::Hopper).to_string()).collect()
+        };
+        let experts = plans("int4:g128:bf16", true, &[16, 64, 128, 256, 16384]);
+        assert!(experts[0].starts_with("stream:"), "{experts:?}");
+        assert_eq!(
+            experts[1..],
+            [
+                "wgmma:256x32:k128:s7:w2:c1",
+                "wgmma:256x64:k128:s5:w2:c1",
+                "wgmma:256x96:k128:s4:w2:c1",
+                "wgmma:128x192:k128:s3:w2:c2:dynamic"
+            ]
+        );
+        let dense = plans("int8:row:f32", false, &[8, 9, 128, 512, 2048]);
+        assert!(dense[0].starts_with("stream:"), "{dense:?}");
+        assert_eq!(
+            dense[1..],
+            [
+                "wgmma:32x16:k128:s12:w1:c1",
+                "wgmma:64x128:k128:s4:w1:c1",
+                "wgmma:128x128:k128:s3:w2:c1",
+                "wgmma:128x192:k128:s3:w2:c2:dynamic"
+            ]
+        );
+        // Stored zeros take registers.
+        assert_eq!(plans("int4:g64:f16:zeros", true, &[2048]), ["wgmma:256x128:k128:s3:w2:c2:dynamic"]);
+        assert_eq!(plans("int8:g64:f16:zeros", true, &[2048]), ["wgmma:128x128:k128:s3:w2:c2:dynamic"]);
     }
 
     #[test]

@@ -1,17 +1,25 @@
-//! How the rows of a linear's weight are stored, as its kernels see it. This is the Rust side of `kernels/weight/`;
-//! each variant has a header there.
+//! How a linear's weight lies on the device, as its kernels see it. This is the Rust side of `kernels/weight/`; each
+//! variant of [`WeightRows`] has a header there.
 
-use mixtral_engine::Weight;
-use mixtral_model::{DType, ElemType, WeightFormat};
+use mixtral_engine::{Op, Program, Weight};
+use mixtral_model::{Bits, DType, ElemType, Quantization, WeightFormat};
 
 use crate::lower::type_name;
 
-/// A storage format with its element types.
+/// A format with its element types.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum WeightRows {
     /// `weight::Plain`: elements of this type, one after another.
     Plain(DType),
+    /// `weight::Quantized`: integers that stand for elements of this type, in the order of the device.
+    Quantized(DType, Quantization),
 }
+
+/// Rows of a slab.
+const SLAB: usize = 16;
+
+/// Elements of a row in a block.
+const BLOCK: usize = 128;
 
 impl WeightRows {
     /// The format of `weight`; `None` if it has no kernels.
@@ -19,40 +27,169 @@ impl WeightRows {
     pub fn of(weight: &Weight) -> Option<Self> {
         match weight.format {
             WeightFormat::Plain => Some(WeightRows::Plain(weight.dtype)),
-            WeightFormat::Quantized(_) => None,
+            WeightFormat::Quantized(quantization) => matches!(quantization.group, None | Some(32 | 64 | 128))
+                .then_some(WeightRows::Quantized(weight.dtype, quantization)),
         }
     }
 
-    /// Bytes of `elements` elements of a row.
+    /// The type that elements have when they are multiplied.
     #[must_use]
-    pub fn bytes(self, elements: usize) -> usize {
+    pub const fn dtype(self) -> DType {
         match self {
-            WeightRows::Plain(dtype) => elements * dtype.size(),
+            WeightRows::Plain(dtype) | WeightRows::Quantized(dtype, _) => dtype,
         }
     }
 
     /// Whether there are kernels that multiply a weight of this format with tokens of type `tokens` on tensor cores.
     #[must_use]
     pub fn suits_tensor_cores(self, tokens: ElemType) -> bool {
+        matches!(self.dtype(), DType::F16 | DType::Bf16) && tokens == self.dtype().into()
+    }
+
+    /// Whether the weight lies on the device in another order than in its file.
+    #[must_use]
+    pub const fn is_packed(self) -> bool {
+        matches!(self, WeightRows::Quantized(..))
+    }
+
+    /// Whether sums are scaled and added up group by group.
+    #[must_use]
+    pub const fn has_groups(self) -> bool {
+        matches!(self, WeightRows::Quantized(_, Quantization { group: Some(_), .. }))
+    }
+
+    /// Elements of K in a block of a packed weight, and in a row of a plain one that TMA swizzles: the least that a stage
+    /// has.
+    #[must_use]
+    pub const fn stage_depth(self) -> usize {
+        if self.is_packed() { BLOCK } else { 64 }
+    }
+
+    /// Bytes of such a stage's `rows` rows, of a 16-bit model.
+    #[must_use]
+    pub fn stage_bytes(self, rows: usize) -> usize {
         match self {
-            WeightRows::Plain(dtype) => matches!(dtype, DType::F16 | DType::Bf16) && tokens == dtype.into(),
+            WeightRows::Plain(dtype) => rows * self.stage_depth() * dtype.size(),
+            WeightRows::Quantized(..) => rows / SLAB * self.block_bytes(),
         }
     }
 
-    /// How many elements TMA writes into a 128-byte row of swizzled shared memory, and their type in a tensor map.
+    /// Bytes of a block of a slab; 0 if the format has no slabs.
     #[must_use]
-    pub fn atom(self) -> (usize, ElemType) {
+    pub fn block_bytes(self) -> usize {
+        let WeightRows::Quantized(_, quantization) = self else { return 0 };
+        let integers = SLAB * BLOCK / quantization.bits.per_byte();
+        let groups = quantization.group.map_or(0, |group| BLOCK / group);
+        let bytes = integers + SLAB * groups * (quantization.scale.size() + usize::from(quantization.zeros));
+        bytes.next_multiple_of(16 * self.parts())
+    }
+
+    /// In how many parts TMA copies a block.
+    #[must_use]
+    pub const fn parts(self) -> usize {
         match self {
-            WeightRows::Plain(dtype) => (128 / dtype.size(), dtype.into()),
+            WeightRows::Plain(_) => 1,
+            WeightRows::Quantized(_, Quantization { bits: Bits::Four, .. }) => 2,
+            WeightRows::Quantized(_, Quantization { bits: Bits::Eight, .. }) => 4,
         }
     }
 
-    /// The type in `kernels/weight/` that kernels are instantiated with.
-    #[must_use]
-    pub fn symbol(self) -> String {
+    /// Bytes of the values of a row that lie behind the slabs.
+    fn row_values(self) -> usize {
         match self {
-            WeightRows::Plain(dtype) => format!("weight::Plain<{}>", type_name(dtype)),
+            WeightRows::Quantized(_, Quantization { group: None, zeros, .. }) => 4 * (1 + usize::from(zeros)),
+            _ => 0,
         }
+    }
+}
+
+/// Where a linear's weight lies, and which kernels read it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// The format.
+    pub format: WeightRows,
+    /// Matrices.
+    pub experts: usize,
+    /// Rows of each.
+    pub rows: usize,
+    /// Elements of a row.
+    pub cols: usize,
+    /// Whether a slab has eight rows of a matrix's first half and eight of its second half: silu·mul follows.
+    pub interleaved: bool,
+}
+
+impl Packing {
+    /// The packing of weight `index`; `None` if it has no kernels.
+    #[must_use]
+    pub fn of(program: &Program, index: usize) -> Option<Packing> {
+        let weight = program.weights.get(index)?;
+        let experts = if weight.shape.len() == 3 { weight.shape[0].max(1) } else { 1 };
+        let interleaved = program
+            .ops
+            .iter()
+            .any(|op| matches!(op, Op::ExpertGateUp { weight: name, silu_mul: true, .. } if *name == weight.name));
+        let format = WeightRows::of(weight)?;
+        Some(Packing { format, experts, rows: weight.rows() / experts, cols: weight.cols(), interleaved })
+    }
+
+    /// Slabs of a matrix.
+    #[must_use]
+    pub const fn slabs(&self) -> usize {
+        if self.interleaved { (self.rows / 2).div_ceil(SLAB / 2) } else { self.rows.div_ceil(SLAB) }
+    }
+
+    /// Blocks of a slab.
+    #[must_use]
+    pub const fn blocks(&self) -> usize {
+        self.cols.div_ceil(BLOCK)
+    }
+
+    fn slab_bytes(&self) -> usize {
+        self.blocks() * self.format.block_bytes()
+    }
+
+    /// Bytes on the device.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let WeightRows::Plain(dtype) = self.format else {
+            let slabs = self.experts * self.slabs();
+            return slabs * (self.slab_bytes() + SLAB * self.format.row_values());
+        };
+        self.experts * self.rows * self.cols * dtype.size()
+    }
+
+    /// Bytes before a row. A packed weight is only divided between slabs.
+    #[must_use]
+    pub fn offset(&self, row: usize) -> Option<usize> {
+        match self.format {
+            WeightRows::Plain(dtype) => Some(row * self.cols * dtype.size()),
+            WeightRows::Quantized(..) => {
+                (row == 0 || !self.interleaved && row.is_multiple_of(SLAB)).then_some(row / SLAB * self.slab_bytes())
+            }
+        }
+    }
+
+    /// The type in `kernels/weight/` that kernels are instantiated with. They are given the address of `row`.
+    #[must_use]
+    pub fn symbol(&self, row: usize) -> String {
+        let (dtype, Quantization { bits, group, zeros, scale }) = match self.format {
+            WeightRows::Plain(dtype) => return format!("weight::Plain<{}>", type_name(dtype)),
+            WeightRows::Quantized(dtype, quantization) => (dtype, quantization),
+        };
+        let bits = match bits {
+            Bits::Four => 4,
+            Bits::Eight => 8,
+        };
+        // Scales of rows are f32 on the device, behind all slabs.
+        let (scale, behind) = match group {
+            Some(_) => (scale, 0),
+            None => {
+                let slabs = self.experts * self.slabs() - row / SLAB;
+                (DType::F32, slabs * self.slab_bytes() + row * self.format.row_values())
+            }
+        };
+        let (dtype, scale, group) = (type_name(dtype), type_name(scale), group.unwrap_or(0));
+        format!("weight::Quantized<{dtype}, {bits}, {group}, {zeros}, {scale}, {behind}>")
     }
 }
 
@@ -65,13 +202,45 @@ mod tests {
         for (dtype, bytes, name) in
             [(DType::F32, 400, "float"), (DType::F16, 200, "f16_t"), (DType::Bf16, 200, "bf16_t")]
         {
-            let rows = WeightRows::Plain(dtype);
-            assert_eq!(rows.bytes(100), bytes);
-            assert_eq!(rows.bytes(rows.atom().0), 128);
-            assert_eq!(rows.symbol(), format!("weight::Plain<{name}>"));
+            let format = WeightRows::Plain(dtype);
+            let packing = Packing { format, experts: 2, rows: 3, cols: 100, interleaved: false };
+            assert_eq!((packing.offset(1), packing.bytes()), (Some(bytes), 6 * bytes));
+            assert_eq!(packing.symbol(0), format!("weight::Plain<{name}>"));
             for tokens in [DType::F32, DType::F16, DType::Bf16] {
-                assert_eq!(rows.suits_tensor_cores(tokens.into()), dtype == tokens && dtype != DType::F32);
+                assert_eq!(format.suits_tensor_cores(tokens.into()), dtype == tokens && dtype != DType::F32);
             }
         }
+    }
+
+    #[test]
+    fn packed_weights_are_slabs_of_blocks() {
+        let packing = |word: &str, rows, interleaved| {
+            let Ok(WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
+            Packing {
+                format: WeightRows::Quantized(DType::Bf16, quantization),
+                experts: 2,
+                rows,
+                cols: 200,
+                interleaved,
+            }
+        };
+        // Two blocks of 1024 bytes of integers, with 16 scales each.
+        let groups = packing("int4:g128:bf16", 33, false);
+        assert_eq!((groups.slabs(), groups.blocks(), groups.bytes()), (3, 2, 2 * 3 * 2 * 1056));
+        assert_eq!((groups.offset(16), groups.offset(8)), (Some(2 * 1056), None));
+        assert_eq!(groups.symbol(16), "weight::Quantized<bf16_t, 4, 128, false, bf16_t, 0>");
+        assert_eq!(packing("int4:g32:f32:zeros", 16, false).bytes(), 2 * 2 * (1024 + 4 * 16 * 5));
+        // TMA copies blocks in two parts or four, of whole 16 bytes.
+        assert_eq!(packing("int4:g128:f16:zeros", 16, false).bytes(), 2 * 2 * (1024 + 16 * 3 + 16));
+        assert_eq!(packing("int8:g128:f16:zeros", 16, false).bytes(), 2 * 2 * (2048 + 16 * 3 + 16));
+        // The rows' scales lie behind all slabs, with zeros if there are any.
+        let rows = packing("int8:row:bf16:zeros", 33, false);
+        assert_eq!(rows.bytes(), 6 * (2 * 2048 + 16 * 8));
+        assert_eq!(rows.symbol(0), format!("weight::Quantized<bf16_t, 8, 0, true, float, {}>", 6 * 4096));
+        assert_eq!(rows.symbol(32), format!("weight::Quantized<bf16_t, 8, 0, true, float, {}>", 4 * 4096 + 32 * 8));
+        // A slab has eight rows of each half.
+        let halves = packing("int8:row:f32", 2 * 12, true);
+        assert_eq!((halves.slabs(), halves.bytes()), (2, 4 * (2 * 2048 + 16 * 4)));
+        assert_eq!((halves.offset(0), halves.offset(16)), (Some(0), None));
     }
 }

@@ -3,12 +3,12 @@
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mixtral_engine::{Op, Rows};
+use mixtral_engine::{Epilogue, Op, Rows};
 use mixtral_kernels::{
     Arch, Cache, Code, CompileError, Compiler, Defect, Family, Kernel, Nvrtc, Schedule, Search, Sources, Target,
     compile_all,
 };
-use mixtral_model::DType;
+use mixtral_model::{DType, ElemType};
 use mixtral_testkit::assembly::Assembly;
 
 /// Three small kernels written like the real ones: a good one, one that spills, and one whose wgmma is serialised.
@@ -203,6 +203,42 @@ fn attention(name: &str, dtype: DType, head_dim: usize, group: usize, window: Op
     kernel.expect("attention")
 }
 
+/// Hopper's kernels of many tokens for a dense linear, gate/up and down of experts, with weights of one format.
+fn packed_linears(dtype: DType, word: &str) -> Vec<(Kernel, Code)> {
+    let mut a = Assembly::new(dtype);
+    let (hidden, inter, name) = (1024, 512, str::to_owned);
+    (a.program.num_experts, a.program.top_k) = (8, 2);
+    for (buffer, rows, cols) in [
+        ("x", Rows::Tokens, hidden),
+        ("sum", Rows::Tokens, hidden),
+        ("inner", Rows::Assignments, inter),
+        ("outer", Rows::Assignments, hidden),
+    ] {
+        a.activation(buffer, rows, cols);
+    }
+    a.buffer("offsets", ElemType::I32, Rows::One, 9);
+    a.buffer("order", ElemType::I32, Rows::Assignments, 1);
+    for (weight, shape) in
+        [("o", &[hidden, hidden][..]), ("fc", &[8, 2 * inter, hidden]), ("proj", &[8, hidden, inter])]
+    {
+        a.declare(weight, dtype, shape);
+        a.program.weights.last_mut().expect("just declared").format = word.parse().expect("a format");
+    }
+    let (lists, ladder) = ((name("offsets"), name("order")), vec![]);
+    let (input, weight, out) = (name("x"), name("o"), name("sum"));
+    let (residual, epilogue) = (Some(name("x")), Epilogue::Residual);
+    a.op(Op::Linear { input, weight, rows: None, epilogue, residual, out, ladder: ladder.clone() });
+    let (offsets, order) = lists.clone();
+    let (input, weight, out) = (name("x"), name("fc"), name("inner"));
+    a.op(Op::ExpertGateUp { input, weight, offsets, order, silu_mul: true, out, ladder: ladder.clone() });
+    let ((offsets, order), input, weight, out) = (lists, name("inner"), name("proj"), name("outer"));
+    a.op(Op::ExpertDown { input, weight, offsets, order, out, ladder });
+    (a.program.limits.max_num_tokens, a.program.limits.max_seq_len) = (4096, 4096);
+    let schedule = Schedule::new(&a.program, Target { family: Family::Hopper }).expect("kernels");
+    let of_wgmma = |kernel: &&&Kernel| kernel.header == "linear/wgmma.cuh";
+    schedule.kernels().iter().filter(of_wgmma).map(|kernel| ((*kernel).clone(), SM_90A)).collect()
+}
+
 /// Checks that kernels compile without defects and without a stack.
 fn assert_clean(work: &[(Kernel, Code)]) {
     let compiler = match Nvrtc::load(&Search::from_environment()) {
@@ -256,5 +292,18 @@ fn decode_attention_spills_nothing() {
             work.extend([(portable.clone(), SM_80), (portable, SM_90A)]);
         }
     }
+    assert_clean(&work);
+}
+
+#[test]
+fn packed_linears_of_many_tokens_spill_nothing_and_are_not_serialised() {
+    let formats = [
+        (DType::Bf16, "int4:g128:bf16"),
+        (DType::Bf16, "int8:row:f32"),
+        (DType::F16, "int4:g128:f16:zeros"),
+        (DType::Bf16, "int8:g64:f32:zeros"),
+    ];
+    let work: Vec<_> = formats.iter().flat_map(|(dtype, word)| packed_linears(*dtype, word)).collect();
+    assert!(work.len() >= 4 * 3 * 3, "{} kernels", work.len());
     assert_clean(&work);
 }

@@ -48,7 +48,8 @@ fn launches_have_their_kernels_parameters() {
             let launch = |work| if let Work::Launch(launch) = work { Some(launch) } else { None };
             let all = schedule.regimes.into_iter().flat_map(|(_, work)| work).filter_map(launch);
             let fills = schedule.fills.into_iter().map(|(_, fill)| fill);
-            let all = all.chain(fills).chain([schedule.probe]);
+            let packs = schedule.packs.into_iter().map(|pack| pack.launch);
+            let all = all.chain(fills).chain(packs).chain([schedule.probe]);
             launches.extend(all.map(|launch| (launch.kernel.clone(), launch)));
         }
         let work: Vec<_> = launches.keys().map(|kernel| (kernel.clone(), code)).collect();

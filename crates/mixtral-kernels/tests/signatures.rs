@@ -7,7 +7,9 @@ use std::collections::BTreeSet;
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, Op, Program, Rows};
 use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
-use mixtral_kernels::{Arg, ExchangeArg, Family, Kernel, Launch, PieceArg, ProbeArg, Schedule, Sources, Target, Work};
+use mixtral_kernels::{
+    Arg, ExchangeArg, Family, Kernel, Launch, PackArg, PieceArg, ProbeArg, Schedule, Sources, Target, Work,
+};
 use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
@@ -63,8 +65,8 @@ fn parameter(text: &str) -> (String, Kind) {
     let (kind, name) = text.rsplit_once(' ').expect("a type and a name");
     let kind = match kind.trim_start_matches("const ") {
         "__grid_constant__ TensorMap" => Kind::TensorMap,
-        // The pointer type of a weight format: `weight::Plain::Row`.
-        "typename C::Row" => Kind::Pointer { to: "Row".to_owned(), written: false },
+        // The pointer type of a weight format: `weight::Plain::Stored`.
+        "typename C::Stored" => Kind::Pointer { to: "Stored".to_owned(), written: false },
         "i32" | "u32" | "int" | "float" => Kind::Number { bytes: 4 },
         "u64" | "i64" => Kind::Number { bytes: 8 },
         pointer => {
@@ -87,6 +89,13 @@ fn programs() -> Vec<Program> {
     let geometries = [Geometry::small(DType::F32), Geometry::small(DType::F16), Geometry::round(DType::Bf16), other];
     let mut programs: Vec<Program> =
         geometries.iter().flat_map(|geometry| [true, false].map(|fused| decoder::program(geometry, fused))).collect();
+    for (word, dtype) in
+        [("int4:g32:f16:zeros", DType::Bf16), ("int8:row:bf16", DType::F16), ("int4:g64:f32", DType::F32)]
+    {
+        let mut program = decoder::program(&Geometry::round(dtype), true);
+        decoder::quantize(&mut program, word.parse().expect("a format"));
+        programs.push(program);
+    }
     programs.push(middle_stage());
     // Long steps list and gather their assignments with separate kernels.
     for program in &mut programs {
@@ -189,8 +198,9 @@ fn exchanged(name: &str, to: &str) -> &'static [ExchangeArg] {
 /// The launches of steps, of fills and of the probe, one for each kernel, each with the operations that it computes.
 fn launches(program: &Program, family: Family) -> Vec<(Launch, Vec<Op>)> {
     let schedule = Schedule::new(program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
-    let mut found: Vec<(Launch, Vec<Op>)> =
-        schedule.fills.into_iter().map(|(_, fill)| fill).chain([schedule.probe]).map(|l| (l, vec![])).collect();
+    let fills = schedule.fills.into_iter().map(|(_, fill)| fill);
+    let packs = schedule.packs.into_iter().map(|pack| pack.launch);
+    let mut found: Vec<(Launch, Vec<Op>)> = fills.chain(packs).chain([schedule.probe]).map(|l| (l, vec![])).collect();
     for (_, works) in schedule.regimes {
         for (at, work) in works.iter().enumerate() {
             let Work::Launch(launch) = work else { continue };
@@ -266,6 +276,9 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
             return if called { None } else { wrong("another value of a piece") };
         }
         (Kind::Number { bytes: 8 }, Arg::Probe(ProbeArg::Words)) => return None,
+        (Kind::Number { bytes: 4 }, Arg::Pack(PackArg::Expert)) => {
+            return if name == "expert" { None } else { wrong("the number of a matrix") };
+        }
         (Kind::Number { .. }, _) => return wrong("no number"),
         (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_) | Arg::Ordinal(_)) => {
             return wrong("no pointer");
@@ -290,7 +303,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 "table" => weight.shape.len() == 2,
                 "router_weight" => weight.dtype == DType::F32 && of("linear"),
                 "weight" if is_router(ops) => of("norm"),
-                "weight" => true,
+                "weight" | "stored" => true,
                 _ => false,
             };
             if fits { None } else { wrong("a weight") }
@@ -318,6 +331,11 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
             (!of_kernels.contains(&name) && !gathered && !product).then(|| format!("scratch for {name}"))
         }
         Arg::Piece(PieceArg::Out) | Arg::Probe(ProbeArg::Out) => (name != "out").then(|| format!("out for {name}")),
+        // A pointer to a part of a matrix has the name of its parameter.
+        Arg::Pack(what) => {
+            let called = serde_json::to_value(what).expect("a name") == name && *what != PackArg::Expert;
+            (!called).then(|| format!("{what:?} for {name}"))
+        }
         Arg::Probe(ProbeArg::Data) => (name != "data").then(|| format!("data for {name}")),
         other => wrong(&format!("{other:?} for {name}")),
     }

@@ -2,7 +2,7 @@
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, Op, Program, Rows};
-use mixtral_model::{DType, ElemType, MoeNormalization, Piece};
+use mixtral_model::{DType, ElemType, MoeNormalization, Piece, WeightFormat};
 
 use crate::assembly::Assembly;
 
@@ -198,6 +198,26 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
     a.op(Op::Sample { logits });
     a.program.plan_arena();
     a.program
+}
+
+/// Gives the linears of attention and of the experts this format, as a quantized model has it.
+pub fn quantize(program: &mut Program, format: WeightFormat) {
+    let linears: Vec<String> = program
+        .ops
+        .iter()
+        .filter(|op| !matches!(op, Op::Linear { epilogue: Epilogue::F32, .. }))
+        .filter_map(|op| match op {
+            Op::Linear { weight, .. } | Op::ExpertGateUp { weight, .. } | Op::ExpertDown { weight, .. } => {
+                Some(weight.clone())
+            }
+            _ => None,
+        })
+        .collect();
+    program
+        .weights
+        .iter_mut()
+        .filter(|weight| linears.contains(&weight.name))
+        .for_each(|weight| weight.format = format);
 }
 
 /// Adds a weight that is one whole dummy tensor. Weights of norms are 1.

@@ -94,9 +94,9 @@ pub fn cases(dtype: DType) -> Vec<Case> {
 
 fn linears(dtype: DType, word: &str) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (n, k, rows) in [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 136, 24)] {
+    for (n, k, rows) in [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 136, 24), (520, 264, 136)] {
         for epilogue in [Epilogue::Store, Epilogue::Residual, Epilogue::F32] {
-            let mut a = Assembly::new(dtype);
+            let mut a = assembly(dtype, n);
             let weight = a.quantized("w", format(word), &[rows, k], 0.3);
             let input = a.activation("x", Rows::Tokens, k);
             let out = match epilogue {
@@ -121,40 +121,69 @@ fn linears(dtype: DType, word: &str) -> Vec<Case> {
     cases
 }
 
+/// A program for steps of `tokens` tokens.
+fn assembly(dtype: DType, tokens: usize) -> Assembly {
+    let mut a = Assembly::new(dtype);
+    with_room(&mut a, tokens);
+    a
+}
+
+fn with_room(a: &mut Assembly, tokens: usize) {
+    let limits = &mut a.program.limits;
+    limits.max_num_tokens = limits.max_num_tokens.max(tokens.next_multiple_of(32));
+    limits.max_seq_len = limits.max_seq_len.max(limits.max_num_tokens);
+}
+
 fn experts(dtype: DType, word: &str) -> Vec<Case> {
     let mut cases = Vec::new();
-    let (hidden, inter) = (160, 72);
     for (experts, top_k, local) in [(8, 2, [0, 8]), (5, 3, [1, 4])] {
         // Every token goes to the first experts, or to any.
         let crowded: Vec<i32> = (0..T).flat_map(|_| (0..top_k).map(|e| i32::try_from(e).unwrap_or(0))).collect();
         for (kind, ids) in [("spread", assignments(experts, top_k)), ("crowded", crowded)] {
-            let text = format!("{word} {top_k} of {experts} at {local:?} {kind}");
-            let num_local = local[1] - local[0];
-            let (offsets, order) = lists(&ids, local);
-            let given = |case: Case| {
-                case.ints("ids", ids.clone()).ints("offsets", offsets.clone()).ints("order", order.clone())
-            };
-            let base = routed(dtype, experts, top_k, local);
-            let inputs = tokens(&base, T);
-            for silu_mul in [false, true] {
-                let mut a = base.clone();
-                let weight = a.quantized("fc", format(word), &[num_local, 2 * inter, hidden], 0.2);
-                let input = a.activation("x", Rows::Tokens, hidden);
-                let out = a.activation("out", Rows::Assignments, if silu_mul { inter } else { 2 * inter });
-                let (offsets, order) = ("offsets".to_owned(), "order".to_owned());
-                a.op(Op::ExpertGateUp { input, weight, offsets, order, silu_mul, out, ladder: vec![] });
-                let text = format!("expert_gate_up {text} silu {silu_mul}");
-                cases.push(given(Case::new(text, a, inputs.clone())).fill("x", 1.0));
-            }
-            let mut a = base.clone();
-            let weight = a.quantized("proj", format(word), &[num_local, hidden, inter], 0.2);
-            let input = a.activation("x", Rows::Assignments, inter);
-            let out = a.activation("out", Rows::Assignments, hidden);
-            let (offsets, order) = ("offsets".to_owned(), "order".to_owned());
-            a.op(Op::ExpertDown { input, weight, offsets, order, out, ladder: vec![] });
-            cases.push(given(Case::new(format!("expert_down {text}"), a, inputs.clone())).fill("x", 1.0));
+            cases.extend(by_expert(dtype, word, kind, (experts, top_k, local), &ids));
         }
     }
+    // A long step: two experts have several tiles of tokens, others less than one, and the last has none.
+    let uneven: Vec<i32> = (0..600).flat_map(|t| [t / 300, 2 + t % 5]).collect();
+    cases.extend(by_expert(dtype, word, "uneven", (8, 2, [0, 8]), &uneven));
+    cases
+}
+
+/// The experts' operations on tokens that go to the experts `ids`.
+fn by_expert(
+    dtype: DType,
+    word: &str,
+    kind: &str,
+    (experts, top_k, local): (usize, usize, [usize; 2]),
+    ids: &[i32],
+) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let (hidden, inter) = (160, 72);
+    let text = format!("{word} {top_k} of {experts} at {local:?} {kind}");
+    let num_local = local[1] - local[0];
+    let (offsets, order) = lists(ids, local);
+    let given =
+        |case: Case| case.ints("ids", ids.to_vec()).ints("offsets", offsets.clone()).ints("order", order.clone());
+    let mut base = routed(dtype, experts, top_k, local);
+    with_room(&mut base, ids.len() / top_k);
+    let inputs = tokens(&base, ids.len() / top_k);
+    for silu_mul in [false, true] {
+        let mut a = base.clone();
+        let weight = a.quantized("fc", format(word), &[num_local, 2 * inter, hidden], 0.2);
+        let input = a.activation("x", Rows::Tokens, hidden);
+        let out = a.activation("out", Rows::Assignments, if silu_mul { inter } else { 2 * inter });
+        let (offsets, order) = ("offsets".to_owned(), "order".to_owned());
+        a.op(Op::ExpertGateUp { input, weight, offsets, order, silu_mul, out, ladder: vec![] });
+        let text = format!("expert_gate_up {text} silu {silu_mul}");
+        cases.push(given(Case::new(text, a, inputs.clone())).fill("x", 1.0));
+    }
+    let mut a = base;
+    let weight = a.quantized("proj", format(word), &[num_local, hidden, inter], 0.2);
+    let input = a.activation("x", Rows::Assignments, inter);
+    let out = a.activation("out", Rows::Assignments, hidden);
+    let (offsets, order) = ("offsets".to_owned(), "order".to_owned());
+    a.op(Op::ExpertDown { input, weight, offsets, order, out, ladder: vec![] });
+    cases.push(given(Case::new(format!("expert_down {text}"), a, inputs)).fill("x", 1.0));
     cases
 }
 

@@ -1,80 +1,176 @@
 //! Dummy weights, generated on the device with the same bits as [`mixtral_engine::dummy`].
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 
 use mixtral_engine::{Program, Weight, dummy};
-use mixtral_model::{DType, Piece};
+use mixtral_model::{Bits, Piece, Quantization, WeightFormat};
 
 use super::{named, type_name};
-use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, PieceArg};
+use crate::{Arg, Family, Fill, Grid, Kernel, Launch, NamedArg, PieceArg};
 
-/// `dummy::fill<T>`, which writes a piece of a tensor.
-fn kernel(dtype: DType) -> Kernel {
-    Kernel {
-        header: "dummy/fill.cuh".into(),
-        symbol: format!("dummy::fill<{}>", type_name(dtype)),
-        threads: 256,
-        shared_bytes: 0,
-        family: Family::Portable,
+const fn number(bits: Bits) -> u8 {
+    match bits {
+        Bits::Four => 4,
+        Bits::Eight => 8,
     }
 }
 
-/// The launch that fills a piece, one for each data type of a program's dummy weights. Empty if the weights come from a
-/// file.
-pub(super) fn fills(program: &Program) -> Vec<(DType, Launch)> {
-    let dtypes: BTreeSet<DType> =
-        program.weights.iter().filter(|weight| !weight.pieces.is_empty()).map(|weight| weight.dtype).collect();
-    let launch = |dtype| Launch {
-        kernel: kernel(dtype),
-        grid: Grid::Persistent { per_sm: 8, items: None },
-        cluster: 1,
-        args: named([
-            ("out", Arg::Piece(PieceArg::Out)),
-            ("key", Arg::Piece(PieceArg::Key)),
-            ("first", Arg::Piece(PieceArg::First)),
-            ("rows", Arg::Piece(PieceArg::Rows)),
-            ("cols", Arg::Piece(PieceArg::Cols)),
-            ("source_cols", Arg::Piece(PieceArg::SourceCols)),
-            ("scale", Arg::Piece(PieceArg::Scale)),
-            ("bias", Arg::Piece(PieceArg::Bias)),
-        ]),
-        op: 0,
-        overlaps: false,
-    };
-    dtypes.into_iter().map(|dtype| (dtype, launch(dtype))).collect()
+/// What has to be written into a piece of `weight`, in the order of the weight's parts.
+pub(crate) fn fills_of(weight: &Weight) -> Vec<Fill> {
+    match weight.format {
+        WeightFormat::Plain => vec![Fill::Elements(weight.dtype)],
+        WeightFormat::Quantized(Quantization { bits, scale, zeros, .. }) => {
+            let zeros = zeros.then_some(Fill::Zeros(number(bits)));
+            [Fill::Integers(number(bits)), Fill::Scales(scale)].into_iter().chain(zeros).collect()
+        }
+    }
 }
 
-/// The launches that fill a program's weights, one a piece, made from `fills`. Parts of a weight that no piece covers
-/// are not written; they have to be zero already.
+/// The launch that fills a piece.
+fn launch(fill: Fill) -> Launch {
+    let symbol = match fill {
+        Fill::Elements(dtype) => format!("dummy::fill<{}>", type_name(dtype)),
+        Fill::Integers(bits) => format!("dummy::fill_integers<{bits}>"),
+        Fill::Scales(dtype) => format!("dummy::fill_scales<{}>", type_name(dtype)),
+        Fill::Zeros(bits) => format!("dummy::fill_zeros<{bits}>"),
+    };
+    let (header, family) = ("dummy/fill.cuh".into(), Family::Portable);
+    let mut args = named([
+        ("out", Arg::Piece(PieceArg::Out)),
+        ("key", Arg::Piece(PieceArg::Key)),
+        ("first", Arg::Piece(PieceArg::First)),
+        ("rows", Arg::Piece(PieceArg::Rows)),
+        ("cols", Arg::Piece(PieceArg::Cols)),
+        ("source_cols", Arg::Piece(PieceArg::SourceCols)),
+    ]);
+    if matches!(fill, Fill::Elements(_) | Fill::Scales(_)) {
+        args.extend(named([("scale", Arg::Piece(PieceArg::Scale))]));
+    }
+    if matches!(fill, Fill::Elements(_)) {
+        args.extend(named([("bias", Arg::Piece(PieceArg::Bias))]));
+    }
+    Launch {
+        kernel: Kernel { header, symbol, threads: 256, shared_bytes: 0, family },
+        grid: Grid::Persistent { per_sm: 8, items: None },
+        cluster: 1,
+        args,
+        op: 0,
+        overlaps: false,
+    }
+}
+
+/// The launches that fill a piece of a program's dummy weights, one for everything that has to be written. Empty if the
+/// weights come from a file.
+pub(super) fn fills(program: &Program) -> Vec<(Fill, Launch)> {
+    let dummies = program.weights.iter().filter(|weight| !weight.pieces.is_empty());
+    let fills: BTreeSet<Fill> = dummies.flat_map(fills_of).collect();
+    fills.into_iter().map(|fill| (fill, launch(fill))).collect()
+}
+
+/// The launches that fill the plain weights of a program, one a piece, made from `fills`. Parts of a weight that no piece
+/// covers are not written; they have to be zero already.
 ///
 /// # Errors
-/// The data type of a dummy weight for which `fills` has no launch.
-pub fn launches(program: &Program, fills: &[(DType, Launch)], seed: u64) -> Result<Vec<Launch>, DType> {
+/// What `fills` has no launch for.
+pub fn launches(program: &Program, fills: &[(Fill, Launch)], seed: u64) -> Result<Vec<Launch>, Fill> {
     let mut launches = Vec::new();
-    for (index, weight) in program.weights.iter().enumerate() {
+    let plain = program.weights.iter().enumerate().filter(|(_, weight)| weight.format == WeightFormat::Plain);
+    for (index, weight) in plain {
+        let fill = Fill::Elements(weight.dtype);
         for piece in &weight.pieces {
-            let (_, fill) = fills.iter().find(|(dtype, _)| *dtype == weight.dtype).ok_or(weight.dtype)?;
-            let of_piece = |arg: &NamedArg| match &arg.arg {
-                Arg::Piece(what) => NamedArg { name: arg.name.clone(), arg: value(*what, index, weight, piece, seed) },
-                _ => arg.clone(),
-            };
-            launches.push(Launch { args: fill.args.iter().map(of_piece).collect(), ..fill.clone() });
+            let out = Arg::Weight { index, offset: piece.target_row * weight.cols() * weight.dtype.size() };
+            launches.push(of_piece(fills, fill, &Target { weight, piece, rows: piece.rows.clone(), out, seed })?);
         }
     }
     Ok(launches)
 }
 
-fn value(what: PieceArg, index: usize, weight: &Weight, piece: &Piece, seed: u64) -> Arg {
-    // A norm's weights are 1 everywhere.
-    let is_norm = dummy::is_norm(&piece.source);
-    match what {
-        PieceArg::Out => Arg::Weight { index, offset: piece.target_row * weight.cols() * weight.dtype.size() },
-        PieceArg::Key => Arg::U64(dummy::key(seed, &piece.source)),
-        PieceArg::First => Arg::U64(piece.rows.start as u64 * piece.source_cols as u64 + piece.cols.start as u64),
-        PieceArg::Rows => Arg::U64(piece.rows.len() as u64),
-        PieceArg::Cols => Arg::U64(weight.cols() as u64),
-        PieceArg::SourceCols => Arg::U64(piece.source_cols as u64),
-        PieceArg::Scale => Arg::F32(if is_norm { 0.0 } else { dummy::scale(piece.source_cols) }),
-        PieceArg::Bias => Arg::F32(if is_norm { 1.0 } else { 0.0 }),
+/// The launches that fill the parts of matrix `expert` of a quantized weight. They begin at the offsets `parts` of the
+/// memory in which weights wait to be packed, which has to be zero already.
+///
+/// # Errors
+/// What `fills` has no launch for.
+pub fn of_matrix(
+    weight: &Weight,
+    fills: &[(Fill, Launch)],
+    seed: u64,
+    expert: Range<usize>,
+    parts: [usize; 3],
+) -> Result<Vec<Launch>, Fill> {
+    let mut launches = Vec::new();
+    let tensors = weight.format.parts(weight.dtype, &weight.shape);
+    for piece in &weight.pieces {
+        // The rows of the piece that are the matrix's.
+        let covered = piece.target_row..piece.target_row + piece.rows.len();
+        let (start, end) = (covered.start.max(expert.start), covered.end.min(expert.end));
+        if start >= end {
+            continue;
+        }
+        let first = piece.rows.start + start - covered.start;
+        for ((fill, part), at) in fills_of(weight).into_iter().zip(&tensors).zip(parts) {
+            let out = Arg::Staged(at + (start - expert.start) * part.row_bytes());
+            launches.push(of_piece(
+                fills,
+                fill,
+                &Target { weight, piece, rows: first..first + end - start, out, seed },
+            )?);
+        }
+    }
+    Ok(launches)
+}
+
+/// Rows of a piece, and where they are written.
+struct Target<'a> {
+    weight: &'a Weight,
+    piece: &'a Piece,
+    /// Rows of the source tensor.
+    rows: Range<usize>,
+    out: Arg,
+    seed: u64,
+}
+
+fn of_piece(fills: &[(Fill, Launch)], fill: Fill, target: &Target<'_>) -> Result<Launch, Fill> {
+    let (_, launch) = fills.iter().find(|(found, _)| *found == fill).ok_or(fill)?;
+    let of_piece = |arg: &NamedArg| match &arg.arg {
+        Arg::Piece(what) => NamedArg { name: arg.name.clone(), arg: target.value(fill, *what) },
+        _ => arg.clone(),
+    };
+    Ok(Launch { args: launch.args.iter().map(of_piece).collect(), ..launch.clone() })
+}
+
+impl Target<'_> {
+    fn value(&self, fill: Fill, what: PieceArg) -> Arg {
+        let Target { weight, piece, rows, out, seed } = self;
+        let quantization = match weight.format {
+            WeightFormat::Quantized(quantization) => Some(quantization),
+            WeightFormat::Plain => None,
+        };
+        // Scales and zeros have a column for each group.
+        let grouped = quantization.filter(|_| matches!(fill, Fill::Scales(_) | Fill::Zeros(_)));
+        let columns = |cols: usize| grouped.map_or(cols, |q| q.groups(cols)) as u64;
+        let source_cols = piece.source_cols;
+        match what {
+            PieceArg::Out => out.clone(),
+            PieceArg::Key => Arg::U64(match fill {
+                Fill::Elements(_) | Fill::Integers(_) => dummy::key(*seed, &piece.source),
+                Fill::Scales(_) => dummy::key(*seed, &format!("{}.scales", piece.source)),
+                Fill::Zeros(_) => dummy::key(*seed, &format!("{}.zeros", piece.source)),
+            }),
+            PieceArg::First => {
+                let column = grouped.map_or(piece.cols.start, |q| piece.cols.start / q.group_len(source_cols));
+                Arg::U64(rows.start as u64 * columns(source_cols) + column as u64)
+            }
+            PieceArg::Rows => Arg::U64(rows.len() as u64),
+            PieceArg::Cols => Arg::U64(columns(weight.cols())),
+            PieceArg::SourceCols => Arg::U64(columns(source_cols)),
+            // A norm's weights are 1 everywhere.
+            PieceArg::Scale => Arg::F32(match quantization {
+                Some(quantization) => dummy::scale_of_integers(source_cols, quantization.bits),
+                None if dummy::is_norm(&piece.source) => 0.0,
+                None => dummy::scale(source_cols),
+            }),
+            PieceArg::Bias => Arg::F32(if dummy::is_norm(&piece.source) { 1.0 } else { 0.0 }),
+        }
     }
 }

@@ -1,12 +1,14 @@
 //! Linears, dense and by expert.
 
 use mixtral_engine::{Epilogue, Op, Rows};
-use mixtral_model::WeightFormat;
+use mixtral_model::ElemType;
 
 use super::{LowerError, Lowering, count, elementwise, moe, named, of_launches, type_name};
+use crate::plan::Stream;
 use crate::scratch::PRODUCT_WORKSPACE;
 use crate::select::{self, LinearShape};
 use crate::step_block::Array;
+use crate::weight::{Packing, WeightRows};
 use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, NamedArg, Product, TensorMap, Work};
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, LowerError> {
@@ -20,7 +22,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, Lower
     let plan = match chosen {
         // A ladder holds plans for the fastest family that the engine was built for. A slower family chooses a plan of
         // its own here.
-        Some(LinearPlan::Wgmma { .. }) if lowering.target.family == Family::Portable => None,
+        Some(LinearPlan::Wgmma { .. } | LinearPlan::Stream(_)) if lowering.target.family == Family::Portable => None,
         // A library's product gets the step's size from the host. A captured product could not, so a step of decodes
         // alone chooses another plan.
         Some(LinearPlan::CublasLt)
@@ -37,6 +39,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, Lower
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
             linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic })
         }
+        LinearPlan::Stream(stream) => linear.stream(&stream),
         LinearPlan::CublasLt => return Ok(linear.cublaslt()),
     };
     launches.map(of_launches)
@@ -64,11 +67,11 @@ struct Tiling {
 
 impl Tiling {
     /// Bytes of shared memory. Equal to `linear::Config::SHARED`; the kernel asserts that.
-    fn shared_bytes(&self, kind: Kind) -> u32 {
+    fn shared_bytes(&self, kind: Kind, weight: WeightRows) -> u32 {
         let Tiling { rows, cols, depth, stages, warpgroups, .. } = *self;
         let blocks = rows.div_ceil(64 * warpgroups);
         let token_bytes = cols * depth * 2;
-        let ring = stages * (rows * depth * 2 + token_bytes);
+        let ring = stages * select::stage_bytes(weight, rows, cols, depth);
         let moved_cols = match cols {
             0..=64 => cols,
             cols if cols.is_multiple_of(64) => 64,
@@ -79,7 +82,7 @@ impl Tiling {
             Kind::SiluMul => 32 * blocks * moved_cols * 2,
             _ => 64 * moved_cols * 2,
         };
-        let overread = if rows < 64 { (64 - rows) * 128 } else { 0 };
+        let overread = if rows < 64 && !weight.is_packed() { (64 - rows) * 128 } else { 0 };
         let skipped = if overread > warpgroups * moved + token_bytes { overread } else { 0 };
         ring + skipped + warpgroups * moved + warpgroups * cols * 4 + 2 * stages * 8 + 64 + 1024
     }
@@ -97,8 +100,10 @@ struct Linear<'a> {
     out: usize,
     residual: usize,
     weight: usize,
-    /// First row of the weight.
+    packing: Packing,
+    /// First row of the weight, and where it lies.
     first_row: usize,
+    first_byte: usize,
     /// Whether its columns are the step's rows of logits, and not the step's tokens.
     logits: bool,
     /// The buffers of the expert lists: offsets and order.
@@ -108,11 +113,13 @@ struct Linear<'a> {
 impl<'a> Linear<'a> {
     fn new(lowering: &'a Lowering<'a>, op: &'a Op) -> Result<Self, LowerError> {
         let missing = |name: &str| LowerError::Missing { op: op.name(), name: name.to_owned() };
+        let unsupported = |reason| LowerError::Unsupported { op: op.name(), reason };
         for name in op.weights() {
             let format = lowering.weight(op, name)?.1.format;
-            if format != WeightFormat::Plain {
-                let reason = format!("weights of format {format} are computed on the CPU only; run with --backend cpu");
-                return Err(LowerError::Unsupported { op: op.name(), reason });
+            if WeightRows::of(lowering.weight(op, name)?.1).is_none() {
+                return Err(unsupported(format!(
+                    "weights of format {format}, expected groups of 32, 64, 128 or a whole row; run with --backend cpu"
+                )));
             }
         }
         let shape = LinearShape::of(lowering.program, op).ok_or_else(|| missing("its input or weight"))?;
@@ -138,6 +145,13 @@ impl<'a> Linear<'a> {
             }
             _ => None,
         };
+        let weight = lowering.weight(op, weight)?.0;
+        let packing = Packing::of(lowering.program, weight).ok_or_else(|| missing("its weight"))?;
+        if packing.format.is_packed() && packing.interleaved != shape.silu_mul {
+            return Err(unsupported("a quantized weight that is read with silu·mul and without it".to_owned()));
+        }
+        let divided = || unsupported(format!("rows of a quantized weight from {first_row}, expected a multiple of 16"));
+        let first_byte = packing.offset(first_row).ok_or_else(divided)?;
         Ok(Linear {
             lowering,
             op,
@@ -146,8 +160,10 @@ impl<'a> Linear<'a> {
             input: buffer(input)?,
             out: buffer(out)?,
             residual: buffer(residual)?,
-            weight: lowering.weight(op, weight)?.0,
+            weight,
+            packing,
             first_row,
+            first_byte,
             logits: lowering.buffer(op, input)?.1.rows == Rows::Logits,
             lists,
             shape,
@@ -167,8 +183,7 @@ impl<'a> Linear<'a> {
     }
 
     fn weight_at_first_row(&self) -> Arg {
-        let offset = self.first_row * self.shape.weight.bytes(self.shape.depth);
-        Arg::Weight { index: self.weight, offset }
+        Arg::Weight { index: self.weight, offset: self.first_byte }
     }
 
     /// Number of tiles of a dense linear in this regime; `None` for a grouped one, where it depends on the step.
@@ -182,15 +197,8 @@ impl<'a> Linear<'a> {
         Launch { kernel, grid: Grid::Persistent { per_sm, items }, cluster: 1, args, op: 0, overlaps: true }
     }
 
-    /// A launch of the mma kernel or the simt kernel, both of which take any shape.
-    fn portable(
-        &self,
-        kernel: &'static str,
-        header: &'static str,
-        config: String,
-        shared: u32,
-        tile: [u32; 2],
-    ) -> Launch {
+    /// A kernel that takes pointers to its operands, and its parameters.
+    fn simple(&self, kernel: &'static str, header: &'static str, config: &str) -> (Kernel, Vec<NamedArg>) {
         let (symbol, args) = match self.lists {
             None => (
                 format!("linear::{kernel}_dense<{config}, {}, {}>", self.logits, self.out_type()),
@@ -219,8 +227,20 @@ impl<'a> Linear<'a> {
                 ]),
             ),
         };
-        let header = header.into();
-        let kernel = Kernel { header, symbol, threads: 128, shared_bytes: shared, family: Family::Portable };
+        (Kernel { header: header.into(), symbol, threads: 128, shared_bytes: 0, family: Family::Portable }, args)
+    }
+
+    /// A launch of the mma kernel or the simt kernel, both of which take any shape.
+    fn portable(
+        &self,
+        kernel: &'static str,
+        header: &'static str,
+        config: &str,
+        shared: u32,
+        tile: [u32; 2],
+    ) -> Launch {
+        let (kernel, args) = self.simple(kernel, header, config);
+        let kernel = Kernel { shared_bytes: shared, ..kernel };
         // As many CTAs as 100 KB of shared memory, the least that an architecture has, hold. Eight suffice to hide the
         // memory's latency.
         let per_sm = ((100 << 10) / (shared + 1024)).clamp(1, 8);
@@ -234,31 +254,51 @@ impl<'a> Linear<'a> {
     fn simt(&self) -> Result<Vec<Launch>, LowerError> {
         let config = format!(
             "linear::SimtConfig<{}, {}, {}, {}, {}>",
-            self.shape.weight.symbol(),
+            self.packing.symbol(self.first_row),
             type_name(self.shape.tokens),
             self.outputs,
             self.shape.depth,
             self.kind as u32
         );
-        Ok(vec![self.portable("simt", "linear/simt.cuh", config, 0, [64, 32])])
+        Ok(vec![self.portable("simt", "linear/simt.cuh", &config, 0, [64, 32])])
     }
 
     fn mma(&self, rows: u32, cols: u32) -> Result<Vec<Launch>, LowerError> {
-        let shared = 3 * (rows * count(self.shape.weight.bytes(64)) + cols * 128) + 2 * cols * 4;
+        let format = self.shape.weight;
+        let stage = count(format.stage_bytes(rows as usize) + cols as usize * format.stage_depth() * 2);
+        let shared = 3 * stage + 2 * cols * 4;
         let config = format!(
             "linear::MmaConfig<{}, {rows}, {cols}, {}, {}, {}, {shared}>",
-            self.shape.weight.symbol(),
+            self.packing.symbol(self.first_row),
             self.outputs,
             self.shape.depth,
             self.kind as u32
         );
-        Ok(vec![self.portable("mma", "linear/mma.cuh", config, shared, [rows, cols])])
+        Ok(vec![self.portable("mma", "linear/mma.cuh", &config, shared, [rows, cols])])
+    }
+
+    fn stream(&self, stream: &Stream) -> Result<Vec<Launch>, LowerError> {
+        let Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages } = *stream;
+        let shared = stream.shared_bytes(&self.shape);
+        let config = format!(
+            "linear::StreamConfig<{}, {cols}, {rows}, {warps}, {split}, {blocks}, {stages}, {token_blocks}, {token_stages}, {}, {}, {}, {shared}>",
+            self.packing.symbol(self.first_row),
+            self.outputs,
+            self.shape.depth,
+            self.kind as u32
+        );
+        let (kernel, args) = self.simple("stream", "linear/stream.cuh", &config);
+        let kernel = Kernel { threads: 32 * (warps + 1), shared_bytes: shared, family: Family::Hopper, ..kernel };
+        Ok(vec![self.launch(kernel, 1, None, args)])
     }
 
     fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
         let Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic } = *tiling;
-        let shared = tiling.shared_bytes(self.kind);
-        let every = !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
+        let shared = tiling.shared_bytes(self.kind, self.shape.weight);
+        // Beside the bytes of a plain weight it costs nothing to multiply every expert's weights with every token. A packed
+        // weight has fewer bytes.
+        let packed = self.packing.format.is_packed();
+        let every = !packed && !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
         // An expert's tiles are seldom full, so each is loaded in quarters, as many as it needs. Full tiles are loaded
         // in one box, which is the least work for the producer, unless the box is so large that other loads have to
         // wait for it.
@@ -266,7 +306,7 @@ impl<'a> Linear<'a> {
         let part = if cols < 32 || full && cols <= 64 && cluster == 1 { cols } else { cols / 4 };
         let config = format!(
             "linear::Config<{}, {rows}, {cols}, {part}, {depth}, {stages}, {warpgroups}, {cluster}, {dynamic}, {}, {}, {}, {shared}>",
-            self.shape.weight.symbol(),
+            self.packing.symbol(self.first_row),
             self.outputs,
             self.shape.depth,
             self.kind as u32
@@ -279,7 +319,8 @@ impl<'a> Linear<'a> {
             shared_bytes: shared,
             family: Family::Hopper,
         };
-        let weight = ("weight", self.weight_map(rows));
+        let weight = ("weight", if packed { self.slab_map(tiling) } else { self.weight_map(rows) });
+        let stored = ("stored", self.weight_at_first_row());
         let header = ("header", Arg::Step(Array::Header));
         let out = ("out", Arg::Buffer(self.out));
         let turns = ("counter", Arg::Scratch(self.lowering.scratch.turns));
@@ -287,7 +328,7 @@ impl<'a> Linear<'a> {
             let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
             let tokens = self.token_map(Arg::Buffer(self.input), self.lowering.program.buffers[self.input].rows, part);
             let residual = ("residual", Arg::Buffer(self.residual));
-            let args = named([weight, ("tokens", tokens), header, out, residual, turns]);
+            let args = named([weight, ("tokens", tokens), stored, header, out, residual, turns]);
             let launch = self.launch(kernel(symbol), 1, self.items(rows * cluster, cols).map(|n| n * cluster), args);
             return Ok(vec![Launch { cluster, ..launch }]);
         };
@@ -305,7 +346,7 @@ impl<'a> Linear<'a> {
         let (experts, top_k) = (self.experts(), self.lowering.program.top_k);
         let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
         let (offsets, order) = (("offsets", Arg::Buffer(offsets)), ("order", Arg::Buffer(order)));
-        let args = named([weight, ("tokens", tokens), header, offsets, order, out, turns]);
+        let args = named([weight, ("tokens", tokens), stored, header, offsets, order, out, turns]);
         launches.push(Launch { cluster, ..self.launch(kernel(symbol), 1, None, args) });
         Ok(launches)
     }
@@ -325,7 +366,7 @@ impl<'a> Linear<'a> {
             out: place.clone(),
             rows: self.outputs,
             depth: self.shape.depth,
-            dtype: self.shape.weight.atom().1,
+            dtype: self.shape.weight.dtype().into(),
             out_type: out.dtype,
             workspace: (Arg::Scratch(scratch.workspace), PRODUCT_WORKSPACE),
             op: 0,
@@ -337,9 +378,9 @@ impl<'a> Linear<'a> {
 
     /// The map of the weight, in boxes of 128 bytes of `rows` rows.
     fn weight_map(&self, rows: u32) -> Arg {
-        let (depth, row) = (self.shape.depth as u64, self.shape.weight.bytes(self.shape.depth) as u64);
-        let (atom, dtype) = self.shape.weight.atom();
-        let atom = count(atom);
+        let dtype = self.shape.weight.dtype();
+        let (depth, row) = (self.shape.depth as u64, (self.shape.depth * dtype.size()) as u64);
+        let (atom, dtype) = (count(128 / dtype.size()), dtype.into());
         let (outputs, experts) = (self.outputs as u64, self.experts() as u64);
         let (dims, strides, tile) = match (self.lists, self.kind) {
             (None, _) => (vec![depth, outputs], vec![row], vec![atom, rows]),
@@ -353,6 +394,22 @@ impl<'a> Linear<'a> {
         };
         let base = Box::new(self.weight_at_first_row());
         Arg::TensorMap(TensorMap { base, dtype, dims, strides, tile, swizzle: 128 })
+    }
+
+    /// The map of a packed weight: words of a part of a block, parts of a slab, slabs. A box is a stage of a tile.
+    fn slab_map(&self, tiling: &Tiling) -> Arg {
+        let (format, parts) = (self.packing.format, self.packing.format.parts());
+        let (block, dtype) = (format.block_bytes(), ElemType::I32);
+        let words = block / parts / dtype.size();
+        let slabs = self.packing.experts * self.packing.slabs() - self.first_row / 16;
+        Arg::TensorMap(TensorMap {
+            base: Box::new(self.weight_at_first_row()),
+            dtype,
+            dims: [words, self.packing.blocks() * parts, slabs].map(|n| n as u64).to_vec(),
+            strides: [block / parts, self.packing.blocks() * block].map(|n| n as u64).to_vec(),
+            tile: vec![count(words), tiling.depth / count(format.stage_depth()) * count(parts), tiling.rows / 16],
+            swizzle: 0,
+        })
     }
 
     /// The map of the token rows, in boxes of 128 bytes of `tokens` tokens.

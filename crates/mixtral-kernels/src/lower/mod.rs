@@ -7,6 +7,7 @@ pub mod dummy;
 mod elementwise;
 mod linear;
 mod moe;
+mod pack;
 mod probe;
 mod sample;
 #[cfg(test)]
@@ -82,6 +83,7 @@ impl Schedule {
             family: target.family,
             regimes,
             fills: dummy::fills(program),
+            packs: pack::packs(program),
             probe: probe::read(),
             scratch_bytes: scratch.bytes,
             exchange: Exchange::new(program),

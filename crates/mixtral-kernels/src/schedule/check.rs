@@ -2,9 +2,11 @@
 //! backend sees it, so a backend can index by its numbers and use its addresses.
 
 use mixtral_engine::Program;
+use mixtral_model::WeightFormat;
 
 use super::text::ScheduleError;
 use super::{Regime, Schedule};
+use crate::lower::dummy::fills_of;
 use crate::step_block::{ALIGN, Place};
 use crate::{Arg, Exchange, Grid, Launch, Product, TensorMap, Work};
 
@@ -38,13 +40,15 @@ impl Schedule {
         self.check_exchange(program).map_err(outside("(memory between ranks)".to_owned()))?;
         self.check_regimes(program).map_err(outside("(regimes)".to_owned()))?;
         let has_exchange = self.exchange.is_some();
-        let scope = Scope { program, scratch_bytes: self.scratch_bytes, has_exchange };
-        for (dtype, fill) in &self.fills {
-            let place = || format!("fills {dtype} weights by `{}`", fill.kernel.symbol);
+        let weight_bytes = (0..program.weights.len()).map(|index| self.weight_bytes(program, index)).collect();
+        let scope = Scope { program, weight_bytes, scratch_bytes: self.scratch_bytes, has_exchange };
+        self.check_packs(program, &scope)?;
+        for (_, fill) in &self.fills {
+            let place = || format!("fills weights by `{}`", fill.kernel.symbol);
             scope.launch(fill, Regime { max_tokens: 0, decodes: false }, Of::Fill).map_err(|p| outside(place())(p))?;
         }
         for weight in program.weights.iter().filter(|weight| !weight.pieces.is_empty()) {
-            if !self.fills.iter().any(|(dtype, _)| *dtype == weight.dtype) {
+            if !fills_of(weight).into_iter().all(|needed| self.fills.iter().any(|(fill, _)| *fill == needed)) {
                 return Err(ScheduleError::Missing("fill"));
             }
         }
@@ -69,6 +73,36 @@ impl Schedule {
                 };
                 checked.map_err(|problem| outside(place())(problem))?;
                 before = work.op();
+            }
+        }
+        Ok(())
+    }
+
+    /// Every quantized weight is packed by exactly one launch, and no other weight is.
+    fn check_packs(&self, program: &Program, scope: &Scope<'_>) -> Result<(), ScheduleError> {
+        let mut packed = vec![0; program.weights.len()];
+        for pack in &self.packs {
+            let outside = |problem| ScheduleError::Outside {
+                place: format!("packs weights by `{}`", pack.launch.kernel.symbol),
+                problem,
+            };
+            scope.launch(&pack.launch, Regime { max_tokens: 0, decodes: false }, Of::Pack).map_err(outside)?;
+            if pack.bytes > MAX_BYTES {
+                return Err(outside(format!("{} bytes", pack.bytes)));
+            }
+            for &index in &pack.weights {
+                let count = packed
+                    .get_mut(index)
+                    .ok_or_else(|| outside(format!("weight {index} of {}", program.weights.len())))?;
+                *count += 1;
+            }
+        }
+        for (weight, &count) in program.weights.iter().zip(&packed) {
+            let needed = usize::from(weight.format != WeightFormat::Plain);
+            if count != needed {
+                let problem =
+                    format!("weight `{}` ({}) is packed {count} times, expected {needed}", weight.name, weight.format);
+                return Err(ScheduleError::Outside { place: "(packs)".to_owned(), problem });
             }
         }
         Ok(())
@@ -141,12 +175,15 @@ impl Schedule {
 enum Of {
     Step,
     Fill,
+    Pack,
     Probe,
 }
 
 /// The memory that work can point at.
 struct Scope<'a> {
     program: &'a Program,
+    /// Bytes of each weight on the device.
+    weight_bytes: Vec<usize>,
     scratch_bytes: usize,
     has_exchange: bool,
 }
@@ -213,8 +250,11 @@ impl Scope<'_> {
     fn arg(&self, arg: &Arg, of: Of) -> Result<(), String> {
         match arg {
             Arg::Piece(_) if of == Of::Fill => Ok(()),
+            Arg::Pack(_) if of == Of::Pack => Ok(()),
             Arg::Probe(_) if of == Of::Probe => Ok(()),
-            Arg::Piece(_) | Arg::Probe(_) => Err("it is not known in a step".to_owned()),
+            Arg::Piece(_) | Arg::Pack(_) | Arg::Staged(_) | Arg::Probe(_) => {
+                Err("it is not known in a step".to_owned())
+            }
             Arg::Exchange(_) if !self.has_exchange => Err("there is no memory between ranks".to_owned()),
             Arg::Exchange(_) | Arg::I32(_) | Arg::U64(_) | Arg::F32(_) => Ok(()),
             Arg::Ordinal(before) if i32::try_from(*before).is_ok() => Ok(()),
@@ -242,8 +282,8 @@ impl Scope<'_> {
                 Ok(Some(program.max_bytes(buffer)))
             }
             Arg::Weight { index: weight, offset } => {
-                let weight = &program.weights[index("weight", *weight, program.weights.len())?];
-                behind(&format!("weight `{}`", weight.name), *offset, weight.num_bytes())
+                let index = index("weight", *weight, program.weights.len())?;
+                behind(&format!("weight `{}`", program.weights[index].name), *offset, self.weight_bytes[index])
             }
             Arg::Keys(layer) | Arg::Values(layer) => index("cache layer", *layer, program.kv.num_layers).map(|_| None),
             Arg::Scratch(offset) => behind("the workspaces", *offset, self.scratch_bytes),

@@ -38,8 +38,10 @@ pub struct Schedule {
     pub family: Family,
     /// Regimes of decodes, then the others, each ascending by tokens.
     pub regimes: Vec<(Regime, Vec<Work>)>,
-    /// The launch that fills a piece of a dummy weight, by data type ([`crate::lower::dummy::launches`]).
-    pub fills: Vec<(DType, Launch)>,
+    /// The launches that fill a piece of a dummy weight, by what they write ([`crate::lower::dummy`]).
+    pub fills: Vec<(Fill, Launch)>,
+    /// The launches that pack quantized weights ([`crate::lower::pack`]).
+    pub packs: Vec<Pack>,
     /// The launch that reads all of a memory.
     pub probe: Launch,
     /// Bytes of the workspaces between kernels.
@@ -50,13 +52,52 @@ pub struct Schedule {
     pub block: StepBlock,
 }
 
+/// What a launch writes into a piece of a dummy weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fill {
+    /// Elements of this type.
+    Elements(DType),
+    /// Integers of 4 or 8 bits.
+    Integers(u8),
+    /// Scales of this type.
+    Scales(DType),
+    /// The zeros of integers of 4 or 8 bits.
+    Zeros(u8),
+}
+
+/// How weights of one kind are packed.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pack {
+    /// Indices of the weights, ascending.
+    pub weights: Vec<usize>,
+    /// Bytes of each on the device.
+    pub bytes: usize,
+    /// The launch that packs a matrix.
+    pub launch: Launch,
+}
+
 impl Schedule {
     /// All kernels, which have to be compiled.
     #[must_use]
     pub fn kernels(&self) -> BTreeSet<&Kernel> {
         let of_steps = self.regimes.iter().flat_map(|(_, work)| work).filter_map(Work::kernel);
         let of_fills = self.fills.iter().map(|(_, launch)| &launch.kernel);
-        of_steps.chain(of_fills).chain([&self.probe.kernel]).collect()
+        let of_packs = self.packs.iter().map(|pack| &pack.launch.kernel);
+        of_steps.chain(of_fills).chain(of_packs).chain([&self.probe.kernel]).collect()
+    }
+
+    /// What packs weight `index`; `None` if it stays as it is in its file.
+    #[must_use]
+    pub fn pack(&self, index: usize) -> Option<&Pack> {
+        self.packs.iter().find(|pack| pack.weights.contains(&index))
+    }
+
+    /// Bytes of weight `index` on the device.
+    #[must_use]
+    pub fn weight_bytes(&self, program: &Program, index: usize) -> usize {
+        let plain = || program.weights.get(index).map_or(0, mixtral_engine::Weight::num_bytes);
+        self.pack(index).map_or_else(plain, |pack| pack.bytes)
     }
 
     /// The smallest regime that takes a step of `tokens` tokens, and its work.
@@ -91,6 +132,9 @@ impl Schedule {
         let weights: HashMap<usize, usize> =
             whole.weights.iter().enumerate().filter_map(|(old, w)| Some((old, index_of(&w.name)?))).collect();
         let mut schedule = self.clone();
+        for pack in &mut schedule.packs {
+            pack.weights = pack.weights.iter().filter_map(|index| weights.get(index).copied()).collect();
+        }
         for (_, work) in &mut schedule.regimes {
             work.retain(|work| work.op() < cut || work.op() >= behind);
             for work in work {

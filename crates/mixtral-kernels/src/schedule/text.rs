@@ -8,6 +8,7 @@
 //! array name=token_ids offset=128 bytes=64
 //! exchange slots=3 part_bytes=65536 stage_slots=2 stage_bytes=0
 //! kernel header=norm/rms_norm.cuh symbol="rms::norm<bf16_t, …>" threads=512 shared_bytes=0 family=portable
+//! pack weights=[1,5] bytes=4325376 kernel=7 …
 //! probe kernel=0 …
 //! regime max_tokens=1 decodes=true
 //! launch op=1 kernel=3 grid={"tokens":{"per":1,"times":1}} cluster=1 overlaps=true args={"header":{"step":"header"},…}
@@ -26,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::fold::{Repeat, fold};
-use super::{Regime, Schedule};
+use super::{Fill, Pack, Regime, Schedule};
 use crate::step_block::{self, Array, Place, STRUCTURES};
 use crate::{Arg, Exchange, Family, Grid, Kernel, Launch, NamedArg, Product, StepBlock, Work};
 
@@ -124,8 +125,17 @@ struct KernelRecord {
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct LaunchRecord {
+    /// Of a fill of elements.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     dtype: Option<DType>,
+    /// Of any other fill.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fill: Option<Fill>,
+    /// Of a pack.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    weights: Vec<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    bytes: Option<usize>,
     op: usize,
     kernel: usize,
     grid: Grid,
@@ -177,8 +187,11 @@ impl Schedule {
             let header = header.into_owned();
             record::write(&mut text, "kernel", &KernelRecord { header, symbol, threads, shared_bytes, family });
         }
-        let launch = |launch: &Launch, dtype| LaunchRecord {
-            dtype,
+        let launch = |launch: &Launch| LaunchRecord {
+            dtype: None,
+            fill: None,
+            weights: Vec::new(),
+            bytes: None,
             op: launch.op,
             kernel: kernels.binary_search(&&launch.kernel).unwrap_or(usize::MAX),
             grid: launch.grid,
@@ -190,16 +203,24 @@ impl Schedule {
                 .map(|a| (a.name.to_string(), serde_json::to_value(&a.arg).unwrap_or_default()))
                 .collect(),
         };
-        for (dtype, fill) in &self.fills {
-            record::write(&mut text, "fill", &launch(fill, Some(*dtype)));
+        for (what, fill) in &self.fills {
+            let record = match what {
+                Fill::Elements(dtype) => LaunchRecord { dtype: Some(*dtype), ..launch(fill) },
+                _ => LaunchRecord { fill: Some(*what), ..launch(fill) },
+            };
+            record::write(&mut text, "fill", &record);
         }
-        record::write(&mut text, "probe", &launch(&self.probe, None));
+        for pack in &self.packs {
+            let (weights, bytes) = (pack.weights.clone(), Some(pack.bytes));
+            record::write(&mut text, "pack", &LaunchRecord { weights, bytes, ..launch(&pack.launch) });
+        }
+        record::write(&mut text, "probe", &launch(&self.probe));
         for (regime, works) in &self.regimes {
             record::write(&mut text, "regime", regime);
             for run in fold(works) {
                 for work in run.works {
                     match work {
-                        Work::Launch(one) => record::write(&mut text, "launch", &launch(one, None)),
+                        Work::Launch(one) => record::write(&mut text, "launch", &launch(one)),
                         Work::Product(product) => record::write(&mut text, "product", product),
                     }
                 }
@@ -248,7 +269,8 @@ struct Reading {
     arrays: Vec<ArrayRecord>,
     exchange: Option<Exchange>,
     kernels: Vec<Kernel>,
-    fills: Vec<(DType, Launch)>,
+    fills: Vec<(Fill, Launch)>,
+    packs: Vec<Pack>,
     probe: Option<Launch>,
     regimes: Vec<(Regime, Vec<Work>)>,
     /// Bytes of the works of all regimes.
@@ -268,13 +290,21 @@ impl Reading {
                 self.kernels.push(Kernel { header: header.into(), symbol, threads, shared_bytes, family });
             }
             "fill" => {
-                let (launch, dtype) = self.launch(rest)?;
-                self.fills.push((dtype.ok_or("a fill without a `dtype`")?, launch));
+                let record: LaunchRecord = record::read(rest)?;
+                let what = record.dtype.map(Fill::Elements).or(record.fill);
+                self.fills.push((what.ok_or("a fill without a `dtype` or a `fill`")?, self.launch(record)?));
             }
-            "probe" => self.probe = Some(self.launch(rest)?.0),
+            "pack" => {
+                let mut record: LaunchRecord = record::read(rest)?;
+                let (weights, bytes) =
+                    (std::mem::take(&mut record.weights), record.bytes.ok_or("a pack without `bytes`")?);
+                self.reserve(size_of_val(&weights[..]))?;
+                self.packs.push(Pack { weights, bytes, launch: self.launch(record)? });
+            }
+            "probe" => self.probe = Some(self.launch(record::read(rest)?)?),
             "regime" => self.regimes.push((record::read(rest)?, Vec::new())),
             "launch" => {
-                let work = Work::Launch(self.launch(rest)?.0);
+                let work = Work::Launch(self.launch(record::read(rest)?)?);
                 self.push(work)?;
             }
             "product" => self.push(Work::Product(Box::new(record::read(rest)?)))?,
@@ -310,8 +340,8 @@ impl Reading {
         if self.bytes > MAX_BYTES { Err(format!("works of more than {MAX_BYTES} bytes")) } else { Ok(()) }
     }
 
-    fn launch(&self, rest: &str) -> Result<(Launch, Option<DType>), String> {
-        let LaunchRecord { dtype, op, kernel, grid, cluster, overlaps, args } = record::read(rest)?;
+    fn launch(&self, record: LaunchRecord) -> Result<Launch, String> {
+        let LaunchRecord { op, kernel, grid, cluster, overlaps, args, .. } = record;
         let found = self.kernels.get(kernel);
         let kernel = found.ok_or_else(|| format!("kernel {kernel} of {}", self.kernels.len()))?.clone();
         let named = |(name, value): (String, Value)| {
@@ -320,7 +350,7 @@ impl Reading {
             Ok(NamedArg { name: Cow::Owned(name), arg })
         };
         let args = args.into_iter().map(named).collect::<Result<_, String>>()?;
-        Ok((Launch { kernel, grid, cluster, args, op, overlaps }, dtype))
+        Ok(Launch { kernel, grid, cluster, args, op, overlaps })
     }
 
     fn finish(self, program: &Program) -> Result<Schedule, ScheduleError> {
@@ -331,6 +361,7 @@ impl Reading {
             family: head.family,
             regimes: self.regimes,
             fills: self.fills,
+            packs: self.packs,
             probe: self.probe.ok_or(ScheduleError::Missing("probe"))?,
             scratch_bytes: head.scratch_bytes,
             exchange: self.exchange,

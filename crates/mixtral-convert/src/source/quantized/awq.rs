@@ -5,7 +5,7 @@ use mixtral_checkpoint::keys::Keys;
 use mixtral_model::{Bits, PartKind};
 
 use super::words::{AWQ_ORDER, Words};
-use super::{Beside, Packing, Scheme, StoredPart, group_size};
+use super::{Packing, Scheme, StoredPart, group_size};
 use crate::source::view::View;
 
 /// `qweight` i32 `[inputs, outputs / 8]`, `scales` `[groups, outputs]`, `qzeros` i32 `[groups, outputs / 8]`.
@@ -37,32 +37,22 @@ impl Packing for Gemm {
     fn parts(&self, scheme: &Scheme, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
         let groups = scheme.groups(inputs);
         vec![
-            StoredPart {
-                kind: PartKind::Values,
-                suffix: "qweight",
-                dtype: Some("I32"),
-                // Eight inputs are unpacked at a time. Groups are multiples of 8, and so are inputs.
-                shape: vec![inputs.next_multiple_of(8), outputs.div_ceil(8)],
-                view: View::Packed(Words::TurnedNibbles),
-            },
-            StoredPart {
-                kind: PartKind::Scales,
-                suffix: "scales",
-                dtype: None,
-                shape: vec![groups, outputs],
-                view: View::Transposed { first: 0 },
-            },
-            StoredPart {
-                kind: PartKind::Zeros,
-                suffix: "qzeros",
-                dtype: Some("I32"),
-                shape: vec![groups, outputs.div_ceil(8)],
-                view: View::Packed(Words::Nibbles { order: AWQ_ORDER, less_one: false }),
-            },
+            // Eight inputs are unpacked at a time. Groups are multiples of 8, and so are inputs.
+            StoredPart::new(
+                PartKind::Values,
+                "qweight",
+                Some("I32"),
+                [inputs.next_multiple_of(8), outputs.div_ceil(8)],
+                View::Packed(Words::TurnedNibbles),
+            ),
+            StoredPart::new(PartKind::Scales, "scales", None, [groups, outputs], View::Transposed { first: 0 }),
+            StoredPart::new(
+                PartKind::Zeros,
+                "qzeros",
+                Some("I32"),
+                [groups, outputs.div_ceil(8)],
+                View::Packed(Words::Nibbles { order: AWQ_ORDER, less_one: false }),
+            ),
         ]
-    }
-
-    fn beside(&self, _: &Scheme, _: [usize; 2]) -> Vec<Beside> {
-        Vec::new()
     }
 }

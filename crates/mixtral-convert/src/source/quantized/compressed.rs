@@ -79,29 +79,17 @@ impl Packing for PackQuantized {
         let (groups, in_word) = (scheme.groups(inputs), WORD * scheme.bits.per_byte());
         let rows = View::Rows { first: 0 };
         let mut parts = vec![
-            StoredPart {
-                kind: PartKind::Values,
-                suffix: "weight_packed",
-                dtype: Some("I32"),
-                shape: vec![outputs, inputs.div_ceil(in_word)],
-                view: rows,
-            },
-            StoredPart {
-                kind: PartKind::Scales,
-                suffix: "weight_scale",
-                dtype: None,
-                shape: vec![outputs, groups],
-                view: rows,
-            },
+            StoredPart::new(PartKind::Values, "weight_packed", Some("I32"), [outputs, inputs.div_ceil(in_word)], rows),
+            StoredPart::new(PartKind::Scales, "weight_scale", None, [outputs, groups], rows),
         ];
         if scheme.zeros {
-            parts.push(StoredPart {
-                kind: PartKind::Zeros,
-                suffix: "weight_zero_point",
-                dtype: Some("I32"),
-                shape: vec![outputs.div_ceil(in_word), groups],
-                view: View::Packed(Words::Fields(scheme.bits)),
-            });
+            parts.push(StoredPart::new(
+                PartKind::Zeros,
+                "weight_zero_point",
+                Some("I32"),
+                [outputs.div_ceil(in_word), groups],
+                View::Packed(Words::Fields(scheme.bits)),
+            ));
         }
         parts
     }
@@ -123,30 +111,14 @@ impl Packing for IntQuantized {
 
     fn parts(&self, scheme: &Scheme, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
         let groups = scheme.groups(inputs);
-        let signed = |kind, suffix, cols| StoredPart {
-            kind,
-            suffix,
-            dtype: Some("I8"),
-            shape: vec![outputs, cols],
-            view: View::Signed,
-        };
+        let signed = |kind, suffix, cols| StoredPart::new(kind, suffix, Some("I8"), [outputs, cols], View::Signed);
         let mut parts = vec![
             signed(PartKind::Values, "weight", inputs),
-            StoredPart {
-                kind: PartKind::Scales,
-                suffix: "weight_scale",
-                dtype: None,
-                shape: vec![outputs, groups],
-                view: View::Rows { first: 0 },
-            },
+            StoredPart::new(PartKind::Scales, "weight_scale", None, [outputs, groups], View::Rows { first: 0 }),
         ];
         if scheme.zeros {
             parts.push(signed(PartKind::Zeros, "weight_zero_point", groups));
         }
         parts
-    }
-
-    fn beside(&self, _: &Scheme, _: [usize; 2]) -> Vec<Beside> {
-        Vec::new()
     }
 }

@@ -63,29 +63,23 @@ impl Packing for Gptq {
     fn parts(&self, scheme: &Scheme, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
         let groups = scheme.groups(inputs);
         let mut parts = vec![
-            StoredPart {
-                kind: PartKind::Values,
-                suffix: "qweight",
-                dtype: Some("I32"),
-                shape: vec![inputs.div_ceil(8), outputs],
-                view: View::Packed(Words::Turned),
-            },
-            StoredPart {
-                kind: PartKind::Scales,
-                suffix: "scales",
-                dtype: None,
-                shape: vec![groups, outputs],
-                view: View::Transposed { first: 0 },
-            },
+            StoredPart::new(
+                PartKind::Values,
+                "qweight",
+                Some("I32"),
+                [inputs.div_ceil(8), outputs],
+                View::Packed(Words::Turned),
+            ),
+            StoredPart::new(PartKind::Scales, "scales", None, [groups, outputs], View::Transposed { first: 0 }),
         ];
         if scheme.zeros {
-            parts.push(StoredPart {
-                kind: PartKind::Zeros,
-                suffix: "qzeros",
-                dtype: Some("I32"),
-                shape: vec![groups, outputs.div_ceil(8)],
-                view: View::Packed(Words::Nibbles { order: ORDER, less_one: self.less_one }),
-            });
+            parts.push(StoredPart::new(
+                PartKind::Zeros,
+                "qzeros",
+                Some("I32"),
+                [groups, outputs.div_ceil(8)],
+                View::Packed(Words::Nibbles { order: ORDER, less_one: self.less_one }),
+            ));
         }
         parts
     }

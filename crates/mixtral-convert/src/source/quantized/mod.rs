@@ -9,7 +9,6 @@ pub mod gptq;
 pub mod words;
 
 use std::fmt;
-
 use std::path::Path;
 
 use mixtral_checkpoint::KeyError;
@@ -71,8 +70,10 @@ pub trait Packing: fmt::Debug + Sync {
     /// Where the parts of a linear `[outputs, inputs]` are.
     fn parts(&self, scheme: &Scheme, shape: [usize; 2]) -> Vec<StoredPart>;
 
-    /// The tensors that a linear has beside its parts.
-    fn beside(&self, scheme: &Scheme, shape: [usize; 2]) -> Vec<Beside>;
+    /// The tensors that a linear may have beside its parts.
+    fn beside(&self, _scheme: &Scheme, _shape: [usize; 2]) -> Vec<Beside> {
+        Vec::new()
+    }
 }
 
 /// Where a part of a linear is stored.
@@ -88,6 +89,12 @@ pub struct StoredPart {
     pub shape: Vec<usize>,
     /// How the part lies in it.
     pub view: View,
+}
+
+impl StoredPart {
+    fn new(kind: PartKind, suffix: &'static str, dtype: Option<&'static str>, shape: [usize; 2], view: View) -> Self {
+        StoredPart { kind, suffix, dtype, shape: shape.to_vec(), view }
+    }
 }
 
 /// A tensor that holds nothing of a linear's value, but may say that the linear is not what it seems to be.
@@ -130,8 +137,8 @@ impl MustBe {
     }
 }
 
-/// The schemes that a model directory describes; none if no library is named, or another one. There are several if linears differ; their
-/// tensors then tell which linear has which.
+/// The schemes that a model directory describes; none if no library is named, or another one. There are several if
+/// linears differ. Their tensors then tell which linear has which.
 ///
 /// # Errors
 /// If it describes something that is not read.

@@ -58,34 +58,34 @@ impl Words {
         let (stored_rows, stored_cols) = self.rectangle(&rows, &cols);
         assert_eq!(words.len(), stored_rows.len() * stored_cols.len() * WORD);
         assert_eq!(out.len(), rows.len() * cols.len());
-        let width = stored_cols.len();
-        let word = |row: usize, col: usize| {
-            let at = (row * width + col) * WORD;
-            u32::from_le_bytes([words[at], words[at + 1], words[at + 2], words[at + 3]])
-        };
+        let (words, width) = (words.as_chunks().0, stored_cols.len());
+        let word = |row: usize, col: usize| u32::from_le_bytes(words[row * width + col]);
         match self {
             Words::Turned => {
-                for row in 0..rows.len() {
-                    let out = &mut out[row * cols.len()..][..cols.len()];
-                    each_word(&cols, |stored, within, at| {
-                        let bytes = word(stored, row).to_le_bytes();
-                        out[at..at + within.len()].copy_from_slice(&bytes[within]);
-                    });
+                let mut strips = Strips { cols, out };
+                for first in (0..stored_rows.len()).step_by(STRIP) {
+                    for row in 0..rows.len() {
+                        strips.put(row, first, (first..stored_rows.len()).map(|stored| word(stored, row)));
+                    }
                 }
             }
             Words::TurnedNibbles => {
-                for block in 0..width {
-                    each_word(&cols, |stored, within, at| {
-                        let turned = turn(std::array::from_fn(|k| word(8 * stored + k, block)));
-                        for (place, row) in AWQ_ORDER.iter().enumerate() {
+                let mut strips = Strips { cols, out };
+                for first in (0..stored_rows.len() / 8).step_by(STRIP) {
+                    for block in 0..width {
+                        let mut turned = [[0; STRIP]; 8];
+                        let count = STRIP.min(stored_rows.len() / 8 - first);
+                        for at in 0..count {
+                            let eight = turn(std::array::from_fn(|k| word(8 * (first + at) + k, block)));
+                            turned.iter_mut().zip(eight).for_each(|(row, word)| row[at] = word);
+                        }
+                        for (row, turned) in AWQ_ORDER.iter().zip(turned) {
                             let row = 8 * (stored_cols.start + block) + usize::from(*row);
                             if rows.contains(&row) {
-                                let at = (row - rows.start) * cols.len() + at;
-                                out[at..at + within.len()]
-                                    .copy_from_slice(&turned[place].to_le_bytes()[within.clone()]);
+                                strips.put(row - rows.start, first, turned.into_iter().take(count));
                             }
                         }
-                    });
+                    }
                 }
             }
             Words::Nibbles { order, less_one } => {
@@ -111,13 +111,30 @@ impl Words {
     }
 }
 
-/// Calls `visit(word, bytes, at)` for each word that has bytes of `cols`: the word's index among those read, its bytes
-/// that are wanted, and where these come in a row of `cols`.
-fn each_word(cols: &Range<usize>, mut visit: impl FnMut(usize, Range<usize>, usize)) {
-    let first = cols.start / WORD;
-    for word in first..cols.end.div_ceil(WORD) {
-        let (start, end) = (cols.start.max(word * WORD), cols.end.min((word + 1) * WORD));
-        visit(word - first, start - word * WORD..end - word * WORD, start - cols.start);
+/// Words of a row that are written at a time. So few stored rows are read together that their pages stay at hand.
+const STRIP: usize = 16;
+
+/// Rows of bytes `cols` that are written in strips of words.
+struct Strips<'a> {
+    cols: Range<usize>,
+    out: &'a mut [u8],
+}
+
+impl Strips<'_> {
+    /// Writes up to [`STRIP`] words to a row, from the `first` of those that have bytes of the row on.
+    fn put(&mut self, row: usize, first: usize, words: impl Iterator<Item = u32>) {
+        let mut strip = [0; STRIP * WORD];
+        let mut end = 0;
+        for (bytes, word) in strip.as_chunks_mut::<WORD>().0.iter_mut().zip(words) {
+            *bytes = word.to_le_bytes();
+            end += WORD;
+        }
+        // Bytes of the first and the last word may be outside of the row.
+        let start = self.cols.start / WORD * WORD + first * WORD;
+        let end = (start + end).min(self.cols.end);
+        let begin = start.max(self.cols.start);
+        let at = row * self.cols.len() + begin - self.cols.start;
+        self.out[at..at + end - begin].copy_from_slice(&strip[begin - start..end - start]);
     }
 }
 

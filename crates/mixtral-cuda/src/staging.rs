@@ -1,0 +1,171 @@
+//! The way of quantized weights: each matrix waits in staging memory, as its parts lie in the weight file, until it is
+//! packed into its place. Staging memory holds a few matrices. A matrix takes the place of one that has been packed.
+
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use mixtral_engine::{BackendError, Program};
+use mixtral_kernels::Schedule;
+
+use crate::weights::Place;
+
+/// Alignment of parts, in bytes.
+const ALIGN: usize = 256;
+
+/// Matrices that staging memory holds at most: some are copied while one is packed.
+const SLOTS: usize = 4;
+
+/// A matrix of a quantized weight.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Matrix {
+    /// Index of the weight.
+    pub(crate) weight: usize,
+    /// Number of the matrix in the weight.
+    pub(crate) expert: usize,
+    /// Its rows, counted over all matrices of the weight.
+    pub(crate) rows: Range<usize>,
+    /// Its parts: integers, scales, and zeros if there are any.
+    pub(crate) parts: Vec<MatrixPart>,
+}
+
+/// A matrix's part of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct MatrixPart {
+    /// Bytes before it in the tensor.
+    pub(crate) from: usize,
+    pub(crate) bytes: usize,
+    /// Bytes before it in the matrix's part of the staging memory.
+    pub(crate) at: usize,
+}
+
+impl Matrix {
+    /// Bytes in staging memory.
+    fn bytes(&self) -> usize {
+        self.parts.last().map_or(0, |part| (part.at + part.bytes).next_multiple_of(ALIGN))
+    }
+
+    /// Where its integers, scales and zeros lie, if its part of the staging memory begins at `start`. Without zeros, the
+    /// third is that of the scales.
+    pub(crate) fn at(&self, start: usize) -> [usize; 3] {
+        [0, 1, 2].map(|i| self.parts.get(i).or(self.parts.last()).map_or(start, |part| start + part.at))
+    }
+}
+
+/// The matrices of all weights that are packed.
+fn matrices(program: &Program, schedule: &Schedule) -> Vec<Matrix> {
+    let mut matrices = Vec::new();
+    let packed = program.weights.iter().enumerate().filter(|(index, _)| schedule.pack(*index).is_some());
+    for (index, weight) in packed {
+        let experts = if weight.shape.len() == 3 { weight.shape[0] } else { 1 };
+        let rows = weight.rows() / experts.max(1);
+        let tensors = weight.format.parts(weight.dtype, &weight.shape);
+        for expert in 0..experts {
+            let mut at = 0;
+            let part = |bytes: usize| {
+                let bytes = bytes / experts;
+                let part = MatrixPart { from: expert * bytes, bytes, at };
+                at = (at + bytes).next_multiple_of(ALIGN);
+                part
+            };
+            let parts = tensors.iter().map(|tensor| tensor.num_bytes()).map(part).collect();
+            matrices.push(Matrix { weight: index, expert, rows: expert * rows..(expert + 1) * rows, parts });
+        }
+    }
+    matrices
+}
+
+/// The matrices that are to be packed, in their order.
+pub(crate) struct Queue {
+    matrices: Vec<Matrix>,
+    /// Bytes of staging memory for each matrix.
+    slot: usize,
+    slots: usize,
+    progress: Mutex<Progress>,
+    changed: Condvar,
+}
+
+struct Progress {
+    /// Bytes of each matrix that have not arrived.
+    missing: Vec<usize>,
+    packed: usize,
+    failed: bool,
+}
+
+impl Queue {
+    pub(crate) fn new(program: &Program, schedule: &Schedule) -> Queue {
+        let matrices = matrices(program, schedule);
+        let missing = matrices.iter().map(|matrix| matrix.parts.iter().map(|part| part.bytes).sum()).collect();
+        Queue {
+            slot: matrices.iter().map(Matrix::bytes).max().unwrap_or(0),
+            slots: SLOTS.min(matrices.len()),
+            matrices,
+            progress: Mutex::new(Progress { missing, packed: 0, failed: false }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Bytes of staging memory.
+    pub(crate) fn bytes(&self) -> usize {
+        self.slot * self.slots
+    }
+
+    pub(crate) fn matrices(&self) -> &[Matrix] {
+        &self.matrices
+    }
+
+    /// Where the matrix's part of the staging memory begins.
+    pub(crate) fn start(&self, matrix: usize) -> usize {
+        matrix % self.slots.max(1) * self.slot
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Progress> {
+        self.progress.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the matrix whose place it takes has been packed.
+    pub(crate) fn has_room(&self, matrix: usize) -> bool {
+        matrix < self.lock().packed + self.slots
+    }
+
+    /// Waits for that. Returns `false` if loading has failed meanwhile.
+    pub(crate) fn wait_for_room(&self, matrix: usize) -> bool {
+        let full = |progress: &mut Progress| !progress.failed && matrix >= progress.packed + self.slots;
+        let progress = self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
+        !progress.failed
+    }
+
+    /// Notes that bytes have arrived.
+    pub(crate) fn arrived(&self, brought: Option<(Place, usize)>) {
+        let Some((Place::Staged { matrix, .. }, bytes)) = brought else { return };
+        let mut progress = self.lock();
+        progress.missing[matrix] -= bytes;
+        if progress.missing[matrix] == 0 {
+            self.changed.notify_all();
+        }
+    }
+
+    /// Makes all that wait give up.
+    pub(crate) fn fail(&self) {
+        self.lock().failed = true;
+        self.changed.notify_all();
+    }
+
+    /// Packs all matrices, each when all of it has arrived. Stops where loading fails.
+    pub(crate) fn drain(
+        &self,
+        pack: &mut impl FnMut(&Matrix, usize) -> Result<(), BackendError>,
+    ) -> Result<(), BackendError> {
+        for (index, matrix) in self.matrices.iter().enumerate() {
+            let missing = |progress: &mut Progress| !progress.failed && progress.missing[index] > 0;
+            let progress = self.changed.wait_while(self.lock(), missing).unwrap_or_else(PoisonError::into_inner);
+            if progress.failed {
+                break;
+            }
+            drop(progress);
+            pack(matrix, self.start(index)).inspect_err(|_| self.fail())?;
+            self.lock().packed = index + 1;
+            self.changed.notify_all();
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,222 @@
+// The products of a tile of `dense` and `grouped` along K (linear/wgmma.cuh): of plain weights from shared memory, of
+// packed weights through registers.
+#pragma once
+
+#include "linear/ring.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared.cuh"
+#include "ptx/wgmma.cuh"
+#include "sched/tiles.cuh"
+
+namespace linear {
+
+// The products of one tile of a plain weight, with instructions of N columns.
+template <typename C, int N>
+__device__ __forceinline__ void multiply_plain(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
+    const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
+        wgmma::pin(d[m]);
+    }
+    int previous = 0;
+    for (int k = 0; k < C::K_BLOCKS; k++) {
+        mbarrier::wait(ring.full(), ring.phase);
+        const u32 tile = wgmma::descriptor(ring.a());
+        const u32 a = tile + (C::ROWS > 64 ? first_row * 8 : 0), b = tile + (C::A_BYTES >> 4);
+        wgmma::fence();
+#pragma unroll
+        for (int i = 0; i < C::DEPTH / 16; i++) {
+            const int atom = i / 4, within = i % 4 * 2;
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                wgmma::Product<typename C::T, N>::run(d[m], a + ((atom * C::A_ATOM + m * 8192) >> 4) + within,
+                                                      b + ((atom * C::B_ATOM) >> 4) + within);
+            }
+        }
+        wgmma::commit();
+        if (k > 0) {
+            wgmma::wait<1>();
+            ring.release(previous);
+        }
+        previous = ring.stage;
+        ring.advance();
+    }
+    wgmma::wait<0>();
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
+    ring.release(previous);
+}
+
+// What a thread needs of the whole rows that it multiplies: scales and zeros, if the format has them.
+template <typename C>
+struct Rows {
+    using W = typename C::W;
+
+    float scales[C::BLOCKS][2];
+    typename W::Zero zeros[C::BLOCKS];
+
+    __device__ __forceinline__ void load(typename C::Stored stored, const sched::Tile& tile, int warpgroup) {
+        if constexpr (W::ROW_VALUES > 0) {
+            const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                // Rows that the weight does not have are not stored.
+                const int slab = min(tile.row * C::SLABS + (warpgroup * C::BLOCKS + m) * 4 + warp, C::MATRIX_SLABS - 1);
+                const float* own = W::row_values(stored, tile.expert * C::MATRIX_SLABS + slab) + lane / 4 * W::ROW_VALUES;
+                scales[m][0] = own[0], scales[m][1] = own[8 * W::ROW_VALUES];
+                zeros[m] = W::row_zero(own[W::ROW_VALUES - 1], own[9 * W::ROW_VALUES - 1]);
+            }
+        }
+    }
+
+    // Makes a linear's sums of a tile's products.
+    __device__ __forceinline__ void finish(float (&d)[C::BLOCKS][C::COLS / 2]) const {
+        if constexpr (W::PACKED) {
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+                for (int i = 0; i < C::COLS / 2; i++) {
+                    d[m][i] *= W::UNIT;
+                    if constexpr (W::ROW_VALUES > 0) d[m][i] *= scales[m][i % 4 / 2];
+                }
+            }
+        }
+    }
+};
+
+// The products of one tile of a packed weight, with instructions of N columns. A unit is STEPS products of one block of
+// 64 rows. While a unit runs on the tensor cores, the next unit's integers become A operands in registers.
+//
+// If scales belong to groups, a group's products are a chain that begins at zero. The chain is scaled and added to the
+// sums of the groups before it. Meanwhile the tensor cores compute another warpgroup's products.
+template <typename C, int N>
+__device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
+                                                float (&d)[C::BLOCKS][C::COLS / 2]) {
+    using W = typename C::W;
+    using T = typename C::T;
+    constexpr int STEPS = 2;
+    constexpr int UNITS = C::DEPTH / 16 / STEPS;          // of a block of 64 rows in a stage
+    constexpr int STAGE = C::BLOCKS * UNITS;              // units of a stage
+    constexpr int CHAIN = W::SCALED ? 8 / W::CHAINS : 0;  // steps of a chain
+    constexpr int SLAB = C::DEPTH / W::DEPTH * W::BLOCK;  // bytes of 16 rows of a stage
+    static_assert(STAGE % 2 == 0 && CHAIN % STEPS == 0, "operands alternate between two places");
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    // Where the warp's first slab lies in a stage. A warp for which a tile has no slab computes the last one again.
+    const int first = min(warpgroup * C::BLOCKS * 4 + warp, C::SLABS - 1) * SLAB;
+
+    float chain[W::SCALED ? N / 2 : 1];
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
+        if constexpr (!W::SCALED) wgmma::pin(d[m]);
+    }
+    u32 a[2][STEPS][4];
+    typename W::Lane integers;
+    // Where a unit's integers lie, of the stage at `tile`.
+    const auto block = [&](u32 tile, int unit) {
+        const int offset = first + unit / UNITS * 4 * SLAB + unit % UNITS * STEPS / 8 * W::BLOCK;
+        return static_cast<const u8*>(__cvta_shared_to_generic(tile + offset));
+    };
+    const auto load = [&](u32 tile, int unit) { W::load(integers, block(tile, unit), lane); };
+    const auto convert = [&](u32 tile, int unit) {
+        typename W::Zero zero;
+        if constexpr (W::SCALED) {
+            zero = W::group_zero(block(tile, unit), unit % UNITS * STEPS % 8 / CHAIN, lane);
+        } else {
+            zero = rows.zeros[unit / UNITS];
+        }
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            W::fragment(a[unit % 2][i], integers, (unit % UNITS * STEPS + i) % 8, zero);
+        }
+    };
+
+    mbarrier::wait(ring.full(), ring.phase);
+    load(ring.a(), 0);
+    convert(ring.a(), 0);
+#pragma unroll 1
+    for (int k = 0; k < C::K_BLOCKS; k++) {
+        const int stage = ring.stage;
+        const u32 tile = ring.a(), b = wgmma::descriptor(ring.b());
+#pragma unroll
+        for (int unit = 0; unit < STAGE; unit++) {
+            const int m = unit / UNITS, first_step = unit % UNITS * STEPS;
+            wgmma::pin(a[unit % 2]);
+            wgmma::fence();
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                const int step = first_step + i;
+                const u32 at = b + ((step / 4 * C::B_ATOM) >> 4) + step % 4 * 2;
+                if constexpr (!W::SCALED) {
+                    wgmma::FragmentProduct<T, N>::run(d[m], a[unit % 2][i], at);
+                } else if (step % CHAIN == 0) {
+                    wgmma::FirstFragmentProduct<T, N>::run(chain, a[unit % 2][i], at);
+                } else {
+                    wgmma::FragmentProduct<T, N>::run(chain, a[unit % 2][i], at);
+                }
+            }
+            wgmma::commit();
+            const int next = (unit + 1) % STAGE;
+            bool more = true;
+            if (next == 0) {
+                ring.advance();
+                more = k + 1 < C::K_BLOCKS;
+                if (more) mbarrier::wait(ring.full(), ring.phase);
+            }
+            const u32 next_tile = next == 0 ? ring.a() : tile;
+            if (more) load(next_tile, next);
+            // The next unit's operands take the place of the unit before this one.
+            wgmma::wait<1>();
+            wgmma::pin(a[next % 2]);
+            if (more) convert(next_tile, next);
+            if constexpr (W::SCALED) {
+                if ((first_step + STEPS) % CHAIN == 0) {
+                    const auto scales = W::scales(block(tile, unit), first_step % 8 / CHAIN, lane);
+                    const float scale[2] = {to_float(scales.upper), to_float(scales.lower)};
+                    wgmma::wait<0>();
+                    wgmma::pin(chain);
+#pragma unroll
+                    for (int i = 0; i < N / 2; i++) d[m][i] = __fmaf_rn(chain[i], scale[i % 4 / 2], d[m][i]);
+                }
+            }
+        }
+        wgmma::wait<0>();
+        ring.release(stage);
+    }
+    if constexpr (!W::SCALED) {
+#pragma unroll
+        for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
+    }
+}
+
+// One tile's products, with instructions of N columns.
+template <typename C, int N>
+__device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
+                                         float (&d)[C::BLOCKS][C::COLS / 2]) {
+    if constexpr (C::W::PACKED) {
+        multiply_packed<C, N>(ring, warpgroup, rows, d);
+    } else {
+        multiply_plain<C, N>(ring, warpgroup, d);
+    }
+}
+
+// One tile's products, with the narrowest of four widths that holds `count` columns.
+template <typename C>
+__device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Rows<C>& rows, int count,
+                                         float (&d)[C::BLOCKS][C::COLS / 2]) {
+    if constexpr (C::BOX == C::COLS) {
+        multiply<C, C::COLS>(ring, warpgroup, rows, d);
+    } else {
+        switch ((count + C::BOX - 1) / C::BOX) {
+            case 1: multiply<C, C::BOX>(ring, warpgroup, rows, d); break;
+            case 2: multiply<C, 2 * C::BOX>(ring, warpgroup, rows, d); break;
+            case 3: multiply<C, 3 * C::BOX>(ring, warpgroup, rows, d); break;
+            default: multiply<C, 4 * C::BOX>(ring, warpgroup, rows, d);
+        }
+    }
+}
+
+}  // namespace linear
