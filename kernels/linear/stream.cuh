@@ -74,7 +74,7 @@ struct StreamConfig {
     static constexpr bool RESIDENT = TOKEN_STAGES * TOKEN_BLOCKS == PART;
     static constexpr int TOKEN_CHUNKS = TOKEN_BLOCKS / BLOCKS;  // chunks of weights that a stage of tokens serves
     // Whether a warp moves a whole chunk to registers before it multiplies. Then it refills the stage earlier.
-    static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * sizeof(Block<W>) <= (WARPS < 6 || (WARPS > 7 && WARPS < 12) ? 400 : 192);
+    static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * sizeof(Block<W>) <= (WARPS < 8 ? 400 : 192);
     // Blocks whose chains are computed at the same time, so that none waits for its last product.
     static constexpr int AT_ONCE = AHEAD && W::SCALED && W::CHAINS == 1 && BLOCKS % 2 == 0 ? 2 : 1;
 
@@ -94,8 +94,6 @@ struct StreamConfig {
     static constexpr int SHARED = BARRIERS_AT + BARRIERS * 8;
     static_assert(SHARED <= SHARED_ && SHARED_ <= 232448, "what the launch asks for");
     static constexpr int THREADS = (WARPS + 1) * 32;
-    // A small CTA leaves registers to the next kernel's, so that this may begin to load while the last ones compute.
-    static constexpr int PER_SM = THREADS <= 256 ? 2 : 1;
 
     static_assert(K % W::DEPTH == 0 && W::blocks(K) % SPLIT == 0 && PART % BLOCKS == 0 && WARPS % SPLIT == 0, "");
     static_assert(TOKEN_BLOCKS % BLOCKS == 0 && PART % TOKEN_BLOCKS == 0 && ROWS >= COLS, "");
@@ -231,8 +229,9 @@ struct TokenPair {
 };
 
 // A chain of products of each of N blocks that lie one behind the other. `tokens` is where the lane's rows of tokens
-// lie for the first of them. `next` has the tokens of the chain's first two steps, and afterwards those behind its last
-// ones, if they are in the block.
+// lie for the first of them. Of up to eight tokens, `next` has those of the chain's first two steps, and afterwards those
+// behind its last ones, if they are in the block. More tokens are loaded when they are needed: the products of one eight
+// of them hide the loads of the next.
 template <typename C, int N>
 __device__ __forceinline__ void multiply_chain(float (&sums)[N][C::WIDTH][4], const Block<typename C::W>* blocks, int chain,
                                                const u32 (&tokens)[C::WIDTH], TokenPair<C> (&next)[N]) {
@@ -244,15 +243,18 @@ __device__ __forceinline__ void multiply_chain(float (&sums)[N][C::WIDTH][4], co
         u32 a[N][2][4];
 #pragma unroll
         for (int n = 0; n < N; n++) {
-            here[n] = next[n];
-            if (pair < 3) next[n].load(tokens, n, pair + 1);
+            if constexpr (C::WIDTH == 1) {
+                here[n] = next[n];
+                if (pair < 3) next[n].load(tokens, n, pair + 1);
+            }
             W::fragment(a[n][0], blocks[n].lane, pair * 2, blocks[n].zeros[chain]);
             W::fragment(a[n][1], blocks[n].lane, pair * 2 + 1, blocks[n].zeros[chain]);
         }
 #pragma unroll
-        for (int step = 0; step < 2; step++) {
+        for (int c = 0; c < C::WIDTH; c++) {
+            if constexpr (C::WIDTH > 1) ptx::ldmatrix_x4(here[0].values[c], tokens[c] + pair * 64);
 #pragma unroll
-            for (int c = 0; c < C::WIDTH; c++) {
+            for (int step = 0; step < 2; step++) {
 #pragma unroll
                 for (int n = 0; n < N; n++) {
                     const u32 b[2] = {here[n].values[c][step * 2], here[n].values[c][step * 2 + 1]};
@@ -287,7 +289,7 @@ struct Slot {
     // The sum over all groups of a row and a column.
     __device__ __forceinline__ float total(int row, int col) const {
         float total = 0.0f;
-#pragma unroll 8
+#pragma unroll 16
         for (int group = 0; group < C::GROUPS; group++) {
             const typename C::W::Scales& pair = scales[group][row % 8];
             total = __fmaf_rn(sums[group][col][row], to_float(row < 8 ? pair.upper : pair.lower), total);
@@ -307,6 +309,12 @@ __device__ __forceinline__ void add_sums(u8* shared, Cursor<Spans>& cursor, cons
         const int slab = round * C::TEAMS + team, at = round % C::SLOTS;
         if (slab < group.begin || slab >= group.end) continue;
         const sched::Span span = cursor.at(slab);
+        i64 to[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int column = i * 2 + lane / 16;
+            to[i] = column < span.count ? static_cast<i64>(destination(span.first + column)) * C::OUTPUTS : -1;
+        }
         mbarrier::wait(barriers.summed(team, at), round / C::SLOTS & 1);
         const Slot<C>& slot = Slot<C>::of(shared, team, at);
         float upper[EACH], lower[EACH];
@@ -319,10 +327,8 @@ __device__ __forceinline__ void add_sums(u8* shared, Cursor<Spans>& cursor, cons
         const int at_row = (span.slab + slab - span.begin) * (C::SILU ? 8 : 16) + row;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int column = i * 2 + lane / 16;
-            if (row >= 8 || column >= span.count) continue;
-            const i64 to = static_cast<i64>(destination(span.first + column)) * C::OUTPUTS;
-            epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper[i], lower[i], at_row, out + to, residual + to);
+            if (row >= 8 || to[i] < 0) continue;
+            epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper[i], lower[i], at_row, out + to[i], residual + to[i]);
         }
     }
 }
@@ -397,7 +403,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                     const Block<W>* here = blocks + (C::AHEAD ? b : 0);
                     TokenPair<C> next[C::AT_ONCE];
 #pragma unroll
-                    for (int n = 0; n < C::AT_ONCE; n++) next[n].load(tokens, n, 0);
+                    for (int n = 0; C::WIDTH == 1 && n < C::AT_ONCE; n++) next[n].load(tokens, n, 0);
                     if constexpr (W::SCALED) {
 #pragma unroll
                         for (int chain = 0; chain < W::CHAINS; chain++) {
@@ -477,8 +483,9 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, Wait wait, const u8
             mbarrier::fence_init();
         }
         __syncthreads();
-        wait();
+        if constexpr (!EARLY) wait();
         const auto spans = make_spans();
+        if constexpr (EARLY) wait();
         Cursor<decltype(make_spans())> cursor{spans};
         Turn<C::TOKEN_STAGES> turn;
         for_rounds<C>(spans, [&](const sched::Group& group, int round) {
@@ -503,7 +510,7 @@ __device__ __forceinline__ void stream(MakeSpans make_spans, Wait wait, const u8
 
 // Dense linear of a packed weight [OUTPUTS][K] with tokens [·][K].
 template <typename C, bool LOGITS, typename Out>
-__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+__global__ void __launch_bounds__(C::THREADS, 1)
     stream_dense(const u8* weight, const typename C::T* tokens, const step::Header* header, Out* out, const Out* residual) {
     pdl::launch_dependents();
     const auto spans = [&] {
@@ -516,7 +523,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
 // Linear of each token by its experts, as `mma_grouped`. expert_down loads its first weights before its wait: the lists
 // were complete before expert_gate_up started (wgmma.cuh).
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
-__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+__global__ void __launch_bounds__(C::THREADS, 1)
     stream_grouped(const u8* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                    const int* order, typename C::T* out) {
     const auto spans = [&] { return sched::Spans<EXPERTS, C::MATRIX_SLABS, C::COLS>(offsets, header->num_tokens); };

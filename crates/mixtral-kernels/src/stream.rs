@@ -15,10 +15,8 @@ const MOST: u32 = 227 << 10;
 /// slabs are fixed beforehand, so two CTAs that shared a multiprocessor would finish long after all others.
 const ALONE: u32 = 114 << 10;
 
-/// The most bytes of a CTA that fits beside one of [`ALONE`] bytes. With a single token, expert_down's CTAs start when
-/// each multiprocessor has one of expert_gate_up's, so none gets two. They load their first weights while
-/// expert_gate_up still computes.
-const BESIDE: u32 = 112 << 10;
+/// Bytes of weights that the warps of a CTA have under way together. More gain nothing.
+const UNDER_WAY: u32 = 128 << 10;
 
 /// Tokens of which an expert seldom gets more than eight.
 const FEW: usize = 16;
@@ -26,6 +24,12 @@ const FEW: usize = 16;
 impl Stream {
     /// The numbers for up to `tokens` tokens; `None` if K has no whole blocks.
     pub(crate) fn new(shape: &LinearShape, tokens: usize) -> Option<Stream> {
+        let of_whole_rows = || Stream::of(shape, tokens, false);
+        Stream::of(shape, tokens, shape.weight.has_groups()).or_else(of_whole_rows)
+    }
+
+    /// The numbers where warps may share slabs, or may not. Shared slabs need memory for the sums of their groups.
+    fn of(shape: &LinearShape, tokens: usize, may_share: bool) -> Option<Stream> {
         if !shape.depth.is_multiple_of(128) || shape.depth == 0 || !shape.weight.is_packed() {
             return None;
         }
@@ -33,46 +37,38 @@ impl Stream {
         let block = count(shape.weight.block_bytes());
         let cols = match tokens {
             0..=1 => 1,
-            2 => 2,
-            3..=FEW => 8,
-            _ => count(tokens.next_multiple_of(8)).min(32),
+            2 if !shape.grouped => 2,
+            2..=FEW => 8,
+            // Of 32 tokens an expert gets about 8 and seldom more than 16. Wider tiles would take longer.
+            _ => 16,
         };
-        // A tile's rows of tokens lie beside those of the tile behind it.
-        let rows = if shape.grouped && cols == 8 { 16 } else { cols };
         // Slabs of a CTA. A token goes to two experts or more. Several tokens share some of theirs.
-        let matrices = if shape.grouped { (2 * tokens).clamp(2, 7) } else { 1 };
+        let matrices = if shape.grouped { (2 * tokens).clamp(2, 8) } else { 1 };
         let slabs = count((shape.rows.div_ceil(16) * matrices).div_ceil(MULTIPROCESSORS));
-        let divisor = |most: u32| (1..=most).rev().find(|n| of_k.is_multiple_of(*n)).unwrap_or(1);
-        let alone = tokens > 1 || !shape.grouped;
-        let splits = shape.weight.has_groups() && slabs < 12 && cols <= 2;
-        let (split, warps) = match (splits, alone) {
-            (true, true) => (divisor(14), divisor(14)),
-            (true, false) => (divisor(7), divisor(7)),
-            (false, _) if slabs <= 8 => (1, slabs.max(4)),
-            (false, true) => (1, 15),
-            (false, false) => (1, 7),
+        let splits = may_share && cols <= 2 && slabs < 8;
+        let split = if splits { (1..=14).rev().find(|n| of_k.is_multiple_of(*n)).unwrap_or(1) } else { 1 };
+        let warps = match slabs {
+            _ if splits => split,
+            0..=8 => slabs.max(4),
+            // Two rounds of eight slabs. (One more than 15 would be a round of its own.)
+            16 if tokens > 8 => 8,
+            _ => 15,
         };
         let part = of_k / split;
-        // Copies of about 4 KB.
-        let blocks = [4, 2, 1].into_iter().find(|&n| part.is_multiple_of(n) && n * block <= 4352).unwrap_or(1);
-        // All tokens, or stages of a few blocks.
-        let some = if rows == 1 { 16 } else { 4.max(blocks) };
-        let few = [8, 4, 2, 1].into_iter().map(|n| n * blocks).find(|&n| part.is_multiple_of(n) && n <= some);
-        let resident = split > 1 || rows * of_k <= 256 || part == blocks;
-        let (token_blocks, token_stages) =
-            if resident { (part, 1) } else { (few.unwrap_or(blocks), if cols > 16 { 2 } else { 3 }) };
-        let plan = |stages| Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages };
-        let down = shape.grouped && !shape.silu_mul;
-        let most = if alone {
-            186 << 10
-        } else if down {
-            BESIDE
-        } else {
-            ALONE
+        // Copies of about 4 KB; with few warps, of twice that.
+        let copy = if warps <= 8 && !shape.weight.has_groups() { 8 << 10 } else { 4352 };
+        let blocks = [4, 2, 1].into_iter().find(|&n| part.is_multiple_of(n) && n * block <= copy).unwrap_or(1);
+        // All tokens of a tile, or stages of a few blocks. Then tokens of several tiles may lie beside each other.
+        let resident = split > 1 || cols * of_k <= 256 && tokens <= 8;
+        let rows = if shape.grouped && cols == 8 && !resident { 16 } else { cols };
+        let some = [4, 2, 1].into_iter().find(|&n| part.is_multiple_of(n) && n.is_multiple_of(blocks));
+        let (token_blocks, token_stages) = match resident {
+            true => (part, 1),
+            false => (some.unwrap_or(blocks), if cols > 16 { 2 } else { 3 }),
         };
-        let fits = |most| move |plan: &Stream| plan.bytes(shape) <= most;
-        let of = |stages: std::ops::RangeInclusive<u32>| stages.rev().map(plan);
-        of(2..=8).find(fits(most)).or_else(|| of(1..=8).find(fits(MOST)))
+        let plan = |stages| Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages };
+        let wanted = (UNDER_WAY / (warps * blocks * block)).clamp(2, 8);
+        (1..=wanted).rev().map(plan).find(|plan| plan.bytes(shape) <= MOST)
     }
 
     /// Bytes of shared memory that a CTA needs: `linear::StreamConfig::SHARED`.
@@ -89,10 +85,57 @@ impl Stream {
         ring + tokens + slots + barriers
     }
 
-    /// Bytes of shared memory that a CTA asks for: all that it needs, and enough to be alone, unless it is to fit beside
-    /// expert_gate_up's.
+    /// Bytes of shared memory that a CTA asks for: what it needs, and enough to be alone.
     pub(crate) fn shared_bytes(&self, shape: &LinearShape) -> u32 {
-        let beside = self.cols == 1 && shape.grouped && !shape.silu_mul;
-        self.bytes(shape).max(if beside { 0 } else { ALONE })
+        self.bytes(shape).max(ALONE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mixtral_model::{DType, ElemType, WeightFormat};
+
+    use super::*;
+
+    fn shape(word: &str, rows: usize, depth: usize, grouped: bool) -> LinearShape {
+        let Ok(WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
+        let weight = WeightRows::Quantized(DType::Bf16, quantization);
+        LinearShape { rows, depth, tokens: ElemType::Bf16, weight, silu_mul: false, grouped }
+    }
+
+    #[test]
+    fn streams_fit_into_shared_memory() {
+        let formats = ["int4:g128:bf16", "int4:g32:f32:zeros", "int4:row:f32", "int8:row:f32", "int8:g64:f16:zeros"];
+        for word in formats {
+            for (rows, depth) in [(28672, 4096), (4096, 14336), (6144, 4096), (6144, 16384), (4096, 1792), (64, 128)] {
+                for grouped in [false, true] {
+                    let shape = shape(word, rows, depth, grouped);
+                    for tokens in [1, 2, 4, 8, 16, 32, 64] {
+                        let stream = Stream::new(&shape, tokens).unwrap_or_else(|| panic!("{shape:?} {tokens}"));
+                        let bytes = stream.shared_bytes(&shape);
+                        assert!((ALONE..=MOST).contains(&bytes), "{stream:?} has {bytes}");
+                        let part = count(depth / 128) / stream.split;
+                        assert!(part.is_multiple_of(stream.token_blocks), "{stream:?} {part}");
+                        assert!(stream.token_blocks.is_multiple_of(stream.blocks), "{stream:?}");
+                        assert!(stream.split == 1 || stream.token_blocks == part && stream.cols <= 8, "{stream:?}");
+                    }
+                }
+            }
+        }
+        assert_eq!(Stream::new(&shape("int4:g128:bf16", 64, 200, false), 1), None);
+    }
+
+    #[test]
+    fn warps_share_slabs_where_there_are_few() {
+        let plan = |word, rows, depth, grouped, tokens| {
+            let Stream { cols, warps, split, .. } =
+                Stream::new(&shape(word, rows, depth, grouped), tokens).expect("a plan");
+            (cols, warps, split)
+        };
+        assert_eq!(plan("int4:g128:bf16", 28672, 4096, true, 1), (1, 15, 1));
+        assert_eq!(plan("int4:g128:bf16", 4096, 14336, true, 1), (1, 14, 14));
+        assert_eq!(plan("int8:row:f32", 4096, 14336, true, 1), (1, 4, 1));
+        assert_eq!(plan("int4:g128:bf16", 4096, 14336, true, 8), (8, 15, 1));
+        assert_eq!(plan("int4:g128:bf16", 4096, 14336, true, 16), (8, 8, 1));
     }
 }

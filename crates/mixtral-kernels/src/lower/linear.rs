@@ -295,7 +295,10 @@ impl<'a> Linear<'a> {
     fn wgmma(&self, tiling: &Tiling) -> Result<Vec<Launch>, LowerError> {
         let Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic } = *tiling;
         let shared = tiling.shared_bytes(self.kind, self.shape.weight);
-        let every = !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
+        // Beside the bytes of a plain weight it costs nothing to multiply every expert's weights with every token. A packed
+        // weight has fewer bytes.
+        let packed = self.packing.format.is_packed();
+        let every = !packed && !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
         // An expert's tiles are seldom full, so each is loaded in quarters, as many as it needs. Full tiles are loaded
         // in one box, which is the least work for the producer, unless the box is so large that other loads have to
         // wait for it.
@@ -316,8 +319,7 @@ impl<'a> Linear<'a> {
             shared_bytes: shared,
             family: Family::Hopper,
         };
-        let weight =
-            ("weight", if self.packing.format.is_packed() { self.slab_map(tiling) } else { self.weight_map(rows) });
+        let weight = ("weight", if packed { self.slab_map(tiling) } else { self.weight_map(rows) });
         let stored = ("stored", self.weight_at_first_row());
         let header = ("header", Arg::Step(Array::Header));
         let out = ("out", Arg::Buffer(self.out));
