@@ -144,6 +144,27 @@ fn eight_ranks_of_a_large_model_are_a_page() {
     assert!(picture.contains(" MB, ") && picture.contains(" us"), "bytes and time stand in the boxes: {picture}");
 }
 
+/// Layouts of ranks on GPUs are compared without a GPU and without a compiler of kernels.
+#[test]
+fn a_dry_run_predicts_steps_of_all_ranks() {
+    let dir = tempfile::tempdir().unwrap();
+    let layouts = [
+        "--tp-size 2",
+        "--tp-size 2 --moe-tp-mode 1",
+        "--pp-size 2",
+        "--tp-size 2 --arch sm_80",
+        "--tp-size 2 --backend cpu",
+    ];
+    let predicted = layouts.map(|layout| {
+        let arch = if layout.contains("--arch") || layout.contains("cpu") { "" } else { "--arch sm_90a" };
+        let line = format!("build --model-config mixtral-8x7b --dtype bf16 --dry-run --explain {arch} {layout}");
+        let said = mixtral_in(dir.path(), &line, &[]).ok();
+        let (_, table) = said.split_once("predicted").unwrap_or_default();
+        format!("{layout}\n{}", table.trim_end())
+    });
+    insta::assert_snapshot!(predicted.join("\n\n"));
+}
+
 fn json(at: &Path, line: &str) -> Value {
     serde_json::from_str(&mixtral_in(at, line, &[]).ok()).expect("one JSON object")
 }

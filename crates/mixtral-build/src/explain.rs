@@ -67,6 +67,9 @@ fn explain_rank(text: &mut String, who: &str, program: &Program, kernels: &[Kern
         program.limits.max_seq_len,
     );
     match kernels {
+        [] if has_ladders(program) => {
+            let _ = writeln!(text, "kernels: not compiled; the plan of each linear is behind it");
+        }
         [] => {
             let _ = writeln!(
                 text,
@@ -104,6 +107,11 @@ fn explain_rank(text: &mut String, who: &str, program: &Program, kernels: &[Kern
         }
         row(text, &total, roof.map(|_| total_time), "total");
     }
+}
+
+/// Whether the program is for GPUs: then every linear has a ladder.
+fn has_ladders(program: &Program) -> bool {
+    program.ops.iter().any(|op| matches!(op, Op::Linear { ladder, .. } if !ladder.is_empty()))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a few hundred at most")]

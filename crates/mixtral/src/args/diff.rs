@@ -18,10 +18,12 @@ const OUTPUT: &str = "Output";
     after_help = "\
 Examples:
   mixtral diff ./engine --backends cpu,cuda
+  mixtral diff ./engine ./engine-of-two-ranks
   mixtral diff ./engine ./other --layers 2 --input-text \"I love french quiche\""
 )]
 pub struct DiffArgs {
-    /// The reference and the engine to compare with it, or one engine to run on two backends
+    /// The reference and the engine to compare with it, or one engine to run on two backends. If one of the two has several
+    /// ranks, the other is the reference
     #[arg(value_name = "ENGINE", num_args = 1..=2, default_value = "engine_outputs")]
     pub engines: Vec<PathBuf>,
     /// Where the reference runs, and the other [default: auto for each of two engines]
@@ -39,7 +41,7 @@ pub struct DiffArgs {
     /// Largest error of an f32 buffer: the sum of squared differences by the sum of squares of the reference
     #[arg(help_heading = COMPARED, long, default_value_t = 1e-10, value_name = "NMSE")]
     pub f32_limit: f64,
-    /// Largest error of a 16-bit buffer
+    /// Largest error of a 16-bit buffer; twice that of a sum over ranks, whose parts are rounded too
     #[arg(help_heading = COMPARED, long, default_value_t = 1e-5, value_name = "NMSE")]
     pub half_limit: f64,
     /// Prompts [default: drawn token ids]

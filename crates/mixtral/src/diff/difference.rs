@@ -13,10 +13,13 @@ pub struct Tolerance {
 }
 
 impl Tolerance {
-    /// The limit of a type; integers have to be equal.
-    pub fn of(&self, dtype: ElemType) -> f64 {
+    /// The limit of a buffer of a type that an operation wrote; integers have to be equal. In 16 bits it is twice as large
+    /// for a sum over ranks: every part is rounded, then the sum, then the sum with the residual, and one rank rounds
+    /// half as often.
+    pub fn of(&self, kind: &str, dtype: ElemType) -> f64 {
         match dtype {
             ElemType::F32 => self.f32,
+            ElemType::F16 | ElemType::Bf16 if kind == "all_reduce" => 2.0 * self.half,
             ElemType::F16 | ElemType::Bf16 => self.half,
             ElemType::I32 | ElemType::U8 => 0.0,
         }

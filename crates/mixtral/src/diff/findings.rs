@@ -1,13 +1,14 @@
 //! All differences of a comparison, by operation and buffer.
 
 use mixtral_model::ElemType;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 
 use anyhow::Result;
 use serde::Serialize;
 
 use super::difference::{Difference, Element, Tolerance};
+use super::share::base;
 
 /// A figure in a table.
 fn short(x: f64) -> String {
@@ -17,6 +18,9 @@ fn short(x: f64) -> String {
 /// What was compared.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Place {
+    /// The rank, if the other engine has several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rank: Option<usize>,
     /// The operation's index.
     pub op: usize,
     /// Its name.
@@ -56,31 +60,34 @@ struct First {
 #[derive(Clone, Debug)]
 pub struct Findings {
     tolerance: Tolerance,
-    /// By operation and the order in which its buffers were compared.
-    rows: BTreeMap<(usize, usize), Row>,
+    /// By rank, operation, and the order in which its buffers were compared.
+    rows: BTreeMap<(Option<usize>, usize, usize), Row>,
     first: Option<First>,
     steps: usize,
+    /// Buffers that have nothing to be compared with.
+    left_out: BTreeSet<String>,
 }
 
 impl Findings {
     /// No differences yet.
     pub fn new(tolerance: Tolerance) -> Self {
-        Findings { tolerance, rows: BTreeMap::new(), first: None, steps: 0 }
+        Findings { tolerance, rows: BTreeMap::new(), first: None, steps: 0, left_out: BTreeSet::new() }
     }
 
     /// Records one difference.
     pub fn add(&mut self, step: usize, place: Place, difference: Difference) {
-        let limit = self.tolerance.of(place.dtype);
+        let limit = self.tolerance.of(place.kind, place.dtype);
         let exceeds = difference.error > limit;
         if exceeds && self.first.is_none() {
             self.first = Some(First { step, place: place.clone(), difference, limit });
         }
         self.steps = self.steps.max(step + 1);
-        let of_op = self.rows.range((place.op, 0)..=(place.op, usize::MAX));
+        let (rank, op) = (place.rank, place.op);
+        let of_op = self.rows.range((rank, op, 0)..=(rank, op, usize::MAX));
         let (known, next) = of_op.fold((None, 0), |(known, _), (key, row)| {
-            (if row.place.buffer == place.buffer { Some(*key) } else { known }, key.1 + 1)
+            (if row.place.buffer == place.buffer { Some(*key) } else { known }, key.2 + 1)
         });
-        let key = known.unwrap_or((place.op, next));
+        let key = known.unwrap_or((rank, op, next));
         match self.rows.get_mut(&key) {
             Some(row) => {
                 row.difference = row.difference.and(&difference);
@@ -92,6 +99,11 @@ impl Findings {
         }
     }
 
+    /// Notes that a buffer has nothing to be compared with.
+    pub fn leave_out(&mut self, buffer: &str) {
+        self.left_out.insert(base(buffer).to_owned());
+    }
+
     /// Buffers whose error was above its limit.
     pub fn exceeded(&self) -> usize {
         self.rows.values().filter(|row| row.exceeded > 0).count()
@@ -101,14 +113,13 @@ impl Findings {
     fn by_kind(&self) -> Vec<Row> {
         let mut rows: Vec<Row> = Vec::new();
         for row in self.rows.values() {
-            let buffer = row.place.buffer.rsplit('.').next().unwrap_or_default().to_owned();
-            let place = Place { buffer, ..row.place.clone() };
+            let place = Place { buffer: base(&row.place.buffer).to_owned(), ..row.place.clone() };
             match rows.iter_mut().find(|r| (r.place.kind, &r.place.buffer) == (place.kind, &place.buffer)) {
                 None => rows.push(Row { place, ..row.clone() }),
                 Some(sum) => {
                     // The row names the operation with the largest error.
                     if row.difference.error > sum.difference.error {
-                        sum.place.op = row.place.op;
+                        (sum.place.rank, sum.place.op) = (row.place.rank, row.place.op);
                     }
                     sum.difference = sum.difference.and(&row.difference);
                     (sum.times, sum.exceeded) = (sum.times + 1, sum.exceeded + row.exceeded);
@@ -124,7 +135,13 @@ impl Findings {
         writeln!(
             out,
             "{:>9} {:>9} {:>9} {:>9} {:>6} {:>5} {:>5}        operation",
-            "max", "mean", "rms", "error", "limit", "op", "times"
+            "max",
+            "mean",
+            "rms",
+            "error",
+            "limit",
+            if rows.iter().any(|row| row.place.rank.is_some()) { "r:op" } else { "op" },
+            "times"
         )?;
         for Row { place, times, difference: d, limit, exceeded } in rows {
             let verdict = if exceeded > 0 { "FAIL" } else { "ok" };
@@ -136,11 +153,15 @@ impl Findings {
                 short(d.rms),
                 short(d.error),
                 format!("{limit:.0e}"),
-                place.op,
+                place.rank.map_or(place.op.to_string(), |rank| format!("{rank}:{}", place.op)),
                 place.kind,
                 place.buffer,
                 place.dtype
             )?;
+        }
+        if !self.left_out.is_empty() {
+            let names: Vec<&str> = self.left_out.iter().map(String::as_str).collect();
+            writeln!(out, "not compared, because each rank has only its part of a sum: {}", names.join(", "))?;
         }
         Ok(())
     }
@@ -152,6 +173,7 @@ impl Findings {
             "steps": self.steps,
             "tolerance": self.tolerance,
             "operations": rows,
+            "left_out": self.left_out,
             "exceeded": self.exceeded(),
             "first": self.first,
         })
@@ -161,7 +183,8 @@ impl Findings {
     /// off.
     pub fn verdict(&self) -> Option<String> {
         let First { step, place, difference, limit } = self.first.as_ref()?;
-        let Place { op, kind, buffer, dtype } = place;
+        let Place { rank, op, kind, buffer, dtype } = place;
+        let of_rank = rank.map_or(String::new(), |rank| format!(" of rank {rank}"));
         let of = if *dtype == ElemType::I32 { "a part that differs of" } else { "an error (NMSE) of" };
         let worst = difference.worst.map_or(String::new(), |Element { row, col, reference, other }| {
             format!("; furthest apart at [{row}, {col}]: {reference} in the reference, {other} in the other")
@@ -171,7 +194,7 @@ impl Findings {
             n => format!("; {n} more of the {} buffers compared are above their limits", self.rows.len()),
         };
         Some(format!(
-            "operation {op} ({kind}) is wrong: `{buffer}` has {of} {:.3e} in step {step}, limit {limit:e}{worst}{more}",
+            "operation {op} ({kind}){of_rank} is wrong: `{buffer}` has {of} {:.3e} in step {step}, limit {limit:e}{worst}{more}",
             difference.error
         ))
     }

@@ -186,7 +186,7 @@ impl Lockstep {
     }
 
     fn add(&self, op: usize, operation: &Op, buffer: &str, dtype: ElemType, difference: Difference) {
-        let place = Place { op, kind: operation.name(), buffer: buffer.to_owned(), dtype };
+        let place = Place { rank: None, op, kind: operation.name(), buffer: buffer.to_owned(), dtype };
         self.findings.lock().unwrap_or_else(PoisonError::into_inner).add(self.step, place, difference);
     }
 }

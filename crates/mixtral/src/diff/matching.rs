@@ -3,9 +3,29 @@
 use std::ops::RangeInclusive;
 
 use anyhow::{Result, anyhow, bail};
-use mixtral_engine::{Op, Program};
+use mixtral_engine::{EngineConfig, Op, Program};
 
 use super::operands::{label, reads, writes};
+
+/// Checks that two engines are of one model and take the same steps, whatever ranks they have.
+///
+/// # Errors
+/// The difference.
+pub fn same_model(reference: &EngineConfig, other: &EngineConfig) -> Result<()> {
+    let unlike = |what: &str, a: String, b: String| {
+        anyhow!(
+            "the engines cannot be compared: {what} {a} in the reference and {b} in the other; build both with the same limits, from checkpoints of the same model"
+        )
+    };
+    let (a, b) = (reference, other);
+    if a.model != b.model {
+        return Err(unlike("the model is", format!("({})", a.model), format!("({})", b.model)));
+    }
+    if a.limits != b.limits {
+        return Err(unlike("the limits are", format!("{:?}", a.limits), format!("{:?}", b.limits)));
+    }
+    Ok(())
+}
 
 /// Checks that two programs have the same operations on the same buffers. What an operation computes with (a weight, an
 /// epsilon, a window, kernels) may differ: the comparison is to find that.

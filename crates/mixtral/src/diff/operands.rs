@@ -30,6 +30,19 @@ pub struct Part {
     pub bytes: Vec<u8>,
 }
 
+impl Part {
+    /// How many rows it has.
+    pub fn num_rows(&self) -> usize {
+        self.bytes.len() / (self.cols * self.dtype.size()).max(1)
+    }
+
+    /// The bytes of a row; none if there is no such row.
+    pub fn row(&self, row: usize) -> &[u8] {
+        let len = self.cols * self.dtype.size();
+        self.bytes.get(row * len..(row + 1) * len).unwrap_or_default()
+    }
+}
+
 /// What an operation reads.
 pub fn reads(op: &Op) -> Vec<Operand> {
     let buffers = op.reads().into_iter().map(|name| Operand::Buffer(name.to_owned()));
@@ -62,6 +75,14 @@ impl fmt::Display for Operand {
 }
 
 impl Operand {
+    /// The names of its parts.
+    pub fn names(&self) -> Vec<String> {
+        match self {
+            Operand::Buffer(name) => vec![name.clone()],
+            Operand::Cache(layer) => ["keys", "values"].map(|half| format!("layer{layer}.{half}")).to_vec(),
+        }
+    }
+
     /// Reads the operand from a backend.
     ///
     /// # Errors
@@ -122,24 +143,24 @@ impl Operand {
                 let bytes = contents[0].chunks_exact(row).flat_map(|row| &row[..kept]).copied().collect();
                 vec![Part { name: name.clone(), dtype: buffer.dtype, cols, bytes }]
             }
-            Operand::Cache(layer) => {
+            Operand::Cache(_) => {
                 let (kv, block_size) = (program.kv, program.limits.block_size);
                 let vector = kv.head_dim * kv.dtype.size();
                 let slots = || inputs.slot_mapping.iter().filter_map(|&slot| usize::try_from(slot).ok());
-                let part = |(bytes, half): (&Vec<u8>, &str)| {
+                let part = |(bytes, name): (&Vec<u8>, String)| {
                     let heads = |slot: usize| {
                         let start =
                             move |head| (slot / block_size * kv.num_kv_heads + head) * block_size + slot % block_size;
                         (0..kv.num_kv_heads).flat_map(move |head| &bytes[start(head) * vector..][..vector])
                     };
                     Part {
-                        name: format!("layer{layer}.{half}"),
+                        name,
                         dtype: kv.dtype.into(),
                         cols: kv.num_kv_heads * kv.head_dim,
                         bytes: slots().flat_map(heads).copied().collect(),
                     }
                 };
-                contents.iter().zip(["keys", "values"]).map(part).collect()
+                contents.iter().zip(self.names()).map(part).collect()
             }
         }
     }

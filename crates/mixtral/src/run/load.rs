@@ -96,7 +96,7 @@ impl Part<'_> {
     }
 
     /// Where the weights come from.
-    fn weights(&self) -> Result<Weights> {
+    pub fn weights(&self) -> Result<Weights> {
         Ok(match self.engine.config().weights {
             WeightsKind::File => {
                 let file = self.engine.weight_file(Rank(self.program.rank))?;

@@ -1,19 +1,19 @@
 //! `mixtral build`: a checkpoint, or a geometry and dummy weights → an engine.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{Built, DenseLinears, KernelOptions, Kernels, Roof, WeightsFrom, dot, fold};
+use mixtral_build::{Built, DenseLinears, Gpu, Job, KernelOptions, Kernels, Roof, WeightsFrom, dot, fold};
 use mixtral_checkpoint::names::CONFIG_FILE;
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ConfigFileError, ReadError};
 use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
-use mixtral_kernels::{Arch, Cache, KernelImages, LinearPlan, Search};
+use mixtral_kernels::{Arch, Cache, Code, Family, KernelImages, LinearPlan, Search};
 use mixtral_model::{DType, Formats, Mapping, ModelConfig, WeightOnly};
 
 use crate::args::build::{BuildFor, BuildOptions, Model};
@@ -93,8 +93,8 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     };
     if options.dry_run {
         let programs = mixtral_build::plan(&config, &build)?;
-        let on_cpu = build.kernels.is_none();
-        return show(&programs, &[], on_cpu, options.explain, options.graph.as_deref());
+        let family = build.kernels.as_ref().and_then(|kernels| best(&kernels.codes()));
+        return show(&programs, &[], family, options.explain, options.graph.as_deref());
     }
     let progress = Progress::new();
     let advance = |done, total| progress.advance(done, total);
@@ -188,26 +188,47 @@ impl Plugins {
 /// Shows what was built.
 pub fn show_built(built: &Built, explains: bool, graph: Option<&Path>) -> Result<()> {
     let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks);
-    show(&built.programs, kernels, built.kernels.is_none(), explains, graph)
+    let family = built.kernels.as_ref().and_then(|kernels| best(&kernels.codes));
+    show(&built.programs, kernels, family, explains, graph)
 }
 
-/// Prints and draws the programs if the flags ask for it, and prints how large they are.
+/// The family of the fastest of an engine's kernels.
+fn best(codes: &BTreeSet<Code>) -> Option<Family> {
+    codes.iter().map(|code| code.family()).max()
+}
+
+/// Prints and draws the programs if the flags ask for it, and prints how large they are. `family` is that of the engine's
+/// kernels, if it has any.
 fn show(
     programs: &[Program],
     kernels: &[Vec<KernelImages>],
-    on_cpu: bool,
+    family: Option<Family>,
     explains: bool,
     graph: Option<&Path>,
 ) -> Result<()> {
     let mut out = std::io::stdout().lock();
+    let gpu = family.zip(programs.first()).and_then(|(family, program)| Gpu::of(family, program.dtype));
     // This machine's CPU is measured only for engines that run on a CPU.
     let is_shown = explains || graph.is_some();
-    let roof = (is_shown && on_cpu).then(|| machine::measure_roof(machine::cores()));
+    let roof = match family {
+        Some(_) => gpu.map(|gpu| gpu.roof),
+        None => is_shown.then(|| machine::measure_roof(machine::cores())),
+    };
     if explains {
         if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
-            writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, measured now", bytes_per_s / 1e9, flops_per_s / 1e9)?;
+            let of = gpu.map_or("measured now".to_owned(), |gpu| format!("of {}", gpu.name));
+            writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, {of}", bytes_per_s / 1e9, flops_per_s / 1e9)?;
         }
         writeln!(out, "{}", explain(programs, kernels, roof))?;
+        match (family, gpu.zip(family).map(|(gpu, family)| Job::new(programs, gpu, family))) {
+            (_, Some(Ok(job))) => writeln!(out, "{}", job.table())?,
+            (_, Some(Err(error))) => writeln!(out, "steps are not predicted: {error}\n")?,
+            (Some(_), None) => writeln!(
+                out,
+                "steps are not predicted: that takes figures of Hopper kernels in 16 bits, and no others were measured\n"
+            )?,
+            (None, None) => {}
+        }
     }
     if let Some(path) = graph {
         std::fs::write(path, dot::dot(programs, roof)).with_context(|| format!("cannot write {}", path.display()))?;
