@@ -203,8 +203,8 @@ fn attention(name: &str, dtype: DType, head_dim: usize, group: usize, window: Op
     kernel.expect("attention")
 }
 
-/// Hopper's kernels of many tokens for a dense linear, gate/up and down of experts, with weights of one format.
-fn packed_linears(dtype: DType, word: &str) -> Vec<(Kernel, Code)> {
+/// The kernels of a header for a dense linear, gate/up and down of experts, with weights of one format.
+fn packed_linears(dtype: DType, word: &str, header: &str, code: Code) -> Vec<(Kernel, Code)> {
     let mut a = Assembly::new(dtype);
     let (hidden, inter, name) = (1024, 512, str::to_owned);
     (a.program.num_experts, a.program.top_k) = (8, 2);
@@ -234,9 +234,13 @@ fn packed_linears(dtype: DType, word: &str) -> Vec<(Kernel, Code)> {
     let ((offsets, order), input, weight, out) = (lists, name("inner"), name("proj"), name("outer"));
     a.op(Op::ExpertDown { input, weight, offsets, order, out, ladder });
     (a.program.limits.max_num_tokens, a.program.limits.max_seq_len) = (4096, 4096);
-    let schedule = Schedule::new(&a.program, Target { family: Family::Hopper }).expect("kernels");
-    let of_wgmma = |kernel: &&&Kernel| kernel.header == "linear/wgmma.cuh";
-    schedule.kernels().iter().filter(of_wgmma).map(|kernel| ((*kernel).clone(), SM_90A)).collect()
+    let schedule = Schedule::new(&a.program, Target { family: code.family() }).expect("kernels");
+    schedule
+        .kernels()
+        .into_iter()
+        .filter(|kernel| kernel.header == header)
+        .map(|kernel| (kernel.clone(), code))
+        .collect()
 }
 
 /// Checks that kernels compile without defects and without a stack.
@@ -303,7 +307,25 @@ fn packed_linears_of_many_tokens_spill_nothing_and_are_not_serialised() {
         (DType::F16, "int4:g128:f16:zeros"),
         (DType::Bf16, "int8:g64:f32:zeros"),
     ];
-    let work: Vec<_> = formats.iter().flat_map(|(dtype, word)| packed_linears(*dtype, word)).collect();
+    let of = |(dtype, word): &(DType, &str)| packed_linears(*dtype, word, "linear/wgmma.cuh", SM_90A);
+    let work: Vec<_> = formats.iter().flat_map(of).collect();
     assert!(work.len() >= 4 * 3 * 3, "{} kernels", work.len());
+    assert_clean(&work);
+}
+
+#[test]
+fn packed_linears_of_few_tokens_spill_nothing() {
+    let formats = [
+        (DType::Bf16, "int4:g128:bf16"),
+        (DType::F16, "int4:g32:f32:zeros"),
+        (DType::Bf16, "int8:row:bf16:zeros"),
+        (DType::F16, "int8:g64:f16"),
+    ];
+    let mut work = Vec::new();
+    for (dtype, word) in formats {
+        work.extend(packed_linears(dtype, word, "linear/stream.cuh", SM_90A));
+        work.extend(packed_linears(dtype, word, "linear/mma.cuh", SM_80));
+    }
+    assert!(work.len() >= 4 * 3 * 5, "{} kernels", work.len());
     assert_clean(&work);
 }

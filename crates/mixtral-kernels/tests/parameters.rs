@@ -28,7 +28,12 @@ fn parameters(ptx: &str) -> Vec<usize> {
 fn programs() -> Vec<Program> {
     let programs = [Geometry::small(DType::F32), Geometry::small(DType::F16), Geometry::round(DType::Bf16)]
         .map(|geometry| [true, false].map(|fused| decoder::program(&geometry, fused)));
-    programs.into_iter().flatten().collect()
+    let quantized = ["int4:g64:f16:zeros", "int8:row:f32"].map(|word| {
+        let mut program = decoder::program(&Geometry::round(DType::Bf16), true);
+        decoder::quantize(&mut program, word.parse().expect("a format"));
+        program
+    });
+    programs.into_iter().flatten().chain(quantized).collect()
 }
 
 #[test]
