@@ -64,7 +64,8 @@ struct Rows {
             for (int m = 0; m < C::BLOCKS; m++) {
                 // Rows that the weight does not have are not stored.
                 const int slab = min(tile.row * C::SLABS + (warpgroup * C::BLOCKS + m) * 4 + warp, C::MATRIX_SLABS - 1);
-                const float* own = W::row_values(stored, tile.expert * C::MATRIX_SLABS + slab) + lane / 4 * W::ROW_VALUES;
+                const float* values = W::row_values(stored, tile.expert * C::MATRIX_SLABS + slab);
+                const float* own = values + lane / 4 * W::ROW_VALUES;
                 scales[m][0] = own[0], scales[m][1] = own[8 * W::ROW_VALUES];
                 zeros[m] = W::row_zero(own[W::ROW_VALUES - 1], own[9 * W::ROW_VALUES - 1]);
             }

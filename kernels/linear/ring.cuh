@@ -1,4 +1,5 @@
-// How `dense` and `grouped` (linear/wgmma.cuh) cut a linear into tiles and stages, and the ring of stages in shared memory.
+// How `dense` and `grouped` (linear/wgmma.cuh) cut a linear into tiles and stages, and the ring of stages in shared
+// memory.
 #pragma once
 
 #include "base/types.cuh"

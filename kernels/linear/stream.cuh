@@ -289,7 +289,7 @@ struct Slot {
     // The sum over all groups of a row and a column.
     __device__ __forceinline__ float total(int row, int col) const {
         float total = 0.0f;
-#pragma unroll 8
+#pragma unroll 16
         for (int group = 0; group < C::GROUPS; group++) {
             const typename C::W::Scales& pair = scales[group][row % 8];
             total = __fmaf_rn(sums[group][col][row], to_float(row < 8 ? pair.upper : pair.lower), total);
@@ -309,6 +309,12 @@ __device__ __forceinline__ void add_sums(u8* shared, Cursor<Spans>& cursor, cons
         const int slab = round * C::TEAMS + team, at = round % C::SLOTS;
         if (slab < group.begin || slab >= group.end) continue;
         const sched::Span span = cursor.at(slab);
+        i64 to[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const int column = i * 2 + lane / 16;
+            to[i] = column < span.count ? static_cast<i64>(destination(span.first + column)) * C::OUTPUTS : -1;
+        }
         mbarrier::wait(barriers.summed(team, at), round / C::SLOTS & 1);
         const Slot<C>& slot = Slot<C>::of(shared, team, at);
         float upper[EACH], lower[EACH];
@@ -321,10 +327,8 @@ __device__ __forceinline__ void add_sums(u8* shared, Cursor<Spans>& cursor, cons
         const int at_row = (span.slab + slab - span.begin) * (C::SILU ? 8 : 16) + row;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            const int column = i * 2 + lane / 16;
-            if (row >= 8 || column >= span.count) continue;
-            const i64 to = static_cast<i64>(destination(span.first + column)) * C::OUTPUTS;
-            epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper[i], lower[i], at_row, out + to, residual + to);
+            if (row >= 8 || to[i] < 0) continue;
+            epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper[i], lower[i], at_row, out + to[i], residual + to[i]);
         }
     }
 }

@@ -94,12 +94,12 @@ struct Quantized {
     static constexpr int CHAINS = SCALED ? DEPTH / GROUP : 1;  // of a block
     static constexpr int SCALES_AT = VALUES;
     static constexpr int ZEROS_AT = SCALES_AT + (SCALED ? SLAB * CHAINS * static_cast<int>(sizeof(Scale)) : 0);
+    static constexpr int END = ZEROS_AT + (SCALED && ZEROS ? SLAB * CHAINS : 0);
     // Bytes of a block. TMA copies it in PARTS, each a multiple of 16 bytes and at most 256 words.
-    static constexpr int PARTS = BITS / 2;
-    static constexpr int BLOCK = (ZEROS_AT + (SCALED && ZEROS ? SLAB * CHAINS : 0) + PARTS * 16 - 1) / (PARTS * 16) * (PARTS * 16);
+    static constexpr int PARTS = BITS / 2, BLOCK = (END + PARTS * 16 - 1) / (PARTS * 16) * (PARTS * 16);
     static constexpr int ROW_VALUES = SCALED ? 0 : ZEROS ? 2 : 1;  // f32 values of a row behind the slabs
     static constexpr float UNIT = Conversion<T>::UNIT;
-    static_assert(BLOCK % 16 == 0, "whole copies");
+    static_assert(BLOCK % 16 == 0 && BLOCK / PARTS <= 1024, "whole copies");
 
     __device__ static constexpr int blocks(int k) { return (k + DEPTH - 1) / DEPTH; }
 
@@ -120,9 +120,9 @@ struct Quantized {
     // Starts to copy the i-th 16 bytes of a tile. `find(row)` says where the slab that begins with a tile's row lies.
     template <int K, typename Find>
     __device__ static __forceinline__ void copy_rows(u8* tile, int i, Find find, int k) {
-        constexpr int PARTS = BLOCK / 16;
-        const Stored slab = find(i / PARTS * SLAB);
-        const Stored from = slab == nullptr ? slab : slab + k / DEPTH * BLOCK + i % PARTS * 16;
+        constexpr int COPIES = BLOCK / 16;  // of a block
+        const Stored slab = find(i / COPIES * SLAB);
+        const Stored from = slab == nullptr ? slab : slab + k / DEPTH * BLOCK + i % COPIES * 16;
         ptx::cp_async_16(ptx::shared_address(tile + i * 16), from, slab != nullptr);
     }
 

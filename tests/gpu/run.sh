@@ -161,7 +161,7 @@ ranks() {
     local layout
     for layout in "--tp_size 2" "--tp_size 2 --moe_tp_mode 1" "--pp_size 2"; do
         check "tiny models, $layout" last_line "$python" "$here/tests/python/parity.py" --mixtral "$mixtral" --backend cuda \
-            --models 8 --layout "$layout" --jobs 2
+            --models 8 --layout "$layout"
     done
     check "layouts of ranks" last_line "$python" "$here/tests/python/gpu_ranks.py" --mixtral "$mixtral"
     check "same bits: 8x7b, two ranks" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \

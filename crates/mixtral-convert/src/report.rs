@@ -137,14 +137,16 @@ impl fmt::Display for ConvertPlan {
             writeln!(f, "  tensors of rank 0, layers like its first left out:")?;
             let is_later_layer =
                 |name: &str| name.starts_with("transformer.layers.") && !name.starts_with("transformer.layers.0.");
-            for PlannedTensor { name, dtype, format, shape, bytes } in
-                first.tensors.iter().filter(|t| !is_later_layer(&t.name))
-            {
-                let stored = match format {
-                    WeightFormat::Plain => dtype.to_string(),
-                    WeightFormat::Quantized(_) => format.to_string(),
-                };
-                writeln!(f, "    {name:<48} {stored:<4} {:<20} {}", format!("{shape:?}"), size(*bytes))?;
+            let stored = |tensor: &PlannedTensor| match tensor.format {
+                WeightFormat::Plain => tensor.dtype.to_string(),
+                WeightFormat::Quantized(_) => tensor.format.to_string(),
+            };
+            let tensors = || first.tensors.iter().filter(|tensor| !is_later_layer(&tensor.name));
+            let width = tensors().map(|tensor| stored(tensor).len()).max().unwrap_or(0).max(4);
+            for tensor in tensors() {
+                let PlannedTensor { name, shape, bytes, .. } = tensor;
+                let (stored, shape) = (stored(tensor), format!("{shape:?}"));
+                writeln!(f, "    {name:<48} {stored:<width$} {shape:<20} {}", size(*bytes))?;
             }
         }
         if !self.tokenizer_files.is_empty() {

@@ -169,3 +169,82 @@ impl Queue {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use mixtral_kernels::{Family, Target};
+    use mixtral_model::DType;
+    use mixtral_testkit::assembly::Assembly;
+
+    use super::*;
+
+    fn queue(weights: &[(&str, &[usize])]) -> Queue {
+        let mut a = Assembly::new(DType::Bf16);
+        a.declare("norm", DType::Bf16, &[64]);
+        for (i, (format, shape)) in weights.iter().enumerate() {
+            a.quantized(&format!("w{i}"), format.parse().expect("a format"), shape, 1.0);
+        }
+        let schedule = Schedule::new(&a.program, Target { family: Family::Portable }).expect("kernels");
+        Queue::new(&a.program, &schedule)
+    }
+
+    #[test]
+    fn matrices_are_parts_of_tensors() {
+        let queue = queue(&[("int4:g32:f16:zeros", &[3, 10, 64]), ("int8:row:f32", &[20, 64])]);
+        let of = |i: usize| {
+            let matrix = &queue.matrices()[i];
+            let parts = matrix.parts.iter().map(|part| (part.from, part.bytes, part.at)).collect::<Vec<_>>();
+            (matrix.weight, matrix.expert, matrix.rows.clone(), parts)
+        };
+        assert_eq!(of(0), (1, 0, 0..10, vec![(0, 320, 0), (0, 40, 512), (0, 20, 768)]));
+        assert_eq!(of(2), (1, 2, 20..30, vec![(640, 320, 0), (80, 40, 512), (40, 20, 768)]));
+        assert_eq!(of(3), (2, 0, 0..20, vec![(0, 1280, 0), (0, 80, 1280)]));
+        assert_eq!((queue.bytes(), queue.start(3)), (4 * 1536, 3 * 1536));
+        assert_eq!(queue.matrices()[2].at(1024), [1024, 1536, 1792]);
+        // Without zeros, the launch passes the scales in their place.
+        assert_eq!(queue.matrices()[3].at(0), [0, 1280, 1280]);
+    }
+
+    #[test]
+    fn a_matrix_waits_until_its_place_is_free() {
+        let queue = queue(&[("int8:row:f32", &[9, 16, 64])]);
+        let bytes = 16 * 64 + 16 * 4;
+        assert!(queue.has_room(SLOTS - 1) && !queue.has_room(SLOTS));
+        let mut packed = Vec::new();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                for matrix in 0..9 {
+                    assert!(queue.wait_for_room(matrix));
+                    queue.arrived(Some((Place::Staged { matrix, at: 0 }, 100)));
+                    queue.arrived(Some((Place::Staged { matrix, at: 100 }, bytes - 100)));
+                }
+            });
+            let mut pack = |matrix: &Matrix, start: usize| {
+                packed.push((matrix.expert, start / queue.slot));
+                Ok(())
+            };
+            queue.drain(&mut pack).expect("no failure");
+        });
+        assert_eq!(packed, (0..9).map(|i| (i, i % SLOTS)).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_failure_ends_all_waiting() {
+        let queue = queue(&[("int8:row:f32", &[9, 16, 64])]);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| queue.wait_for_room(SLOTS));
+            let packing = scope.spawn(|| queue.drain(&mut |_, _| Ok(())));
+            queue.fail();
+            assert!(!waiting.join().expect("no panic"));
+            assert!(packing.join().expect("no panic").is_ok());
+        });
+        // A matrix that cannot be packed ends it too.
+        let one = self::queue(&[("int8:row:f32", &[16, 64])]);
+        one.arrived(Some((Place::Staged { matrix: 0, at: 0 }, 16 * 64 + 16 * 4)));
+        let refuse = |_: &Matrix, _: usize| Err(BackendError::Other("refused".to_owned()));
+        assert!(one.drain(&mut { refuse }).is_err());
+        assert!(!one.wait_for_room(1));
+    }
+}

@@ -66,8 +66,9 @@ impl LinearShape {
 /// finish long after all others.
 const RING: u32 = 184 << 10;
 
-/// Experts of packed weights stream them in steps of up to this many tokens.
-const STREAMED: usize = 64;
+/// Experts of packed weights stream them in steps of up to this many tokens. An expert of 8x7B then gets about eight,
+/// which is the width of one product of mma.sync.
+const STREAMED: usize = 32;
 
 /// The plan for up to `tokens` tokens.
 #[must_use]
@@ -227,7 +228,7 @@ mod tests {
                 LinearShape { rows: 4096, depth: 14336, tokens: ElemType::Bf16, weight, silu_mul: false, grouped };
             tokens.iter().map(|&n| plan(&shape, n, Family::Hopper).to_string()).collect()
         };
-        let experts = plans("int4:g128:bf16", true, &[16, 64, 128, 256, 16384]);
+        let experts = plans("int4:g128:bf16", true, &[32, 64, 128, 256, 16384]);
         assert!(experts[0].starts_with("stream:"), "{experts:?}");
         assert_eq!(
             experts[1..],

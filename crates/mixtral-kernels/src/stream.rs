@@ -39,9 +39,8 @@ impl Stream {
             0..=1 => 1,
             2 if !shape.grouped => 2,
             2..=FEW => 8,
-            // Of 64 tokens an expert gets about 16 and seldom more than 24. Wider tiles would take longer.
-            17..=32 => 16,
-            _ => 24,
+            // Of 32 tokens an expert gets about 8 and seldom more than 16. Wider tiles would take longer.
+            _ => 16,
         };
         // Slabs of a CTA. A token goes to two experts or more. Several tokens share some of theirs.
         let matrices = if shape.grouped { (2 * tokens).clamp(2, 8) } else { 1 };

@@ -20,6 +20,18 @@ fn geometries(dtype: DType) -> [Geometry; 2] {
     [Geometry::small(dtype), Geometry { window: Some(70), ..Geometry::round(dtype) }]
 }
 
+/// Decoders with what is said of them: plain ones of both sizes, and quantized ones.
+fn decoders(dtype: DType) -> Vec<(String, Program)> {
+    let plain = geometries(dtype)
+        .map(|geometry| (format!("{dtype} hidden {}", geometry.hidden_size), decoder::program(&geometry, true)));
+    let quantized = ["int4:g128:bf16", "int4:g32:f16:zeros", "int8:row:f32"].map(|word| {
+        let mut program = decoder::program(&geometries(dtype)[1], true);
+        decoder::quantize(&mut program, word.parse().unwrap());
+        (format!("{dtype} {word}"), program)
+    });
+    plain.into_iter().chain(quantized).collect()
+}
+
 fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> CudaBackend {
     let kv_blocks = KvBlocks::Exactly(KV_BLOCKS);
     let options = CudaOptions { graphs, overlap, count_experts: true, ..CudaOptions::default() };
@@ -102,8 +114,7 @@ fn bits(logits: &[Vec<Vec<f32>>]) -> Vec<u32> {
 fn graphs_and_overlap_and_company_change_no_bit() {
     let Some(machine) = Machine::find() else { return };
     for dtype in DTYPES {
-        for geometry in geometries(dtype) {
-            let program = decoder::program(&geometry, true);
+        for (name, program) in decoders(dtype) {
             let sequences = sequences(&program);
             for code in machine.codes() {
                 let (library, failures) = machine.compile(code, &[&program]);
@@ -113,7 +124,7 @@ fn graphs_and_overlap_and_company_change_no_bit() {
                     let mut backend = load(&program, &library, graphs, overlap);
                     for round in 0..3 {
                         let found = run(&mut backend, &program, &sequences, &together());
-                        let what = format!("{dtype} {code}: graphs {graphs}, overlap {overlap}, round {round}");
+                        let what = format!("{name} {code}: graphs {graphs}, overlap {overlap}, round {round}");
                         assert!(bits(&found) == bits(&plain), "{what}");
                     }
                 }
@@ -125,7 +136,7 @@ fn graphs_and_overlap_and_company_change_no_bit() {
                     .collect();
                 assert!(
                     differ.is_empty(),
-                    "{dtype} {code}: alone or together changes bits of (sequence, position) {differ:?}"
+                    "{name} {code}: alone or together changes bits of (sequence, position) {differ:?}"
                 );
             }
         }
@@ -142,8 +153,7 @@ fn nmse(a: &[f32], b: &[f32]) -> f64 {
 fn logits_are_those_of_the_cpu() {
     let Some(machine) = Machine::find() else { return };
     for dtype in DTYPES {
-        for geometry in geometries(dtype) {
-            let program = decoder::program(&geometry, true);
+        for (name, program) in decoders(dtype) {
             let sequences = sequences(&program);
             let options = CpuOptions { kv_blocks: KV_BLOCKS, count_experts: true, ..CpuOptions::default() };
             let mut cpu = CpuBackend::load(program.clone(), WEIGHTS, options).unwrap();
@@ -157,14 +167,14 @@ fn logits_are_those_of_the_cpu() {
                 let mut errors: Vec<f64> = positions.map(|(found, expected)| nmse(found, expected)).collect();
                 errors.sort_by(f64::total_cmp);
                 let (median, largest) = (errors[errors.len() / 2], errors[errors.len() - 1]);
-                println!("{dtype} {code} hidden {}: NMSE median {median:e}, largest {largest:e}", geometry.hidden_size);
+                println!("{name} {code}: NMSE median {median:e}, largest {largest:e}");
                 if dtype == DType::F32 {
-                    assert!(largest < 1e-8, "{dtype} {code}: NMSE {largest:e}");
+                    assert!(largest < 1e-8, "{name} {code}: NMSE {largest:e}");
                     assert_eq!(backend.expert_counts(), cpu.expert_counts(), "{code}");
                 } else {
                     // Where two experts are nearly tied, the router may choose the other one, and the position's logits
                     // differ much. Most positions have no such tie, so the median is compared.
-                    assert!(median < 1e-3, "{dtype} {code}: median NMSE {median:e}");
+                    assert!(median < 1e-3, "{name} {code}: median NMSE {median:e}");
                 }
             }
         }

@@ -40,7 +40,7 @@ pub struct Schedule {
     pub regimes: Vec<(Regime, Vec<Work>)>,
     /// The launches that fill a piece of a dummy weight, by what they write ([`crate::lower::dummy`]).
     pub fills: Vec<(Fill, Launch)>,
-    /// The launches that pack quantized weights ([`crate::lower::pack`]).
+    /// The launches that pack quantized weights (`kernels/weight/pack.cuh`).
     pub packs: Vec<Pack>,
     /// The launch that reads all of a memory.
     pub probe: Launch,

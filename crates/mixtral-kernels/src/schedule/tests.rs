@@ -10,7 +10,7 @@ use mixtral_testkit::large;
 use super::fold::fold;
 use super::*;
 use crate::step_block::Array;
-use crate::{ExchangeArg, Grid, NamedArg, PieceArg, ProbeArg, Product, Target, TensorMap, Work};
+use crate::{ExchangeArg, Grid, NamedArg, PackArg, PieceArg, ProbeArg, Product, Target, TensorMap, Work};
 
 /// Decoders that use each kind of kernel, some with layers that fold and some with layers that do not.
 fn programs() -> Vec<Program> {
@@ -231,6 +231,30 @@ fn no_launch_is_asked_for_that_no_driver_takes() {
         with_change(|s| s.scratch_bytes = 0),
         with_change(|s| s.fills.clear()),
         with_change(|s| s.probe.args.truncate(0)),
+    ];
+    insta::assert_snapshot!(said.join("\n"));
+}
+
+#[test]
+fn every_quantized_weight_is_packed_once() {
+    let mut program = decoder::program(&Geometry::round(DType::Bf16), true);
+    decoder::quantize(&mut program, "int4:g64:f16:zeros".parse().expect("a format"));
+    let [schedule, _] = schedules(&program);
+    assert_eq!(schedule.packs.iter().map(|pack| pack.weights.len()).collect::<Vec<_>>(), [2; 4]);
+    assert_eq!(schedule.check(&program), Ok(()));
+    let with_change = |change: fn(&mut Schedule)| {
+        let mut schedule = schedule.clone();
+        change(&mut schedule);
+        schedule.check(&program).expect_err("a defect").to_string()
+    };
+    let said = [
+        with_change(|s| s.packs.truncate(1)),
+        with_change(|s| s.packs[1].weights.push(0)),
+        with_change(|s| s.packs[1].weights[0] = 999),
+        with_change(|s| s.packs[0].bytes = 0),
+        with_change(|s| s.packs[0].bytes = usize::MAX),
+        with_change(|s| s.packs[0].launch.args[0].arg = Arg::Staged(0)),
+        with_change(|s| s.probe.args[0].arg = Arg::Pack(PackArg::Out)),
     ];
     insta::assert_snapshot!(said.join("\n"));
 }
