@@ -7,8 +7,6 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use mixtral_engine::{BackendError, Program};
 use mixtral_kernels::Schedule;
 
-use crate::weights::Place;
-
 /// Alignment of parts, in bytes.
 const ALIGN: usize = 256;
 
@@ -134,9 +132,8 @@ impl Queue {
         !progress.failed
     }
 
-    /// Notes that bytes have arrived.
-    pub(crate) fn arrived(&self, brought: Option<(Place, usize)>) {
-        let Some((Place::Staged { matrix, .. }, bytes)) = brought else { return };
+    /// Notes that bytes of a matrix have arrived.
+    pub(crate) fn arrived(&self, matrix: usize, bytes: usize) {
         let mut progress = self.lock();
         progress.missing[matrix] -= bytes;
         if progress.missing[matrix] == 0 {
@@ -217,8 +214,8 @@ mod tests {
             scope.spawn(|| {
                 for matrix in 0..9 {
                     assert!(queue.wait_for_room(matrix));
-                    queue.arrived(Some((Place::Staged { matrix, at: 0 }, 100)));
-                    queue.arrived(Some((Place::Staged { matrix, at: 100 }, bytes - 100)));
+                    queue.arrived(matrix, 100);
+                    queue.arrived(matrix, bytes - 100);
                 }
             });
             let mut pack = |matrix: &Matrix, start: usize| {
@@ -242,7 +239,7 @@ mod tests {
         });
         // A matrix that cannot be packed ends it too.
         let one = self::queue(&[("int8:row:f32", &[16, 64])]);
-        one.arrived(Some((Place::Staged { matrix: 0, at: 0 }, 16 * 64 + 16 * 4)));
+        one.arrived(0, 16 * 64 + 16 * 4);
         let refuse = |_: &Matrix, _: usize| Err(BackendError::Other("refused".to_owned()));
         assert!(one.drain(&mut { refuse }).is_err());
         assert!(!one.wait_for_room(1));

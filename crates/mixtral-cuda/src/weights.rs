@@ -82,43 +82,52 @@ pub(crate) fn upload(
     let copy = || -> Result<(), BackendError> {
         let stream = Stream::new(context)?;
         let mut buffers = [Pinned::new(context, CHUNK)?, Pinned::new(context, CHUNK)?];
-        // What the last copy from each buffer brought.
+        // The matrix that the last copy from each buffer brought bytes of, and how many.
         let mut under_way = [None, None];
+        let arrived = |brought: &mut Option<(usize, usize)>| {
+            if let Some((matrix, bytes)) = brought.take() {
+                targets.queue.arrived(matrix, bytes);
+            }
+        };
         for turn in 0.. {
             let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) else { break };
             let (buffer, brought) = (&mut buffers[turn % 2], &mut under_way[turn % 2]);
             buffer.bytes()?;
-            targets.queue.arrived(brought.take());
+            arrived(brought);
             if let Place::Staged { matrix, .. } = chunk.to
                 && !targets.queue.has_room(matrix)
             {
                 // What this thread still copies may be what the queue waits for.
                 stream.synchronize()?;
-                under_way.iter_mut().for_each(|brought| targets.queue.arrived(brought.take()));
+                under_way.iter_mut().for_each(arrived);
                 if !targets.queue.wait_for_room(matrix) {
                     return Ok(());
                 }
             }
             source.read(&chunk.name, chunk.from, &mut buffers[turn % 2].bytes()?[..chunk.len])?;
-            let (memory, to) = match chunk.to {
-                Place::Weight(to) => (targets.weights, to),
-                Place::Staged { matrix, at } => (targets.staging, targets.queue.start(matrix) + at),
+            let (memory, to, brought) = match chunk.to {
+                Place::Weight(to) => (targets.weights, to, None),
+                Place::Staged { matrix, at } => {
+                    (targets.staging, targets.queue.start(matrix) + at, Some((matrix, chunk.len)))
+                }
             };
             buffers[turn % 2].upload(&stream, 0, chunk.len, memory, to)?;
-            under_way[turn % 2] = Some(chunk.to).map(|to| (to, chunk.len));
+            under_way[turn % 2] = brought;
         }
         stream.synchronize()?;
-        under_way.into_iter().for_each(|brought| targets.queue.arrived(brought));
+        under_way.iter_mut().for_each(arrived);
         Ok(())
     };
-    let work = || copy().inspect_err(|_| targets.queue.fail());
+    let failed = || BackendError::from(CudaError::Unsupported("a thread that copies weights failed".to_owned()));
+    let work = || {
+        // The queue waits for what a thread copies, so it must hear of a panic too.
+        let copied = std::panic::catch_unwind(std::panic::AssertUnwindSafe(copy)).unwrap_or_else(|_| Err(failed()));
+        copied.inspect_err(|_| targets.queue.fail())
+    };
     thread::scope(|scope| {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let packed = targets.queue.drain(&mut pack);
-        let joined = workers.into_iter().map(|worker| {
-            let failed = || CudaError::Unsupported("a thread that copies weights failed".to_owned()).into();
-            worker.join().unwrap_or_else(|_| Err(failed()))
-        });
+        let joined = workers.into_iter().map(|worker| worker.join().unwrap_or_else(|_| Err(failed())));
         joined.collect::<Result<(), BackendError>>().and(packed)
     })
 }
