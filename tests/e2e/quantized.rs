@@ -60,3 +60,30 @@ fn compressed_tensors() {
     agrees("compressed-mixtral-int8-zeros", &STAGES);
     agrees("compressed-mistral-int4-zeros", &STAGES);
 }
+
+/// Whether the model or a checkpoint of its floats is quantized, the engine is the same.
+#[test]
+fn build_quantizes_a_checkpoint_of_floats() {
+    let dir = fast_dir();
+    let at = dir.path();
+    let model = root().join("examples/tiny-mixtral");
+    let convert = format!("convert --model_dir {} --dtype bfloat16 --tp_size 2", model.display());
+    mixtral_in(at, &format!("{convert} --output_dir floats"), &[]).ok();
+    for flags in ["--weight_only_precision int8", "--weight_only_precision int4 --group_size 32 --attention_precision int4"] {
+        mixtral_in(at, &format!("{convert} --output_dir c --use_weight_only {flags}"), &[]).ok();
+        mixtral_in(at, "build --checkpoint_dir c --output_dir e", &[]).ok();
+        mixtral_in(at, &format!("build --checkpoint_dir floats --output_dir at_build {flags}"), &[]).ok();
+        for file in ["config.json", "rank0.weights.safetensors", "rank1.weights.safetensors"] {
+            let read = |engine: &str| fs::read(at.join(engine).join(file)).unwrap();
+            assert!(read("at_build") == read("e"), "{flags}: {file} differs");
+        }
+        // It is there already.
+        mixtral_in(at, &format!("build --checkpoint_dir c --output_dir e {flags}"), &[]).ok();
+    }
+    let said = mixtral_in(at, "build --checkpoint_dir c --output_dir e --weight_only_precision int8", &[]);
+    assert_eq!(said.code, 1);
+    assert!(said.err.contains("quantized already, to int4:g32:bf16"), "{}", said.err);
+    let mut left: Vec<_> = fs::read_dir(at).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["at_build", "c", "e", "floats"]);
+}

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -15,6 +15,7 @@ use mixtral_engine::{Limits, Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
 use mixtral_kernels::{Arch, Cache, Code, Family, KernelImages, LinearPlan, Search};
 use mixtral_model::{DType, Formats, Mapping, ModelConfig, WeightOnly};
+use tempfile::TempDir;
 
 use crate::args::build::{BuildFor, BuildOptions, Model};
 use crate::progress::{Bytes, Kernels as Progress};
@@ -50,9 +51,9 @@ pub fn main(options: &BuildOptions) -> Result<()> {
         if let (Some(floats), Some(weight_only), false) = (&checkpoint, options.weight_only, options.dry_run)
             && floats.has_weights()
         {
-            let between = Between::new(&options.output_dir, floats, weight_only)?;
-            checkpoint = Some(Checkpoint::open(&between.0)?);
-            quantized = Some(between);
+            let folder = quantize(floats, weight_only, options)?;
+            checkpoint = Some(Checkpoint::open(folder.path())?);
+            quantized = Some(folder);
         }
     }
 
@@ -138,30 +139,19 @@ fn formats_to_make(options: &BuildOptions, model: &ModelConfig) -> Result<Option
     }
 }
 
-/// A quantized checkpoint between a checkpoint of floats and the engine, beside the engine's directory. The engine keeps its
-/// weight files; the directory is removed when this is dropped.
-struct Between(PathBuf);
-
-impl Between {
-    fn new(engine: &Path, floats: &Checkpoint, weight_only: WeightOnly) -> Result<Self> {
-        let mut name = engine.file_name().unwrap_or_default().to_owned();
-        name.push(".quantized");
-        let between = Between(engine.with_file_name(name));
-        let progress = Bytes::new();
-        let workers = std::thread::available_parallelism().map_or(1, usize::from);
-        let lost = mixtral_convert::requantize(floats, weight_only, &between.0, workers, &progress);
-        progress.finish();
-        show_losses(&lost?);
-        Ok(between)
-    }
-}
-
-impl Drop for Between {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            say::warning(format_args!("cannot remove {}: {error}", self.0.display()));
-        }
-    }
+/// Quantizes a checkpoint of floats into a folder beside the engine's directory. The engine keeps the folder's weight files. The
+/// folder is removed when it is dropped.
+fn quantize(floats: &Checkpoint, weight_only: WeightOnly, options: &BuildOptions) -> Result<TempDir> {
+    let beside = options.output_dir.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let folder = std::fs::create_dir_all(beside)
+        .and_then(|()| tempfile::Builder::new().prefix(".quantized-").tempdir_in(beside));
+    let folder = folder.with_context(|| format!("cannot make a folder in {}", beside.display()))?;
+    let workers = options.workers.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let progress = Bytes::new();
+    let lost = mixtral_convert::requantize(floats, weight_only, folder.path(), workers, &progress);
+    progress.finish();
+    show_losses(&lost?);
+    Ok(folder)
 }
 
 /// What the plugin flags of a build ask for. Only values that make a difference on a GPU are kept.
