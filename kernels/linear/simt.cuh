@@ -41,8 +41,8 @@ struct SimtShared {
     int sources[C::COLS];
 };
 
-// Row `row` of a tile, or no row. With silu·mul, the first half of a tile is up, the second
-// half gate.
+// Row `row` of a tile, or no row. With silu·mul, the first half of a tile is up, the second half gate. `weight` is that of
+// all experts if it is packed, else the expert's own.
 template <typename C>
 __device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight, const sched::Tile& tile, int row) {
     const int at = tile.row * C::OUT_ROWS + row % C::OUT_ROWS;
@@ -53,8 +53,7 @@ __device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight
         const i64 slab = tile.expert * SLABS + (C::SILU ? at / 8 : at / 16);
         return {weight + slab * C::W::slab_bytes(C::K), C::SILU ? at % 8 + gate * 8 : at % 16, C::W::row_values(weight, slab)};
     } else {
-        constexpr i64 EXPERT_ROWS = C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS;
-        return weight + (tile.expert * EXPERT_ROWS + at + (gate ? C::OUTPUTS : 0)) * C::K;
+        return weight + static_cast<i64>(at + (gate ? C::OUTPUTS : 0)) * C::K;
     }
 }
 
@@ -66,6 +65,7 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
     using T = typename C::T;
     const int i = threadIdx.x % 16, j = threadIdx.x / 16;
     float d[4][4] = {};
+    if constexpr (!C::W::PACKED) weight += tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS) * C::K;
     for (int k0 = 0; k0 < C::K; k0 += C::DEPTH) {
         for (int at = threadIdx.x; at < C::ROWS * C::DEPTH; at += C::THREADS) {
             const int row = at / C::DEPTH, k = at % C::DEPTH;
