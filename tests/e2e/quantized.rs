@@ -69,7 +69,9 @@ fn build_quantizes_a_checkpoint_of_floats() {
     let model = root().join("examples/tiny-mixtral");
     let convert = format!("convert --model_dir {} --dtype bfloat16 --tp_size 2", model.display());
     mixtral_in(at, &format!("{convert} --output_dir floats"), &[]).ok();
-    for flags in ["--weight_only_precision int8", "--weight_only_precision int4 --group_size 32 --attention_precision int4"] {
+    for flags in
+        ["--weight_only_precision int8", "--weight_only_precision int4 --group_size 32 --attention_precision int4"]
+    {
         mixtral_in(at, &format!("{convert} --output_dir c --use_weight_only {flags}"), &[]).ok();
         mixtral_in(at, "build --checkpoint_dir c --output_dir e", &[]).ok();
         mixtral_in(at, &format!("build --checkpoint_dir floats --output_dir at_build {flags}"), &[]).ok();

@@ -3,12 +3,14 @@
 # in which this script lies. The script needs bash, NVRTC, and Python with torch, transformers, safetensors and numpy. It
 # uses compute-sanitizer if there is one.
 #
-#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), twin, load, peers, ranks
+#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), quantized, twin, load, peers,
+#                              ranks
 #
 # parity     operations and decoder steps against the CPU backend, bits that may not change, and an engine of another build
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
 # sanitizer  memory errors and races of the kernels
 # bench      Mixtral 8x7B's shape: decode, prefill, ceilings
+# quantized  Mixtral 8x7B's shape in int8 and int4, built on this machine: decode, prefill, and how fast weights are loaded
 # twin       Mixtral 8x7B's shape against transformers with the same dummy weights
 # load       how fast weights get onto the GPU, and how fast its bus is; writes 25 GB, in memory if there is room
 # peers      transformers' own speed on this machine
@@ -30,7 +32,7 @@ export PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=32
 
 # Seconds that a section may take. The default sections take about six minutes together.
-declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [twin]=150 [load]=150 [peers]=420 [ranks]=560)
+declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -143,6 +145,19 @@ bench() {
     bench_engine "8x7b, 8 prompts" 8x7b --batch-size 1 --steps 4 --prefill 2048 --prefill-batch 8 --quick
     bench_engine "8x7b cublaslt" 8x7b-cublaslt --batch-size 1 --context 128 --steps 4 --prefill 2048 --quick
     bench_engine "8x7b portable" 8x7b-portable --batch-size 1,64 --context 128 --steps 8 --prefill 2048 --quick
+}
+
+quantized() {
+    local precision
+    rm -f "$out/bench.json"
+    for precision in int8 int4; do
+        check "build: 8x7b $precision" last_line "$mixtral" build --model-config mixtral-8x7b --dtype bfloat16 --backend cuda \
+            --weight-only-precision "$precision" --max-batch-size 512 --max-num-tokens 16384 --max-seq-len 4608 \
+            --output-dir "$engines/8x7b-$precision"
+        bench_engine "8x7b $precision" "8x7b-$precision" --batch-size 1,8,32,64,256 --context 128 --prefill 2048 --quick
+        check "load: $precision" last_line "$python" "$here/tests/python/load.py" --mixtral "$mixtral" \
+            --convert "--qformat ${precision}_wo"
+    done
 }
 
 twin() {
