@@ -306,8 +306,8 @@ fn sums(sums: usize, tokens: usize, fused: bool, rank: usize) -> (Program, Weigh
     (a.program, a.weights.into_weights())
 }
 
-/// Times sums over two GPUs: steps of many sums against steps of few, so that what a step costs anyway drops out. The limits are
-/// those of ranks on two Hopper GPUs.
+/// Times sums over two GPUs: steps of many sums against steps of few, so that what a step costs anyway drops out. The printed floors
+/// are those to be reached by two Hopper GPUs. The test fails at twice the floor, because a machine may be shared.
 #[test]
 fn sums_of_two_gpus_take_a_few_microseconds() {
     let Some(machine) = Machine::find() else { return };
@@ -352,7 +352,7 @@ fn sums_of_two_gpus_take_a_few_microseconds() {
         });
         many.saturating_sub(few).as_secs_f64() * 1e6
     };
-    for (tokens, fused, many, limit) in [
+    for (tokens, fused, many, floor) in [
         (1, false, 264, 3.0),
         (64, false, 264, 5.0),
         (4096, false, 40, 115.0),
@@ -361,8 +361,8 @@ fn sums_of_two_gpus_take_a_few_microseconds() {
     ] {
         let each = us(tokens, fused, many) / (many - FEW) as f64;
         let what = if fused { "all-reduce, residual and norm" } else { "all-reduce" };
-        println!("{what} of {tokens} tokens ({} KB): {each:.2} us, limit {limit}", tokens * 8);
-        assert!(each < 2.0 * limit, "{what} of {tokens} tokens took {each:.2} us");
+        println!("{what} of {tokens} tokens ({} KB): {each:.2} us, floor {floor}", tokens * 8);
+        assert!(each < 2.0 * floor, "{what} of {tokens} tokens took {each:.2} us");
     }
 }
 
