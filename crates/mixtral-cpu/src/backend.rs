@@ -175,6 +175,9 @@ impl Inspect for CpuBackend {
         let resolved = self.resolved.ops.get(ops.clone()).ok_or_else(|| {
             BackendError::Other(format!("operations {ops:?} of a program of {}", self.resolved.ops.len()))
         })?;
+        if ops.start == 0 {
+            self.cache.carry_out(&inputs.moves)?;
+        }
         let (thetas, head_dim) = (&self.resolved.thetas, self.program.kv.head_dim);
         let mut machine = Machine {
             program: &self.program,

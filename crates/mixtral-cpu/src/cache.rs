@@ -1,6 +1,9 @@
 //! The paged cache of keys and values.
 
-use mixtral_engine::{BackendError, KvLayout};
+use std::collections::HashMap;
+use std::ops::Range;
+
+use mixtral_engine::{BackendError, BlockMove, BlockPlace, KvLayout};
 use mixtral_model::DType;
 
 use crate::memory::Memory;
@@ -11,6 +14,8 @@ pub(crate) struct KvCache {
     layout: KvLayout,
     block_size: usize,
     blocks: usize,
+    /// Blocks that are outside the cache: of each layer its keys, then its values.
+    host: HashMap<u32, Box<[u8]>>,
 }
 
 /// One layer's keys or values.
@@ -52,7 +57,7 @@ impl KvCache {
             .try_fold(2usize, usize::checked_mul);
         let memory =
             Memory::new("the KV cache", bytes, "use a smaller cache (--kv-blocks) or a shorter --max-seq-len")?;
-        Ok(KvCache { memory, layout, block_size, blocks })
+        Ok(KvCache { memory, layout, block_size, blocks, host: HashMap::new() })
     }
 
     pub(crate) fn blocks(&self) -> usize {
@@ -85,5 +90,38 @@ impl KvCache {
     pub(crate) fn layer_mut(&mut self, layer: usize) -> (&mut [u8], &mut [u8]) {
         let half = self.half();
         self.memory.bytes_mut()[2 * layer * half..][..2 * half].split_at_mut(half)
+    }
+
+    /// Copies blocks, in order.
+    pub(crate) fn carry_out(&mut self, moves: &[BlockMove]) -> Result<(), BackendError> {
+        for BlockMove { from, to } in moves {
+            let contents = match from {
+                BlockPlace::Cache(block) => {
+                    self.halves(block.0).flat_map(|span| self.memory.bytes()[span].iter().copied()).collect()
+                }
+                BlockPlace::Host(number) => {
+                    let missing = || BackendError::Other(format!("nothing was kept as block {number} of the host"));
+                    self.host.get(number).ok_or_else(missing)?.clone()
+                }
+            };
+            match to {
+                BlockPlace::Cache(block) => {
+                    for (half, span) in self.halves(block.0).enumerate() {
+                        let bytes = span.len();
+                        self.memory.bytes_mut()[span].copy_from_slice(&contents[half * bytes..][..bytes]);
+                    }
+                }
+                BlockPlace::Host(number) => drop(self.host.insert(*number, contents)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Where a block lies in each half of each layer.
+    fn halves(&self, block: u32) -> impl Iterator<Item = Range<usize>> + use<> {
+        let half = self.half();
+        let bytes = half / self.blocks;
+        let first = block as usize * bytes;
+        (0..2 * self.layout.num_layers).map(move |n| n * half + first..n * half + first + bytes)
     }
 }

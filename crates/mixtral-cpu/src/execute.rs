@@ -213,7 +213,7 @@ impl<'a> Machine<'a> {
                 let (cols, vocab_size, span) = (self.cols(*logits), self.program.vocab_size, self.span(*logits));
                 let logits = floats(&self.arena[span]);
                 let dtype = self.program.dtype;
-                self.outputs.tokens = sample::sample(logits, cols, vocab_size, dtype, inputs)?;
+                sample::sample(logits, cols, vocab_size, dtype, inputs, &mut self.outputs);
                 if inputs.return_logits {
                     self.outputs.logits =
                         logits.chunks_exact(cols).flat_map(|row| &row[..vocab_size]).copied().collect();

@@ -1,8 +1,10 @@
 //! What the backend refuses, and with which messages.
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{Backend as _, BackendError, Epilogue, Inspect as _, Op, Program, Rows, StepInputs, Weights};
-use mixtral_model::DType;
+use mixtral_engine::{
+    Backend as _, BackendError, Epilogue, Inspect as _, Op, Program, Rows, ScoreRequest, Scored, StepInputs, Weights,
+};
+use mixtral_model::{DType, TokenId};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::batch;
 use mixtral_testkit::decoder::{self, Geometry};
@@ -122,7 +124,7 @@ fn a_step_over_the_limits_is_refused() {
 }
 
 #[test]
-fn logits_that_are_not_finite_end_the_step() {
+fn logits_that_are_not_finite_are_told_by_row() {
     let program = small();
     let mut backend = CpuBackend::load(program, Weights::Dummy { seed: 0 }, OPTIONS).unwrap();
     let mut inputs = batch::prompt(&backend.program().limits, 61, 20, 5);
@@ -136,8 +138,12 @@ fn logits_that_are_not_finite_end_the_step() {
     logits[61] = f32::INFINITY;
     let bytes: Vec<u8> = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
     backend.write_buffer("vocabulary", &bytes).unwrap();
-    let error = backend.run_ops(last..last + 1, &inputs).unwrap_err();
-    assert!(matches!(error, BackendError::NonFinite { sample: 1, token: 60, .. }), "{error}");
+    inputs.scores = [Scored::Draw(0), Scored::Draw(1)].map(|of| ScoreRequest { of, best: 0 }).to_vec();
+    let outputs = backend.run_ops(last..last + 1, &inputs).unwrap();
+    // The first draw is as if nothing had happened.
+    assert_eq!((outputs.tokens[0], outputs.scores[0].logprob), (TokenId(0), -(61f64.ln() as f32)));
+    let [wrong] = outputs.non_finite[..] else { panic!("{:?}", outputs.non_finite) };
+    assert_eq!((wrong.row, wrong.token), (4, 60));
 }
 
 #[test]

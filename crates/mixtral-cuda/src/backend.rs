@@ -3,7 +3,9 @@
 use std::ops::Range;
 use std::time::Duration;
 
-use mixtral_engine::{Backend, BackendError, Inspect, Op, Program, StepInputs, StepOutputs, Weights};
+use mixtral_engine::{
+    Backend, BackendError, Inspect, NonFinite, Op, Program, Score, StepInputs, StepOutputs, Weights, sampling, score,
+};
 use mixtral_kernels::step_block::{Array, Drawn};
 use mixtral_kernels::{Executable, Regime, StepBlock};
 use mixtral_model::TokenId;
@@ -12,6 +14,7 @@ use crate::driver::{Context, Device, Pinned, Stream};
 use crate::exchange::Exchange;
 use crate::execute::{Shape, Timer, WorkList};
 use crate::load::{Memory, half_layer};
+use crate::moves::{self, CacheShape, HostBlocks};
 use crate::{CudaError, CudaOptions, KvBlocks, Loading, inputs};
 
 /// One rank's program on a GPU. Fields are dropped in their order, so what uses the memory comes before the memory.
@@ -25,6 +28,7 @@ pub struct CudaBackend {
     pub(crate) staging: Pinned,
     pub(crate) landing: Pinned,
     pub(crate) memory: Memory,
+    pub(crate) host_blocks: HostBlocks,
     pub(crate) program: Program,
     pub(crate) block: StepBlock,
     pub(crate) kv_blocks: usize,
@@ -107,10 +111,13 @@ impl CudaBackend {
         let mut outputs = StepOutputs::default();
         let Some(logits) = self.sampled(ops).map(str::to_owned) else { return Ok(outputs) };
         let bytes = inputs.samples.len() * size_of::<Drawn>();
-        for (sample, drawn) in inputs::drawn(&self.landing.bytes()?[..bytes]).into_iter().enumerate() {
+        let mut non_finite = Vec::new();
+        for (request, drawn) in inputs.samples.iter().zip(inputs::drawn(&self.landing.bytes()?[..bytes])) {
             if let Ok(token) = usize::try_from(drawn.bad_token) {
-                let (value, dtype) = (drawn.bad_value, self.program.dtype);
-                return Err(BackendError::NonFinite { sample, token, value, dtype });
+                let (row, value, dtype) = (request.row, drawn.bad_value, self.program.dtype);
+                non_finite.push(NonFinite { row, token, value, dtype });
+                outputs.tokens.push(TokenId(0));
+                continue;
             }
             let token = u32::try_from(drawn.token).ok().filter(|&t| (t as usize) < self.program.vocab_size);
             let wrong = || {
@@ -121,7 +128,10 @@ impl CudaBackend {
             };
             outputs.tokens.push(TokenId(token.ok_or_else(wrong)?));
         }
-        if inputs.return_logits {
+        // The kernels that draw know no bias, and none scores. Such a step's logits come to the host, which computes both as
+        // they are defined.
+        let biased = inputs.samples.iter().any(|sample| !sample.bias.is_empty());
+        if inputs.return_logits || biased || !inputs.scores.is_empty() {
             let cols = self.program.buffer(&logits).map_or(0, |buffer| buffer.cols);
             let bytes = self.read_buffer(&logits, 4 * cols * inputs.num_logits())?;
             let rows = bytes.chunks_exact((4 * cols).max(1));
@@ -129,6 +139,24 @@ impl CudaBackend {
             outputs.logits =
                 rows.flat_map(|row| row[..4 * self.program.vocab_size.min(cols)].chunks_exact(4).map(value)).collect();
         }
+        let row = |row: usize| &outputs.logits[row * self.program.vocab_size..][..self.program.vocab_size];
+        for (sample, request) in inputs.samples.iter().enumerate() {
+            if !request.bias.is_empty() && !non_finite.iter().any(|wrong| wrong.row == request.row) {
+                outputs.tokens[sample] = sampling::sample(&mut row(request.row).to_vec(), request);
+            }
+        }
+        for request in &inputs.scores {
+            outputs.scores.push(score::score(request, inputs, row, &outputs.tokens).unwrap_or_else(|wrong| {
+                non_finite.push(NonFinite { dtype: self.program.dtype, ..wrong });
+                Score::default()
+            }));
+        }
+        if !inputs.return_logits {
+            outputs.logits.clear();
+        }
+        non_finite.sort_unstable_by_key(|wrong| wrong.row);
+        non_finite.dedup_by_key(|wrong| wrong.row);
+        outputs.non_finite = non_finite;
         Ok(outputs)
     }
 
@@ -228,6 +256,12 @@ impl Inspect for CudaBackend {
             return Err(lost.clone().into());
         }
         inputs.check(&self.program, self.kv_blocks)?;
+        if ops.start == 0 {
+            let part_bytes = half_layer(&self.program, self.kv_blocks);
+            let shape = CacheShape { parts: 2 * self.program.kv.num_layers, part_bytes, blocks: self.kv_blocks };
+            let (cache, host) = (&self.memory.cache, &mut self.host_blocks);
+            moves::carry_out(&inputs.moves, shape, cache, host, &self.stream, &self.context)?;
+        }
         let written = inputs::write(&self.block, &self.program, inputs, self.staging.bytes()?)?;
         let step = self.steps;
         self.steps += 1;

@@ -7,7 +7,7 @@
 //!
 //! Reading order: [`load`] (a program onto a GPU), [`backend`] (its steps), [`images`] (which compiled kernels a GPU
 //! runs), [`budget`] (memory, before any is allocated), `inputs` (a step as the device reads it), `weights` (onto the
-//! device), `execute` (launches and graphs), `exchange` (memory between ranks), [`probe`] (a GPU's ceilings), and
+//! device), `moves` (blocks of the cache), `execute` (launches and graphs), `exchange` (memory between ranks), [`probe`] (a GPU's ceilings), and
 //! underneath `driver` (libcuda) and [`error`].
 #![deny(unsafe_code)]
 
@@ -20,6 +20,7 @@ mod execute;
 pub mod images;
 mod inputs;
 pub mod load;
+mod moves;
 pub mod probe;
 mod staging;
 mod weights;

@@ -14,6 +14,7 @@ use crate::budget::{KvBlocks, Needs};
 use crate::driver::{Context, DeviceMemory, Pinned, Stream};
 use crate::exchange::Exchange;
 use crate::execute::{Addresses, Functions, Shape, Timer, WorkList};
+use crate::moves::HostBlocks;
 use crate::staging::{Matrix, Queue};
 use crate::weights::{self, Targets};
 
@@ -177,6 +178,7 @@ impl<'a> Loading<'a> {
             stream,
             exchange,
             memory,
+            host_blocks: HostBlocks::new(),
             program,
             block,
             kv_blocks,

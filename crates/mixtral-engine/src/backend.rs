@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use mixtral_model::{DType, ElemType, TokenId};
 
-use crate::{InputError, StepInputs};
+use crate::{InputError, Score, StepInputs};
 
 /// The bytes of a tensor of weights in memory: row-major and naturally aligned.
 #[derive(Clone, Copy, Debug)]
@@ -59,10 +59,45 @@ pub enum Weights {
 /// What a step produced.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepOutputs {
-    /// One token for each of the step's sample requests.
+    /// One token for each of the step's sample requests; 0 where the row is not finite.
     pub tokens: Vec<TokenId>,
+    /// The answers to the step's score requests; without candidates where the row is not finite.
+    pub scores: Vec<Score>,
+    /// The rows that a draw or a score needed and that are not finite, each once, ascending. What was asked of other rows
+    /// is right.
+    pub non_finite: Vec<NonFinite>,
     /// The logits `[L, vocab_size]`, padding removed, when they were asked for.
     pub logits: Vec<f32>,
+}
+
+/// A row of logits with a value that is NaN or infinite.
+#[derive(Clone, Copy, Debug, PartialEq, thiserror::Error)]
+#[error("the logits are not finite (first at token {token}, value {value}); {}", match .dtype {
+    DType::F16 => "most likely the model's activations left the range of f16 (±65504), as those of models trained in bf16 may: convert it with --dtype bfloat16",
+    DType::Bf16 | DType::F32 => "the weights or the numerics of this engine are broken, `mixtral verify` checks the weights",
+})]
+pub struct NonFinite {
+    /// Row of the step's logits.
+    pub row: usize,
+    /// First vocabulary id with such a value.
+    pub token: usize,
+    /// The value.
+    pub value: f32,
+    /// The data type of the program's activations.
+    pub dtype: DType,
+}
+
+impl NonFinite {
+    /// Looks at a row of logits.
+    ///
+    /// # Errors
+    /// The first value that is not finite, in an f32 program.
+    pub fn find(row: usize, logits: &[f32]) -> Result<(), NonFinite> {
+        match logits.iter().position(|x| !x.is_finite()) {
+            None => Ok(()),
+            Some(token) => Err(NonFinite { row, token, value: logits[token], dtype: DType::F32 }),
+        }
+    }
 }
 
 /// Why a backend failed.
@@ -88,21 +123,6 @@ pub enum BackendError {
         found: String,
         /// Those of the program.
         expected: String,
-    },
-    /// A logit that is NaN or infinite.
-    #[error("the logits of sample {sample} are not finite (first at token {token}, value {value}); {}", match .dtype {
-        DType::F16 => "most likely the model's activations left the range of f16 (±65504), as those of models trained in bf16 may: convert it with --dtype bfloat16",
-        DType::Bf16 | DType::F32 => "the weights or the numerics of this engine are broken, `mixtral verify` checks the weights",
-    })]
-    NonFinite {
-        /// Which of the step's samples.
-        sample: usize,
-        /// First vocabulary id with such a value.
-        token: usize,
-        /// The value.
-        value: f32,
-        /// The data type of the program's activations.
-        dtype: DType,
     },
     /// Another rank failed, or the connection to it.
     #[error("{0}")]
@@ -157,7 +177,7 @@ pub trait Backend: Send {
     /// Runs one step. The same inputs on equal caches give the same bits.
     ///
     /// # Errors
-    /// Inputs that break the program's limits, non-finite logits, or a device failure.
+    /// Inputs that break the program's limits, or a device failure. Logits that are not finite are part of the outputs.
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError>;
 
     /// How many blocks the cache has.

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use mixtral_model::TokenId;
 
-use crate::{Limits, Op, Program, RandomKey, SamplingParams};
+use crate::{BlockMove, BlockPlace, Limits, Op, Program, RandomKey, SamplingParams, ScoreRequest, Scored, score};
 
 /// The inputs of one step. The arrays have the layout in which a GPU reads them.
 ///
@@ -34,6 +34,10 @@ pub struct StepInputs<'a> {
     pub logits_indices: Vec<i32>,
     /// The draws that are wanted from those logits.
     pub samples: Vec<SampleRequest<'a>>,
+    /// The log-probabilities that are wanted from those logits.
+    pub scores: Vec<ScoreRequest>,
+    /// Copies of blocks, before anything is computed.
+    pub moves: Vec<BlockMove>,
     /// Whether the caller wants the logits themselves.
     pub return_logits: bool,
 }
@@ -51,6 +55,8 @@ pub struct SampleRequest<'a> {
     pub tokens: Cow<'a, [TokenId]>,
     /// How many of them are the prompt.
     pub prompt_len: usize,
+    /// What is added to the logits of some tokens, before the penalties.
+    pub bias: Vec<(TokenId, f32)>,
     /// Tokens that may not be drawn.
     pub banned: Vec<TokenId>,
 }
@@ -168,6 +174,15 @@ impl StepInputs<'_> {
             let (value, expected) = (i64::from(value), format!("more than the {before} before it"));
             return Err(InputError::Value { name: "logits_indices", index: index + 1, value, expected });
         }
+        for (index, place) in self.moves.iter().flat_map(|m| [m.from, m.to]).enumerate() {
+            if let BlockPlace::Cache(block) = place
+                && block.0 as usize >= kv_blocks
+            {
+                let (value, expected) = (i64::from(block.0), format!("0 to {}", int(kv_blocks) - 1));
+                return Err(InputError::Value { name: "moves", index: index / 2, value, expected });
+            }
+        }
+        self.check_scores(program.vocab_size)?;
         let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
         self.check_sequences(width, block_size, tokens, attends)
     }
@@ -218,6 +233,29 @@ impl StepInputs<'_> {
                 let expected = format!("a row below {}", self.num_logits());
                 let value = i32::try_from(sample.row).unwrap_or(i32::MAX);
                 return wrong("samples", index, value, expected);
+            }
+        }
+        Ok(())
+    }
+
+    fn check_scores(&self, vocab_size: usize) -> Result<(), InputError> {
+        for (index, request) in self.scores.iter().enumerate() {
+            let wrong = |value: usize, expected: String| {
+                let value = i64::try_from(value).unwrap_or(i64::MAX);
+                Err(InputError::Value { name: "scores", index, value, expected })
+            };
+            match request.of.row(&self.samples) {
+                Some(row) if row < self.num_logits() => {}
+                Some(row) => return wrong(row, format!("a row below {}", self.num_logits())),
+                None => return wrong(self.samples.len(), format!("one of the {} draws", self.samples.len())),
+            }
+            if let Scored::Token { token, .. } = request.of
+                && token.0 as usize >= vocab_size
+            {
+                return wrong(token.0 as usize, format!("a token below {vocab_size}"));
+            }
+            if request.best > score::MAX_BEST {
+                return wrong(request.best, format!("at most {} tokens", score::MAX_BEST));
             }
         }
         Ok(())

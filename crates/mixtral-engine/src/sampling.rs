@@ -1,7 +1,7 @@
 //! Draws the next token from a row of logits. This is the definition: backends that sample on a device draw the same
 //! token from the same bits of logits.
 //!
-//! Order: repetition penalty (prompt and output tokens), presence and frequency penalties (output tokens), banned
+//! Order: bias, repetition penalty (prompt and output tokens), presence and frequency penalties (output tokens), banned
 //! tokens, temperature, top-k, top-p, min-p. A token's weight is the integer `round(2^40 · exp((x − max)))`, where x is
 //! the scaled logit. Sums of integers do not depend on the order of summation. Ties always go to the lower token id.
 
@@ -128,31 +128,44 @@ pub fn argmax(logits: &[f32]) -> usize {
     best
 }
 
-/// Draws a token. `logits` is `[vocab_size]`, finite and without padding. Penalties and bans change it in place. If the
-/// bans would leave no token, they are ignored.
-#[must_use]
-pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> TokenId {
-    let params = &request.params;
-    penalize(logits, params, &request.tokens, request.prompt_len);
+/// Adds a draw's bias, and applies its penalties and bans, in place. If the bans would leave no token, they are ignored.
+/// `logits` is `[vocab_size]`, finite and without padding.
+pub fn adjust(logits: &mut [f32], request: &SampleRequest<'_>) {
+    for (token, bias) in &request.bias {
+        if let Some(logit) = logits.get_mut(token.0 as usize) {
+            *logit += bias;
+        }
+    }
+    penalize(logits, &request.params, &request.tokens, request.prompt_len);
     let banned: BTreeSet<usize> =
         request.banned.iter().filter_map(|t| usize::try_from(t.0).ok()).filter(|&t| t < logits.len()).collect();
     if banned.len() < logits.len() {
         banned.into_iter().for_each(|token| logits[token] = f32::NEG_INFINITY);
     }
+}
+
+/// Draws a token. `logits` is as for [`adjust`], which changes it.
+#[must_use]
+pub fn sample(logits: &mut [f32], request: &SampleRequest<'_>) -> TokenId {
+    adjust(logits, request);
+    let params = &request.params;
     let token = if params.is_greedy() { argmax(logits) } else { draw(logits, params, &request.key) };
     TokenId(u32::try_from(token).unwrap_or(u32::MAX))
 }
 
 /// 2^40: the weight of the most likely token.
-const ONE: f32 = 1_099_511_627_776.0;
+pub(crate) const ONE: f32 = 1_099_511_627_776.0;
+
+/// The weight of a token whose scaled logit is so far from the largest one.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "weights are within 0 to 2^40")]
+pub(crate) fn weight(distance: f32) -> u64 {
+    (math::exp(distance) * ONE).round_ties_even() as u64
+}
 
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "weights are within 0 to 2^40")]
 fn draw(logits: &[f32], params: &SamplingParams, key: &RandomKey) -> usize {
     let max = logits[argmax(logits)];
-    let mut weights: Vec<u64> = logits
-        .iter()
-        .map(|&logit| (math::exp((logit - max) / params.temperature) * ONE).round_ties_even() as u64)
-        .collect();
+    let mut weights: Vec<u64> = logits.iter().map(|&logit| weight((logit - max) / params.temperature)).collect();
     let top_p = params.top_p > 0.0 && params.top_p < 1.0;
     let top_k = params.top_k > 0 && params.top_k < logits.len();
     if top_k || top_p {
@@ -205,7 +218,7 @@ mod tests {
     }
 
     fn request(params: SamplingParams, key: RandomKey) -> SampleRequest<'static> {
-        SampleRequest { row: 0, params, key, tokens: (&[]).into(), prompt_len: 0, banned: Vec::new() }
+        SampleRequest { row: 0, params, key, tokens: (&[]).into(), prompt_len: 0, bias: Vec::new(), banned: Vec::new() }
     }
 
     fn frequencies(logits: &[f32], params: &SamplingParams, draws: u32) -> Vec<f64> {

@@ -3,9 +3,12 @@
 //! Numbers are little-endian, without padding. A list is its length (u32), then its elements. The reader trusts no
 //! length: it refuses a list that is longer than the rest of the block before it allocates anything.
 
-use mixtral_model::TokenId;
+use mixtral_model::{BlockId, DType, TokenId};
 
-use crate::{RandomKey, SampleRequest, SamplingParams, StepInputs, StepOutputs};
+use crate::{
+    BlockMove, BlockPlace, NonFinite, RandomKey, SampleRequest, SamplingParams, Score, ScoreRequest, Scored,
+    StepInputs, StepOutputs,
+};
 
 /// Bytes that cannot be read as a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -18,6 +21,9 @@ pub struct WireError {
     /// Bytes of the message.
     len: usize,
 }
+
+/// Data types by their number in a message.
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::Bf16];
 
 /// Appends values to a block.
 #[derive(Debug, Default)]
@@ -50,6 +56,32 @@ impl Writer {
 
     fn tokens(&mut self, values: &[TokenId]) {
         self.list(values, |t| t.0.to_le_bytes());
+    }
+
+    /// Tokens, each with a number.
+    fn valued(&mut self, values: &[(TokenId, f32)]) {
+        self.list(values, |(token, value)| {
+            let [[a, b, c, d], [e, f, g, h]] = [token.0.to_le_bytes(), value.to_le_bytes()];
+            [a, b, c, d, e, f, g, h]
+        });
+    }
+
+    fn place(&mut self, place: BlockPlace) {
+        let (kind, number) = match place {
+            BlockPlace::Cache(block) => (0, block.0),
+            BlockPlace::Host(number) => (1, number),
+        };
+        self.u32(kind);
+        self.u32(number as usize);
+    }
+
+    fn scored(&mut self, of: Scored) {
+        let (kind, at, token) = match of {
+            Scored::Token { row, token } => (0, row, token.0),
+            Scored::Draw(sample) => (1, sample, 0),
+            Scored::Candidates(sample) => (2, sample, 0),
+        };
+        [kind, at, token as usize].into_iter().for_each(|part| self.u32(part));
     }
 }
 
@@ -109,6 +141,46 @@ impl Reader<'_> {
         self.list(what, |bytes| TokenId(u32::from_le_bytes(bytes)))
     }
 
+    fn valued(&mut self, what: &'static str) -> Result<Vec<(TokenId, f32)>, WireError> {
+        self.list(what, |[a, b, c, d, e, f, g, h]: [u8; 8]| {
+            (TokenId(u32::from_le_bytes([a, b, c, d])), f32::from_le_bytes([e, f, g, h]))
+        })
+    }
+
+    /// As many values as the block says. Each takes at least `bytes` bytes, so a length that cannot be is refused here.
+    fn many<T>(
+        &mut self,
+        what: &'static str,
+        bytes: usize,
+        read: impl Fn(&mut Self) -> Result<T, WireError>,
+    ) -> Result<Vec<T>, WireError> {
+        let len = self.usize(what)?;
+        if len > (self.block.len() - self.at) / bytes {
+            return Err(self.error(what));
+        }
+        (0..len).map(|_| read(self)).collect()
+    }
+
+    fn place(&mut self) -> Result<BlockPlace, WireError> {
+        let (kind, number) = (self.u32("a place")?, self.u32("a block")?);
+        match kind {
+            0 => Ok(BlockPlace::Cache(BlockId(number))),
+            1 => Ok(BlockPlace::Host(number)),
+            _ => Err(self.error("a place")),
+        }
+    }
+
+    fn scored(&mut self) -> Result<Scored, WireError> {
+        let (kind, at) = (self.u32("what is scored")?, self.usize("a row or a draw")?);
+        let token = TokenId(self.u32("a token")?);
+        match kind {
+            0 => Ok(Scored::Token { row: at, token }),
+            1 => Ok(Scored::Draw(at)),
+            2 => Ok(Scored::Candidates(at)),
+            _ => Err(self.error("what is scored")),
+        }
+    }
+
     fn end(&self) -> Result<(), WireError> {
         if self.at == self.block.len() { Ok(()) } else { Err(self.error("the end")) }
     }
@@ -153,7 +225,18 @@ impl StepInputs<'_> {
             [prompt, hypothesis, position].iter().for_each(|&x| out.u32(x as usize));
             out.u32(sample.prompt_len);
             out.tokens(if sample.params.has_penalties() { &sample.tokens } else { &[] });
+            out.valued(&sample.bias);
             out.tokens(&sample.banned);
+        }
+        out.u32(self.scores.len());
+        for &ScoreRequest { of, best } in &self.scores {
+            out.scored(of);
+            out.u32(best);
+        }
+        out.u32(self.moves.len());
+        for &BlockMove { from, to } in &self.moves {
+            out.place(from);
+            out.place(to);
         }
         out.0
     }
@@ -174,8 +257,8 @@ impl StepInputs<'_> {
             seq_lens: input.ints("sequence lengths")?,
             cu_query_lens: input.ints("query lengths")?,
             logits_indices: input.ints("logits indices")?,
-            samples: Vec::new(),
             return_logits,
+            ..StepInputs::default()
         };
         for _ in 0..input.usize("the number of samples")? {
             let row = input.usize("a row")?;
@@ -197,8 +280,14 @@ impl StepInputs<'_> {
             let key = RandomKey { seed, prompt: part()?, hypothesis: part()?, position: part()? };
             let prompt_len = input.usize("a prompt's length")?;
             let tokens = input.tokens("tokens")?.into();
-            step.samples.push(SampleRequest { row, params, key, tokens, prompt_len, banned: input.tokens("bans")? });
+            let (bias, banned) = (input.valued("bias")?, input.tokens("bans")?);
+            step.samples.push(SampleRequest { row, params, key, tokens, prompt_len, bias, banned });
         }
+        step.scores = input.many("the number of scores", 16, |input| {
+            Ok(ScoreRequest { of: input.scored()?, best: input.usize("a number of tokens")? })
+        })?;
+        step.moves = input
+            .many("the number of moves", 16, |input| Ok(BlockMove { from: input.place()?, to: input.place()? }))?;
         input.end()?;
         Ok(step)
     }
@@ -211,6 +300,18 @@ impl StepOutputs {
         let mut out = Writer::default();
         out.tokens(&self.tokens);
         out.list(&self.logits, f32::to_le_bytes);
+        out.u32(self.scores.len());
+        for Score { logprob, best } in &self.scores {
+            out.f32(*logprob);
+            out.valued(best);
+        }
+        out.u32(self.non_finite.len());
+        for NonFinite { row, token, value, dtype } in &self.non_finite {
+            out.u32(*row);
+            out.u32(*token);
+            out.f32(*value);
+            out.u32(DTYPES.iter().position(|d| d == dtype).unwrap_or_default());
+        }
         out.0
     }
 
@@ -220,8 +321,17 @@ impl StepOutputs {
     /// If the block is cut short, too long, or holds an impossible length.
     pub fn unpack(block: &[u8]) -> Result<StepOutputs, WireError> {
         let mut input = Reader { block, at: 0 };
-        let outputs =
-            StepOutputs { tokens: input.tokens("tokens")?, logits: input.list("logits", f32::from_le_bytes)? };
+        let (tokens, logits) = (input.tokens("tokens")?, input.list("logits", f32::from_le_bytes)?);
+        let scores = input.many("the number of scores", 8, |input| {
+            Ok(Score { logprob: input.f32("a log-probability")?, best: input.valued("likely tokens")? })
+        })?;
+        let non_finite = input.many("the number of rows that are not finite", 16, |input| {
+            let (row, token) = (input.usize("a row")?, input.usize("a token")?);
+            let (value, dtype) = (input.f32("a logit")?, input.usize("a data type")?);
+            let dtype = *DTYPES.get(dtype).ok_or_else(|| input.error("a data type"))?;
+            Ok(NonFinite { row, token, value, dtype })
+        })?;
+        let outputs = StepOutputs { tokens, scores, non_finite, logits };
         input.end()?;
         Ok(outputs)
     }
@@ -246,7 +356,24 @@ mod tests {
             seq_lens: vec![10, 2],
             cu_query_lens: vec![0, 1, 3],
             logits_indices: vec![0, 2],
-            samples: vec![SampleRequest { row: 1, params, key, tokens, prompt_len: 1, banned: vec![TokenId(4)] }],
+            samples: vec![SampleRequest {
+                row: 1,
+                params,
+                key,
+                tokens,
+                prompt_len: 1,
+                bias: vec![(TokenId(8), -2.5)],
+                banned: vec![TokenId(4)],
+            }],
+            scores: vec![
+                ScoreRequest { of: Scored::Token { row: 0, token: TokenId(3) }, best: 0 },
+                ScoreRequest { of: Scored::Draw(0), best: 2 },
+                ScoreRequest { of: Scored::Candidates(0), best: 7 },
+            ],
+            moves: vec![
+                BlockMove { from: BlockPlace::Cache(BlockId(6)), to: BlockPlace::Host(1) },
+                BlockMove { from: BlockPlace::Host(0), to: BlockPlace::Cache(BlockId(2)) },
+            ],
             return_logits: true,
         }
     }
@@ -254,7 +381,12 @@ mod tests {
     #[test]
     fn blocks_read_back() {
         assert_eq!(StepInputs::unpack(&step().pack()), Ok(step()));
-        let outputs = StepOutputs { tokens: vec![TokenId(7)], logits: vec![1.5, -0.0] };
+        let outputs = StepOutputs {
+            tokens: vec![TokenId(7)],
+            scores: vec![Score { logprob: -0.5, best: vec![(TokenId(7), -0.5), (TokenId(1), -2.0)] }],
+            non_finite: vec![NonFinite { row: 2, token: 9, value: f32::INFINITY, dtype: DType::Bf16 }],
+            logits: vec![1.5, -0.0],
+        };
         assert_eq!(StepOutputs::unpack(&outputs.pack()), Ok(outputs));
     }
 

@@ -1,14 +1,17 @@
 //! Generation: from prompts to streams of tokens, over any backend.
 //!
-//! Reading order: [`request`] (what is asked for, and what may be refused), [`blocks`] (the
-//! pool of KV blocks), [`sequence`] (one request under way), [`text`] (its output as text) with [`stop`] (stop words across
-//! tokens), [`schedule`] (who
-//! computes what in the next step), [`execute`] and [`ranks`] (by whom it is computed), [`session`] (submit, step,
+//! Reading order: [`request`] (what is asked for, and what may be refused), [`blocks`] (the pool of KV blocks) with
+//! [`prefix`] (what blocks contain), [`sequence`] (one request under way, or one of its beams), [`text`] (its output as
+//! text) with [`stop`] (stop words across tokens), [`schedule`] (who computes what in the next step, and with which
+//! blocks), [`execute`] and [`ranks`] (by whom it is computed), [`beams`] (a beam search), [`session`] (submit, step,
 //! cancel).
 #![forbid(unsafe_code)]
 
+pub mod beams;
 pub mod blocks;
 pub mod execute;
+pub mod ngrams;
+pub mod prefix;
 pub mod ranks;
 pub mod request;
 pub mod schedule;
@@ -20,5 +23,8 @@ pub mod text;
 pub use blocks::BlockPool;
 pub use execute::{Executor, Local};
 pub use mixtral_tokenizer::{BadWords, Tokenizer, TokenizerError};
-pub use request::{FinishReason, Refusal, Request, RequestId};
-pub use session::{Event, Session, Timing};
+pub use request::{
+    Beams, EarlyStopping, FinishReason, Hypothesis, Refusal, Request, RequestError, RequestId, TokenLogprobs,
+};
+pub use schedule::{Policy, SessionOptions};
+pub use session::{Event, Session, SessionStats, Timing};

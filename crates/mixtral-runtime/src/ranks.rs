@@ -183,6 +183,7 @@ pub fn follow(world: &World, mapping: Mapping, backend: &mut dyn Backend) -> Res
                 if !has_outputs {
                     // Only the output rank draws and returns logits.
                     inputs.samples.clear();
+                    inputs.scores.clear();
                     inputs.return_logits = false;
                 }
                 let outputs = backend.step(&inputs)?;

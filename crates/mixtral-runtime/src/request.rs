@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use mixtral_engine::SamplingParams;
+use mixtral_engine::{NonFinite, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_tokenizer::BadWords;
 use serde::Serialize;
@@ -19,13 +19,18 @@ impl fmt::Display for RequestId {
     }
 }
 
+/// The most tokens whose log-probabilities a request may ask for at each position.
+pub const MAX_LOGPROBS: usize = 20;
+
 /// One sequence to generate.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
     /// The prompt's tokens; at least one.
     pub prompt: Vec<TokenId>,
-    /// The most tokens to generate; at least one.
+    /// The most tokens to generate; at least one, or none if only the prompt's log-probabilities are wanted.
     pub max_output_len: usize,
+    /// As long as the output has fewer tokens, its end ids cannot be drawn.
+    pub min_output_len: usize,
     /// How tokens are drawn.
     pub params: SamplingParams,
     /// Seed of the draws.
@@ -41,10 +46,99 @@ pub struct Request {
     pub stop_words: Vec<String>,
     /// Texts that may not be generated.
     pub bad_words: Arc<BadWords>,
+    /// No sequence of so many tokens appears twice in prompt and output; 0 is off.
+    pub no_repeat_ngram_size: usize,
+    /// What is added to the logits of some tokens.
+    pub logit_bias: Vec<(TokenId, f32)>,
+    /// If it is to be answered by a beam search, how. Nothing is drawn then.
+    pub beams: Option<Beams>,
+    /// Whether the log-probability of every generated token is wanted, and those of how many of the most likely tokens.
+    pub logprobs: Option<usize>,
+    /// The same of every token of the prompt but the first.
+    pub prompt_logprobs: Option<usize>,
     /// Whether the logits of every generated token are wanted.
     pub generation_logits: bool,
     /// Whether the logits of every prompt token are wanted; the engine must gather them.
     pub context_logits: bool,
+}
+
+/// A beam search.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Beams {
+    /// How many beams, and how many answers.
+    pub width: usize,
+    /// An answer's score is the sum of its log-probabilities over its length to this power: above 0 it favours long
+    /// answers, below 0 short ones.
+    pub length_penalty: f32,
+    /// When the search ends.
+    pub early_stopping: EarlyStopping,
+    /// Added to a continuation's sum in a round, times its rank among its beam's continuations; 0 is off.
+    pub diversity_rate: f32,
+}
+
+impl Beams {
+    /// How many continuations are looked at in a round, among which so many end ids may be. No beam needs to offer more.
+    #[must_use]
+    pub fn candidates(&self, end_ids: usize) -> usize {
+        (1 + end_ids).max(2) * self.width
+    }
+}
+
+impl Default for Beams {
+    /// One beam.
+    fn default() -> Self {
+        Beams { width: 1, length_penalty: 1.0, early_stopping: EarlyStopping::No, diversity_rate: 0.0 }
+    }
+}
+
+/// When a beam search ends, before its beams are as long as they may be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EarlyStopping {
+    /// When there are as many answers as beams.
+    Yes,
+    /// When the best beam, scored as long as it is, is worse than the worst answer.
+    No,
+    /// When the best beam cannot become better than the worst answer, however long it grows.
+    Never,
+}
+
+/// Log-probabilities at one position, by the model's own distribution: before bias, penalties, bans and temperature.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TokenLogprobs {
+    /// The token there.
+    pub token: TokenId,
+    /// Natural logarithm of its probability.
+    pub logprob: f32,
+    /// The most likely tokens there, most likely first.
+    pub best: Vec<(TokenId, f32)>,
+}
+
+/// An answer of a beam search.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Hypothesis {
+    /// Its tokens, with the end id if one ended it.
+    pub tokens: Vec<TokenId>,
+    /// The log-probability of each of them, after bias, penalties and bans.
+    pub logprobs: Vec<f32>,
+    /// Their text, without the end id. Empty without a tokenizer.
+    pub text: String,
+    /// Its score.
+    pub score: f32,
+    /// Why it ended.
+    pub reason: Option<FinishReason>,
+}
+
+/// Why a request failed, while others go on.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum RequestError {
+    /// A row of logits that it needs is not finite.
+    #[error("step {step}: {source}")]
+    NonFinite {
+        /// Which step, from 0.
+        step: u64,
+        /// The row.
+        source: NonFinite,
+    },
 }
 
 /// Why a sequence ended.
@@ -99,6 +193,28 @@ pub enum Refusal {
         needed: usize,
         /// Blocks of the cache.
         available: usize,
+    },
+    /// More log-probabilities than there may be.
+    #[error("log-probabilities of {asked} tokens at each position were asked for; there may be {MAX_LOGPROBS}")]
+    TooManyLogprobs {
+        /// How many.
+        asked: usize,
+    },
+    /// More beams than a step has places, or none.
+    #[error(
+        "{width} beams were asked for, but the engine computes 1 to {limit} sequences at a time; build it with a larger --max-batch-size"
+    )]
+    Beams {
+        /// How many.
+        width: usize,
+        /// Sequences of a step.
+        limit: usize,
+    },
+    /// Something that a beam search does not give.
+    #[error("{what} were asked for together with beams; leave either out")]
+    NotWithBeams {
+        /// What.
+        what: &'static str,
     },
     /// The engine does not gather context logits.
     #[error(

@@ -2,25 +2,43 @@
 
 use std::time::Instant;
 
-use mixtral_engine::{RandomKey, SampleRequest};
+use mixtral_engine::{Limits, RandomKey, SampleRequest, SamplingParams};
 use mixtral_model::{BlockId, TokenId};
 
+use crate::ngrams;
+use crate::prefix::Content;
 use crate::request::{Request, RequestId};
+use crate::session::Timing;
 use crate::text::SequenceText;
 
 /// The state of a request: its tokens so far, and how many of them the cache holds.
 #[derive(Clone, Debug)]
 pub struct Sequence {
-    /// Its number.
+    /// Its request's number.
     pub id: RequestId,
+    /// Which of its request's beams it is; 0 if it has none.
+    pub beam: usize,
     /// The request.
     pub request: Request,
     /// Prompt and output.
     pub tokens: Vec<TokenId>,
     /// Tokens whose keys and values are in the cache, or will be after the steps under way.
     pub num_computed: usize,
-    /// Its blocks, in order of position.
+    /// Its blocks, in order of position: those of the computed tokens, and no others between steps. None while it is
+    /// swapped out.
     pub blocks: Vec<BlockId>,
+    /// Where its blocks are in the host's memory, while it is swapped out.
+    pub swapped: Option<Vec<u32>>,
+    /// The contents of the prompt's full blocks, if it may share them.
+    pub contents: Vec<Content>,
+    /// Of how many of its blocks the pool knows the content.
+    pub described: usize,
+    /// How many tokens of its prompt it found in the cache.
+    pub cached: usize,
+    /// The beam's most likely next tokens, as soon as they are known.
+    pub candidates: Option<Vec<(TokenId, f32)>>,
+    /// The log-probabilities of the beam's tokens.
+    pub logprobs: Vec<f32>,
     /// Its output as text.
     pub text: SequenceText,
     /// How many steps under way compute tokens of it.
@@ -41,7 +59,14 @@ impl Sequence {
             id,
             tokens: request.prompt.clone(),
             num_computed: 0,
+            beam: 0,
             blocks: Vec::new(),
+            swapped: None,
+            contents: Vec::new(),
+            described: 0,
+            cached: 0,
+            candidates: None,
+            logprobs: Vec::new(),
             text: SequenceText::new(&request.stop_words),
             in_flight: 0,
             cancelled: false,
@@ -81,18 +106,60 @@ impl Sequence {
         self.prompt_len() + self.request.max_output_len
     }
 
+    /// Whether every prompt token's row of logits is wanted.
+    #[must_use]
+    pub fn wants_prompt_rows(&self) -> bool {
+        self.request.context_logits || self.request.prompt_logprobs.is_some()
+    }
+
+    /// How many sequences of a step it may become.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.request.beams.map_or(1, |beams| beams.width)
+    }
+
+    /// The most blocks that the request can hold at a time. Beams share the full blocks of the prompt.
+    #[must_use]
+    pub fn max_blocks(&self, limits: &Limits) -> usize {
+        let shared = if self.width() > 1 { self.prompt_len() / limits.block_size } else { 0 };
+        shared + self.width() * (limits.blocks_for(self.max_len()) - shared)
+    }
+
+    /// Its times, with its first token drawn at `first_token` and its last one now.
+    #[must_use]
+    pub fn timing(&self, first_token: Instant, now: Instant) -> Timing {
+        let since = |then: Instant| then.duration_since(self.submitted);
+        Timing { first_token: since(first_token), total: since(now), cached_tokens: self.cached }
+    }
+
     /// The draw of its next token, from row `row` of the step's logits.
     #[must_use]
     pub fn sample_request(&self, row: usize) -> SampleRequest<'_> {
         let position = u32::try_from(self.output().len()).unwrap_or(u32::MAX);
-        let Request { seed, prompt_index, hypothesis, params, .. } = self.request;
+        let Request { seed, prompt_index, hypothesis, mut params, .. } = self.request;
+        if self.request.beams.is_some() {
+            // What is drawn does not count, so it is drawn in the quickest way. Penalties hold for beams too.
+            params = SamplingParams { temperature: 1.0, top_k: 1, ..params };
+        }
         SampleRequest {
             row,
             params,
             key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
             tokens: (&self.tokens[..]).into(),
             prompt_len: self.prompt_len(),
-            banned: self.request.bad_words.banned(&self.tokens),
+            bias: self.request.logit_bias.clone(),
+            banned: self.banned(),
         }
+    }
+
+    /// The tokens that may not come next.
+    fn banned(&self) -> Vec<TokenId> {
+        let Request { bad_words, end_ids, min_output_len, no_repeat_ngram_size, .. } = &self.request;
+        let mut banned = bad_words.banned(&self.tokens);
+        banned.extend(ngrams::repeating(&self.tokens, *no_repeat_ngram_size));
+        if self.output().len() < *min_output_len {
+            banned.extend(end_ids);
+        }
+        banned
     }
 }

@@ -1,18 +1,21 @@
 //! A session: many requests on one executor, batched in flight.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mixtral_engine::{BackendError, Limits, StepOutputs};
+use mixtral_engine::{BackendError, Limits, Score, StepOutputs};
 use mixtral_model::TokenId;
 use mixtral_tokenizer::{Tokenizer, TokenizerError};
 
-use crate::blocks::BlockPool;
+use crate::beams::{Answer, BeamSearch};
 use crate::execute::Executor;
-use crate::request::{FinishReason, Refusal, Request, RequestId};
-use crate::schedule::{self, Chunk};
+use crate::request::{
+    FinishReason, Hypothesis, MAX_LOGPROBS, Refusal, Request, RequestError, RequestId, TokenLogprobs,
+};
+use crate::schedule::{self, Chunk, Counters, Schedule, SessionOptions};
 use crate::sequence::Sequence;
+use crate::text::SequenceText;
 
 /// What a session must know of an engine.
 #[derive(Clone, Copy, Debug)]
@@ -25,13 +28,15 @@ pub struct Capabilities {
     pub gather_context_logits: bool,
 }
 
-/// When things happened to a request.
+/// When things happened to a request, and what it found in the cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
     /// From submission to the first token.
     pub first_token: Duration,
     /// From submission to the last token.
     pub total: Duration,
+    /// How many tokens of its prompt were in the cache already.
+    pub cached_tokens: usize,
 }
 
 /// Something that happened to a request in a step.
@@ -49,6 +54,15 @@ pub struct Event {
     pub context_logits: Vec<f32>,
     /// Logits that the token was drawn from, `[vocab_size]`, if they were asked for.
     pub generation_logits: Vec<f32>,
+    /// Log-probabilities where the token was drawn, if they were asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Log-probabilities of the prompt's tokens that this step scored, in order, if they were asked for. The first is that
+    /// of the prompt's second token.
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+    /// The answers of a beam search, best first, with its last event. It has no other event.
+    pub beams: Vec<Hypothesis>,
+    /// Why the request failed. It is the request's last event then. Others go on.
+    pub failed: Option<RequestError>,
     /// Why the request ended, and when. It is the request's last event then.
     pub finished: Option<(FinishReason, Timing)>,
 }
@@ -66,6 +80,61 @@ pub enum SessionError {
     },
 }
 
+impl Event {
+    fn new(id: RequestId) -> Self {
+        Event {
+            id,
+            token: None,
+            text: String::new(),
+            text_failed: None,
+            context_logits: Vec::new(),
+            generation_logits: Vec::new(),
+            logprobs: None,
+            prompt_logprobs: Vec::new(),
+            beams: Vec::new(),
+            failed: None,
+            finished: None,
+        }
+    }
+
+    /// Whether it is its request's last.
+    #[must_use]
+    pub fn is_last(&self) -> bool {
+        self.finished.is_some() || self.failed.is_some()
+    }
+
+    /// The event, if its request did not fail in it.
+    ///
+    /// # Errors
+    /// Why it failed.
+    pub fn ok(mut self) -> Result<Event, RequestError> {
+        self.failed.take().map_or(Ok(self), Err)
+    }
+
+    fn says_something(&self) -> bool {
+        self.token.is_some() || !self.context_logits.is_empty() || !self.prompt_logprobs.is_empty() || self.is_last()
+    }
+}
+
+/// What a session holds, and what it has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SessionStats {
+    /// Requests that wait to join.
+    pub waiting: usize,
+    /// Sequences that run; each beam is one.
+    pub running: usize,
+    /// Sequences whose blocks are in the host's memory.
+    pub swapped: usize,
+    /// Blocks of the cache.
+    pub blocks: usize,
+    /// Blocks that sequences hold.
+    pub used_blocks: usize,
+    /// Free blocks whose content another prompt could use.
+    pub cached_blocks: usize,
+    /// What the schedule has done so far.
+    pub counters: Counters,
+}
+
 /// Figures of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepStats {
@@ -79,7 +148,8 @@ pub struct StepStats {
 
 /// A step under way.
 struct Flight {
-    parts: Vec<(RequestId, Chunk)>,
+    /// Request, beam, and the part of the step.
+    parts: Vec<(RequestId, usize, Chunk)>,
     stats: StepStats,
     started: Instant,
 }
@@ -89,9 +159,9 @@ pub struct Session {
     executor: Box<dyn Executor>,
     tokenizer: Option<Arc<Tokenizer>>,
     capabilities: Capabilities,
-    pool: BlockPool,
-    queue: VecDeque<Sequence>,
-    running: Vec<Sequence>,
+    schedule: Schedule,
+    /// The beam searches under way, each with tokens and log-probabilities of its answers.
+    searches: HashMap<RequestId, BeamSearch<Hypothesis>>,
     flights: VecDeque<Flight>,
     submitted: usize,
     /// Steps done.
@@ -104,14 +174,24 @@ impl Session {
     /// A session without requests. Without a tokenizer, events have no text and stop words have no effect.
     #[must_use]
     pub fn new(executor: Box<dyn Executor>, capabilities: Capabilities, tokenizer: Option<Arc<Tokenizer>>) -> Self {
-        let pool = BlockPool::new(executor.kv_blocks());
+        Session::with_options(executor, capabilities, tokenizer, SessionOptions::default())
+    }
+
+    /// The same, with other options.
+    #[must_use]
+    pub fn with_options(
+        executor: Box<dyn Executor>,
+        capabilities: Capabilities,
+        tokenizer: Option<Arc<Tokenizer>>,
+        options: SessionOptions,
+    ) -> Self {
+        let schedule = Schedule::new(capabilities.limits, options, executor.kv_blocks());
         Session {
             executor,
             tokenizer,
             capabilities,
-            pool,
-            queue: VecDeque::new(),
-            running: Vec::new(),
+            schedule,
+            searches: HashMap::new(),
             flights: VecDeque::new(),
             submitted: 0,
             steps: 0,
@@ -128,7 +208,11 @@ impl Session {
         self.refuse(&request)?;
         let id = RequestId(self.submitted);
         self.submitted += 1;
-        self.queue.push_back(Sequence::new(id, request));
+        if let Some(beams) = request.beams {
+            let search = BeamSearch::new(beams, &request.end_ids, request.max_output_len);
+            self.searches.insert(id, search);
+        }
+        self.schedule.push(Sequence::new(id, request));
         Ok(id)
     }
 
@@ -138,7 +222,7 @@ impl Session {
         if prompt == 0 {
             return Err(Refusal::EmptyPrompt);
         }
-        if output == 0 {
+        if output == 0 && request.prompt_logprobs.is_none() {
             return Err(Refusal::NoOutput);
         }
         if prompt.saturating_add(output) > limits.max_seq_len {
@@ -147,7 +231,25 @@ impl Session {
         if let Some(position) = request.prompt.iter().position(|t| t.0 as usize >= vocab_size) {
             return Err(Refusal::UnknownToken { token: request.prompt[position], position, vocab_size });
         }
-        let (needed, available) = (limits.blocks_for(prompt + output), self.pool.num_blocks());
+        if let Some(&asked) = request.logprobs.iter().chain(&request.prompt_logprobs).find(|&&n| n > MAX_LOGPROBS) {
+            return Err(Refusal::TooManyLogprobs { asked });
+        }
+        if let Some(beams) = request.beams {
+            if beams.width == 0 || beams.width > limits.max_batch_size {
+                return Err(Refusal::Beams { width: beams.width, limit: limits.max_batch_size });
+            }
+            let also = [
+                (!request.stop_words.is_empty(), "stop words"),
+                (request.generation_logits, "the logits of generated tokens"),
+                (request.logprobs.is_some(), "the log-probabilities of likely tokens"),
+                (output == 0, "no tokens"),
+            ];
+            if let Some((_, what)) = also.into_iter().find(|(asked, _)| *asked) {
+                return Err(Refusal::NotWithBeams { what });
+            }
+        }
+        let available = self.schedule.pool().num_blocks();
+        let needed = Sequence::new(RequestId(self.submitted), request.clone()).max_blocks(&limits);
         if needed > available {
             return Err(Refusal::TooFewBlocks { needed, available });
         }
@@ -160,26 +262,25 @@ impl Session {
     /// Ends a request. Returns whether it was still under way. Its blocks become free as soon as no step writes to
     /// them.
     pub fn cancel(&mut self, id: RequestId) -> bool {
-        if let Some(at) = self.queue.iter().position(|s| s.id == id) {
-            self.queue.remove(at);
+        self.searches.remove(&id);
+        let queue = &mut self.schedule.queue;
+        if let Some(at) = queue.iter().position(|s| s.id == id) {
+            queue.remove(at);
             return true;
         }
-        let Some(at) = self.running.iter().position(|s| s.id == id && !s.cancelled) else { return false };
-        self.running[at].cancelled = true;
-        self.remove_cancelled();
-        true
-    }
-
-    fn remove_cancelled(&mut self) {
-        for sequence in self.running.extract_if(.., |s| s.cancelled && s.in_flight == 0) {
-            self.pool.release(sequence.blocks);
+        let mut found = false;
+        for sequence in self.schedule.running.iter_mut().filter(|s| s.id == id && !s.cancelled) {
+            sequence.cancelled = true;
+            found = true;
         }
+        self.schedule.remove_cancelled();
+        found
     }
 
     /// Whether nothing is queued or running.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.running.is_empty()
+        self.schedule.queue.is_empty() && self.schedule.running.is_empty()
     }
 
     /// Whether it has a tokenizer, so that events have text.
@@ -191,7 +292,23 @@ impl Session {
     /// Blocks that nobody holds.
     #[must_use]
     pub fn free_blocks(&self) -> usize {
-        self.pool.num_free()
+        self.schedule.pool().num_free()
+    }
+
+    /// What it holds now, and what it has done.
+    #[must_use]
+    pub fn stats(&self) -> SessionStats {
+        let pool = self.schedule.pool();
+        let swapped = self.schedule.running.iter().filter(|s| s.swapped.is_some()).count();
+        SessionStats {
+            waiting: self.schedule.queue.len(),
+            running: self.schedule.running.len() - swapped,
+            swapped,
+            blocks: pool.num_blocks(),
+            used_blocks: pool.num_blocks() - pool.num_free(),
+            cached_blocks: pool.num_kept(),
+            counters: self.schedule.counters,
+        }
     }
 
     /// The figures of the last step.
@@ -229,27 +346,27 @@ impl Session {
         let since = self.last_done.map_or(flight.started, |done| done.max(flight.started));
         self.last_step = StepStats { time: now - since, ..flight.stats };
         self.last_done = Some(now);
-        self.steps += 1;
         let mut events = Vec::new();
-        for (id, chunk) in &flight.parts {
-            events.extend(self.land(*id, chunk, &outputs, now));
+        let mut scores = outputs.scores.iter();
+        for (id, beam, chunk) in &flight.parts {
+            events.extend(self.land((*id, *beam), chunk, &outputs, &mut scores, now));
         }
-        for event in events.iter().filter(|e| e.finished.is_some()) {
+        self.steps += 1;
+        events.extend(self.advance_searches(now));
+        for event in events.iter().filter(|e| e.is_last()) {
             self.cancel(event.id);
         }
-        self.remove_cancelled();
+        self.schedule.remove_cancelled();
         Ok(events)
     }
 
     /// Launches a step, if there is anything to compute.
     fn launch(&mut self, depth: usize) -> Result<bool, SessionError> {
-        let limits = self.capabilities.limits;
-        schedule::admit(&mut self.queue, &mut self.running, &mut self.pool, &limits);
-        let chunks = schedule::plan(&self.running, &limits, depth);
+        let chunks = self.schedule.plan(depth);
         if chunks.is_empty() {
             return Ok(false);
         }
-        let inputs = schedule::inputs(&self.running, &chunks, &limits);
+        let inputs = self.schedule.inputs(&chunks);
         let started = Instant::now();
         let stats = StepStats {
             decode_tokens: inputs.num_decodes,
@@ -260,44 +377,124 @@ impl Session {
         self.executor.launch(&inputs).map_err(|source| SessionError::Backend { step, source })?;
         let mut parts = Vec::with_capacity(chunks.len());
         for chunk in chunks {
-            let sequence = &mut self.running[chunk.sequence];
-            sequence.num_computed += chunk.num_tokens;
+            let sequence = &mut self.schedule.running[chunk.sequence];
+            sequence.num_computed = chunk.end;
             sequence.in_flight += 1;
-            parts.push((sequence.id, chunk));
+            parts.push((sequence.id, sequence.beam, chunk));
         }
         self.flights.push_back(Flight { parts, stats, started });
         Ok(true)
     }
 
-    /// Takes in the results of a step for one request.
-    fn land(&mut self, id: RequestId, chunk: &Chunk, outputs: &StepOutputs, now: Instant) -> Option<Event> {
-        let sequence = self.running.iter_mut().find(|s| s.id == id)?;
+    /// Takes in the results of a step for one sequence. Takes its part of the step's scores from `scores`.
+    fn land<'s>(
+        &mut self,
+        (id, beam): (RequestId, usize),
+        chunk: &Chunk,
+        outputs: &StepOutputs,
+        scores: &mut impl Iterator<Item = &'s Score>,
+        now: Instant,
+    ) -> Option<Event> {
+        let at = self.schedule.running.iter().position(|s| s.id == id && s.beam == beam)?;
+        let vocab_size = self.capabilities.vocab_size;
+        let sequence = &mut self.schedule.running[at];
         sequence.in_flight -= 1;
+        let request = &sequence.request;
+        let mut event = Event::new(id);
+        let scored =
+            |token: TokenId, score: &Score| TokenLogprobs { token, logprob: score.logprob, best: score.best.clone() };
+        if request.prompt_logprobs.is_some() && chunk.is_prompt {
+            let tokens = schedule::scored_tokens(&request.prompt, chunk.end - chunk.num_tokens, chunk.end);
+            event.prompt_logprobs =
+                tokens.iter().zip(&mut *scores).map(|(&token, score)| scored(token, score)).collect();
+        }
+        if let (Some(sample), Some(_)) = (chunk.sample, request.logprobs) {
+            event.logprobs = scores.next().map(|score| scored(outputs.tokens[sample], score));
+        }
+        let candidates = chunk.sample.and(request.beams).and_then(|_| scores.next());
         if sequence.cancelled {
             return None;
         }
-        let vocab_size = self.capabilities.vocab_size;
+        let mine = chunk.first_logits_row..chunk.first_logits_row + chunk.num_logits;
+        if let Some(&source) = outputs.non_finite.iter().find(|wrong| mine.contains(&wrong.row)) {
+            return Some(Event {
+                failed: Some(RequestError::NonFinite { step: self.steps, source }),
+                ..Event::new(id)
+            });
+        }
         let rows = |first: usize, count: usize| outputs.logits[first * vocab_size..][..count * vocab_size].to_vec();
-        let mut event = Event {
-            id,
-            token: None,
-            text: String::new(),
-            text_failed: None,
-            context_logits: Vec::new(),
-            generation_logits: Vec::new(),
-            finished: None,
-        };
-        if chunk.is_prompt && sequence.request.context_logits {
+        if chunk.is_prompt && request.context_logits {
             event.context_logits = rows(chunk.first_logits_row, chunk.num_logits);
         }
-        if let Some(sample) = chunk.sample {
-            if sequence.request.generation_logits {
-                event.generation_logits = rows(chunk.first_logits_row + chunk.num_logits - 1, 1);
+        if let Some(candidates) = candidates {
+            sequence.candidates = Some(candidates.best.clone());
+            sequence.first_token.get_or_insert(now);
+        } else if let Some(sample) = chunk.sample {
+            if request.generation_logits {
+                event.generation_logits = rows(mine.end - 1, 1);
             }
             accept(sequence, outputs.tokens[sample], self.tokenizer.as_deref(), now, &mut event);
+        } else if request.max_output_len == 0 && chunk.end == sequence.prompt_len() {
+            event.finished = Some((FinishReason::Length, sequence.timing(now, now)));
         }
-        (event.token.is_some() || !event.context_logits.is_empty()).then_some(event)
+        if chunk.is_prompt {
+            self.schedule.landed(at, chunk.end);
+        }
+        event.says_something().then_some(event)
     }
+
+    /// Takes every beam search on whose beams have all been computed.
+    fn advance_searches(&mut self, now: Instant) -> Vec<Event> {
+        let is_ready = |id: &RequestId| {
+            let mut beams = self.schedule.beams(*id).peekable();
+            beams.peek().is_some() && beams.all(|beam| beam.candidates.is_some())
+        };
+        let mut ready: Vec<RequestId> = self.searches.keys().copied().filter(is_ready).collect();
+        ready.sort_unstable();
+        ready.into_iter().filter_map(|id| self.advance_search(id, now)).collect()
+    }
+
+    /// Takes a beam search on by one token. Returns its last event if it ends.
+    fn advance_search(&mut self, id: RequestId, now: Instant) -> Option<Event> {
+        let search = self.searches.get_mut(&id)?;
+        let beams: Vec<&Sequence> = self.schedule.beams(id).collect();
+        let candidates: Vec<_> = beams.iter().map(|beam| beam.candidates.clone().unwrap_or_default()).collect();
+        let timing = beams.first()?.timing(beams[0].first_token.unwrap_or(now), now);
+        let next = search.advance(&candidates, |ended| {
+            let parent = beams[ended.parent];
+            let is_end = parent.request.end_ids.contains(&ended.token);
+            Hypothesis {
+                tokens: parent.output().iter().copied().chain([ended.token]).collect(),
+                logprobs: parent.logprobs.iter().copied().chain([ended.logprob]).collect(),
+                reason: Some(if is_end { FinishReason::EndId } else { FinishReason::Length }),
+                ..Hypothesis::default()
+            }
+        });
+        if !next.is_empty() {
+            self.schedule.continue_beams(id, &next);
+            return None;
+        }
+        let answers = self.searches.remove(&id)?.into_answers();
+        let tokenizer = self.tokenizer.as_deref();
+        let answer = |Answer { score, output }: Answer<Hypothesis>| {
+            let text = tokenizer.map(|tokenizer| text_of(&output, tokenizer)).unwrap_or_default();
+            Hypothesis { score, text, ..output }
+        };
+        let beams: Vec<Hypothesis> = answers.into_iter().map(answer).collect();
+        let reason = beams.first().and_then(|best| best.reason).unwrap_or(FinishReason::Length);
+        Some(Event { beams, finished: Some((reason, timing)), ..Event::new(id) })
+    }
+}
+
+/// The text of an answer, without the end id that ended it.
+fn text_of(answer: &Hypothesis, tokenizer: &Tokenizer) -> String {
+    let (mut text, mut event) = (SequenceText::new(&[]), Event::new(RequestId(0)));
+    let ended = usize::from(answer.reason == Some(FinishReason::EndId));
+    for &token in &answer.tokens[..answer.tokens.len() - ended] {
+        text.push(tokenizer, token, &mut event);
+    }
+    text.finish(tokenizer, &mut event);
+    event.text
 }
 
 /// Adds a token to its sequence. Fills in the event: the token's text, and whether it was the last.
@@ -322,6 +519,5 @@ fn accept(sequence: &mut Sequence, token: TokenId, tokenizer: Option<&Tokenizer>
     {
         reason = FinishReason::StopWord;
     }
-    let since = |then: Instant| then.duration_since(sequence.submitted);
-    event.finished = Some((reason, Timing { first_token: since(first_token), total: since(now) }));
+    event.finished = Some((reason, sequence.timing(first_token, now)));
 }

@@ -97,6 +97,7 @@ pub fn greedy(row: usize) -> SampleRequest<'static> {
         key: RandomKey::default(),
         tokens: (&[]).into(),
         prompt_len: 0,
+        bias: vec![],
         banned: Vec::new(),
     }
 }

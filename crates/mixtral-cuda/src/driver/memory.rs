@@ -1,6 +1,7 @@
 //! Memory of the device, and memory of the host that the device can copy at full speed.
 
 use std::ffi::c_void;
+use std::ops::Range;
 
 use super::{Context, Event, Stream, api};
 use crate::CudaError;
@@ -140,17 +141,33 @@ impl Pinned {
         offset: usize,
         len: usize,
     ) -> Result<(), CudaError> {
+        self.download_spans(stream, memory, std::iter::once(offset..offset + len))
+    }
+
+    /// Begins to copy parts of the device's memory, one behind the other, to its first bytes.
+    pub(crate) fn download_spans(
+        &mut self,
+        stream: &Stream,
+        memory: &DeviceMemory,
+        spans: impl Iterator<Item = Range<usize>>,
+    ) -> Result<(), CudaError> {
         self.wait()?;
-        let (start, address) = (self.span(0, len)?, memory.span(offset, len)?);
-        if len == 0 {
-            return Ok(());
-        }
         let api = api()?;
         self.context.bind()?;
-        // SAFETY: both spans are within their allocations; nobody reads or writes this one before the event has passed.
-        let code = unsafe { (api.cuMemcpyDtoHAsync_v2)(start.cast(), address, len, stream.handle) };
-        api.check("cuMemcpyDtoHAsync", code)?;
-        self.begun(stream)
+        let mut at = 0;
+        for span in spans.filter(|span| !span.is_empty()) {
+            let (start, address) = (self.span(at, span.len())?, memory.span(span.start, span.len())?);
+            // SAFETY: both spans are within their allocations; nobody reads or writes this one before the event has
+            // passed.
+            let code = unsafe { (api.cuMemcpyDtoHAsync_v2)(start.cast(), address, span.len(), stream.handle) };
+            if let Err(error) = api.check("cuMemcpyDtoHAsync", code) {
+                // The copies that were begun still write to this memory.
+                self.begun(stream)?;
+                return Err(error);
+            }
+            at += span.len();
+        }
+        if at == 0 { Ok(()) } else { self.begun(stream) }
     }
 
     fn begun(&mut self, stream: &Stream) -> Result<(), CudaError> {

@@ -1,5 +1,6 @@
 //! Streams and events.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use cudarc::driver::sys::{CUevent, CUstream};
@@ -68,6 +69,19 @@ impl Stream {
         let api = api()?;
         // SAFETY: the span is within the allocation.
         api.check("cuMemsetD8Async", unsafe { (api.cuMemsetD8Async)(address, byte, len, self.handle) })
+    }
+
+    /// Copies the span `from` of `memory` to its bytes from `to` on. The two do not overlap.
+    pub(crate) fn copy(&self, memory: &DeviceMemory, from: Range<usize>, to: usize) -> Result<(), CudaError> {
+        let (source, target) = (memory.span(from.start, from.len())?, memory.span(to, from.len())?);
+        if from.is_empty() || from.start == to {
+            return Ok(());
+        }
+        self.context.bind()?;
+        let api = api()?;
+        // SAFETY: both spans are within the allocation.
+        let code = unsafe { (api.cuMemcpyDtoDAsync_v2)(target, source, from.len(), self.handle) };
+        api.check("cuMemcpyDtoDAsync", code)
     }
 
     /// Copies to the device, and waits for it.

@@ -43,14 +43,13 @@ fn inputs() -> StepInputs<'static> {
         seq_lens: lens.to_vec(),
         cu_query_lens: edges,
         logits_indices: vec![0, 1, 69],
-        samples: vec![],
-        return_logits: false,
+        ..StepInputs::default()
     }
 }
 
 fn request(params: SamplingParams) -> SampleRequest<'static> {
     let key = RandomKey { seed: 1, prompt: 2, hypothesis: 3, position: 4 };
-    SampleRequest { row: 1, params, key, tokens: (&[]).into(), prompt_len: 0, banned: vec![] }
+    SampleRequest { row: 1, params, key, tokens: (&[]).into(), prompt_len: 0, bias: vec![], banned: vec![] }
 }
 
 fn drawn_freely() -> SamplingParams {
@@ -113,7 +112,7 @@ fn the_fullest_step_fits() {
         cu_query_lens: (0..=int(n)).collect(),
         logits_indices: (0..int(n)).collect(),
         samples: vec![request(drawn_freely()); n],
-        return_logits: false,
+        ..StepInputs::default()
     };
     // Chunks whose last tiles are nearly empty.
     let edges = vec![0, 65, 130, 195, 200];
@@ -190,7 +189,8 @@ fn adjustments_are_one_a_token_with_its_count() {
     let all = |params: SamplingParams, banned: &[u32]| {
         let mut adjustments = vec![Adjustment { token: 9, code: 9 }];
         let banned = banned.iter().map(|&t| TokenId(t)).collect();
-        let request = SampleRequest { tokens: tokens.clone().into(), prompt_len: 2, banned, ..request(params) };
+        let request =
+            SampleRequest { tokens: tokens.clone().into(), prompt_len: 2, bias: vec![], banned, ..request(params) };
         adjust(29, &request, &mut adjustments);
         assert_eq!(adjustments.remove(0), Adjustment { token: 9, code: 9 });
         adjustments.into_iter().map(|a| (a.token, a.code)).collect::<Vec<_>>()

@@ -214,7 +214,15 @@ fn draws_are_those_of_the_definition() {
                 (0..20).map(|t| TokenId((t * t + position) % u32::try_from(program.vocab_size).unwrap())).collect();
             let banned = (0..50).filter(|t| i % 2 == 1 && t % 3 == 0).map(TokenId).collect();
             let key = RandomKey { seed: 9, prompt: u32::try_from(i).unwrap(), hypothesis: 1, position };
-            SampleRequest { row: (i * 5) % rows, params, key, tokens: tokens.into(), prompt_len: 8, banned }
+            SampleRequest {
+                row: (i * 5) % rows,
+                params,
+                key,
+                tokens: tokens.into(),
+                prompt_len: 8,
+                bias: vec![],
+                banned,
+            }
         };
         inputs.samples = (0..33).map(request).collect();
         let outputs = backend.step(&inputs).unwrap();

@@ -43,8 +43,7 @@ fn inputs() -> StepInputs<'static> {
         seq_lens: vec![6, 9],
         cu_query_lens: vec![0, 1, 7],
         logits_indices: vec![0, 6],
-        samples: vec![],
-        return_logits: false,
+        ..StepInputs::default()
     }
 }
 
@@ -55,6 +54,7 @@ fn draw(row: usize, tokens: usize, prompt_len: usize) -> SampleRequest<'static> 
         key: RandomKey::default(),
         tokens: vec![TokenId(1); tokens].into(),
         prompt_len,
+        bias: vec![],
         banned: vec![],
     }
 }

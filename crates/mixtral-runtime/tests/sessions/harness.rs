@@ -139,6 +139,7 @@ pub fn expected(request: &Request) -> Outcome {
             key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
             tokens: (&tokens).into(),
             prompt_len,
+            bias: vec![],
             banned: request.bad_words.banned(&tokens),
         };
         let token = sample(&mut row(&tokens), &draw);

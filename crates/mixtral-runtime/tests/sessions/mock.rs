@@ -5,14 +5,17 @@
 //! on how it is drawn, and on nothing else. A step that reads slots which another sequence wrote, or which nobody
 //! wrote, is found.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mixtral_engine::sampling::sample;
-use mixtral_engine::{Backend, BackendError, KvLayout, Limits, Op, Program, RandomKey, StepInputs, StepOutputs};
-use mixtral_model::{DType, TokenId};
+use mixtral_engine::score::score;
+use mixtral_engine::{
+    Backend, BackendError, BlockMove, BlockPlace, KvLayout, Limits, Op, Program, RandomKey, StepInputs, StepOutputs,
+};
+use mixtral_model::{BlockId, DType, TokenId};
 use mixtral_runtime::Executor;
 
 /// Entries of the vocabulary.
@@ -26,6 +29,8 @@ pub struct Mock {
     program: Program,
     /// What each slot holds: the digest of the tokens before its own, and with its own.
     cache: Vec<Option<[u64; 2]>>,
+    /// The same of blocks in the host's memory.
+    host: HashMap<u32, Vec<Option<[u64; 2]>>>,
     /// The steps that it got.
     pub steps: Steps,
     /// The step that fails.
@@ -56,7 +61,33 @@ impl Mock {
             ops: vec![attention],
         };
         let cache = vec![None; kv_blocks * limits.block_size];
-        Mock { program, cache, steps: Steps::default(), fails_at: None, expert_counts: vec![vec![3, 4], vec![5, 6]] }
+        Mock {
+            program,
+            cache,
+            host: HashMap::new(),
+            steps: Steps::default(),
+            fails_at: None,
+            expert_counts: vec![vec![3, 4], vec![5, 6]],
+        }
+    }
+
+    fn carry_out(&mut self, step: usize, moves: &[BlockMove]) {
+        let size = self.program.limits.block_size;
+        for BlockMove { from, to } in moves {
+            let slots = |block: BlockId| block.0 as usize * size..(block.0 as usize + 1) * size;
+            let contents = match from {
+                BlockPlace::Cache(block) => self.cache[slots(*block)].to_vec(),
+                BlockPlace::Host(number) => self
+                    .host
+                    .get(number)
+                    .unwrap_or_else(|| panic!("step {step}: nothing is in the host's block {number}"))
+                    .clone(),
+            };
+            match to {
+                BlockPlace::Cache(block) => self.cache[slots(*block)].copy_from_slice(&contents),
+                BlockPlace::Host(number) => drop(self.host.insert(*number, contents)),
+            }
+        }
     }
 
     /// The digest of all tokens of a sequence that are in the cache.
@@ -83,6 +114,7 @@ impl Backend for Mock {
         if self.fails_at == Some(step) {
             return Err(BackendError::Other(format!("the mock fails at step {step}")));
         }
+        self.carry_out(step, &inputs.moves);
         let (mut digests, mut written) = (Vec::new(), HashSet::new());
         for sequence in parts(inputs) {
             let mut digest = self.read(step, &sequence);
@@ -105,8 +137,11 @@ impl Backend for Mock {
             );
             tokens.push(sample(&mut logits(expected), request));
         }
-        let logits = if inputs.return_logits { rows.into_iter().flat_map(logits).collect() } else { Vec::new() };
-        Ok(StepOutputs { tokens, logits })
+        let all: Vec<Vec<f32>> = rows.into_iter().map(logits).collect();
+        let scored = |request| score(request, inputs, |row| &all[row], &tokens).unwrap();
+        let scores = inputs.scores.iter().map(scored).collect();
+        let logits = if inputs.return_logits { all.concat() } else { Vec::new() };
+        Ok(StepOutputs { tokens, scores, logits, ..StepOutputs::default() })
     }
 
     fn kv_blocks(&self) -> usize {
@@ -142,14 +177,21 @@ impl Executor for Pipeline {
         self.depth
     }
 
-    /// Checks one thing more than the mock: no other sequence has blocks of a step that is under way.
+    /// Checks one thing more than the mock: of the blocks of a step that is under way, no other sequence reads those that
+    /// the step writes, and nobody writes any.
     fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
         assert!(self.under_way.len() < self.depth, "more than {} steps are under way", self.depth);
+        let block_size = self.mock.program.limits.block_size;
+        let copied: HashSet<i32> = inputs.moves.iter().filter_map(|m| cache_block(m.to)).collect();
         for earlier in self.under_way.iter().flat_map(|(inputs, _)| parts(inputs)) {
-            let held: HashSet<_> = earlier.blocks.iter().filter(|&&block| block >= 0).collect();
-            for now in parts(inputs).filter(|now| now.blocks.iter().any(|block| held.contains(block))) {
+            let held: HashSet<i32> = earlier.blocks.iter().copied().filter(|&block| block >= 0).collect();
+            assert!(held.is_disjoint(&copied), "a copy goes to blocks of a step under way: {copied:?}");
+            for now in parts(inputs) {
+                let reads: HashSet<i32> = now.blocks.iter().copied().collect();
+                let clash =
+                    !reads.is_disjoint(&earlier.written(block_size)) || !held.is_disjoint(&now.written(block_size));
                 let continues = now.blocks[0] == earlier.blocks[0] && now.positions.start >= earlier.positions.end;
-                assert!(continues, "blocks {:?} are still written to by a step under way", now.blocks);
+                assert!(continues || !clash, "blocks {:?} are still used by a step under way", now.blocks);
             }
         }
         let outputs = self.mock.step(inputs);
@@ -185,9 +227,21 @@ pub struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// The blocks that its tokens go to.
+    fn written(&self, block_size: usize) -> HashSet<i32> {
+        self.blocks[self.positions.start / block_size..self.positions.end.div_ceil(block_size)]
+            .iter()
+            .copied()
+            .collect()
+    }
+
     fn slot(&self, position: usize, block_size: usize) -> usize {
         usize::try_from(self.blocks[position / block_size]).unwrap() * block_size + position % block_size
     }
+}
+
+fn cache_block(place: BlockPlace) -> Option<i32> {
+    if let BlockPlace::Cache(block) = place { Some(i32::try_from(block.0).unwrap()) } else { None }
 }
 
 /// The parts of a step that was checked.

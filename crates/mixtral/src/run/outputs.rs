@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use mixtral_model::TokenId;
-use mixtral_runtime::{Event, FinishReason, Timing};
+use mixtral_runtime::{Event, FinishReason, RequestError, Timing};
 use npyz::WriterBuilder as _;
 use serde::Serialize;
 
@@ -25,6 +25,8 @@ pub struct Output {
     pub text: Option<String>,
     /// Why it ended, and when.
     pub finished: Option<(FinishReason, Timing)>,
+    /// Why it failed, if it did. What it had before that stays.
+    pub failed: Option<RequestError>,
     /// The logits that its tokens were drawn from, `[tokens, vocab_size]`, if they are kept.
     pub generation_logits: Vec<f32>,
     /// The logits of its prompt, `[prompt tokens, vocab_size]`, if they are kept.
@@ -81,6 +83,8 @@ pub struct OutputRecord<'a> {
     ids: &'a [TokenId],
     text: Option<&'a str>,
     finish_reason: Option<FinishReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
     first_token_ms: Option<f64>,
     total_ms: Option<f64>,
 }
@@ -123,6 +127,7 @@ impl Output {
             beam: self.beam,
             ids: &self.ids,
             text: self.text.as_deref(),
+            error: self.failed.as_ref().map(ToString::to_string),
             finish_reason: self.finished.map(|(reason, _)| reason),
             first_token_ms: ms(|t| t.first_token),
             total_ms: ms(|t| t.total),

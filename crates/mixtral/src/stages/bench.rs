@@ -353,7 +353,9 @@ fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<Measured
     let mut steps = Vec::new();
     let mut before = session.op_times();
     while !session.is_idle() {
-        session.step()?;
+        for event in session.step()? {
+            event.ok()?;
+        }
         let after = session.op_times();
         let ops = after.iter().zip(&before).map(|(after, before)| after.saturating_sub(*before)).collect();
         steps.push(MeasuredStep { stats: session.last_step(), ops });
@@ -392,8 +394,10 @@ fn throughput(
             std::thread::sleep(Duration::from_secs_f64(wait));
             continue;
         }
-        let ended = session.step()?.into_iter().filter_map(|event| Some((event.id.0, event.finished?.1)));
-        finished.extend(ended);
+        for event in session.step()? {
+            let event = event.ok()?;
+            finished.extend(event.finished.map(|(_, timing)| (event.id.0, timing)));
+        }
     }
     let seconds = start.elapsed().as_secs_f64();
     let output_tokens: usize = requests.iter().map(|r| r.max_output_len).sum();

@@ -142,7 +142,9 @@ pub fn main(options: &DiffOptions) -> Result<()> {
         session.submit(request).context("the engine does not take the prompts")?;
     }
     while !session.is_idle() {
-        session.step()?;
+        for event in session.step()? {
+            event.ok()?;
+        }
     }
 
     let findings = findings.lock().unwrap_or_else(PoisonError::into_inner);

@@ -58,6 +58,12 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     });
     let (outputs, steps) = generate(&mut session, &requests, args, stream, &mut out)?;
 
+    let failed = outputs.iter().find_map(|o| Some((o.prompt, o.failed.clone()?)));
+    let failed = failed.map_or(Ok(()), |(prompt, error)| Err(error).context(format!("prompt {prompt}")));
+    if outputs.iter().all(|output| output.failed.is_some()) {
+        return failed;
+    }
+
     let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs));
     let hash = args.logits_hash.then(|| logits_hash(&outputs));
     let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
@@ -98,7 +104,8 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
             writeln!(out, "{}", profile(&mut session, &requests, args)?)?;
         }
     }
-    write_files(args, &prompts, &outputs, &capabilities)
+    write_files(args, &prompts, &outputs, &capabilities)?;
+    failed
 }
 
 /// Checks the flags that depend on the engine.
@@ -196,6 +203,7 @@ fn requests(
                 bad_words: bad_words.clone(),
                 generation_logits: logits || args.logits_hash,
                 context_logits: logits && gathers && hypothesis == 0,
+                ..Request::default()
             });
         }
     }
@@ -235,6 +243,7 @@ fn generate(
             let index = event.id.0 - first;
             let output = &mut outputs[index];
             output.add(&event);
+            output.failed = event.failed;
             output.context_logits.extend(event.context_logits);
             if args.logits_hash {
                 output.logits_hash.update(bytemuck::cast_slice(&event.generation_logits));
