@@ -16,7 +16,7 @@ use mixtral_engine::dir::RankRecord;
 use mixtral_engine::{EngineConfig, EngineDir, Limits, Program, StepInputs, StepOutputs, WeightsKind};
 use mixtral_kernels::{Arch, Code, KernelImages, Schedule};
 use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
-use mixtral_tokenizer::{TextStream, Tokenizer, model_end_ids};
+use mixtral_tokenizer::{ChatTemplate, Conversation, TextStream, Tokenizer, model_end_ids};
 use tempfile::TempDir;
 
 use crate::prompt_files::{csv_ids, npy_ids, text_lines};
@@ -51,6 +51,7 @@ pub const READERS: &[Reader] = &[
         read: |bytes| use_tokenizer(&directory("sentencepiece", &[("tokenizer.model", bytes)])),
     },
     Reader { name: "tekken-json", read: |bytes| use_tokenizer(&directory("tekken", &[("tekken.json", bytes)])) },
+    Reader { name: "chat-template", read: chat_template },
     Reader { name: "prompts-txt", read: |bytes| drop(text_lines(&file("prompts.txt", bytes))) },
     Reader { name: "prompts-csv", read: |bytes| drop(csv_ids(&file("prompts.csv", bytes))) },
     Reader { name: "prompts-npy", read: |bytes| drop(npy_ids(&file("prompts.npy", bytes))) },
@@ -307,6 +308,18 @@ fn beside_tokenizer(name: &str, files: &[(&str, &[u8])]) {
     let mut files = files.to_vec();
     files.push(("tokenizer.json", TOKENIZER));
     use_tokenizer(&directory(name, &files));
+}
+
+/// A template, and the messages that it renders.
+fn chat_template(bytes: &[u8]) {
+    let (template, messages) = two(bytes);
+    let dir = directory("chat", &[("chat_template.jinja", template)]);
+    let Ok(Some(template)) = ChatTemplate::load(&dir) else { return };
+    let ordinary = || vec![serde_json::json!({"role": "user", "content": "What light?"})];
+    let messages: Vec<_> = serde_json::from_slice(messages).unwrap_or_else(|_| ordinary());
+    let conversation = Conversation { messages, ..Conversation::default() };
+    let _ = template.render(&conversation);
+    let _ = template.render(&Conversation { continue_final_message: true, ..conversation });
 }
 
 fn use_tokenizer(dir: &Path) {

@@ -176,9 +176,7 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
     let start = Instant::now();
     let Prepared { config, source, recipes, tokenizer } = prepare(options)?;
     let mut writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
-    if let Input::Directory(dir) = &options.input {
-        tokenizer.write(dir, &mut writer)?;
-    }
+    tokenizer.write(&mut writer)?;
     let mut losses = Losses::new();
     if let Some(source) = &source {
         losses = execute(source, &recipes, writer.ranks(), options.workers, progress)?;

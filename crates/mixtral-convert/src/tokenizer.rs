@@ -1,12 +1,13 @@
 //! The tokenizer's files of a model: finds them, checks that they are whole and belong to the model, and adds what is
 //! missing.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::CheckpointWriter;
 use mixtral_checkpoint::names::is_tokenizer_file;
 use mixtral_model::TokenId;
-use mixtral_tokenizer::{Tokenizer, load, model_end_ids};
+use mixtral_tokenizer::{Tokenizer, chat, load, model_end_ids};
 use serde_json::{Map, Value, json};
 
 use crate::error::ConvertError;
@@ -16,8 +17,8 @@ const GENERATION_CONFIG: &str = "generation_config.json";
 /// The tokenizer's files that go into a checkpoint.
 #[derive(Clone, Debug, Default)]
 pub struct TokenizerFiles {
-    /// Files that are copied as they are.
-    copied: Vec<String>,
+    /// Files that are copied as they are: their names in the checkpoint, and where they are.
+    copied: BTreeMap<String, PathBuf>,
     /// The text of a generation_config.json that names the end ids, if only the model's configuration names them.
     generation_config: Option<String>,
     /// What a user should know about them.
@@ -35,10 +36,14 @@ impl TokenizerFiles {
         for entry in std::fs::read_dir(dir).map_err(io)? {
             let name = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
             if is_tokenizer_file(&name) && dir.join(&name).is_file() {
-                files.copied.push(name);
+                files.copied.insert(name.clone(), dir.join(name));
             }
         }
-        files.copied.sort();
+        for (name, path) in chat::files(dir) {
+            if path.parent() != Some(dir) {
+                files.copied.insert(format!("chat_template.{name}.jinja"), path);
+            }
+        }
         let end_ids = model_end_ids(dir)?;
         if !end_ids.is_empty() {
             files.name_end_ids(dir, &end_ids)?;
@@ -52,7 +57,7 @@ impl TokenizerFiles {
     /// Their names.
     #[must_use]
     pub fn names(&self) -> Vec<String> {
-        let mut names = self.copied.clone();
+        let mut names: Vec<String> = self.copied.keys().cloned().collect();
         names.extend(self.generation_config.iter().map(|_| GENERATION_CONFIG.to_owned()));
         names.sort();
         names
@@ -62,9 +67,9 @@ impl TokenizerFiles {
     ///
     /// # Errors
     /// If one cannot be read or written.
-    pub fn write(&self, dir: &Path, writer: &mut CheckpointWriter) -> Result<(), ConvertError> {
-        for name in &self.copied {
-            writer.copy_in(name, &dir.join(name))?;
+    pub fn write(&self, writer: &mut CheckpointWriter) -> Result<(), ConvertError> {
+        for (name, path) in &self.copied {
+            writer.copy_in(name, path)?;
         }
         if let Some(text) = &self.generation_config {
             writer.write_in(GENERATION_CONFIG, text.as_bytes())?;
@@ -82,7 +87,7 @@ impl TokenizerFiles {
         };
         if config.get("eos_token_id").is_none_or(Value::is_null) {
             config.insert("eos_token_id".to_owned(), json!(end_ids));
-            self.copied.retain(|name| name != GENERATION_CONFIG);
+            self.copied.remove(GENERATION_CONFIG);
             self.generation_config = Some(format!("{:#}\n", Value::Object(config)));
         }
         Ok(())

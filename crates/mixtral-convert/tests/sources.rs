@@ -141,6 +141,8 @@ fn harmless_extra_tensors_are_ignored_and_tokenizer_files_carried_along() {
     for name in ["special_tokens_map.json", "chat_template.jinja", "generation_config.json", "README.md"] {
         fs::write(from.join(name), if name.ends_with(".json") { "{}" } else { name }).unwrap();
     }
+    fs::create_dir(from.join("additional_chat_templates")).unwrap();
+    fs::write(from.join("additional_chat_templates/tool_use.jinja"), "{{ tools }}").unwrap();
     convert(&options(&from, to.clone()), &()).unwrap();
     let mut names: Vec<_> = fs::read_dir(&to).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -149,6 +151,7 @@ fn harmless_extra_tensors_are_ignored_and_tokenizer_files_carried_along() {
         [
             "added_tokens.json",
             "chat_template.jinja",
+            "chat_template.tool_use.jinja",
             "config.json",
             "generation_config.json",
             "rank0.safetensors",
@@ -156,6 +159,7 @@ fn harmless_extra_tensors_are_ignored_and_tokenizer_files_carried_along() {
         ]
     );
     assert_eq!(fs::read_to_string(to.join("chat_template.jinja")).unwrap(), "chat_template.jinja");
+    assert_eq!(fs::read_to_string(to.join("chat_template.tool_use.jinja")).unwrap(), "{{ tools }}");
 }
 
 #[test]

@@ -31,13 +31,16 @@ pub enum TokenizerError {
     },
 }
 
+/// How the files begin that Git LFS puts in the place of large ones.
+pub(crate) const GIT_LFS_POINTER: &[u8] = b"version https://git-lfs.github.com/spec/";
+
 impl TokenizerError {
     /// The error for a file that is not what its name says. It names what people most often have in its place.
     pub(crate) fn unreadable(path: &Path, bytes: &[u8], detail: impl ToString) -> Self {
         let start = bytes.trim_ascii_start();
         let detail = if start.is_empty() {
             "the file is empty; download it again".to_owned()
-        } else if start.starts_with(b"version https://git-lfs.github.com/spec/") {
+        } else if start.starts_with(GIT_LFS_POINTER) {
             "it is a Git LFS pointer, not the file itself; run `git lfs pull` in the model's repository, or download the file".to_owned()
         } else if start.starts_with(b"<!") || start.starts_with(b"<html") {
             "it is a web page, not the file itself; download the file again, by its raw address".to_owned()

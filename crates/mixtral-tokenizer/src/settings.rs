@@ -1,5 +1,6 @@
 //! Reads what the files beside a tokenizer add: tokens, their roles, and end ids. The rules are transformers'.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use mixtral_model::TokenId;
@@ -58,6 +59,26 @@ impl Settings {
     /// The content of the token with this role.
     pub(crate) fn role(&self, role: &str) -> Option<String> {
         added_token(self.keys.get(role)?, true).map(|token| token.content)
+    }
+
+    /// The tokens that have a name, by their names: those with a role, and a model's own (`image_token`).
+    pub(crate) fn named_tokens(&self) -> BTreeMap<String, String> {
+        let own = self.keys.get("extra_special_tokens").and_then(Value::as_object);
+        let roles = ROLES.iter().filter_map(|role| Some((*role, self.keys.get(*role)?)));
+        let named = roles.chain(own.into_iter().flatten().map(|(name, token)| (name.as_str(), token)));
+        named.filter_map(|(name, token)| Some((name.to_owned(), added_token(token, true)?.content))).collect()
+    }
+
+    /// The chat templates by name. A single one, which has no name, is the default.
+    pub(crate) fn chat_templates(&self) -> Vec<(String, String)> {
+        let text = |value: &Value| value.as_str().map(str::to_owned);
+        match self.keys.get("chat_template") {
+            Some(Value::String(template)) => vec![("default".to_owned(), template.clone())],
+            Some(Value::Array(named)) => {
+                named.iter().filter_map(|t| Some((text(t.get("name")?)?, text(t.get("template")?)?))).collect()
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// A setting that is on or off; `None` if no file has it.
