@@ -8,15 +8,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use mixtral_checkpoint::names::part_name;
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
 use mixtral_checkpoint::{Progress, RankWriter, TensorSpec, TensorWriter};
-use mixtral_model::{DType, ElemType, PartKind, Piece, Quantization, Recipe, WeightFormat};
+use mixtral_model::{DType, ElemType, Piece, Quantization, Recipe, WeightFormat};
 
 use crate::error::ConvertError;
-use crate::number::{convert_elements, first_refused, narrow};
+use crate::number::{convert_elements, first_refused};
 use crate::plan::{TensorRecipe, parts};
-use crate::quantize::{Loss, quantize_row};
+use crate::quantize::Loss;
+use crate::quantized_writer::QuantizedWriter;
 use crate::source::{Located, Source};
 
 /// What quantizing lost, by the source's tensors.
@@ -154,9 +154,7 @@ fn write_quantized(
     buffers: &mut Buffers,
     progress: &dyn Progress,
 ) -> Result<Vec<(String, Loss)>, ConvertError> {
-    let part = |kind| writer.tensor(&part_name(&recipe.name, kind));
-    let (mut values, mut scales) = (part(PartKind::Values), part(PartKind::Scales));
-    let (mut floats, mut integers, mut found) = (Vec::new(), Vec::new(), Vec::new());
+    let mut writer = QuantizedWriter::new(writer, &recipe.name, quantization, progress);
     let mut losses = Vec::with_capacity(recipe.pieces.len());
     for piece in &recipe.pieces {
         let mut loss = Loss::default();
@@ -164,23 +162,12 @@ fn write_quantized(
         let cols = if quantization.group.is_none() { 0..piece.source_cols } else { piece.cols.clone() };
         let taken = piece.cols.start - cols.start..piece.cols.end - cols.start;
         read_piece(source, piece, &cols, [ElemType::F32, quantization.scale.into()], buffers, |bytes| {
-            integers.clear();
-            found.clear();
-            for row in bytes.chunks_exact(cols.len() * DType::F32.size()) {
-                floats.clear();
-                floats.extend(row.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)));
-                loss.add(quantize_row(&floats, taken.clone(), quantization, &mut integers, &mut found));
-            }
-            values.write(&integers)?;
-            let found = narrow(quantization.scale, &found);
-            scales.write(&found)?;
-            progress.advance((integers.len() + found.len()) as u64);
+            loss.add(writer.write(&DType::F32.widen(bytes), cols.len(), &taken)?);
             Ok(())
         })?;
         losses.push((piece.source.clone(), loss));
     }
-    values.finish()?;
-    scales.finish()?;
+    writer.finish()?;
     Ok(losses)
 }
 

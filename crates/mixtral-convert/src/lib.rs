@@ -15,6 +15,7 @@ pub mod names;
 pub mod number;
 pub mod plan;
 pub mod quantize;
+mod quantized_writer;
 pub mod report;
 pub mod requantize;
 pub mod source;

@@ -4,16 +4,15 @@
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
-use mixtral_checkpoint::names::part_name;
 use mixtral_checkpoint::{
     Checkpoint, CheckpointWriter, Progress, RankFile, RankWriter, TensorId, WeightSpec, rank_weights,
 };
-use mixtral_model::{Mapping, PartKind, Quantization, Rank, WeightFormat, WeightOnly};
+use mixtral_model::{Mapping, Quantization, Rank, WeightFormat, WeightOnly};
 
 use crate::error::ConvertError;
 use crate::execute::{Losses, in_parallel};
-use crate::number::narrow;
-use crate::quantize::{Loss, quantize_row};
+use crate::quantize::Loss;
+use crate::quantized_writer::QuantizedWriter;
 use crate::report::QuantizedTensor;
 
 /// Rows that are read at a time.
@@ -104,35 +103,29 @@ fn quantize(
     progress: &dyn Progress,
 ) -> Result<Loss, ConvertError> {
     let name = &weight.name;
-    let mut values = to.tensor(&part_name(name, PartKind::Values));
-    let mut scales = to.tensor(&part_name(name, PartKind::Scales));
+    let mut writer = QuantizedWriter::new(to, name, quantization, progress);
     let size = weight.dtype.size();
     let cols = |file: &RankFile| Ok::<_, ConvertError>(file.shape(name)?.1.last().copied().unwrap_or(0));
     let widths = parts.iter().map(|file| cols(file)).collect::<Result<Vec<_>, _>>()?;
     let before: usize = widths[..own].iter().sum();
-    let rows: usize = weight.shape.iter().rev().skip(1).product();
+    let (whole, taken) = (widths.iter().sum(), before..before + widths[own]);
+    let num_rows: usize = weight.shape.iter().rev().skip(1).product();
     let mut loss = Loss::default();
-    let mut strips = vec![Vec::new(); parts.len()];
-    for first in (0..rows).step_by(ROWS) {
-        let count = ROWS.min(rows - first);
-        for ((file, strip), width) in parts.iter().zip(&mut strips).zip(&widths) {
+    for first in (0..num_rows).step_by(ROWS) {
+        let count = ROWS.min(num_rows - first);
+        let mut rows = vec![0.0; count * whole];
+        let mut start = 0;
+        for (file, width) in parts.iter().zip(&widths) {
             let mut bytes = vec![0; count * width * size];
             file.read(name, first * width * size, &mut bytes)?;
-            *strip = weight.dtype.widen(&bytes);
+            let part = weight.dtype.widen(&bytes);
+            for (row, part) in rows.chunks_exact_mut(whole).zip(part.chunks_exact(*width)) {
+                row[start..start + width].copy_from_slice(part);
+            }
+            start += width;
         }
-        let (mut integers, mut found) = (Vec::new(), Vec::new());
-        for row in 0..count {
-            let of = |(strip, width): (&Vec<f32>, &usize)| strip[row * width..(row + 1) * width].to_vec();
-            let whole: Vec<f32> = strips.iter().zip(&widths).flat_map(of).collect();
-            let taken = before..before + widths[own];
-            loss.add(quantize_row(&whole, taken, quantization, &mut integers, &mut found));
-        }
-        let found = narrow(quantization.scale, &found);
-        values.write(&integers)?;
-        scales.write(&found)?;
-        progress.advance((integers.len() + found.len()) as u64);
+        loss.add(writer.write(&rows, whole, &taken)?);
     }
-    values.finish()?;
-    scales.finish()?;
+    writer.finish()?;
     Ok(loss)
 }
