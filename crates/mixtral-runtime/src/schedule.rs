@@ -275,7 +275,8 @@ impl Schedule {
         n.min((self.running[sequence].blocks.len() * block_size).saturating_sub(start))
     }
 
-    /// Takes a block for a sequence. If none is free, younger sequences without a part in the step make room.
+    /// Takes a block for a sequence. If none is free, the youngest sequence without a part in the step makes room: one that
+    /// is younger than this one, or any if this one is a beam.
     fn take(&mut self, sequence: usize, chunks: &[Chunk]) -> Option<BlockId> {
         loop {
             if let Some(block) = self.pool.allocate() {
@@ -288,8 +289,9 @@ impl Schedule {
                 let idle = s.in_flight == 0 && !chunks.iter().any(|chunk| chunk.sequence == at);
                 idle && s.request.beams.is_none() && !s.blocks.is_empty() && s.blocks.len() <= self.host.available()
             };
-            let younger = self.running.iter().enumerate().skip(sequence + 1);
-            let (youngest, _) = younger.filter(|&(at, s)| can_go(at, s)).next_back()?;
+            let first = if self.running[sequence].request.beams.is_some() { 0 } else { sequence + 1 };
+            let others = self.running.iter().enumerate().skip(first);
+            let (youngest, _) = others.filter(|&(at, s)| can_go(at, s)).next_back()?;
             self.swap_out(youngest);
         }
     }

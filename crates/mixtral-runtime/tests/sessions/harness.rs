@@ -4,11 +4,16 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mixtral_engine::sampling::sample;
-use mixtral_engine::{Limits, RandomKey, SampleRequest, SamplingParams, StepInputs};
+use mixtral_engine::score::score;
+use mixtral_engine::{Limits, RandomKey, SampleRequest, SamplingParams, ScoreRequest, Scored, StepInputs};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::Capabilities;
-use mixtral_runtime::{Event, Executor, FinishReason, Local, Request, RequestId, Session, Tokenizer, TokenizerError};
+use mixtral_runtime::{
+    Event, Executor, FinishReason, Hypothesis, Local, Request, RequestId, Session, SessionOptions, TokenLogprobs,
+    Tokenizer, TokenizerError,
+};
 
+use crate::beams;
 use crate::mock::{Mock, Pipeline, Steps, VOCAB, digest_of, logits, parts};
 
 /// The parts of a session.
@@ -22,6 +27,7 @@ pub struct Setup {
     pub gather_context_logits: bool,
     pub fails_at: Option<usize>,
     pub tokenizer: Option<Arc<Tokenizer>>,
+    pub options: SessionOptions,
 }
 
 impl Default for Setup {
@@ -36,6 +42,7 @@ impl Default for Setup {
             gather_context_logits: true,
             fails_at: None,
             tokenizer: None,
+            options: SessionOptions::default(),
         }
     }
 }
@@ -56,7 +63,7 @@ impl Setup {
     pub fn over(&self, executor: Box<dyn Executor>) -> Session {
         let gather_context_logits = self.gather_context_logits;
         let capabilities = Capabilities { limits: self.limits(), vocab_size: VOCAB, gather_context_logits };
-        Session::new(executor, capabilities, self.tokenizer.clone())
+        Session::with_options(executor, capabilities, self.tokenizer.clone(), self.options)
     }
 
     /// A session over a mock, and the steps that the mock gets.
@@ -103,6 +110,9 @@ pub struct Outcome {
     pub generation_logits: Vec<f32>,
     pub text_failed: Option<TokenizerError>,
     pub reason: Option<FinishReason>,
+    pub logprobs: Vec<TokenLogprobs>,
+    pub prompt_logprobs: Vec<TokenLogprobs>,
+    pub beams: Vec<Hypothesis>,
 }
 
 impl Outcome {
@@ -114,6 +124,9 @@ impl Outcome {
         self.text += &event.text;
         self.context_logits.extend(event.context_logits);
         self.generation_logits.extend(event.generation_logits);
+        self.logprobs.extend(event.logprobs);
+        self.prompt_logprobs.extend(event.prompt_logprobs);
+        self.beams.extend(event.beams);
         self.text_failed = self.text_failed.take().or(event.text_failed);
         if let Some((reason, timing)) = event.finished {
             assert!(timing.first_token <= timing.total);
@@ -130,19 +143,20 @@ pub fn expected(request: &Request) -> Outcome {
     if request.context_logits {
         outcome.context_logits = (1..=prompt_len).flat_map(|len| row(&tokens[..len])).collect();
     }
+    if let Some(best) = request.prompt_logprobs {
+        let scored = |len: usize| logprobs(&row(&tokens[..len]), tokens[len], best);
+        outcome.prompt_logprobs = (1..prompt_len).map(scored).collect();
+    }
+    if request.beams.is_some() {
+        outcome.beams = beams::expected(request);
+        outcome.reason = outcome.beams[0].reason;
+    }
+    if request.max_output_len == 0 {
+        outcome.reason = Some(FinishReason::Length);
+    }
     while outcome.reason.is_none() {
-        let position = u32::try_from(tokens.len() - prompt_len).unwrap();
-        let Request { seed, prompt_index, hypothesis, params, .. } = *request;
-        let draw = SampleRequest {
-            row: 0,
-            params,
-            key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
-            tokens: (&tokens).into(),
-            prompt_len,
-            bias: vec![],
-            banned: request.bad_words.banned(&tokens),
-        };
-        let token = sample(&mut row(&tokens), &draw);
+        let token = sample(&mut row(&tokens), &draw(request, &tokens));
+        outcome.logprobs.extend(request.logprobs.map(|best| logprobs(&row(&tokens), token, best)));
         if request.generation_logits {
             outcome.generation_logits.extend(row(&tokens));
         }
@@ -155,6 +169,46 @@ pub fn expected(request: &Request) -> Outcome {
     }
     outcome.tokens = tokens.split_off(prompt_len);
     outcome
+}
+
+/// The draw after these tokens.
+fn draw<'a>(request: &Request, tokens: &'a [TokenId]) -> SampleRequest<'a> {
+    let Request { seed, prompt_index, hypothesis, params, no_repeat_ngram_size: n, .. } = *request;
+    let prompt_len = request.prompt.len();
+    let position = u32::try_from(tokens.len() - prompt_len).unwrap();
+    let mut banned = request.bad_words.banned(tokens);
+    if (tokens.len() - prompt_len) < request.min_output_len {
+        banned.extend(&request.end_ids);
+    }
+    let repeats = |token: &u32| {
+        let before = tokens.len().checked_sub(n.wrapping_sub(1));
+        n > 0 && before.is_some_and(|at| tokens.windows(n).any(|w| w == [&tokens[at..], &[TokenId(*token)]].concat()))
+    };
+    banned.extend((0..u32::try_from(VOCAB).unwrap()).filter(repeats).map(TokenId));
+    SampleRequest {
+        row: 0,
+        params,
+        key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
+        tokens: tokens.into(),
+        prompt_len,
+        bias: request.logit_bias.clone(),
+        banned,
+    }
+}
+
+/// The log-probability of a token in a row of logits, and those of the best.
+fn logprobs(row: &[f32], token: TokenId, best: usize) -> TokenLogprobs {
+    let of = Scored::Token { row: 0, token };
+    let scored = score(&ScoreRequest { of, best }, &StepInputs::default(), |_| row, &[]).unwrap();
+    TokenLogprobs { token, logprob: scored.logprob, best: scored.best }
+}
+
+/// The tokens that may come next, after bias, penalties and bans, and their log-probabilities, most likely first.
+pub fn next_logprobs(request: &Request, tokens: &[TokenId]) -> Vec<(TokenId, f32)> {
+    let row = logits(digest_of(tokens));
+    let inputs = StepInputs { samples: vec![draw(request, tokens)], ..StepInputs::default() };
+    let asked = ScoreRequest { of: Scored::Candidates(0), best: VOCAB };
+    score(&asked, &inputs, |_| &row, &[]).unwrap().best
 }
 
 /// More steps than any test's requests need.
