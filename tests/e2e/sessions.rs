@@ -6,19 +6,34 @@ use mixtral_checkpoint::CheckpointConfig;
 use mixtral_convert::recipes;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_engine::{Limits, RandomKey, SamplingParams, Weights};
-use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
+use mixtral_model::{DType, Formats, Mapping, ModelConfig, Rank, TokenId, WeightFormat};
 use mixtral_runtime::session::Capabilities;
-use mixtral_runtime::{Local, Request, RequestId, Session};
+use mixtral_runtime::{Beams, Local, Policy, Request, RequestId, Session, SessionOptions};
 use proptest::prelude::*;
 
 const VOCAB: u32 = 61;
 
-/// A tiny model with a window, experts and grouped queries, over a cache of `kv_blocks` blocks of 16 tokens.
-fn session(dtype: DType, max_batch_size: usize, max_num_tokens: usize, kv_blocks: usize) -> Session {
+/// A tiny model with a window, experts and grouped queries.
+fn model(dtype: DType) -> ModelConfig {
     let mut model = ModelConfig::mixtral_8x7b(dtype);
     (model.num_layers, model.hidden_size, model.intermediate_size) = (2, 24, 20);
     (model.num_heads, model.num_kv_heads, model.head_dim, model.vocab_size) = (4, 2, 8, VOCAB as usize);
     model.sliding_window = Some(21);
+    model
+}
+
+/// The model over a cache of `kv_blocks` blocks of 16 tokens.
+fn session(dtype: DType, max_batch_size: usize, max_num_tokens: usize, kv_blocks: usize) -> Session {
+    session_of(model(dtype), max_batch_size, max_num_tokens, kv_blocks, SessionOptions::default())
+}
+
+fn session_of(
+    model: ModelConfig,
+    max_batch_size: usize,
+    max_num_tokens: usize,
+    kv_blocks: usize,
+    session: SessionOptions,
+) -> Session {
     let config = CheckpointConfig::new(model, Mapping::single());
     let limits =
         Limits { max_batch_size, max_num_tokens, max_seq_len: 128, max_num_logits: max_num_tokens, block_size: 16 };
@@ -29,7 +44,7 @@ fn session(dtype: DType, max_batch_size: usize, max_num_tokens: usize, kv_blocks
     let capabilities = Capabilities { limits, vocab_size: program.vocab_size, gather_context_logits: true };
     let options = CpuOptions { kv_blocks, threads: 1, ..CpuOptions::default() };
     let backend = CpuBackend::load(program, Weights::Dummy { seed: 9 }, options).unwrap();
-    Session::new(Box::new(Local::new(Box::new(backend))), capabilities, None)
+    Session::with_options(Box::new(Local::new(Box::new(backend))), capabilities, None, session)
 }
 
 fn request(seed: u32, len: usize, output: usize) -> Request {
@@ -108,6 +123,94 @@ proptest! {
         }
         prop_assert!(run(&mut crowd, id) == expected, "among {} others", others.len());
         prop_assert_eq!(crowd.free_blocks(), 60);
+    }
+}
+
+/// The model in every type and format.
+fn models() -> Vec<(String, ModelConfig)> {
+    let floats = [DType::F32, DType::F16, DType::Bf16].map(|dtype| (dtype.to_string(), model(dtype)));
+    let quantized = ["int8:row:f32", "int4:g32:bf16"].map(|format| {
+        let mut model = model(DType::Bf16);
+        // A group of 32 fits into every row.
+        (model.hidden_size, model.intermediate_size) = (32, 64);
+        let format: WeightFormat = format.parse().unwrap();
+        model.formats = Formats { attention: format, feed_forward: format };
+        (format.to_string(), model)
+    });
+    floats.into_iter().chain(quantized).collect()
+}
+
+/// 64 requests of mixed lengths. In fours, their prompts begin alike.
+fn mixed() -> Vec<Request> {
+    let mixed = |seed: u32| {
+        let common = request(1000 + seed / 4, 40, 0).prompt;
+        let own = request(seed, 1 + (seed as usize * 7) % 30, 0).prompt;
+        let plain = Request {
+            prompt: [&common[..(seed as usize * 13) % 41], &own].concat(),
+            context_logits: false,
+            logprobs: Some(2),
+            ..request(seed, 1, 10 + (seed as usize * 11) % 48)
+        };
+        match seed % 8 {
+            3 => Request { prompt_logprobs: Some(1), ..plain },
+            5 => {
+                let beams = Some(Beams { width: 2, ..Beams::default() });
+                Request { beams, logprobs: None, generation_logits: false, ..plain }
+            }
+            _ => plain,
+        }
+    };
+    (0..64).map(mixed).collect()
+}
+
+/// What each request got, to the bit.
+fn traces(session: &mut Session, requests: &[Request]) -> Vec<Vec<u32>> {
+    let first = requests.iter().map(|request| session.submit(request.clone()).unwrap()).min().unwrap();
+    let mut traces = vec![Vec::new(); requests.len()];
+    while !session.is_idle() {
+        for event in session.step().unwrap() {
+            let trace = &mut traces[event.id.0 - first.0];
+            // The last part of a prompt comes with the first token.
+            for scored in event.prompt_logprobs.iter().chain(&event.logprobs) {
+                trace.extend([scored.token.0, scored.logprob.to_bits()]);
+                trace.extend(scored.best.iter().flat_map(|(token, logprob)| [token.0, logprob.to_bits()]));
+            }
+            trace.extend(event.generation_logits.iter().map(|x| x.to_bits()));
+            for answer in &event.beams {
+                trace.push(answer.score.to_bits());
+                trace.extend(answer.tokens.iter().map(|token| token.0));
+            }
+        }
+    }
+    traces
+}
+
+/// Whether prompts share blocks, whether sequences are swapped out, and how long chunks are, moves no bit.
+#[test]
+fn sharing_and_swapping_move_no_bit() {
+    let requests = mixed();
+    for (name, model) in models() {
+        let session = |max_batch_size, max_num_tokens, kv_blocks, options| {
+            session_of(model.clone(), max_batch_size, max_num_tokens, kv_blocks, options)
+        };
+        let expected = traces(&mut session(64, 128, 400, SessionOptions::default()), &requests);
+        assert!(expected.iter().all(|trace| trace.len() > 4));
+        let reuse = SessionOptions { block_reuse: true, ..SessionOptions::default() };
+        let swaps = SessionOptions { policy: Policy::MaxUtilization, host_blocks: 400, ..SessionOptions::default() };
+        let both = SessionOptions { block_reuse: true, max_prefill_tokens: Some(9), ..swaps };
+        for (max_batch_size, max_num_tokens, kv_blocks, options) in
+            [(64, 128, 400, reuse), (3, 17, 40, reuse), (64, 96, 36, swaps), (64, 33, 18, both)]
+        {
+            let mut session = session(max_batch_size, max_num_tokens, kv_blocks, options);
+            let found = traces(&mut session, &requests);
+            let same = found.iter().zip(&expected).filter(|(found, expected)| found == expected).count();
+            let counters = session.stats().counters;
+            let what = format!("{name}, {options:?}, steps of {max_num_tokens}: {counters:?}");
+            assert_eq!(same, requests.len(), "{what}");
+            assert_eq!(session.free_blocks(), kv_blocks, "{what}");
+            assert_eq!(counters.cached_tokens > 100, options.block_reuse, "{what}");
+            assert_eq!(counters.swapped_out > 10, options.policy == Policy::MaxUtilization, "{what}");
+        }
     }
 }
 

@@ -193,12 +193,14 @@ impl Schedule {
                 return;
             }
             let found = self.find_prefix();
-            let Some(next) = self.queue.front_mut() else { return };
+            let Some(next) = self.queue.front() else { return };
             let needed = self.limits.blocks_for(next.prompt_len()) - found.len();
-            if self.options.policy == Policy::MaxUtilization && needed > self.pool.num_free() {
+            let too_few = self.options.policy == Policy::MaxUtilization && needed > self.pool.num_free();
+            if too_few || self.is_being_computed(next, found.len()) {
                 self.pool.release(found.into_iter());
                 return;
             }
+            let Some(next) = self.queue.front_mut() else { return };
             next.cached = found.len() * self.limits.block_size;
             next.num_computed = next.cached;
             next.described = found.len();
@@ -230,9 +232,16 @@ impl Schedule {
     /// Takes the blocks of the next sequence's prompt that are in the cache.
     fn find_prefix(&mut self) -> Vec<BlockId> {
         let Some(next) = self.queue.front().filter(|next| !next.wants_prompt_rows()) else { return Vec::new() };
-        // The prompt's last token is always computed, because the next token is drawn from its logits.
-        let most = (next.prompt_len() - 1) / self.limits.block_size;
+        let most = next.most_cached(self.limits.block_size);
         next.contents.iter().take(most).map_while(|content| self.pool.find(content)).collect()
+    }
+
+    /// Whether a running sequence computes a block that `next` could use behind those that it has found. Then it is quicker
+    /// to wait for that.
+    fn is_being_computed(&self, next: &Sequence, found: usize) -> bool {
+        let wanted = next.contents.get(found).filter(|_| found < next.most_cached(self.limits.block_size));
+        let computes = |s: &Sequence| !s.cancelled && s.described <= found && s.contents.get(found) == wanted;
+        wanted.is_some() && !next.wants_prompt_rows() && self.running.iter().any(computes)
     }
 
     /// Brings back swapped sequences, the oldest first, as long as there is room for one block more than they had.

@@ -112,6 +112,13 @@ impl Sequence {
         self.request.context_logits || self.request.prompt_logprobs.is_some()
     }
 
+    /// The most blocks of its prompt that it can find in the cache. The prompt's last token is always computed, because the
+    /// next token is drawn from its logits.
+    #[must_use]
+    pub fn most_cached(&self, block_size: usize) -> usize {
+        (self.prompt_len() - 1) / block_size
+    }
+
     /// How many sequences of a step it may become.
     #[must_use]
     pub fn width(&self) -> usize {

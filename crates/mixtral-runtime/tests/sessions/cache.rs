@@ -139,6 +139,20 @@ fn a_prompt_that_begins_like_another_skips_its_full_blocks() {
 }
 
 #[test]
+fn a_prompt_waits_for_a_beginning_that_is_being_computed() {
+    let setup = Setup { options: REUSE, max_num_tokens: 8, ..Setup::default() };
+    let (mut session, steps) = setup.session();
+    let common = request(0, 9, 1);
+    let other = |seed| Request { prompt: [&common.prompt[..], &request(seed, 2, 1).prompt].concat(), ..common.clone() };
+    for request in [&common, &other(1), &other(2), &request(3, 2, 1)] {
+        submit(&mut session, request);
+    }
+    finish(&mut session);
+    // Only then is the rest of all three computed. The last request has nothing to wait for but its turn.
+    assert_eq!(all_written(&steps), ["| 0..8", "| 8..9 8..11 8..11 0..1", "| 1..2"]);
+}
+
+#[test]
 fn a_prompt_whose_tokens_are_all_wanted_is_computed() {
     let (mut session, steps) = Setup { options: REUSE, max_batch_size: 1, ..Setup::default() }.session();
     let plain = request(0, 10, 1);
