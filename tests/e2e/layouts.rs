@@ -121,6 +121,12 @@ fn quantized_engines_give_the_tokens_of_one_rank_in_every_layout() {
     }
 }
 
+/// Sixteen sequences of 64 tokens.
+fn calibration_text() -> String {
+    let line = |n: u32| (0..64).map(|i| (300 + (i * i * 7 + n * 131) % 1700).to_string()).collect::<Vec<_>>().join(",");
+    (0..16).map(line).collect::<Vec<_>>().join("\n")
+}
+
 /// The example model in f32: with 16 bits, the ranks' sums could decide between near-ties.
 #[test]
 fn the_example_model_writes_the_same_text_in_every_layout() {
@@ -143,7 +149,12 @@ fn the_example_model_writes_the_same_text_in_every_layout() {
     ] {
         assert_eq!(text(layout), alone, "{layout}");
     }
-    for quantized in ["--use_weight_only", "--use_weight_only --weight_only_precision int4 --group_size 32"] {
+    fs::write(at.join("calibration.csv"), calibration_text()).unwrap();
+    for quantized in [
+        "--use_weight_only",
+        "--use_weight_only --weight_only_precision int4 --group_size 32",
+        "--qformat int4_wo --group_size 32 --attention_precision int4 --calib_data calibration.csv",
+    ] {
         let alone = text(quantized);
         for layout in ["--tp_size 2", "--tp_size 6 --moe_tp_size 3 --moe_ep_size 2", "--tp_size 2 --pp_size 2"] {
             assert_eq!(text(&format!("{quantized} {layout}")), alone, "{quantized} {layout}");

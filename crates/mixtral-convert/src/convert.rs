@@ -1,6 +1,7 @@
 //! The whole convert stage: takes options and writes a checkpoint directory.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Instant;
 
 use mixtral_checkpoint::disk::free_bytes;
@@ -13,6 +14,7 @@ use crate::plan::recipes;
 use crate::report::{ConvertPlan, PlannedTensor, QuantizedTensor, RankPlan, Report};
 use crate::source::config::SourceConfig;
 use crate::source::{Source, open_config};
+use crate::statistics::Statistics;
 use crate::tokenizer::TokenizerFiles;
 
 /// Memory of the program itself, its threads and its lists, in bytes. The buffers come on top.
@@ -39,6 +41,8 @@ pub struct ConvertOptions {
     pub dtype: Option<DType>,
     /// What matrices are rounded to. `None` keeps them as floats.
     pub weight_only: Option<WeightOnly>,
+    /// What calibration found out about the model. Without it all inputs of a linear count alike.
+    pub statistics: Option<Arc<Statistics>>,
     /// How to cut the model.
     pub mapping: Mapping,
     /// How the weights of a token's experts are scaled.
@@ -62,6 +66,7 @@ impl ConvertOptions {
             output_dir,
             dtype: None,
             weight_only: None,
+            statistics: None,
             mapping: Mapping::single(),
             normalization: MoeNormalization::Renorm,
             use_parallel_embedding: false,
@@ -73,16 +78,18 @@ impl ConvertOptions {
 }
 
 /// Everything that is known before the first weight is read.
-struct Prepared {
-    config: CheckpointConfig,
+pub(crate) struct Prepared {
+    pub(crate) config: CheckpointConfig,
     /// `None` if only the config is written.
-    source: Option<Source>,
+    pub(crate) source: Option<Source>,
+    /// Whether lm_head is the embedding.
+    pub(crate) tied: bool,
     /// The recipes of each rank, in the order of its file.
     recipes: Vec<Vec<Recipe>>,
     tokenizer: TokenizerFiles,
 }
 
-fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
+pub(crate) fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
     let mut source = None;
     let mut tokenizer = TokenizerFiles::default();
     let (mut model, tied) = match &options.input {
@@ -123,7 +130,7 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
     if source.is_some() {
         plans.extend(options.mapping.ranks().map(|rank| recipes(&config, rank, tied)));
     }
-    Ok(Prepared { config, source, recipes: plans, tokenizer })
+    Ok(Prepared { config, source, tied, recipes: plans, tokenizer })
 }
 
 /// What [`convert`] would do with `options`. It checks the source as far as that is possible without reading weights.
@@ -131,7 +138,7 @@ fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError> {
 /// # Errors
 /// Those of [`convert`] that show without reading weights.
 pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
-    let Prepared { config, source, recipes, tokenizer } = prepare(options)?;
+    let Prepared { config, source, recipes, tokenizer, .. } = prepare(options)?;
     let ranks: Vec<RankPlan> = recipes
         .into_iter()
         .enumerate()
@@ -174,12 +181,12 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
 /// What is wrong with the source, the options, a weight or the output directory.
 pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
-    let Prepared { config, source, recipes, tokenizer } = prepare(options)?;
+    let Prepared { config, source, recipes, tokenizer, .. } = prepare(options)?;
     let mut writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
     tokenizer.write(&mut writer)?;
     let mut losses = Losses::new();
     if let Some(source) = &source {
-        losses = execute(source, &recipes, writer.ranks(), options.workers, progress)?;
+        losses = execute(source, &recipes, writer.ranks(), options.statistics.as_deref(), options.workers, progress)?;
     }
     let tensors = recipes.iter().flatten();
     let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());

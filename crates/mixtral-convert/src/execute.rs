@@ -9,15 +9,17 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
-use mixtral_checkpoint::{Progress, RankWriter, TensorSpec, TensorWriter};
+use mixtral_checkpoint::{Progress, RankWriter, TensorSpec};
 use mixtral_model::{DType, ElemType, Piece, Quantization, Recipe, WeightFormat};
 
 use crate::error::ConvertError;
+use crate::feedback::Feedback;
 use crate::number::{convert_elements, first_refused};
 use crate::plan::{TensorRecipe, parts};
 use crate::quantize::Loss;
-use crate::quantized_writer::QuantizedWriter;
+use crate::quantized_writer::{QuantizedWriter, Rows};
 use crate::source::{Located, Source};
+use crate::statistics::{BLOCK, Statistics};
 
 /// What quantizing lost, by the source's tensors.
 pub type Losses = BTreeMap<String, Loss>;
@@ -39,7 +41,8 @@ pub fn buffer_bytes(source: &Source) -> u64 {
     4 * chunk.max(row)
 }
 
-/// Writes all weights of all ranks: those of `recipes[r]` with `writers[r]`. Returns what was lost by quantizing.
+/// Writes all weights of all ranks: those of `recipes[r]` with `writers[r]`. Weights are quantized by the `statistics`, if there are
+/// any. Returns what was lost by quantizing.
 ///
 /// # Errors
 /// The first failure, in the order of the work.
@@ -47,6 +50,7 @@ pub fn execute(
     source: &Source,
     recipes: &[Vec<Recipe>],
     writers: &[RankWriter],
+    statistics: Option<&Statistics>,
     workers: usize,
     progress: &dyn Progress,
 ) -> Result<Losses, ConvertError> {
@@ -58,7 +62,8 @@ pub fn execute(
         let recipe = &recipes[rank][weight];
         match recipe.format {
             WeightFormat::Quantized(quantization) if !source.is_quantized() => {
-                let found = write_quantized(source, recipe, quantization, &writers[rank], buffers, progress)?;
+                let found =
+                    write_quantized(source, recipe, quantization, statistics, &writers[rank], buffers, progress)?;
                 let mut losses = losses.lock().unwrap_or_else(PoisonError::into_inner);
                 found.into_iter().for_each(|(name, loss)| losses.entry(name).or_default().add(loss));
                 Ok(())
@@ -127,22 +132,56 @@ fn write_tensor(
     buffers: &mut Buffers,
     progress: &dyn Progress,
 ) -> Result<(), ConvertError> {
-    let TensorSpec { name, elem, shape } = &recipe.spec;
-    let mut writer = writer.tensor(name);
+    let mut writer = writer.tensor(&recipe.spec.name);
+    read_tensor(source, recipe, buffers, |bytes| {
+        writer.write(bytes)?;
+        progress.advance(bytes.len() as u64);
+        Ok(())
+    })?;
+    Ok(writer.finish()?)
+}
+
+/// Reads all weights of `recipes`, which the source stores in the same formats. Each is returned as the bytes of its tensors.
+///
+/// # Errors
+/// The first failure, in the order of the recipes.
+pub(crate) fn read_weights(
+    source: &Source,
+    recipes: &[Recipe],
+    workers: usize,
+) -> Result<Vec<(TensorSpec, Vec<u8>)>, ConvertError> {
+    let tensors: Vec<TensorRecipe> = recipes.iter().flat_map(parts).collect();
+    let read: Vec<Mutex<Vec<u8>>> = tensors.iter().map(|_| Mutex::default()).collect();
+    in_parallel(tensors.len(), workers, |index, buffers: &mut Buffers| {
+        let mut bytes = Vec::with_capacity(usize::try_from(tensors[index].spec.num_bytes()).unwrap_or(0));
+        read_tensor(source, &tensors[index], buffers, |part| {
+            bytes.extend_from_slice(part);
+            Ok(())
+        })?;
+        *read[index].lock().unwrap_or_else(PoisonError::into_inner) = bytes;
+        Ok::<_, ConvertError>(())
+    })?;
+    let read = read.into_iter().map(|bytes| bytes.into_inner().unwrap_or_else(PoisonError::into_inner));
+    Ok(tensors.into_iter().map(|tensor| tensor.spec).zip(read).collect())
+}
+
+/// Reads a tensor of a weight that the source stores in the same format, and gives it to `each` piece by piece.
+fn read_tensor(
+    source: &Source,
+    recipe: &TensorRecipe,
+    buffers: &mut Buffers,
+    mut each: impl FnMut(&[u8]) -> Result<(), ConvertError>,
+) -> Result<(), ConvertError> {
+    let TensorSpec { elem, shape, .. } = &recipe.spec;
     let row_bytes = shape.last().copied().unwrap_or(1) * elem.size();
     let rows: usize = shape.iter().rev().skip(1).product();
     let mut row = 0;
     for piece in &recipe.pieces {
-        write_zeros(&mut writer, (piece.target_row - row) * row_bytes, progress)?;
-        read_piece(source, piece, &piece.cols, [*elem; 2], buffers, |bytes| {
-            writer.write(bytes)?;
-            progress.advance(bytes.len() as u64);
-            Ok(())
-        })?;
+        zeros((piece.target_row - row) * row_bytes, &mut each)?;
+        read_piece(source, piece, &piece.cols, [*elem; 2], buffers, &mut each)?;
         row = piece.target_row + piece.rows.len();
     }
-    write_zeros(&mut writer, (rows - row) * row_bytes, progress)?;
-    Ok(writer.finish()?)
+    zeros((rows - row) * row_bytes, &mut each)
 }
 
 /// Quantizes a weight that its pieces cover. Returns what was lost of each source tensor.
@@ -150,6 +189,7 @@ fn write_quantized(
     source: &Source,
     recipe: &Recipe,
     quantization: Quantization,
+    statistics: Option<&Statistics>,
     writer: &RankWriter,
     buffers: &mut Buffers,
     progress: &dyn Progress,
@@ -158,11 +198,23 @@ fn write_quantized(
     let mut losses = Vec::with_capacity(recipe.pieces.len());
     for piece in &recipe.pieces {
         let mut loss = Loss::default();
-        // One scale for a row comes from the whole row, also where this rank has a part of it.
-        let cols = if quantization.group.is_none() { 0..piece.source_cols } else { piece.cols.clone() };
+        let seen = statistics.and_then(|statistics| statistics.of(&piece.source));
+        let feedback = seen.map(|seen| Feedback::new(seen, piece.source_cols));
+        let cols = match (quantization.group, &feedback) {
+            // One scale for a row comes from the whole row, also where this rank has a part of it.
+            (None, _) => 0..piece.source_cols,
+            (Some(_), None) => piece.cols.clone(),
+            // What an element makes up for comes from its whole block.
+            (Some(_), Some(_)) => {
+                let end = piece.cols.end.next_multiple_of(BLOCK).min(piece.source_cols);
+                piece.cols.start / BLOCK * BLOCK..end
+            }
+        };
         let taken = piece.cols.start - cols.start..piece.cols.end - cols.start;
+        let feedback = feedback.as_ref().map(|feedback| feedback.from(cols.start));
         read_piece(source, piece, &cols, [ElemType::F32, quantization.scale.into()], buffers, |bytes| {
-            loss.add(writer.write(&DType::F32.widen(bytes), cols.len(), &taken)?);
+            let values = &DType::F32.widen(bytes);
+            loss.add(writer.write(Rows { values, cols: cols.len(), taken: taken.clone(), feedback })?);
             Ok(())
         })?;
         losses.push((piece.source.clone(), loss));
@@ -171,15 +223,10 @@ fn write_quantized(
     Ok(losses)
 }
 
-/// Writes rows that no piece covers, which are the padding of the vocabulary.
-fn write_zeros(writer: &mut TensorWriter<'_>, bytes: usize, progress: &dyn Progress) -> Result<(), ConvertError> {
+/// Gives rows that no piece covers, which are the padding of the vocabulary.
+fn zeros(bytes: usize, each: &mut impl FnMut(&[u8]) -> Result<(), ConvertError>) -> Result<(), ConvertError> {
     const ZEROS: [u8; 4096] = [0; 4096];
-    for start in (0..bytes).step_by(ZEROS.len()) {
-        let n = ZEROS.len().min(bytes - start);
-        writer.write(&ZEROS[..n])?;
-        progress.advance(n as u64);
-    }
-    Ok(())
+    (0..bytes).step_by(ZEROS.len()).try_for_each(|start| each(&ZEROS[..ZEROS.len().min(bytes - start)]))
 }
 
 /// Reads the columns `cols` of a piece's rows, some rows at a time, and gives them to `each` as elements of type `to`. Floats

@@ -5,12 +5,15 @@
 //!
 //! Reading order: [`names`] (transformers' names of tensors), [`source`] (finds the tensors in each layout),
 //! [`mod@plan`] (which rectangles of them make a rank's tensors), [`execute`] (streams those through the conversions of
-//! [`number`] and [`mod@quantize`]), [`mod@tokenizer`] (the tokenizer's files), and [`mod@convert`] (the whole stage).
+//! [`number`] and [`mod@quantize`]), [`statistics`] and [`feedback`] (what calibration adds to quantizing), [`floats`] (what
+//! calibration reads), [`mod@tokenizer`] (the tokenizer's files), and [`mod@convert`] (the whole stage).
 #![forbid(unsafe_code)]
 
 pub mod convert;
 pub mod error;
 pub mod execute;
+pub mod feedback;
+pub mod floats;
 pub mod names;
 pub mod number;
 pub mod plan;
@@ -19,11 +22,14 @@ mod quantized_writer;
 pub mod report;
 pub mod requantize;
 pub mod source;
+pub mod statistics;
 pub mod tokenizer;
 
 pub use convert::{ConvertOptions, Input, convert, plan};
 pub use error::ConvertError;
+pub use floats::FloatModel;
 pub use names::{HfTensor, Matrix};
 pub use plan::recipes;
 pub use report::{ConvertPlan, RankPlan, Report};
 pub use requantize::requantize;
+pub use statistics::{InputStatistics, LinearInput, Statistics};

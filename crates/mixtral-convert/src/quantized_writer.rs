@@ -7,6 +7,7 @@ use mixtral_checkpoint::{Progress, RankWriter, TensorWriter};
 use mixtral_model::{PartKind, Quantization};
 
 use crate::error::ConvertError;
+use crate::feedback::Block;
 use crate::number::narrow;
 use crate::quantize::{Loss, quantize_row};
 
@@ -16,6 +17,18 @@ pub(crate) struct QuantizedWriter<'a> {
     values: TensorWriter<'a>,
     scales: TensorWriter<'a>,
     progress: &'a dyn Progress,
+}
+
+/// Rows that are quantized together, or columns of them.
+pub(crate) struct Rows<'a> {
+    /// Their elements.
+    pub(crate) values: &'a [f32],
+    /// Elements of a row. They begin at a border of groups, and at a block of the feedback: whole rows, if a row has one scale.
+    pub(crate) cols: usize,
+    /// The columns of them that are written.
+    pub(crate) taken: Range<usize>,
+    /// The blocks of these columns, where there are statistics of them.
+    pub(crate) feedback: Option<&'a [Block]>,
 }
 
 impl<'a> QuantizedWriter<'a> {
@@ -30,12 +43,12 @@ impl<'a> QuantizedWriter<'a> {
         QuantizedWriter { quantization, values: part(PartKind::Values), scales: part(PartKind::Scales), progress }
     }
 
-    /// Quantizes the next rows, and writes their columns `taken`. `rows` are rows of `cols` elements, which begin at a border of
-    /// groups: whole rows, if a row has one scale.
-    pub(crate) fn write(&mut self, rows: &[f32], cols: usize, taken: &Range<usize>) -> Result<Loss, ConvertError> {
+    /// Quantizes the next rows and writes them.
+    pub(crate) fn write(&mut self, Rows { values, cols, taken, feedback }: Rows<'_>) -> Result<Loss, ConvertError> {
         let (mut integers, mut scales, mut loss) = (Vec::new(), Vec::new(), Loss::default());
-        for row in rows.chunks_exact(cols) {
-            loss.add(quantize_row(row, taken.clone(), self.quantization, &mut integers, &mut scales));
+        for row in values.chunks_exact(cols) {
+            let taken = taken.clone();
+            loss.add(quantize_row(row, taken, self.quantization, feedback, &mut integers, &mut scales));
         }
         let scales = narrow(self.quantization.scale, &scales);
         self.values.write(&integers)?;

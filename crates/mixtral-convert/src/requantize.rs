@@ -12,7 +12,7 @@ use mixtral_model::{Mapping, Quantization, Rank, WeightFormat, WeightOnly};
 use crate::error::ConvertError;
 use crate::execute::{Losses, in_parallel};
 use crate::quantize::Loss;
-use crate::quantized_writer::QuantizedWriter;
+use crate::quantized_writer::{QuantizedWriter, Rows};
 use crate::report::QuantizedTensor;
 
 /// Rows that are read at a time.
@@ -124,7 +124,7 @@ fn quantize(
             }
             start += width;
         }
-        loss.add(writer.write(&rows, whole, &taken)?);
+        loss.add(writer.write(Rows { values: &rows, cols: whole, taken: taken.clone(), feedback: None })?);
     }
     writer.finish()?;
     Ok(loss)

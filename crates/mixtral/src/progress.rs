@@ -75,6 +75,39 @@ impl mixtral_checkpoint::Progress for Bytes {
     }
 }
 
+/// Progress in tokens.
+pub struct Tokens {
+    shown: Shown,
+    what: &'static str,
+}
+
+impl Tokens {
+    /// Progress at 0 of 0 tokens; `what` says which.
+    pub fn new(what: &'static str) -> Self {
+        Tokens { shown: Shown::new(&format!("{{pos}} of {{len}} {what} [{{wide_bar}}] {{eta}} left")), what }
+    }
+
+    /// Removes the bar.
+    pub fn finish(&self) {
+        self.shown.bar.finish_and_clear();
+    }
+}
+
+impl mixtral_checkpoint::Progress for Tokens {
+    fn start(&self, total: u64) {
+        self.shown.bar.set_length(total);
+    }
+
+    fn advance(&self, tokens: u64) {
+        let bar = &self.shown.bar;
+        bar.inc(tokens);
+        if self.shown.is_line_due() {
+            let (done, total) = (bar.position(), bar.length().unwrap_or(0));
+            eprintln!("{done} of {total} {}, {} s left", self.what, bar.eta().as_secs());
+        }
+    }
+}
+
 /// Progress of compiling kernels.
 pub struct Kernels(Shown);
 

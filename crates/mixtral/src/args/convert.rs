@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
+use mixtral_calibrate::CalibrateOptions;
 use mixtral_convert::Input;
 use mixtral_model::{DType, MoeNormalization, Precision};
 
+use super::calibration::CalibrationArgs;
 use super::geometry::GeometryArgs;
 use super::parallel::ParallelArgs;
 use super::weight_only::WeightOnlyArgs;
@@ -21,6 +23,7 @@ const QUANTIZATION: &str = "Quantization";
 Examples:
   mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --dtype bf16
   mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --use-weight-only --weight-only-precision int4
+  mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --qformat int4_wo --calib-data ./text.txt
   mixtral convert --model-dir ./Mixtral-8x7B-v0.1 --output-dir ./ckpt --tp-size 2 --moe-tp-mode 1 --dry-run")]
 pub struct ConvertArgs {
     /// Hugging Face model (or Mistral's own files); without it only config.json is written, from the geometry flags
@@ -64,6 +67,8 @@ pub struct ConvertArgs {
     #[command(flatten)]
     pub weight_only: WeightOnlyArgs,
     #[command(flatten)]
+    pub calibration: CalibrationArgs,
+    #[command(flatten)]
     pub geometry: GeometryArgs,
 }
 
@@ -85,6 +90,8 @@ fn qformat(text: &str) -> Result<Precision, String> {
 pub struct ConvertOptions {
     /// What to convert, and how.
     pub convert: mixtral_convert::ConvertOptions,
+    /// How to calibrate the model first, if it is to be.
+    pub calibrate: Option<CalibrateOptions>,
     /// Whether to print the plan only.
     pub dry_run: bool,
     /// Whether to print the report as JSON.
@@ -131,6 +138,9 @@ impl ConvertArgs {
         if let Some(workers) = self.workers {
             convert.workers = workers;
         }
-        Ok(ConvertOptions { convert, dry_run: self.dry_run, json: self.json, geometry: self.geometry })
+        let quantizes_to =
+            |precision| convert.weight_only.is_some_and(|to| to.attention == precision || to.feed_forward == precision);
+        let calibrate = self.calibration.options(quantizes_to(Precision::Int4));
+        Ok(ConvertOptions { convert, calibrate, dry_run: self.dry_run, json: self.json, geometry: self.geometry })
     }
 }

@@ -8,6 +8,7 @@
 pub mod bench;
 pub mod beside;
 pub mod build;
+pub mod calibration;
 pub mod convert;
 pub mod diff;
 pub mod geometry;

@@ -2,20 +2,23 @@
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::Result;
 use mixtral_build::explain::bytes;
+use mixtral_calibrate::{CalibrateOptions, Calibration};
+use mixtral_checkpoint::Progress;
 use mixtral_convert::Input;
 use mixtral_convert::report::QuantizedTensor;
 use mixtral_model::{DType, ModelConfig};
 
 use crate::args::convert::ConvertOptions;
-use crate::progress::Bytes;
+use crate::progress::{Bytes, Tokens};
 use crate::say;
 
 /// Runs the stage.
 pub fn main(options: &ConvertOptions) -> Result<()> {
-    let ConvertOptions { convert, dry_run, json, geometry } = options;
+    let ConvertOptions { convert, calibrate, dry_run, json, geometry } = options;
     if let (Input::Directory(dir), true) = (&convert.input, geometry.is_given()) {
         let place = format!("the configuration in {}", dir.display());
         geometry.beside(&geometry_of(dir)?, &place)?.into_iter().for_each(say::warning);
@@ -30,6 +33,7 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
         return Ok(());
     }
     say::detail(format_args!("{} threads, {} ranks", convert.workers, convert.mapping.world_size()));
+    let convert = &calibrated(convert, calibrate.as_ref())?;
     let progress = Bytes::new();
     let report = mixtral_convert::convert(convert, &progress);
     progress.finish();
@@ -49,6 +53,40 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
         writeln!(std::io::stdout(), "{}", serde_json::to_string_pretty(&report)?)?;
     }
     Ok(())
+}
+
+/// Calibrates the model, if that is asked for, and adds what was found to the options. Says which experts saw too few tokens.
+fn calibrated(
+    convert: &mixtral_convert::ConvertOptions,
+    calibrate: Option<&CalibrateOptions>,
+) -> Result<mixtral_convert::ConvertOptions> {
+    const SHOWN: usize = 5;
+    let mut convert = convert.clone();
+    let Some(options) = calibrate else { return Ok(convert) };
+    let progress = [Tokens::new("tokens written"), Tokens::new("tokens of all layers")];
+    let found = mixtral_calibrate::calibrate(&convert, options, progress.each_ref().map(|p| p as &dyn Progress));
+    progress.iter().for_each(Tokens::finish);
+    let Some(Calibration { statistics, text }) = found? else { return Ok(convert) };
+    let cache = options.cache.as_deref().map(Path::display);
+    match (text, cache) {
+        (Some((sequences, tokens)), cache) => {
+            let kept = cache.map(|cache| format!("; statistics kept in {cache}")).unwrap_or_default();
+            say::note(format_args!("calibrated with {sequences} sequences, {tokens} tokens{kept}"));
+        }
+        (None, Some(cache)) => say::note(format_args!("calibrated by the statistics in {cache}")),
+        (None, None) => {}
+    }
+    let rare = statistics.rare();
+    if !rare.is_empty() {
+        let shown = rare.iter().take(SHOWN).map(|(input, tokens)| format!("{input} ({tokens} tokens)"));
+        let shown = shown.collect::<Vec<_>>().join(", ");
+        let more = if rare.len() > SHOWN { format!(" and {} more", rare.len() - SHOWN) } else { String::new() };
+        say::warning(format_args!(
+            "too few tokens of the calibration text came to {shown}{more}; they are quantized by what the other experts of their layers saw"
+        ));
+    }
+    convert.statistics = Some(Arc::new(statistics));
+    Ok(convert)
 }
 
 /// Says what quantizing lost: the tensors that lost most, and the middle one.

@@ -1,0 +1,62 @@
+//! The whole of calibration: text, layers, statistics.
+
+use std::path::PathBuf;
+
+use mixtral_checkpoint::Progress;
+use mixtral_convert::{ConvertOptions, FloatModel, Statistics};
+use mixtral_model::Mapping;
+
+use crate::error::CalibrateError;
+use crate::text::{self, Text};
+use crate::{cache, generate, layers};
+
+/// How to calibrate a model.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CalibrateOptions {
+    /// A file with text. Without it, the model writes its own.
+    pub data: Option<PathBuf>,
+    /// How much text.
+    pub text: Text,
+    /// Sequences that are computed at a time. They change no bit.
+    pub batch_size: usize,
+    /// A file that keeps the statistics. If it is there, they are read from it, and nothing is computed.
+    pub cache: Option<PathBuf>,
+}
+
+/// What calibration found, and how.
+#[derive(Clone, Debug)]
+pub struct Calibration {
+    /// The statistics.
+    pub statistics: Statistics,
+    /// Sequences and tokens that the model was run over; `None` if the statistics were kept in a file.
+    pub text: Option<(usize, usize)>,
+}
+
+/// Calibrates the model that `convert` converts. Returns `None` if it reads no weights. The two phases (writing text, if there
+/// is none, and running it through the layers) each have a progress of their own.
+///
+/// # Errors
+/// What is wrong with the model, the text or the file of statistics.
+pub fn calibrate(
+    convert: &ConvertOptions,
+    options: &CalibrateOptions,
+    [writing, running]: [&dyn Progress; 2],
+) -> Result<Option<Calibration>, CalibrateError> {
+    let Some(model) = FloatModel::open(convert)? else { return Ok(None) };
+    let config = model.config(Mapping::single()).model;
+    if let Some(path) = options.cache.as_ref().filter(|path| path.exists()) {
+        return Ok(Some(Calibration { statistics: cache::read(path, &config)?, text: None }));
+    }
+    let max_seq_length = options.text.max_seq_length.min(config.max_position_embeddings);
+    let text = Text { max_seq_length, ..options.text };
+    let sequences = match &options.data {
+        Some(path) => text::read(path, model.dir(), config.vocab_size, text)?,
+        None => generate::generate(&model, text, convert.workers, writing)?,
+    };
+    let statistics = layers::run(&model, &sequences, options.batch_size, convert.workers, running)?;
+    if let Some(path) = &options.cache {
+        cache::write(path, &config, &statistics)?;
+    }
+    let tokens = sequences.iter().map(Vec::len).sum();
+    Ok(Some(Calibration { statistics, text: Some((sequences.len(), tokens)) }))
+}

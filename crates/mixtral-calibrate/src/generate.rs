@@ -1,0 +1,75 @@
+//! Text that the model writes itself: drawn at temperature 1, from the token that texts start with.
+
+use mixtral_build::lower;
+use mixtral_checkpoint::Progress;
+use mixtral_convert::FloatModel;
+use mixtral_cpu::{CpuBackend, CpuOptions};
+use mixtral_engine::{Backend, RandomKey, SampleRequest, SamplingParams};
+use mixtral_model::{Mapping, Rank, TokenId};
+use mixtral_tokenizer::{Tokenizer, load};
+
+use crate::error::CalibrateError;
+use crate::layers::Held;
+use crate::step::{self, int};
+use crate::text::Text;
+
+/// Sequences that are written at a time.
+const AT_A_TIME: usize = 64;
+
+/// Has the model write sequences of full length. An end token does not end them: what follows it is a new text. All weights
+/// are in memory at the same time. Progress is in tokens.
+///
+/// # Errors
+/// If no tokenizer says how a text starts, if weights cannot be read, or there is too little memory.
+pub fn generate(
+    model: &FloatModel,
+    text: Text,
+    threads: usize,
+    progress: &dyn Progress,
+) -> Result<Vec<Vec<TokenId>>, CalibrateError> {
+    let dir = model.dir();
+    let start = match load::find(dir) {
+        Some(_) => Tokenizer::load(dir)?.start_id(),
+        None => None,
+    };
+    let start = start.ok_or_else(|| CalibrateError::NoStart { dir: dir.to_owned() })?;
+    let config = model.config(Mapping::single());
+    let limits = step::limits(text.size.clamp(1, AT_A_TIME), text.max_seq_length, 1);
+    let program = lower(&config, Rank(0), limits);
+    let weights = Held::read(model, &config, &program, threads)?;
+    let options = CpuOptions { kv_blocks: step::blocks(&limits), threads, ..CpuOptions::default() };
+    let mut backend = CpuBackend::load(program, weights, options)?;
+    progress.start((text.size * text.max_seq_length.saturating_sub(1)) as u64);
+    let params = SamplingParams { top_k: 0, ..SamplingParams::default() };
+    let mut sequences = vec![vec![start]; text.size];
+    for (batch, sequences) in sequences.chunks_mut(AT_A_TIME).enumerate() {
+        for position in 1..text.max_seq_length {
+            let so_far: Vec<&[TokenId]> = sequences.iter().map(Vec::as_slice).collect();
+            let mut inputs = step::inputs(&so_far, position - 1, &limits);
+            inputs.logits_indices = (0..sequences.len()).map(int).collect();
+            let request = |row: usize| {
+                let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+                let key = RandomKey {
+                    seed: text.seed,
+                    prompt: number(batch * AT_A_TIME + row),
+                    hypothesis: 0,
+                    position: number(position),
+                };
+                SampleRequest {
+                    row,
+                    params,
+                    key,
+                    tokens: (&[]).into(),
+                    prompt_len: 1,
+                    banned: Vec::new(),
+                    bias: Vec::new(),
+                }
+            };
+            inputs.samples = (0..sequences.len()).map(request).collect();
+            let drawn = backend.step(&inputs)?.tokens;
+            sequences.iter_mut().zip(drawn).for_each(|(sequence, token)| sequence.push(token));
+            progress.advance(sequences.len() as u64);
+        }
+    }
+    Ok(sequences)
+}
