@@ -21,6 +21,8 @@ mod older;
 mod placement;
 mod quantized;
 mod refusals;
+mod serve;
+mod served;
 mod sessions;
 mod sources;
 mod stages;

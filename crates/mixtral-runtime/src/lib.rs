@@ -22,6 +22,7 @@ pub mod text;
 
 pub use blocks::BlockPool;
 pub use execute::{Executor, Local};
+pub use mixtral_engine::SamplingParams;
 pub use mixtral_tokenizer::{BadWords, Tokenizer, TokenizerError};
 pub use request::{
     Beams, EarlyStopping, FinishReason, Hypothesis, Refusal, Request, RequestError, RequestId, TokenLogprobs,

@@ -1,5 +1,5 @@
-//! Ctrl-C and SIGTERM while a directory is written: the directory is left as after a failure, and the exit code is the
-//! one that shells use.
+//! Ctrl-C and SIGTERM. While a directory is written, it is left as after a failure, and the exit code is the one that
+//! shells use. A server finishes what it answers.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,6 +34,23 @@ pub fn watch(output: Output) -> Result<()> {
             }
             let output = output.clone();
             thread::spawn(move || give_up(&output, signal));
+        }
+    };
+    thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen for signals")?;
+    Ok(())
+}
+
+/// From now on the first signal calls `stop`. If that says that there is nothing to stop, and at the second signal, the
+/// process ends at once.
+pub fn on_first(stop: impl Fn() -> bool + Send + 'static) -> Result<()> {
+    let mut signals = Signals::new([SIGINT, SIGTERM]).context("cannot listen for signals")?;
+    let listen = move || {
+        let mut was_told = false;
+        for signal in signals.forever() {
+            if was_told || !stop() {
+                exit(128 + signal);
+            }
+            was_told = true;
         }
     };
     thread::Builder::new().name("signals".to_owned()).spawn(listen).context("cannot listen for signals")?;

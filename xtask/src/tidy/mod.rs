@@ -41,6 +41,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ),
     ("mixtral-comm", &[]),
     ("mixtral-runtime", &["mixtral-model", "mixtral-tokenizer", "mixtral-engine", "mixtral-comm"]),
+    ("mixtral-serve", &["mixtral-model", "mixtral-tokenizer", "mixtral-runtime"]),
     ("mixtral", PRODUCT),
     ("mixtral-testkit", &["mixtral-model", "mixtral-checkpoint", "mixtral-engine"]),
     ("benches", PRODUCT),
@@ -61,6 +62,7 @@ const PRODUCT: &[&str] = &[
     "mixtral-cuda",
     "mixtral-kernels",
     "mixtral-runtime",
+    "mixtral-serve",
     "mixtral-comm",
 ];
 

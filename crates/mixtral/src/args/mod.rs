@@ -24,6 +24,7 @@ pub mod place;
 mod ranges;
 pub mod rebuild;
 pub mod run;
+pub mod serve;
 pub mod shell;
 pub mod spelling;
 pub mod verify;
@@ -73,6 +74,8 @@ pub enum Command {
     Build(build::BuildArgs),
     /// Engine and prompts → text
     Run(Box<run::RunArgs>),
+    /// An engine → answers over HTTP, as OpenAI's API gives them
+    Serve(serve::ServeArgs),
     /// How fast an engine is: decode steps, prefill, throughput
     Bench(bench::BenchArgs),
     /// How far two engines, or one on two backends, are apart: operation by operation, on the same inputs

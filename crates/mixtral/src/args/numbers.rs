@@ -19,6 +19,15 @@ pub const MAX_REQUESTS: usize = 1 << 20;
 /// The most ranks along one dimension of a job.
 pub const MAX_RANKS: usize = 1 << 16;
 
+/// The most open connections: no system gives a process more files.
+pub const MAX_CONNECTIONS: usize = 1 << 20;
+
+/// The most bytes of a request: a longer text has more tokens than any sequence.
+pub const MAX_BODY_BYTES: usize = 1 << 30;
+
+/// The longest time in seconds that anything may be asked to take: a week.
+pub const MAX_SECONDS: usize = 7 * 24 * 60 * 60;
+
 /// Requests a second. At a lower rate one would wait more than a quarter of an hour for each request; at a higher rate
 /// all arrive at once.
 pub const ARRIVAL_RATES: std::ops::RangeInclusive<f64> = 1e-3..=1e9;
@@ -61,6 +70,26 @@ pub fn return_sequences(text: &str) -> Result<usize, String> {
 /// A number of requests, or 0.
 pub fn requests(text: &str) -> Result<usize, String> {
     whole(text, 0, MAX_REQUESTS, "all are drawn before the first is sent")
+}
+
+/// A number of sequences that wait, or 0.
+pub fn waiting(text: &str) -> Result<usize, String> {
+    whole(text, 0, MAX_REQUESTS, "all are kept in memory")
+}
+
+/// A number of connections.
+pub fn connections(text: &str) -> Result<usize, String> {
+    whole(text, 1, MAX_CONNECTIONS, "no system gives a process more files")
+}
+
+/// A number of bytes of a request.
+pub fn body_bytes(text: &str) -> Result<usize, String> {
+    whole(text, 1, MAX_BODY_BYTES, "no prompt is longer")
+}
+
+/// A time in whole seconds.
+pub fn seconds(text: &str) -> Result<usize, String> {
+    whole(text, 1, MAX_SECONDS, "a week")
 }
 
 /// A number of ranks.

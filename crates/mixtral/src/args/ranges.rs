@@ -8,7 +8,8 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::numbers::{
-    ARRIVAL_RATES, MAX_RANKS, MAX_REQUESTS, MAX_RETURN_SEQUENCES, MAX_SEQUENCES, MAX_THREADS, MAX_TOKENS,
+    ARRIVAL_RATES, MAX_BODY_BYTES, MAX_CONNECTIONS, MAX_RANKS, MAX_REQUESTS, MAX_RETURN_SEQUENCES, MAX_SECONDS,
+    MAX_SEQUENCES, MAX_THREADS, MAX_TOKENS,
 };
 use super::{Cli, Command, parse};
 
@@ -40,6 +41,7 @@ const SEQUENCES: Takes = Whole(1, MAX_SEQUENCES as i128);
 const RANKS: Takes = Whole(1, MAX_RANKS as i128);
 /// Which sizes a model may have, and how many candidates there are, is checked later, when the model is known.
 const ANY_SIZE: Takes = Whole(0, SIZE);
+const SECONDS: Takes = Whole(1, MAX_SECONDS as i128);
 const SEED: Takes = Whole(0, u64::MAX as i128);
 const PROBABILITY: Takes = Real { low: 0.0, high: 1.0, f32: true };
 const ANY_F32: Takes = Real { low: f64::MIN, high: f64::MAX, f32: true };
@@ -101,6 +103,15 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("run", "streaming-interval", TOKENS),
     ("run", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
     ("run", "ranks-per-gpu", RANKS),
+    ("serve", "max-waiting", Whole(0, MAX_REQUESTS as i128)),
+    ("serve", "max-connections", Whole(1, MAX_CONNECTIONS as i128)),
+    ("serve", "max-body-bytes", Whole(1, MAX_BODY_BYTES as i128)),
+    ("serve", "receive-timeout", SECONDS),
+    ("serve", "answer-timeout", SECONDS),
+    ("serve", "drain-timeout", SECONDS),
+    ("serve", "threads", THREADS),
+    ("serve", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
+    ("serve", "ranks-per-gpu", RANKS),
     ("bench", "threads", THREADS),
     ("bench", "batch-size", SEQUENCES),
     ("bench", "context", TOKENS),
@@ -207,6 +218,7 @@ fn accepts(command: &str, flag: &str, value: &str) -> bool {
             true
         }),
         Command::Run(args) => args.validate().is_ok(),
+        Command::Serve(args) => args.validate().is_ok(),
         Command::Bench(args) => args.validate().is_ok(),
         Command::Diff(args) => args.validate().is_ok(),
         _ => true,

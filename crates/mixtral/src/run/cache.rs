@@ -28,6 +28,12 @@ impl Wanted {
         Wanted { most: needs.iter().take(limits.max_batch_size).sum::<usize>().max(least), least }
     }
 
+    /// What an engine with these limits can use at most.
+    pub fn any(limits: &Limits) -> Wanted {
+        let least = limits.max_blocks_per_seq();
+        Wanted { most: least.saturating_mul(limits.max_batch_size), least }
+    }
+
     /// These blocks, no more and no fewer.
     pub fn exactly(blocks: usize) -> Wanted {
         Wanted { most: blocks, least: blocks }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use mixtral_comm::World;
+use mixtral_comm::{CommError, World};
 use mixtral_engine::{Backend, EngineDir, Program};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, follow};
@@ -84,7 +84,20 @@ impl Job<'_> {
 
     /// Loads the engine on all ranks, with a cache for `requests`. Called once in a job.
     pub fn session(&self, requests: &[Request], tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
-        let wanted = Wanted::by(&self.part.program.limits, requests);
+        self.session_with(Wanted::by(&self.part.program.limits, requests), tokenizer)
+    }
+
+    /// The same, with a cache for as many sequences of any length as the engine takes.
+    pub fn largest_session(&self, tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
+        self.session_with(Wanted::any(&self.part.program.limits), tokenizer)
+    }
+
+    /// Whether all ranks are alive.
+    pub fn check(&self) -> Result<(), CommError> {
+        self.world.map_or(Ok(()), World::check)
+    }
+
+    fn session_with(&self, wanted: Wanted, tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
         let backend = self.part.load(self.world, wanted)?;
         let executor: Box<dyn Executor> = match self.world {
             None => Box::new(Local::new(backend)),

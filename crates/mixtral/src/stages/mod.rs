@@ -7,5 +7,6 @@ pub mod diff;
 pub mod inspect;
 pub mod rebuild;
 pub mod run;
+pub mod serve;
 pub mod shell;
 pub mod verify;

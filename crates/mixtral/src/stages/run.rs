@@ -1,7 +1,7 @@
 //! `mixtral run`: an engine and prompts → text.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -159,17 +159,14 @@ fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
 
 /// The ids that end a sequence: those of the model, and the token with which the tokenizer ends texts. The model is
 /// that of the tokenizer's directory if it says how its sequences end, else the engine's.
-fn end_ids(args: &RunArgs, tokenizer: Option<&Tokenizer>) -> Result<Vec<TokenId>> {
-    if let Some(id) = args.end_id {
-        // −1 means that no token ends a sequence.
-        return Ok(u32::try_from(id).map(TokenId).into_iter().collect());
-    }
-    let mut ids = match &args.tokenizer_dir {
-        Some(dir) => model_end_ids(dir)?,
-        None => Vec::new(),
-    };
+pub(super) fn end_ids(
+    engine_dir: &Path,
+    tokenizer_dir: Option<&Path>,
+    tokenizer: Option<&Tokenizer>,
+) -> Result<Vec<TokenId>> {
+    let mut ids = tokenizer_dir.map(model_end_ids).transpose()?.unwrap_or_default();
     if ids.is_empty() {
-        ids = model_end_ids(&args.engine_dir)?;
+        ids = model_end_ids(engine_dir)?;
     }
     ids.extend(tokenizer.and_then(Tokenizer::end_id).filter(|id| !ids.contains(id)));
     Ok(ids)
@@ -182,7 +179,11 @@ fn requests(
     gathers: bool,
 ) -> Result<Vec<Request>> {
     let args = &options.args;
-    let end_ids = end_ids(args, tokenizer)?;
+    let end_ids = match args.end_id {
+        // −1 means that no token ends a sequence.
+        Some(id) => u32::try_from(id).map(TokenId).into_iter().collect(),
+        None => end_ids(&args.engine_dir, args.tokenizer_dir.as_deref(), tokenizer)?,
+    };
     let usage = |Usage(message)| anyhow!(message);
     let stop_words = args.words.stop.for_prompts(prompts.len()).map_err(usage)?;
     let bad_words = args.words.bad.for_prompts(prompts.len()).map_err(usage)?;

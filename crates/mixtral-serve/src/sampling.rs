@@ -1,0 +1,177 @@
+//! The fields that say how an answer is drawn and where it ends. Completions and chat have the same.
+
+use std::collections::BTreeMap;
+
+use mixtral_runtime::{Request, SamplingParams};
+use serde::Deserialize;
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
+use serde_json::Value;
+
+use crate::error::ApiError;
+use crate::options::{MAX_CHOICES, MAX_STOP_BYTES, MAX_STOPS};
+use crate::shared::{Shared, random};
+
+/// How an answer is drawn and where it ends.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct Sampling {
+    /// The name of the model: one of `/v1/models`.
+    pub model: String,
+    /// How many answers to give to each prompt; 1 if absent.
+    pub n: Option<usize>,
+    /// Divisor of the logits, at least 0, where 0 takes the likeliest token; 1 if absent.
+    pub temperature: Option<f32>,
+    /// Candidates up to this cumulative probability, from 0 to 1; 1, all of them, if absent.
+    pub top_p: Option<f32>,
+    /// Candidates by rank; -1 or 0, all of them, if absent.
+    pub top_k: Option<i64>,
+    /// Candidates at least this likely, relative to the likeliest, from 0 to 1; 0 if absent.
+    pub min_p: Option<f32>,
+    /// Subtracted from the logits of tokens of the answer, from -2 to 2; 0 if absent.
+    pub presence_penalty: Option<f32>,
+    /// Subtracted for every time a token is in the answer, from -2 to 2; 0 if absent.
+    pub frequency_penalty: Option<f32>,
+    /// Divides (or multiplies, where negative) the logits of tokens of prompt and answer, above 0; 1 if absent.
+    pub repetition_penalty: Option<f32>,
+    /// Added to the logits of tokens, from -100 to 100, by token id.
+    pub logit_bias: Option<BTreeMap<u32, f32>>,
+    /// Seed of the draws. With the same seed, the same request has the same answer. Random if absent.
+    pub seed: Option<i64>,
+    /// A text that ends the answer, or a list of them. It is not part of the answer.
+    pub stop: Option<Stop>,
+    /// Whether the model's end tokens do not end the answer.
+    pub ignore_eos: Option<bool>,
+    /// Tokens before which nothing ends the answer but its greatest length.
+    pub min_tokens: Option<usize>,
+    /// Whether the answer is sent as it grows, by server-sent events.
+    pub stream: Option<bool>,
+    /// What a stream tells beside text.
+    pub stream_options: Option<StreamOptions>,
+    /// Whom the request is for. It changes nothing.
+    pub user: Option<String>,
+    /// Anything of the client's own. It changes nothing.
+    pub metadata: Option<BTreeMap<String, Value>>,
+}
+
+/// What a stream tells beside text.
+#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StreamOptions {
+    /// Whether a last chunk tells how many tokens were used.
+    pub include_usage: Option<bool>,
+    /// Whether every chunk tells it.
+    pub continuous_usage_stats: Option<bool>,
+}
+
+impl Sampling {
+    /// How many answers each prompt gets.
+    ///
+    /// # Errors
+    /// If that is none, or too many.
+    pub fn choices(&self) -> Result<usize, ApiError> {
+        within("n", self.n.unwrap_or(1), 1, MAX_CHOICES)
+    }
+
+    /// A request for one answer, without prompt and length.
+    ///
+    /// # Errors
+    /// The field that is out of bounds, or that this server cannot honour.
+    pub fn request(&self, shared: &Shared) -> Result<Request, ApiError> {
+        let top_p = real("top_p", self.top_p, 1.0, 0.0, 1.0)?;
+        let top_k = match self.top_k.unwrap_or(0) {
+            -1 | 0 => 0,
+            k => usize::try_from(k).map_err(|_| ApiError::field("top_k", "`top_k` must be at least -1"))?,
+        };
+        let params = SamplingParams {
+            temperature: real("temperature", self.temperature, 1.0, 0.0, f32::MAX)?,
+            // The smallest set that reaches no probability at all has the likeliest token alone.
+            top_k: if top_p == 0.0 { 1 } else { top_k },
+            top_p,
+            min_p: real("min_p", self.min_p, 0.0, 0.0, 1.0)?,
+            repetition_penalty: real("repetition_penalty", self.repetition_penalty, 1.0, f32::MIN_POSITIVE, f32::MAX)?,
+            presence_penalty: real("presence_penalty", self.presence_penalty, 0.0, -2.0, 2.0)?,
+            frequency_penalty: real("frequency_penalty", self.frequency_penalty, 0.0, -2.0, 2.0)?,
+        };
+        if self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()) {
+            return Err(ApiError::field("logit_bias", "`logit_bias` is not supported"));
+        }
+        if self.min_tokens.is_some_and(|tokens| tokens > 0) {
+            return Err(ApiError::field("min_tokens", "`min_tokens` is not supported"));
+        }
+        if self.stream_options.is_some() && self.stream != Some(true) {
+            return Err(ApiError::field("stream_options", "`stream_options` needs `stream`"));
+        }
+        let Stop(stop_words) = self.stop.clone().unwrap_or_default();
+        Ok(Request {
+            params,
+            seed: self.seed.map_or_else(random, i64::cast_unsigned),
+            end_ids: if self.ignore_eos == Some(true) { Vec::new() } else { shared.options.end_ids.clone() },
+            stop_words,
+            ..Request::default()
+        })
+    }
+}
+
+/// Checks a whole number.
+pub(crate) fn within(field: &'static str, value: usize, low: usize, high: usize) -> Result<usize, ApiError> {
+    if (low..=high).contains(&value) {
+        return Ok(value);
+    }
+    Err(ApiError::field(field, format!("`{field}` must be from {low} to {high}, and is {value}")))
+}
+
+/// Checks a real number, or takes the default.
+fn real(field: &'static str, value: Option<f32>, default: f32, low: f32, high: f32) -> Result<f32, ApiError> {
+    let value = value.unwrap_or(default);
+    if value >= low && value <= high {
+        return Ok(value);
+    }
+    let range = match (low, high) {
+        (f32::MIN_POSITIVE, _) => "above 0".to_owned(),
+        (low, f32::MAX) => format!("at least {low}"),
+        (low, high) => format!("from {low} to {high}"),
+    };
+    Err(ApiError::field(field, format!("`{field}` must be {range}, and is {value}")))
+}
+
+/// The texts that end an answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Stop(pub Vec<String>);
+
+impl<'de> Deserialize<'de> for Stop {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Texts;
+        impl<'de> Visitor<'de> for Texts {
+            type Value = Stop;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("a text or a list of texts")
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<Stop, E> {
+                check_stop(text)?;
+                Ok(Stop(vec![text.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Stop, A::Error> {
+                let mut texts = Vec::new();
+                while let Some(text) = list.next_element::<String>()? {
+                    check_stop(&text)?;
+                    if texts.len() == MAX_STOPS {
+                        return Err(de::Error::custom(format!("more than {MAX_STOPS} texts")));
+                    }
+                    texts.push(text);
+                }
+                Ok(Stop(texts))
+            }
+        }
+        deserializer.deserialize_any(Texts)
+    }
+}
+
+fn check_stop<E: de::Error>(text: &str) -> Result<(), E> {
+    match text.len() {
+        0 => Err(E::custom("an empty text would end every answer at once")),
+        1..=MAX_STOP_BYTES => Ok(()),
+        n => Err(E::custom(format!("a text of {n} bytes; at most {MAX_STOP_BYTES} are taken"))),
+    }
+}

@@ -1,0 +1,77 @@
+//! `mixtral serve`: an engine → answers over HTTP.
+
+use std::io::Write;
+use std::sync::Arc;
+
+use anyhow::Result;
+use mixtral_engine::EngineDir;
+use mixtral_serve::{Options, Server};
+use mixtral_tokenizer::Tokenizer;
+
+use super::run::end_ids;
+use crate::args::serve::{LogFormat, ServeArgs, ServeOptions};
+use crate::run::job::{self, Job};
+use crate::run::load::LoadOptions;
+use crate::{interrupt, say};
+
+/// Runs the stage.
+pub fn main(options: &ServeOptions) -> Result<()> {
+    let args = &options.args;
+    log(args.log_format);
+    let engine = EngineDir::open(&args.engine_dir)?;
+    let load = LoadOptions { place: args.place, count_experts: false, time_ops: false, graphs: true };
+    job::run(&engine, load, |job| lead(options, job))
+}
+
+/// The work of rank 0. It alone talks to clients.
+fn lead(options: &ServeOptions, job: &Job<'_>) -> Result<()> {
+    let args = &options.args;
+    let tokenizer = Arc::new(Tokenizer::load(args.tokenizer_dir.as_ref().unwrap_or(&args.engine_dir))?);
+    let served = Options {
+        address: options.address,
+        model_names: names(args),
+        keys: options.keys.clone(),
+        end_ids: end_ids(&args.engine_dir, args.tokenizer_dir.as_deref(), Some(&tokenizer))?,
+        bounds: options.bounds,
+    };
+    let server = Server::start(served, job.capabilities(), tokenizer.clone())?;
+    let address = server.address();
+    if !address.ip().is_loopback() && options.keys.is_empty() {
+        say::warning(format_args!(
+            "anybody who reaches {address} can use this server; give --api-key-file, and let a proxy encrypt what is sent"
+        ));
+    }
+    let stopper = server.stopper();
+    interrupt::on_first(move || stopper.stop())?;
+    // Whoever started the server reads the address, so it is printed whatever the level of messages is.
+    writeln!(std::io::stdout(), "listening on http://{address}")?;
+    let session = say::timed("loading", || job.largest_session(Some(tokenizer)))?;
+    say::note("ready");
+    Ok(server.run(session, || job.check().map_err(|error| error.to_string()))?)
+}
+
+/// The names of the model for clients.
+fn names(args: &ServeArgs) -> Vec<String> {
+    if !args.served_model_name.is_empty() {
+        return args.served_model_name.clone();
+    }
+    let dir = args.engine_dir.canonicalize().unwrap_or_else(|_| args.engine_dir.clone());
+    vec![dir.file_name().map_or_else(|| "engine".to_owned(), |name| name.to_string_lossy().into_owned())]
+}
+
+/// Writes the server's log to stderr, at the level of the other messages.
+fn log(format: LogFormat) {
+    let level = if say::shows(say::Level::Verbose) {
+        tracing::Level::DEBUG
+    } else if say::shows(say::Level::Normal) {
+        tracing::Level::INFO
+    } else {
+        tracing::Level::ERROR
+    };
+    let lines = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
+    // It only fails if there is a log already.
+    let _ = match format {
+        LogFormat::Text => lines.with_ansi(false).try_init(),
+        LogFormat::Json => lines.json().flatten_event(true).try_init(),
+    };
+}
