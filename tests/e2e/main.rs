@@ -22,6 +22,7 @@ mod placement;
 mod quantized;
 mod refusals;
 mod serve;
+mod serve_answers;
 mod served;
 mod sessions;
 mod sources;

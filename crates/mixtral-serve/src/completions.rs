@@ -5,99 +5,75 @@ use std::sync::Arc;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use mixtral_runtime::{Event, FinishReason};
+use mixtral_runtime::{Event, Request};
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
+use crate::answer::{Answer, Envelope, finish_reason};
 use crate::body::Fields;
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorBody};
 use crate::generation::Generation;
-use crate::options::MAX_CHOICES;
-use crate::prompt::{Prompt, Prompts};
-use crate::sampling::{Sampling, StreamOptions, within};
-use crate::shared::{Shared, now, random};
+use crate::logprobs::CompletionLogprobs;
+use crate::openapi::CompletionBody;
+use crate::options::{MAX_CHOICES, MAX_LOGPROBS};
+use crate::prompt::{Prompt, Prompts, PromptsSchema};
+use crate::sampling::{Sampling, within};
+use crate::shared::Shared;
 use crate::stream::{self, Chunks, Frames};
 
 /// Tokens of an answer, unless the client says otherwise.
 const DEFAULT_TOKENS: usize = 16;
 
+/// What answers and chunks are.
+const OBJECT: &str = "text_completion";
+
 /// The fields of a completion's request, beside those of [`Sampling`].
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct CompletionRequest {
     /// What is continued: a text, a list of texts, token ids, or a list of lists of token ids. A text gets the model's start
     /// token in front; ids are taken as they are.
+    #[schema(value_type = PromptsSchema)]
     pub prompt: Prompts,
-    /// The most tokens of an answer; 16 if absent.
+    /// The most tokens of an answer; 16 if absent. With `echo` it may be 0.
     pub max_tokens: Option<usize>,
-    /// Whether the answer's text begins with the prompt.
+    /// Whether the answer's text, and its log-probabilities, begin with the prompt.
     pub echo: Option<bool>,
-    /// How many answers are drawn, of which the likeliest `n` are given; `n` if absent.
+    /// How many answers are drawn, of which the `n` with the highest mean log-probability are given; `n` if absent. Not for
+    /// streams.
     pub best_of: Option<usize>,
-    /// How many of the likeliest tokens are told, with their log-probabilities, for each token of the answer.
+    /// Whether log-probabilities are told for each token of the answer, and those of how many of the likeliest tokens at its
+    /// place: 0 to 20.
     pub logprobs: Option<usize>,
 }
 
-/// An answer, or a chunk of one.
-#[derive(Debug, Serialize)]
-pub struct Completion {
-    /// Its name.
-    pub id: String,
-    /// `text_completion`.
-    pub object: &'static str,
-    /// When it was asked for, in seconds since 1970.
-    pub created: u64,
-    /// The model.
-    pub model: String,
-    /// The answers: first those to the first prompt.
-    pub choices: Vec<CompletionChoice>,
-    /// How many tokens were used.
-    pub usage: Option<Usage>,
-}
-
 /// One answer, or a piece of it.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
 pub struct CompletionChoice {
     /// Which answer.
     pub index: usize,
     /// Its text.
     pub text: String,
     /// The log-probabilities of its tokens, if they were asked for.
-    pub logprobs: Option<()>,
+    pub logprobs: Option<CompletionLogprobs>,
     /// Why it ended: `stop` or `length`.
     pub finish_reason: Option<&'static str>,
 }
 
-/// How many tokens a request used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Usage {
-    /// Tokens of the prompts.
-    pub prompt_tokens: usize,
-    /// Tokens that were generated, in all answers.
-    pub completion_tokens: usize,
-    /// Both.
-    pub total_tokens: usize,
-}
-
-impl Usage {
-    pub(crate) fn new(prompt_tokens: usize) -> Self {
-        Usage { prompt_tokens, completion_tokens: 0, total_tokens: prompt_tokens }
-    }
-
-    /// Counts an event's token.
-    pub(crate) fn count(&mut self, event: &Event) {
-        self.completion_tokens += usize::from(event.token.is_some());
-        self.total_tokens = self.prompt_tokens + self.completion_tokens;
-    }
-}
-
-/// OpenAI's word for why an answer ended.
-pub(crate) fn finish_reason(event: &Event) -> Option<&'static str> {
-    event.finished.map(|(reason, _)| match reason {
-        FinishReason::EndId | FinishReason::StopWord => "stop",
-        FinishReason::Length => "length",
-    })
-}
-
-/// Answers a request.
+/// Continues prompts.
+#[utoipa::path(
+    post,
+    path = "/v1/completions",
+    operation_id = "completions",
+    request_body = CompletionBody,
+    responses(
+        (status = 200, description = "The answers; with `stream`, chunks of them.", content(
+            (Answer<CompletionChoice> = "application/json"),
+            (String = "text/event-stream"),
+        )),
+        (status = "4XX", description = "The request is wrong, or there is no room for it.", body = ErrorBody),
+        (status = "5XX", description = "The server cannot answer.", body = ErrorBody),
+    )
+)]
 pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields) -> Result<Response, ApiError> {
     let asked: CompletionRequest = fields.read()?;
     let sampling: Sampling = fields.read()?;
@@ -105,116 +81,166 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
     shared.check_model(&sampling.model)?;
     let choices = sampling.choices()?;
     let drawn = within("best_of", asked.best_of.unwrap_or(choices), choices, MAX_CHOICES)?;
-    if drawn != choices {
-        return Err(ApiError::field("best_of", "`best_of` is not supported, unless it equals `n`"));
+    let (echo, is_stream) = (asked.echo == Some(true), sampling.stream == Some(true));
+    if drawn > choices && is_stream {
+        let message = "`best_of` cannot be above `n` in a stream: which answers are best is known at the end";
+        return Err(ApiError::field("best_of", message));
     }
-    if asked.logprobs.is_some() {
-        return Err(ApiError::field("logprobs", "`logprobs` is not supported"));
-    }
-    let template = sampling.request(&shared)?;
-    let echo = asked.echo == Some(true);
+    let logprobs = asked.logprobs.map(|n| within("logprobs", n, 0, MAX_LOGPROBS)).transpose()?;
     let max_tokens = asked.max_tokens.unwrap_or(DEFAULT_TOKENS);
+    let template = Request {
+        max_output_len: max_tokens,
+        logprobs: logprobs.or((drawn > choices).then_some(0)),
+        prompt_logprobs: logprobs.filter(|_| echo),
+        ..sampling.request(&shared, max_tokens)?
+    };
     let prompts = asked.prompt.read(&shared).await?;
     let mut requests = Vec::with_capacity(prompts.len() * drawn);
-    for (prompt, number) in prompts.iter().zip(0..) {
+    for (prompt, prompt_index) in prompts.iter().zip(0..) {
         for hypothesis in (0..).take(drawn) {
-            requests.push(mixtral_runtime::Request {
-                prompt: prompt.ids.clone(),
-                max_output_len: max_tokens,
-                prompt_index: number,
-                hypothesis,
-                ..template.clone()
-            });
+            requests.push(Request { prompt: prompt.ids.clone(), prompt_index, hypothesis, ..template.clone() });
         }
     }
-    let usage = Usage::new(prompts.iter().map(|prompt| prompt.ids.len()).sum());
-    let generation = Generation::start(&shared, requests, "prompt").await?;
+    let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
+    // A prompt that is only echoed needs no session.
+    let only_echoed = echo && max_tokens == 0 && logprobs.is_none();
+    let running = if only_echoed { 0 } else { requests.len() };
+    let generation = Generation::start(&shared, requests.into_iter().take(running).collect(), "prompt").await?;
     let answers = Answers {
-        id: format!("cmpl-{:016x}{:016x}", random(), random()),
-        created: now(),
-        model: shared.model_name().into(),
-        echoed: if echo { prompts } else { Vec::new() },
+        envelope: Envelope::new(&shared, "cmpl", sampling.stream_options, prompt_tokens),
+        logprobs: logprobs.is_some(),
+        echo,
+        only_echoed,
+        offsets: vec![0; prompts.len() * drawn],
+        prompts,
+        drawn,
         choices,
-        usage,
-        options: sampling.stream_options.unwrap_or_default(),
+        shared,
     };
-    if sampling.stream == Some(true) {
+    if is_stream {
         return Ok(stream::respond(generation, answers));
     }
-    Ok(answers.collect(generation, drawn).await?.into_response())
+    answers.collect(generation).await
 }
 
 /// The answers to one request, as they grow.
 struct Answers {
-    id: String,
-    created: u64,
-    model: String,
-    /// The prompts, if answers begin with them.
-    echoed: Vec<Prompt>,
-    /// Answers to each prompt.
+    shared: Arc<Shared>,
+    envelope: Envelope,
+    prompts: Vec<Prompt>,
+    /// Whether answers begin with their prompts, and whether they have nothing else.
+    echo: bool,
+    only_echoed: bool,
+    /// Whether log-probabilities are told.
+    logprobs: bool,
+    /// How many answers are drawn for each prompt, and how many of them are given.
+    drawn: usize,
     choices: usize,
-    usage: Usage,
-    options: StreamOptions,
+    /// The lengths of the answers so far, in characters.
+    offsets: Vec<usize>,
 }
 
 impl Answers {
-    fn completion(&self, choices: Vec<CompletionChoice>, usage: Option<Usage>) -> Completion {
-        Completion {
-            id: self.id.clone(),
-            object: "text_completion",
-            created: self.created,
-            model: self.model.clone(),
-            choices,
-            usage,
+    /// The start of an answer.
+    fn start(&mut self, index: usize) -> CompletionChoice {
+        let mut start = CompletionChoice { index, ..CompletionChoice::default() };
+        let tokenizer = &self.shared.tokenizer;
+        if self.echo {
+            let prompt = &self.prompts[index / self.drawn];
+            start.text.clone_from(&prompt.text);
+            if let (true, Some(&first)) = (self.logprobs, prompt.ids.first()) {
+                let mut told = CompletionLogprobs::default();
+                told.push_first(tokenizer, first, &mut self.offsets[index]);
+                start.logprobs = Some(told);
+            }
+            start.finish_reason = self.only_echoed.then_some("length");
         }
+        start
     }
 
-    /// The start of each answer.
-    fn starts(&self) -> impl Iterator<Item = CompletionChoice> {
-        let texts = self.echoed.iter().flat_map(|prompt| std::iter::repeat_n(prompt.text.clone(), self.choices));
-        texts.enumerate().map(|(index, text)| CompletionChoice { index, text, ..CompletionChoice::default() })
+    /// The piece of an answer that an event brings.
+    fn piece(&mut self, index: usize, event: Event) -> CompletionChoice {
+        self.envelope.count(&event);
+        let finish_reason = finish_reason(&event);
+        let logprobs = self.logprobs.then(|| {
+            let mut told = CompletionLogprobs::default();
+            for scored in event.prompt_logprobs.iter().chain(&event.logprobs) {
+                told.push(&self.shared.tokenizer, scored, &mut self.offsets[index]);
+            }
+            told
+        });
+        CompletionChoice { index, text: event.text, logprobs, finish_reason }
     }
 
     /// The whole answers, after the last of them has ended.
-    async fn collect(mut self, mut generation: Generation, count: usize) -> Result<Json<Completion>, ApiError> {
-        let mut choices: Vec<CompletionChoice> = self.starts().collect();
+    async fn collect(mut self, mut generation: Generation) -> Result<Response, ApiError> {
+        let mut answers: Vec<CompletionChoice> = (0..self.offsets.len()).map(|index| self.start(index)).collect();
+        let mut means = vec![Mean::default(); answers.len()];
         while let Some((index, event)) = generation.next().await? {
-            self.usage.count(&event);
-            while choices.len() <= index {
-                choices.push(CompletionChoice { index: choices.len(), ..CompletionChoice::default() });
+            means[index].add(&event);
+            let piece = self.piece(index, event);
+            let answer = &mut answers[index];
+            answer.text += &piece.text;
+            answer.finish_reason = piece.finish_reason;
+            if let Some(more) = piece.logprobs {
+                answer.logprobs.get_or_insert_default().extend(more);
             }
-            choices[index].text += &event.text;
-            choices[index].finish_reason = finish_reason(&event);
         }
-        debug_assert!(choices.len() >= count);
-        Ok(Json(self.completion(choices, Some(self.usage))))
-    }
-
-    fn usage_so_far(&self) -> Option<Usage> {
-        self.options.continuous_usage_stats.unwrap_or(false).then_some(self.usage)
+        if self.drawn > self.choices {
+            let mut best = Vec::new();
+            for (answers, means) in answers.chunks(self.drawn).zip(means.chunks(self.drawn)) {
+                let mut ranked: Vec<_> = answers.iter().zip(means).collect();
+                // Of equally likely answers, the first comes first.
+                ranked.sort_by(|a, b| b.1.value().total_cmp(&a.1.value()));
+                best.extend(ranked.into_iter().take(self.choices).map(|(answer, _)| answer.clone()));
+            }
+            best.iter_mut().enumerate().for_each(|(index, answer)| answer.index = index);
+            answers = best;
+        }
+        Ok(Json(self.envelope.whole(OBJECT, answers)).into_response())
     }
 }
 
 impl Chunks for Answers {
     fn begin(&mut self, frames: &mut Frames) {
-        for start in self.starts() {
-            frames.push(&self.completion(vec![start], self.usage_so_far()));
+        let echoed = if self.echo { self.offsets.len() } else { 0 };
+        for index in 0..echoed {
+            let start = self.start(index);
+            frames.push(&self.envelope.chunk(OBJECT, start));
         }
     }
 
     fn event(&mut self, index: usize, event: Event, frames: &mut Frames) {
-        self.usage.count(&event);
-        let finish_reason = finish_reason(&event);
-        if event.text.is_empty() && finish_reason.is_none() && self.usage_so_far().is_none() {
-            return;
+        let piece = self.piece(index, event);
+        let says_something = !piece.text.is_empty() || piece.logprobs.is_some() || piece.finish_reason.is_some();
+        if says_something || self.envelope.tells_usage() {
+            frames.push(&self.envelope.chunk(OBJECT, piece));
         }
-        let choice = CompletionChoice { index, text: event.text, logprobs: None, finish_reason };
-        frames.push(&self.completion(vec![choice], self.usage_so_far()));
     }
 
     fn end(&mut self, frames: &mut Frames) {
-        if self.options.include_usage == Some(true) {
-            frames.push(&self.completion(Vec::new(), Some(self.usage)));
+        if let Some(last) = self.envelope.last::<CompletionChoice>(OBJECT) {
+            frames.push(&last);
         }
+    }
+}
+
+/// The mean log-probability of an answer's tokens.
+#[derive(Clone, Copy, Debug, Default)]
+struct Mean {
+    sum: f32,
+    tokens: f32,
+}
+
+impl Mean {
+    fn add(&mut self, event: &Event) {
+        if let Some(scored) = &event.logprobs {
+            self.sum += scored.logprob;
+            self.tokens += 1.0;
+        }
+    }
+
+    fn value(&self) -> f32 {
+        self.sum / self.tokens.max(1.0)
     }
 }

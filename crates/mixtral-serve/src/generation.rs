@@ -10,6 +10,11 @@ use crate::error::ApiError;
 use crate::shared::Shared;
 use crate::worker::{Ask, Command, Update};
 
+tokio::task_local! {
+    /// The name of the HTTP request that a handler answers.
+    pub(crate) static NAME: Arc<str>;
+}
+
 /// Sequences that the session has taken. Dropping it cancels those that have not ended.
 pub(crate) struct Generation {
     updates: UnboundedReceiver<(usize, Update)>,
@@ -39,10 +44,12 @@ impl Generation {
             return Err(ApiError::busy(format!("{most} sequences are running or waiting already; try again later")));
         };
         let (to, updates) = unbounded_channel();
-        let deadline = Instant::now() + shared.options.bounds.answer;
+        let name = NAME.try_with(Clone::clone).unwrap_or_default();
+        let asked = Instant::now();
+        let deadline = asked + shared.options.bounds.answer;
         let asks = requests.into_iter().enumerate().filter_map(|(index, request)| {
             let place = places.split(1)?;
-            Some(Ask { request, index, to: to.clone(), deadline, place })
+            Some(Ask { request, index, name: name.clone(), to: to.clone(), asked, deadline, place })
         });
         // It fails only after the session's thread has ended. The channel is then closed, which is noticed below.
         let _ = shared.commands.send(Command::Submit(asks.collect()));

@@ -6,11 +6,13 @@ use axum::Json;
 use axum::extract::{Path, State};
 use serde::Serialize;
 
-use crate::error::ApiError;
+use utoipa::ToSchema;
+
+use crate::error::{ApiError, ErrorBody};
 use crate::shared::Shared;
 
 /// A model that is served.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Model {
     /// Its name.
     pub id: String,
@@ -25,7 +27,7 @@ pub struct Model {
 }
 
 /// The models that are served: one, by all its names.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Models {
     /// `list`.
     pub object: &'static str,
@@ -44,12 +46,33 @@ fn model(shared: &Shared, name: &str) -> Model {
 }
 
 /// Lists the models.
+#[utoipa::path(
+    get,
+    path = "/v1/models",
+    operation_id = "models",
+    responses(
+        (status = 200, description = "The answer.", body = Models),
+        (status = "4XX", description = "The request is wrong.", body = ErrorBody),
+        (status = "5XX", description = "The server cannot answer.", body = ErrorBody),
+    )
+)]
 pub(crate) async fn list(State(shared): State<Arc<Shared>>) -> Json<Models> {
     let data = shared.options.model_names.iter().map(|name| model(&shared, name)).collect();
     Json(Models { object: "list", data })
 }
 
 /// Tells of one model.
+#[utoipa::path(
+    get,
+    path = "/v1/models/{model}",
+    operation_id = "model",
+    params(("model" = String, Path, description = "Its name.")),
+    responses(
+        (status = 200, description = "The answer.", body = Model),
+        (status = "4XX", description = "The request is wrong.", body = ErrorBody),
+        (status = "5XX", description = "The server cannot answer.", body = ErrorBody),
+    )
+)]
 pub(crate) async fn retrieve(
     State(shared): State<Arc<Shared>>,
     Path(name): Path<String>,

@@ -1,9 +1,11 @@
 //! What is served, to whom, and how much anyone may ask for.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use mixtral_model::TokenId;
+use mixtral_tokenizer::ChatTemplate;
 
 use crate::keys::Keys;
 
@@ -18,6 +20,8 @@ pub struct Options {
     pub keys: Keys,
     /// The tokens that end the model's sequences.
     pub end_ids: Vec<TokenId>,
+    /// How a conversation becomes a prompt; without it, there is no chat.
+    pub chat_template: Option<Arc<ChatTemplate>>,
     /// Bounds on what clients send.
     pub bounds: Bounds,
 }
@@ -47,7 +51,6 @@ pub const MAX_CHOICES: usize = 128;
 pub const MAX_STOPS: usize = 32;
 /// The most bytes of a text that ends an answer.
 pub const MAX_STOP_BYTES: usize = 1024;
-/// The most tokens whose likelihood is told at a position.
-pub const MAX_LOGPROBS: usize = 20;
+pub use mixtral_runtime::request::MAX_LOGPROBS;
 /// The most tokens with a bias.
 pub const MAX_BIASED: usize = 1024;

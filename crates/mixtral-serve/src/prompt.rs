@@ -4,6 +4,8 @@ use mixtral_model::TokenId;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
+use utoipa::ToSchema;
+
 use crate::error::ApiError;
 use crate::options::MAX_PROMPTS;
 use crate::shared::Shared;
@@ -15,6 +17,22 @@ pub enum Prompts {
     Texts(Vec<String>),
     /// Lists of token ids.
     Ids(Vec<Vec<u32>>),
+}
+
+/// How prompts are written.
+#[derive(ToSchema)]
+#[schema(as = Prompts)]
+#[expect(dead_code, reason = "it is only described")]
+pub(crate) enum PromptsSchema {
+    /// A text.
+    #[schema(title = "Text")]
+    Text(String),
+    /// Texts.
+    Texts(Vec<String>),
+    /// Token ids.
+    Ids(Vec<u32>),
+    /// Lists of token ids.
+    IdLists(Vec<Vec<u32>>),
 }
 
 /// A prompt as the session takes it, and as a text.

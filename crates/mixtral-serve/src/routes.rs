@@ -11,9 +11,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use tower_http::catch_panic::CatchPanicLayer;
 
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorBody};
+use crate::generation::NAME;
 use crate::shared::{Phase, Shared, random};
-use crate::{completions, models, tokens};
+use crate::{chat, completions, metrics, models, openapi, tokens};
 
 /// The header with a request's name, in requests and answers.
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -22,16 +23,19 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const MAX_REQUEST_ID: usize = 128;
 
 /// Paths that need no key, and are answered whatever the server is doing.
-const OPEN: [&str; 3] = ["/health", "/ready", "/ping"];
+const OPEN: [&str; 5] = ["/health", "/ready", "/ping", "/metrics", "/openapi.json"];
 
 /// All paths.
 pub(crate) fn router(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/v1/completions", post(completions::answer))
+        .route("/v1/chat/completions", post(chat::answer))
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*name}", get(models::retrieve))
         .route("/tokenize", post(tokens::tokenize))
         .route("/detokenize", post(tokens::detokenize))
+        .route("/metrics", get(metrics::render))
+        .route("/openapi.json", get(openapi::document))
         .route("/health", get(health))
         .route("/ping", get(health))
         .route("/ready", get(ready))
@@ -44,16 +48,36 @@ pub(crate) fn router(shared: Arc<Shared>) -> Router {
         .with_state(shared)
 }
 
-/// Whether the server is alive.
-async fn health(State(shared): State<Arc<Shared>>) -> Result<(), ApiError> {
+/// Whether the server is alive: an error if the engine failed.
+#[utoipa::path(
+    get,
+    path = "/health",
+    operation_id = "health",
+    responses(
+        (status = 200, description = "The answer."),
+        (status = "4XX", description = "The request is wrong.", body = ErrorBody),
+        (status = "5XX", description = "The server cannot answer.", body = ErrorBody),
+    )
+)]
+pub(crate) async fn health(State(shared): State<Arc<Shared>>) -> Result<(), ApiError> {
     match *shared.phase.borrow() {
         Phase::Failed(_) => shared.answers(),
         _ => Ok(()),
     }
 }
 
-/// Whether it answers requests now.
-async fn ready(State(shared): State<Arc<Shared>>) -> Result<(), ApiError> {
+/// Whether it answers requests now: an error while it loads, and when it was told to stop.
+#[utoipa::path(
+    get,
+    path = "/ready",
+    operation_id = "ready",
+    responses(
+        (status = 200, description = "The answer."),
+        (status = "4XX", description = "The request is wrong.", body = ErrorBody),
+        (status = "5XX", description = "The server cannot answer.", body = ErrorBody),
+    )
+)]
+pub(crate) async fn ready(State(shared): State<Arc<Shared>>) -> Result<(), ApiError> {
     shared.answers()
 }
 
@@ -70,7 +94,7 @@ async fn front(State(shared): State<Arc<Shared>>, request: Request, next: Next) 
         shared.options.keys.check(request.headers()).and_then(|()| shared.answers())
     };
     let mut response = match admitted {
-        Ok(()) => next.run(request).await,
+        Ok(()) => NAME.scope(name.to_str().unwrap_or_default().into(), next.run(request)).await,
         Err(error) => error.into_response(),
     };
     tracing::info!(

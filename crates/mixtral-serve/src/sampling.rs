@@ -2,41 +2,52 @@
 
 use std::collections::BTreeMap;
 
+use mixtral_model::TokenId;
 use mixtral_runtime::{Request, SamplingParams};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde_json::Value;
+use utoipa::ToSchema;
 
 use crate::error::ApiError;
-use crate::options::{MAX_CHOICES, MAX_STOP_BYTES, MAX_STOPS};
+use crate::options::{MAX_BIASED, MAX_CHOICES, MAX_STOP_BYTES, MAX_STOPS};
 use crate::shared::{Shared, random};
 
 /// How an answer is drawn and where it ends.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
 pub struct Sampling {
     /// The name of the model: one of `/v1/models`.
     pub model: String,
     /// How many answers to give to each prompt; 1 if absent.
+    #[schema(minimum = 1, maximum = 128)]
     pub n: Option<usize>,
     /// Divisor of the logits, at least 0, where 0 takes the likeliest token; 1 if absent.
+    #[schema(minimum = 0)]
     pub temperature: Option<f32>,
     /// Candidates up to this cumulative probability, from 0 to 1; 1, all of them, if absent.
+    #[schema(minimum = 0, maximum = 1)]
     pub top_p: Option<f32>,
     /// Candidates by rank; -1 or 0, all of them, if absent.
+    #[schema(minimum = -1)]
     pub top_k: Option<i64>,
     /// Candidates at least this likely, relative to the likeliest, from 0 to 1; 0 if absent.
+    #[schema(minimum = 0, maximum = 1)]
     pub min_p: Option<f32>,
     /// Subtracted from the logits of tokens of the answer, from -2 to 2; 0 if absent.
+    #[schema(minimum = -2, maximum = 2)]
     pub presence_penalty: Option<f32>,
     /// Subtracted for every time a token is in the answer, from -2 to 2; 0 if absent.
+    #[schema(minimum = -2, maximum = 2)]
     pub frequency_penalty: Option<f32>,
     /// Divides (or multiplies, where negative) the logits of tokens of prompt and answer, above 0; 1 if absent.
+    #[schema(exclusive_minimum = 0)]
     pub repetition_penalty: Option<f32>,
     /// Added to the logits of tokens, from -100 to 100, by token id.
-    pub logit_bias: Option<BTreeMap<u32, f32>>,
+    pub logit_bias: Option<BTreeMap<String, f32>>,
     /// Seed of the draws. With the same seed, the same request has the same answer. Random if absent.
     pub seed: Option<i64>,
     /// A text that ends the answer, or a list of them. It is not part of the answer.
+    #[schema(value_type = Option<StopSchema>)]
     pub stop: Option<Stop>,
     /// Whether the model's end tokens do not end the answer.
     pub ignore_eos: Option<bool>,
@@ -46,14 +57,24 @@ pub struct Sampling {
     pub stream: Option<bool>,
     /// What a stream tells beside text.
     pub stream_options: Option<StreamOptions>,
+    /// What the answer is: `text`.
+    pub response_format: Option<ResponseFormat>,
     /// Whom the request is for. It changes nothing.
     pub user: Option<String>,
     /// Anything of the client's own. It changes nothing.
     pub metadata: Option<BTreeMap<String, Value>>,
 }
 
+/// What an answer is.
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
+pub enum ResponseFormat {
+    /// Any text.
+    Text,
+}
+
 /// What a stream tells beside text.
-#[derive(Clone, Copy, Debug, Default, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct StreamOptions {
     /// Whether a last chunk tells how many tokens were used.
@@ -71,11 +92,11 @@ impl Sampling {
         within("n", self.n.unwrap_or(1), 1, MAX_CHOICES)
     }
 
-    /// A request for one answer, without prompt and length.
+    /// A request for one answer of at most `max_tokens` tokens, without its prompt.
     ///
     /// # Errors
     /// The field that is out of bounds, or that this server cannot honour.
-    pub fn request(&self, shared: &Shared) -> Result<Request, ApiError> {
+    pub fn request(&self, shared: &Shared, max_tokens: usize) -> Result<Request, ApiError> {
         let top_p = real("top_p", self.top_p, 1.0, 0.0, 1.0)?;
         let top_k = match self.top_k.unwrap_or(0) {
             -1 | 0 => 0,
@@ -91,23 +112,40 @@ impl Sampling {
             presence_penalty: real("presence_penalty", self.presence_penalty, 0.0, -2.0, 2.0)?,
             frequency_penalty: real("frequency_penalty", self.frequency_penalty, 0.0, -2.0, 2.0)?,
         };
-        if self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()) {
-            return Err(ApiError::field("logit_bias", "`logit_bias` is not supported"));
-        }
-        if self.min_tokens.is_some_and(|tokens| tokens > 0) {
-            return Err(ApiError::field("min_tokens", "`min_tokens` is not supported"));
-        }
         if self.stream_options.is_some() && self.stream != Some(true) {
             return Err(ApiError::field("stream_options", "`stream_options` needs `stream`"));
         }
         let Stop(stop_words) = self.stop.clone().unwrap_or_default();
         Ok(Request {
             params,
+            max_output_len: max_tokens,
+            min_output_len: within("min_tokens", self.min_tokens.unwrap_or(0), 0, max_tokens)?,
+            logit_bias: self.logit_bias(shared.capabilities.vocab_size)?,
             seed: self.seed.map_or_else(random, i64::cast_unsigned),
             end_ids: if self.ignore_eos == Some(true) { Vec::new() } else { shared.options.end_ids.clone() },
             stop_words,
             ..Request::default()
         })
+    }
+
+    /// The bias of tokens, checked.
+    fn logit_bias(&self, vocab_size: usize) -> Result<Vec<(TokenId, f32)>, ApiError> {
+        let bias = self.logit_bias.iter().flatten();
+        if bias.clone().count() > MAX_BIASED {
+            return Err(ApiError::field("logit_bias", format!("`logit_bias` has more than {MAX_BIASED} tokens")));
+        }
+        let checked = bias.map(|(text, &bias)| {
+            let field = || format!("logit_bias.{text}");
+            let Some(id) = text.parse().ok().filter(|&id: &u32| (id as usize) < vocab_size) else {
+                let message = format!("`{text}` is no token id of the vocabulary of {vocab_size}");
+                return Err(ApiError::field(field(), message));
+            };
+            if !(-100.0..=100.0).contains(&bias) {
+                return Err(ApiError::field(field(), format!("a bias must be from -100 to 100, and is {bias}")));
+            }
+            Ok((TokenId(id), bias))
+        });
+        checked.collect()
     }
 }
 
@@ -136,6 +174,18 @@ fn real(field: &'static str, value: Option<f32>, default: f32, low: f32, high: f
 /// The texts that end an answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stop(pub Vec<String>);
+
+/// How the texts that end an answer are written.
+#[derive(ToSchema)]
+#[schema(as = Stop)]
+#[expect(dead_code, reason = "it is only described")]
+enum StopSchema {
+    /// One text.
+    #[schema(title = "Text")]
+    Text(String),
+    /// Several.
+    Texts(Vec<String>),
+}
 
 impl<'de> Deserialize<'de> for Stop {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use crate::listen::listen;
+use crate::metrics::UPKEEP;
 use crate::options::Options;
 use crate::routes::router;
 use crate::shared::{Phase, Shared};
@@ -83,6 +84,13 @@ impl Server {
         let (to_session, commands) = channel();
         let shared = Arc::new(Shared::new(options, capabilities, tokenizer, to_session));
         let (stop_listening, stop) = watch::channel(false);
+        let counting = shared.clone();
+        runtime.spawn(async move {
+            loop {
+                tokio::time::sleep(UPKEEP).await;
+                counting.metrics.upkeep();
+            }
+        });
         let listening = runtime.spawn(listen(listener, router(shared.clone()), bounds, stop));
         Ok(Server { runtime, shared, commands, address, stop_listening, listening })
     }
@@ -112,7 +120,7 @@ impl Server {
             }
             was_loading
         });
-        let ended = worker::run(&mut session, &self.commands, &mut check);
+        let ended = worker::run(&mut session, &self.commands, &self.shared.metrics, &mut check);
         if let Err(why) = &ended {
             self.shared.phase.send_replace(Phase::Failed(why.as_str().into()));
             std::thread::sleep(LAST_WORDS);

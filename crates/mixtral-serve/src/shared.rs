@@ -10,6 +10,7 @@ use mixtral_runtime::{Tokenizer, TokenizerError};
 use tokio::sync::{Semaphore, watch};
 
 use crate::error::ApiError;
+use crate::metrics::Metrics;
 use crate::options::Options;
 use crate::worker::Command;
 
@@ -36,6 +37,8 @@ pub struct Shared {
     pub tokenizer: Arc<Tokenizer>,
     /// What the server is doing.
     pub phase: watch::Sender<Phase>,
+    /// What is counted and measured.
+    pub metrics: Metrics,
     /// Places for sequences: as many as run at a time, and as many as may wait.
     pub places: Arc<Semaphore>,
     /// Leads to the session's thread.
@@ -54,6 +57,7 @@ impl Shared {
         let shared = Shared {
             capabilities,
             tokenizer,
+            metrics: Metrics::new(&options.model_names[0]),
             phase: watch::Sender::new(Phase::Loading),
             places: Arc::new(Semaphore::new(0)),
             commands,

@@ -7,12 +7,14 @@ use axum::extract::State;
 use mixtral_model::TokenId;
 use serde::{Deserialize, Serialize};
 
+use utoipa::ToSchema;
+
 use crate::body::Fields;
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorBody};
 use crate::shared::Shared;
 
 /// A text whose tokens are asked for.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct TokenizeRequest {
     /// The name of the model.
     pub model: Option<String>,
@@ -25,20 +27,21 @@ pub struct TokenizeRequest {
 }
 
 /// The tokens of a text.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Tokenized {
     /// How many there are.
     pub count: usize,
     /// The most tokens of a prompt and its answer.
     pub max_model_len: usize,
     /// Their ids.
+    #[schema(value_type = Vec<u32>)]
     pub tokens: Vec<TokenId>,
     /// How the tokenizer writes them, if that was asked for.
     pub token_strs: Option<Vec<String>>,
 }
 
 /// Tokens whose text is asked for.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, ToSchema)]
 pub struct DetokenizeRequest {
     /// The name of the model.
     pub model: Option<String>,
@@ -47,13 +50,24 @@ pub struct DetokenizeRequest {
 }
 
 /// The text of tokens.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, ToSchema)]
 pub struct Detokenized {
     /// The text, without special tokens.
     pub prompt: String,
 }
 
 /// Text to tokens.
+#[utoipa::path(
+    post,
+    path = "/tokenize",
+    operation_id = "tokenize",
+    request_body = TokenizeRequest,
+    responses(
+        (status = 200, description = "The answer.", body = Tokenized),
+        (status = "4XX", description = "The request is wrong.", body = ErrorBody),
+        (status = "5XX", description = "The server cannot answer.", body = ErrorBody),
+    )
+)]
 pub(crate) async fn tokenize(
     State(shared): State<Arc<Shared>>,
     mut fields: Fields,
@@ -73,6 +87,17 @@ pub(crate) async fn tokenize(
 }
 
 /// Tokens to text.
+#[utoipa::path(
+    post,
+    path = "/detokenize",
+    operation_id = "detokenize",
+    request_body = DetokenizeRequest,
+    responses(
+        (status = 200, description = "The answer.", body = Detokenized),
+        (status = "4XX", description = "The request is wrong.", body = ErrorBody),
+        (status = "5XX", description = "The server cannot answer.", body = ErrorBody),
+    )
+)]
 pub(crate) async fn detokenize(
     State(shared): State<Arc<Shared>>,
     mut fields: Fields,

@@ -4,14 +4,16 @@
 //! sequence of the engine.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use mixtral_runtime::{Event, Refusal, Request, RequestId, Session};
+use mixtral_runtime::{Event, FinishReason, Refusal, Request, RequestId, Session};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::error::ApiError;
+use crate::metrics::{End, Metrics};
 
 /// How often an idle session looks whether its ranks are alive.
 const PULSE: Duration = Duration::from_secs(1);
@@ -34,6 +36,10 @@ pub(crate) struct Ask {
     pub(crate) index: usize,
     /// Where its updates go. If nobody is there any more, the sequence is cancelled.
     pub(crate) to: UnboundedSender<(usize, Update)>,
+    /// The name of that request, for the log.
+    pub(crate) name: Arc<str>,
+    /// When it was asked for.
+    pub(crate) asked: Instant,
     /// When it must have ended.
     pub(crate) deadline: Instant,
     /// Its place among the sequences that may be there. It is given back when the sequence ends.
@@ -55,16 +61,24 @@ pub(crate) enum Update {
 
 impl Ask {
     fn split(self) -> (Request, Live) {
-        let Ask { request, index, to, deadline, place } = self;
-        (request, Live { index, to, deadline, _place: place })
+        let Ask { request, index, name, to, asked, deadline, place } = self;
+        let prompt_tokens = request.prompt.len();
+        let last_token = None;
+        (request, Live { index, name, to, deadline, asked, last_token, prompt_tokens, tokens: 0, _place: place })
     }
 }
 
 /// A sequence under way.
 struct Live {
     index: usize,
+    name: Arc<str>,
     to: UnboundedSender<(usize, Update)>,
     deadline: Instant,
+    asked: Instant,
+    /// When its last token came.
+    last_token: Option<Instant>,
+    prompt_tokens: usize,
+    tokens: usize,
     _place: OwnedSemaphorePermit,
 }
 
@@ -72,6 +86,30 @@ impl Live {
     /// Whether the client is still there.
     fn tell(&self, update: Update) -> bool {
         self.to.send((self.index, update)).is_ok()
+    }
+
+    /// Measures an event.
+    fn measure(&mut self, event: &Event, now: Instant, metrics: &Metrics) {
+        if event.token.is_some() {
+            self.tokens += 1;
+            metrics.generated_tokens.increment(1);
+            match self.last_token.replace(now) {
+                None => metrics.first_token.record(now - self.asked),
+                Some(before) => metrics.between_tokens.record(now - before),
+            }
+        }
+    }
+
+    /// Counts its end, and leaves a line in the log.
+    #[expect(clippy::cast_precision_loss, reason = "no sequence has so many tokens")]
+    fn end(&self, how: End, now: Instant, metrics: &Metrics) {
+        let Live { name, index, prompt_tokens, tokens, .. } = self;
+        let (why, seconds) = (how.name(), (now - self.asked).as_secs_f64());
+        tracing::info!(request = &**name, index, prompt_tokens, tokens, why, seconds, "ended");
+        metrics.end(how);
+        metrics.whole_answer.record(now - self.asked);
+        metrics.tokens_of_prompt.record(self.prompt_tokens as f64);
+        metrics.tokens_of_answer.record(self.tokens as f64);
     }
 }
 
@@ -82,10 +120,11 @@ impl Live {
 pub(crate) fn run(
     session: &mut Session,
     commands: &Receiver<Command>,
+    metrics: &Metrics,
     check: &mut dyn FnMut() -> Result<(), String>,
 ) -> Result<(), String> {
     let mut live = HashMap::new();
-    let ended = work(session, commands, check, &mut live);
+    let ended = work(session, commands, metrics, check, &mut live);
     let why = match &ended {
         Ok(()) => ApiError::unavailable("the server was stopped before the answer was complete"),
         Err(error) => ApiError::internal(format!("the engine failed: {error}")),
@@ -96,6 +135,7 @@ pub(crate) fn run(
     });
     for sequence in live.into_values().chain(untaken.map(|ask| ask.split().1)) {
         sequence.tell(Update::Failed(why.clone()));
+        sequence.end(End::Error, Instant::now(), metrics);
     }
     ended
 }
@@ -103,10 +143,12 @@ pub(crate) fn run(
 fn work(
     session: &mut Session,
     commands: &Receiver<Command>,
+    metrics: &Metrics,
     check: &mut dyn FnMut() -> Result<(), String>,
     live: &mut HashMap<RequestId, Live>,
 ) -> Result<(), String> {
     loop {
+        metrics.session(&session.stats());
         let mut next = commands.try_recv().ok();
         if next.is_none() && session.is_idle() {
             next = match commands.recv_timeout(PULSE) {
@@ -120,7 +162,7 @@ fn work(
         }
         while let Some(command) = next {
             match command {
-                Command::Submit(asks) => asks.into_iter().for_each(|ask| submit(session, ask, live)),
+                Command::Submit(asks) => asks.into_iter().for_each(|ask| submit(session, ask, metrics, live)),
                 Command::Stop => return Ok(()),
             }
             next = commands.try_recv().ok();
@@ -134,25 +176,37 @@ fn work(
             let stays = !is_late && !sequence.to.is_closed();
             if !stays {
                 session.cancel(*id);
+                sequence.end(End::Abort, now, metrics);
             }
             stays
         });
-        for event in session.step().map_err(|error| error.to_string())? {
-            let id = event.id;
-            let has_ended = event.finished.is_some();
-            let is_heard = live.get(&id).is_some_and(|sequence| sequence.tell(Update::Event(Box::new(event))));
-            if has_ended {
-                live.remove(&id);
-            } else if !is_heard {
-                session.cancel(id);
-                live.remove(&id);
+        let events = session.step().map_err(|error| error.to_string())?;
+        let now = Instant::now();
+        for event in events {
+            let Some(sequence) = live.get_mut(&event.id) else { continue };
+            sequence.measure(&event, now, metrics);
+            let (id, finished) = (event.id, event.finished);
+            // A client that is gone is noticed before the next step.
+            let end = match event.ok() {
+                Ok(event) => {
+                    sequence.tell(Update::Event(Box::new(event)));
+                    finished.map(|(reason, _)| if reason == FinishReason::Length { End::Length } else { End::Stop })
+                }
+                Err(error) => {
+                    sequence.tell(Update::Failed(ApiError::internal(error.to_string())));
+                    Some(End::Error)
+                }
+            };
+            if let (Some(end), Some(sequence)) = (end, end.and_then(|_| live.remove(&id))) {
+                sequence.end(end, now, metrics);
             }
         }
     }
 }
 
-fn submit(session: &mut Session, ask: Ask, live: &mut HashMap<RequestId, Live>) {
+fn submit(session: &mut Session, ask: Ask, metrics: &Metrics, live: &mut HashMap<RequestId, Live>) {
     let (request, sequence) = ask.split();
+    metrics.prompt_tokens.increment(sequence.prompt_tokens as u64);
     match session.submit(request) {
         Ok(id) if sequence.tell(Update::Accepted) => drop(live.insert(id, sequence)),
         Ok(id) => drop(session.cancel(id)),

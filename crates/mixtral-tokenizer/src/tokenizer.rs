@@ -128,6 +128,13 @@ impl Tokenizer {
         self.token(id).filter(|token| self.inner.get_added_vocabulary().is_special_token(token))
     }
 
+    /// The id of a special token, by its content.
+    #[must_use]
+    pub fn special_id(&self, content: &str) -> Option<TokenId> {
+        let id = self.inner.token_to_id(content).map(TokenId);
+        id.filter(|_| self.inner.get_added_vocabulary().is_special_token(content))
+    }
+
     /// Whether the token has text when it is decoded.
     pub(crate) fn has_text(&self, id: TokenId) -> bool {
         self.token(id).is_some_and(|token| !self.inner.get_added_vocabulary().is_special_token(&token))
@@ -140,8 +147,9 @@ impl Tokenizer {
         u8::from_str_radix(digits, 16).ok()
     }
 
-    /// The bytes that a token adds in the middle of a text.
-    pub(crate) fn token_bytes(&self, id: TokenId) -> Option<Vec<u8>> {
+    /// The bytes that a token adds in the middle of a text. Those of a special token are its content.
+    #[must_use]
+    pub fn token_bytes(&self, id: TokenId) -> Option<Vec<u8>> {
         let token = self.token(id)?;
         if let Some(byte) = self.byte(id) {
             return Some(vec![byte]);

@@ -27,6 +27,9 @@ pub struct ServeArgs {
     /// Directory of tokenizer.json [default: the engine's, which carries the model's]
     #[arg(help_heading = ENGINE, long)]
     pub tokenizer_dir: Option<PathBuf>,
+    /// Chat template to use instead of the model's own
+    #[arg(help_heading = ENGINE, long, value_name = "FILE")]
+    pub chat_template: Option<PathBuf>,
     /// Where it runs.
     #[command(flatten)]
     pub place: PlaceArgs,

@@ -8,7 +8,7 @@ use mixtral_engine::{Backend, EngineDir, Program};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::{Driver, follow};
 use mixtral_runtime::session::Capabilities;
-use mixtral_runtime::{Executor, Local, Request, Session, Tokenizer};
+use mixtral_runtime::{Executor, Local, Request, Session, SessionOptions, Tokenizer};
 
 use super::cache::Wanted;
 use super::load::{LoadOptions, Part};
@@ -84,12 +84,12 @@ impl Job<'_> {
 
     /// Loads the engine on all ranks, with a cache for `requests`. Called once in a job.
     pub fn session(&self, requests: &[Request], tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
-        self.session_with(Wanted::by(&self.part.program.limits, requests), tokenizer)
+        self.session_with(Wanted::by(&self.part.program.limits, requests), SessionOptions::default(), tokenizer)
     }
 
     /// The same, with a cache for as many sequences of any length as the engine takes.
-    pub fn largest_session(&self, tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
-        self.session_with(Wanted::any(&self.part.program.limits), tokenizer)
+    pub fn largest_session(&self, options: SessionOptions, tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
+        self.session_with(Wanted::any(&self.part.program.limits), options, tokenizer)
     }
 
     /// Whether all ranks are alive.
@@ -97,12 +97,22 @@ impl Job<'_> {
         self.world.map_or(Ok(()), World::check)
     }
 
-    fn session_with(&self, wanted: Wanted, tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
+    /// How many ranks run on this host.
+    pub fn ranks_here(&self) -> usize {
+        self.world.map_or(1, World::local_size).max(1)
+    }
+
+    fn session_with(
+        &self,
+        wanted: Wanted,
+        options: SessionOptions,
+        tokenizer: Option<Arc<Tokenizer>>,
+    ) -> Result<Session> {
         let backend = self.part.load(self.world, wanted)?;
         let executor: Box<dyn Executor> = match self.world {
             None => Box::new(Local::new(backend)),
             Some(world) => Box::new(Driver::new(world, self.part.engine.config().mapping, backend)?),
         };
-        Ok(Session::new(executor, self.capabilities(), tokenizer))
+        Ok(Session::with_options(executor, self.capabilities(), tokenizer, options))
     }
 }

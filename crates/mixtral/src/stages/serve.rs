@@ -5,13 +5,15 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use mixtral_engine::EngineDir;
+use mixtral_runtime::{Policy, SessionOptions};
 use mixtral_serve::{Options, Server};
-use mixtral_tokenizer::Tokenizer;
+use mixtral_tokenizer::{ChatTemplate, Tokenizer};
 
 use super::run::end_ids;
 use crate::args::serve::{LogFormat, ServeArgs, ServeOptions};
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
+use crate::run::machine::available_memory;
 use crate::{interrupt, say};
 
 /// Runs the stage.
@@ -32,6 +34,7 @@ fn lead(options: &ServeOptions, job: &Job<'_>) -> Result<()> {
         model_names: names(args),
         keys: options.keys.clone(),
         end_ids: end_ids(&args.engine_dir, args.tokenizer_dir.as_deref(), Some(&tokenizer))?,
+        chat_template: chat_template(args)?.map(Arc::new),
         bounds: options.bounds,
     };
     let server = Server::start(served, job.capabilities(), tokenizer.clone())?;
@@ -45,9 +48,27 @@ fn lead(options: &ServeOptions, job: &Job<'_>) -> Result<()> {
     interrupt::on_first(move || stopper.stop())?;
     // Whoever started the server reads the address, so it is printed whatever the level of messages is.
     writeln!(std::io::stdout(), "listening on http://{address}")?;
-    let session = say::timed("loading", || job.largest_session(Some(tokenizer)))?;
+    let session = say::timed("loading", || job.largest_session(session_options(job), Some(tokenizer)))?;
     say::note("ready");
     Ok(server.run(session, || job.check().map_err(|error| error.to_string()))?)
+}
+
+/// Prompts share the cache's blocks, and sequences join as soon as there are blocks for their prompts: most answers end
+/// before they are as long as they may be. When blocks run out, the youngest sequence waits in the host's memory, of which
+/// half of what is available may be used.
+fn session_options(job: &Job<'_>) -> SessionOptions {
+    let block = job.program().memory_plan().kv_block.max(1);
+    let host_blocks = available_memory().unwrap_or(0) / 2 / block / job.ranks_here();
+    SessionOptions { policy: Policy::MaxUtilization, block_reuse: true, host_blocks, max_prefill_tokens: None }
+}
+
+/// The chat template that the flag names, or else that of the tokenizer's directory.
+fn chat_template(args: &ServeArgs) -> Result<Option<ChatTemplate>> {
+    let dir = args.tokenizer_dir.as_ref().unwrap_or(&args.engine_dir);
+    Ok(match &args.chat_template {
+        Some(file) => Some(ChatTemplate::from_file(file, dir)?),
+        None => ChatTemplate::load(dir)?,
+    })
 }
 
 /// The names of the model for clients.
