@@ -253,7 +253,7 @@ fn shells_and_man_know_every_command() {
     }
     assert!(mixtral_in(at, "man", &[]).ok().contains(".TH mixtral 1"));
     mixtral_in(at, "man pages", &[]).ok();
-    for command in ["convert", "build", "run", "bench", "diff", "inspect", "verify"] {
+    for command in ["convert", "build", "run", "serve", "bench", "diff", "inspect", "verify"] {
         let page = fs::read_to_string(at.join(format!("pages/mixtral-{command}.1"))).unwrap();
         assert!(page.contains("Examples:"), "{command}");
     }
@@ -263,7 +263,7 @@ fn shells_and_man_know_every_command() {
 #[test]
 fn help_of_every_command() {
     let mut text = String::new();
-    for command in ["", "convert", "build", "run", "bench", "diff", "inspect", "verify", "completions", "man"] {
+    for command in ["", "convert", "build", "run", "serve", "bench", "diff", "inspect", "verify", "completions", "man"] {
         let help = mixtral_in(Path::new("."), &format!("{command} -h"), &[]).ok();
         assert!(help.contains("Examples:"), "{command}: {help}");
         text += &format!("$ mixtral {command} -h\n{help}\n");

@@ -5,7 +5,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 use crate::demo::run_stages;
-use crate::needs::{NEEDS, python, venv};
+use crate::needs::{NEEDS, javascript, python, venv};
 use crate::steps::{Captured, Steps};
 use crate::tidy::tidy;
 use crate::workspace::{Workspace, cargo};
@@ -15,17 +15,25 @@ struct PythonCheck {
     name: &'static str,
     script: &'static str,
     self_test: bool,
+    /// Whether it also runs a script of `tests/javascript`.
+    javascript: bool,
 }
 
 /// The self-tests come first: they prove that the checks find planted errors. Then come the checks of the tool. The
 /// self-test of parity.py is left out, since it takes minutes and compares transformers with itself.
 const PYTHON_CHECKS: &[PythonCheck] = &[
-    PythonCheck { name: "self-test of the reader", script: "tests/python/check_checkpoint.py", self_test: true },
-    PythonCheck { name: "self-test of the layouts", script: "tests/python/layouts.py", self_test: true },
-    PythonCheck { name: "source layouts", script: "tests/python/layouts.py", self_test: false },
-    PythonCheck { name: "ids and text of tokenizers", script: "tests/python/text.py", self_test: false },
-    PythonCheck { name: "parity with transformers", script: "tests/python/parity.py", self_test: false },
-    PythonCheck { name: "dummy weights in transformers", script: "tests/python/twin.py", self_test: false },
+    PythonCheck { name: "self-test of the reader", script: "tests/python/check_checkpoint.py", self_test: true, javascript: false },
+    PythonCheck { name: "self-test of the layouts", script: "tests/python/layouts.py", self_test: true, javascript: false },
+    PythonCheck { name: "source layouts", script: "tests/python/layouts.py", self_test: false, javascript: false },
+    PythonCheck { name: "ids and text of tokenizers", script: "tests/python/text.py", self_test: false, javascript: false },
+    PythonCheck { name: "parity with transformers", script: "tests/python/parity.py", self_test: false, javascript: false },
+    PythonCheck { name: "dummy weights in transformers", script: "tests/python/twin.py", self_test: false, javascript: false },
+    PythonCheck {
+        name: "OpenAI's clients",
+        script: "tests/python/clients.py",
+        self_test: false,
+        javascript: true,
+    },
 ];
 
 /// Everything that can be tested on a machine without a GPU.
@@ -101,6 +109,9 @@ fn python_checks(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
             script.arg("--self-test");
         } else {
             script.arg("--mixtral").arg(workspace.mixtral());
+        }
+        if check.javascript {
+            script.arg("--javascript").arg(javascript(workspace));
         }
         steps.run(check.name, || workspace.run(&mut script))
     })

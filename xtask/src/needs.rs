@@ -35,6 +35,11 @@ pub(crate) const NEEDS: &[Need] = &[
         install: |workspace| install_venv(workspace, &venv(workspace), &requirements(workspace)?),
     },
     Need {
+        name: "Node.js with the packages of tests/javascript/package.json",
+        is_met: |workspace| Ok(packages_are_current(&javascript(workspace), &javascript_packages(workspace)?)),
+        install: |workspace| install_javascript(workspace, &javascript(workspace), &javascript_packages(workspace)?),
+    },
+    Need {
         name: "mpirun",
         is_met: |_| Ok(Command::new("mpirun").arg("--version").output().is_ok_and(|out| out.status.success())),
         install: |_| apt_install(&["openmpi-bin"]),
@@ -47,6 +52,7 @@ pub(crate) const NEEDS: &[Need] = &[
 ];
 
 const REQUIREMENTS: &str = "tests/python/requirements.txt";
+const JAVASCRIPT_PACKAGES: &str = "tests/javascript/package.json";
 
 /// The oldest Python for which the pinned packages have wheels.
 const OLDEST_PYTHON: Version = Version(3, 11);
@@ -116,6 +122,35 @@ fn install_venv(workspace: &Workspace, venv: &Path, requirements: &str) -> Resul
     };
     uv().or_else(|_| pip(&["--requirement", REQUIREMENTS])).with_context(failed)?;
     fs::write(stamp(venv), requirements).with_context(|| format!("writing {}", stamp(venv).display()))
+}
+
+/// The folder with packages for JavaScript.
+pub(crate) fn javascript(workspace: &Workspace) -> PathBuf {
+    workspace.target.join("javascript")
+}
+
+fn javascript_packages(workspace: &Workspace) -> Result<String> {
+    let path = workspace.root.join(JAVASCRIPT_PACKAGES);
+    fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+}
+
+/// Whether a folder has these packages. npm writes its list of them last.
+fn packages_are_current(folder: &Path, packages: &str) -> bool {
+    let listed = folder.join("node_modules/.package-lock.json").exists();
+    listed && fs::read_to_string(folder.join("package.json")).is_ok_and(|installed| installed == packages)
+}
+
+fn install_javascript(workspace: &Workspace, folder: &Path, packages: &str) -> Result<()> {
+    if Command::new("npm").arg("--version").stdout(Stdio::null()).status().is_err() {
+        apt_install(&["nodejs", "npm"])?;
+    }
+    let _ = fs::remove_dir_all(folder.join("node_modules"));
+    fs::create_dir_all(folder).with_context(|| format!("making {}", folder.display()))?;
+    let manifest = folder.join("package.json");
+    fs::write(&manifest, packages).with_context(|| format!("writing {}", manifest.display()))?;
+    println!("installing {JAVASCRIPT_PACKAGES} in {}", workspace.shown(folder).display());
+    let mut npm = Command::new("npm");
+    workspace.run(npm.args(["install", "--no-audit", "--no-fund", "--no-package-lock", "--prefix"]).arg(folder))
 }
 
 /// The first Python on the path that is new enough and can make virtual environments.
@@ -194,6 +229,18 @@ mod tests {
         assert!(error.contains("found: python3 is 3.9, python3.12 is 3.12 without the venv module;"), "{error}");
         let error = choose_python([("python3", None)]).expect_err("there is none").to_string();
         assert!(error.contains("found: none;"), "{error}");
+    }
+
+    #[test]
+    fn packages_are_current_only_for_their_own_manifest() {
+        let folder = tempfile::tempdir().expect("a temporary directory");
+        let path = folder.path();
+        fs::write(path.join("package.json"), "{}\n").expect("writable");
+        assert!(!packages_are_current(path, "{}\n"), "an interrupted installation has no list");
+        fs::create_dir(path.join("node_modules")).expect("creatable");
+        fs::write(path.join("node_modules/.package-lock.json"), "").expect("writable");
+        assert!(packages_are_current(path, "{}\n"));
+        assert!(!packages_are_current(path, "{ }\n"));
     }
 
     #[test]
