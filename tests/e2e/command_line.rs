@@ -263,7 +263,8 @@ fn shells_and_man_know_every_command() {
 #[test]
 fn help_of_every_command() {
     let mut text = String::new();
-    for command in ["", "convert", "build", "run", "serve", "bench", "diff", "inspect", "verify", "completions", "man"] {
+    for command in ["", "convert", "build", "run", "serve", "bench", "diff", "inspect", "verify", "completions", "man"]
+    {
         let help = mixtral_in(Path::new("."), &format!("{command} -h"), &[]).ok();
         assert!(help.contains("Examples:"), "{command}: {help}");
         text += &format!("$ mixtral {command} -h\n{help}\n");

@@ -392,3 +392,40 @@ fn a_dead_rank_ends_the_server() {
         assert!(died.elapsed() < Duration::from_secs(10), "{:?}", died.elapsed());
     }
 }
+
+/// `bench --url` measures a server as `bench` measures an engine, and says how many requests were answered in time.
+#[test]
+fn a_server_is_measured_by_bench() {
+    let dir = example_engine("", "");
+    let served = Served::start(dir.path(), "--api-key key");
+    let bench = |flags: &str| {
+        let line = format!("bench --url http://{} --api-key key --requests 12 {flags}", served.address);
+        mixtral_in(dir.path(), &line, &[])
+    };
+    let figures: Value = serde_json::from_str(
+        &bench("--json --input-len 5-20 --output-len 8 --concurrency 3 --arrival-rate 500 --first-token-limit 60000")
+            .ok(),
+    )
+    .unwrap();
+    assert_eq!(
+        (&figures["model"], &figures["failed"], &figures["concurrency"]),
+        (&json!("tiny"), &json!(0), &json!(3))
+    );
+    let throughput = &figures["throughput"];
+    assert_eq!((&throughput["requests"], &throughput["output_tokens"]), (&json!(12), &json!(96)));
+    assert!(throughput["prompt_tokens"].as_u64().unwrap() >= 60);
+    for rate in ["output_tokens_per_s", "first_token_ms_median", "per_token_ms_p99"] {
+        assert!(throughput[rate].as_f64().unwrap() > 0.0, "{rate}");
+    }
+    assert!(figures["goodput_per_s"].as_f64().unwrap() > 0.0);
+    let printed = bench("--sequential").ok();
+    assert!(printed.starts_with(&format!("tiny at http://{}, at most 1 at a time", served.address)), "{printed}");
+    assert!(printed.contains("12 requests one after another"), "{printed}");
+
+    let refused = bench("--input-len 600");
+    assert_eq!(refused.code, 1);
+    assert!(refused.err.contains("status 400") && refused.err.contains("at most 512 tokens"), "{}", refused.err);
+    let line = format!("bench --url http://{} --requests 1", served.address);
+    assert!(mixtral_in(dir.path(), &line, &[]).err.contains("no API key"));
+    assert_eq!(mixtral_in(dir.path(), "bench --url http://localhost:1", &[]).code, 2);
+}

@@ -22,18 +22,38 @@ struct PythonCheck {
 /// The self-tests come first: they prove that the checks find planted errors. Then come the checks of the tool. The
 /// self-test of parity.py is left out, since it takes minutes and compares transformers with itself.
 const PYTHON_CHECKS: &[PythonCheck] = &[
-    PythonCheck { name: "self-test of the reader", script: "tests/python/check_checkpoint.py", self_test: true, javascript: false },
-    PythonCheck { name: "self-test of the layouts", script: "tests/python/layouts.py", self_test: true, javascript: false },
-    PythonCheck { name: "source layouts", script: "tests/python/layouts.py", self_test: false, javascript: false },
-    PythonCheck { name: "ids and text of tokenizers", script: "tests/python/text.py", self_test: false, javascript: false },
-    PythonCheck { name: "parity with transformers", script: "tests/python/parity.py", self_test: false, javascript: false },
-    PythonCheck { name: "dummy weights in transformers", script: "tests/python/twin.py", self_test: false, javascript: false },
     PythonCheck {
-        name: "OpenAI's clients",
-        script: "tests/python/clients.py",
-        self_test: false,
-        javascript: true,
+        name: "self-test of the reader",
+        script: "tests/python/check_checkpoint.py",
+        self_test: true,
+        javascript: false,
     },
+    PythonCheck {
+        name: "self-test of the layouts",
+        script: "tests/python/layouts.py",
+        self_test: true,
+        javascript: false,
+    },
+    PythonCheck { name: "source layouts", script: "tests/python/layouts.py", self_test: false, javascript: false },
+    PythonCheck {
+        name: "ids and text of tokenizers",
+        script: "tests/python/text.py",
+        self_test: false,
+        javascript: false,
+    },
+    PythonCheck {
+        name: "parity with transformers",
+        script: "tests/python/parity.py",
+        self_test: false,
+        javascript: false,
+    },
+    PythonCheck {
+        name: "dummy weights in transformers",
+        script: "tests/python/twin.py",
+        self_test: false,
+        javascript: false,
+    },
+    PythonCheck { name: "OpenAI's clients", script: "tests/python/clients.py", self_test: false, javascript: true },
 ];
 
 /// Everything that can be tested on a machine without a GPU.

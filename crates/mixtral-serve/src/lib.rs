@@ -5,12 +5,13 @@
 //! [`error`] (what clients send, and what they are told is wrong with it), [`keys`]; [`sampling`], [`answer`] and
 //! [`logprobs`] (what [`completions`] and [`chat`] have in common), [`prompt`], [`messages`], [`tools`] and [`stream`];
 //! [`tokens`] and [`models`]; [`worker`] (the session's thread), [`generation`] (what a handler sees of it), [`metrics`]
-//! and [`openapi`] (the description of all of it, for programs).
+//! and [`openapi`] (the description of all of it, for programs). [`client`] measures any such server.
 #![forbid(unsafe_code)]
 
 pub mod answer;
 pub mod body;
 pub mod chat;
+pub mod client;
 pub mod completions;
 pub mod error;
 pub mod generation;

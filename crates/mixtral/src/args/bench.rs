@@ -9,6 +9,7 @@ use super::{Usage, usage};
 const DECODE: &str = "Decode steps";
 const PREFILL: &str = "Prefill";
 const THROUGHPUT: &str = "Throughput";
+const SERVER: &str = "Throughput of a server";
 const OUTPUT: &str = "Output";
 
 /// The flags as they were typed.
@@ -16,7 +17,8 @@ const OUTPUT: &str = "Output";
 #[command(after_help = "\
 Examples:
   mixtral bench --engine-dir ./engine --batch-size 1,8 --context 1024
-  mixtral bench --engine-dir ./engine --requests 100 --input-len 100-500 --output-len 128 --arrival-rate 4")]
+  mixtral bench --engine-dir ./engine --requests 100 --input-len 100-500 --output-len 128 --arrival-rate 4
+  mixtral bench --url http://localhost:8000 --requests 100 --concurrency 16")]
 pub struct BenchArgs {
     /// Engine to measure
     #[arg(help_heading = ENGINE, long, default_value = "engine_outputs")]
@@ -58,6 +60,24 @@ pub struct BenchArgs {
     /// Answer the requests one after another instead of in flight together
     #[arg(help_heading = THROUGHPUT, long, requires = "requests")]
     pub sequential: bool,
+    /// Measure the server at this address, with OpenAI's API, instead of an engine
+    #[arg(help_heading = SERVER, long, conflicts_with_all = ["engine_dir", "per_op", "quick"])]
+    pub url: Option<String>,
+    /// Its model [default: the first that it has]
+    #[arg(help_heading = SERVER, long, requires = "url", value_name = "NAME")]
+    pub model: Option<String>,
+    /// The key to use it with
+    #[arg(help_heading = SERVER, long, requires = "url", value_name = "KEY")]
+    pub api_key: Option<String>,
+    /// Requests at a time, at most [default: as many as have arrived]
+    #[arg(help_heading = SERVER, long, requires = "url", value_name = "N", value_parser = numbers::sequences)]
+    pub concurrency: Option<usize>,
+    /// Milliseconds to the first token, within which a request counts as good
+    #[arg(help_heading = SERVER, long, requires = "url", value_name = "MS", value_parser = numbers::milliseconds)]
+    pub first_token_limit: Option<usize>,
+    /// Milliseconds between tokens, in the mean, within which a request counts as good
+    #[arg(help_heading = SERVER, long, requires = "url", value_name = "MS", value_parser = numbers::milliseconds)]
+    pub per_token_limit: Option<usize>,
     /// Seed of prompts, lengths and arrivals
     #[arg(help_heading = OUTPUT, long, default_value_t = 0)]
     pub random_seed: u64,
@@ -77,6 +97,9 @@ impl BenchArgs {
     pub fn validate(self) -> Result<Self, Usage> {
         if self.sequential && self.arrival_rate > 0.0 {
             usage!("--sequential answers one request after another, so --arrival-rate has no meaning; leave one out");
+        }
+        if self.url.is_some() && self.requests == 0 {
+            usage!("--url measures requests, and none was asked for; add --requests 100");
         }
         Ok(self)
     }

@@ -87,6 +87,11 @@ pub fn body_bytes(text: &str) -> Result<usize, String> {
     whole(text, 1, MAX_BODY_BYTES, "no prompt is longer")
 }
 
+/// A time in whole milliseconds.
+pub fn milliseconds(text: &str) -> Result<usize, String> {
+    whole(text, 1, 1000 * MAX_SECONDS, "a week")
+}
+
 /// A time in whole seconds.
 pub fn seconds(text: &str) -> Result<usize, String> {
     whole(text, 1, MAX_SECONDS, "a week")

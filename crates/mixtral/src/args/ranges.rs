@@ -42,6 +42,7 @@ const RANKS: Takes = Whole(1, MAX_RANKS as i128);
 /// Which sizes a model may have, and how many candidates there are, is checked later, when the model is known.
 const ANY_SIZE: Takes = Whole(0, SIZE);
 const SECONDS: Takes = Whole(1, MAX_SECONDS as i128);
+const MILLISECONDS: Takes = Whole(1, 1000 * MAX_SECONDS as i128);
 const SEED: Takes = Whole(0, u64::MAX as i128);
 const PROBABILITY: Takes = Real { low: 0.0, high: 1.0, f32: true };
 const ANY_F32: Takes = Real { low: f64::MIN, high: f64::MAX, f32: true };
@@ -125,6 +126,9 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("bench", "input-len", Span),
     ("bench", "output-len", Span),
     ("bench", "arrival-rate", Rate),
+    ("bench", "concurrency", SEQUENCES),
+    ("bench", "first-token-limit", MILLISECONDS),
+    ("bench", "per-token-limit", MILLISECONDS),
     ("bench", "random-seed", SEED),
     ("diff", "layers", TOKENS),
     ("diff", "f32-limit", Real { low: 0.0, high: f64::MAX, f32: false }),
@@ -201,6 +205,8 @@ fn the_table_has_every_numeric_flag() {
 fn accepts(command: &str, flag: &str, value: &str) -> bool {
     let mut line = vec!["mixtral".to_owned(), command.to_owned(), format!("--{flag}={value}")];
     line.extend((command == "bench").then(|| "--requests=1".to_owned()).filter(|_| flag != "requests"));
+    let is_of_server = ["concurrency", "first-token-limit", "per-token-limit"].contains(&flag);
+    line.extend(is_of_server.then(|| "--url=http://localhost".to_owned()));
     // Several outputs of greedy sampling would be equal, and are refused.
     line.extend((flag == "num-return-sequences").then(|| "--top-k=0".to_owned()));
     line.extend((command == "diff" && flag == "max-input-length").then(|| "--input-text=a".to_owned()));

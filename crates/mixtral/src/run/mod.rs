@@ -16,3 +16,4 @@ pub mod prompt_files;
 pub mod prompts;
 pub mod ranks;
 pub mod report;
+pub mod throughput;

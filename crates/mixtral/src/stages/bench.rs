@@ -9,7 +9,7 @@ use mixtral_build::cost::{StepShape, cost};
 use mixtral_engine::{EngineDir, Limits, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
-use mixtral_runtime::{Request, Session};
+use mixtral_runtime::{Request, Session, Timing};
 use serde::Serialize;
 
 use crate::args::bench::BenchArgs;
@@ -17,6 +17,7 @@ use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
 use crate::run::per_op::OpTable;
 use crate::run::report::{decode_weight_bytes, f, median, quantile, ratio};
+use crate::run::throughput::{Finished, Throughput};
 
 /// From this rate on, in GFLOP/s, rates are printed in TFLOP/s.
 const TERA: f64 = 1e4;
@@ -57,22 +58,6 @@ struct Prefill {
     compute_percent: Option<f64>,
 }
 
-/// The figures of many requests.
-#[derive(Debug, Serialize)]
-struct Throughput {
-    requests: usize,
-    sequential: bool,
-    seconds: f64,
-    prompt_tokens: usize,
-    output_tokens: usize,
-    output_tokens_per_s: f64,
-    tokens_per_s: f64,
-    first_token_ms_median: f64,
-    first_token_ms_p99: f64,
-    per_token_ms_median: f64,
-    per_token_ms_p99: f64,
-}
-
 /// Everything measured.
 #[derive(Debug, Serialize)]
 struct Bench {
@@ -97,6 +82,9 @@ struct Bench {
 
 /// Runs the command.
 pub fn main(args: &BenchArgs) -> Result<()> {
+    if let Some(url) = &args.url {
+        return super::bench_server::main(args, url);
+    }
     let engine = EngineDir::open(&args.engine_dir)?;
     let load = LoadOptions { place: args.place, count_experts: false, time_ops: args.per_op, graphs: true };
     job::run(&engine, load, |job| {
@@ -127,7 +115,7 @@ impl Numbers {
         RandomKey { seed: self.seed, prompt: 0, hypothesis: 0, position: self.drawn }.bits()
     }
 
-    fn within(&mut self, (low, high): (usize, usize)) -> usize {
+    pub(super) fn within(&mut self, (low, high): (usize, usize)) -> usize {
         let span = (high - low) as u64 + 1;
         low + usize::try_from(self.bits() % span).unwrap_or(0)
     }
@@ -364,21 +352,26 @@ fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<Measured
     Ok(steps)
 }
 
+/// When requests arrive, in seconds from the start: all at once, or at random with `rate` a second.
+pub(super) fn arrivals(numbers: &mut Numbers, rate: f64, requests: usize) -> Vec<f64> {
+    let mut at = 0.0;
+    let next = |_| {
+        // The gaps of a Poisson process are exponential.
+        if rate > 0.0 {
+            at -= numbers.unit().ln() / rate;
+        }
+        at
+    };
+    (0..requests).map(next).collect()
+}
+
 fn throughput(
     session: &mut Session,
     args: &BenchArgs,
     requests: &[Request],
     numbers: &mut Numbers,
 ) -> Result<Throughput> {
-    // The gaps of a Poisson process are exponential.
-    let mut at = 0.0;
-    let mut arrivals: Vec<f64> = Vec::with_capacity(requests.len());
-    for _ in requests {
-        if args.arrival_rate > 0.0 {
-            at -= numbers.unit().ln() / args.arrival_rate;
-        }
-        arrivals.push(at);
-    }
+    let arrivals = arrivals(numbers, args.arrival_rate, requests.len());
     let start = Instant::now();
     let (mut next, mut first_id, mut finished) = (0, None, Vec::new());
     while finished.len() < requests.len() {
@@ -394,37 +387,16 @@ fn throughput(
             std::thread::sleep(Duration::from_secs_f64(wait));
             continue;
         }
+        let first_id = first_id.unwrap_or(0);
         for event in session.step()? {
-            let event = event.ok()?;
-            finished.extend(event.finished.map(|(_, timing)| (event.id.0, timing)));
+            let index = event.id.0 - first_id;
+            let Some((_, Timing { first_token, total, .. })) = event.ok()?.finished else { continue };
+            finished.push(Finished { first_token, total, tokens: requests[index].max_output_len });
         }
     }
     let seconds = start.elapsed().as_secs_f64();
-    let output_tokens: usize = requests.iter().map(|r| r.max_output_len).sum();
-    let prompt_tokens: usize = requests.iter().map(|r| r.prompt.len()).sum();
-    let ms = |d: Duration| d.as_secs_f64() * 1e3;
-    let first: Vec<f64> = finished.iter().map(|(_, t)| ms(t.first_token)).collect();
-    let first_id = first_id.unwrap_or(0);
-    // The time from the first token to the last. Outputs of one token have no time between tokens.
-    let between: Vec<f64> = finished
-        .iter()
-        .map(|(id, timing)| (requests[id - first_id].max_output_len, timing))
-        .filter(|(tokens, _)| *tokens > 1)
-        .map(|(tokens, timing)| ms(timing.total - timing.first_token) / f(tokens - 1))
-        .collect();
-    Ok(Throughput {
-        requests: requests.len(),
-        sequential: args.sequential,
-        seconds,
-        prompt_tokens,
-        output_tokens,
-        output_tokens_per_s: ratio(f(output_tokens), seconds),
-        tokens_per_s: ratio(f(output_tokens + prompt_tokens), seconds),
-        first_token_ms_median: median(first.clone()),
-        first_token_ms_p99: quantile(first, 0.99),
-        per_token_ms_median: median(between.clone()),
-        per_token_ms_p99: quantile(between, 0.99),
-    })
+    let prompt_tokens = requests.iter().map(|r| r.prompt.len()).sum();
+    Ok(Throughput::new(args.sequential, seconds, prompt_tokens, &finished))
 }
 
 fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
@@ -491,18 +463,8 @@ fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
             p.compute_percent.map_or_else(|| "-".to_owned(), |percent| format!("{percent:.0}"))
         )?;
     }
-    if let Some(t) = throughput {
-        writeln!(
-            out,
-            "\n{} requests {} in {:.3} s: {:.1} output tok/s, {:.1} tok/s with prompts",
-            t.requests,
-            if t.sequential { "one after another" } else { "in flight" },
-            t.seconds,
-            t.output_tokens_per_s,
-            t.tokens_per_s
-        )?;
-        writeln!(out, "first token  {:.2} ms median, {:.2} ms p99", t.first_token_ms_median, t.first_token_ms_p99)?;
-        writeln!(out, "each token   {:.3} ms median, {:.3} ms p99", t.per_token_ms_median, t.per_token_ms_p99)?;
+    if let Some(throughput) = throughput {
+        throughput.print(out)?;
     }
     per_op.iter().try_for_each(|table| table.print(out))
 }

@@ -1,6 +1,7 @@
 //! One file for each subcommand, and one for `build --from-engine`. Each takes validated options and does the work.
 
 pub mod bench;
+pub mod bench_server;
 pub mod build;
 pub mod convert;
 pub mod diff;
