@@ -128,10 +128,10 @@ impl CudaBackend {
             };
             outputs.tokens.push(TokenId(token.ok_or_else(wrong)?));
         }
-        // The kernels that draw know no bias, and none scores. Such a step's logits come to the host, which computes both as
+        // Some draws are not for the kernels, and none scores. Such a step's logits come to the host, which computes both as
         // they are defined.
-        let biased = inputs.samples.iter().any(|sample| !sample.bias.is_empty());
-        if inputs.return_logits || biased || !inputs.scores.is_empty() {
+        let host_draws = inputs.samples.iter().any(|sample| inputs::is_drawn_by_host(&self.program, sample));
+        if inputs.return_logits || host_draws || !inputs.scores.is_empty() {
             let cols = self.program.buffer(&logits).map_or(0, |buffer| buffer.cols);
             let bytes = self.read_buffer(&logits, 4 * cols * inputs.num_logits())?;
             let rows = bytes.chunks_exact((4 * cols).max(1));
@@ -141,7 +141,9 @@ impl CudaBackend {
         }
         let row = |row: usize| &outputs.logits[row * self.program.vocab_size..][..self.program.vocab_size];
         for (sample, request) in inputs.samples.iter().enumerate() {
-            if !request.bias.is_empty() && !non_finite.iter().any(|wrong| wrong.row == request.row) {
+            if inputs::is_drawn_by_host(&self.program, request)
+                && !non_finite.iter().any(|wrong| wrong.row == request.row)
+            {
                 outputs.tokens[sample] = sampling::sample(&mut row(request.row).to_vec(), request);
             }
         }

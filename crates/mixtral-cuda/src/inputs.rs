@@ -109,7 +109,9 @@ fn samples(program: &Program, inputs: &StepInputs<'_>) -> (Vec<Sample>, Vec<Adju
     let mut adjustments = Vec::new();
     let samples = inputs.samples.iter().map(|request| {
         let first = adjustments.len();
-        adjust(program.vocab_size, request, &mut adjustments);
+        if !is_drawn_by_host(program, request) {
+            adjust(program.vocab_size, request, &mut adjustments);
+        }
         Sample {
             row: int(request.row),
             bits: request.key.bits(),
@@ -145,6 +147,12 @@ fn filters(vocab_size: usize, request: &SampleRequest<'_>) -> Sample {
     }
     let top_k = if params.top_k < vocab_size { int(params.top_k) } else { 0 };
     Sample { top_k, top_p, min_weight, temperature: params.temperature, ..Sample::default() }
+}
+
+/// Whether the host draws, because the kernels that draw know no bias, and the step block has no room for so many banned
+/// tokens.
+pub(crate) fn is_drawn_by_host(program: &Program, request: &SampleRequest<'_>) -> bool {
+    !request.bias.is_empty() || request.banned.len() > program.limits.max_seq_len
 }
 
 /// Appends the adjustments of a draw.

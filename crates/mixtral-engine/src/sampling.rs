@@ -5,8 +5,6 @@
 //! tokens, temperature, top-k, top-p, min-p. A token's weight is the integer `round(2^40 · exp((x − max)))`, where x is
 //! the scaled logit. Sums of integers do not depend on the order of summation. Ties always go to the lower token id.
 
-use std::collections::BTreeSet;
-
 use mixtral_model::TokenId;
 use serde::{Deserialize, Serialize};
 
@@ -137,10 +135,12 @@ pub fn adjust(logits: &mut [f32], request: &SampleRequest<'_>) {
         }
     }
     penalize(logits, &request.params, &request.tokens, request.prompt_len);
-    let banned: BTreeSet<usize> =
-        request.banned.iter().filter_map(|t| usize::try_from(t.0).ok()).filter(|&t| t < logits.len()).collect();
-    if banned.len() < logits.len() {
-        banned.into_iter().for_each(|token| logits[token] = f32::NEG_INFINITY);
+    let mut banned = vec![false; logits.len()];
+    for token in request.banned.iter().filter_map(|t| usize::try_from(t.0).ok()) {
+        banned.get_mut(token).into_iter().for_each(|banned| *banned = true);
+    }
+    if banned.contains(&false) {
+        logits.iter_mut().zip(banned).filter(|(_, banned)| *banned).for_each(|(logit, _)| *logit = f32::NEG_INFINITY);
     }
 }
 

@@ -25,7 +25,8 @@ pub use execute::{Executor, Local};
 pub use mixtral_engine::SamplingParams;
 pub use mixtral_tokenizer::{BadWords, Tokenizer, TokenizerError};
 pub use request::{
-    Beams, EarlyStopping, FinishReason, Hypothesis, Refusal, Request, RequestError, RequestId, TokenLogprobs,
+    Beams, Constraint, EarlyStopping, FinishReason, Hypothesis, Refusal, Request, RequestError, RequestId,
+    TokenLogprobs,
 };
 pub use schedule::{Policy, SessionOptions};
 pub use session::{Event, Session, SessionStats, Timing};

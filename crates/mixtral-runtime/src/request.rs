@@ -22,6 +22,13 @@ impl fmt::Display for RequestId {
 /// The most tokens whose log-probabilities a request may ask for at each position.
 pub const MAX_LOGPROBS: usize = 20;
 
+/// Says which tokens may come next, by those that were generated.
+pub trait Constraint: fmt::Debug + Send + Sync {
+    /// The tokens that may not follow `output`. A sequence asks before each of its draws, so `output` grows by one token from
+    /// one call to the next.
+    fn banned(&self, output: &[TokenId]) -> Vec<TokenId>;
+}
+
 /// One sequence to generate.
 #[derive(Clone, Debug, Default)]
 pub struct Request {
@@ -46,6 +53,8 @@ pub struct Request {
     pub stop_words: Vec<String>,
     /// Texts that may not be generated.
     pub bad_words: Arc<BadWords>,
+    /// What else says which tokens may be generated. It belongs to this request alone.
+    pub constraint: Option<Arc<dyn Constraint>>,
     /// No sequence of so many tokens appears twice in prompt and output; 0 is off.
     pub no_repeat_ngram_size: usize,
     /// What is added to the logits of some tokens.

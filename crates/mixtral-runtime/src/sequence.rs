@@ -161,9 +161,10 @@ impl Sequence {
 
     /// The tokens that may not come next.
     fn banned(&self) -> Vec<TokenId> {
-        let Request { bad_words, end_ids, min_output_len, no_repeat_ngram_size, .. } = &self.request;
+        let Request { bad_words, constraint, end_ids, min_output_len, no_repeat_ngram_size, .. } = &self.request;
         let mut banned = bad_words.banned(&self.tokens);
         banned.extend(ngrams::repeating(&self.tokens, *no_repeat_ngram_size));
+        banned.extend(constraint.iter().flat_map(|constraint| constraint.banned(self.output())));
         if self.output().len() < *min_output_len {
             banned.extend(end_ids);
         }

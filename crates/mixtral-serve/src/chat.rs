@@ -18,7 +18,7 @@ use crate::logprobs::{ChatLogprob, ChatLogprobs};
 use crate::messages::{Message, Tool, ToolCall, conversation};
 use crate::openapi::ChatBody;
 use crate::options::MAX_LOGPROBS;
-use crate::sampling::{Sampling, within};
+use crate::sampling::{Sampling, guided, within};
 use crate::shared::Shared;
 use crate::stream::{self, Chunks, Frames};
 use crate::tools::ToolCalls;
@@ -139,6 +139,7 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
     }
     let top = asked.top_logprobs.map(|n| within("top_logprobs", n, 0, MAX_LOGPROBS)).transpose()?.unwrap_or(0);
     let logprobs = (asked.logprobs == Some(true)).then_some(top);
+    let form = sampling.form()?;
     let calls = asked.tools.is_some() && asked.tool_choice != Some(ToolChoice::None);
     if calls && asked.parallel_tool_calls == Some(false) {
         let message = "`parallel_tool_calls` false is not supported: the model decides how many calls it writes";
@@ -159,7 +160,8 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
     let prompt_tokens = prompt.len();
     let requests =
         (0..).take(choices).map(|hypothesis| Request { prompt: prompt.clone(), hypothesis, ..request.clone() });
-    let generation = Generation::start(&shared, requests.collect(), "messages").await?;
+    let requests = guided(&shared, form, requests.collect()).await?;
+    let generation = Generation::start(&shared, requests, "messages").await?;
     let answers = Answers {
         envelope: Envelope::new(&shared, "chatcmpl", sampling.stream_options, prompt_tokens),
         calls: vec![calls.then(|| ToolCalls::new(&shared.tokenizer)); choices],

@@ -17,7 +17,7 @@ use crate::logprobs::CompletionLogprobs;
 use crate::openapi::CompletionBody;
 use crate::options::{MAX_CHOICES, MAX_LOGPROBS};
 use crate::prompt::{Prompt, Prompts, PromptsSchema};
-use crate::sampling::{Sampling, within};
+use crate::sampling::{Sampling, guided, within};
 use crate::shared::Shared;
 use crate::stream::{self, Chunks, Frames};
 
@@ -94,6 +94,7 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
         prompt_logprobs: logprobs.filter(|_| echo),
         ..sampling.request(&shared, max_tokens)?
     };
+    let form = sampling.form()?;
     let prompts = asked.prompt.read(&shared).await?;
     let mut requests = Vec::with_capacity(prompts.len() * drawn);
     for (prompt, prompt_index) in prompts.iter().zip(0..) {
@@ -101,6 +102,7 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
             requests.push(Request { prompt: prompt.ids.clone(), prompt_index, hypothesis, ..template.clone() });
         }
     }
+    let requests = guided(&shared, form, requests).await?;
     let prompt_tokens = prompts.iter().map(|prompt| prompt.ids.len()).sum();
     // A prompt that is only echoed needs no session.
     let only_echoed = echo && max_tokens == 0 && logprobs.is_none();

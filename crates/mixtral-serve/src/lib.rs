@@ -3,7 +3,7 @@
 //! Reading order: [`options`] (what is served, to whom, and how much anyone may ask for); [`server`] (from listening to the
 //! last answer), [`listen`] (connections), [`routes`] (who answers what) and [`shared`] (what all of them use); [`body`] and
 //! [`error`] (what clients send, and what they are told is wrong with it), [`keys`]; [`sampling`], [`answer`] and
-//! [`logprobs`] (what [`completions`] and [`chat`] have in common), [`prompt`], [`messages`], [`tools`] and [`stream`];
+//! [`logprobs`] (what [`completions`] and [`chat`] have in common), [`prompt`], [`messages`], [`tools`], [`guide`] and [`stream`];
 //! [`tokens`] and [`models`]; [`worker`] (the session's thread), [`generation`] (what a handler sees of it), [`metrics`]
 //! and [`openapi`] (the description of all of it, for programs). [`client`] measures any such server.
 #![forbid(unsafe_code)]
@@ -15,6 +15,7 @@ pub mod client;
 pub mod completions;
 pub mod error;
 pub mod generation;
+pub mod guide;
 pub mod keys;
 pub mod listen;
 pub mod logprobs;

@@ -6,10 +6,11 @@ use mixtral_model::TokenId;
 use mixtral_runtime::{Request, SamplingParams};
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
-use serde_json::Value;
+use serde_json::{Value, json};
 use utoipa::ToSchema;
 
 use crate::error::ApiError;
+use crate::guide::Form;
 use crate::options::{MAX_BIASED, MAX_CHOICES, MAX_STOP_BYTES, MAX_STOPS};
 use crate::shared::{Shared, random};
 
@@ -57,20 +58,49 @@ pub struct Sampling {
     pub stream: Option<bool>,
     /// What a stream tells beside text.
     pub stream_options: Option<StreamOptions>,
-    /// What the answer is: `text`.
+    /// The form of the answer: any text, a JSON object, or JSON that fits a schema.
     pub response_format: Option<ResponseFormat>,
+    /// A JSON schema that the answer fits.
+    #[schema(value_type = Option<Object>)]
+    pub guided_json: Option<Value>,
+    /// A regular expression that matches the whole answer.
+    pub guided_regex: Option<String>,
+    /// A grammar of the answer, in Lark's notation.
+    pub guided_grammar: Option<String>,
     /// Whom the request is for. It changes nothing.
     pub user: Option<String>,
     /// Anything of the client's own. It changes nothing.
     pub metadata: Option<BTreeMap<String, Value>>,
 }
 
-/// What an answer is.
-#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+/// The form of an answer.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum ResponseFormat {
     /// Any text.
     Text,
+    /// A JSON object.
+    JsonObject,
+    /// JSON that fits a schema.
+    JsonSchema {
+        /// The schema.
+        json_schema: NamedSchema,
+    },
+}
+
+/// A JSON schema, and what it is of.
+#[derive(Clone, Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NamedSchema {
+    /// Its name, which changes nothing.
+    pub name: String,
+    /// What it is of, which changes nothing.
+    pub description: Option<String>,
+    /// The schema; any object if absent.
+    #[schema(value_type = Option<Object>)]
+    pub schema: Option<Value>,
+    /// Answers always fit the schema, so this changes nothing.
+    pub strict: Option<bool>,
 }
 
 /// What a stream tells beside text.
@@ -128,6 +158,34 @@ impl Sampling {
         })
     }
 
+    /// The form that the answer must have, and the field that says so.
+    ///
+    /// # Errors
+    /// If several fields say so, or others keep the answer from ending where its form does.
+    pub(crate) fn form(&self) -> Result<Option<(Form, &'static str)>, ApiError> {
+        let format = self.response_format.as_ref().and_then(|format| match format {
+            ResponseFormat::Text => None,
+            ResponseFormat::JsonObject => Some(json!({ "type": "object" })),
+            ResponseFormat::JsonSchema { json_schema } => {
+                Some(json_schema.schema.clone().unwrap_or_else(|| json!({ "type": "object" })))
+            }
+        });
+        let forms = [
+            (format.map(Form::Json), "response_format"),
+            (self.guided_json.clone().map(Form::Json), "guided_json"),
+            (self.guided_regex.clone().map(Form::Regex), "guided_regex"),
+            (self.guided_grammar.clone().map(Form::Grammar), "guided_grammar"),
+        ];
+        let mut forms = forms.into_iter().filter_map(|(form, field)| Some((form?, field)));
+        let Some((form, field)) = forms.next() else { return Ok(None) };
+        let also = forms.next().map(|(_, other)| other);
+        let also = also.or(self.min_tokens.filter(|&n| n > 0).map(|_| "min_tokens"));
+        if let Some(other) = also.or(self.ignore_eos.filter(|&ignored| ignored).map(|_| "ignore_eos")) {
+            return Err(ApiError::field(other, format!("`{other}` cannot be given together with `{field}`")));
+        }
+        Ok(Some((form, field)))
+    }
+
     /// The bias of tokens, checked.
     fn logit_bias(&self, vocab_size: usize) -> Result<Vec<(TokenId, f32)>, ApiError> {
         let bias = self.logit_bias.iter().flatten();
@@ -147,6 +205,24 @@ impl Sampling {
         });
         checked.collect()
     }
+}
+
+/// Gives each request a guide of its own, if the answer must have a form.
+///
+/// # Errors
+/// If the form cannot be understood.
+pub(crate) async fn guided(
+    shared: &Shared,
+    form: Option<(Form, &'static str)>,
+    mut requests: Vec<Request>,
+) -> Result<Vec<Request>, ApiError> {
+    if let Some((form, field)) = form {
+        let guides = shared.guides(form, requests.len(), field).await?;
+        for (request, guide) in requests.iter_mut().zip(guides) {
+            request.constraint = Some(guide);
+        }
+    }
+    Ok(requests)
 }
 
 /// Checks a whole number.

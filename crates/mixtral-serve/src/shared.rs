@@ -10,6 +10,7 @@ use mixtral_runtime::{Tokenizer, TokenizerError};
 use tokio::sync::{Semaphore, watch};
 
 use crate::error::ApiError;
+use crate::guide::{Form, Guide, Guides};
 use crate::metrics::Metrics;
 use crate::options::Options;
 use crate::worker::Command;
@@ -37,6 +38,8 @@ pub struct Shared {
     pub tokenizer: Arc<Tokenizer>,
     /// What the server is doing.
     pub phase: watch::Sender<Phase>,
+    /// Makes guides for answers of a given form.
+    pub(crate) guides: Arc<Guides>,
     /// What is counted and measured.
     pub metrics: Metrics,
     /// Places for sequences: as many as run at a time, and as many as may wait.
@@ -57,6 +60,7 @@ impl Shared {
         let shared = Shared {
             capabilities,
             tokenizer,
+            guides: Arc::default(),
             metrics: Metrics::new(&options.model_names[0]),
             phase: watch::Sender::new(Phase::Loading),
             places: Arc::new(Semaphore::new(0)),
@@ -112,6 +116,28 @@ impl Shared {
         let done = tokio::task::spawn_blocking(move || work(&tokenizer)).await;
         let done = done.map_err(|_| ApiError::internal("the tokenizer failed"))?;
         done.map_err(|error| ApiError::invalid(error.to_string()))
+    }
+}
+
+impl Shared {
+    /// A guide for each of `count` answers of a form, which came from `field`.
+    ///
+    /// # Errors
+    /// If the form cannot be understood.
+    pub(crate) async fn guides(
+        &self,
+        form: Form,
+        count: usize,
+        field: &'static str,
+    ) -> Result<Vec<Arc<Guide>>, ApiError> {
+        let (guides, tokenizer) = (self.guides.clone(), self.tokenizer.clone());
+        let (vocab_size, end_ids) = (self.capabilities.vocab_size, self.options.end_ids.clone());
+        let made = tokio::task::spawn_blocking(move || {
+            let guide = |_| guides.guide(form.clone(), &tokenizer, vocab_size, &end_ids).map(Arc::new);
+            (0..count).map(guide).collect()
+        });
+        let made: Result<_, String> = made.await.map_err(|_| ApiError::internal("the form could not be read"))?;
+        made.map_err(|why| ApiError::field(field, format!("`{field}` cannot be kept to: {why}")))
     }
 }
 

@@ -208,6 +208,22 @@ fn adjustments_are_one_a_token_with_its_count() {
     assert_eq!(all(repetition, &everything), [(3, seen), (5, seen | 2), (7, seen | 1)]);
 }
 
+/// A constraint may ban nearly the whole vocabulary, for which the step block has no room in every engine.
+#[test]
+fn a_draw_with_many_bans_is_the_hosts() {
+    let program = program();
+    let most = program.limits.max_seq_len;
+    let with = |bans: usize, bias: &[(TokenId, f32)]| {
+        let banned = (0..bans).map(|_| TokenId(1)).collect();
+        let request = SampleRequest { banned, bias: bias.to_vec(), ..request(drawn_freely()) };
+        let inputs = StepInputs { samples: vec![request.clone()], ..StepInputs::default() };
+        (is_drawn_by_host(&program, &request), samples(&program, &inputs).1.len())
+    };
+    assert_eq!(with(most, &[]), (false, 1));
+    assert_eq!(with(most + 1, &[]), (true, 0));
+    assert_eq!(with(1, &[(TokenId(2), 1.0)]), (true, 0));
+}
+
 #[test]
 fn more_draws_than_the_block_holds_are_refused() {
     let program = program();
