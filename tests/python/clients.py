@@ -8,7 +8,10 @@ clients check the types of answers. This script checks what is in them.
 """
 
 import argparse
+import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +19,11 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
+import jsonschema
 import openai
+import pydantic
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
@@ -115,6 +121,98 @@ def chat(client):
     client.chat.completions.create(model="tiny", messages=again, max_tokens=1)
 
 
+class Size(pydantic.BaseModel):
+    width: int = pydantic.Field(ge=1, le=99)
+    height: int = pydantic.Field(ge=1, le=99)
+
+
+class House(pydantic.BaseModel):
+    owner: Literal["Montague", "Capulet"]
+    rooms: list[Size] = pydantic.Field(min_length=1, max_length=3)
+    burnt: bool | None
+
+
+def forms(client):
+    """Answers of a given form: the client reads them into its own types."""
+    asked = {"model": "tiny", "messages": USER, "seed": 5, "max_completion_tokens": 400}
+    house = client.chat.completions.parse(**asked, response_format=House).choices[0].message.parsed
+    assert isinstance(house, House)
+    answer = client.chat.completions.create(**asked, response_format={"type": "json_object"}, logit_bias={})
+    if answer.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(answer.choices[0].message.content), dict)
+    text = client.completions.create(model="tiny", prompt="ROMEO:", max_tokens=50, seed=1,
+                                     extra_body={"guided_regex": "[A-Z][a-z]{2,5}, [0-9]{2}"}).choices[0].text
+    assert re.fullmatch("[A-Z][a-z]{2,5}, [0-9]{2}", text), text
+    choice = client.completions.create(model="tiny", prompt="ROMEO:", max_tokens=50, stream=True,
+                                       extra_body={"guided_grammar": 'start: "yes" | "no"'})
+    assert "".join(chunk.choices[0].text for chunk in choice) in ("yes", "no")
+    wrong = {"model": "tiny", "prompt": "a", "extra_body": {"guided_json": {"type": "objekt"}}}
+    assert expect(openai.BadRequestError, lambda: client.completions.create(**wrong)).param == "guided_json"
+
+    city = {"type": "object", "properties": {"city": {"enum": ["Verona", "Mantua"]}}, "required": ["city"],
+            "additionalProperties": False}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": city}},
+             {"type": "function", "function": {"name": "time", "parameters": city}}]
+    named = {"type": "function", "function": {"name": "time"}}
+    for choice, names in [("required", {"weather", "time"}), (named, {"time"})]:
+        extra = {"parallel_tool_calls": False} if choice == "required" else {}
+        called = client.chat.completions.create(**asked, tools=tools, tool_choice=choice, **extra).choices[0]
+        [call] = called.message.tool_calls
+        assert called.finish_reason == "tool_calls" and called.message.content is None
+        assert call.function.name in names and json.loads(call.function.arguments)["city"] in ("Verona", "Mantua")
+        with client.chat.completions.stream(**asked, tools=tools, tool_choice=choice, **extra) as stream:
+            final = stream.until_done().get_final_completion().choices[0].message
+        assert final.tool_calls[0].function.arguments == call.function.arguments
+        # The call goes back as it came, with the tool's answer.
+        answered = USER + [called.message.model_dump(), {"role": "tool", "tool_call_id": call.id, "content": "fair"}]
+        client.chat.completions.create(model="tiny", messages=answered, tools=tools, max_tokens=1)
+
+
+def schema(rng, depth):
+    """A schema drawn at random, of values that a short answer can have."""
+    kinds = ["enum", "integer", "boolean", "null", "string", "const"] + ["object", "array", "any of"] * (depth > 0)
+    match rng.choice(kinds):
+        case "enum":
+            return {"enum": rng.sample(["a", "b c", "\u00e9", 7, -1.5, None, True, "line\n"], 3)}
+        case "const":
+            return {"const": rng.choice(["x", 0, {"k": [1, "two"]}])}
+        case "integer":
+            low = rng.randrange(-50, 50)
+            return {"type": "integer", "minimum": low, "maximum": low + rng.randrange(100)}
+        case "string":
+            return {"type": "string", "pattern": rng.choice(["^[a-f]{1,4}$", "^(on|off)$", "^[0-9]{2}:[0-9]{2}$"])}
+        case "array":
+            low = rng.randrange(3)
+            return {"type": "array", "items": schema(rng, depth - 1), "minItems": low, "maxItems": low + rng.randrange(3)}
+        case "any of":
+            return {"anyOf": [schema(rng, depth - 1) for _ in range(2)]}
+        case "object":
+            names = rng.sample(["name", "size", "of", "kind", "\u00fcber"], rng.randrange(1, 4))
+            return {"type": "object", "properties": {name: schema(rng, depth - 1) for name in names},
+                    "required": names[: rng.randrange(len(names) + 1)], "additionalProperties": False}
+        case kind:
+            return {"type": kind}
+
+
+def schemas(client, count, seed):
+    """Every finished answer fits its schema, which another implementation confirms."""
+    rng = random.Random(seed)
+    drawn = [schema(rng, 1 + number * 3 // count) for number in range(count)]
+
+    def answer(wanted):
+        form = {"type": "json_schema", "json_schema": {"name": "drawn", "schema": wanted, "strict": True}}
+        return client.chat.completions.create(model="tiny", messages=USER, response_format=form, max_tokens=300).choices[0]
+
+    finished = 0
+    with ThreadPoolExecutor(4) as pool:
+        for wanted, choice in zip(drawn, pool.map(answer, drawn)):
+            if choice.finish_reason == "stop":
+                finished += 1
+                jsonschema.validate(json.loads(choice.message.content), wanted)
+    assert finished >= 0.95 * count, f"only {finished} of {count} answers were finished"
+    print(f"{finished} of {count} answers finished, and all of them fit their schemas (seed {seed})")
+
+
 def errors(client, url):
     assert [model.id for model in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").id == "tiny"
     missing = expect(openai.NotFoundError, lambda: client.models.retrieve("other"))
@@ -142,12 +240,16 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--mixtral", type=Path, required=True)
     parser.add_argument("--javascript", type=Path)
+    parser.add_argument("--schemas", type=int, default=200, help="how many schemas are drawn")
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="seed of the schemas")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, Server(args.mixtral.resolve(), Path(folder)) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=30)
         completions(client)
         chat(client)
         errors(client, server.url)
+        forms(client)
+        schemas(client, args.schemas, args.seed)
         crowd(client)
         print(f"openai {openai.__version__} for Python: all as expected")
         if args.javascript:

@@ -21,6 +21,7 @@ use crate::options::MAX_LOGPROBS;
 use crate::sampling::{Sampling, guided, within};
 use crate::shared::Shared;
 use crate::stream::{self, Chunks, Frames};
+use crate::tool_choice::{ToolChoice, ToolChoiceSchema};
 use crate::tools::ToolCalls;
 
 const OBJECT: &str = "chat.completion";
@@ -41,22 +42,14 @@ pub struct ChatRequest {
     pub top_logprobs: Option<usize>,
     /// The tools that the model may call.
     pub tools: Option<Vec<Tool>>,
-    /// Whether it may: `auto`, or `none`.
+    /// Whether it does: `auto` leaves it to the model, with `none` it is not told of them, with `required` it calls one or
+    /// more, and with a function's name it calls that one. What it must call fits its parameters.
+    #[schema(value_type = Option<ToolChoiceSchema>)]
     pub tool_choice: Option<ToolChoice>,
-    /// Whether an answer may have several calls; false is not supported.
+    /// Whether an answer may have several calls; true if absent. False needs a `tool_choice` other than `auto`.
     pub parallel_tool_calls: Option<bool>,
     /// Other variables of the model's chat template.
     pub chat_template_kwargs: Option<Map<String, Value>>,
-}
-
-/// Whether the model may call tools.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum ToolChoice {
-    /// If it wants to.
-    Auto,
-    /// It may not; it is not told of them.
-    None,
 }
 
 /// One answer.
@@ -139,13 +132,25 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
     }
     let top = asked.top_logprobs.map(|n| within("top_logprobs", n, 0, MAX_LOGPROBS)).transpose()?.unwrap_or(0);
     let logprobs = (asked.logprobs == Some(true)).then_some(top);
-    let form = sampling.form()?;
-    let calls = asked.tools.is_some() && asked.tool_choice != Some(ToolChoice::None);
-    if calls && asked.parallel_tool_calls == Some(false) {
-        let message = "`parallel_tool_calls` false is not supported: the model decides how many calls it writes";
+    let mut form = sampling.form()?;
+    let offered = asked.tools.as_deref().unwrap_or_default();
+    let choice = asked.tool_choice.unwrap_or(ToolChoice::Auto);
+    let several = asked.parallel_tool_calls.unwrap_or(true);
+    if !several && !offered.is_empty() && choice == ToolChoice::Auto {
+        let message = "`parallel_tool_calls` false needs a `tool_choice` other than `auto`, with which the model decides how many calls it writes";
         return Err(ApiError::field("parallel_tool_calls", message));
     }
-    let tools = asked.tools.as_deref().filter(|_| calls);
+    if let Some(forced) = choice.form(offered, several)? {
+        if let Some((_, field)) = form {
+            return Err(ApiError::field(
+                field,
+                format!("`{field}` cannot be given together with a `tool_choice` that calls"),
+            ));
+        }
+        form = Some((forced, "tools"));
+    }
+    let tools = Some(offered).filter(|tools| !tools.is_empty() && choice != ToolChoice::None);
+    let calls = tools.map(|_| ToolCalls::new(&shared.tokenizer, &choice));
     let conversation = conversation(&asked.messages, tools, asked.chat_template_kwargs.unwrap_or_default())?;
     let Some(template) = shared.options.chat_template.clone() else {
         let message = "this model has no chat template; use /v1/completions, or start the server with --chat-template";
@@ -164,7 +169,7 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
     let generation = Generation::start(&shared, requests, "messages").await?;
     let answers = Answers {
         envelope: Envelope::new(&shared, "chatcmpl", sampling.stream_options, prompt_tokens),
-        calls: vec![calls.then(|| ToolCalls::new(&shared.tokenizer)); choices],
+        calls: vec![calls; choices],
         logprobs: logprobs.is_some(),
         shared,
     };

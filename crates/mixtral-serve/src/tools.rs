@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::messages::{FunctionCall, FunctionWord, ToolCall};
 use crate::shared::random;
+use crate::tool_choice::ToolChoice;
 
 const MISTRAL: &str = "[TOOL_CALLS]";
 const ARGUMENTS: &str = "[ARGS]";
@@ -30,14 +31,21 @@ pub(crate) struct ToolCalls {
     held: String,
     /// Whether a call has begun.
     begun: bool,
+    /// The function that is called, if the answer has its arguments alone.
+    named: Option<String>,
 }
 
 impl ToolCalls {
-    /// Looks for calls in what a model with this tokenizer writes.
-    pub(crate) fn new(tokenizer: &Tokenizer) -> Self {
+    /// Looks for calls in what a model with this tokenizer writes. If it must call, it writes the calls alone.
+    pub(crate) fn new(tokenizer: &Tokenizer, choice: &ToolChoice) -> Self {
         let words = [MISTRAL, ARGUMENTS, OPEN, CLOSE];
         let special = words.into_iter().filter_map(|word| Some((tokenizer.special_id(word)?, word))).collect();
-        ToolCalls { special, ..ToolCalls::default() }
+        let calls = ToolCalls { special, ..ToolCalls::default() };
+        match choice {
+            ToolChoice::Auto | ToolChoice::None => calls,
+            ToolChoice::Required => ToolCalls { begun: true, held: MISTRAL.to_owned(), ..calls },
+            ToolChoice::Function(name) => ToolCalls { begun: true, named: Some(name.clone()), ..calls },
+        }
     }
 
     /// Takes a token and the text that came with it. Returns the text that belongs to no call.
@@ -64,6 +72,9 @@ impl ToolCalls {
     /// At the end of the answer: the calls, and the text that turned out to be none.
     pub(crate) fn finish(&mut self) -> (String, Vec<ToolCall>) {
         let held = std::mem::take(&mut self.held);
+        if let Some(name) = self.named.take() {
+            return (String::new(), vec![call(name, held)]);
+        }
         match self.begun.then(|| parse(&held)).flatten() {
             Some(calls) if !calls.is_empty() => (String::new(), calls),
             _ => (held, Vec::new()),
