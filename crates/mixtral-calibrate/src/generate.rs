@@ -4,7 +4,7 @@ use mixtral_build::lower;
 use mixtral_checkpoint::Progress;
 use mixtral_convert::FloatModel;
 use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{Backend, RandomKey, SampleRequest, SamplingParams};
+use mixtral_engine::{Backend, BackendError, RandomKey, SampleRequest, SamplingParams};
 use mixtral_model::{Mapping, Rank, TokenId};
 use mixtral_tokenizer::{Tokenizer, load};
 
@@ -55,19 +55,14 @@ pub fn generate(
                     hypothesis: 0,
                     position: number(position),
                 };
-                SampleRequest {
-                    row,
-                    params,
-                    key,
-                    tokens: (&[]).into(),
-                    prompt_len: 1,
-                    banned: Vec::new(),
-                    bias: Vec::new(),
-                }
+                SampleRequest { row, params, key, ..SampleRequest::default() }
             };
             inputs.samples = (0..sequences.len()).map(request).collect();
-            let drawn = backend.step(&inputs)?.tokens;
-            sequences.iter_mut().zip(drawn).for_each(|(sequence, token)| sequence.push(token));
+            let outputs = backend.step(&inputs)?;
+            if let Some(wrong) = outputs.non_finite.first() {
+                return Err(BackendError::Other(format!("the model's own text: {wrong}")).into());
+            }
+            sequences.iter_mut().zip(outputs.tokens).for_each(|(sequence, token)| sequence.push(token));
             progress.advance(sequences.len() as u64);
         }
     }

@@ -43,7 +43,7 @@ pub struct StepInputs<'a> {
 }
 
 /// One draw of a next token.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct SampleRequest<'a> {
     /// Row of `logits_indices`.
     pub row: usize,

@@ -181,24 +181,27 @@ fn work(
             stays
         });
         let events = session.step().map_err(|error| error.to_string())?;
+        // Everything is counted before clients are told, so that a client that asks finds its own answer counted.
+        metrics.session(&session.stats());
         let now = Instant::now();
         for event in events {
             let Some(sequence) = live.get_mut(&event.id) else { continue };
             sequence.measure(&event, now, metrics);
             let (id, finished) = (event.id, event.finished);
-            // A client that is gone is noticed before the next step.
-            let end = match event.ok() {
+            let (update, end) = match event.ok() {
                 Ok(event) => {
-                    sequence.tell(Update::Event(Box::new(event)));
-                    finished.map(|(reason, _)| if reason == FinishReason::Length { End::Length } else { End::Stop })
+                    let end = |(reason, _)| if reason == FinishReason::Length { End::Length } else { End::Stop };
+                    (Update::Event(Box::new(event)), finished.map(end))
                 }
-                Err(error) => {
-                    sequence.tell(Update::Failed(ApiError::internal(error.to_string())));
-                    Some(End::Error)
-                }
+                Err(error) => (Update::Failed(ApiError::internal(error.to_string())), Some(End::Error)),
             };
-            if let (Some(end), Some(sequence)) = (end, end.and_then(|_| live.remove(&id))) {
+            if let Some(end) = end {
                 sequence.end(end, now, metrics);
+            }
+            // A client that is gone is noticed before the next step.
+            sequence.tell(update);
+            if end.is_some() {
+                live.remove(&id);
             }
         }
     }
