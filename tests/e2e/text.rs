@@ -6,7 +6,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::tool::{example_engine, fast_dir, mixtral_in, root};
+use crate::tool::{example_engine, example_model, fast_dir, mixtral_in};
 
 /// The ids of the prompts, and the texts of their outputs.
 fn generated(dir: &Path, flags: &str, more: &[&str]) -> Vec<(Vec<u64>, String, Vec<u64>)> {
@@ -14,17 +14,6 @@ fn generated(dir: &Path, flags: &str, more: &[&str]) -> Vec<(Vec<u64>, String, V
     let ids = |value: &Value| value["ids"].as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).collect();
     let prompts = said["prompts"].as_array().unwrap().iter();
     prompts.map(|p| (ids(p), p["outputs"][0]["text"].as_str().unwrap().to_owned(), ids(&p["outputs"][0]))).collect()
-}
-
-/// The example model in `dir/model`.
-fn example(dir: &Path) -> std::path::PathBuf {
-    let model = dir.join("model");
-    fs::create_dir(&model).unwrap();
-    for entry in fs::read_dir(root().join("examples/tiny-mixtral")).unwrap() {
-        let path = entry.unwrap().path();
-        fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
-    }
-    model
 }
 
 fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
@@ -147,7 +136,7 @@ fn the_model_says_how_its_sequences_end_in_whichever_file() {
     let expected = &whole[..=whole.iter().position(|id| *id == end).unwrap()];
     let ended = |change: &dyn Fn(&Path)| {
         let dir = fast_dir();
-        change(&example(dir.path()));
+        change(&example_model(dir.path()));
         mixtral_in(dir.path(), "convert --model-dir model --output-dir ckpt --dtype auto", &[]).ok();
         mixtral_in(dir.path(), "build --checkpoint-dir ckpt --output-dir engine_outputs --backend cpu", &[]).ok();
         mixtral_in(dir.path(), "verify engine_outputs", &[]).ok();
@@ -183,7 +172,7 @@ fn the_model_says_how_its_sequences_end_in_whichever_file() {
 fn convert_looks_at_the_tokenizer_as_it_looks_at_weights() {
     let said = |change: fn(&Path)| {
         let dir = fast_dir();
-        change(&example(dir.path()));
+        change(&example_model(dir.path()));
         mixtral_in(dir.path(), "convert --model-dir model --output-dir ckpt --dtype auto", &[])
     };
     let pointer = said(|model| {
@@ -210,7 +199,7 @@ fn convert_looks_at_the_tokenizer_as_it_looks_at_weights() {
 fn a_missing_start_token_is_said() {
     let dir = example_engine("--dtype auto", "");
     let tokenizer = fast_dir();
-    let model = example(tokenizer.path());
+    let model = example_model(tokenizer.path());
     edit(&model.join("tokenizer.json"), |json| json["post_processor"] = Value::Null);
     let line = format!("run --max-output-len 1 --input-text ROMEO: --tokenizer-dir {}", model.display());
     let said = mixtral_in(dir.path(), &line, &[]);

@@ -1,6 +1,6 @@
 //! Runs the binary.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -86,6 +86,17 @@ pub fn mpirun_in(dir: &Path, ranks: usize, line: &str) -> Said {
 pub fn said(output: std::process::Output) -> Said {
     let text = |bytes: Vec<u8>| String::from_utf8(bytes).expect("the tool prints UTF-8");
     Said { out: text(output.stdout), err: text(output.stderr), code: output.status.code().unwrap_or(-1) }
+}
+
+/// A copy of the example model in `dir/model`, which a test may change.
+pub fn example_model(dir: &Path) -> PathBuf {
+    let model = dir.join("model");
+    std::fs::create_dir(&model).expect("a new folder");
+    for entry in std::fs::read_dir(root().join("examples/tiny-mixtral")).expect("the example is there") {
+        let path = entry.expect("its files can be listed").path();
+        std::fs::copy(&path, model.join(path.file_name().expect("a file"))).expect("a copy");
+    }
+    model
 }
 
 /// An engine of the example model, built with `build_flags`, in `engine_outputs` of a temporary directory.

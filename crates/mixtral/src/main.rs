@@ -63,6 +63,7 @@ fn main() -> ExitCode {
             Err(usage) => Err(usage),
         },
         Command::Run(args) => args.validate().map(|options| stages::run::main(&options)),
+        Command::Chat(args) => args.validate().map(|options| stages::chat::main(&options)),
         Command::Serve(args) => args.validate().map(|options| stages::serve::main(&options)),
         Command::Bench(args) => args.validate().map(|args| stages::bench::main(&args)),
         Command::Diff(args) => args.validate().map(|options| stages::diff::main(&options)),

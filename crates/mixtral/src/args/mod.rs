@@ -9,11 +9,13 @@ pub mod bench;
 pub mod beside;
 pub mod build;
 pub mod calibration;
+pub mod chat;
 pub mod convert;
 pub mod diff;
 pub mod geometry;
 pub mod inspect;
 pub mod loudness;
+pub mod model;
 pub mod numbers;
 pub mod old_flags;
 #[cfg(test)]
@@ -24,9 +26,11 @@ pub mod place;
 mod ranges;
 pub mod rebuild;
 pub mod run;
+pub mod sampling;
 pub mod serve;
 pub mod shell;
 pub mod spelling;
+pub mod template;
 pub mod verify;
 pub mod weight_only;
 pub mod words;
@@ -74,6 +78,8 @@ pub enum Command {
     Build(build::BuildArgs),
     /// Engine and prompts → text
     Run(Box<run::RunArgs>),
+    /// Engine and a conversation → answers, turn by turn
+    Chat(Box<chat::ChatArgs>),
     /// An engine → answers over HTTP, as OpenAI's API gives them
     Serve(serve::ServeArgs),
     /// How fast an engine is: decode steps, prefill, throughput

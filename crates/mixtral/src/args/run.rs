@@ -1,18 +1,19 @@
 //! `mixtral run`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use mixtral_engine::SamplingParams;
 
-use super::numbers::{self, finite, non_negative, positive, probability};
-use super::place::{ENGINE, PlaceArgs};
+use super::model::ModelArgs;
+use super::numbers;
+use super::sampling::{SAMPLING, SamplingArgs};
+use super::template::TemplateArgs;
 use super::words::Words;
 use super::{Usage, spelling, usage};
 use crate::say;
 
 const PROMPTS: &str = "Prompts";
 pub(super) const LENGTHS: &str = "Lengths and ends";
-pub(super) const SAMPLING: &str = "Sampling";
 const OUTPUT: &str = "Output";
 const FIGURES: &str = "Figures";
 
@@ -24,57 +25,33 @@ Examples:
   mixtral run --engine-dir ./engine --input-file prompts.txt --top-k 40 --temperature 0.8 --random-seed 7 --output-csv ids.csv
   mpirun -n 2 mixtral run --engine-dir ./engine-of-two-ranks --input-text \"I love french quiche\"")]
 pub struct RunArgs {
-    /// Engine to run
-    #[arg(help_heading = ENGINE, long, default_value = "engine_outputs")]
-    pub engine_dir: PathBuf,
-    /// Directory of tokenizer.json [default: the engine's, which carries the model's]
-    #[arg(help_heading = ENGINE, long)]
-    pub tokenizer_dir: Option<PathBuf>,
-    /// The old commands' model directory, whose tokenizer is used if no other is named
-    #[arg(long, hide = true, alias = "model-dir")]
-    pub hf_model_dir: Option<PathBuf>,
-    /// Where it runs.
+    /// What runs, and where.
     #[command(flatten)]
-    pub place: PlaceArgs,
+    pub model: ModelArgs,
     /// Prompts
     #[arg(help_heading = PROMPTS, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
     pub input_text: Vec<String>,
-    /// Prompts from a file: .txt (one a line), .csv (token ids), .npy (2-D token ids, negative is padding)
+    /// Prompts from a file: .txt (one a line), .csv (token ids), .npy (2-D token ids, negative is padding), .json (messages)
     #[arg(help_heading = PROMPTS, long, conflicts_with = "input_text")]
     pub input_file: Option<PathBuf>,
+    /// Put each text into the model's chat template, as a turn of the user; messages of a .json file always are
+    #[arg(help_heading = PROMPTS, long)]
+    pub chat: bool,
+    /// How a conversation becomes a prompt.
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// Tokens to generate at most
     #[arg(help_heading = LENGTHS, long, default_value = "128", value_parser = numbers::tokens)]
     pub max_output_len: usize,
     /// Cut prompts on the left to this many tokens [default: too long is an error]
     #[arg(help_heading = PROMPTS, long, value_parser = numbers::tokens)]
     pub max_input_length: Option<usize>,
-    /// Logits are divided by it; 0 is greedy
-    #[arg(help_heading = SAMPLING, long, default_value = "1.0", value_parser = non_negative, allow_negative_numbers = true)]
-    pub temperature: f32,
-    /// Candidates by rank: 1 is greedy, 0 is off
-    #[arg(help_heading = SAMPLING, long, default_value_t = 1)]
-    pub top_k: usize,
-    /// Candidates up to this cumulative probability; 0 is off
-    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
-    pub top_p: f32,
-    /// Candidates at least this likely, relative to the likeliest; 0 is off
-    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = probability, allow_negative_numbers = true)]
-    pub min_p: f32,
-    /// Penalty on tokens of prompt and output; 1 is off
-    #[arg(help_heading = SAMPLING, long, default_value = "1.0", value_parser = positive, allow_negative_numbers = true)]
-    pub repetition_penalty: f32,
-    /// Penalty on tokens of the output; 0 is off
-    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = finite, allow_negative_numbers = true)]
-    pub presence_penalty: f32,
-    /// Penalty on tokens of the output, by count; 0 is off
-    #[arg(help_heading = SAMPLING, long, default_value = "0.0", value_parser = finite, allow_negative_numbers = true)]
-    pub frequency_penalty: f32,
+    /// How tokens are drawn.
+    #[command(flatten)]
+    pub sampling: SamplingArgs,
     /// Sequences drawn for each prompt
     #[arg(help_heading = SAMPLING, long, default_value = "1", value_parser = numbers::return_sequences)]
     pub num_return_sequences: usize,
-    /// Seed of the draws
-    #[arg(help_heading = SAMPLING, long, default_value_t = 0)]
-    pub random_seed: u64,
     /// Texts that end a sequence, and texts that may not come up
     #[command(flatten)]
     pub words: Words,
@@ -145,26 +122,15 @@ pub struct RunOptions {
 impl RunArgs {
     /// Checks that the flags agree with each other.
     pub fn validate(mut self) -> Result<RunOptions, Usage> {
-        if self.tokenizer_dir.is_some() && self.hf_model_dir.is_some() {
-            say::warning("--hf-model-dir changes nothing beside --tokenizer-dir: no Hugging Face model is run");
-        }
-        self.tokenizer_dir = self.tokenizer_dir.or(self.hf_model_dir.take());
-        let sampling = SamplingParams {
-            temperature: self.temperature,
-            top_k: self.top_k,
-            top_p: self.top_p,
-            min_p: self.min_p,
-            repetition_penalty: self.repetition_penalty,
-            presence_penalty: self.presence_penalty,
-            frequency_penalty: self.frequency_penalty,
-        };
+        self.model.settle();
+        let sampling = self.sampling.params();
         if self.num_return_sequences > 1 && sampling.is_greedy() {
             usage!(
                 "--num-return-sequences {} with greedy sampling would give equal outputs; add --top-k 0 (or more than 1) and a temperature above 0",
                 self.num_return_sequences
             );
         }
-        self.warn_of_greedy();
+        self.sampling.warn_of_greedy();
         if self.json && self.streaming {
             usage!("--json prints one object at the end, --streaming prints as it goes; choose one");
         }
@@ -182,23 +148,30 @@ impl RunArgs {
             }
             None => Prompts::Texts(self.input_text.clone()),
         };
+        self.check_chat(&prompts)?;
         Ok(RunOptions { args: self, prompts, sampling })
     }
-
-    /// Warns of flags that change nothing: with the default of --top-k the likeliest token is always taken, so flags
-    /// that say how to draw have no effect.
-    fn warn_of_greedy(&self) {
-        let unused = [
-            (self.temperature != 1.0 && self.temperature != 0.0, format!("--temperature {}", self.temperature)),
-            (self.top_p > 0.0 && self.top_p < 1.0, format!("--top-p {}", self.top_p)),
-            (self.min_p > 0.0, format!("--min-p {}", self.min_p)),
-        ];
-        let unused: Vec<String> = unused.into_iter().filter(|(is_set, _)| *is_set).map(|(_, flag)| flag).collect();
-        if self.top_k == 1 && !unused.is_empty() {
-            say::warning(format_args!(
-                "{} changes nothing: --top-k 1, the default, always takes the likeliest token; add --top-k 0 to draw from all of them, or --top-k 40 from 40",
-                unused.join(" ")
-            ));
+    /// Checks the flags of conversations.
+    fn check_chat(&self, prompts: &Prompts) -> Result<(), Usage> {
+        let is =
+            |extensions: &[&str]| matches!(prompts, Prompts::File(path) if extensions.contains(&&*extension(path)));
+        if self.chat && is(&["csv", "npy"]) {
+            usage!("--chat puts texts into a chat template, and the prompts are token ids; leave it out");
         }
+        let TemplateArgs { system_prompt, chat_template } = &self.template;
+        if !self.chat && !is(&["json"]) && (system_prompt.is_some() || chat_template.is_some()) {
+            usage!("--system-prompt and --chat-template are about conversations; add --chat");
+        }
+        if self.chat && self.no_add_special_tokens {
+            say::warning(
+                "--no-add-special-tokens changes nothing beside --chat: the template says what goes before a prompt",
+            );
+        }
+        Ok(())
     }
+}
+
+/// A file's extension in lower case: the kind of prompts that it has.
+pub fn extension(path: &Path) -> String {
+    path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }

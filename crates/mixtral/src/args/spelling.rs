@@ -11,7 +11,7 @@ use super::old_flags::{self, OldFlag, Takes, Verdict};
 use super::{Cli, Usage, usage};
 
 /// Flags that are followed by texts. A text may begin with a hyphen.
-const TEXTS: &[&str] = &["--input-text", "--stop-words", "--bad-words"];
+const TEXTS: &[&str] = &["--input-text", "--stop-words", "--bad-words", "--system-prompt"];
 
 /// Put before a text that begins with a hyphen, so that clap does not take it for a flag. No argument of a process can
 /// contain this character.

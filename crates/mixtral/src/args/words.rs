@@ -59,7 +59,7 @@ impl clap::Args for Words {
             ))
             .arg(flag(
                 BAD,
-                super::run::SAMPLING,
+                super::sampling::SAMPLING,
                 "Texts that may not come up; given several times, a list for each prompt",
             ))
     }

@@ -83,8 +83,13 @@ impl Job<'_> {
     }
 
     /// Loads the engine on all ranks, with a cache for `requests`. Called once in a job.
-    pub fn session(&self, requests: &[Request], tokenizer: Option<Arc<Tokenizer>>) -> Result<Session> {
-        self.session_with(Wanted::by(&self.part.program.limits, requests), SessionOptions::default(), tokenizer)
+    pub fn session(
+        &self,
+        requests: &[Request],
+        options: SessionOptions,
+        tokenizer: Option<Arc<Tokenizer>>,
+    ) -> Result<Session> {
+        self.session_with(Wanted::by(&self.part.program.limits, requests), options, tokenizer)
     }
 
     /// The same, with a cache for as many sequences of any length as the engine takes.
@@ -102,7 +107,8 @@ impl Job<'_> {
         self.world.map_or(1, World::local_size).max(1)
     }
 
-    fn session_with(
+    /// The same, with a cache of as many blocks as are wanted.
+    pub fn session_with(
         &self,
         wanted: Wanted,
         options: SessionOptions,

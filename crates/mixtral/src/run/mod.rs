@@ -1,12 +1,14 @@
-//! The parts of `mixtral run`: it reads prompts, places, loads and leads an engine, and writes results.
+//! The parts of `mixtral run` and `mixtral chat`: they read prompts, place, load and lead an engine, and write results.
 //!
 //! Reading order: [`job`] (all of it, as rank 0 leads it), [`ranks`] (starting them), [`place`] and [`gpus`] (where
 //! each runs), [`load`] and [`cache`] (its backend, and how large the cache is), [`machine`] (what the host has and can
-//! do).
+//! do); [`tokenizer`], [`prompts`] and [`chat`] (what goes in), [`outputs`] and [`report`] (what comes out).
 
 pub mod cache;
+pub mod chat;
 pub mod gpus;
 pub mod job;
+pub mod lines;
 pub mod load;
 pub mod machine;
 pub mod outputs;
@@ -17,3 +19,4 @@ pub mod prompts;
 pub mod ranks;
 pub mod report;
 pub mod throughput;
+pub mod tokenizer;

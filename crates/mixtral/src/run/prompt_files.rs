@@ -5,6 +5,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use mixtral_model::TokenId;
+use mixtral_tokenizer::Conversation;
+use serde::Deserialize;
+use serde_json::{Map, Value};
 
 /// A prompt file larger than this is refused.
 const MAX_FILE_BYTES: u64 = 1 << 30;
@@ -60,6 +63,39 @@ fn text(path: &Path) -> Result<String> {
 pub fn text_lines(path: &Path) -> Result<Vec<String>> {
     let text = text(path)?.replace("\r\n", "\n").replace('\r', "\n");
     Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// A conversation's keys, with the names that transformers has.
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Messages {
+    messages: Vec<Value>,
+    tools: Option<Vec<Value>>,
+    documents: Option<Vec<Value>>,
+    #[serde(default)]
+    continue_final_message: bool,
+    #[serde(default)]
+    chat_template_kwargs: Map<String, Value>,
+}
+
+/// A conversation that the model is to answer, or whose last message it is to continue: a list of messages, or an object
+/// that also says what else the template gets.
+pub fn conversation(path: &Path) -> Result<Conversation> {
+    let wrong =
+        || format!("{}: expected a list of messages (role, content), or an object with `messages`", path.display());
+    let keys = match serde_json::from_str(&text(path)?).with_context(wrong)? {
+        Value::Array(messages) => Messages { messages, ..Messages::default() },
+        object => serde_json::from_value(object).with_context(wrong)?,
+    };
+    Ok(Conversation {
+        messages: keys.messages,
+        tools: keys.tools,
+        documents: keys.documents,
+        add_generation_prompt: !keys.continue_final_message,
+        continue_final_message: keys.continue_final_message,
+        template: None,
+        variables: keys.chat_template_kwargs,
+    })
 }
 
 /// Token ids separated by commas, one prompt a line. Ids may have the form in which numpy.savetxt writes whole numbers.

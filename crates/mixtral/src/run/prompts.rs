@@ -1,13 +1,13 @@
 //! Prompts from the command line or a file, as token ids.
 
-use std::path::Path;
-
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use mixtral_model::TokenId;
 use mixtral_runtime::Tokenizer;
+use mixtral_tokenizer::Conversation;
 
-use super::prompt_files::{csv_ids, npy_ids, text_lines};
-use crate::args::run::Prompts;
+use super::chat::Chat;
+use super::prompt_files::{conversation, csv_ids, npy_ids, text_lines};
+use crate::args::run::{Prompts, extension};
 use crate::say;
 
 /// A prompt.
@@ -23,23 +23,50 @@ pub struct Prompt {
 pub fn are_texts(prompts: &Prompts) -> bool {
     match prompts {
         Prompts::Texts(_) => true,
-        Prompts::File(path) => extension(path) == "txt",
+        Prompts::File(path) => ["txt", "json"].contains(&extension(path).as_str()),
     }
 }
 
-/// Reads and encodes the prompts. With `special`, texts get the model's special tokens. Prompts longer than
-/// `max_input_length` are cut on the left.
-pub fn read(
-    source: &Prompts,
-    special: bool,
-    max_input_length: Option<usize>,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<Vec<Prompt>> {
-    let encode = |text: String| -> Result<Prompt> {
-        let Some(tokenizer) = tokenizer else { bail!("a text needs a tokenizer") };
-        let ids = tokenizer.encode(&text, special)?;
-        Ok(Prompt { text: Some(text), ids })
-    };
+/// Whether the prompts are messages, which need a chat template.
+pub fn are_messages(prompts: &Prompts) -> bool {
+    matches!(prompts, Prompts::File(path) if extension(path) == "json")
+}
+
+/// How texts become prompts.
+#[derive(Clone, Copy, Default)]
+pub struct Encoder<'a> {
+    /// The tokenizer, without which there are only ids.
+    pub tokenizer: Option<&'a Tokenizer>,
+    /// The chat template that texts are put into, if they are.
+    pub chat: Option<&'a Chat>,
+    /// Whether texts outside of a template get the model's special tokens.
+    pub special: bool,
+}
+
+impl<'a> Encoder<'a> {
+    fn text(self, text: String) -> Result<Prompt> {
+        let tokenizer = self.needed()?;
+        match self.chat {
+            Some(chat) => chat.turn(&text, tokenizer),
+            None => Ok(Prompt { ids: tokenizer.encode(&text, self.special)?, text: Some(text) }),
+        }
+    }
+
+    fn conversation(self, conversation: Conversation) -> Result<Prompt> {
+        match self.chat {
+            Some(chat) => chat.prompt(conversation, self.needed()?),
+            None => bail!("messages need a chat template"),
+        }
+    }
+
+    fn needed(self) -> Result<&'a Tokenizer> {
+        self.tokenizer.context("a text needs a tokenizer")
+    }
+}
+
+/// Reads and encodes the prompts. Prompts longer than `max_input_length` are cut on the left.
+pub fn read(source: &Prompts, encoder: Encoder<'_>, max_input_length: Option<usize>) -> Result<Vec<Prompt>> {
+    let tokenizer = encoder.tokenizer;
     // Only the ids are needed. If they cannot be decoded, the prompt has no text.
     let from_ids = |ids: Vec<TokenId>| Prompt { text: tokenizer.and_then(|t| t.decode(&ids).ok()), ids };
     let pad = tokenizer.and_then(Tokenizer::pad_id);
@@ -48,20 +75,21 @@ pub fn read(
         from_ids(ids)
     };
     let mut prompts = match source {
-        Prompts::Texts(texts) => texts.iter().cloned().map(encode).collect::<Result<Vec<_>>>()?,
+        Prompts::Texts(texts) => texts.iter().cloned().map(|text| encoder.text(text)).collect::<Result<Vec<_>>>()?,
         Prompts::File(path) => match extension(path).as_str() {
-            "txt" => text_lines(path)?.into_iter().map(encode).collect::<Result<Vec<_>>>()?,
+            "txt" => text_lines(path)?.into_iter().map(|text| encoder.text(text)).collect::<Result<Vec<_>>>()?,
+            "json" => vec![encoder.conversation(conversation(path)?)?],
             "csv" => csv_ids(path)?.into_iter().map(from_ids).collect(),
             // run.py pads the rows of an array with the tokenizer's padding token, and drops that token again when it
             // reads them.
             "npy" => npy_ids(path)?.into_iter().map(unpadded).collect(),
             other => bail!(
-                "{}: a prompt file ends in .txt (a prompt a line), .csv (token ids a line) or .npy (2-D token ids), not `.{other}`",
+                "{}: a prompt file ends in .txt (a prompt a line), .csv (token ids a line), .npy (2-D token ids) or .json (messages), not `.{other}`",
                 path.display()
             ),
         },
     };
-    if special && are_texts(source) {
+    if encoder.special && encoder.chat.is_none() && are_texts(source) {
         warn_of_no_start(&prompts, tokenizer);
     }
     if prompts.is_empty() {
@@ -93,8 +121,4 @@ fn describe(prompts: &Prompts) -> String {
         Prompts::Texts(_) => "--input-text".to_owned(),
         Prompts::File(path) => path.display().to_string(),
     }
-}
-
-fn extension(path: &Path) -> String {
-    path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }

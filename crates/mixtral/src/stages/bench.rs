@@ -9,7 +9,7 @@ use mixtral_build::cost::{StepShape, cost};
 use mixtral_engine::{EngineDir, Limits, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
-use mixtral_runtime::{Request, Session, Timing};
+use mixtral_runtime::{Request, Session, SessionOptions, Timing};
 use serde::Serialize;
 
 use crate::args::bench::BenchArgs;
@@ -174,7 +174,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     let roof = || job.place().roof(args.quick, job.program().weight_bytes());
     let before = roof()?;
     let start = Instant::now();
-    let mut session = job.session(&all, None)?;
+    let mut session = job.session(&all, SessionOptions::default(), None)?;
     let load_s = start.elapsed().as_secs_f64();
     let program = job.program();
     let cached = session.free_blocks();

@@ -21,7 +21,7 @@ use crate::run::cache::Wanted;
 use crate::run::load::{LoadOptions, Part};
 use crate::run::machine;
 use crate::run::place::Place;
-use crate::run::prompts;
+use crate::run::prompts::{self, Encoder};
 use crate::say;
 
 /// An engine, and where it runs.
@@ -175,6 +175,7 @@ fn requests(options: &DiffOptions, reference: &Side) -> Result<Vec<Request>> {
     };
     let dir = args.tokenizer_dir.as_deref().unwrap_or(reference.engine.dir());
     let tokenizer = prompts::are_texts(prompts).then(|| Tokenizer::load(dir)).transpose()?;
-    let read = prompts::read(prompts, !args.no_add_special_tokens, args.max_input_length, tokenizer.as_ref())?;
+    let encoder = Encoder { tokenizer: tokenizer.as_ref(), special: !args.no_add_special_tokens, ..Encoder::default() };
+    let read = prompts::read(prompts, encoder, args.max_input_length)?;
     Ok(read.into_iter().map(|p| Request { prompt: p.ids, max_output_len: output, ..Request::default() }).collect())
 }

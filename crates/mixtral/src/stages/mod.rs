@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod bench_server;
 pub mod build;
+pub mod chat;
 pub mod convert;
 pub mod diff;
 pub mod inspect;

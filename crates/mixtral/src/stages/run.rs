@@ -1,24 +1,24 @@
 //! `mixtral run`: an engine and prompts → text.
 
 use std::io::Write;
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mixtral_engine::EngineDir;
 use mixtral_model::TokenId;
 use mixtral_runtime::session::{Capabilities, StepStats};
-use mixtral_runtime::{BadWords, Request, Session, Tokenizer};
-use mixtral_tokenizer::{load, model_end_ids};
+use mixtral_runtime::{BadWords, Request, Session, SessionOptions, Tokenizer};
 use serde_json::json;
 
 use crate::args::Usage;
 use crate::args::run::{RunArgs, RunOptions};
+use crate::run::chat::Chat;
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
 use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_logits, write_npy};
-use crate::run::prompts::{self, Prompt};
+use crate::run::prompts::{self, Encoder, Prompt};
 use crate::run::report::{Profile, Stats, expert_table, logits_hash};
+use crate::run::tokenizer::{end_ids, tokenizer};
 use crate::say;
 
 /// Tokens between two prints of a stream, unless a flag says otherwise.
@@ -32,23 +32,25 @@ const PROFILING_ITERATIONS: u32 = 10;
 pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
     check_output_paths(args)?;
-    let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions { place: args.place, count_experts: args.expert_stats, time_ops: false, graphs: true };
+    let engine = EngineDir::open(&args.model.engine_dir)?;
+    let load = LoadOptions { place: args.model.place, count_experts: args.expert_stats, time_ops: false, graphs: true };
     job::run(&engine, load, |job| lead(options, &engine, job))
 }
 
 /// The work of rank 0. It alone reads prompts and writes results.
 fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let args = &options.args;
-    let tokenizer = load_tokenizer(options)?;
-    let prompts = {
-        let special = !args.no_add_special_tokens;
-        prompts::read(&options.prompts, special, args.max_input_length, tokenizer.as_deref())?
-    };
+    let texts = prompts::are_texts(&options.prompts) || !args.words.stop.is_empty() || !args.words.bad.is_empty();
+    let tokenizer = tokenizer(&args.model, texts)?;
+    let chat = args.chat || prompts::are_messages(&options.prompts);
+    let chat = chat.then(|| Chat::load(&args.template, args.model.tokenizer_dir())).transpose()?;
+    let encoder =
+        Encoder { tokenizer: tokenizer.as_deref(), chat: chat.as_ref(), special: !args.no_add_special_tokens };
+    let prompts = prompts::read(&options.prompts, encoder, args.max_input_length)?;
     let capabilities = job.capabilities();
     check_against_engine(args, engine, &prompts)?;
     let requests = requests(options, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
-    let mut session = job.session(&requests, tokenizer)?;
+    let mut session = job.session(&requests, SessionOptions::default(), tokenizer)?;
     let mut out = std::io::stdout().lock();
 
     let stream = args.streaming.then(|| Streaming {
@@ -145,33 +147,6 @@ fn check_output_paths(args: &RunArgs) -> Result<()> {
     Ok(())
 }
 
-/// Loads the tokenizer. Prompts of token ids work without one.
-fn load_tokenizer(options: &RunOptions) -> Result<Option<Arc<Tokenizer>>> {
-    let args = &options.args;
-    let dir: &PathBuf = args.tokenizer_dir.as_ref().unwrap_or(&args.engine_dir);
-    let texts = prompts::are_texts(&options.prompts) || !args.words.stop.is_empty() || !args.words.bad.is_empty();
-    if !texts && args.tokenizer_dir.is_none() && load::find(dir).is_none() {
-        return Ok(None);
-    }
-    say::detail(format_args!("tokenizer: {}", dir.display()));
-    Ok(Some(Arc::new(Tokenizer::load(dir)?)))
-}
-
-/// The ids that end a sequence: those of the model, and the token with which the tokenizer ends texts. The model is
-/// that of the tokenizer's directory if it says how its sequences end, else the engine's.
-pub(super) fn end_ids(
-    engine_dir: &Path,
-    tokenizer_dir: Option<&Path>,
-    tokenizer: Option<&Tokenizer>,
-) -> Result<Vec<TokenId>> {
-    let mut ids = tokenizer_dir.map(model_end_ids).transpose()?.unwrap_or_default();
-    if ids.is_empty() {
-        ids = model_end_ids(engine_dir)?;
-    }
-    ids.extend(tokenizer.and_then(Tokenizer::end_id).filter(|id| !ids.contains(id)));
-    Ok(ids)
-}
-
 fn requests(
     options: &RunOptions,
     prompts: &[Prompt],
@@ -182,7 +157,7 @@ fn requests(
     let end_ids = match args.end_id {
         // −1 means that no token ends a sequence.
         Some(id) => u32::try_from(id).map(TokenId).into_iter().collect(),
-        None => end_ids(&args.engine_dir, args.tokenizer_dir.as_deref(), tokenizer)?,
+        None => end_ids(&args.model.engine_dir, args.model.tokenizer_dir.as_deref(), tokenizer)?,
     };
     let usage = |Usage(message)| anyhow!(message);
     let stop_words = args.words.stop.for_prompts(prompts.len()).map_err(usage)?;
@@ -196,7 +171,7 @@ fn requests(
                 prompt: prompt.ids.clone(),
                 max_output_len: args.max_output_len,
                 params: options.sampling,
-                seed: args.random_seed,
+                seed: args.sampling.random_seed,
                 prompt_index: u32::try_from(index)?,
                 hypothesis: u32::try_from(hypothesis)?,
                 end_ids: end_ids.clone(),

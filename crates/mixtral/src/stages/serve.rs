@@ -9,11 +9,11 @@ use mixtral_runtime::{Policy, SessionOptions};
 use mixtral_serve::{Options, Server};
 use mixtral_tokenizer::{ChatTemplate, Tokenizer};
 
-use super::run::end_ids;
 use crate::args::serve::{LogFormat, ServeArgs, ServeOptions};
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
 use crate::run::machine::available_memory;
+use crate::run::tokenizer::end_ids;
 use crate::{interrupt, say};
 
 /// Runs the stage.
