@@ -3,6 +3,7 @@
 
 #![allow(unreachable_pub, reason = "a test binary has no outside")]
 
+mod beams;
 mod chat;
 mod command_line;
 mod damage;

@@ -87,13 +87,13 @@ fn wrong_command_lines() {
         "run --max-output-len 0",
         "run --temperature -1",
         "run --top-p 1.5",
-        "run --num-beams 4",
+        "run --num-beams 4 --streaming",
         "run --chat --input-file ids.csv",
         "run --system-prompt a",
         "run --num-return-sequences 2",
         "run --json --streaming",
         "run --input-text a --input-file b.txt",
-        "run --output-log-probs-npy x.npy",
+        "run --num-beams 4 --num-return-sequences 2 --top-k 0",
         "inspect",
     ];
     let mut text = String::new();

@@ -53,6 +53,12 @@ const PYTHON_CHECKS: &[PythonCheck] = &[
         self_test: false,
         javascript: false,
     },
+    PythonCheck {
+        name: "beams beside transformers",
+        script: "tests/python/beams.py",
+        self_test: false,
+        javascript: false,
+    },
     PythonCheck { name: "OpenAI's clients", script: "tests/python/clients.py", self_test: false, javascript: true },
 ];
 

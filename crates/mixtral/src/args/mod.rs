@@ -5,6 +5,7 @@
 //! nothing here are either taken out, with one warning for all, or refused ([`old_flags`]). If a flag is given twice,
 //! the last one counts.
 
+pub mod beams;
 pub mod bench;
 pub mod beside;
 pub mod build;

@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use mixtral_engine::SamplingParams;
+use mixtral_runtime::{Beams, Policy};
 
+use super::beams::BeamArgs;
 use super::model::ModelArgs;
 use super::numbers;
 use super::sampling::{SAMPLING, SamplingArgs};
@@ -14,6 +16,7 @@ use crate::say;
 
 const PROMPTS: &str = "Prompts";
 pub(super) const LENGTHS: &str = "Lengths and ends";
+const CACHE: &str = "Cache";
 const OUTPUT: &str = "Output";
 const FIGURES: &str = "Figures";
 
@@ -52,12 +55,27 @@ pub struct RunArgs {
     /// Sequences drawn for each prompt
     #[arg(help_heading = SAMPLING, long, default_value = "1", value_parser = numbers::return_sequences)]
     pub num_return_sequences: usize,
+    /// A beam search, instead of draws.
+    #[command(flatten)]
+    pub beams: BeamArgs,
+    /// Keep out every series of this many tokens that was there already; 0 is off
+    #[arg(help_heading = SAMPLING, long, default_value = "0", value_parser = numbers::tokens_or_none)]
+    pub no_repeat_ngram_size: usize,
     /// Texts that end a sequence, and texts that may not come up
     #[command(flatten)]
     pub words: Words,
     /// Token that ends a sequence; -1 is none [default: the model's]
     #[arg(help_heading = LENGTHS, long, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=i64::from(u32::MAX)))]
     pub end_id: Option<i64>,
+    /// Tokens before which no end token ends a sequence
+    #[arg(help_heading = LENGTHS, long, default_value = "0", value_parser = numbers::tokens_or_none)]
+    pub min_length: usize,
+    /// When a prompt joins those that are being answered: when there are blocks for all of its output, or for the prompt
+    #[arg(help_heading = CACHE, long, value_enum, default_value = "guaranteed_no_evict")]
+    pub scheduler_policy: SchedulerPolicy,
+    /// Let prompts that begin alike use the same blocks of the cache
+    #[arg(help_heading = CACHE, long)]
+    pub kv_cache_enable_block_reuse: bool,
     /// The old commands' window; one shorter than the engine's sequences is refused
     #[arg(long, hide = true, num_args = 1.., action = clap::ArgAction::Set, value_parser = numbers::tokens)]
     pub max_attention_window_size: Vec<usize>,
@@ -82,6 +100,12 @@ pub struct RunArgs {
     /// Write logits as F_generation.npy, and F_context.npy if the engine gathers them
     #[arg(help_heading = OUTPUT, long, value_name = "F")]
     pub output_logits_npy: Option<PathBuf>,
+    /// Write the log-probabilities of generated tokens as f32 [prompts · beams, max_output_len], padded with NaN
+    #[arg(help_heading = OUTPUT, long, value_name = "FILE")]
+    pub output_log_probs_npy: Option<PathBuf>,
+    /// Write their sums as f32 [prompts · beams]
+    #[arg(help_heading = OUTPUT, long, value_name = "FILE")]
+    pub output_cum_log_probs_npy: Option<PathBuf>,
     /// Run 10 times to warm up and 10 times for the mean latency
     #[arg(help_heading = FIGURES, long)]
     pub run_profiling: bool,
@@ -97,6 +121,25 @@ pub struct RunArgs {
     /// Print one JSON object
     #[arg(help_heading = OUTPUT, long)]
     pub json: bool,
+}
+
+/// TensorRT-LLM's names of the policies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum SchedulerPolicy {
+    /// When there are blocks for prompt and output
+    GuaranteedNoEvict,
+    /// When there are blocks for the prompt; if blocks run out, the youngest waits in the host's memory
+    MaxUtilization,
+}
+
+impl From<SchedulerPolicy> for Policy {
+    fn from(policy: SchedulerPolicy) -> Policy {
+        match policy {
+            SchedulerPolicy::GuaranteedNoEvict => Policy::GuaranteedNoEvict,
+            SchedulerPolicy::MaxUtilization => Policy::MaxUtilization,
+        }
+    }
 }
 
 /// Where prompts come from.
@@ -117,6 +160,8 @@ pub struct RunOptions {
     pub prompts: Prompts,
     /// How tokens are drawn.
     pub sampling: SamplingParams,
+    /// The beam search that answers instead, if there is one.
+    pub beams: Option<Beams>,
 }
 
 impl RunArgs {
@@ -131,6 +176,7 @@ impl RunArgs {
             );
         }
         self.sampling.warn_of_greedy();
+        let beams = self.beams.beams(self.num_return_sequences, self.streaming)?;
         if self.json && self.streaming {
             usage!("--json prints one object at the end, --streaming prints as it goes; choose one");
         }
@@ -149,7 +195,7 @@ impl RunArgs {
             None => Prompts::Texts(self.input_text.clone()),
         };
         self.check_chat(&prompts)?;
-        Ok(RunOptions { args: self, prompts, sampling })
+        Ok(RunOptions { args: self, prompts, sampling, beams })
     }
     /// Checks the flags of conversations.
     fn check_chat(&self, prompts: &Prompts) -> Result<(), Usage> {

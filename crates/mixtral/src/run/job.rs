@@ -12,6 +12,7 @@ use mixtral_runtime::{Executor, Local, Request, Session, SessionOptions, Tokeniz
 
 use super::cache::Wanted;
 use super::load::{LoadOptions, Part};
+use super::machine::available_memory;
 use super::place::Place;
 use super::ranks;
 use crate::args::place::PlaceArgs;
@@ -100,6 +101,13 @@ impl Job<'_> {
     /// Whether all ranks are alive.
     pub fn check(&self) -> Result<(), CommError> {
         self.world.map_or(Ok(()), World::check)
+    }
+
+    /// The most blocks that may lie outside the cache: for half of the memory that this host has available, shared by its
+    /// ranks.
+    pub fn host_blocks(&self) -> usize {
+        let block = self.part.program.memory_plan().kv_block.max(1);
+        available_memory().unwrap_or(0) / 2 / block / self.ranks_here()
     }
 
     /// How many ranks run on this host.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use mixtral_model::TokenId;
-use mixtral_runtime::{Event, FinishReason, RequestError, Timing};
+use mixtral_runtime::{Event, FinishReason, Hypothesis, RequestError, Timing};
 use npyz::WriterBuilder as _;
 use serde::Serialize;
 
@@ -25,6 +25,10 @@ pub struct Output {
     pub text: Option<String>,
     /// Why it ended, and when.
     pub finished: Option<(FinishReason, Timing)>,
+    /// The log-probabilities of its tokens, if they are wanted.
+    pub logprobs: Vec<f32>,
+    /// Its score in a beam search.
+    pub score: Option<f32>,
     /// Why it failed, if it did. What it had before that stays.
     pub failed: Option<RequestError>,
     /// The logits that its tokens were drawn from, `[tokens, vocab_size]`, if they are kept.
@@ -84,6 +88,8 @@ pub struct OutputRecord<'a> {
     text: Option<&'a str>,
     finish_reason: Option<FinishReason>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    score: Option<f32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     first_token_ms: Option<f64>,
     total_ms: Option<f64>,
@@ -93,13 +99,27 @@ impl Output {
     /// Adds what a step generated.
     pub fn add(&mut self, event: &Event) {
         self.ids.extend(event.token);
+        self.logprobs.extend(event.logprobs.iter().map(|scored| scored.logprob));
         if let Some(text) = &mut self.text {
             *text += &event.text;
         }
         if let Some(error) = &event.text_failed {
             say::warning(format_args!("prompt {}: its text ends early, its ids do not: {error}", self.prompt));
         }
-        self.finished = event.finished.or(self.finished);
+        if event.beams.is_empty() {
+            self.finished = event.finished.or(self.finished);
+        }
+    }
+
+    /// Takes an answer of a beam search.
+    pub fn answer(&mut self, answer: &Hypothesis, finished: Option<(FinishReason, Timing)>) {
+        self.ids.clone_from(&answer.tokens);
+        self.logprobs.clone_from(&answer.logprobs);
+        self.score = Some(answer.score);
+        if let Some(text) = &mut self.text {
+            text.clone_from(&answer.text);
+        }
+        self.finished = answer.reason.zip(finished.map(|(_, timing)| timing));
     }
 
     /// Prints the line that run.py prints, with the text from `from` on. Where there is no tokenizer, the ids take the
@@ -127,6 +147,7 @@ impl Output {
             beam: self.beam,
             ids: &self.ids,
             text: self.text.as_deref(),
+            score: self.score,
             error: self.failed.as_ref().map(ToString::to_string),
             finish_reason: self.finished.map(|(reason, _)| reason),
             first_token_ms: ms(|t| t.first_token),
@@ -168,19 +189,14 @@ pub fn logits_path(stem: &Path, kind: &str) -> PathBuf {
     format!("{}_{kind}.npy", text.strip_suffix(".npy").unwrap_or(&text)).into()
 }
 
-/// f32 `[sequences, rows, vocab_size]`; rows that a sequence does not have are NaN.
-pub fn write_logits<'a>(
-    path: &Path,
-    sequences: impl ExactSizeIterator<Item = &'a [f32]>,
-    rows: usize,
-    vocab_size: usize,
-) -> Result<()> {
+/// f32 `[sequences, …shape]`; what a sequence does not have is NaN.
+pub fn write_f32<'a>(path: &Path, sequences: impl ExactSizeIterator<Item = &'a [f32]>, shape: &[usize]) -> Result<()> {
     let mut file = create(path)?;
-    let shape = [sequences.len() as u64, rows as u64, vocab_size as u64];
-    let mut writer = npyz::WriteOptions::new().default_dtype().shape(&shape).writer(&mut file).begin_nd()?;
-    for logits in sequences {
-        let present = logits.iter().copied();
-        writer.extend(present.chain(std::iter::repeat(f32::NAN)).take(rows * vocab_size))?;
+    let all: Vec<u64> = [sequences.len()].iter().chain(shape).map(|&n| n as u64).collect();
+    let mut writer = npyz::WriteOptions::new().default_dtype().shape(&all).writer(&mut file).begin_nd()?;
+    for values in sequences {
+        let present = values.iter().copied();
+        writer.extend(present.chain(std::iter::repeat(f32::NAN)).take(shape.iter().product()))?;
     }
     writer.finish()?;
     file.flush().with_context(|| format!("cannot write {}", path.display()))

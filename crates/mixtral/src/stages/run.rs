@@ -15,7 +15,7 @@ use crate::args::run::{RunArgs, RunOptions};
 use crate::run::chat::Chat;
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
-use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_logits, write_npy};
+use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_f32, write_npy};
 use crate::run::prompts::{self, Encoder, Prompt};
 use crate::run::report::{Profile, Stats, expert_table, logits_hash};
 use crate::run::tokenizer::{end_ids, tokenizer};
@@ -50,7 +50,13 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let capabilities = job.capabilities();
     check_against_engine(args, engine, &prompts)?;
     let requests = requests(options, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
-    let mut session = job.session(&requests, SessionOptions::default(), tokenizer)?;
+    let session_options = SessionOptions {
+        policy: args.scheduler_policy.into(),
+        block_reuse: args.kv_cache_enable_block_reuse,
+        host_blocks: job.host_blocks(),
+        max_prefill_tokens: None,
+    };
+    let mut session = job.session(&requests, session_options, tokenizer)?;
     let mut out = std::io::stdout().lock();
 
     let stream = args.streaming.then(|| Streaming {
@@ -138,7 +144,14 @@ fn check_against_engine(args: &RunArgs, engine: &EngineDir, prompts: &[Prompt]) 
 
 /// Checks that the outputs can be written, so that an error comes before the work and not after it.
 fn check_output_paths(args: &RunArgs) -> Result<()> {
-    for path in [&args.output_csv, &args.output_npy, &args.output_logits_npy].into_iter().flatten() {
+    let files = [
+        &args.output_csv,
+        &args.output_npy,
+        &args.output_logits_npy,
+        &args.output_log_probs_npy,
+        &args.output_cum_log_probs_npy,
+    ];
+    for path in files.into_iter().flatten() {
         let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
         if let Some(dir) = dir.filter(|dir| !dir.is_dir()) {
             bail!("cannot write {}: there is no directory {}; create it first", path.display(), dir.display());
@@ -163,6 +176,9 @@ fn requests(
     let stop_words = args.words.stop.for_prompts(prompts.len()).map_err(usage)?;
     let bad_words = args.words.bad.for_prompts(prompts.len()).map_err(usage)?;
     let logits = args.output_logits_npy.is_some();
+    // The answers of a beam search have their log-probabilities anyway.
+    let scored =
+        options.beams.is_none() && (args.output_log_probs_npy.is_some() || args.output_cum_log_probs_npy.is_some());
     let mut requests = Vec::new();
     for (index, prompt) in prompts.iter().enumerate() {
         let bad_words = Arc::new(tokenizer.map_or_else(BadWords::default, |t| BadWords::new(bad_words[index], t)));
@@ -177,6 +193,10 @@ fn requests(
                 end_ids: end_ids.clone(),
                 stop_words: stop_words[index].to_vec(),
                 bad_words: bad_words.clone(),
+                min_output_len: args.min_length,
+                no_repeat_ngram_size: args.no_repeat_ngram_size,
+                beams: options.beams,
+                logprobs: scored.then_some(0),
                 generation_logits: logits || args.logits_hash,
                 context_logits: logits && gathers && hypothesis == 0,
                 ..Request::default()
@@ -202,21 +222,23 @@ fn generate(
     }
     let first = first.unwrap_or(0);
     let text = session.makes_text().then(String::new);
-    let mut outputs: Vec<Output> = requests
-        .iter()
-        .map(|r| Output {
-            prompt: r.prompt_index as usize,
-            beam: r.hypothesis as usize,
-            text: text.clone(),
-            ..Output::default()
-        })
-        .collect();
+    let width = args.beams.num_beams;
+    let output = |request: &Request, beam: usize| Output {
+        prompt: request.prompt_index as usize,
+        beam: request.hypothesis as usize + beam,
+        text: text.clone(),
+        ..Output::default()
+    };
+    let mut outputs: Vec<Output> = requests.iter().flat_map(|r| (0..width).map(move |beam| output(r, beam))).collect();
     let mut steps = Vec::new();
     while !session.is_idle() {
         let events = session.step()?;
         steps.push(session.last_step());
         for event in events {
-            let index = event.id.0 - first;
+            let index = width * (event.id.0 - first);
+            for (output, answer) in outputs[index..][..width].iter_mut().zip(&event.beams) {
+                output.answer(answer, event.finished);
+            }
             let output = &mut outputs[index];
             output.add(&event);
             output.failed = event.failed;
@@ -255,14 +277,21 @@ fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilit
     if let Some(path) = &args.output_npy {
         write_npy(path, outputs, args.max_output_len)?;
     }
+    if let Some(path) = &args.output_log_probs_npy {
+        write_f32(path, outputs.iter().map(|o| &o.logprobs[..]), &[args.max_output_len])?;
+    }
+    if let Some(path) = &args.output_cum_log_probs_npy {
+        let sums: Vec<[f32; 1]> = outputs.iter().map(|o| [o.logprobs.iter().sum()]).collect();
+        write_f32(path, sums.iter().map(|sum| &sum[..]), &[])?;
+    }
     if let Some(stem) = &args.output_logits_npy {
         let vocab_size = capabilities.vocab_size;
         let generated = outputs.iter().map(|o| &o.generation_logits[..]);
-        write_logits(&logits_path(stem, "generation"), generated, args.max_output_len, vocab_size)?;
+        write_f32(&logits_path(stem, "generation"), generated, &[args.max_output_len, vocab_size])?;
         if capabilities.gather_context_logits {
             let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
             let first: Vec<&[f32]> = outputs.iter().filter(|o| o.beam == 0).map(|o| &o.context_logits[..]).collect();
-            write_logits(&logits_path(stem, "context"), first.into_iter(), longest, vocab_size)?;
+            write_f32(&logits_path(stem, "context"), first.into_iter(), &[longest, vocab_size])?;
         }
     }
     Ok(())

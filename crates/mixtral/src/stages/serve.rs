@@ -12,7 +12,6 @@ use mixtral_tokenizer::{ChatTemplate, Tokenizer};
 use crate::args::serve::{LogFormat, ServeArgs, ServeOptions};
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
-use crate::run::machine::available_memory;
 use crate::run::tokenizer::end_ids;
 use crate::{interrupt, say};
 
@@ -54,12 +53,14 @@ fn lead(options: &ServeOptions, job: &Job<'_>) -> Result<()> {
 }
 
 /// Prompts share the cache's blocks, and sequences join as soon as there are blocks for their prompts: most answers end
-/// before they are as long as they may be. When blocks run out, the youngest sequence waits in the host's memory, of which
-/// half of what is available may be used.
+/// before they are as long as they may be. When blocks run out, the youngest sequence waits in the host's memory.
 fn session_options(job: &Job<'_>) -> SessionOptions {
-    let block = job.program().memory_plan().kv_block.max(1);
-    let host_blocks = available_memory().unwrap_or(0) / 2 / block / job.ranks_here();
-    SessionOptions { policy: Policy::MaxUtilization, block_reuse: true, host_blocks, max_prefill_tokens: None }
+    SessionOptions {
+        policy: Policy::MaxUtilization,
+        block_reuse: true,
+        host_blocks: job.host_blocks(),
+        max_prefill_tokens: None,
+    }
 }
 
 /// The chat template that the flag names, or else that of the tokenizer's directory.
