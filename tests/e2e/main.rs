@@ -11,6 +11,7 @@ mod diff;
 mod disks;
 mod drivers;
 mod engines;
+mod eval;
 mod faults;
 mod filesystems;
 mod generate;

@@ -48,6 +48,12 @@ const PYTHON_CHECKS: &[PythonCheck] = &[
         javascript: false,
     },
     PythonCheck {
+        name: "perplexity and choices",
+        script: "tests/python/perplexity.py",
+        self_test: false,
+        javascript: false,
+    },
+    PythonCheck {
         name: "dummy weights in transformers",
         script: "tests/python/twin.py",
         self_test: false,

@@ -7,6 +7,7 @@
 
 mod args;
 mod diff;
+mod eval;
 mod interrupt;
 mod progress;
 mod run;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         Command::Chat(args) => args.validate().map(|options| stages::chat::main(&options)),
         Command::Serve(args) => args.validate().map(|options| stages::serve::main(&options)),
         Command::Bench(args) => args.validate().map(|args| stages::bench::main(&args)),
+        Command::Eval(args) => args.validate().map(|options| stages::eval::main(&options)),
         Command::Diff(args) => args.validate().map(|options| stages::diff::main(&options)),
         Command::Inspect(args) => Ok(stages::inspect::main(&args)),
         Command::Verify(args) => Ok(stages::verify::main(&args)),

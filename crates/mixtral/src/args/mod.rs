@@ -13,6 +13,7 @@ pub mod calibration;
 pub mod chat;
 pub mod convert;
 pub mod diff;
+pub mod eval;
 pub mod geometry;
 pub mod inspect;
 pub mod loudness;
@@ -85,6 +86,8 @@ pub enum Command {
     Serve(serve::ServeArgs),
     /// How fast an engine is: decode steps, prefill, throughput
     Bench(bench::BenchArgs),
+    /// How well an engine predicts a text, or answers questions; one engine, or two side by side
+    Eval(eval::EvalArgs),
     /// How far two engines, or one on two backends, are apart: operation by operation, on the same inputs
     Diff(diff::DiffArgs),
     /// What a checkpoint or an engine holds

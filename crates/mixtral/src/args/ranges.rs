@@ -148,6 +148,11 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("bench", "first-token-limit", MILLISECONDS),
     ("bench", "per-token-limit", MILLISECONDS),
     ("bench", "random-seed", SEED),
+    ("eval", "context", TOKENS),
+    ("eval", "stride", TOKENS),
+    ("eval", "threads", THREADS),
+    ("eval", "kv-cache-free-gpu-mem-fraction", PROBABILITY),
+    ("eval", "ranks-per-gpu", RANKS),
     ("diff", "layers", TOKENS),
     ("diff", "f32-limit", Real { low: 0.0, high: f64::MAX, f32: false }),
     ("diff", "half-limit", Real { low: 0.0, high: f64::MAX, f32: false }),
@@ -230,6 +235,7 @@ fn accepts(command: &str, flag: &str, value: &str) -> bool {
     line.extend((command == "diff" && flag == "max-input-length").then(|| "--input-text=a".to_owned()));
     line.extend((command == "verify").then(|| "somewhere".to_owned()));
     line.extend((command == "diff").then(|| "--backends=cpu,cuda".to_owned()));
+    line.extend((command == "eval").then(|| "--text=t".to_owned()));
     let Ok(parsed) = parse(line.into_iter().map(Into::into)) else { return false };
     match parsed.cli.command {
         Command::Convert(args) => args.validate().is_ok_and(|options| {
@@ -245,6 +251,7 @@ fn accepts(command: &str, flag: &str, value: &str) -> bool {
         Command::Chat(args) => args.validate().is_ok(),
         Command::Serve(args) => args.validate().is_ok(),
         Command::Bench(args) => args.validate().is_ok(),
+        Command::Eval(args) => args.validate().is_ok(),
         Command::Diff(args) => args.validate().is_ok(),
         _ => true,
     }

@@ -38,8 +38,8 @@ fn is_plain_npy(bytes: &[u8]) -> bool {
     header.len() <= MAX_NPY_HEADER_BYTES && count(b'(') <= 1 && count(b'{') <= 1 && count(b'[') == 0
 }
 
-/// Reads a text file: UTF-8, or UTF-16 with a byte-order mark, as Windows writes it.
-fn text(path: &Path) -> Result<String> {
+/// A text file: UTF-8, or UTF-16 with a byte-order mark, as Windows writes it.
+pub fn whole_text(path: &Path) -> Result<String> {
     check_size(path)?;
     let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
     let units = |pair: fn([u8; 2]) -> u16| bytes[2..].chunks_exact(2).map(move |b| pair([b[0], b[1]]));
@@ -61,7 +61,7 @@ fn text(path: &Path) -> Result<String> {
 
 /// The lines of a text file, each of which is a prompt. A line ends with a line feed, a carriage return, or both.
 pub fn text_lines(path: &Path) -> Result<Vec<String>> {
-    let text = text(path)?.replace("\r\n", "\n").replace('\r', "\n");
+    let text = whole_text(path)?.replace("\r\n", "\n").replace('\r', "\n");
     Ok(text.lines().map(str::to_owned).collect())
 }
 
@@ -83,7 +83,7 @@ struct Messages {
 pub fn conversation(path: &Path) -> Result<Conversation> {
     let wrong =
         || format!("{}: expected a list of messages (role, content), or an object with `messages`", path.display());
-    let keys = match serde_json::from_str(&text(path)?).with_context(wrong)? {
+    let keys = match serde_json::from_str(&whole_text(path)?).with_context(wrong)? {
         Value::Array(messages) => Messages { messages, ..Messages::default() },
         object => serde_json::from_value(object).with_context(wrong)?,
     };
@@ -100,7 +100,7 @@ pub fn conversation(path: &Path) -> Result<Conversation> {
 
 /// Token ids separated by commas, one prompt a line. Ids may have the form in which numpy.savetxt writes whole numbers.
 pub fn csv_ids(path: &Path) -> Result<Vec<Vec<TokenId>>> {
-    let text = text(path)?;
+    let text = whole_text(path)?;
     let mut reader =
         csv::ReaderBuilder::new().has_headers(false).flexible(true).trim(csv::Trim::All).from_reader(text.as_bytes());
     let wrong = |field: &str, line: usize| -> Result<TokenId> {

@@ -6,6 +6,7 @@ pub mod build;
 pub mod chat;
 pub mod convert;
 pub mod diff;
+pub mod eval;
 pub mod inspect;
 pub mod rebuild;
 pub mod run;
