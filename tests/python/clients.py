@@ -13,7 +13,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,38 +26,11 @@ import pydantic
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-ROOT = Path(__file__).parents[2]
-KEY = "a key"
-TEMPLATE = (
-    "{{ bos_token }}{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}{% endif %}"
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '\\n' }}{% endfor %}assistant:"
-)
+from server import KEY, ROOT, Server
+
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells it.", "strict": False,
                                            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
 USER = [{"role": "user", "content": "What is it?"}]
-
-
-class Server:
-    """A server on a free port, of an engine of the example model."""
-
-    def __init__(self, mixtral, folder):
-        run = lambda *args: subprocess.run([mixtral, *args], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        run("-q", "convert", "--model-dir", ROOT / "examples/tiny-mixtral", "--dtype", "f32")
-        run("-q", "build", "--max-batch-size", "4")
-        (folder / "chat.jinja").write_text(TEMPLATE)
-        self.process = subprocess.Popen(
-            [mixtral, "-q", "serve", "--port", "0", "--served-model-name", "tiny", "--api-key", KEY,
-             "--chat-template", "chat.jinja", "--max-waiting", "4"],
-            cwd=folder, stdout=subprocess.PIPE, text=True)
-        self.url = self.process.stdout.readline().split()[-1]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.process.send_signal(signal.SIGTERM)
-        ended = self.process.wait(timeout=60)
-        assert ended == 0, f"the server ended with {ended}"
 
 
 def expect(error, call):
@@ -243,7 +215,7 @@ def main():
     parser.add_argument("--schemas", type=int, default=200, help="how many schemas are drawn")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="seed of the schemas")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Server(args.mixtral.resolve(), Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, Server(args.mixtral.resolve(), Path(folder), "--max-waiting", "4") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=30)
         completions(client)
         chat(client)

@@ -156,11 +156,22 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
         let message = "this model has no chat template; use /v1/completions, or start the server with --chat-template";
         return Err(ApiError::field("messages", message));
     };
-    let text = template.render(&conversation).map_err(|error| ApiError::field("messages", error.to_string()))?;
-    // The template writes the special tokens, the start token too.
-    let prompt = shared.with_tokenizer(move |tokenizer| tokenizer.encode(&text, false)).await?;
+    let encoded = shared.with_tokenizer(move |tokenizer| {
+        let text = template.render(&conversation).map_err(|error| error.to_string())?;
+        // The template writes the special tokens, the start token too.
+        tokenizer.encode(&text, false).map_err(|error| error.to_string())
+    });
+    let field = |error| ApiError { param: Some("messages".to_owned()), ..error };
+    let prompt = encoded.await.map_err(field)?;
     let room = shared.capabilities.limits.max_seq_len.saturating_sub(prompt.len()).max(1);
-    let max_tokens = asked.max_completion_tokens.or(asked.max_tokens).unwrap_or(room);
+    let max_tokens = match (asked.max_completion_tokens, asked.max_tokens) {
+        (Some(new), Some(old)) if new != old => {
+            let message = "`max_tokens` is an older name of `max_completion_tokens`; give one of them";
+            return Err(ApiError::field("max_tokens", message));
+        }
+        (new, old) => new.or(old).unwrap_or(room),
+    };
+    shared.check_size([prompt.len()], max_tokens, choices, "messages")?;
     let request = Request { max_output_len: max_tokens, logprobs, ..sampling.request(&shared, max_tokens)? };
     let prompt_tokens = prompt.len();
     let requests =

@@ -96,6 +96,7 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
     };
     let form = sampling.form()?;
     let prompts = asked.prompt.read(&shared).await?;
+    shared.check_size(prompts.iter().map(|prompt| prompt.ids.len()), max_tokens, prompts.len() * drawn, "prompt")?;
     let mut requests = Vec::with_capacity(prompts.len() * drawn);
     for (prompt, prompt_index) in prompts.iter().zip(0..) {
         for hypothesis in (0..).take(drawn) {

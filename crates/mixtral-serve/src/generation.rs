@@ -27,17 +27,13 @@ impl Generation {
     /// prompts came from.
     ///
     /// # Errors
-    /// If there is no room for them, or the session refuses one of them. None of them runs then.
+    /// If there is no room for them now, or the session refuses one of them. None of them runs then.
     pub(crate) async fn start(
         shared: &Arc<Shared>,
         requests: Vec<Request>,
         prompt: &'static str,
     ) -> Result<Self, ApiError> {
         let (count, most) = (requests.len(), shared.most_sequences());
-        if count > most {
-            let message = format!("{count} sequences at once; this server takes {most}");
-            return Err(ApiError::field(prompt, message));
-        }
         let places = u32::try_from(count).ok().and_then(|n| shared.places.clone().try_acquire_many_owned(n).ok());
         let Some(mut places) = places else {
             shared.answers()?;

@@ -2,7 +2,7 @@
 //!
 //! llguidance says which tokens may come next. All others are banned from the draw.
 
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use llguidance::api::TopLevelGrammar;
 use llguidance::{Matcher, ParserFactory};
@@ -107,9 +107,21 @@ impl State {
     }
 }
 
+impl Guide {
+    /// Another guide to the same form, at its start.
+    pub(crate) fn another(&self) -> Guide {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        Guide {
+            state: Mutex::new(State { matcher: state.matcher.deep_clone(), known: state.known }),
+            vocab_size: self.vocab_size,
+            end_ids: self.end_ids.clone(),
+        }
+    }
+}
+
 impl Constraint for Guide {
     fn banned(&self, output: &[TokenId]) -> Vec<TokenId> {
-        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let allowed = state.allowed(output);
         let is_allowed = |id: TokenId| allowed.as_ref().is_some_and(|mask| mask.is_allowed(id.0));
         // llguidance knows the first end token alone. Where that may come, all of them may.

@@ -10,6 +10,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use rustix::net::sockopt;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
@@ -20,6 +21,13 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// The most bytes of a request's head.
 const MAX_HEAD: usize = 64 << 10;
+
+/// Raises the number of files that this process may have open to the most that the system allows: connections are files.
+pub(crate) fn raise_limit_of_files() {
+    let limit = getrlimit(Resource::Nofile);
+    // Where that is not allowed, connections beyond the limit have to wait.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+}
 
 /// Accepts connections until `stop` is true, then waits until those with an unfinished answer have sent it.
 pub(crate) async fn listen(listener: TcpListener, router: Router, bounds: Bounds, mut stop: watch::Receiver<bool>) {

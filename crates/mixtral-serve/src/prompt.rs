@@ -1,6 +1,7 @@
 //! Prompts of completions: a text, a list of texts, token ids, or a list of lists of token ids.
 
 use mixtral_model::TokenId;
+use mixtral_runtime::TokenizerError;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 
@@ -48,17 +49,19 @@ impl Prompts {
     /// # Errors
     /// If the tokenizer cannot read one of them.
     pub(crate) async fn read(self, shared: &Shared) -> Result<Vec<Prompt>, ApiError> {
-        let read = shared.with_tokenizer(move |tokenizer| match self {
-            Prompts::Texts(texts) => {
-                texts.into_iter().map(|text| Ok(Prompt { ids: tokenizer.encode(&text, true)?, text })).collect()
+        let read = shared.with_tokenizer(move |tokenizer| -> Result<Vec<Prompt>, TokenizerError> {
+            match self {
+                Prompts::Texts(texts) => {
+                    texts.into_iter().map(|text| Ok(Prompt { ids: tokenizer.encode(&text, true)?, text })).collect()
+                }
+                Prompts::Ids(lists) => lists
+                    .into_iter()
+                    .map(|ids| {
+                        let ids: Vec<TokenId> = ids.into_iter().map(TokenId).collect();
+                        Ok(Prompt { text: tokenizer.decode(&ids)?, ids })
+                    })
+                    .collect(),
             }
-            Prompts::Ids(lists) => lists
-                .into_iter()
-                .map(|ids| {
-                    let ids: Vec<TokenId> = ids.into_iter().map(TokenId).collect();
-                    Ok(Prompt { text: tokenizer.decode(&ids)?, ids })
-                })
-                .collect(),
         });
         read.await.map_err(|error| ApiError { param: Some("prompt".to_owned()), ..error })
     }

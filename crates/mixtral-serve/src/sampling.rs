@@ -69,8 +69,8 @@ pub struct Sampling {
     pub guided_grammar: Option<String>,
     /// Whom the request is for. It changes nothing.
     pub user: Option<String>,
-    /// Anything of the client's own. It changes nothing.
-    pub metadata: Option<BTreeMap<String, Value>>,
+    /// Texts of the client's own, by name. They change nothing.
+    pub metadata: Option<BTreeMap<String, String>>,
 }
 
 /// The form of an answer.

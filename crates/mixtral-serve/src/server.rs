@@ -13,7 +13,7 @@ use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
-use crate::listen::listen;
+use crate::listen::{listen, raise_limit_of_files};
 use crate::metrics::UPKEEP;
 use crate::options::Options;
 use crate::routes::router;
@@ -74,6 +74,7 @@ impl Server {
     /// # Errors
     /// If the address cannot be listened on.
     pub fn start(options: Options, capabilities: Capabilities, tokenizer: Arc<Tokenizer>) -> Result<Self, ServeError> {
+        raise_limit_of_files();
         let (bounds, wanted) = (options.bounds, options.address);
         let mut builder = Builder::new_multi_thread();
         builder.worker_threads(THREADS).max_blocking_threads(TOKENIZER_THREADS).thread_name("serve").enable_all();

@@ -1,12 +1,13 @@
 //! What all handlers share.
 
+use std::fmt::Display;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use mixtral_runtime::session::Capabilities;
-use mixtral_runtime::{Tokenizer, TokenizerError};
+use mixtral_runtime::{Refusal, Tokenizer};
 use tokio::sync::{Semaphore, watch};
 
 use crate::error::ApiError;
@@ -107,10 +108,32 @@ impl Shared {
         if names.iter().any(|served| served == name) { Ok(()) } else { Err(ApiError::model(name, names)) }
     }
 
-    /// Works with the tokenizer, on a thread that may take its time.
-    pub(crate) async fn with_tokenizer<T: Send + 'static>(
+    /// Checks `count` sequences with prompts of these lengths, before anything is made for each of them. `field` is where the
+    /// prompts came from.
+    ///
+    /// # Errors
+    /// If there are too many, or one is too long.
+    pub(crate) fn check_size(
         &self,
-        work: impl FnOnce(&Tokenizer) -> Result<T, TokenizerError> + Send + 'static,
+        prompts: impl IntoIterator<Item = usize>,
+        max_tokens: usize,
+        count: usize,
+        field: &'static str,
+    ) -> Result<(), ApiError> {
+        let (most, limit) = (self.most_sequences(), self.capabilities.limits.max_seq_len);
+        if count > most {
+            return Err(ApiError::field(field, format!("{count} sequences at once; this server takes {most}")));
+        }
+        match prompts.into_iter().find(|prompt| prompt.saturating_add(max_tokens) > limit) {
+            Some(prompt) => Err(ApiError::refused(&Refusal::TooLong { prompt, output: max_tokens, limit }, field)),
+            None => Ok(()),
+        }
+    }
+
+    /// Works with the tokenizer, on a thread that may take its time.
+    pub(crate) async fn with_tokenizer<T: Send + 'static, E: Display + Send + 'static>(
+        &self,
+        work: impl FnOnce(&Tokenizer) -> Result<T, E> + Send + 'static,
     ) -> Result<T, ApiError> {
         let tokenizer = self.tokenizer.clone();
         let done = tokio::task::spawn_blocking(move || work(&tokenizer)).await;
@@ -133,8 +156,8 @@ impl Shared {
         let (guides, tokenizer) = (self.guides.clone(), self.tokenizer.clone());
         let (vocab_size, end_ids) = (self.capabilities.vocab_size, self.options.end_ids.clone());
         let made = tokio::task::spawn_blocking(move || {
-            let guide = |_| guides.guide(form.clone(), &tokenizer, vocab_size, &end_ids).map(Arc::new);
-            (0..count).map(guide).collect()
+            let first = guides.guide(form, &tokenizer, vocab_size, &end_ids)?;
+            Ok((0..count).map(|_| Arc::new(first.another())).collect())
         });
         let made: Result<_, String> = made.await.map_err(|_| ApiError::internal("the form could not be read"))?;
         made.map_err(|why| ApiError::field(field, format!("`{field}` cannot be kept to: {why}")))

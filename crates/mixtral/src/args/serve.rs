@@ -58,7 +58,7 @@ pub struct ServeArgs {
     #[arg(help_heading = BOUNDS, long, default_value_t = 16384, value_parser = numbers::connections)]
     pub max_connections: usize,
     /// Bytes of a request
-    #[arg(help_heading = BOUNDS, long, default_value_t = 8 << 20, value_parser = numbers::body_bytes)]
+    #[arg(help_heading = BOUNDS, long, default_value_t = 4 << 20, value_parser = numbers::body_bytes)]
     pub max_body_bytes: usize,
     /// Seconds that a client may take to send a request, or be silent between two
     #[arg(help_heading = BOUNDS, long, default_value_t = 30, value_name = "SECONDS", value_parser = numbers::seconds)]
