@@ -107,6 +107,7 @@ fn quantized_engines_give_the_tokens_of_one_rank_in_every_layout() {
         "--use_weight_only --weight_only_precision int4 --group_size 32",
         "--use_weight_only --weight_only_precision int4 --group_size 32 --attention-precision int4",
         "--use_weight_only --weight_only_precision int4 --group_size -1 --attention-precision float",
+        "--qformat fp8 --kv_cache_dtype fp8",
     ] {
         let geometry = format!("{geometry} {quantized}");
         let alone = tokens(at, &geometry, 5, "");
@@ -154,6 +155,7 @@ fn the_example_model_writes_the_same_text_in_every_layout() {
         "--use_weight_only",
         "--use_weight_only --weight_only_precision int4 --group_size 32",
         "--qformat int4_wo --group_size 32 --attention_precision int4 --calib_data calibration.csv",
+        "--qformat fp8 --kv_cache_dtype fp8 --calib_data calibration.csv",
     ] {
         let alone = text(quantized);
         for layout in ["--tp_size 2", "--tp_size 6 --moe_tp_size 3 --moe_ep_size 2", "--tp_size 2 --pp_size 2"] {

@@ -89,3 +89,49 @@ fn build_quantizes_a_checkpoint_of_floats() {
     left.sort();
     assert_eq!(left, ["at_build", "c", "e", "floats"]);
 }
+
+/// The old quantize.py's command, word for word but for the sizes. Without a data set the model writes its own text.
+#[test]
+fn the_old_command_quantizes_to_fp8() {
+    let dir = fast_dir();
+    let at = dir.path();
+    let model = root().join("examples/tiny-mixtral");
+    let quantize = format!(
+        "quantize --model_dir {} --dtype float16 --qformat fp8 --kv_cache_dtype fp8 --output_dir ckpt --calib_size 4 --tp_size 2 --calib_max_seq_length 96",
+        model.display()
+    );
+    let said = mixtral_in(at, &quantize, &[]);
+    assert!(said.err.contains("calibrated with 4 sequences, 384 tokens"), "{}", said.err);
+    said.ok();
+    let config = fs::read_to_string(at.join("ckpt/config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["quantization"]["quant_algo"], "FP8");
+    assert_eq!(config["quantization"]["kv_cache_quant_algo"], "FP8");
+    let bytes = fs::read(at.join("ckpt/rank1.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let shape = |name: &str| {
+        let tensor = file.tensor(&format!("transformer.layers.3.{name}")).unwrap();
+        (format!("{:?}", tensor.dtype()), tensor.shape().to_vec())
+    };
+    assert_eq!(shape("attention.qkv.weight"), ("F8_E4M3".to_owned(), vec![160, 192]));
+    assert_eq!(shape("attention.qkv.weights_scaling_factor"), ("F32".to_owned(), vec![1]));
+    assert_eq!(shape("attention.qkv.activation_scaling_factor"), ("F32".to_owned(), vec![1]));
+    assert_eq!(shape("attention.kv_cache_scaling_factor"), ("F32".to_owned(), vec![2]));
+    assert_eq!(shape("mlp.fc.weight"), ("F8_E4M3".to_owned(), vec![8, 192, 192]));
+    assert_eq!(shape("mlp.fc.weights_scaling_factor"), ("F32".to_owned(), vec![8, 1]));
+    mixtral_in(at, "verify ckpt", &[]).ok();
+    mixtral_in(at, "build --checkpoint_dir ckpt --output_dir engine --gemm_plugin float16 --workers 2", &[]).ok();
+    let text = mixtral_in(at, "run --engine_dir engine --max_output_len 16 --input_text", &["ROMEO:\n"]).ok();
+    assert!(text.contains("ROMEO"), "{text}");
+
+    let for_gpu = mixtral_in(at, "build --checkpoint_dir ckpt --output_dir gpu --arch sm_90a", &[]);
+    assert_eq!(for_gpu.code, 1);
+    assert!(
+        for_gpu.err.contains("a model in fp8 has no kernels in this version; build for the CPU"),
+        "{}",
+        for_gpu.err
+    );
+    let to_int8 = mixtral_in(at, &quantize.replace("--kv_cache_dtype fp8", "--kv_cache_dtype int8"), &[]);
+    assert_eq!(to_int8.code, 2);
+    assert!(to_int8.err.contains("this version has no int8 cache; use fp8"), "{}", to_int8.err);
+}

@@ -47,6 +47,7 @@ const PYTHON_CHECKS: &[PythonCheck] = &[
         self_test: false,
         javascript: false,
     },
+    PythonCheck { name: "fp8 in transformers", script: "tests/python/fp8.py", self_test: false, javascript: false },
     PythonCheck {
         name: "perplexity and choices",
         script: "tests/python/perplexity.py",

@@ -4,11 +4,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use mixtral_checkpoint::names::is_tokenizer_file;
-use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError};
+use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError, TensorId};
 use mixtral_engine::dir::{RankRecord, WeightsKind};
 use mixtral_engine::program::FORMAT_VERSION;
-use mixtral_engine::{EngineConfig, EngineError, EngineWriter, Limits, Program, ProgramError};
-use mixtral_model::{Rank, Recipe};
+use mixtral_engine::{EngineConfig, EngineError, EngineWriter, KvScale, Limits, Program, ProgramError};
+use mixtral_model::{CacheFormat, DType, Rank, Recipe, WeightFormat};
 
 use crate::{KernelOptions, Kernels, lower};
 
@@ -91,6 +91,14 @@ pub enum BuildError {
         /// Kernel, architecture and defect.
         kernels: Vec<String>,
     },
+    /// Formats that have no kernels.
+    #[error(
+        "{what} in fp8 has no kernels in this version; build for the CPU (--backend cpu), or convert the model again without fp8"
+    )]
+    Fp8 {
+        /// What is in fp8.
+        what: &'static str,
+    },
     /// The engine needs more memory than the machine has.
     #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; {}",
         human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget), if weights > budget {
@@ -127,7 +135,15 @@ use crate::explain::bytes as human;
 /// # Errors
 /// If the model cannot be lowered, or does not fit into memory.
 pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Program>, BuildError> {
-    let mapping = config.mapping;
+    let (mapping, formats) = (config.mapping, config.model.formats);
+    if options.kernels.is_some() {
+        if [formats.attention, formats.feed_forward].contains(&WeightFormat::Fp8) {
+            return Err(BuildError::Fp8 { what: "a model" });
+        }
+        if config.model.cache == CacheFormat::Fp8 {
+            return Err(BuildError::Fp8 { what: "a cache" });
+        }
+    }
     let mut limits = options.limits;
     limits.max_num_logits = if options.gather_context_logits {
         limits.max_num_tokens
@@ -176,6 +192,9 @@ pub fn build(
     progress: &(dyn Fn(usize, usize) + Sync),
 ) -> Result<Built, BuildError> {
     let mut programs = plan(config, options)?;
+    if let WeightsFrom::Checkpoint(checkpoint) = weights {
+        programs.iter_mut().try_for_each(|program| read_cache_scales(program, checkpoint))?;
+    }
     if let WeightsFrom::Dummy { recipes, .. } = weights {
         for program in &mut programs {
             for recipe in recipes(Rank(program.rank)) {
@@ -219,6 +238,22 @@ pub fn build(
         ranks,
     };
     Ok(Built { config: writer.finish(engine)?, programs, kernels })
+}
+
+/// Puts the scales of a checkpoint's cache into a program.
+fn read_cache_scales(program: &mut Program, checkpoint: &Checkpoint) -> Result<(), BuildError> {
+    if program.kv_scales.is_empty() {
+        return Ok(());
+    }
+    let file = checkpoint.rank(Rank(program.rank))?;
+    for (layer, scale) in program.kv_scales.iter_mut().enumerate() {
+        let floats = DType::F32.widen(file.tensor(&TensorId::CacheScales(layer).to_string())?.bytes);
+        if let [key, value] = floats[..] {
+            *scale = KvScale { key, value };
+        }
+    }
+    let rank = Rank(program.rank);
+    program.check().map_err(|source| BuildError::Program { rank, source })
 }
 
 /// What an engine's config names as the targets of the build.

@@ -92,10 +92,11 @@ pub fn cost(program: &Program, op: &Op, shape: StepShape) -> Cost {
             cost.flops = 4.0 * seen * f(num_heads * kv.head_dim);
             // Keys and values are read once a sequence; here a sequence is one token or one prompt.
             let sequences = if shape.num_tokens > shape.num_logits { f(shape.num_logits) } else { f(shape.num_tokens) };
-            cost.activation_bytes += sequences * f(2 * shape.context * kv.num_kv_heads * kv.head_dim * kv.dtype.size());
+            cost.activation_bytes +=
+                sequences * f(2 * shape.context * kv.num_kv_heads * kv.head_dim * kv.elem().size());
         }
         Op::RopeWriteKv { .. } | Op::WriteKv { .. } => {
-            cost.activation_bytes += f(shape.num_tokens * 2 * kv.num_kv_heads * kv.head_dim * kv.dtype.size());
+            cost.activation_bytes += f(shape.num_tokens * 2 * kv.num_kv_heads * kv.head_dim * kv.elem().size());
         }
         _ => {}
     }

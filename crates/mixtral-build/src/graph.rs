@@ -9,8 +9,8 @@
 //! can be planned and run. Tests use that to show that fused programs equal unfused ones.
 
 use mixtral_checkpoint::{CheckpointConfig, TensorId, rank_weights};
-use mixtral_engine::{Buffer, Epilogue, KvLayout, Limits, Op, Program, Rows, Weight};
-use mixtral_model::{ElemType, Mapping, ModelConfig, Rank};
+use mixtral_engine::{Buffer, Epilogue, KvLayout, KvScale, Limits, Op, Program, Rows, Weight};
+use mixtral_model::{CacheFormat, ElemType, Mapping, ModelConfig, Rank};
 
 /// Builds the naive graph of `rank`.
 #[must_use]
@@ -23,6 +23,8 @@ pub fn naive(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
     };
     let weights = rank_weights(config, rank)
         .into_iter()
+        // The scales of the cache are numbers of the program.
+        .filter(|t| !matches!(t.id, TensorId::CacheScales(_)))
         .map(|t| Weight {
             sharded: sharded(&t.name, &t.shape),
             name: t.name,
@@ -47,6 +49,11 @@ pub fn naive(config: &CheckpointConfig, rank: Rank, limits: Limits) -> Program {
             num_kv_heads: mapping.kv_heads(model, rank).len(),
             head_dim: model.head_dim,
             dtype: model.dtype,
+            format: model.cache,
+        },
+        kv_scales: match model.cache {
+            CacheFormat::Plain => Vec::new(),
+            CacheFormat::Fp8 => vec![KvScale { key: 1.0, value: 1.0 }; mapping.layers(model, rank).len()],
         },
         arena_bytes: 0,
         buffers: Vec::new(),

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mixtral_model::{
-    Bits, ConfigError, Formats, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization,
-    Quantization, WeightFormat,
+    Bits, CacheFormat, ConfigError, Formats, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig,
+    MoeNormalization, Quantization, WeightFormat,
 };
 use serde_json::{Map, Value, json};
 
@@ -198,7 +198,7 @@ impl CheckpointConfig {
             "embedding_sharding_dim": self.embedding_sharding_dim,
             "share_embedding_table": false,
             "disable_weight_only_quant_plugin": false,
-            "kv_dtype": model.dtype,
+            "kv_dtype": if model.cache.is_plain() { json!(model.dtype) } else { json!("fp8") },
         });
         if moe {
             let (experts, top_k) = (model.moe.num_experts, model.moe.top_k);
@@ -222,7 +222,7 @@ impl CheckpointConfig {
             "moe_ep_size": mapping.moe_ep_size,
             "gpus_per_node": 8,
         });
-        root["quantization"] = quantization(&model.formats);
+        root["quantization"] = quantization(&model.formats, model.cache);
         root["mixtral"] = json!({
             "format_version": FORMAT_VERSION,
             "tool_version": self.tool_version,
@@ -272,10 +272,26 @@ fn seal_of(map: &Map<String, Value>) -> Option<&str> {
     map.values().find_map(|object| object.as_object()?.get("seal")?.as_str())
 }
 
+/// TensorRT-LLM's word for weights, activations or a cache in e4m3.
+const FP8: &str = "FP8";
+
+/// Modules of the model that are never quantized, by the names that TensorRT-LLM and ModelOpt give them.
+const NEVER_QUANTIZED: &[&str] = &[
+    "lm_head",
+    "router",
+    "vocab_embedding",
+    "block_sparse_moe.gate",
+    "embed_tokens",
+    "input_layernorm",
+    "post_layernorm",
+    "ln_f",
+];
+
 /// TensorRT-LLM's description of quantized weights. It has no words for all that [`Formats`] says, so that is written too.
-fn quantization(formats: &Formats) -> Value {
+fn quantization(formats: &Formats, cache: CacheFormat) -> Value {
     let algorithm = |format| match format {
         WeightFormat::Plain => None,
+        WeightFormat::Fp8 => Some(FP8),
         WeightFormat::Quantized(Quantization { bits: Bits::Eight, group: None, .. }) => Some("W8A16"),
         WeightFormat::Quantized(Quantization { bits: Bits::Eight, .. }) => Some("W8A16_GPTQ"),
         WeightFormat::Quantized(Quantization { bits: Bits::Four, group: None, .. }) => Some("W4A16"),
@@ -286,21 +302,24 @@ fn quantization(formats: &Formats) -> Value {
     let of = quantized(formats.feed_forward).or(quantized(formats.attention));
     json!({
         "quant_algo": if is_mixed { Some("MIXED_PRECISION") } else { algorithm(formats.feed_forward) },
-        "kv_cache_quant_algo": null,
+        "kv_cache_quant_algo": (!cache.is_plain()).then_some(FP8),
         "group_size": of.and_then(|of| of.group).unwrap_or(128),
         "smoothquant_val": null,
         "has_zero_point": of.is_some_and(|of| of.zeros),
         "pre_quant_scale": false,
-        "exclude_modules": of.map(|_| ["lm_head", "router", "vocab_embedding"]),
+        "exclude_modules": (*formats != Formats::default()).then_some(["lm_head", "router", "vocab_embedding"]),
     })
 }
 
-/// The formats of the weights. A checkpoint that does not name them has plain weights.
-fn read_formats(ours: Keys<'_>) -> Result<Formats, KeyError> {
+/// The formats of the weights. A checkpoint that does not name them has plain weights, or TensorRT-LLM's fp8.
+fn read_formats(ours: Keys<'_>, quantization: Keys<'_>) -> Result<Formats, KeyError> {
+    if !ours.contains("formats") && quantization.text("quant_algo")? == Some(FP8) {
+        return Ok(Formats { attention: WeightFormat::Fp8, feed_forward: WeightFormat::Fp8 });
+    }
     let keys = ours.object("formats", "mixtral.formats.")?;
     let format = |key| {
         let Some(word) = keys.text(key)? else { return Ok(WeightFormat::Plain) };
-        word.parse().map_err(|_| keys.unsupported(key, "plain, int8:row:f32, int4:g128:bf16 and the like", word))
+        word.parse().map_err(|_| keys.unsupported(key, "plain, fp8, int8:row:f32, int4:g128:bf16 and the like", word))
     };
     Ok(Formats { attention: format("attention")?, feed_forward: format("feed_forward")? })
 }
@@ -308,14 +327,20 @@ fn read_formats(ours: Keys<'_>) -> Result<Formats, KeyError> {
 /// Refuses settings that give the weights another meaning than the one that this tool reads them with.
 fn refuse_unsupported(root: Keys<'_>) -> Result<(), KeyError> {
     let quantization = root.object("quantization", "quantization.")?;
-    if let Some(algo) = quantization.get("kv_cache_quant_algo") {
-        return Err(quantization.unsupported("kv_cache_quant_algo", "null; convert the original model again", algo));
-    }
+    quantization.one_of("kv_cache_quant_algo", &[FP8], "null, FP8; convert the original model again")?;
     let ours = root.object("mixtral", "mixtral.")?;
     // TensorRT-LLM stores integers in the order in which one kind of GPU reads them.
-    if let Some(algo) = quantization.get("quant_algo").filter(|_| !ours.contains("formats")) {
-        let supported = "null: another tool's quantized weights are arranged for its own kernels; quantize the original model with `mixtral convert`";
+    let is_theirs = |algo: &&Value| !ours.contains("formats") && *algo != FP8;
+    if let Some(algo) = quantization.get("quant_algo").filter(is_theirs) {
+        let supported = "null, FP8: another tool's quantized weights are arranged for its own kernels; quantize the original model with `mixtral convert`";
         return Err(quantization.unsupported("quant_algo", supported, algo));
+    }
+    let excluded = quantization.get("exclude_modules").and_then(Value::as_array);
+    let is_known =
+        |name: &Value| name.as_str().is_some_and(|name| NEVER_QUANTIZED.iter().any(|known| name.ends_with(known)));
+    if let Some(other) = excluded.and_then(|names| names.iter().find(|name| !is_known(name))) {
+        let supported = "lm_head, router and embedding: all linears of attention and feed-forward are quantized";
+        return Err(quantization.unsupported("exclude_modules", supported, other));
     }
     if let Some(scaling) = root.get("rotary_scaling") {
         return Err(root.unsupported("rotary_scaling", "null", scaling));
@@ -415,7 +440,11 @@ fn read_config(root: Keys<'_>) -> Result<CheckpointConfig, KeyError> {
         rope_theta: root.number("rotary_base")?.unwrap_or(10_000.0),
         norm_eps: root.number("norm_epsilon")?.unwrap_or(1e-5),
         sliding_window: root.size("sliding_window")?,
-        formats: read_formats(ours)?,
+        formats: read_formats(ours, root.object("quantization", "quantization.")?)?,
+        cache: match root.object("quantization", "quantization.")?.text("kv_cache_quant_algo")? {
+            Some(_) => CacheFormat::Fp8,
+            None => CacheFormat::Plain,
+        },
     };
     if let Some(version) = ours.size("format_version")?
         && version as u64 > FORMAT_VERSION
@@ -466,6 +495,8 @@ mod tests {
             assert_eq!(parse(&config.to_json()).unwrap(), config);
         }
         let mut dense = CheckpointConfig::new(model, Mapping::tensor_parallel(2, 1));
+        (dense.model.formats.attention, dense.model.formats.feed_forward) = (WeightFormat::Fp8, WeightFormat::Fp8);
+        dense.model.cache = CacheFormat::Fp8;
         dense.model.family = ModelFamily::Mistral;
         dense.model.moe = MoeConfig { num_experts: 1, top_k: 1, normalization: MoeNormalization::Renorm };
         assert!(!dense.to_json().contains("moe_num_experts"));
@@ -491,6 +522,15 @@ mod tests {
         assert_eq!(nested.model.moe.normalization, MoeNormalization::None);
     }
 
+    /// As ModelOpt exports it for TensorRT-LLM.
+    #[test]
+    fn another_tools_fp8_is_read() {
+        let quantization = r#"{"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["*router", "*vocab_embedding", "*ln_f", "lm_head"]}"#;
+        let config = parse(&minimal(&format!(r#", "moe_num_experts": 8, "quantization": {quantization}"#))).unwrap();
+        assert_eq!(config.model.formats, Formats { attention: WeightFormat::Fp8, feed_forward: WeightFormat::Fp8 });
+        assert_eq!(config.model.cache, CacheFormat::Fp8);
+    }
+
     #[test]
     fn each_refusal_says_what_and_where() {
         let refusals: Vec<String> = [
@@ -499,7 +539,11 @@ mod tests {
             r#"{"model_type": "mixtral"}"#.to_owned(),
             r#"{"architecture": "GPTForCausalLM"}"#.to_owned(),
             minimal(""),
-            minimal(r#", "moe_num_experts": 8, "quantization": {"quant_algo": "FP8"}"#),
+            minimal(r#", "moe_num_experts": 8, "quantization": {"quant_algo": "W4A8_AWQ"}"#),
+            minimal(r#", "moe_num_experts": 8, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}"#),
+            minimal(
+                r#", "moe_num_experts": 8, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "transformer.layers.0.mlp"]}"#,
+            ),
             minimal(r#", "moe_num_experts": 8, "rotary_scaling": {"type": "linear"}"#),
             minimal(r#", "moe_num_experts": 8, "attn_bias": true"#),
             minimal(r#", "moe_num_experts": 8, "moe_normalization_mode": 2"#),

@@ -52,7 +52,8 @@ impl TensorEntry {
 }
 
 /// All element types.
-const ELEM_TYPES: [ElemType; 5] = [ElemType::F32, ElemType::F16, ElemType::Bf16, ElemType::I32, ElemType::U8];
+const ELEM_TYPES: [ElemType; 6] =
+    [ElemType::F32, ElemType::F16, ElemType::Bf16, ElemType::I32, ElemType::U8, ElemType::F8E4M3];
 
 /// safetensors' name of an element type.
 #[must_use]
@@ -63,6 +64,7 @@ pub const fn safetensors_name(elem: ElemType) -> &'static str {
         ElemType::Bf16 => "BF16",
         ElemType::I32 => "I32",
         ElemType::U8 => "U8",
+        ElemType::F8E4M3 => "F8_E4M3",
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a rank's file must hold: the table of weights, their shapes and formats, and the tensors that they are stored in.
 
-use mixtral_model::{DType, ElemType, Part, Rank, WeightFormat};
+use mixtral_model::{CacheFormat, DType, ElemType, Part, Rank, WeightFormat};
 
 use crate::names::part_name;
 use crate::{CheckpointConfig, TensorId};
@@ -12,7 +12,8 @@ pub struct WeightSpec {
     pub id: TensorId,
     /// Its name: `id` written out.
     pub name: String,
-    /// Type of its elements, or of what they stand for: the model's, except for the router's f32.
+    /// Type of its elements, or of what they stand for: the model's, except for the router and the cache's scales, which are
+    /// f32.
     pub dtype: DType,
     /// How it is stored.
     pub format: WeightFormat,
@@ -104,6 +105,9 @@ pub fn rank_weights(config: &CheckpointConfig, rank: Rank) -> Vec<WeightSpec> {
         add(TensorId::InputNorm(layer), model.dtype, &[hidden]);
         add(TensorId::Qkv(layer), model.dtype, &[(heads + 2 * kv_heads) * model.head_dim, hidden]);
         add(TensorId::Dense(layer), model.dtype, &[hidden, heads * model.head_dim]);
+        if model.cache == CacheFormat::Fp8 {
+            add(TensorId::CacheScales(layer), DType::F32, &[2]);
+        }
         add(TensorId::PostNorm(layer), model.dtype, &[hidden]);
         if model.has_router() {
             add(TensorId::Router(layer), DType::F32, &[model.moe.num_experts, hidden]);

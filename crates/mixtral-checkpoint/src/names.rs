@@ -21,6 +21,8 @@ pub enum TensorId {
     Qkv(usize),
     /// Output projection of attention, `[H, nh d]`.
     Dense(usize),
+    /// Scales of the keys and of the values in an 8-bit cache, always f32: `[2]`.
+    CacheScales(usize),
     /// RMSNorm weight before the feed-forward, `[H]`.
     PostNorm(usize),
     /// Router, all experts on every rank, always f32: `[experts, H]`.
@@ -44,6 +46,7 @@ impl TensorId {
             TensorId::InputNorm(layer)
             | TensorId::Qkv(layer)
             | TensorId::Dense(layer)
+            | TensorId::CacheScales(layer)
             | TensorId::PostNorm(layer)
             | TensorId::Router(layer)
             | TensorId::Fc(layer)
@@ -61,6 +64,9 @@ impl fmt::Display for TensorId {
             TensorId::InputNorm(layer) => (layer, "input_layernorm"),
             TensorId::Qkv(layer) => (layer, "attention.qkv"),
             TensorId::Dense(layer) => (layer, "attention.dense"),
+            TensorId::CacheScales(layer) => {
+                return write!(f, "transformer.layers.{layer}.attention.kv_cache_scaling_factor");
+            }
             TensorId::PostNorm(layer) => (layer, "post_layernorm"),
             TensorId::Router(layer) => (layer, "mlp.router"),
             TensorId::Fc(layer) => (layer, "mlp.fc"),
@@ -72,7 +78,7 @@ impl fmt::Display for TensorId {
 
 /// The name of a part of the weight with the name `weight`. The values have the weight's own name.
 ///
-/// Scales have TensorRT-LLM's name for scales of groups. The zeros have another name than there, because that tool stores zeros
+/// Scales have TensorRT-LLM's names. The zeros have another name than there, because that tool stores zeros
 /// that are multiplied by the scale already.
 #[must_use]
 pub fn part_name(weight: &str, part: PartKind) -> String {
@@ -80,6 +86,7 @@ pub fn part_name(weight: &str, part: PartKind) -> String {
         PartKind::Values => return weight.to_owned(),
         PartKind::Scales => "weights_scaling_factor",
         PartKind::Zeros => "weights_zero_point",
+        PartKind::InputScale => "activation_scaling_factor",
     };
     format!("{}.{suffix}", weight.strip_suffix(".weight").unwrap_or(weight))
 }

@@ -6,10 +6,11 @@ use std::time::Instant;
 
 use mixtral_checkpoint::disk::free_bytes;
 use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
-use mixtral_model::{DType, Mapping, ModelConfig, MoeNormalization, Recipe, WeightOnly};
+use mixtral_model::{CacheFormat, DType, Mapping, ModelConfig, MoeNormalization, Recipe, WeightFormat, WeightOnly};
 
 use crate::error::ConvertError;
 use crate::execute::{Losses, buffer_bytes, execute};
+use crate::fp8;
 use crate::plan::recipes;
 use crate::report::{ConvertPlan, PlannedTensor, QuantizedTensor, RankPlan, Report};
 use crate::source::config::SourceConfig;
@@ -41,6 +42,8 @@ pub struct ConvertOptions {
     pub dtype: Option<DType>,
     /// What matrices are rounded to. `None` keeps them as floats.
     pub weight_only: Option<WeightOnly>,
+    /// How the cache of keys and values is stored.
+    pub cache: CacheFormat,
     /// What calibration found out about the model. Without it all inputs of a linear count alike.
     pub statistics: Option<Arc<Statistics>>,
     /// How to cut the model.
@@ -66,6 +69,7 @@ impl ConvertOptions {
             output_dir,
             dtype: None,
             weight_only: None,
+            cache: CacheFormat::Plain,
             statistics: None,
             mapping: Mapping::single(),
             normalization: MoeNormalization::Renorm,
@@ -116,6 +120,7 @@ pub(crate) fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError
         }
     };
     model.moe.normalization = options.normalization;
+    model.cache = options.cache;
     if let Some(weight_only) = options.weight_only {
         if let Some(source) = source.as_ref().filter(|source| source.is_quantized()) {
             return Err(ConvertError::Quantized { dir: source.dir.clone(), layout: source.layout.clone() });
@@ -182,11 +187,21 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
 pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Report, ConvertError> {
     let start = Instant::now();
     let Prepared { config, source, recipes, tokenizer, .. } = prepare(options)?;
+    let statistics = options.statistics.as_deref();
+    let mut made = Vec::new();
+    for (rank, recipes) in config.mapping.ranks().zip(&recipes) {
+        let first_layer = config.mapping.layers(&config.model, rank).start;
+        made.push(fp8::cache_scales(recipes, first_layer, rank, statistics)?);
+        let uncalibrated = recipes.iter().find(|recipe| recipe.format == WeightFormat::Fp8 && statistics.is_none());
+        if let Some(recipe) = uncalibrated.filter(|_| !source.as_ref().is_some_and(Source::is_quantized)) {
+            return Err(ConvertError::NotCalibrated { what: format!("the input of {}", recipe.name) });
+        }
+    }
     let mut writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
     tokenizer.write(&mut writer)?;
     let mut losses = Losses::new();
     if let Some(source) = &source {
-        losses = execute(source, &recipes, writer.ranks(), options.statistics.as_deref(), options.workers, progress)?;
+        losses = execute(source, &recipes, &made, writer.ranks(), statistics, options.workers, progress)?;
     }
     let tensors = recipes.iter().flatten();
     let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());

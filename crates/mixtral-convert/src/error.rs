@@ -215,6 +215,12 @@ pub enum ConvertError {
         /// How they are quantized.
         layout: String,
     },
+    /// A format that needs scales of activations, and no statistics of them.
+    #[error("{what} has no scale: fp8 needs statistics of calibration (`mixtral convert --calib-data`)")]
+    NotCalibrated {
+        /// What the scale is of.
+        what: String,
+    },
     /// All tensors that are missing, that have the wrong shape or type, or that the model has no place for.
     #[error("the weights in {dir} are not those that {config} describes (read as {layout}); download both again from one place:\n{}", lines(.problems))]
     Tensors {

@@ -8,12 +8,14 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use mixtral_checkpoint::names::part_name;
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
 use mixtral_checkpoint::{Progress, RankWriter, TensorSpec};
-use mixtral_model::{DType, ElemType, Piece, Quantization, Recipe, WeightFormat};
+use mixtral_model::{DType, ElemType, PartKind, Piece, Quantization, Recipe, WeightFormat};
 
 use crate::error::ConvertError;
 use crate::feedback::Feedback;
+use crate::fp8;
 use crate::number::{convert_elements, first_refused};
 use crate::plan::{TensorRecipe, parts};
 use crate::quantize::Loss;
@@ -41,7 +43,7 @@ pub fn buffer_bytes(source: &Source) -> u64 {
     4 * chunk.max(row)
 }
 
-/// Writes all weights of all ranks: those of `recipes[r]` with `writers[r]`. Weights are quantized by the `statistics`, if there are
+/// Writes all weights of all ranks: those of `recipes[r]` with `writers[r]`. Tensors in `made[r]` come from no source. Weights are quantized by the `statistics`, if there are
 /// any. Returns what was lost by quantizing.
 ///
 /// # Errors
@@ -49,6 +51,7 @@ pub fn buffer_bytes(source: &Source) -> u64 {
 pub fn execute(
     source: &Source,
     recipes: &[Vec<Recipe>],
+    made: &[BTreeMap<String, Vec<u8>>],
     writers: &[RankWriter],
     statistics: Option<&Statistics>,
     workers: usize,
@@ -57,10 +60,24 @@ pub fn execute(
     let jobs = jobs(recipes);
     progress.start(recipes.iter().flatten().map(|r| r.num_bytes() as u64).sum());
     let losses: Mutex<Losses> = Mutex::default();
+    let largest = largest(source, recipes, workers)?;
     in_parallel(jobs.len(), workers, |index, buffers: &mut Buffers| {
         let (rank, weight) = jobs[index];
         let recipe = &recipes[rank][weight];
+        if let Some(bytes) = made[rank].get(&recipe.name) {
+            let mut writer = writers[rank].tensor(&recipe.name);
+            writer.write(bytes)?;
+            progress.advance(bytes.len() as u64);
+            return Ok(writer.finish()?);
+        }
         match recipe.format {
+            WeightFormat::Fp8 if !source.is_quantized() => {
+                let scales = Fp8Scales { largest: &largest, statistics };
+                let found = write_fp8(source, recipe, scales, &writers[rank], buffers, progress)?;
+                let mut losses = losses.lock().unwrap_or_else(PoisonError::into_inner);
+                found.into_iter().for_each(|(name, loss)| losses.entry(name).or_default().add(loss));
+                Ok(())
+            }
             WeightFormat::Quantized(quantization) if !source.is_quantized() => {
                 let found =
                     write_quantized(source, recipe, quantization, statistics, &writers[rank], buffers, progress)?;
@@ -220,6 +237,77 @@ fn write_quantized(
         losses.push((piece.source.clone(), loss));
     }
     writer.finish()?;
+    Ok(losses)
+}
+
+/// What scales of fp8 are made of.
+#[derive(Clone, Copy)]
+struct Fp8Scales<'a> {
+    /// The largest magnitude in each tensor of the source.
+    largest: &'a BTreeMap<String, f32>,
+    statistics: Option<&'a Statistics>,
+}
+
+/// The largest magnitude in each of the source's tensors that are rounded to fp8.
+fn largest(source: &Source, recipes: &[Vec<Recipe>], workers: usize) -> Result<BTreeMap<String, f32>, ConvertError> {
+    let rounded = recipes.iter().flatten().filter(|r| r.format == WeightFormat::Fp8 && !source.is_quantized());
+    let pieces: BTreeMap<&str, &Piece> =
+        rounded.flat_map(|recipe| &recipe.pieces).map(|piece| (piece.source.as_str(), piece)).collect();
+    let pieces: Vec<&Piece> = pieces.into_values().collect();
+    let found: Mutex<BTreeMap<String, f32>> = Mutex::default();
+    in_parallel(pieces.len(), workers, |index, buffers: &mut Buffers| {
+        let piece = pieces[index];
+        let whole = Piece { rows: 0..piece.source_rows, cols: 0..piece.source_cols, ..piece.clone() };
+        let mut amax = 0f32;
+        read_piece(source, &whole, &whole.cols, [ElemType::F32; 2], buffers, |bytes| {
+            amax = DType::F32.widen(bytes).into_iter().fold(amax, |amax, x| amax.max(x.abs()));
+            Ok(())
+        })?;
+        found.lock().unwrap_or_else(PoisonError::into_inner).insert(piece.source.clone(), amax);
+        Ok::<_, ConvertError>(())
+    })?;
+    Ok(found.into_inner().unwrap_or_else(PoisonError::into_inner))
+}
+
+/// Rounds a weight to fp8. All pieces of a matrix have one scale, also those of other ranks. Returns what was lost of each
+/// source tensor.
+fn write_fp8(
+    source: &Source,
+    recipe: &Recipe,
+    Fp8Scales { largest, statistics }: Fp8Scales<'_>,
+    writer: &RankWriter,
+    buffers: &mut Buffers,
+    progress: &dyn Progress,
+) -> Result<Vec<(String, Loss)>, ConvertError> {
+    let part = |kind| writer.tensor(&part_name(&recipe.name, kind));
+    let (mut values, mut scales) = (part(PartKind::Values), part(PartKind::Scales));
+    let experts = if let [experts, _, _] = recipe.shape[..] { experts } else { 1 };
+    let mut losses = Vec::with_capacity(recipe.pieces.len());
+    for matrix in recipe.pieces.chunks((recipe.pieces.len() / experts).max(1)) {
+        let amax = matrix.iter().filter_map(|piece| largest.get(&piece.source)).fold(0f32, |amax, x| amax.max(*x));
+        let scale = fp8::scale(amax);
+        scales.write(&scale.to_le_bytes())?;
+        for piece in matrix {
+            let mut loss = Loss::default();
+            read_piece(source, piece, &piece.cols, [ElemType::F32; 2], buffers, |bytes| {
+                let mut rounded = Vec::with_capacity(bytes.len() / DType::F32.size());
+                loss.add(fp8::quantize(&DType::F32.widen(bytes), scale, &mut rounded));
+                values.write(&rounded)?;
+                progress.advance(rounded.len() as u64);
+                Ok(())
+            })?;
+            losses.push((piece.source.clone(), loss));
+        }
+    }
+    let first = recipe.pieces.first().map_or("", |piece| &piece.source);
+    let amax = statistics.and_then(|statistics| statistics.shared_amax(first));
+    let amax = amax.ok_or_else(|| ConvertError::NotCalibrated { what: format!("the input of {}", recipe.name) })?;
+    let mut input = part(PartKind::InputScale);
+    input.write(&fp8::scale(amax).to_le_bytes())?;
+    progress.advance(4 * (experts as u64 + 1));
+    values.finish()?;
+    scales.finish()?;
+    input.finish()?;
     Ok(losses)
 }
 

@@ -2,8 +2,7 @@
 //! are rounded after it, as far as the inputs of calibration text are alike.
 //!
 //! With the moments M of a block of inputs, the squared error of the output is d M dᵀ, where d is what rounding changed.
-//! If the weight of input k is changed by e, then a change of −e · f(k, j) of the later weights j leaves the smallest
-//! error. With the triangle U for which M⁻¹ = Uᵀ U, f(k, j) is U(k, j) / U(k, k), and the error that is left is
+//! If e is taken from the weight of input k, then taking e · f(k, j) from the later weights j leaves the smallest error. With the triangle U for which M⁻¹ = Uᵀ U, f(k, j) is U(k, j) / U(k, k), and the error that is left is
 //! e² / U(k, k)². This is what GPTQ does. Here it stays within blocks, so that a rank's part of a row is rounded as in the
 //! whole row, and moments take little memory.
 
@@ -111,11 +110,11 @@ mod tests {
         let block = Block::new(m.to_vec());
         let mut row = [0f32; 3];
         block.make_up(0, 1.0, &mut row);
-        let best = [1.0, f64::from(row[1]), f64::from(row[2])];
+        let best = [-1.0, f64::from(row[1]), f64::from(row[2])];
         assert!((error(best) - f64::from(block.unexplained[0])).abs() < 0.03, "{best:?}");
-        assert!(error(best) < 0.2 * error([1.0, 0.0, 0.0]));
+        assert!(error(best) < 0.2 * error([-1.0, 0.0, 0.0]));
         for (a, b) in [(0.05, 0.0), (-0.05, 0.0), (0.0, 0.1), (0.0, -0.1)] {
-            assert!(error([1.0, best[1] + a, best[2] + b]) > error(best));
+            assert!(error([-1.0, best[1] + a, best[2] + b]) > error(best));
         }
     }
 

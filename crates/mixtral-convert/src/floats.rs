@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mixtral_checkpoint::{CheckpointConfig, TensorSpec};
-use mixtral_model::{Mapping, Rank};
+use mixtral_model::{CacheFormat, Mapping, Rank};
 
 use crate::convert::{ConvertOptions, Prepared, prepare};
 use crate::error::ConvertError;
@@ -24,7 +24,12 @@ impl FloatModel {
     /// # Errors
     /// As [`crate::convert()`].
     pub fn open(options: &ConvertOptions) -> Result<Option<Self>, ConvertError> {
-        let options = ConvertOptions { mapping: Mapping::single(), weight_only: None, ..options.clone() };
+        let options = ConvertOptions {
+            mapping: Mapping::single(),
+            weight_only: None,
+            cache: CacheFormat::Plain,
+            ..options.clone()
+        };
         let Prepared { config, source, tied, .. } = prepare(&options)?;
         Ok(source.map(|source| FloatModel { source, config, tied }))
     }

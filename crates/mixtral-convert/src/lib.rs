@@ -5,7 +5,7 @@
 //!
 //! Reading order: [`names`] (transformers' names of tensors), [`source`] (finds the tensors in each layout),
 //! [`mod@plan`] (which rectangles of them make a rank's tensors), [`execute`] (streams those through the conversions of
-//! [`number`] and [`mod@quantize`]), [`statistics`] and [`feedback`] (what calibration adds to quantizing), [`floats`] (what
+//! [`number`], [`mod@quantize`] and [`fp8`]), [`statistics`] and [`feedback`] (what calibration adds to quantizing), [`floats`] (what
 //! calibration reads), [`mod@tokenizer`] (the tokenizer's files), and [`mod@convert`] (the whole stage).
 #![forbid(unsafe_code)]
 
@@ -14,6 +14,7 @@ pub mod error;
 pub mod execute;
 pub mod feedback;
 pub mod floats;
+pub mod fp8;
 pub mod names;
 pub mod number;
 pub mod plan;

@@ -40,7 +40,7 @@ pub fn parts(recipe: &Recipe) -> Vec<TensorRecipe> {
     let piece = |piece: &Piece, kind: PartKind| {
         // Elements of a row that share an element of the part.
         let shared = match (recipe.format, kind) {
-            (WeightFormat::Plain, _) => 1,
+            (WeightFormat::Plain | WeightFormat::Fp8, _) => 1,
             (WeightFormat::Quantized(quantization), PartKind::Values) => quantization.bits.per_byte(),
             (WeightFormat::Quantized(quantization), _) => quantization.group_len(piece.source_cols),
         };
@@ -102,6 +102,8 @@ fn pieces(config: &CheckpointConfig, rank: Rank, tied: bool, id: TensorId) -> Ve
             take(HfTensor::Key(layer), Some(keys.clone()), None, after_queries);
             take(HfTensor::Value(layer), Some(keys), None, after_keys);
         }
+        // They come from calibration.
+        TensorId::CacheScales(_) => {}
         TensorId::Dense(l) => {
             take(HfTensor::Output(first_layer + l), None, Some(head_rows(mapping.heads(model, rank))), 0);
         }

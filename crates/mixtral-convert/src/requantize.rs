@@ -48,8 +48,12 @@ pub fn requantize(
     in_parallel(jobs.len(), workers, |index, (): &mut ()| {
         let (rank, weight) = &jobs[index];
         let to = &writer.ranks()[rank.0];
-        let WeightFormat::Quantized(quantization) = weight.format else {
-            return copy(&files[rank.0], weight, to, progress);
+        let quantization = match weight.format {
+            WeightFormat::Plain => return copy(&files[rank.0], weight, to, progress),
+            WeightFormat::Fp8 => {
+                return Err(ConvertError::NotCalibrated { what: format!("the input of {}", weight.name) });
+            }
+            WeightFormat::Quantized(quantization) => quantization,
         };
         let parts = match quantization.group {
             None => row_parts(&config.mapping, *rank, weight.id),

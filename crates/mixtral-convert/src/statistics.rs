@@ -59,6 +59,15 @@ impl LinearInput {
         }
     }
 
+    /// Whether the two are the same input, or that of the same matrix of two experts of a layer.
+    fn is_like(&self, other: &LinearInput) -> bool {
+        match (self, other) {
+            (LinearInput::FeedForward { layer: a, .. }, LinearInput::FeedForward { layer: b, .. })
+            | (LinearInput::Down { layer: a, .. }, LinearInput::Down { layer: b, .. }) => a == b,
+            _ => self == other,
+        }
+    }
+
     /// Its elements.
     #[must_use]
     pub fn width(self, model: &ModelConfig) -> usize {
@@ -145,13 +154,8 @@ impl Statistics {
     ) {
         let seen = layer.clone();
         for (input, found) in layer.iter_mut().filter(|(_, found)| found.is_rare()) {
-            let is_like = |other: &LinearInput| match (input, other) {
-                (LinearInput::FeedForward { .. }, LinearInput::FeedForward { .. })
-                | (LinearInput::Down { .. }, LinearInput::Down { .. }) => true,
-                _ => input == other,
-            };
-            let alike: Vec<&InputStatistics> =
-                seen.iter().filter(|(other, _)| is_like(other)).map(|(_, seen)| seen).collect();
+            let alike = seen.iter().filter(|(other, _)| input.is_like(other));
+            let alike: Vec<&InputStatistics> = alike.map(|(_, seen)| seen).collect();
             found.amax = alike.iter().fold(0.0, |amax, seen| seen.amax.max(amax));
             found.moments = mean_moments(&alike);
         }
@@ -176,6 +180,15 @@ impl Statistics {
     #[must_use]
     pub fn of(&self, source: &str) -> Option<&InputStatistics> {
         self.inputs.get(self.readers.get(source)?)
+    }
+
+    /// The largest magnitude at the inputs of all linears that share an input scale with that of the source's tensor `source`:
+    /// all experts of a layer have one.
+    #[must_use]
+    pub fn shared_amax(&self, source: &str) -> Option<f32> {
+        let input = self.readers.get(source)?;
+        let alike = self.inputs.iter().filter(|(other, _)| input.is_like(other));
+        Some(alike.fold(0.0, |amax, (_, seen)| seen.amax.max(amax)))
     }
 
     /// Everything that was seen, in the order of the model.
@@ -235,6 +248,9 @@ mod tests {
         assert_eq!(of(1, Matrix::Gate), (5.0, 3.0));
         assert_eq!(of(2, Matrix::Up), (5.0, 3.0));
         assert_eq!(statistics.of("lm_head.weight"), None);
+        let shared = |tensor: HfTensor| statistics.shared_amax(&tensor.to_string());
+        assert_eq!(shared(HfTensor::feed_forward(&model, 0, 0, Matrix::Up)), Some(5.0));
+        assert_eq!((shared(HfTensor::Key(0)), shared(HfTensor::LmHead)), (Some(99.0), None));
     }
 
     #[test]

@@ -5,12 +5,14 @@
 #![allow(missing_docs)]
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use mixtral_checkpoint::{Checkpoint, rank_weights};
-use mixtral_convert::{ConvertOptions, Input, convert, requantize};
+use mixtral_convert::statistics::BLOCK;
+use mixtral_convert::{ConvertOptions, Input, InputStatistics, LinearInput, Statistics, convert, requantize};
 use mixtral_model::{
-    Bits, DType, Mapping, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, Precision, Quantization, Rank,
-    WeightFormat, WeightOnly,
+    Bits, CacheFormat, DType, Mapping, ModelConfig, ModelFamily, MoeConfig, MoeNormalization, Precision, Quantization,
+    Rank, WeightFormat, WeightOnly,
 };
 use mixtral_testkit::{Layout, TinyModel};
 use proptest::prelude::*;
@@ -120,6 +122,16 @@ impl Merge {
             let cols = *weight.shape.last().unwrap();
             match weight.format {
                 WeightFormat::Plain => Part { cols, size: tensors[0].elem.size(), bytes: tensors[0].bytes.to_vec() },
+                WeightFormat::Fp8 => {
+                    // Each element, followed by the scale of its matrix and that of its input.
+                    let (values, scales) = (tensors[0].bytes, tensors[1].bytes.as_chunks::<4>().0);
+                    let of_matrix = values.len() / scales.len();
+                    let element = |(index, byte): (usize, &u8)| {
+                        [&[*byte], &scales[index / of_matrix][..], tensors[2].bytes].concat()
+                    };
+                    let bytes = values.iter().enumerate().flat_map(element).collect();
+                    Part { cols, size: 9, bytes }
+                }
                 WeightFormat::Quantized(quantization) => {
                     let rows = weight.shape.iter().rev().skip(1).product();
                     let bytes = integers_and_scales(quantization, rows, cols, tensors[0].bytes, tensors[1].bytes);
@@ -147,6 +159,10 @@ impl Merge {
             let norm = part(&ours("post_layernorm"));
             self.place(&theirs("post_attention_layernorm"), [1, h], &norm, 0..1, 0, 0);
 
+            if !self.model.cache.is_plain() {
+                let scales = part(&format!("transformer.layers.{local}.attention.kv_cache_scaling_factor"));
+                self.place(&format!("cache {layer}"), [1, 2], &scales, 0..1, 0, 0);
+            }
             let qkv = part(&ours("attention.qkv"));
             let heads = nh / tp;
             let (kv_heads, kv_first) = if kv >= tp { (kv / tp, t * (kv / tp)) } else { (1, t * kv / tp) };
@@ -215,12 +231,34 @@ fn merged(checkpoint: &Checkpoint, tied: bool) -> BTreeMap<String, Whole> {
 
 /// Any precisions, and groups of 4 or whole rows.
 fn weight_only() -> impl Strategy<Value = WeightOnly> {
-    let precision = || prop::sample::select(vec![Precision::Float, Precision::Int8, Precision::Int4]);
+    let precision = || prop::sample::select(vec![Precision::Float, Precision::Int8, Precision::Int4, Precision::Fp8]);
     (precision(), precision(), any::<bool>()).prop_map(|(attention, feed_forward, is_row)| WeightOnly {
         attention,
         feed_forward,
         group: (!is_row).then_some(4),
     })
+}
+
+/// Statistics in which neighbouring inputs are alike, and every input and layer is different.
+fn statistics(model: &ModelConfig) -> Statistics {
+    let mut statistics = Statistics::default();
+    let number = |n: usize| f32::from(u8::try_from(n % 251).unwrap());
+    for layer in 0..model.num_layers {
+        let seen = |(index, input): (usize, LinearInput)| {
+            let width = input.width(model);
+            let strength = |i: usize| 1.0 + number(i * 7 + layer) / 100.0;
+            let block = |start: usize| start..(start + BLOCK).min(width);
+            let moments = (0..width).step_by(BLOCK).flat_map(|start| {
+                let row = move |i: usize| (i..block(start).end).map(move |j| (i, j));
+                block(start).flat_map(row).map(|(i, j)| strength(i) * strength(j) * if i == j { 1.5 } else { 1.0 })
+            });
+            let moments = moments.collect();
+            (input, InputStatistics { tokens: 1000, amax: 1.0 + number(index + 3 * layer), moments })
+        };
+        let inputs = LinearInput::of_layer(model, layer).into_iter().enumerate().map(seen).collect();
+        statistics.add_layer(model, inputs, [1.0 + number(layer), 2.0 + number(layer)]);
+    }
+    statistics
 }
 
 #[derive(Clone, Debug)]
@@ -314,7 +352,9 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     /// Quantizing the model for many ranks, quantizing a checkpoint of many ranks, and cutting the quantized model give the same.
     #[test]
-    fn merging_quantized_ranks_gives_the_quantized_model(case in case(), weight_only in weight_only()) {
+    fn merging_quantized_ranks_gives_the_quantized_model(
+        case in case(), weight_only in weight_only(), calibrated: bool, small_cache: bool,
+    ) {
         let Case { mut model, layout, shards, mapping, workers, .. } = case;
         // Ranks begin at whole groups. The hidden size stays as it is, so the last group of a row may be shorter.
         model.config.head_dim *= 2;
@@ -322,16 +362,22 @@ proptest! {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         model.write(&at("model"), layout, shards);
+        let needs = small_cache || [weight_only.attention, weight_only.feed_forward].contains(&Precision::Fp8);
+        let statistics = (calibrated || needs).then(|| Arc::new(statistics(&model.config)));
         let whole = ConvertOptions {
             weight_only: Some(weight_only),
+            cache: if small_cache { CacheFormat::Fp8 } else { CacheFormat::Plain },
+            statistics: statistics.clone(),
             ..ConvertOptions::new(Input::Directory(at("model")), at("whole"))
         };
         convert(&whole, &()).unwrap();
         let cut = ConvertOptions { mapping, workers, output_dir: at("cut"), ..whole.clone() };
         convert(&cut, &()).unwrap();
-        let floats = ConvertOptions { weight_only: None, output_dir: at("floats"), ..cut };
-        convert(&floats, &()).unwrap();
-        requantize(&Checkpoint::open(&at("floats")).unwrap(), weight_only, &at("again"), workers, &()).unwrap();
+        if statistics.is_none() {
+            let floats = ConvertOptions { weight_only: None, output_dir: at("floats"), ..cut };
+            convert(&floats, &()).unwrap();
+            requantize(&Checkpoint::open(&at("floats")).unwrap(), weight_only, &at("again"), workers, &()).unwrap();
+        }
 
         let elements = |name: &str| {
             let wholes = merged(&Checkpoint::open(&at(name)).unwrap(), model.tied);
@@ -341,10 +387,18 @@ proptest! {
                 let found: Vec<u8> = wholes[&tensor.name].elements[..len].iter().flatten().flatten().copied().collect();
                 (tensor.name, found)
             };
-            model.weights().into_iter().map(kept).collect::<Vec<_>>()
+            let caches = wholes.iter().filter(|(name, _)| name.starts_with("cache "));
+            let scales = |(name, whole): (&String, &Whole)| {
+                (name.clone(), whole.elements.iter().flatten().flatten().copied().collect())
+            };
+            let scales: Vec<(String, Vec<u8>)> = caches.map(scales).collect();
+            model.weights().into_iter().map(kept).chain(scales).collect::<Vec<_>>()
         };
         let expected = elements("whole");
         prop_assert_eq!(&elements("cut"), &expected);
-        prop_assert_eq!(&elements("again"), &expected);
+        if statistics.is_none() {
+            prop_assert_eq!(&elements("again"), &expected);
+        }
+        prop_assert_eq!(expected.len(), model.weights().len() + if small_cache { model.config.num_layers } else { 0 });
     }
 }

@@ -86,7 +86,7 @@ impl CpuBackend {
         let resolved = resolve(&program)?;
         let weights = contained(|| pool.install(|| WeightTable::load(&program, weights, simd)))?;
         let arena = Memory::new("the arena", Some(program.arena_bytes), "build with a smaller --max-num-tokens")?;
-        let cache = KvCache::new(program.kv, program.limits.block_size, options.kv_blocks)?;
+        let cache = KvCache::new(program.kv, &program.kv_scales, program.limits.block_size, options.kv_blocks)?;
         let widest = program.buffers.iter().map(|b| b.cols.next_multiple_of(LANES)).max().unwrap_or(0);
         let mut scratch = Vec::with_capacity(threads);
         for _ in 0..threads {

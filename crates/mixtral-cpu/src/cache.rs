@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
-use mixtral_engine::{BackendError, BlockMove, BlockPlace, KvLayout};
-use mixtral_model::DType;
+use mixtral_engine::{BackendError, BlockMove, BlockPlace, KvLayout, KvScale};
+use mixtral_model::ElemType;
 
 use crate::memory::Memory;
 
@@ -14,6 +14,8 @@ pub(crate) struct KvCache {
     layout: KvLayout,
     block_size: usize,
     blocks: usize,
+    /// The scales of each layer; empty unless keys and values are e4m3.
+    scales: Vec<KvScale>,
     /// Blocks that are outside the cache: of each layer its keys, then its values.
     host: HashMap<u32, Box<[u8]>>,
 }
@@ -23,6 +25,8 @@ pub(crate) struct KvCache {
 pub(crate) struct KvView<'a> {
     pub(crate) bytes: &'a [u8],
     pub(crate) shape: KvShape,
+    /// What a stored number is multiplied with; 1 unless it is e4m3.
+    pub(crate) scale: f32,
 }
 
 /// Sizes of one layer of the cache.
@@ -31,14 +35,14 @@ pub(crate) struct KvShape {
     pub(crate) num_kv_heads: usize,
     pub(crate) block_size: usize,
     pub(crate) head_dim: usize,
-    pub(crate) dtype: DType,
+    pub(crate) elem: ElemType,
 }
 
 impl KvShape {
     /// Where the vector of a slot and head starts, in bytes.
     pub(crate) fn offset(&self, slot: usize, head: usize) -> usize {
         let (block, offset) = (slot / self.block_size, slot % self.block_size);
-        ((block * self.num_kv_heads + head) * self.block_size + offset) * self.head_dim * self.dtype.size()
+        ((block * self.num_kv_heads + head) * self.block_size + offset) * self.head_dim * self.elem.size()
     }
 }
 
@@ -46,18 +50,23 @@ impl<'a> KvView<'a> {
     /// `n` vectors of a block and head from position `start` on, `[n, head_dim]`.
     pub(crate) fn rows(&self, block: usize, head: usize, start: usize, n: usize) -> &'a [u8] {
         let first = self.shape.offset(block * self.shape.block_size + start, head);
-        &self.bytes[first..first + n * self.shape.head_dim * self.shape.dtype.size()]
+        &self.bytes[first..first + n * self.shape.head_dim * self.shape.elem.size()]
     }
 }
 
 impl KvCache {
-    pub(crate) fn new(layout: KvLayout, block_size: usize, blocks: usize) -> Result<KvCache, BackendError> {
-        let bytes = [layout.num_layers, layout.num_kv_heads, block_size, layout.head_dim, layout.dtype.size(), blocks]
+    pub(crate) fn new(
+        layout: KvLayout,
+        scales: &[KvScale],
+        block_size: usize,
+        blocks: usize,
+    ) -> Result<KvCache, BackendError> {
+        let bytes = [layout.num_layers, layout.num_kv_heads, block_size, layout.head_dim, layout.elem().size(), blocks]
             .into_iter()
             .try_fold(2usize, usize::checked_mul);
         let memory =
             Memory::new("the KV cache", bytes, "use a smaller cache (--kv-blocks) or a shorter --max-seq-len")?;
-        Ok(KvCache { memory, layout, block_size, blocks, host: HashMap::new() })
+        Ok(KvCache { memory, layout, block_size, blocks, scales: scales.to_vec(), host: HashMap::new() })
     }
 
     pub(crate) fn blocks(&self) -> usize {
@@ -69,7 +78,7 @@ impl KvCache {
             num_kv_heads: self.layout.num_kv_heads,
             block_size: self.block_size,
             head_dim: self.layout.head_dim,
-            dtype: self.layout.dtype,
+            elem: self.layout.elem(),
         }
     }
 
@@ -78,12 +87,17 @@ impl KvCache {
         self.memory.bytes().len() / (2 * self.layout.num_layers)
     }
 
+    /// The scales of a layer.
+    pub(crate) fn scale(&self, layer: usize) -> KvScale {
+        self.scales.get(layer).copied().unwrap_or(KvScale { key: 1.0, value: 1.0 })
+    }
+
     /// Keys and values of a layer.
     pub(crate) fn layer(&self, layer: usize) -> (KvView<'_>, KvView<'_>) {
         let half = self.half();
         let (keys, values) = self.memory.bytes()[2 * layer * half..][..2 * half].split_at(half);
-        let shape = self.shape();
-        (KvView { bytes: keys, shape }, KvView { bytes: values, shape })
+        let (shape, scale) = (self.shape(), self.scale(layer));
+        (KvView { bytes: keys, shape, scale: scale.key }, KvView { bytes: values, shape, scale: scale.value })
     }
 
     /// Keys and values of a layer, mutable.

@@ -106,9 +106,11 @@ impl<'a> Machine<'a> {
                 let shape = self.cache.shape();
                 let stride = workers.row_bytes(shape.num_kv_heads * shape.head_dim);
                 let [key, value] = carve(self.arena, spans)?;
+                let scale = self.cache.scale(*layer);
                 let (keys, values) = self.cache.layer_mut(*layer);
-                for (bytes, cache) in [(key, keys), (value, values)] {
-                    kv::write_kv(Heads { bytes, start: 0, stride }, &inputs.slot_mapping, shape, cache);
+                for (bytes, scale, cache) in [(key, scale.key, keys), (value, scale.value, values)] {
+                    let heads = Heads { bytes, start: 0, stride };
+                    kv::write_kv(&workers, heads, &inputs.slot_mapping, shape, scale, cache);
                 }
             }
             ResolvedOp::RopeWriteKv { qkv, num_heads, theta, layer } => {
@@ -116,10 +118,11 @@ impl<'a> Machine<'a> {
                 self.rope(*qkv, num_heads + shape.num_kv_heads, *theta)?;
                 let stride = workers.row_bytes(self.cols(*qkv));
                 let bytes = &self.arena[span];
+                let (first_value, scale) = (num_heads + shape.num_kv_heads, self.cache.scale(*layer));
                 let (keys, values) = self.cache.layer_mut(*layer);
-                for (head, cache) in [(*num_heads, keys), (num_heads + shape.num_kv_heads, values)] {
-                    let start = workers.row_bytes(head * shape.head_dim);
-                    kv::write_kv(Heads { bytes, start, stride }, &inputs.slot_mapping, shape, cache);
+                for (head, scale, cache) in [(*num_heads, scale.key, keys), (first_value, scale.value, values)] {
+                    let heads = Heads { bytes, start: workers.row_bytes(head * shape.head_dim), stride };
+                    kv::write_kv(&workers, heads, &inputs.slot_mapping, shape, scale, cache);
                 }
             }
             ResolvedOp::Attention { query, num_heads, window, layer, out } => {

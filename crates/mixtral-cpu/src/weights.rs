@@ -17,10 +17,12 @@ pub(crate) struct Matrix<'a> {
     pub(crate) dtype: DType,
     pub(crate) format: WeightFormat,
     pub(crate) cols: usize,
-    /// The elements, or the integers that stand for them.
+    /// The elements, or the integers or small floats that stand for them.
     pub(crate) bytes: &'a [u8],
     scales: &'a [u8],
     zeros: &'a [u8],
+    /// The scale of the input that is multiplied with an fp8 matrix.
+    input_scale: &'a [u8],
 }
 
 impl<'a> Matrix<'a> {
@@ -28,12 +30,14 @@ impl<'a> Matrix<'a> {
     fn new(weight: &Weight, parts: &[&'a [u8]]) -> Matrix<'a> {
         let part = |index: usize| parts.get(index).copied().unwrap_or_default();
         let Weight { dtype, format, .. } = *weight;
-        Matrix { dtype, format, cols: weight.cols(), bytes: part(0), scales: part(1), zeros: part(2) }
+        let (zeros, input_scale) = if format == WeightFormat::Fp8 { (&[][..], part(2)) } else { (part(2), &[][..]) };
+        Matrix { dtype, format, cols: weight.cols(), bytes: part(0), scales: part(1), zeros, input_scale }
     }
 
     fn row_bytes(&self) -> usize {
         match self.format {
             WeightFormat::Plain => self.cols * self.dtype.size(),
+            WeightFormat::Fp8 => self.cols,
             WeightFormat::Quantized(quantization) => quantization.row_bytes(self.cols),
         }
     }
@@ -49,13 +53,30 @@ impl<'a> Matrix<'a> {
             let size = bytes.len() / num_rows.max(1);
             &bytes[start * size..end * size]
         };
+        if self.format == WeightFormat::Fp8 {
+            // One scale for each expert. The rows belong to one of them.
+            let experts = self.scales.len() / size_of::<f32>();
+            let expert = if experts > 1 { start / (num_rows / experts) } else { 0 };
+            return Matrix {
+                bytes: cut(self.bytes),
+                scales: &self.scales[expert * size_of::<f32>()..][..size_of::<f32>()],
+                ..*self
+            };
+        }
         Matrix { bytes: cut(self.bytes), scales: cut(self.scales), zeros: cut(self.zeros), ..*self }
+    }
+
+    /// The scale that divides the input of an fp8 matrix, and the product of that and the matrix's scale.
+    pub(crate) fn fp8_scales(&self) -> (f32, f32) {
+        let first = |bytes: &[u8]| bytes.first_chunk().map_or(1.0, |&b| f32::from_le_bytes(b));
+        let input = first(self.input_scale);
+        (input, input * first(self.scales))
     }
 
     /// How many f32 of scratch [`Matrix::decode`] needs.
     pub(crate) fn decode_scratch(&self) -> usize {
         match self.format {
-            WeightFormat::Plain => 0,
+            WeightFormat::Plain | WeightFormat::Fp8 => 0,
             WeightFormat::Quantized(quantization) => 2 * quantization.groups(self.cols),
         }
     }
@@ -200,6 +221,10 @@ fn generate(program: &Program, seed: u64, simd: Simd) -> Result<Store, BackendEr
         for part in weight.format.parts(weight.dtype, &weight.shape) {
             let (bytes, behind) = rest.split_at_mut(part.num_bytes());
             rest = behind;
+            if weight.format == WeightFormat::Fp8 && part.kind != PartKind::Values {
+                fill_fp8_scales(weight, part.kind, bytes);
+                continue;
+            }
             for piece in &weight.pieces {
                 let row_bytes = part.row_bytes();
                 let target = &mut bytes[piece.target_row * row_bytes..][..piece.rows.len() * row_bytes];
@@ -208,6 +233,15 @@ fn generate(program: &Program, seed: u64, simd: Simd) -> Result<Store, BackendEr
         }
     }
     Ok(Store::Owned(memory, offsets))
+}
+
+/// Fills the scales of an fp8 weight, or of its input.
+fn fill_fp8_scales(weight: &Weight, kind: PartKind, bytes: &mut [u8]) {
+    let scale = match (kind, weight.pieces.first()) {
+        (PartKind::InputScale, _) => dummy::FP8_INPUT_SCALE,
+        (_, piece) => dummy::scale_of_fp8(piece.map_or(weight.cols(), |piece| piece.source_cols)),
+    };
+    bytes.as_chunks_mut().0.iter_mut().for_each(|bytes| *bytes = scale.to_le_bytes());
 }
 
 /// Fills the rows of a piece in one part of a weight.
@@ -222,6 +256,8 @@ fn fill(piece: &Piece, seed: u64, weight: &Weight, part: &Part, target: &mut [u8
                     dummy::fill_row(seed, piece, row, weight.dtype, values);
                     simd.narrow(weight.dtype, values, bytes);
                 }
+                (WeightFormat::Fp8, PartKind::Values) => dummy::fill_fp8(seed, piece, row, bytes),
+                (WeightFormat::Fp8, _) | (_, PartKind::InputScale) => {}
                 (WeightFormat::Quantized(quantization), PartKind::Values) => {
                     dummy::fill_integers(seed, piece, row, quantization, bytes);
                 }

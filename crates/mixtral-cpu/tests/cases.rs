@@ -4,6 +4,7 @@ use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{BackendError, Weights};
 use mixtral_model::DType;
 use mixtral_testkit::cases::{self, Case};
+use mixtral_testkit::fp8;
 use mixtral_testkit::large;
 
 fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendError> {
@@ -13,7 +14,10 @@ fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendErro
 
 /// Runs every case of a type on every instruction set.
 fn check_all(dtype: DType) {
-    let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.assembly.program.dtype == dtype).collect();
+    check(cases::all().into_iter().filter(|case| case.assembly.program.dtype == dtype).collect());
+}
+
+fn check(cases: Vec<Case>) {
     assert!(cases.len() > 60, "{} cases", cases.len());
     let mut failures = Vec::new();
     for isa in Isa::available() {
@@ -40,6 +44,11 @@ fn f16_cases_are_within_their_limits() {
 #[test]
 fn bf16_cases_are_within_their_limits() {
     check_all(DType::Bf16);
+}
+
+#[test]
+fn fp8_cases_are_within_their_limits() {
+    check([DType::F32, DType::F16, DType::Bf16].into_iter().flat_map(fp8::cases).collect());
 }
 
 /// Operations of a small model, checked in the way in which real models' sizes are checked, and a few of those sizes.

@@ -2,8 +2,8 @@
 //! set, garbage in memory.
 
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
-use mixtral_engine::{Backend as _, Inspect as _, StepInputs, Weights};
-use mixtral_model::{DType, TokenId};
+use mixtral_engine::{Backend as _, Inspect as _, KvScale, Program, StepInputs, Weights};
+use mixtral_model::{CacheFormat, DType, TokenId, WeightFormat};
 use mixtral_testkit::batch::{self, PagedTokens, Part};
 use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::poison::poison;
@@ -13,8 +13,20 @@ const KV_BLOCKS: usize = 64;
 
 /// A loaded decoder whose arena and cache are full of NaN.
 fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
+    load_program(geometry, decoder::program(geometry, fused), threads, isa)
+}
+
+/// The same decoder with fp8 weights and an fp8 cache.
+fn load_fp8(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
+    let mut program = decoder::program(geometry, fused);
+    decoder::quantize(&mut program, WeightFormat::Fp8);
+    program.kv.format = CacheFormat::Fp8;
+    program.kv_scales = vec![KvScale { key: 0.02, value: 0.01 }; geometry.num_layers];
+    load_program(geometry, program, threads, isa)
+}
+
+fn load_program(geometry: &Geometry, program: Program, threads: usize, isa: Option<Isa>) -> CpuBackend {
     let options = CpuOptions { kv_blocks: KV_BLOCKS, threads, count_experts: true, isa, ..CpuOptions::default() };
-    let program = decoder::program(geometry, fused);
     let mut backend = CpuBackend::load(program, Weights::Dummy { seed: 5 }, options).unwrap();
     poison(backend.arena_mut());
     for layer in 0..geometry.num_layers {
@@ -24,6 +36,9 @@ fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> C
     }
     backend
 }
+
+/// How a decoder is loaded.
+type Load = fn(&Geometry, bool, usize, Option<Isa>) -> CpuBackend;
 
 /// The bits of logits rows, by sequence and position.
 type Logits = Vec<Vec<Vec<u32>>>;
@@ -66,6 +81,10 @@ fn sequences(geometry: &Geometry, seed: u32) -> Vec<PagedTokens> {
 
 /// Each sequence alone and in one piece, on one thread of the portable instruction set, without fusion.
 fn alone(geometry: &Geometry) -> Logits {
+    alone_by(load, geometry)
+}
+
+fn alone_by(load: Load, geometry: &Geometry) -> Logits {
     let sequences = sequences(geometry, 3);
     let mut all = vec![];
     for s in 0..sequences.len() {
@@ -78,31 +97,37 @@ fn alone(geometry: &Geometry) -> Logits {
 #[test]
 fn nothing_that_may_not_matter_changes_a_bit() {
     for dtype in DTYPES {
-        for window in [None, Some(11)] {
-            let geometry = Geometry { window, ..Geometry::small(dtype) };
-            let expected = alone(&geometry);
-            assert!(expected.iter().flatten().flatten().all(|&x| f32::from_bits(x).is_finite()));
-            let shuffled = sequences(&geometry, 77);
-            let together = vec![(0..shuffled.len()).map(|s| (s, 0, LENGTHS[s])).collect::<Vec<_>>()];
-            // Prefills that are cut anywhere, then decodes of some sequences beside prefills of others.
-            let chunked = vec![
-                vec![(0, 0, 1), (3, 0, 7), (5, 0, 33)],
-                vec![(0, 1, 1), (3, 7, 16), (5, 33, 31)],
-                vec![(1, 0, 1), (0, 2, 30), (5, 64, 3)],
-                vec![(4, 0, 1), (5, 67, 1), (3, 23, 27), (2, 0, 15), (0, 32, 2)],
-                vec![(2, 15, 1), (5, 68, 1), (4, 1, 4), (0, 34, 3)],
-                vec![(5, 69, 21)],
-            ];
-            for fused in [false, true] {
-                for isa in Isa::available() {
-                    for (threads, steps) in [(1, &together), (3, &chunked)] {
-                        let mut backend = load(&geometry, fused, threads, Some(isa));
-                        let found = run(&mut backend, &shuffled, steps);
-                        assert_eq!(
-                            found, expected,
-                            "{dtype} window {window:?} fused {fused} {isa:?} threads {threads}"
-                        );
-                    }
+        nothing_matters(load, dtype);
+    }
+}
+
+#[test]
+fn nothing_that_may_not_matter_changes_a_bit_of_fp8() {
+    nothing_matters(load_fp8, DType::Bf16);
+}
+
+fn nothing_matters(load: Load, dtype: DType) {
+    for window in [None, Some(11)] {
+        let geometry = Geometry { window, ..Geometry::small(dtype) };
+        let expected = alone_by(load, &geometry);
+        assert!(expected.iter().flatten().flatten().all(|&x| f32::from_bits(x).is_finite()));
+        let shuffled = sequences(&geometry, 77);
+        let together = vec![(0..shuffled.len()).map(|s| (s, 0, LENGTHS[s])).collect::<Vec<_>>()];
+        // Prefills that are cut anywhere, then decodes of some sequences beside prefills of others.
+        let chunked = vec![
+            vec![(0, 0, 1), (3, 0, 7), (5, 0, 33)],
+            vec![(0, 1, 1), (3, 7, 16), (5, 33, 31)],
+            vec![(1, 0, 1), (0, 2, 30), (5, 64, 3)],
+            vec![(4, 0, 1), (5, 67, 1), (3, 23, 27), (2, 0, 15), (0, 32, 2)],
+            vec![(2, 15, 1), (5, 68, 1), (4, 1, 4), (0, 34, 3)],
+            vec![(5, 69, 21)],
+        ];
+        for fused in [false, true] {
+            for isa in Isa::available() {
+                for (threads, steps) in [(1, &together), (3, &chunked)] {
+                    let mut backend = load(&geometry, fused, threads, Some(isa));
+                    let found = run(&mut backend, &shuffled, steps);
+                    assert_eq!(found, expected, "{dtype} window {window:?} fused {fused} {isa:?} threads {threads}");
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! Defines what a well-formed program is. Every program that was read from a file passes through [`Program::check`]
 //! before a backend sees it, so backends can index by its numbers.
 
-use mixtral_model::{ElemType, WeightFormat};
+use mixtral_model::{CacheFormat, ElemType, WeightFormat};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::memory::ALIGN;
@@ -188,7 +188,14 @@ impl Program {
         self.limits.check()?;
         in_range("kv num_layers", self.kv.num_layers, 1, self.num_layers)?;
         in_range("kv num_kv_heads", self.kv.num_kv_heads, 1, 1 << 16)?;
-        in_range("kv head_dim", self.kv.head_dim, 2, 1 << 16)
+        in_range("kv head_dim", self.kv.head_dim, 2, 1 << 16)?;
+        let scaled = if self.kv.format == CacheFormat::Fp8 { self.kv.num_layers } else { 0 };
+        in_range("the number of kv_scale records", self.kv_scales.len(), scaled, scaled)?;
+        let is_scale = |scale: f32| scale.is_finite() && scale > 0.0;
+        match self.kv_scales.iter().position(|scale| !is_scale(scale.key) || !is_scale(scale.value)) {
+            Some(layer) => range("the layer of a kv_scale", layer, "scales that are finite and above 0"),
+            None => Ok(()),
+        }
     }
 
     fn check_buffer(&self, buffer: &Buffer) -> Result<(), ProgramError> {

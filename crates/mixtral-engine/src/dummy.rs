@@ -2,7 +2,7 @@
 //! whole, unsharded tensor. So every layout of ranks holds the same model. No math library is involved, and each
 //! backend has the same few lines.
 
-use mixtral_model::{Bits, DType, Piece, Quantization};
+use mixtral_model::{Bits, DType, Piece, Quantization, fp8};
 
 /// Hash of the seed and a tensor's name: FNV-1a over the name's bytes, started from the seed.
 #[must_use]
@@ -119,6 +119,24 @@ pub fn fill_zeros(seed: u64, piece: &Piece, row: usize, quantization: Quantizati
     let key = key(seed, &format!("{}.zeros", piece.source));
     for (index, zero) in (first_group(piece, row, quantization)..).zip(out) {
         *zero = quantization.bits.middle() - 1 + (word(key, index) % 3) as u8;
+    }
+}
+
+/// The scale of an fp8 dummy weight: its largest element is the largest number of the format.
+#[must_use]
+pub fn scale_of_fp8(fan_in: usize) -> f32 {
+    510.0 * scale(fan_in) / fp8::MAX
+}
+
+/// The scale of the input of an fp8 dummy weight. A norm makes numbers around 1, of which few are above 14.
+pub const FP8_INPUT_SCALE: f32 = 1.0 / 32.0;
+
+/// Fills `out` with row `row` of a piece of an fp8 dummy weight.
+pub fn fill_fp8(seed: u64, piece: &Piece, row: usize, out: &mut [u8]) {
+    let (key, scale) = (key(seed, &piece.source), scale(piece.source_cols));
+    let first = row as u64 * piece.source_cols as u64 + piece.cols.start as u64;
+    for (index, byte) in (first..).zip(out) {
+        *byte = fp8::to_bits(element(key, index, scale) / scale_of_fp8(piece.source_cols));
     }
 }
 

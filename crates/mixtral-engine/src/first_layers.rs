@@ -69,6 +69,7 @@ impl Program {
         program.buffers.retain(|b| ops.iter().any(|op| op.writes().contains(&b.name.as_str())));
         program.weights.retain(|w| ops.iter().any(|op| op.weights().contains(&w.name.as_str())));
         program.ops = ops;
+        program.kv_scales.truncate(layers);
         (program.num_layers, program.kv.num_layers) = (layers, layers);
         program.plan_arena();
         Ok(program)

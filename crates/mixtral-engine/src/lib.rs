@@ -39,7 +39,7 @@ pub use inspect::Inspect;
 pub use mixtral_checkpoint::TensorSpec;
 pub use moves::{BlockMove, BlockPlace};
 pub use op::{Epilogue, Op, Rung};
-pub use program::{Buffer, KvLayout, Limits, Program, Rows, Weight};
+pub use program::{Buffer, KvLayout, KvScale, Limits, Program, Rows, Weight};
 pub use sampling::{RandomKey, SamplingParams};
 pub use score::{Score, ScoreRequest, Scored};
 pub use text::TextError;

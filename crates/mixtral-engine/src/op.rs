@@ -71,6 +71,9 @@ pub enum Op {
     },
     /// `acc[t][r] = dot(input[t], weight[r])`, then the epilogue. A weight of more than two dimensions is read as
     /// the matrix `[product of the leading ones, last]`.
+    ///
+    /// With an fp8 weight of scale `w` and input scale `a`, `x = e4m3(input / a)` is multiplied with the stored numbers: a dot
+    /// for each block of 128 columns, then their sum in ascending order, then `acc = sum · (a · w)`.
     Linear {
         /// Buffer `[n, K]`.
         input: String,
@@ -102,7 +105,8 @@ pub enum Op {
         /// Base of the frequencies.
         theta: f64,
     },
-    /// `cache[layer].k[slot_mapping[t]] = key[t]`, likewise the values; a slot of −1 writes nothing.
+    /// `cache[layer].k[slot_mapping[t]] = key[t]`, likewise the values; a slot of −1 writes nothing. An fp8 cache gets
+    /// `e4m3(key / scale)`, with the layer's scale of keys or of values.
     WriteKv {
         /// Buffer `[T, kv_heads · d]`.
         key: String,
@@ -125,7 +129,9 @@ pub enum Op {
     },
     /// Causal attention of each token over its sequence's cache. The query at position i sees the keys
     /// `i − window < j ≤ i`, in ascending order: `s[j] = dot(q, k[j]) · (1/√d)`, `p[j] = exp(s[j] − max s)`,
-    /// `out = round((Σ p[j]·v[j]) / Σ p[j])`; both sums ascending over j in f32, the first by fused multiply-add.
+    /// `out = round((Σ p[j]·v[j]) / Σ p[j])`; both sums ascending over j in f32, the first by fused multiply-add. With an
+    /// fp8 cache k and v are the stored numbers, and the factors become `(1/√d · scale of keys)` and, before the rounding of
+    /// the output, the scale of values.
     Attention {
         /// Buffer `[T, ≥ num_heads · d]`; the queries are its first columns.
         query: String,

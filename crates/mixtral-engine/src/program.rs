@@ -1,7 +1,7 @@
 //! A program: its operations, the buffers between them, the weights they read, and the limits it was built for.
 
 use mixtral_checkpoint::TensorSpec;
-use mixtral_model::{DType, ElemType, Piece, WeightFormat};
+use mixtral_model::{CacheFormat, DType, ElemType, Piece, WeightFormat};
 use serde::{Deserialize, Serialize};
 
 use crate::Op;
@@ -64,16 +64,35 @@ pub struct KvLayout {
     pub num_kv_heads: usize,
     /// Elements of a head.
     pub head_dim: usize,
-    /// Element type of keys and values.
+    /// Type of keys and values in arithmetic.
     pub dtype: DType,
+    /// How they are stored.
+    #[serde(default, skip_serializing_if = "CacheFormat::is_plain")]
+    pub format: CacheFormat,
 }
 
 impl KvLayout {
     /// Bytes of one block, keys and values of all layers together.
     #[must_use]
     pub const fn block_bytes(&self, block_size: usize) -> usize {
-        2 * self.num_layers * self.num_kv_heads * block_size * self.head_dim * self.dtype.size()
+        2 * self.num_layers * self.num_kv_heads * block_size * self.head_dim * self.elem().size()
     }
+
+    /// Type of the stored elements.
+    #[must_use]
+    pub const fn elem(&self) -> ElemType {
+        self.format.elem(self.dtype)
+    }
+}
+
+/// The scales of a layer's keys and values: a stored number stands for itself times the scale.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KvScale {
+    /// That of the keys.
+    pub key: f32,
+    /// That of the values.
+    pub value: f32,
 }
 
 /// A named activation buffer in the arena.
@@ -162,6 +181,8 @@ pub struct Program {
     pub limits: Limits,
     /// The cache.
     pub kv: KvLayout,
+    /// The scales of each layer's keys and values in an fp8 cache; none for other caches.
+    pub kv_scales: Vec<KvScale>,
     /// Bytes of the arena.
     pub arena_bytes: usize,
     /// Buffers, in the order in which they are first written.

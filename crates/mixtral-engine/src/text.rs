@@ -83,6 +83,9 @@ impl Program {
         record::write(&mut text, "program", &header);
         record::write(&mut text, "limits", &self.limits);
         record::write(&mut text, "kv", &self.kv);
+        for scale in &self.kv_scales {
+            record::write(&mut text, "kv_scale", scale);
+        }
         for buffer in &self.buffers {
             record::write(&mut text, "buffer", buffer);
         }
@@ -111,6 +114,7 @@ impl Program {
             return Err(TextError::Version { found: shorten(found.trim()) });
         }
         let (mut header, mut limits, mut kv) = (None::<Header>, None::<Limits>, None::<KvLayout>);
+        let mut kv_scales = Vec::new();
         let (mut buffers, mut weights, mut ops) = (Vec::<Buffer>::new(), Vec::<Weight>::new(), Vec::<Op>::new());
         for (index, line) in lines {
             let line = line.trim();
@@ -123,6 +127,7 @@ impl Program {
                 "program" => header = Some(record::read(rest).map_err(at)?),
                 "limits" => limits = Some(record::read(rest).map_err(at)?),
                 "kv" => kv = Some(record::read(rest).map_err(at)?),
+                "kv_scale" => kv_scales.push(record::read(rest).map_err(at)?),
                 "buffer" => buffers.push(record::read(rest).map_err(at)?),
                 "weight" => weights.push(record::read(rest).map_err(at)?),
                 "piece" => {
@@ -152,6 +157,7 @@ impl Program {
             arena_bytes: header.arena_bytes,
             limits: limits.ok_or(TextError::Missing("limits"))?,
             kv: kv.ok_or(TextError::Missing("kv"))?,
+            kv_scales,
             buffers,
             weights,
             ops,

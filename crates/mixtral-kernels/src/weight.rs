@@ -27,6 +27,7 @@ impl WeightRows {
     pub fn of(weight: &Weight) -> Option<Self> {
         match weight.format {
             WeightFormat::Plain => Some(WeightRows::Plain(weight.dtype)),
+            WeightFormat::Fp8 => None,
             WeightFormat::Quantized(quantization) => matches!(quantization.group, None | Some(32 | 64 | 128))
                 .then_some(WeightRows::Quantized(weight.dtype, quantization)),
         }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{DType, Formats};
+use crate::{CacheFormat, DType, Formats};
 
 /// The architecture of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -92,6 +92,9 @@ pub struct ModelConfig {
     /// How the matrices are stored.
     #[serde(default)]
     pub formats: Formats,
+    /// How keys and values are stored.
+    #[serde(default, skip_serializing_if = "CacheFormat::is_plain")]
+    pub cache: CacheFormat,
 }
 
 /// A geometry that no model can have.
@@ -168,6 +171,7 @@ impl ModelConfig {
             norm_eps: 1e-5,
             sliding_window: None,
             formats: Formats::default(),
+            cache: CacheFormat::Plain,
         }
     }
 

@@ -25,6 +25,8 @@ pub enum ElemType {
     I32,
     /// A byte: an 8-bit unsigned integer, or two of 4 bits.
     U8,
+    /// The 8-bit float e4m3 ([`crate::fp8`]).
+    F8E4M3,
 }
 
 impl ElemType {
@@ -34,18 +36,18 @@ impl ElemType {
         match self {
             ElemType::F32 | ElemType::I32 => 4,
             ElemType::F16 | ElemType::Bf16 => 2,
-            ElemType::U8 => 1,
+            ElemType::U8 | ElemType::F8E4M3 => 1,
         }
     }
 
-    /// The float type, if it is one.
+    /// The float type in which arithmetic is done, if it is one.
     #[must_use]
     pub const fn float(self) -> Option<DType> {
         match self {
             ElemType::F32 => Some(DType::F32),
             ElemType::F16 => Some(DType::F16),
             ElemType::Bf16 => Some(DType::Bf16),
-            ElemType::I32 | ElemType::U8 => None,
+            ElemType::I32 | ElemType::U8 | ElemType::F8E4M3 => None,
         }
     }
 }
@@ -68,6 +70,7 @@ impl fmt::Display for ElemType {
             ElemType::Bf16 => "bf16",
             ElemType::I32 => "i32",
             ElemType::U8 => "u8",
+            ElemType::F8E4M3 => "f8e4m3",
         })
     }
 }
@@ -80,6 +83,9 @@ pub enum WeightFormat {
     Plain,
     /// Integers and scales.
     Quantized(Quantization),
+    /// Floats e4m3 with one scale for each matrix. The input that is multiplied with them is rounded to e4m3 too, by a scale
+    /// that is stored with the weight.
+    Fp8,
 }
 
 /// Integers that stand for floats: element k of a row is `(u[k] − z) · s`, where s and z belong to the row's group that
@@ -166,6 +172,8 @@ pub enum Precision {
     Int8,
     /// Integers of 4 bits with a scale for each group, in the model's type.
     Int4,
+    /// Floats of 8 bits, and inputs of 8 bits.
+    Fp8,
 }
 
 impl Precision {
@@ -174,6 +182,7 @@ impl Precision {
     pub const fn format(self, group: Option<usize>, dtype: DType) -> WeightFormat {
         let (bits, group, scale) = match self {
             Precision::Float => return WeightFormat::Plain,
+            Precision::Fp8 => return WeightFormat::Fp8,
             Precision::Int8 => (Bits::Eight, None, DType::F32),
             Precision::Int4 => (Bits::Four, group, dtype),
         };
@@ -212,6 +221,8 @@ pub enum PartKind {
     Scales,
     /// The integer of each group that stands for 0.
     Zeros,
+    /// The scale of the input.
+    InputScale,
 }
 
 /// One tensor of a weight.
@@ -221,7 +232,7 @@ pub struct Part {
     pub kind: PartKind,
     /// Type of its elements.
     pub elem: ElemType,
-    /// Its shape: that of the weight, but for the last dimension.
+    /// Its shape: that of the weight, but for the last dimension; for scales of whole matrices one for each of these.
     pub shape: Vec<usize>,
 }
 
@@ -252,6 +263,15 @@ impl WeightFormat {
         };
         let quantization = match self {
             WeightFormat::Plain => return vec![part(PartKind::Values, dtype.into(), None)],
+            WeightFormat::Fp8 => {
+                // One matrix, or one for each expert.
+                let scales = if let [experts, _, _] = *shape { vec![experts, 1] } else { vec![1] };
+                return vec![
+                    part(PartKind::Values, ElemType::F8E4M3, None),
+                    Part { kind: PartKind::Scales, elem: ElemType::F32, shape: scales },
+                    Part { kind: PartKind::InputScale, elem: ElemType::F32, shape: vec![1] },
+                ];
+            }
             WeightFormat::Quantized(quantization) => quantization,
         };
         let cols = shape.last().copied().unwrap_or(0);
@@ -276,7 +296,7 @@ impl WeightFormat {
     #[must_use]
     pub fn can_be_cut_at(self, start: usize) -> bool {
         match self {
-            WeightFormat::Plain => true,
+            WeightFormat::Plain | WeightFormat::Fp8 => true,
             WeightFormat::Quantized(quantization) => {
                 start.is_multiple_of(quantization.group.unwrap_or(1).max(quantization.bits.per_byte()))
             }
@@ -284,11 +304,13 @@ impl WeightFormat {
     }
 }
 
-/// One word: `plain`, `int8:row:f32`, `int4:g128:bf16`, `int4:g64:f16:zeros`.
+/// One word: `plain`, `fp8`, `int8:row:f32`, `int4:g128:bf16`, `int4:g64:f16:zeros`.
 impl fmt::Display for WeightFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let WeightFormat::Quantized(Quantization { bits, group, zeros, scale }) = self else {
-            return f.write_str("plain");
+        let Quantization { bits, group, zeros, scale } = match self {
+            WeightFormat::Plain => return f.write_str("plain"),
+            WeightFormat::Fp8 => return f.write_str("fp8"),
+            WeightFormat::Quantized(quantization) => quantization,
         };
         f.write_str(match bits {
             Bits::Four => "int4",
@@ -305,7 +327,7 @@ impl fmt::Display for WeightFormat {
 /// A text that names no format of weights.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is not a format of weights; expected a word as plain, int8:row:f32, int4:g128:bf16 or int4:g64:f16:zeros"
+    "`{0}` is not a format of weights; expected a word as plain, fp8, int8:row:f32, int4:g128:bf16 or int4:g64:f16:zeros"
 )]
 pub struct UnknownFormat(pub String);
 
@@ -317,6 +339,7 @@ impl FromStr for WeightFormat {
             let mut words = text.split(':');
             let bits = match words.next()? {
                 "plain" => return words.next().is_none().then_some(WeightFormat::Plain),
+                "fp8" => return words.next().is_none().then_some(WeightFormat::Fp8),
                 "int4" => Bits::Four,
                 "int8" => Bits::Eight,
                 _ => return None,
@@ -352,6 +375,36 @@ impl<'de> Deserialize<'de> for WeightFormat {
     }
 }
 
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheFormat {
+    /// In the model's type.
+    #[default]
+    Plain,
+    /// As e4m3, with a scale for the keys of a layer and one for its values.
+    Fp8,
+}
+
+impl CacheFormat {
+    /// Type of the elements, in a model of type `dtype`.
+    #[must_use]
+    pub const fn elem(self, dtype: DType) -> ElemType {
+        match (self, dtype) {
+            (CacheFormat::Fp8, _) => ElemType::F8E4M3,
+            (CacheFormat::Plain, DType::F32) => ElemType::F32,
+            (CacheFormat::Plain, DType::F16) => ElemType::F16,
+            (CacheFormat::Plain, DType::Bf16) => ElemType::Bf16,
+        }
+    }
+
+    /// Whether keys and values are in the model's type.
+    #[must_use]
+    pub const fn is_plain(&self) -> bool {
+        matches!(self, CacheFormat::Plain)
+    }
+}
+
 /// The formats of a model's matrices. Everything else (the embedding, norms, routers, the output embedding) is plain.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Formats {
@@ -367,11 +420,23 @@ mod tests {
 
     #[test]
     fn words_are_read_back() {
-        for word in ["plain", "int8:row:f32", "int4:g128:bf16", "int4:g64:f16:zeros", "int8:g32:bf16", "int4:row:f16"] {
+        for word in
+            ["plain", "int8:row:f32", "int4:g128:bf16", "int4:g64:f16:zeros", "int8:g32:bf16", "int4:row:f16", "fp8"]
+        {
             let format: WeightFormat = word.parse().unwrap();
             assert_eq!(format.to_string(), word);
         }
-        for word in ["", "plain:1", "int4", "int4:g0:f16", "int4:g3:f16", "int8:row", "int8:row:i8", "int4:g32:f16:z"] {
+        for word in [
+            "",
+            "plain:1",
+            "fp8:row",
+            "int4",
+            "int4:g0:f16",
+            "int4:g3:f16",
+            "int8:row",
+            "int8:row:i8",
+            "int4:g32:f16:z",
+        ] {
             assert!(word.parse::<WeightFormat>().is_err(), "{word}");
         }
     }
@@ -385,6 +450,8 @@ mod tests {
             parts.into_iter().map(|part| format!("{:?} {} {:?}", part.kind, part.elem, part.shape)).collect::<Vec<_>>()
         };
         assert_eq!(parts("plain", &[3, 100]), ["Values bf16 [3, 100]"]);
+        assert_eq!(parts("fp8", &[3, 100]), ["Values f8e4m3 [3, 100]", "Scales f32 [1]", "InputScale f32 [1]"]);
+        assert_eq!(parts("fp8", &[2, 3, 100])[1..], ["Scales f32 [2, 1]", "InputScale f32 [1]"]);
         assert_eq!(parts("int8:row:f32", &[3, 100]), ["Values u8 [3, 100]", "Scales f32 [3, 1]"]);
         assert_eq!(
             parts("int4:g64:f16:zeros", &[2, 3, 100]),

@@ -2,12 +2,13 @@
 //! case on a backend and compares the result with the f64 reference.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, Epilogue, Inspect, Op, Rows, StepInputs, Weights};
-use mixtral_model::{DType, ElemType, MoeNormalization};
+use mixtral_engine::{BackendError, Epilogue, Inspect, KvScale, Op, Rows, StepInputs, Weights};
+use mixtral_model::{CacheFormat, DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
 use crate::batch::{self, Part};
 use crate::elements::{from_bytes, ints_from_bytes, ints_to_bytes, to_bytes, values};
+use crate::fp8;
 use crate::poison::{poison, sentinel};
 use crate::quantized;
 use crate::reference::{Reference, State, Values};
@@ -85,7 +86,7 @@ impl Case {
         for buffer in &program.buffers {
             let n = program.num_rows(buffer.rows, inputs.num_tokens(), inputs.num_logits()) * buffer.cols;
             let values = match buffer.dtype {
-                ElemType::I32 | ElemType::U8 => Values::Ints(vec![-1; n]),
+                ElemType::I32 | ElemType::U8 | ElemType::F8E4M3 => Values::Ints(vec![-1; n]),
                 _ => Values::Floats(vec![f64::NAN; n]),
             };
             initial.buffers.insert(buffer.name.clone(), values);
@@ -139,6 +140,46 @@ impl Case {
         self
     }
 
+    /// The same case with another cache. What is in it becomes the nearest that the cache can hold.
+    pub(crate) fn with_cache(mut self, format: CacheFormat, scale: KvScale) -> Self {
+        let program = &mut self.assembly.program;
+        (program.kv.format, program.kv_scales) = (format, vec![scale; program.kv.num_layers]);
+        for layer in &mut self.initial.cache {
+            for (half, scale) in layer.iter_mut().zip([scale.key, scale.value]) {
+                half.iter_mut().for_each(|x| *x = fp8::round(*x, scale));
+            }
+        }
+        self.name = format!("{} with a cache of {format:?}", self.name);
+        self
+    }
+
+    /// The bytes of the cache's contents.
+    fn cache_bytes(&self, values: &[f64]) -> Vec<u8> {
+        let kv = self.assembly.program.kv;
+        match kv.format {
+            CacheFormat::Plain => to_bytes(kv.dtype, values),
+            CacheFormat::Fp8 => values.iter().map(|&x| fp8::to_bits(x)).collect(),
+        }
+    }
+
+    /// Compares a cache's contents with the reference's. Those of an fp8 cache are the same, but where a value lies so near to
+    /// the middle of two numbers that its last bit decides.
+    fn compare_cache(&self, found: &[u8], expected: &[f64], tolerance: Tolerance) -> Result<(), String> {
+        let kv = self.assembly.program.kv;
+        if kv.format == CacheFormat::Plain {
+            return close(&from_bytes(kv.dtype, found), expected, kv.dtype, tolerance);
+        }
+        let expected: Vec<u8> = expected.iter().map(|&x| fp8::to_bits(x)).collect();
+        let unequal: Vec<usize> = (0..found.len()).filter(|&i| found[i] != expected[i]).collect();
+        if let Some(&i) = unequal.iter().find(|&&i| found[i].abs_diff(expected[i]) > 1) {
+            return Err(format!("byte {i} is {:#x}, expected {:#x}", found[i], expected[i]));
+        }
+        if unequal.len() > 2 + found.len() / 2000 {
+            return Err(format!("{} of {} bytes differ", unequal.len(), found.len()));
+        }
+        Ok(())
+    }
+
     /// The bytes of a buffer's contents.
     fn bytes(&self, name: &str, values: &Values) -> Vec<u8> {
         match values {
@@ -183,8 +224,7 @@ impl Case {
             if let Some(layer) = name.strip_prefix("cache ") {
                 let layer: usize = layer[..layer.len() - 2].parse().expect("a layer");
                 let half = usize::from(name.ends_with('v'));
-                let found = from_bytes(program.kv.dtype, found);
-                close(&found, &expected.cache[layer][half], program.kv.dtype, tolerance).map_err(|p| wrong(name, p))?;
+                self.compare_cache(found, &expected.cache[layer][half], tolerance).map_err(|p| wrong(name, p))?;
                 continue;
             }
             match &expected.buffers[name] {
@@ -239,7 +279,7 @@ impl Case {
             backend.write_buffer(&buffer.name, &contents)?;
         }
         for (layer, [keys, values]) in self.initial.cache.iter().enumerate() {
-            backend.write_cache(layer, &to_bytes(program.kv.dtype, keys), &to_bytes(program.kv.dtype, values))?;
+            backend.write_cache(layer, &self.cache_bytes(keys), &self.cache_bytes(values))?;
         }
         backend.step(&self.inputs)?;
         let mut found = Vec::new();
@@ -445,7 +485,7 @@ fn ragged(assembly: &Assembly) -> StepInputs<'static> {
     inputs
 }
 
-fn attention(dtype: DType) -> Vec<Case> {
+pub(crate) fn attention(dtype: DType) -> Vec<Case> {
     let mut cases = Vec::new();
     for (kv_heads, group, d) in [(2, 1, 16), (1, 2, 32), (2, 3, 10), (1, 6, 128), (1, 30, 16)] {
         let heads = kv_heads * group;

@@ -12,6 +12,7 @@ pub mod batch;
 pub mod cases;
 pub mod decoder;
 pub mod elements;
+pub mod fp8;
 pub mod large;
 pub mod poison;
 pub mod quantized;

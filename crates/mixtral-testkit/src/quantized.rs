@@ -7,6 +7,7 @@ use mixtral_model::{Bits, DType, ElemType, PartKind, Quantization, WeightFormat}
 use crate::assembly::Assembly;
 use crate::cases::{Case, assignments, lists, routed, tokens};
 use crate::elements::{from_bytes, to_bytes};
+use crate::fp8;
 
 /// A format of every kind.
 pub const FORMATS: [&str; 7] = [
@@ -29,12 +30,17 @@ pub fn format(word: &str) -> WeightFormat {
 }
 
 impl Assembly {
-    /// Adds a weight of integers and scales. All integers of the format occur, some scales are negative, and one is zero.
+    /// Adds a weight of integers and scales. All integers of the format occur, some scales are negative, and one is zero. Or a weight
+    /// of fp8, in which all finite numbers occur.
     ///
     /// # Panics
     /// On a plain format.
     pub fn quantized(&mut self, name: &str, format: WeightFormat, shape: &[usize], scale: f32) -> String {
-        let WeightFormat::Quantized(Quantization { bits, .. }) = format else { panic!("{format} has no integers") };
+        let bits = match format {
+            WeightFormat::Plain => panic!("{format} has no integers"),
+            WeightFormat::Fp8 => return self.fp8(name, shape, scale),
+            WeightFormat::Quantized(Quantization { bits, .. }) => bits,
+        };
         let dtype = self.program.dtype;
         self.declare(name, dtype, shape);
         let weight = self.program.weights.last_mut().expect("just declared");
@@ -56,6 +62,38 @@ impl Assembly {
         }
         name.to_owned()
     }
+
+    /// Adds a weight of fp8. The experts have different scales.
+    fn fp8(&mut self, name: &str, shape: &[usize], scale: f32) -> String {
+        let dtype = self.program.dtype;
+        self.declare(name, dtype, shape);
+        let weight = self.program.weights.last_mut().expect("just declared");
+        weight.format = WeightFormat::Fp8;
+        let key = dummy::key(0x7e57, name);
+        for (part, TensorSpec { name, elem, shape }) in
+            WeightFormat::Fp8.parts(dtype, shape).iter().zip(weight.tensors())
+        {
+            let n = shape.iter().product::<usize>() as u64;
+            let byte = |index: u64| (dummy::word(key, index) & 0xff) as u8;
+            let finite = |byte: u8| if byte & 0x7f == 0x7f { byte ^ 1 } else { byte };
+            let bytes = match part.kind {
+                PartKind::Values => (0..n).map(|i| finite(byte(i))).collect(),
+                PartKind::Scales => {
+                    let scales = (0..n).map(|i| f64::from(scale) / 448.0 * (1.0 + f64::from(byte(i << 20)) / 64.0));
+                    to_bytes(DType::F32, &scales.collect::<Vec<_>>())
+                }
+                _ => fp8::INPUT_SCALE.to_le_bytes().to_vec(),
+            };
+            self.weights.insert(&name, elem, &shape, bytes);
+        }
+        name.to_owned()
+    }
+}
+
+/// The floats of a part of a weight.
+pub(crate) fn floats(weight: &Weight, source: &dyn WeightSource, part: usize) -> Vec<f64> {
+    let tensor = &weight.tensors()[part];
+    from_bytes(tensor.elem.float().expect("floats"), source.weight(&tensor.name).expect("a tensor").bytes)
 }
 
 /// The elements that a weight stands for.
@@ -66,7 +104,15 @@ impl Assembly {
 pub fn elements(weight: &Weight, source: &dyn WeightSource) -> Vec<f64> {
     let parts: Vec<Vec<u8>> =
         weight.tensors().iter().map(|t| source.weight(&t.name).expect("a tensor").bytes.to_vec()).collect();
-    let WeightFormat::Quantized(quantization) = weight.format else { return from_bytes(weight.dtype, &parts[0]) };
+    let quantization = match weight.format {
+        WeightFormat::Plain => return from_bytes(weight.dtype, &parts[0]),
+        WeightFormat::Fp8 => {
+            let scales = floats(weight, source, 1);
+            let scale = |index: usize| scales[index / (parts[0].len() / scales.len())];
+            return parts[0].iter().enumerate().map(|(index, &byte)| fp8::from_bits(byte) * scale(index)).collect();
+        }
+        WeightFormat::Quantized(quantization) => quantization,
+    };
     let Quantization { bits, scale, .. } = quantization;
     let (cols, scales) = (weight.cols(), from_bytes(scale, &parts[1]));
     let (row_bytes, groups) = (quantization.row_bytes(cols), quantization.groups(cols));
@@ -89,7 +135,12 @@ pub fn elements(weight: &Weight, source: &dyn WeightSource) -> Vec<f64> {
 /// Linears and experts with weights of every format.
 #[must_use]
 pub fn cases(dtype: DType) -> Vec<Case> {
-    FORMATS.into_iter().flat_map(|word| [linears(dtype, word), experts(dtype, word)].concat()).collect()
+    FORMATS.into_iter().flat_map(|word| cases_of(dtype, word)).collect()
+}
+
+/// Linears and experts with weights of one format.
+pub(crate) fn cases_of(dtype: DType, word: &str) -> Vec<Case> {
+    [linears(dtype, word), experts(dtype, word)].concat()
 }
 
 fn linears(dtype: DType, word: &str) -> Vec<Case> {

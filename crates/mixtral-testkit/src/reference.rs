@@ -8,6 +8,7 @@ use mixtral_engine::{Epilogue, Op, Program, StepInputs, WeightSource};
 use mixtral_model::{DType, MoeNormalization};
 
 use crate::elements::{from_bytes, to_bytes};
+use crate::fp8;
 use crate::quantized;
 
 /// Contents of a buffer: this step's rows.
@@ -24,7 +25,7 @@ pub enum Values {
 pub struct State {
     /// Buffers by name.
     pub buffers: HashMap<String, Values>,
-    /// Keys and values of each layer, `[blocks, kv_heads, block_size, head_dim]`.
+    /// Keys and values of each layer, as they are stored, `[blocks, kv_heads, block_size, head_dim]`.
     pub cache: Vec<[Vec<f64>; 2]>,
 }
 
@@ -106,6 +107,16 @@ impl Reference<'_> {
         quantized::elements(self.program.weight(name).expect("a weight"), self.weights)
     }
 
+    /// What inputs stand for when they are multiplied with a weight.
+    fn multiplied(&self, weight: &str, inputs: &[f64]) -> Vec<f64> {
+        fp8::input(self.program.weight(weight).expect("a weight"), self.weights, inputs)
+    }
+
+    /// The scales of a layer's keys and values, if the cache is fp8.
+    fn cache_scales(&self, layer: usize) -> Option<[f32; 2]> {
+        self.program.kv_scales.get(layer).map(|scale| [scale.key, scale.value])
+    }
+
     fn cols(&self, buffer: &str) -> usize {
         self.program.buffer(buffer).expect("a buffer").cols
     }
@@ -131,10 +142,11 @@ impl Reference<'_> {
             }
             Op::Linear { input, weight, rows, epilogue, residual, out, ladder: _ } => {
                 let cols = self.cols(input);
+                let inputs = self.multiplied(weight, state.floats(input));
                 let weight = self.weight(weight);
                 let rows = rows.unwrap_or([0, weight.len() / cols]);
                 let weight = &weight[rows[0] * cols..rows[1] * cols];
-                let mut values: Vec<f64> = state.floats(input).chunks(cols).flat_map(|x| times(weight, x)).collect();
+                let mut values: Vec<f64> = inputs.chunks(cols).flat_map(|x| times(weight, x)).collect();
                 if *epilogue == Epilogue::Residual {
                     values = round(self.program.dtype, &values);
                     let residual = state.floats(residual.as_ref().expect("a residual"));
@@ -150,7 +162,8 @@ impl Reference<'_> {
             Op::WriteKv { key, value, layer } => {
                 for (half, name) in [key, value].into_iter().enumerate() {
                     let rows = state.floats(name).to_vec();
-                    self.write_kv(&rows, self.cols(name), 0, &mut state.cache[*layer][half]);
+                    let scale = self.cache_scales(*layer).map(|scales| scales[half]);
+                    self.write_kv(&rows, self.cols(name), 0, scale, &mut state.cache[*layer][half]);
                 }
             }
             Op::RopeWriteKv { qkv, num_heads, theta, layer } => {
@@ -159,7 +172,8 @@ impl Reference<'_> {
                 self.rope(&mut values, cols, num_heads + kv.num_kv_heads, *theta);
                 for half in 0..2 {
                     let start = (num_heads + half * kv.num_kv_heads) * kv.head_dim;
-                    self.write_kv(&values, cols, start, &mut state.cache[*layer][half]);
+                    let scale = self.cache_scales(*layer).map(|scales| scales[half]);
+                    self.write_kv(&values, cols, start, scale, &mut state.cache[*layer][half]);
                 }
                 state.set(qkv, values);
             }
@@ -184,13 +198,14 @@ impl Reference<'_> {
                 self.expert_sort(expert_ids, *experts, offsets, order, state);
             }
             Op::ExpertGateUp { input, weight, offsets, order, silu_mul, out, ladder: _ } => {
+                let inputs = self.multiplied(weight, state.floats(input));
                 let (cols, weight) = (self.cols(input), self.weight(weight));
                 let size = weight.len() / (state.ints(offsets).len() - 1);
                 let mut values = state.floats(out).to_vec();
                 for (e, edge) in state.ints(offsets).windows(2).enumerate() {
                     for p in at(edge[0])..at(edge[1]) {
                         let token = at(state.ints(order)[p]) / top_k;
-                        let x = &state.floats(input)[token * cols..][..cols];
+                        let x = &inputs[token * cols..][..cols];
                         let mut row = times(&weight[e * size..][..size], x);
                         if *silu_mul {
                             row = round(self.program.dtype, &row);
@@ -211,12 +226,13 @@ impl Reference<'_> {
                 state.set(out, values);
             }
             Op::ExpertDown { input, weight, offsets, order, out, ladder: _ } => {
+                let inputs = self.multiplied(weight, state.floats(input));
                 let (cols, weight) = (self.cols(input), self.weight(weight));
                 let size = weight.len() / (state.ints(offsets).len() - 1);
                 let mut values = state.floats(out).to_vec();
                 for (e, edge) in state.ints(offsets).windows(2).enumerate() {
                     for p in at(edge[0])..at(edge[1]) {
-                        let row = times(&weight[e * size..][..size], &state.floats(input)[p * cols..][..cols]);
+                        let row = times(&weight[e * size..][..size], &inputs[p * cols..][..cols]);
                         let to = at(state.ints(order)[p]);
                         values[to * row.len()..][..row.len()].copy_from_slice(&row);
                     }
@@ -285,12 +301,17 @@ impl Reference<'_> {
         ((slot / size * kv.num_kv_heads + head) * size + slot % size) * kv.head_dim
     }
 
-    fn write_kv(&self, data: &[f64], cols: usize, start: usize, cache: &mut [f64]) {
+    fn write_kv(&self, data: &[f64], cols: usize, start: usize, scale: Option<f32>, cache: &mut [f64]) {
         let kv = self.program.kv;
         for (row, &slot) in data.chunks(cols).zip(&self.inputs.slot_mapping).filter(|(_, slot)| **slot >= 0) {
             for head in 0..kv.num_kv_heads {
                 let vector = &row[start + head * kv.head_dim..][..kv.head_dim];
-                cache[self.offset(at(slot), head)..][..kv.head_dim].copy_from_slice(vector);
+                // Keys are rounded to the model's type by their rotation, before they are rounded again.
+                let vector = match scale {
+                    Some(scale) => round(kv.dtype, vector).into_iter().map(|x| fp8::round(x, scale)).collect(),
+                    None => vector.to_vec(),
+                };
+                cache[self.offset(at(slot), head)..][..kv.head_dim].copy_from_slice(&vector);
             }
         }
     }
@@ -300,7 +321,9 @@ impl Reference<'_> {
         let (kv, size, cols) = (self.program.kv, self.program.limits.block_size, self.cols(query));
         let d = kv.head_dim;
         let width = self.program.limits.max_blocks_per_seq();
-        let [keys, values] = &state.cache[layer];
+        let scales = self.cache_scales(layer).unwrap_or([1.0; 2]).map(f64::from);
+        let stored = |half: usize| state.cache[layer][half].iter().map(|x| x * scales[half]).collect::<Vec<f64>>();
+        let (keys, values) = (stored(0), stored(1));
         let mut out = Vec::new();
         for (seq, edge) in self.inputs.cu_query_lens.windows(2).enumerate() {
             let blocks = &self.inputs.block_table[seq * width..][..width];

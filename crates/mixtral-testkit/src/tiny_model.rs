@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use half::{bf16, f16};
-use mixtral_model::{DType, Formats, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
+use mixtral_model::{CacheFormat, DType, Formats, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
 use serde_json::{Value, json};
 
 /// How a model is laid out on disk.
@@ -120,6 +120,7 @@ impl TinyModel {
             norm_eps: 1e-5,
             sliding_window: None,
             formats: Formats::default(),
+            cache: CacheFormat::Plain,
         };
         TinyModel { config, tied: false, seed }
     }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::KeyError;
 use mixtral_checkpoint::keys::{Keys, parse_object, read_text};
-use mixtral_model::{DType, Formats, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
+use mixtral_model::{CacheFormat, DType, Formats, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
 
 use super::files::Dialect;
 use crate::error::ConvertError;
@@ -111,6 +111,7 @@ fn read_hugging_face(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool
         norm_eps: keys.number("rms_norm_eps")?.unwrap_or(if moe { 1e-5 } else { 1e-6 }),
         sliding_window: keys.size("sliding_window")?,
         formats: Formats::default(),
+        cache: CacheFormat::Plain,
     };
     Ok((model, dtype, keys.flag("tie_word_embeddings")?))
 }
@@ -176,6 +177,7 @@ fn read_params(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool), Key
         norm_eps: norm_eps.unwrap_or(1e-5),
         sliding_window: read_window(keys)?,
         formats: Formats::default(),
+        cache: CacheFormat::Plain,
     };
     Ok((model, dtype, keys.flag("tied_embeddings")?))
 }

@@ -8,6 +8,7 @@
 use std::ops::Range;
 
 use mixtral_engine::{BackendError, StepInputs};
+use mixtral_model::{DType, fp8};
 use rayon::prelude::*;
 
 use super::workers::{Workers, index};
@@ -155,7 +156,7 @@ impl Tile<'_> {
         }
 
         #[expect(clippy::cast_precision_loss, reason = "the contract's f32 constant")]
-        let scale = 1.0 / (head_dim as f32).sqrt();
+        let scale = 1.0 / (head_dim as f32).sqrt() * self.keys.scale;
         for keys in self.key_blocks(&span) {
             let n = self.pack_keys(task.kv_head, &keys, block);
             let lanes = &mut lanes[..rows * n * LANES];
@@ -190,7 +191,7 @@ impl Tile<'_> {
             for (head, out) in out.chunks_exact_mut(workers.row_bytes(head_dim)).enumerate() {
                 let row = token * group + head;
                 let acc = &mut acc[row * padded..][..head_dim];
-                acc.iter_mut().for_each(|x| *x /= sums[row]);
+                acc.iter_mut().for_each(|x| *x = *x / sums[row] * self.values.scale);
                 workers.simd.narrow(workers.dtype, acc, out);
             }
         }
@@ -211,13 +212,20 @@ impl Tile<'_> {
     fn vectors<'a>(&self, cache: KvView<'a>, kv_head: usize, keys: &Range<usize>) -> std::slice::ChunksExact<'a, u8> {
         let size = cache.shape.block_size;
         let rows = cache.rows(index(self.blocks[keys.start / size]), kv_head, keys.start % size, keys.len());
-        rows.chunks_exact(self.shape.head_dim * cache.shape.dtype.size())
+        rows.chunks_exact(self.shape.head_dim * cache.shape.elem.size())
     }
 
     /// Packs the keys of a piece as rows. Returns the number of rows, rounded up to whole tiles.
     fn pack_keys(&self, kv_head: usize, keys: &Range<usize>, panel: &mut [f32]) -> usize {
+        let (simd, padded, is_plain) = (self.workers.simd, self.shape.padded, self.keys.shape.elem.float().is_some());
+        let mut widened = vec![0.0; if is_plain { 0 } else { self.shape.head_dim }];
         for (row, key) in self.vectors(self.keys, kv_head, keys).enumerate() {
-            self.workers.simd.pack_row(self.keys.shape.dtype, key, row, self.shape.padded, panel);
+            if is_plain {
+                simd.pack_row(self.workers.dtype, key, row, padded, panel);
+            } else {
+                widen_fp8(key, &mut widened);
+                simd.pack_row(DType::F32, bytemuck::cast_slice(&widened), row, padded, panel);
+            }
         }
         keys.len().next_multiple_of(BLOCK_ROWS)
     }
@@ -227,7 +235,10 @@ impl Tile<'_> {
         let values = self.vectors(self.values, kv_head, keys);
         for (value, out) in values.zip(out.chunks_exact_mut(self.shape.padded)) {
             let (head, padding) = out.split_at_mut(self.shape.head_dim);
-            self.workers.simd.widen(self.values.shape.dtype, value, head);
+            match self.values.shape.elem.float() {
+                Some(dtype) => self.workers.simd.widen(dtype, value, head),
+                None => widen_fp8(value, head),
+            }
             padding.fill(0.0);
         }
     }
@@ -264,6 +275,11 @@ impl Tile<'_> {
         add(tile.clone(), common.clone());
         tile.for_each(|row| add(row..row + 1, common.end..clip(&visible[row]).end));
     }
+}
+
+/// The numbers of e4m3 bytes.
+fn widen_fp8(bytes: &[u8], out: &mut [f32]) {
+    out.iter_mut().zip(bytes).for_each(|(out, &byte)| *out = fp8::from_bits(byte));
 }
 
 /// Each row's sum in ascending order. Four rows are summed side by side, because each addition of a single sum waits

@@ -3,10 +3,12 @@
 //! With few tokens, the weight's rows are streamed from where they lie, once for all tokens. With more tokens, the
 //! product is cut into blocks of rows × tokens × K. In a block, a worker widens its rows once for all tokens; it keeps
 //! its accumulators, lane by lane, in cache from one block of K to the next. In both cases lane l of a dot computes the
-//! same chain of operations, so the bits are the same.
+//! same chain of operations, so the bits are the same. With fp8 the chain begins anew every 128 columns.
+
+use std::ops::Range;
 
 use mixtral_engine::BackendError;
-use mixtral_model::{DType, WeightFormat};
+use mixtral_model::{DType, WeightFormat, fp8};
 use rayon::prelude::*;
 
 use super::workers::Workers;
@@ -22,6 +24,8 @@ const ROWS: usize = 32;
 const STREAMED_ROWS: usize = 1024;
 /// Columns of a block of K.
 const DEPTH: usize = 512;
+/// Columns of fp8 whose products are summed from zero. These sums are added up in ascending order.
+const FP8_DEPTH: usize = 128;
 /// Quantized rows that are decoded before they are streamed: few enough for the cache, and enough for the widest tile of rows.
 const DECODED_ROWS: usize = 4;
 
@@ -47,6 +51,11 @@ impl Workspace {
         }
         Ok(&mut self.apart[..count])
     }
+}
+
+/// Columns of a block of K of a matrix of this format.
+fn depth(format: WeightFormat) -> usize {
+    if format == WeightFormat::Fp8 { FP8_DEPTH } else { DEPTH }
 }
 
 /// For each token i: `acc[r] = dot(inputs[i], weight[r])` for all rows, then `finish(acc, outs[i], scratch)`. `finish`
@@ -76,9 +85,9 @@ pub(crate) fn linear(
         let x = &mut work.x.floats_mut()[..n * padded];
         let acc = &mut work.acc.floats_mut()[..n * rows.next_multiple_of(task_rows)];
         if streamed {
-            widen_inputs(workers, inputs, weight.cols, x);
+            widen_inputs(workers, inputs, weight, x);
         } else {
-            pack_inputs(workers, inputs, weight.cols, x);
+            pack_inputs(workers, inputs, weight, x);
         }
         let x = &*x;
         workers.for_chunks(acc, task_rows * n, rows * padded * n, |task, acc| {
@@ -96,6 +105,10 @@ pub(crate) fn linear(
                 for (task, row) in row.chunks_mut(task_rows).enumerate() {
                     row.copy_from_slice(&acc[(task * n + i) * task_rows..][..row.len()]);
                 }
+                if weight.format == WeightFormat::Fp8 {
+                    let (_, scale) = weight.fp8_scales();
+                    row.iter_mut().for_each(|x| *x *= scale);
+                }
                 finish(row, out, extra);
             });
         };
@@ -109,74 +122,140 @@ pub(crate) fn linear(
 }
 
 /// Fills `x[token][column]` with widened inputs. Rows are padded with −0, which changes no accumulator.
-fn widen_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
+fn widen_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, x: &mut [f32]) {
+    let cols = weight.cols;
     let padded = cols.next_multiple_of(LANES);
     workers.for_chunks(x, padded, inputs.len() * padded, |token, x| {
-        workers.simd.widen(workers.dtype, inputs[token], &mut x[..cols]);
+        widen(workers, inputs[token], weight, &mut x[..cols]);
         x[cols..].fill(-0.0);
     });
 }
 
 /// The same, but packed, one block of K after another.
-fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], cols: usize, x: &mut [f32]) {
-    let (n, padded, size) = (inputs.len(), cols.next_multiple_of(LANES), workers.dtype.size());
-    workers.for_chunks(x, n * DEPTH, n * padded, |block, x| {
-        let start = block * DEPTH;
-        let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
+fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, x: &mut [f32]) {
+    let (n, cols, size, block_depth) = (inputs.len(), weight.cols, workers.dtype.size(), depth(weight.format));
+    let padded = cols.next_multiple_of(LANES);
+    workers.for_chunks(x, n * block_depth, n * padded, |block, x| {
+        let start = block * block_depth;
+        let (end, depth) = ((start + block_depth).min(cols), block_depth.min(padded - start));
         for (token, input) in inputs.iter().enumerate() {
-            workers.simd.pack_column(workers.dtype, &input[start * size..end * size], token, n, depth, x);
+            let input = &input[start * size..end * size];
+            if weight.format == WeightFormat::Fp8 {
+                let mut rounded = [0.0; FP8_DEPTH];
+                let rounded = &mut rounded[..end - start];
+                widen(workers, input, weight, rounded);
+                workers.simd.pack_column(DType::F32, bytemuck::cast_slice(rounded), token, n, depth, x);
+            } else {
+                workers.simd.pack_column(workers.dtype, input, token, n, depth, x);
+            }
         }
     });
 }
 
+/// Widens inputs of a matrix. Those of an fp8 matrix are rounded to e4m3: `x = e4m3(x / scale)`.
+fn widen(workers: &Workers<'_>, input: &[u8], weight: Matrix<'_>, x: &mut [f32]) {
+    workers.simd.widen(workers.dtype, input, x);
+    if weight.format == WeightFormat::Fp8 {
+        let (scale, _) = weight.fp8_scales();
+        x.iter_mut().for_each(|x| *x = fp8::round(*x / scale));
+    }
+}
+
 /// `out[token · stride + row] = dot(rows[row], x[token])`, for few tokens. Quantized rows are decoded a few at a time, into the cache.
+/// Rows of fp8 are decoded and multiplied block by block.
 fn stream(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], stride: usize) {
     let (simd, cols) = (workers.simd, rows.cols);
     let padded = cols.next_multiple_of(LANES);
-    let WeightFormat::Quantized(quantization) = rows.format else {
+    if rows.format == WeightFormat::Plain {
         return simd.stream(rows.dtype, rows.bytes, cols, x, padded, n, out, stride);
-    };
+    }
+    let depth = if rows.format == WeightFormat::Fp8 { FP8_DEPTH } else { cols };
     workers.with_scratch(|mut scratch| {
         let decoded = take(&mut scratch, DECODED_ROWS * cols);
         for first in (0..rows.num_rows()).step_by(DECODED_ROWS) {
             let count = DECODED_ROWS.min(rows.num_rows() - first);
-            for (row, decoded) in decoded.chunks_exact_mut(cols).take(count).enumerate() {
-                rows.decode(simd, quantization, first + row, 0..cols, scratch, decoded);
+            for start in (0..cols).step_by(depth) {
+                let block = start..(start + depth).min(cols);
+                let decoded = &mut decoded[..count * block.len()];
+                for (row, decoded) in decoded.chunks_exact_mut(block.len()).enumerate() {
+                    decode(workers, rows, first + row, block.clone(), scratch, decoded);
+                }
+                let decoded = bytemuck::cast_slice(decoded);
+                if start == 0 {
+                    simd.stream(DType::F32, decoded, block.len(), x, padded, n, &mut out[first..], stride);
+                    continue;
+                }
+                let mut sums = [0.0; STREAM_COLUMNS * DECODED_ROWS];
+                simd.stream(DType::F32, decoded, block.len(), &x[start..], padded, n, &mut sums, DECODED_ROWS);
+                for (token, sums) in sums.chunks_exact(DECODED_ROWS).take(n).enumerate() {
+                    let out = &mut out[token * stride + first..][..count];
+                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+                }
             }
-            let decoded = bytemuck::cast_slice(&decoded[..count * cols]);
-            simd.stream(DType::F32, decoded, cols, x, padded, n, &mut out[first..], stride);
         }
     });
+}
+
+/// Columns `cols` of a row that is not plain, as f32.
+fn decode(
+    workers: &Workers<'_>,
+    rows: Matrix<'_>,
+    row: usize,
+    cols: Range<usize>,
+    scratch: &mut [f32],
+    out: &mut [f32],
+) {
+    match rows.format {
+        WeightFormat::Plain => {}
+        WeightFormat::Fp8 => {
+            let bytes = &rows.bytes[row * rows.cols..][cols];
+            out.iter_mut().zip(bytes).for_each(|(out, &byte)| *out = fp8::from_bits(byte));
+        }
+        WeightFormat::Quantized(quantization) => rows.decode(workers.simd, quantization, row, cols, scratch, out),
+    }
 }
 
 /// `out[token][row] = dot(rows[row], x[token])`. `out` has a row stride of [`ROWS`].
 fn block(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut [f32], mut scratch: &mut [f32]) {
     let (num_rows, cols, size) = (rows.num_rows(), rows.cols, rows.dtype.size());
     let (tile_rows, padded) = (num_rows.next_multiple_of(BLOCK_ROWS), cols.next_multiple_of(LANES));
+    let block_depth = depth(rows.format);
     let acc = take(&mut scratch, n * tile_rows * LANES);
-    let w = take(&mut scratch, ROWS * DEPTH.min(padded));
-    let decoded = take(&mut scratch, DEPTH.min(padded));
+    let w = take(&mut scratch, ROWS * block_depth.min(padded));
+    let decoded = take(&mut scratch, block_depth.min(padded));
     acc.fill(0.0);
-    for start in (0..cols).step_by(DEPTH) {
-        let (end, depth) = ((start + DEPTH).min(cols), DEPTH.min(padded - start));
+    for start in (0..cols).step_by(block_depth) {
+        let (end, depth) = ((start + block_depth).min(cols), block_depth.min(padded - start));
         for r in 0..num_rows {
-            match rows.format {
-                WeightFormat::Plain => {
-                    let row = &rows.bytes[r * cols * size..];
-                    workers.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
-                }
-                WeightFormat::Quantized(quantization) => {
-                    let decoded = &mut decoded[..end - start];
-                    rows.decode(workers.simd, quantization, r, start..end, scratch, decoded);
-                    workers.simd.pack_row(DType::F32, bytemuck::cast_slice(decoded), r, depth, w);
-                }
+            if rows.format == WeightFormat::Plain {
+                let row = &rows.bytes[r * cols * size..];
+                workers.simd.pack_row(rows.dtype, &row[start * size..end * size], r, depth, w);
+            } else {
+                let decoded = &mut decoded[..end - start];
+                decode(workers, rows, r, start..end, scratch, decoded);
+                workers.simd.pack_row(DType::F32, bytemuck::cast_slice(decoded), r, depth, w);
             }
         }
         // Rows behind the last one hold old data; their accumulators are not read.
         workers.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);
+        if rows.format == WeightFormat::Fp8 {
+            for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
+                let mut sums = [0.0; ROWS];
+                workers.simd.reduce(acc, &mut sums[..num_rows]);
+                let out = &mut out[..num_rows];
+                if start == 0 {
+                    out.copy_from_slice(&sums[..num_rows]);
+                } else {
+                    out.iter_mut().zip(sums).for_each(|(out, sum)| *out += sum);
+                }
+            }
+            acc.fill(0.0);
+        }
     }
-    for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
-        workers.simd.reduce(acc, &mut out[..num_rows]);
+    if rows.format != WeightFormat::Fp8 {
+        for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
+            workers.simd.reduce(acc, &mut out[..num_rows]);
+        }
     }
 }
 

@@ -273,6 +273,7 @@ fn data_type(dtype: ElemType) -> c_int {
         ElemType::Bf16 => 14,
         ElemType::I32 => 10,
         ElemType::U8 => 8,
+        ElemType::F8E4M3 => 28,
     }
 }
 

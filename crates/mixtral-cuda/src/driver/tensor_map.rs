@@ -33,7 +33,7 @@ pub(crate) fn encode(map: &TensorMap, address: u64) -> Result<CUtensorMap, CudaE
         ElemType::F16 => DataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         ElemType::Bf16 => DataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         ElemType::I32 => DataType::CU_TENSOR_MAP_DATA_TYPE_INT32,
-        ElemType::U8 => DataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        ElemType::U8 | ElemType::F8E4M3 => DataType::CU_TENSOR_MAP_DATA_TYPE_UINT8,
     };
     let api = api()?;
     let mut encoded = CUtensorMap { opaque: [0; 16] };

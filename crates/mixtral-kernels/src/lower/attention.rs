@@ -29,9 +29,12 @@ const ROPE: &str = "attention/rope.cuh";
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
     let kv = lowering.program.kv;
-    if kv.dtype != lowering.program.dtype {
-        let reason =
-            format!("a cache of {} for a model of {}; only equal types have kernels", kv.dtype, lowering.program.dtype);
+    if kv.elem() != lowering.program.dtype.into() {
+        let reason = format!(
+            "a cache of {} for a model of {}; only equal types have kernels",
+            kv.elem(),
+            lowering.program.dtype
+        );
         return Err(LowerError::Unsupported { op: op.name(), reason });
     }
     match op {
@@ -386,7 +389,13 @@ mod tests {
     #[test]
     fn decode_has_a_ring_where_boxes_allow() {
         let of = |head_dim, group: usize, block_size, family| {
-            let kv = KvLayout { num_layers: 1, num_kv_heads: 8, head_dim, dtype: DType::Bf16 };
+            let kv = KvLayout {
+                num_layers: 1,
+                num_kv_heads: 8,
+                head_dim,
+                dtype: DType::Bf16,
+                format: mixtral_model::CacheFormat::Plain,
+            };
             let ring = DecodeRing::new(kv, 8 * group, block_size, family)?;
             let shared = ring.shared_bytes(kv, 8 * group) + 1024;
             assert!(
@@ -408,7 +417,13 @@ mod tests {
 
     #[test]
     fn prefill_is_chosen_by_what_boxes_and_groups_allow() {
-        let kv = |head_dim, dtype| KvLayout { num_layers: 1, num_kv_heads: 8, head_dim, dtype };
+        let kv = |head_dim, dtype| KvLayout {
+            num_layers: 1,
+            num_kv_heads: 8,
+            head_dim,
+            dtype,
+            format: mixtral_model::CacheFormat::Plain,
+        };
         let of = |head_dim, dtype, group: usize, block_size, family| {
             PrefillTiling::new(kv(head_dim, dtype), 8 * group, block_size, family)
         };

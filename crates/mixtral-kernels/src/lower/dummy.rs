@@ -20,6 +20,8 @@ const fn number(bits: Bits) -> u8 {
 pub(crate) fn fills_of(weight: &Weight) -> Vec<Fill> {
     match weight.format {
         WeightFormat::Plain => vec![Fill::Elements(weight.dtype)],
+        // No operation has kernels for it.
+        WeightFormat::Fp8 => Vec::new(),
         WeightFormat::Quantized(Quantization { bits, scale, zeros, .. }) => {
             let zeros = zeros.then_some(Fill::Zeros(number(bits)));
             [Fill::Integers(number(bits)), Fill::Scales(scale)].into_iter().chain(zeros).collect()
@@ -144,7 +146,7 @@ impl Target<'_> {
         let Target { weight, piece, rows, out, seed } = self;
         let quantization = match weight.format {
             WeightFormat::Quantized(quantization) => Some(quantization),
-            WeightFormat::Plain => None,
+            WeightFormat::Plain | WeightFormat::Fp8 => None,
         };
         // Scales and zeros have a column for each group.
         let grouped = quantization.filter(|_| matches!(fill, Fill::Scales(_) | Fill::Zeros(_)));

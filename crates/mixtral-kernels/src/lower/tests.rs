@@ -18,7 +18,8 @@ fn name(text: &str) -> String {
 fn layer(dtype: DType) -> Program {
     let mut a = Assembly::new(dtype);
     let (hidden, heads, head_dim) = (4096, 32, 128);
-    a.program.kv = KvLayout { num_layers: 2, num_kv_heads: 8, head_dim, dtype };
+    a.program.kv =
+        KvLayout { num_layers: 2, num_kv_heads: 8, head_dim, dtype, format: mixtral_model::CacheFormat::Plain };
     (a.program.num_experts, a.program.top_k, a.program.vocab_size) = (8, 2, 32_000);
     a.program.limits =
         Limits { max_batch_size: 64, max_num_tokens: 8192, max_seq_len: 4096, max_num_logits: 64, block_size: 64 };

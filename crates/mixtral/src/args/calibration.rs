@@ -15,7 +15,7 @@ const SELF: &str = "self";
 #[command(next_help_heading = "Calibration")]
 pub struct CalibrationArgs {
     /// Text to calibrate with: a file with text, JSON lines with a "text" each, or lines of token ids; self has the model write it
-    /// [default: none for integers]
+    /// [default: self if fp8 needs it, none for integers]
     #[arg(long, value_name = "FILE|self")]
     pub calib_data: Option<PathBuf>,
     /// Sequences of it that are taken [default: 512]
@@ -35,14 +35,30 @@ pub struct CalibrationArgs {
     pub calib_cache: Option<PathBuf>,
 }
 
+/// What calibration is to the formats of weights and cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Calibration {
+    /// They have no scales without it.
+    Needed,
+    /// It makes them better.
+    OfUse,
+    /// It changes nothing.
+    OfNoUse,
+}
+
 impl CalibrationArgs {
-    /// What the flags ask for. `is_of_use` says whether the format of the weights can be calibrated.
-    pub fn options(self, is_of_use: bool) -> Option<CalibrateOptions> {
+    /// What the flags ask for, and the formats need.
+    pub fn options(self, calibration: Calibration) -> Option<CalibrateOptions> {
         let is_asked_for = self.calib_data.is_some() || self.calib_cache.is_some();
-        if is_asked_for && !is_of_use {
-            say::warning("--calib-data and --calib-cache change nothing, because no weights are quantized to int4");
+        if is_asked_for && calibration == Calibration::OfNoUse {
+            say::warning("--calib-data and --calib-cache change nothing, because nothing is quantized to int4 or fp8");
         }
-        (is_asked_for && is_of_use).then(|| CalibrateOptions {
+        let runs = match calibration {
+            Calibration::Needed => true,
+            Calibration::OfUse => is_asked_for,
+            Calibration::OfNoUse => false,
+        };
+        runs.then(|| CalibrateOptions {
             data: self.calib_data.filter(|path| path.as_os_str() != SELF),
             text: Text {
                 size: self.calib_size.unwrap_or(512),

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use mixtral_calibrate::CalibrateOptions;
 use mixtral_convert::Input;
-use mixtral_model::{DType, MoeNormalization, Precision};
+use mixtral_model::{CacheFormat, DType, MoeNormalization, Precision};
 
-use super::calibration::CalibrationArgs;
+use super::calibration::{Calibration, CalibrationArgs};
 use super::geometry::GeometryArgs;
 use super::parallel::ParallelArgs;
 use super::weight_only::WeightOnlyArgs;
@@ -61,9 +61,12 @@ pub struct ConvertArgs {
     /// Quantize the matrices: to --weight-only-precision, int8 if it is not given
     #[arg(help_heading = QUANTIZATION, long)]
     pub use_weight_only: bool,
-    /// The same by the old quantize.py's words: full_prec, int8_wo, int4_wo
+    /// The same by the old quantize.py's words: full_prec, int8_wo, int4_wo, or fp8 (weights and activations; calibrated)
     #[arg(help_heading = QUANTIZATION, long, value_name = "FORMAT", value_parser = qformat)]
     pub qformat: Option<Precision>,
+    /// Keys and values in the cache: auto (the model's type), or fp8 (calibrated; on the CPU only) [default: auto]
+    #[arg(help_heading = QUANTIZATION, long, value_name = "auto|fp8", value_parser = cache_format)]
+    pub kv_cache_dtype: Option<CacheFormat>,
     #[command(flatten)]
     pub weight_only: WeightOnlyArgs,
     #[command(flatten)]
@@ -78,10 +81,22 @@ fn qformat(text: &str) -> Result<Precision, String> {
         "full_prec" => Ok(Precision::Float),
         "int8_wo" => Ok(Precision::Int8),
         "int4_wo" => Ok(Precision::Int4),
-        "int4_awq" | "int8_sq" | "w4a8_awq" | "fp8" | "nvfp4" => Err(format!(
-            "{text} needs calibration, which this version does not have; use int4_wo, int8_wo or full_prec"
-        )),
-        _ => Err("expected int8_wo, int4_wo or full_prec".to_owned()),
+        "fp8" => Ok(Precision::Fp8),
+        "int4_awq" => Err(format!("{text} is not made here; use int4_wo with --calib-data, which calibrates too")),
+        "int8_sq" | "w4a8_awq" | "nvfp4" => {
+            Err(format!("this version does not have {text}; use fp8, int4_wo, int8_wo or full_prec"))
+        }
+        _ => Err("expected fp8, int8_wo, int4_wo or full_prec".to_owned()),
+    }
+}
+
+/// `--kv-cache-dtype`.
+fn cache_format(text: &str) -> Result<CacheFormat, String> {
+    match text {
+        "auto" => Ok(CacheFormat::Plain),
+        "fp8" => Ok(CacheFormat::Fp8),
+        "int8" => Err("this version has no int8 cache; use fp8, which is as small, or auto".to_owned()),
+        _ => Err("expected auto or fp8".to_owned()),
     }
 }
 
@@ -127,6 +142,7 @@ impl ConvertArgs {
         let mut convert = mixtral_convert::ConvertOptions::new(input, self.output_dir);
         convert.dtype = dtype;
         convert.weight_only = self.weight_only.weight_only(precision)?;
+        convert.cache = self.kv_cache_dtype.unwrap_or_default();
         convert.mapping = mapping;
         convert.normalization = normalization;
         convert.use_parallel_embedding = self.use_parallel_embedding;
@@ -138,9 +154,16 @@ impl ConvertArgs {
         if let Some(workers) = self.workers {
             convert.workers = workers;
         }
-        let quantizes_to =
-            |precision| convert.weight_only.is_some_and(|to| to.attention == precision || to.feed_forward == precision);
-        let calibrate = self.calibration.options(quantizes_to(Precision::Int4));
+        let has =
+            |precision| convert.weight_only.is_some_and(|to| [to.attention, to.feed_forward].contains(&precision));
+        let calibration = if has(Precision::Fp8) || !convert.cache.is_plain() {
+            Calibration::Needed
+        } else if has(Precision::Int4) {
+            Calibration::OfUse
+        } else {
+            Calibration::OfNoUse
+        };
+        let calibrate = self.calibration.options(calibration);
         Ok(ConvertOptions { convert, calibrate, dry_run: self.dry_run, json: self.json, geometry: self.geometry })
     }
 }

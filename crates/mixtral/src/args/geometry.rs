@@ -78,6 +78,7 @@ impl GeometryArgs {
             norm_eps: self.rms_norm_eps.unwrap_or(1e-6),
             sliding_window: None,
             formats: Formats::default(),
+            cache: mixtral_model::CacheFormat::Plain,
         })
     }
 

@@ -22,6 +22,7 @@ fn value(flag: &str) -> &'static str {
         "--weight-only-precision" => "int8",
         "--group-size" => "64",
         "--qformat" => "int4_wo",
+        "--kv-cache-dtype" => "fp8",
         "--embedding-sharding-dim" | "--moe-renorm-mode" | "--moe-normalization-mode" => "1",
         _ => "8",
     }

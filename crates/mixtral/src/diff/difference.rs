@@ -1,6 +1,6 @@
 //! How far apart two contents of a buffer are.
 
-use mixtral_model::ElemType;
+use mixtral_model::{ElemType, fp8};
 use serde::Serialize;
 
 /// How far contents may be from the reference's.
@@ -20,7 +20,7 @@ impl Tolerance {
         match dtype {
             ElemType::F32 => self.f32,
             ElemType::F16 | ElemType::Bf16 if kind == "all_reduce" => 2.0 * self.half,
-            ElemType::F16 | ElemType::Bf16 => self.half,
+            ElemType::F16 | ElemType::Bf16 | ElemType::F8E4M3 => self.half,
             ElemType::I32 | ElemType::U8 => 0.0,
         }
     }
@@ -109,6 +109,7 @@ fn count(n: usize) -> f64 {
 fn values(dtype: ElemType, bytes: &[u8]) -> Vec<f64> {
     match (dtype, dtype.float()) {
         (_, Some(float)) => float.widen(bytes).into_iter().map(f64::from).collect(),
+        (ElemType::F8E4M3, _) => bytes.iter().map(|&b| f64::from(fp8::from_bits(b))).collect(),
         (ElemType::U8, _) => bytes.iter().map(|&b| f64::from(b)).collect(),
         _ => bytes.as_chunks().0.iter().map(|b| f64::from(i32::from_le_bytes(*b))).collect(),
     }

@@ -59,10 +59,11 @@ pub fn same_operations(reference: &Program, other: &Program) -> Result<()> {
             return Err(unlike(format!("{what} is {a} in the reference and {b} in the other")));
         }
     }
-    if reference.kv.dtype != other.kv.dtype {
+    if reference.kv.elem() != other.kv.elem() {
         return Err(unlike(format!(
             "the cache is {} in the reference and {} in the other",
-            reference.kv.dtype, other.kv.dtype
+            reference.kv.elem(),
+            other.kv.elem()
         )));
     }
     for a in &reference.buffers {

@@ -145,7 +145,7 @@ impl Operand {
             }
             Operand::Cache(_) => {
                 let (kv, block_size) = (program.kv, program.limits.block_size);
-                let vector = kv.head_dim * kv.dtype.size();
+                let vector = kv.head_dim * kv.elem().size();
                 let slots = || inputs.slot_mapping.iter().filter_map(|&slot| usize::try_from(slot).ok());
                 let part = |(bytes, name): (&Vec<u8>, String)| {
                     let heads = |slot: usize| {
@@ -155,7 +155,7 @@ impl Operand {
                     };
                     Part {
                         name,
-                        dtype: kv.dtype.into(),
+                        dtype: kv.elem(),
                         cols: kv.num_kv_heads * kv.head_dim,
                         bytes: slots().flat_map(heads).copied().collect(),
                     }

@@ -1,0 +1,67 @@
+//! The 8-bit float e4m3 by its definition, and the cases of operations on weights and caches of it. Backends without kernels
+//! for it do not run them.
+
+use std::sync::LazyLock;
+
+use mixtral_engine::{KvScale, Weight, WeightSource};
+use mixtral_model::{CacheFormat, DType, WeightFormat};
+
+use crate::cases::{Case, attention};
+use crate::quantized;
+
+/// The scale of the inputs of fp8 weights in cases. Inputs of standard deviation 1 are often too large for it.
+pub(crate) const INPUT_SCALE: f32 = 1.0 / 256.0;
+
+/// The byte of 448, the largest number.
+const LARGEST: u8 = 0x7e;
+
+/// The number of a byte; NaN for the byte of NaN.
+#[must_use]
+pub fn from_bits(byte: u8) -> f64 {
+    let (exponent, mantissa) = (i32::from(byte >> 3 & 15), f64::from(byte & 7));
+    let magnitude = match (exponent, byte & 7) {
+        (15, 7) => f64::NAN,
+        (0, _) => mantissa / 8.0 * 2f64.powi(-6),
+        _ => (1.0 + mantissa / 8.0) * 2f64.powi(exponent - 7),
+    };
+    if byte & 0x80 == 0 { magnitude } else { -magnitude }
+}
+
+/// The byte of the number that is nearest to `x`; of two that are equally near, the even one.
+#[must_use]
+pub fn to_bits(x: f64) -> u8 {
+    if x.is_nan() {
+        return 0x7f;
+    }
+    static MAGNITUDES: LazyLock<Vec<f64>> = LazyLock::new(|| (0..=LARGEST).map(from_bits).collect());
+    // Magnitudes ascend with their bytes.
+    let above = MAGNITUDES.partition_point(|magnitude| *magnitude <= x.abs()).min(usize::from(LARGEST));
+    let [low, high] = [above.saturating_sub(1), above];
+    let [to_low, to_high] = [low, high].map(|byte| (MAGNITUDES[byte] - x.abs()).abs());
+    let nearest = if to_low < to_high || to_low == to_high && low % 2 == 0 { low } else { high };
+    u8::try_from(nearest).expect("a byte") | if x.is_sign_negative() { 0x80 } else { 0 }
+}
+
+/// `x / scale` as its nearest number.
+pub(crate) fn round(x: f64, scale: f32) -> f64 {
+    from_bits(to_bits(x / f64::from(scale)))
+}
+
+/// What an input stands for when it is multiplied with this weight: for an fp8 weight, the number that it is rounded to, times the
+/// input's scale.
+pub(crate) fn input(weight: &Weight, source: &dyn WeightSource, x: &[f64]) -> Vec<f64> {
+    if weight.format != WeightFormat::Fp8 {
+        return x.to_vec();
+    }
+    let scale = quantized::floats(weight, source, 2)[0];
+    #[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
+    x.iter().map(|x| round(*x, scale as f32) * scale).collect()
+}
+
+/// Linears and experts with fp8 weights, and attention with an fp8 cache.
+#[must_use]
+pub fn cases(dtype: DType) -> Vec<Case> {
+    let cached = attention(dtype).into_iter().filter(|case| !case.name.starts_with("rope "));
+    let cached = cached.map(|case| case.with_cache(CacheFormat::Fp8, KvScale { key: 0.0117, value: 0.0031 }));
+    quantized::cases_of(dtype, "fp8").into_iter().chain(cached).collect()
+}
