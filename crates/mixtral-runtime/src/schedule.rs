@@ -299,8 +299,8 @@ impl Schedule {
                 idle && s.request.beams.is_none() && !s.blocks.is_empty() && s.blocks.len() <= self.host.available()
             };
             let first = if self.running[sequence].request.beams.is_some() { 0 } else { sequence + 1 };
-            let others = self.running.iter().enumerate().skip(first);
-            let (youngest, _) = others.filter(|&(at, s)| can_go(at, s)).next_back()?;
+            let mut others = self.running.iter().enumerate().skip(first);
+            let (youngest, _) = others.rfind(|&(at, s)| can_go(at, s))?;
             self.swap_out(youngest);
         }
     }
