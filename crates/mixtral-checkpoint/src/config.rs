@@ -275,17 +275,8 @@ fn seal_of(map: &Map<String, Value>) -> Option<&str> {
 /// TensorRT-LLM's word for weights, activations or a cache in e4m3.
 const FP8: &str = "FP8";
 
-/// Modules of the model that are never quantized, by the names that TensorRT-LLM and ModelOpt give them.
-const NEVER_QUANTIZED: &[&str] = &[
-    "lm_head",
-    "router",
-    "vocab_embedding",
-    "block_sparse_moe.gate",
-    "embed_tokens",
-    "input_layernorm",
-    "post_layernorm",
-    "ln_f",
-];
+/// Modules of the model that are never quantized, by TensorRT-LLM's names.
+const NEVER_QUANTIZED: &[&str] = &["lm_head", "router", "vocab_embedding", "input_layernorm", "post_layernorm", "ln_f"];
 
 /// TensorRT-LLM's description of quantized weights. It has no words for all that [`Formats`] says, so that is written too.
 fn quantization(formats: &Formats, cache: CacheFormat) -> Value {
