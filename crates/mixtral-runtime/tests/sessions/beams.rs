@@ -14,6 +14,7 @@ pub fn expected(request: &Request) -> Vec<Hypothesis> {
     let Beams { width, length_penalty, early_stopping, diversity_rate } = request.beams.unwrap();
     let mut beams: Vec<Beam> = vec![(request.prompt.clone(), vec![], 0.0)];
     let mut answers: Vec<Hypothesis> = Vec::new();
+    #[expect(clippy::cast_possible_truncation, reason = "rounded once")]
     let score = |sum: f32, len: usize| (f64::from(sum) / (len as f64).powf(f64::from(length_penalty))) as f32;
     let looked_at = (request.end_ids.len() + 1).max(2) * width;
     for len in 1.. {

@@ -42,7 +42,7 @@ impl Asked {
                 Request { params, seed: 7, prompt_index: seed, no_repeat_ngram_size: 2, min_output_len: 3, ..plain }
             }
             4 | 5 => {
-                let early_stopping = if self.own % 2 == 0 { EarlyStopping::Yes } else { EarlyStopping::No };
+                let early_stopping = if self.own.is_multiple_of(2) { EarlyStopping::Yes } else { EarlyStopping::No };
                 let beams = Beams { width: 1 + self.own as usize % 3, early_stopping, ..Beams::default() };
                 Request { beams: Some(beams), ..plain }
             }
