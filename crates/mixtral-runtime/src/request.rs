@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use mixtral_engine::{NonFinite, SamplingParams};
+use mixtral_engine::{Limits, NonFinite, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_tokenizer::BadWords;
 use serde::Serialize;
@@ -69,6 +69,22 @@ pub struct Request {
     pub generation_logits: bool,
     /// Whether the logits of every prompt token are wanted; the engine must gather them.
     pub context_logits: bool,
+}
+
+impl Request {
+    /// How many sequences of a step it may become.
+    #[must_use]
+    pub fn width(&self) -> usize {
+        self.beams.map_or(1, |beams| beams.width)
+    }
+
+    /// The most blocks that it can hold at a time. Beams share the full blocks of the prompt.
+    #[must_use]
+    pub fn max_blocks(&self, limits: &Limits) -> usize {
+        let blocks = limits.blocks_for(self.prompt.len().saturating_add(self.max_output_len));
+        let shared = if self.width() > 1 { self.prompt.len() / limits.block_size } else { 0 };
+        shared.saturating_add(self.width().saturating_mul(blocks - shared))
+    }
 }
 
 /// A beam search.

@@ -188,8 +188,8 @@ impl Schedule {
     fn admit(&mut self) {
         while let Some(next) = self.queue.front() {
             let first_beams = || self.running.iter().filter(|s| s.beam == 0);
-            let places: usize = first_beams().map(Sequence::width).sum();
-            if places + next.width() > self.limits.max_batch_size || !self.may_join(next) {
+            let places: usize = first_beams().map(|s| s.request.width()).sum();
+            if places + next.request.width() > self.limits.max_batch_size || !self.may_join(next) {
                 return;
             }
             let found = self.find_prefix();
@@ -216,7 +216,7 @@ impl Schedule {
         let blocks = |beams: Option<bool>| -> usize {
             let all = self.running.iter().filter(|s| s.beam == 0).chain([next]);
             let of = all.filter(|s| beams.is_none_or(|beams| beams == s.request.beams.is_some()));
-            of.map(|s| s.max_blocks(&self.limits)).sum()
+            of.map(|s| s.request.max_blocks(&self.limits)).sum()
         };
         if blocks(None) <= self.pool.num_blocks() {
             return true;
@@ -249,7 +249,7 @@ impl Schedule {
         for at in 0..self.running.len() {
             let sequence = &self.running[at];
             let Some(kept) = sequence.swapped.as_ref().filter(|_| !sequence.cancelled) else { continue };
-            if self.pool.num_free() < (kept.len() + 1).min(sequence.max_blocks(&self.limits)) {
+            if self.pool.num_free() < (kept.len() + 1).min(sequence.request.max_blocks(&self.limits)) {
                 return;
             }
             let numbers = self.running[at].swapped.take().unwrap_or_default();

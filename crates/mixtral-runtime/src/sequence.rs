@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use mixtral_engine::{Limits, RandomKey, SampleRequest, SamplingParams};
+use mixtral_engine::{RandomKey, SampleRequest, SamplingParams};
 use mixtral_model::{BlockId, TokenId};
 
 use crate::ngrams;
@@ -100,12 +100,6 @@ impl Sequence {
         self.num_computed >= self.prompt_len()
     }
 
-    /// The most tokens that the finished sequence can have.
-    #[must_use]
-    pub fn max_len(&self) -> usize {
-        self.prompt_len() + self.request.max_output_len
-    }
-
     /// Whether every prompt token's row of logits is wanted.
     #[must_use]
     pub fn wants_prompt_rows(&self) -> bool {
@@ -117,19 +111,6 @@ impl Sequence {
     #[must_use]
     pub fn most_cached(&self, block_size: usize) -> usize {
         (self.prompt_len() - 1) / block_size
-    }
-
-    /// How many sequences of a step it may become.
-    #[must_use]
-    pub fn width(&self) -> usize {
-        self.request.beams.map_or(1, |beams| beams.width)
-    }
-
-    /// The most blocks that the request can hold at a time. Beams share the full blocks of the prompt.
-    #[must_use]
-    pub fn max_blocks(&self, limits: &Limits) -> usize {
-        let shared = if self.width() > 1 { self.prompt_len() / limits.block_size } else { 0 };
-        shared + self.width() * (limits.blocks_for(self.max_len()) - shared)
     }
 
     /// Its times, with its first token drawn at `first_token` and its last one now.

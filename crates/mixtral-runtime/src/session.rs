@@ -249,7 +249,7 @@ impl Session {
             }
         }
         let available = self.schedule.pool().num_blocks();
-        let needed = Sequence::new(RequestId(self.submitted), request.clone()).max_blocks(&limits);
+        let needed = request.max_blocks(&limits);
         if needed > available {
             return Err(Refusal::TooFewBlocks { needed, available });
         }

@@ -19,11 +19,13 @@ pub struct Wanted {
 impl Wanted {
     /// What requests ask of an engine with these limits.
     pub fn by(limits: &Limits, requests: &[Request]) -> Wanted {
-        // A request that is longer than the engine's sequences is refused later, when it is submitted.
-        let tokens = |r: &Request| r.prompt.len().saturating_add(r.max_output_len);
-        let blocks = |r: &Request| limits.blocks_for(tokens(r)).min(limits.max_blocks_per_seq());
-        let beams = |r: &Request| r.beams.map_or(1, |beams| beams.width.min(limits.max_batch_size));
-        let mut needs: Vec<usize> = requests.iter().map(|r| beams(r) * blocks(r)).collect();
+        // A request that is longer than the engine's sequences, or has more beams than a step has places, is refused later,
+        // when it is submitted.
+        let blocks = |r: &Request| {
+            let width = r.width().min(limits.max_batch_size);
+            r.max_blocks(limits).min(width.saturating_mul(limits.max_blocks_per_seq()))
+        };
+        let mut needs: Vec<usize> = requests.iter().map(blocks).collect();
         needs.sort_unstable_by(|a, b| b.cmp(a));
         let least = needs.first().copied().unwrap_or(1).max(1);
         Wanted { most: needs.iter().take(limits.max_batch_size).sum::<usize>().max(least), least }
