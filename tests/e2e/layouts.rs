@@ -171,7 +171,8 @@ fn the_example_model_writes_the_same_text_in_every_layout() {
         "--use_weight_only",
         "--use_weight_only --weight_only_precision int4 --group_size 32",
         "--qformat int4_wo --group_size 32 --attention_precision int4 --calib_data calibration.csv",
-        "--qformat fp8 --kv_cache_dtype fp8 --calib_data calibration.csv",
+        "--qformat fp8 --calib_data calibration.csv",
+        "--kv_cache_dtype fp8 --calib_data calibration.csv",
     ] {
         let alone = text(quantized);
         for layout in ["--tp_size 2", "--tp_size 6 --moe_tp_size 3 --moe_ep_size 2", "--tp_size 2 --pp_size 2"] {
