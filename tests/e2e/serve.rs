@@ -1,7 +1,8 @@
 //! `mixtral serve` over real connections, on the example model on the CPU.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::process::{Command, Stdio};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -349,19 +350,39 @@ fn slow_and_large_requests_are_refused() {
     served.complete(&json!({"model": "tiny", "prompt": "a", "max_tokens": 1}));
 }
 
+/// A process for rank 1 of 2, of the engine in `dir`.
+fn other_rank(dir: &Path) -> Child {
+    Command::new(binary())
+        .args(["serve", "--port", "0"])
+        .current_dir(dir)
+        .envs([("RANK", "1"), ("WORLD_SIZE", "2")])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+const RANK_0: [(&str, &str); 2] = [("RANK", "0"), ("WORLD_SIZE", "2")];
+
+/// A supervisor that stops the processes of all ranks gets an orderly end.
+#[test]
+fn all_ranks_end_when_all_are_told_to() {
+    let dir = example_engine("--tp_size 2 --moe_tp_mode 1", "");
+    let mut other = other_rank(dir.path());
+    let served = Served::start_with(dir.path(), "", &RANK_0);
+    kill(other.id(), "-TERM");
+    assert_eq!(served.complete(&long(false))["usage"]["completion_tokens"], 400);
+    served.signal("-TERM");
+    let (status, log) = served.ended();
+    assert_eq!((status.code(), other.wait().unwrap().code()), (Some(0), Some(0)), "{log}");
+}
+
 /// If another rank is killed, running answers end with an error, and the process ends with exit code 1.
 #[test]
 fn a_dead_rank_ends_the_server() {
     let dir = example_engine("--tp_size 2 --moe_tp_mode 1", "");
     for busy in [true, false] {
-        let mut other = Command::new(binary())
-            .args(["serve", "--port", "0"])
-            .current_dir(dir.path())
-            .envs([("RANK", "1"), ("WORLD_SIZE", "2")])
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let served = Served::start_with(dir.path(), "", &[("RANK", "0"), ("WORLD_SIZE", "2")]);
+        let mut other = other_rank(dir.path());
+        let served = Served::start_with(dir.path(), "", &RANK_0);
         served.complete(&json!({"model": "tiny", "prompt": "a", "max_tokens": 2}));
         let client = busy.then(|| {
             let asked = json!({"model": "tiny", "prompt": vec!["ROMEO:"; 64], "max_tokens": 500, "stream": true});

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::served::Served;
-use crate::tool::example_engine;
+use crate::tool::{example_engine, mixtral_in};
 
 /// A template that writes the start token, tools, and a line for each message.
 const TEMPLATE: &str = "{{ bos_token }}{% if tools %}[{% for tool in tools %}{{ tool.function.name }}{% endfor %}]\n{% endif %}\
@@ -202,6 +202,33 @@ fn chat_is_a_completion_of_the_templates_text() {
         "temperature": 0}),
     );
     assert_eq!(endless.ok()["usage"]["total_tokens"], 512);
+}
+
+/// A conversation has the answer of `run --chat`, alone and while others are answered.
+#[test]
+fn chat_is_what_run_answers() {
+    let dir = example_engine("--dtype f32", "");
+    let served = with_template(dir.path());
+    let line =
+        "run --json --max-output-len 24 --chat --chat-template chat.jinja --top-k 50 --random-seed 6 --input-text";
+    let run: Value = serde_json::from_str(&mixtral_in(dir.path(), line, &["Who's there?"]).ok()).unwrap();
+    let expected = &run["prompts"][0]["outputs"][0]["text"];
+    let asked = json!({"messages": [{"role": "user", "content": "Who's there?"}], "max_tokens": 24, "temperature": 1,
+        "top_k": 50, "seed": 6, "logprobs": true});
+    let alone = chat(&served, &asked);
+    assert_eq!(&alone["choices"][0]["message"]["content"], expected);
+    std::thread::scope(|scope| {
+        for other in 0..4 {
+            let others = json!({"messages": [{"role": "user", "content": format!("Nay {other}")}], "n": 3,
+                "temperature": 1, "max_tokens": 60});
+            let served = &served;
+            scope.spawn(move || chat(served, &others));
+        }
+        for _ in 0..3 {
+            // Log-probabilities too, to the bit.
+            assert_eq!(chat(&served, &asked)["choices"], alone["choices"]);
+        }
+    });
 }
 
 #[test]

@@ -12,6 +12,7 @@ byte by byte, connections that are left half open, and thousands that say nothin
 import argparse
 import asyncio
 import json
+import multiprocessing
 import random
 import resource
 import tempfile
@@ -187,31 +188,48 @@ async def silent(client, count):
             writer.close()
 
 
-async def disturb(client, connections):
-    undisturbed = p99(await latencies(client, 5))
-    print(f"undisturbed: p99 {undisturbed:.1f} ms")
-    kinds = {
-        "bodies of 100 MB": [lambda: large_bodies(client)],
-        "heads and bodies byte by byte": [lambda part=part: slow_loris(client, part) for part in (3, 9) for _ in range(50)],
-        "long answers that are left": [lambda: leavers(client)],
-        f"{connections} silent connections": [lambda: silent(client, connections)],
+def clients(client, connections):
+    """The clients that do harm, by what they do."""
+    return {
+        "bodies of 100 MB": [large_bodies(client)],
+        "heads and bodies byte by byte": [slow_loris(client, part) for part in (3, 9) for _ in range(50)],
+        "long answers that are left": [leavers(client)],
+        f"{connections} silent connections": [silent(client, connections)],
     }
-    for name, makers in kinds.items():
-        tasks = [asyncio.create_task(make()) for make in makers]
-        await asyncio.sleep(2)
+
+
+def misbehave(url, connections, kind):
+    """Runs the clients of one kind, in a process of their own."""
+    async def together():
+        kinds = clients(Client(url), connections)
+        wanted = kinds.pop(kind)
+        [other.close() for others in kinds.values() for other in others]
+        await asyncio.gather(*wanted)
+
+    asyncio.run(together())
+
+
+async def disturb(url, connections):
+    client = Client(url)
+    await latencies(client, 2)
+    kinds = clients(client, connections)
+    [coroutine.close() for coroutines in kinds.values() for coroutine in coroutines]
+    for kind in kinds:
+        undisturbed = p99(await latencies(client, 5))
+        process = multiprocessing.Process(target=misbehave, args=(url, connections, kind), daemon=True)
+        process.start()
+        await asyncio.sleep(3)
         times = await latencies(client, 8)
-        failed = [task.exception() for task in tasks if task.done()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        assert not failed, failed[0]
-        print(f"{name}: p99 {p99(times):.1f} ms, {p99(times) / undisturbed:.1f} times the undisturbed")
+        assert process.is_alive(), f"{kind}: the clients were not treated as expected"
+        process.kill()
+        process.join()
+        print(f"{kind}: p99 {p99(times):.1f} ms, undisturbed {undisturbed:.1f} ms")
 
 
 async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--mixtral", type=Path, required=True)
-    parser.add_argument("--requests", type=int, default=20_000)
+    parser.add_argument("--requests", type=int, default=20_000, help="0 leaves the soak out")
     parser.add_argument("--connections", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     args = parser.parse_args()
@@ -223,8 +241,9 @@ async def main():
             client = Client(server.url)
             while (await client.ask("", "/ready", "GET"))[0] != 200:
                 await asyncio.sleep(0.05)
-            await soak(server, client, args.requests, random.Random(args.seed))
-            await disturb(client, args.connections)
+            if args.requests:
+                await soak(server, client, args.requests, random.Random(args.seed))
+            await disturb(server.url, args.connections)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,9 @@ pub(super) struct Control {
 /// Joins the other ranks.
 pub(super) fn assemble(process: &Process, options: &JoinOptions) -> Result<Assembled, JoinError> {
     let (sender, events) = channel();
-    signals::listen(sender.clone()).map_err(JoinError::io("listening for signals"))?;
+    if options.signals {
+        signals::listen(sender.clone()).map_err(JoinError::io("listening for signals"))?;
+    }
     let start = Start { process, options, sender, events, deadline: Instant::now() + options.start_limit };
     let job = process.job.clone().unwrap_or_else(|| format!("parent-{}", std::os::unix::process::parent_id()));
     let path = notice::path(&options.directory, &job);

@@ -52,6 +52,8 @@ pub struct JoinOptions {
     pub heartbeat: Duration,
     /// How long a rank may be silent before it counts as stalled: 30 s.
     pub stall_limit: Duration,
+    /// Whether SIGTERM and SIGINT end the job. If not, they are left to the caller.
+    pub signals: bool,
     /// What to do with a warning. By default it is printed to standard error.
     pub warn: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -67,6 +69,7 @@ impl JoinOptions {
             greeting_limit: Duration::from_secs(10),
             heartbeat: Duration::from_secs(2),
             stall_limit: Duration::from_secs(30),
+            signals: true,
             warn: Arc::new(|warning| eprintln!("warning: {warning}")),
         }
     }
@@ -80,8 +83,8 @@ impl fmt::Debug for JoinOptions {
 
 /// Joins the other ranks, runs `rank_main`, and ends together with them: it returns a value only if every rank's
 /// `rank_main` did. An error or panic on this rank ends every other rank's calls with
-/// [`CommError::Dead`](crate::CommError::Dead), and theirs end this rank's. SIGTERM and SIGINT do the same; this call
-/// starts to handle them. A second signal ends the process as usual.
+/// [`CommError::Dead`](crate::CommError::Dead), and theirs end this rank's. SIGTERM and SIGINT do the same, unless
+/// the options leave them to the caller; this call starts to handle them. A second signal ends the process as usual.
 pub fn run<T, E: Display>(
     process: &Process,
     options: &JoinOptions,

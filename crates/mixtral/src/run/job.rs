@@ -26,7 +26,25 @@ pub struct Job<'a> {
 
 /// Runs the engine's ranks. Rank 0 runs `lead`; the others follow its session until it ends.
 pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> Result<()> + Sync) -> Result<()> {
-    ranks::run(engine.config(), |world| {
+    run_ranks(engine, options, true, lead)
+}
+
+/// The same, but SIGTERM and SIGINT do not end the job.
+pub fn run_through_signals(
+    engine: &EngineDir,
+    options: LoadOptions,
+    lead: impl Fn(&Job<'_>) -> Result<()> + Sync,
+) -> Result<()> {
+    run_ranks(engine, options, false, lead)
+}
+
+fn run_ranks(
+    engine: &EngineDir,
+    options: LoadOptions,
+    signals: bool,
+    lead: impl Fn(&Job<'_>) -> Result<()> + Sync,
+) -> Result<()> {
+    ranks::run(engine.config(), signals, |world| {
         let program = engine.program(Rank(world.map_or(0, World::rank)))?;
         let place = Place::choose(engine, &program, world, options.place)?;
         let part = Part { engine, program, place: &place, options };

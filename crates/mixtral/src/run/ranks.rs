@@ -22,8 +22,12 @@ impl fmt::Display for Failure {
 
 /// Runs `rank_main` for every rank that this process is to run. An engine of one rank runs without a [`World`]. If a
 /// launcher (mpirun, srun, RANK and WORLD_SIZE) started this process as one rank, only that rank runs. Else all ranks
-/// run as threads.
-pub fn run(engine: &EngineConfig, rank_main: impl Fn(Option<&World>) -> Result<()> + Sync) -> Result<()> {
+/// run as threads. With `signals`, SIGTERM and SIGINT end the job.
+pub fn run(
+    engine: &EngineConfig,
+    signals: bool,
+    rank_main: impl Fn(Option<&World>) -> Result<()> + Sync,
+) -> Result<()> {
     let world_size = engine.mapping.world_size();
     let launch = Launch::detect(&|name| std::env::var(name).ok())?;
     let rank_of = |world: &World| rank_main(Some(world)).map_err(Failure);
@@ -43,7 +47,8 @@ pub fn run(engine: &EngineConfig, rank_main: impl Fn(Option<&World>) -> Result<(
             }
             // All ranks must load the same engine, so they compare its hash when they join.
             let identity = *blake3::hash(engine.run_id.as_bytes()).as_bytes();
-            let options = JoinOptions { warn: Arc::new(|warning| say::warning(warning)), ..JoinOptions::new(identity) };
+            let options =
+                JoinOptions { signals, warn: Arc::new(|warning| say::warning(warning)), ..JoinOptions::new(identity) };
             process::run(&process, &options, rank_of).map_err(|failure| anyhow!("{}", failure.cause))
         }
     }

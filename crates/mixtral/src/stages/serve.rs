@@ -4,6 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use anyhow::Result;
+use mixtral_comm::Launch;
 use mixtral_engine::EngineDir;
 use mixtral_runtime::{Policy, SessionOptions};
 use mixtral_serve::{Options, Server};
@@ -20,8 +21,13 @@ pub fn main(options: &ServeOptions) -> Result<()> {
     let args = &options.args;
     log(args.log_format);
     let engine = EngineDir::open(&args.engine_dir)?;
+    // Whoever stops the server may tell all of its processes. Rank 0 ends the others when it has finished.
+    let launch = Launch::detect(&|name| std::env::var(name).ok())?;
+    if matches!(launch, Launch::Process(process) if process.rank > 0) {
+        interrupt::on_first(|| true)?;
+    }
     let load = LoadOptions { place: args.place, count_experts: false, time_ops: false, graphs: true };
-    job::run(&engine, load, |job| lead(options, job))
+    job::run_through_signals(&engine, load, |job| lead(options, job))
 }
 
 /// The work of rank 0. It alone talks to clients.
