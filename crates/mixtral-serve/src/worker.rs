@@ -64,7 +64,7 @@ impl Ask {
         let Ask { request, index, name, to, asked, deadline, place } = self;
         let prompt_tokens = request.prompt.len();
         let last_token = None;
-        (request, Live { index, name, to, deadline, asked, last_token, prompt_tokens, tokens: 0, _place: place })
+        (request, Live { index, name, to, deadline, asked, last_token, prompt_tokens, tokens: 0, place: Some(place) })
     }
 }
 
@@ -79,7 +79,8 @@ struct Live {
     last_token: Option<Instant>,
     prompt_tokens: usize,
     tokens: usize,
-    _place: OwnedSemaphorePermit,
+    /// Its place, until it ends.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl Live {
@@ -100,12 +101,14 @@ impl Live {
         }
     }
 
-    /// Counts its end, and leaves a line in the log.
+    /// Counts its end, and leaves a line in the log. Its place is free from now on, so that a client that is told, and asks
+    /// again, finds room.
     #[expect(clippy::cast_precision_loss, reason = "no sequence has so many tokens")]
-    fn end(&self, how: End, now: Instant, metrics: &Metrics) {
+    fn end(&mut self, how: End, now: Instant, metrics: &Metrics) {
         let Live { name, index, prompt_tokens, tokens, .. } = self;
         let (why, seconds) = (how.name(), (now - self.asked).as_secs_f64());
         tracing::info!(request = &**name, index, prompt_tokens, tokens, why, seconds, "ended");
+        self.place = None;
         metrics.end(how);
         metrics.whole_answer.record(now - self.asked);
         metrics.tokens_of_prompt.record(self.prompt_tokens as f64);
@@ -133,9 +136,9 @@ pub(crate) fn run(
         Command::Submit(asks) => asks,
         Command::Stop => Vec::new(),
     });
-    for sequence in live.into_values().chain(untaken.map(|ask| ask.split().1)) {
-        sequence.tell(Update::Failed(why.clone()));
+    for mut sequence in live.into_values().chain(untaken.map(|ask| ask.split().1)) {
         sequence.end(End::Error, Instant::now(), metrics);
+        sequence.tell(Update::Failed(why.clone()));
     }
     ended
 }
@@ -169,14 +172,12 @@ fn work(
         }
         let now = Instant::now();
         live.retain(|id, sequence| {
-            let is_late = sequence.deadline <= now;
-            if is_late {
-                sequence.tell(Update::Failed(ApiError::late("the answer took longer than this server allows")));
-            }
-            let stays = !is_late && !sequence.to.is_closed();
+            let stays = sequence.deadline > now && !sequence.to.is_closed();
             if !stays {
                 session.cancel(*id);
                 sequence.end(End::Abort, now, metrics);
+                // If the client is gone, nobody hears it.
+                sequence.tell(Update::Failed(ApiError::late("the answer took longer than this server allows")));
             }
             stays
         });
