@@ -1,7 +1,7 @@
 //! Log-probabilities of tokens, from rows of logits. This is the definition: every backend gives the same floats.
 //!
 //! A token's log-probability is its logit's distance from the largest one, less the logarithm of the sum of all tokens'
-//! weights. The weights are the integers of [`sampling`](crate::sampling) at temperature 1, so their sum does not depend
+//! weights. The weights are the integers of [`crate::sampling`] at temperature 1, so their sum does not depend
 //! on the order of summation.
 
 use mixtral_model::TokenId;
