@@ -19,7 +19,7 @@ use mixtral_model::{DType, Mapping, ModelConfig, Rank, TokenId};
 use mixtral_tokenizer::{ChatTemplate, Conversation, TextStream, Tokenizer, model_end_ids};
 use tempfile::TempDir;
 
-use crate::prompt_files::{conversation, csv_ids, npy_ids, text_lines};
+use crate::prompt_files::{conversation, csv_ids, npy_ids, records, text_lines};
 
 /// A reader of foreign bytes.
 pub struct Reader {
@@ -56,6 +56,7 @@ pub const READERS: &[Reader] = &[
     Reader { name: "prompts-csv", read: |bytes| drop(csv_ids(&file("prompts.csv", bytes))) },
     Reader { name: "prompts-npy", read: |bytes| drop(npy_ids(&file("prompts.npy", bytes))) },
     Reader { name: "prompts-json", read: |bytes| drop(conversation(&file("prompts.json", bytes))) },
+    Reader { name: "prompts-jsonl", read: |bytes| drop(records(&file("prompts.jsonl", bytes))) },
     Reader { name: "rendezvous-message", read: mixtral_comm::hostile::message },
     Reader { name: "rendezvous-frame", read: mixtral_comm::hostile::frame },
     Reader { name: "rendezvous-greeting", read: mixtral_comm::hostile::greeting },

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::tool::{Said, binary, example_engine, example_model, mixtral_in, said};
+use crate::tool::{Said, binary, example_engine, example_model, mixtral_in, mixtral_reading};
 
 const TEMPLATE: &str = "{{ bos_token }}{% for message in messages %}
 {{ message.role | upper }}:\n{{ message.content + '\\n\\n' }}
@@ -86,28 +86,13 @@ fn what_cannot_be_a_conversation_is_refused() {
     insta::assert_snapshot!(said.join("\n"));
 }
 
-/// Runs `mixtral chat` with these lines as its input.
-fn piped(at: &Path, flags: &[&str], lines: &str) -> Said {
-    let mut child = Command::new(binary())
-        .arg("chat")
-        .args(flags)
-        .current_dir(at)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .expect("the binary starts");
-    child.stdin.take().unwrap().write_all(lines.as_bytes()).unwrap();
-    said(child.wait_with_output().unwrap())
-}
-
 #[test]
 fn a_conversation_remembers_its_turns_until_it_is_reset() {
     let dir = engine();
     let at = dir.path();
     let (first, second) = ("Who's there?", "Nay, answer me");
     let lines = format!("{first}\r\n\n{second}\n/reset\n{second}\n/exit\nnever read\n");
-    let answers = piped(at, &["--max-output-len", "8", "--stop-words", "\n"], &lines).ok();
+    let answers = mixtral_reading(at, &["chat", "--max-output-len", "8", "--stop-words", "\n"], &lines).ok();
     let answers: Vec<&str> = answers.lines().collect();
     let [one, two, alone] = answers[..] else { panic!("{answers:?}") };
     assert_ne!(two, alone, "the first turn is part of the second prompt until it is forgotten");
@@ -123,7 +108,7 @@ fn a_conversation_remembers_its_turns_until_it_is_reset() {
 fn a_turn_that_cannot_be_answered_leaves_the_conversation_as_it_was() {
     let dir = engine();
     let lines = format!("Who's there?\n{}\nWho's there?\n", "long ".repeat(600));
-    let Said { out, err, code } = piped(dir.path(), &["--max-output-len", "4"], &lines);
+    let Said { out, err, code } = mixtral_reading(dir.path(), &["chat", "--max-output-len", "4"], &lines);
     assert_eq!((out.lines().count(), code), (2, 0), "{out}{err}");
     let error = err.lines().find(|line| line.starts_with("error: ")).unwrap();
     assert!(error.contains("tokens now: the engine takes sequences of at most 512; /reset begins a new one"), "{err}");

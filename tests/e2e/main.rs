@@ -24,6 +24,7 @@ mod older;
 mod placement;
 mod quantized;
 mod refusals;
+mod requests;
 mod serve;
 mod serve_answers;
 mod served;

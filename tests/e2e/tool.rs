@@ -1,7 +1,8 @@
 //! Runs the binary.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use tempfile::TempDir;
@@ -55,6 +56,22 @@ pub fn mixtral_with(dir: &Path, variables: &[(&str, &Path)], line: &str, more: &
         .output()
         .expect("the binary starts");
     said(output)
+}
+
+/// Runs `mixtral` with these arguments in `dir`, and gives it an input.
+pub fn mixtral_reading(dir: &Path, args: &[&str], input: &str) -> Said {
+    let mut child = Command::new(binary())
+        .args(args)
+        .current_dir(dir)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let mut stdin = child.stdin.take().expect("a pipe");
+    stdin.write_all(input.as_bytes()).expect("it reads its input");
+    drop(stdin);
+    said(child.wait_with_output().expect("it ends"))
 }
 
 /// Whether Open MPI's mpirun is installed. If not, it prints so once.

@@ -27,6 +27,7 @@ pub mod place;
 #[cfg(test)]
 mod ranges;
 pub mod rebuild;
+pub mod request;
 pub mod run;
 pub mod sampling;
 pub mod serve;

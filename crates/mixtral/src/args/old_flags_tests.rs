@@ -157,7 +157,7 @@ fn run_args(line: &[&str]) -> super::run::RunArgs {
 fn texts_may_begin_like_flags() {
     let texts = |line: &[&str]| run_args(line).input_text;
     assert_eq!(texts(&["--input_text", "- hello", "--help me", "--max_output_len", "3"]), ["- hello", "--help me"]);
-    assert_eq!(run_args(&["--input_text", "- a", "--max_output_len", "3"]).max_output_len, 3);
+    assert_eq!(run_args(&["--input_text", "- a", "--max_output_len", "3"]).request.max_output_len, 3);
     assert_eq!(texts(&["--input-text=- a list item"]), ["- a list item"]);
     assert_eq!(
         texts(&["--input-text", "-5 degrees", "-5", "-", "---", "-1.5e3"]),
@@ -189,7 +189,7 @@ fn the_last_of_a_flag_counts() {
         "--streaming",
         "--streaming",
     ]);
-    assert_eq!((args.sampling.top_k, &args.input_text[..], args.streaming), (5, &["c".to_owned()][..], true));
+    assert_eq!((args.request.sampling.top_k, &args.input_text[..], args.streaming), (5, &["c".to_owned()][..], true));
     let twice = |command: &str, flag: &str, first: &str, second: &str| {
         let shown = |values: &[&str]| {
             let flags = values.iter().flat_map(|value| [flag, value]);

@@ -2,13 +2,12 @@
 
 use std::path::{Path, PathBuf};
 
-use mixtral_engine::SamplingParams;
 use mixtral_runtime::{Beams, Policy};
 
 use super::beams::BeamArgs;
 use super::model::ModelArgs;
 use super::numbers;
-use super::sampling::{SAMPLING, SamplingArgs};
+use super::request::RequestArgs;
 use super::template::TemplateArgs;
 use super::words::Words;
 use super::{Usage, spelling, usage};
@@ -34,7 +33,8 @@ pub struct RunArgs {
     /// Prompts
     #[arg(help_heading = PROMPTS, long, num_args = 1.., action = clap::ArgAction::Set, value_name = "TEXT", value_parser = spelling::text)]
     pub input_text: Vec<String>,
-    /// Prompts from a file: .txt (one a line), .csv (token ids), .npy (2-D token ids, negative is padding), .json (messages)
+    /// Prompts from a file: .txt (one a line), .csv (token ids), .npy (2-D token ids, negative is padding), .json (messages), .jsonl
+    /// (a request a line: an object with prompt or messages, and flags of its own); - is standard input, a prompt a line
     #[arg(help_heading = PROMPTS, long, conflicts_with = "input_text")]
     pub input_file: Option<PathBuf>,
     /// Put each text into the model's chat template, as a turn of the user; messages of a .json file always are
@@ -43,33 +43,18 @@ pub struct RunArgs {
     /// How a conversation becomes a prompt.
     #[command(flatten)]
     pub template: TemplateArgs,
-    /// Tokens to generate at most
-    #[arg(help_heading = LENGTHS, long, default_value = "128", value_parser = numbers::tokens)]
-    pub max_output_len: usize,
     /// Cut prompts on the left to this many tokens [default: too long is an error]
     #[arg(help_heading = PROMPTS, long, value_parser = numbers::tokens)]
     pub max_input_length: Option<usize>,
-    /// How tokens are drawn.
+    /// What each request asks for, unless it says otherwise itself.
     #[command(flatten)]
-    pub sampling: SamplingArgs,
-    /// Sequences drawn for each prompt
-    #[arg(help_heading = SAMPLING, long, default_value = "1", value_parser = numbers::return_sequences)]
-    pub num_return_sequences: usize,
+    pub request: RequestArgs,
     /// A beam search, instead of draws.
     #[command(flatten)]
     pub beams: BeamArgs,
-    /// Keep out every series of this many tokens that was there already; 0 is off
-    #[arg(help_heading = SAMPLING, long, default_value = "0", value_parser = numbers::tokens_or_none)]
-    pub no_repeat_ngram_size: usize,
     /// Texts that end a sequence, and texts that may not come up
     #[command(flatten)]
     pub words: Words,
-    /// Token that ends a sequence; -1 is none [default: the model's]
-    #[arg(help_heading = LENGTHS, long, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..=i64::from(u32::MAX)))]
-    pub end_id: Option<i64>,
-    /// Tokens before which no end token ends a sequence
-    #[arg(help_heading = LENGTHS, long, default_value = "0", value_parser = numbers::tokens_or_none)]
-    pub min_length: usize,
     /// When a prompt joins those that are being answered: when there are blocks for all of its output, or for the prompt
     #[arg(help_heading = CACHE, long, value_enum, default_value = "guaranteed_no_evict")]
     pub scheduler_policy: SchedulerPolicy,
@@ -158,8 +143,6 @@ pub struct RunOptions {
     pub args: RunArgs,
     /// Where prompts come from.
     pub prompts: Prompts,
-    /// How tokens are drawn.
-    pub sampling: SamplingParams,
     /// The beam search that answers instead, if there is one.
     pub beams: Option<Beams>,
 }
@@ -168,15 +151,9 @@ impl RunArgs {
     /// Checks that the flags agree with each other.
     pub fn validate(mut self) -> Result<RunOptions, Usage> {
         self.model.settle();
-        let sampling = self.sampling.params();
-        if self.num_return_sequences > 1 && sampling.is_greedy() {
-            usage!(
-                "--num-return-sequences {} with greedy sampling would give equal outputs; add --top-k 0 (or more than 1) and a temperature above 0",
-                self.num_return_sequences
-            );
-        }
-        self.sampling.warn_of_greedy();
-        let beams = self.beams.beams(self.num_return_sequences, self.streaming)?;
+        self.request.validate()?;
+        self.request.sampling.warn_of_greedy();
+        let beams = self.beams.beams(self.request.num_return_sequences, self.streaming)?;
         if self.json && self.streaming {
             usage!("--json prints one object at the end, --streaming prints as it goes; choose one");
         }
@@ -195,8 +172,9 @@ impl RunArgs {
             None => Prompts::Texts(self.input_text.clone()),
         };
         self.check_chat(&prompts)?;
-        Ok(RunOptions { args: self, prompts, sampling, beams })
+        Ok(RunOptions { args: self, prompts, beams })
     }
+
     /// Checks the flags of conversations.
     fn check_chat(&self, prompts: &Prompts) -> Result<(), Usage> {
         let is =
@@ -205,7 +183,7 @@ impl RunArgs {
             usage!("--chat puts texts into a chat template, and the prompts are token ids; leave it out");
         }
         let TemplateArgs { system_prompt, chat_template } = &self.template;
-        if !self.chat && !is(&["json"]) && (system_prompt.is_some() || chat_template.is_some()) {
+        if !self.chat && !is(&["json", "jsonl"]) && (system_prompt.is_some() || chat_template.is_some()) {
             usage!("--system-prompt and --chat-template are about conversations; add --chat");
         }
         if self.chat && self.no_add_special_tokens {
@@ -217,7 +195,10 @@ impl RunArgs {
     }
 }
 
-/// A file's extension in lower case: the kind of prompts that it has.
+/// A file's extension in lower case: the kind of prompts that it has. Standard input has texts.
 pub fn extension(path: &Path) -> String {
+    if path == Path::new("-") {
+        return "txt".to_owned();
+    }
     path.extension().unwrap_or_default().to_string_lossy().to_lowercase()
 }

@@ -61,6 +61,6 @@ impl Chat {
         let text = self.template.render(&conversation)?;
         // The template writes the special tokens, the start token too.
         let ids = tokenizer.encode(&text, false)?;
-        Ok(Prompt { text: Some(text), ids })
+        Ok(Prompt { text: Some(text), ids, own: None })
     }
 }

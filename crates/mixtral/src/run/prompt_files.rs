@@ -1,6 +1,7 @@
 //! Files of prompts. The `fuzz` package includes this module too, so it uses nothing else of the binary.
 
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -38,10 +39,16 @@ fn is_plain_npy(bytes: &[u8]) -> bool {
     header.len() <= MAX_NPY_HEADER_BYTES && count(b'(') <= 1 && count(b'{') <= 1 && count(b'[') == 0
 }
 
-/// A text file: UTF-8, or UTF-16 with a byte-order mark, as Windows writes it.
+/// A text file: UTF-8, or UTF-16 with a byte-order mark, as Windows writes it. `-` is standard input.
 pub fn whole_text(path: &Path) -> Result<String> {
-    check_size(path)?;
-    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let bytes = if path == Path::new("-") {
+        let mut bytes = Vec::new();
+        std::io::stdin().take(MAX_FILE_BYTES).read_to_end(&mut bytes).context("cannot read standard input")?;
+        bytes
+    } else {
+        check_size(path)?;
+        fs::read(path).with_context(|| format!("cannot read {}", path.display()))?
+    };
     let units = |pair: fn([u8; 2]) -> u16| bytes[2..].chunks_exact(2).map(move |b| pair([b[0], b[1]]));
     let is_even = bytes.len().is_multiple_of(2);
     let text = match bytes.get(..2) {
@@ -87,15 +94,69 @@ pub fn conversation(path: &Path) -> Result<Conversation> {
         Value::Array(messages) => Messages { messages, ..Messages::default() },
         object => serde_json::from_value(object).with_context(wrong)?,
     };
-    Ok(Conversation {
-        messages: keys.messages,
-        tools: keys.tools,
-        documents: keys.documents,
-        add_generation_prompt: !keys.continue_final_message,
-        continue_final_message: keys.continue_final_message,
-        template: None,
-        variables: keys.chat_template_kwargs,
-    })
+    Ok(keys.into())
+}
+
+impl From<Messages> for Conversation {
+    fn from(keys: Messages) -> Conversation {
+        Conversation {
+            messages: keys.messages,
+            tools: keys.tools,
+            documents: keys.documents,
+            add_generation_prompt: !keys.continue_final_message,
+            continue_final_message: keys.continue_final_message,
+            template: None,
+            variables: keys.chat_template_kwargs,
+        }
+    }
+}
+
+/// A request of a file that has one a line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Record {
+    /// Its prompt.
+    pub prompt: RecordPrompt,
+    /// Texts that end it; those of the command line if they are absent.
+    pub stop_words: Option<Vec<String>>,
+    /// Texts that may not come up in it; those of the command line if they are absent.
+    pub bad_words: Option<Vec<String>>,
+    /// The flags that it has itself, by their names.
+    pub flags: Map<String, Value>,
+}
+
+/// The prompt of a [`Record`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum RecordPrompt {
+    /// A text.
+    Text(String),
+    /// Token ids.
+    Ids(Vec<TokenId>),
+    /// Messages.
+    Conversation(Conversation),
+}
+
+/// Requests, a JSON object a line. Empty lines are left out.
+pub fn records(path: &Path) -> Result<Vec<Record>> {
+    let lines = text_lines(path)?;
+    let lines = lines.iter().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    lines.map(|(at, line)| record(line).with_context(|| format!("{}: line {}", path.display(), at + 1))).collect()
+}
+
+fn record(line: &str) -> Result<Record> {
+    let mut flags: Map<String, Value> = serde_json::from_str(line).context("expected an object")?;
+    let words = |value: Option<Value>| value.map(serde_json::from_value).transpose();
+    let stop_words = words(flags.remove("stop_words")).context("stop_words is a list of texts")?;
+    let bad_words = words(flags.remove("bad_words")).context("bad_words is a list of texts")?;
+    let of_messages = ["messages", "tools", "documents", "continue_final_message", "chat_template_kwargs"];
+    let messages: Map<String, Value> =
+        of_messages.iter().filter_map(|key| Some(((*key).to_owned(), flags.remove(*key)?))).collect();
+    let prompt = match (flags.remove("prompt"), messages.is_empty()) {
+        (Some(Value::String(text)), true) => RecordPrompt::Text(text),
+        (Some(ids), true) => RecordPrompt::Ids(serde_json::from_value(ids).context("prompt is a text or token ids")?),
+        (None, false) => RecordPrompt::Conversation(serde_json::from_value::<Messages>(messages.into())?.into()),
+        _ => bail!("a request has either prompt (a text, or token ids) or messages"),
+    };
+    Ok(Record { prompt, stop_words, bad_words, flags })
 }
 
 /// Token ids separated by commas, one prompt a line. Ids may have the form in which numpy.savetxt writes whole numbers.

@@ -11,6 +11,7 @@ use mixtral_runtime::{BadWords, Request, Session, SessionOptions, Tokenizer};
 use serde_json::json;
 
 use crate::args::Usage;
+use crate::args::request::RequestArgs;
 use crate::args::run::{RunArgs, RunOptions};
 use crate::run::chat::Chat;
 use crate::run::job::{self, Job};
@@ -42,14 +43,15 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let args = &options.args;
     let texts = prompts::are_texts(&options.prompts) || !args.words.stop.is_empty() || !args.words.bad.is_empty();
     let tokenizer = tokenizer(&args.model, texts)?;
-    let chat = args.chat || prompts::are_messages(&options.prompts);
+    let chat = args.chat || prompts::are_messages(&options.prompts)?;
     let chat = chat.then(|| Chat::load(&args.template, args.model.tokenizer_dir())).transpose()?;
-    let encoder =
-        Encoder { tokenizer: tokenizer.as_deref(), chat: chat.as_ref(), special: !args.no_add_special_tokens };
+    let special = !args.no_add_special_tokens;
+    let encoder = Encoder { tokenizer: tokenizer.as_deref(), chat: chat.as_ref(), turns: args.chat, special };
     let prompts = prompts::read(&options.prompts, encoder, args.max_input_length)?;
     let capabilities = job.capabilities();
-    check_against_engine(args, engine, &prompts)?;
-    let requests = requests(options, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
+    let asked = asked(args, &prompts)?;
+    check_against_engine(args, &asked, engine, &prompts)?;
+    let requests = requests(options, &asked, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
     let session_options = SessionOptions {
         policy: args.scheduler_policy.into(),
         block_reuse: args.kv_cache_enable_block_reuse,
@@ -112,22 +114,46 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
             writeln!(out, "{}", profile(&mut session, &requests, args)?)?;
         }
     }
-    write_files(args, &prompts, &outputs, &capabilities)?;
+    write_files(args, &asked, &prompts, &outputs, &capabilities)?;
     failed
 }
 
+/// The flags of each prompt's request: those of the command line, changed by what the request says itself.
+fn asked(args: &RunArgs, prompts: &[Prompt]) -> Result<Vec<RequestArgs>> {
+    let of = |(index, prompt): (usize, &Prompt)| match &prompt.own {
+        None => Ok(args.request.clone()),
+        Some(own) => {
+            let asked = args.request.changed_by(&own.flags).map_err(|Usage(why)| anyhow!("request {index}: {why}"))?;
+            if asked.num_return_sequences > 1 && args.beams.num_beams > 1 {
+                bail!("request {index}: a beam search has as many outputs as beams; leave out num_return_sequences");
+            }
+            Ok(asked)
+        }
+    };
+    prompts.iter().enumerate().map(of).collect()
+}
+
 /// Checks the flags that depend on the engine.
-fn check_against_engine(args: &RunArgs, engine: &EngineDir, prompts: &[Prompt]) -> Result<()> {
+fn check_against_engine(args: &RunArgs, asked: &[RequestArgs], engine: &EngineDir, prompts: &[Prompt]) -> Result<()> {
     let model = &engine.config().model;
     let vocab_size = model.vocab_size;
-    if let Some(id) = args.end_id.filter(|&id| usize::try_from(id).is_ok_and(|id| id >= vocab_size)) {
+    let is_past = |id: i64| usize::try_from(id).is_ok_and(|id| id >= vocab_size);
+    if let Some(bias) = asked.iter().flat_map(|asked| &asked.logit_bias).find(|bias| is_past(bias.id.into())) {
+        bail!(
+            "--logit-bias {}: the model's vocabulary has {vocab_size} entries, so ids end at {}",
+            bias.id,
+            vocab_size - 1
+        );
+    }
+    if let Some(id) = asked.iter().filter_map(|asked| asked.end_id).find(|&id| is_past(id)) {
         bail!(
             "--end-id {id}: the model's vocabulary has {vocab_size} entries, so ids end at {}; -1 is none",
             vocab_size - 1
         );
     }
     let window = model.sliding_window;
-    let longest = prompts.iter().map(|p| p.ids.len().saturating_add(args.max_output_len)).max().unwrap_or(0);
+    let longest =
+        prompts.iter().zip(asked).map(|(p, asked)| p.ids.len().saturating_add(asked.max_output_len)).max().unwrap_or(0);
     for &asked in &args.max_attention_window_size {
         if asked < longest && Some(asked) != window {
             bail!(
@@ -162,16 +188,13 @@ fn check_output_paths(args: &RunArgs) -> Result<()> {
 
 fn requests(
     options: &RunOptions,
+    asked: &[RequestArgs],
     prompts: &[Prompt],
     tokenizer: Option<&Tokenizer>,
     gathers: bool,
 ) -> Result<Vec<Request>> {
     let args = &options.args;
-    let end_ids = match args.end_id {
-        // −1 means that no token ends a sequence.
-        Some(id) => u32::try_from(id).map(TokenId).into_iter().collect(),
-        None => end_ids(&args.model.engine_dir, args.model.tokenizer_dir.as_deref(), tokenizer)?,
-    };
+    let models = end_ids(&args.model.engine_dir, args.model.tokenizer_dir.as_deref(), tokenizer)?;
     let usage = |Usage(message)| anyhow!(message);
     let stop_words = args.words.stop.for_prompts(prompts.len()).map_err(usage)?;
     let bad_words = args.words.bad.for_prompts(prompts.len()).map_err(usage)?;
@@ -180,21 +203,30 @@ fn requests(
     let scored =
         options.beams.is_none() && (args.output_log_probs_npy.is_some() || args.output_cum_log_probs_npy.is_some());
     let mut requests = Vec::new();
-    for (index, prompt) in prompts.iter().enumerate() {
-        let bad_words = Arc::new(tokenizer.map_or_else(BadWords::default, |t| BadWords::new(bad_words[index], t)));
-        for hypothesis in 0..args.num_return_sequences {
+    for (index, (prompt, asked)) in prompts.iter().zip(asked).enumerate() {
+        let own = prompt.own.as_ref();
+        let stop_words = own.and_then(|own| own.stop_words.as_deref()).unwrap_or(stop_words[index]);
+        let bad_words = own.and_then(|own| own.bad_words.as_deref()).unwrap_or(bad_words[index]);
+        let bad_words = Arc::new(tokenizer.map_or_else(BadWords::default, |t| BadWords::new(bad_words, t)));
+        let end_ids = match asked.end_id {
+            // −1 means that no token ends a sequence.
+            Some(id) => u32::try_from(id).map(TokenId).into_iter().collect(),
+            None => models.clone(),
+        };
+        for hypothesis in 0..asked.num_return_sequences {
             requests.push(Request {
                 prompt: prompt.ids.clone(),
-                max_output_len: args.max_output_len,
-                params: options.sampling,
-                seed: args.sampling.random_seed,
+                max_output_len: asked.max_output_len,
+                params: asked.sampling.params(),
+                seed: asked.sampling.random_seed,
                 prompt_index: u32::try_from(index)?,
                 hypothesis: u32::try_from(hypothesis)?,
                 end_ids: end_ids.clone(),
-                stop_words: stop_words[index].to_vec(),
+                stop_words: stop_words.to_vec(),
                 bad_words: bad_words.clone(),
-                min_output_len: args.min_length,
-                no_repeat_ngram_size: args.no_repeat_ngram_size,
+                min_output_len: asked.min_length,
+                no_repeat_ngram_size: asked.no_repeat_ngram_size,
+                logit_bias: asked.logit_bias.iter().map(|bias| (TokenId(bias.id), bias.bias)).collect(),
                 beams: options.beams,
                 logprobs: scored.then_some(0),
                 generation_logits: logits || args.logits_hash,
@@ -215,9 +247,8 @@ fn generate(
     out: &mut dyn Write,
 ) -> Result<(Vec<Output>, Vec<StepStats>)> {
     let mut first = None;
-    for (index, request) in requests.iter().enumerate() {
-        let id =
-            session.submit(request.clone()).with_context(|| format!("prompt {}", index / args.num_return_sequences))?;
+    for request in requests {
+        let id = session.submit(request.clone()).with_context(|| format!("prompt {}", request.prompt_index))?;
         first.get_or_insert(id.0);
     }
     let first = first.unwrap_or(0);
@@ -270,15 +301,22 @@ fn print_outputs(out: &mut dyn Write, prompts: &[Prompt], outputs: &[Output]) ->
     Ok(())
 }
 
-fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilities: &Capabilities) -> Result<()> {
+fn write_files(
+    args: &RunArgs,
+    asked: &[RequestArgs],
+    prompts: &[Prompt],
+    outputs: &[Output],
+    capabilities: &Capabilities,
+) -> Result<()> {
+    let longest_output = asked.iter().map(|asked| asked.max_output_len).max().unwrap_or(0);
     if let Some(path) = &args.output_csv {
         write_csv(path, outputs)?;
     }
     if let Some(path) = &args.output_npy {
-        write_npy(path, outputs, args.max_output_len)?;
+        write_npy(path, outputs, longest_output)?;
     }
     if let Some(path) = &args.output_log_probs_npy {
-        write_f32(path, outputs.iter().map(|o| &o.logprobs[..]), &[args.max_output_len])?;
+        write_f32(path, outputs.iter().map(|o| &o.logprobs[..]), &[longest_output])?;
     }
     if let Some(path) = &args.output_cum_log_probs_npy {
         let sums: Vec<[f32; 1]> = outputs.iter().map(|o| [o.logprobs.iter().sum()]).collect();
@@ -287,7 +325,7 @@ fn write_files(args: &RunArgs, prompts: &[Prompt], outputs: &[Output], capabilit
     if let Some(stem) = &args.output_logits_npy {
         let vocab_size = capabilities.vocab_size;
         let generated = outputs.iter().map(|o| &o.generation_logits[..]);
-        write_f32(&logits_path(stem, "generation"), generated, &[args.max_output_len, vocab_size])?;
+        write_f32(&logits_path(stem, "generation"), generated, &[longest_output, vocab_size])?;
         if capabilities.gather_context_logits {
             let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(0);
             let first: Vec<&[f32]> = outputs.iter().filter(|o| o.beam == 0).map(|o| &o.context_logits[..]).collect();
