@@ -273,6 +273,10 @@ int cuMemcpyDtoHAsync_v2(void* to, const void* from, size_t bytes, void* stream)
     return cuMemcpyHtoDAsync_v2(to, from, bytes, stream);
 }
 
+int cuMemcpyDtoDAsync_v2(void* to, const void* from, size_t bytes, void* stream) {
+    return cuMemcpyHtoDAsync_v2(to, from, bytes, stream);
+}
+
 int cuMemsetD8Async(void* memory, unsigned char byte, size_t bytes, void* stream) {
     (void)stream;
     memset(memory, byte, bytes);

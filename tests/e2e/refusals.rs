@@ -64,7 +64,6 @@ fn wrong_command_lines() {
         "build --arch sm_90a --backend cpu",
         "build --arch sm_91",
         "bench --prefill-batch 0",
-        "build --max-beam-width 4",
         "build --tune",
         "bench --input-len 9-3",
         "bench --sequential --requests 3 --arrival-rate 2",
