@@ -129,7 +129,7 @@ proptest! {
 /// The model in every type and format.
 fn models() -> Vec<(String, ModelConfig)> {
     let floats = [DType::F32, DType::F16, DType::Bf16].map(|dtype| (dtype.to_string(), model(dtype)));
-    let quantized = ["int8:row:f32", "int4:g32:bf16"].map(|format| {
+    let quantized = ["int8:row:f32", "int4:g32:bf16", "fp8"].map(|format| {
         let mut model = model(DType::Bf16);
         // A group of 32 fits into every row.
         (model.hidden_size, model.intermediate_size) = (32, 64);
