@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, StdinLock, stdin};
 
 use anyhow::{Context, Result};
 use rustyline::DefaultEditor;
-use rustyline::error::ReadlineError;
+use rustyline::error::{ReadlineError, Signal};
 
 /// Standard input: a terminal, whose lines can be edited and called back, or anything else.
 pub enum Lines {
@@ -43,7 +43,7 @@ impl Lines {
                     editor.add_history_entry(&line).context(failed)?;
                     Ok(Line::Text(line))
                 }
-                Err(ReadlineError::Interrupted) => Ok(Line::Interrupted),
+                Err(ReadlineError::Interrupted | ReadlineError::Signal(Signal::Interrupt)) => Ok(Line::Interrupted),
                 Err(ReadlineError::Eof) => Ok(Line::End),
                 Err(error) => Err(error).context(failed),
             },

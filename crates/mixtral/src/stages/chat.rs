@@ -43,11 +43,12 @@ fn lead(options: &ChatOptions, job: &Job<'_>) -> Result<()> {
     // The blocks of the conversation so far stay in the cache, so that a turn computes only what is new.
     let options = SessionOptions { block_reuse: true, ..SessionOptions::default() };
     let session = job.session_with(Wanted { most: blocks, least: 1 }, options, Some(tokenizer.clone()))?;
-    let interrupts = Interrupts::watch()?;
+    let mut lines = Lines::open()?;
+    let on_terminal = matches!(lines, Lines::Terminal(_));
+    let interrupts = Interrupts::watch(!on_terminal)?;
     let mut talk =
         Talk { chat, tokenizer, session, request, max_seq_len: limits.max_seq_len, interrupts, stats: args.stats };
-    let mut lines = Lines::open()?;
-    if matches!(lines, Lines::Terminal(_)) {
+    if on_terminal {
         say::note("/reset begins a new conversation; /exit or Ctrl-D ends this; Ctrl-C stops an answer");
     }
     let mut messages = talk.chat.opening();
@@ -88,28 +89,31 @@ fn request(options: &ChatOptions, tokenizer: &Tokenizer) -> Result<Request> {
     })
 }
 
-/// Ctrl-C. While the user types, it ends the program; while the model answers, it ends the answer.
+/// SIGINT. While the model answers, it ends the answer. While a line is read from a pipe, it ends the program. On a terminal
+/// it never does: there Ctrl-C is a key of the line editor, and one that comes just after an answer changes nothing.
 struct Interrupts {
-    typing: Arc<AtomicBool>,
+    /// Whether a signal ends the program now.
+    fatal: Arc<AtomicBool>,
     stop: Arc<AtomicBool>,
+    piped: bool,
 }
 
 impl Interrupts {
-    /// From now on signals are caught. The user types first.
-    fn watch() -> Result<Interrupts> {
-        let (typing, stop) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
-        flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, typing.clone())
+    /// From now on signals are caught. `piped` says whether lines come from a pipe. The first is read before an answer.
+    fn watch(piped: bool) -> Result<Interrupts> {
+        let (fatal, stop) = (Arc::new(AtomicBool::new(piped)), Arc::new(AtomicBool::new(false)));
+        flag::register_conditional_shutdown(SIGINT, 128 + SIGINT, fatal.clone())
             .and_then(|_| flag::register(SIGINT, stop.clone()))
             .context("cannot listen for signals")?;
-        Ok(Interrupts { typing, stop })
+        Ok(Interrupts { fatal, stop, piped })
     }
 
     /// Does `work`, which asks now and then whether Ctrl-C came.
     fn answering<T>(&self, work: impl FnOnce(&AtomicBool) -> T) -> T {
         self.stop.store(false, Ordering::SeqCst);
-        self.typing.store(false, Ordering::SeqCst);
+        self.fatal.store(false, Ordering::SeqCst);
         let done = work(&self.stop);
-        self.typing.store(true, Ordering::SeqCst);
+        self.fatal.store(self.piped, Ordering::SeqCst);
         done
     }
 }
