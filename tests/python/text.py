@@ -1,7 +1,8 @@
 """Checks that ids and texts are those of mistral-common and transformers.
 
 With Mistral's own files alone (SentencePiece models, tekken.json), the prompts' ids must be mistral-common's. With
-transformers' form of the same tokenizers they must be transformers' ids, and random ids must give its text. The engine is
+transformers' form of the same tokenizers they must be transformers' ids, and random ids must give its text. With a chat
+template for Mixtral Instruct, conversations in that form must have the ids that mistral-common gives them. The engine is
 a tiny random model. Texts are new each time; the seed is printed, and the same seed draws the same texts."""
 
 import argparse
@@ -14,12 +15,15 @@ from pathlib import Path
 from common import run_tool
 
 import mistral_common
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from mistral_common.tokens.tokenizers.base import TokenizerVersion
 from transformers import AutoTokenizer, MistralConfig
 
 DATA = Path(mistral_common.__file__).parent / "data"
+TEMPLATE = Path(__file__).parent.parent / "goldens" / "chat" / "mixtral-instruct.jinja"
 FILES = {  # the name in Mistral's release: (the file, the rows of the model's embedding)
     "tokenizer.model": ("tokenizer.model.v1", 32000),
     "tokenizer.model.v3": ("mistral_instruct_tokenizer_240323.model.v3", 32768),
@@ -85,6 +89,40 @@ def differences(what, given, found, expected):
     return len(wrong)
 
 
+def like_sentencepiece(theirs):
+    """Orders the merges of a tokenizer.json by the scores of what they make, which is SentencePiece's order and that of
+    the files on the Hub. transformers 5 orders them by id, and so cuts runs of spaces in another way."""
+    model = MistralTokenizer.v1().instruct_tokenizer.tokenizer._model
+    file = theirs / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["merges"].sort(key=lambda pair: -model.get_score(model.piece_to_id("".join(pair))))
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+def conversations(rng, count):
+    """Conversations that the model is to answer. What the two forms are known to see in another way is left out: names of
+    control tokens, which are such tokens in transformers' form, and spaces around an answer, which the template removes."""
+    drawn = [text for text in texts(rng, count) if not any(name in text for name in ("<s>", "</s>", "<unk>"))]
+    answers = [text for text in map(str.strip, drawn) if text]
+    for _ in range(count):
+        system = [{"role": "system", "content": rng.choice(answers)}] if rng.random() < 0.5 else []
+        roles = ["user", "assistant"] * rng.randint(0, 3) + ["user"]
+        yield system + [{"role": r, "content": rng.choice(drawn if r == "user" else answers)} for r in roles]
+
+
+def chats(args, work, rng, built, theirs):
+    """Compares the ids of conversations with mistral-common's. Returns how many differ."""
+    shutil.copy(TEMPLATE, theirs / "chat_template.jinja")
+    like_sentencepiece(theirs)
+    given = list(conversations(rng, args.count))
+    file = work / "conversations.jsonl"
+    file.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in given))
+    reference = MistralTokenizer.v1()
+    expected = [reference.encode_chat_completion(ChatCompletionRequest.from_openai(messages)).tokens for messages in given]
+    found = [prompt["ids"] for prompt in prompts(args, built, theirs, "--input-file", file)]
+    return differences("conversations, ids", given, found, expected)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", required=True, help="the tool's binary")
@@ -123,6 +161,8 @@ def main():
             found = [p["text"] for p in prompts(args, built, theirs, "--input-file", work / "ids.csv")]
             expected = [reference.decode(ids, skip_special_tokens=True) for ids in drawn]
             wrong += differences(f"{name} as tokenizer.json, text", drawn, found, expected)
+            if name == "tokenizer.model":
+                wrong += chats(args, work, rng, built, theirs)
     return min(wrong, 1)
 
 
