@@ -91,6 +91,10 @@ def chat(client):
     # An answer is sent back as the client gives it.
     again = USER + [plain.choices[0].message.model_dump(), {"role": "user", "content": "And?"}]
     client.chat.completions.create(model="tiny", messages=again, max_tokens=1)
+    # Fields that say what this server does anyway.
+    same = client.chat.completions.create(**asked, modalities=["text"], service_tier="auto", store=False,
+                                          safety_identifier="me", prompt_cache_key="plays", user="me", metadata={"a": "b"})
+    assert [choice.message for choice in same.choices] == [choice.message for choice in plain.choices]
 
 
 class Size(pydantic.BaseModel):

@@ -18,10 +18,11 @@ const NOT_HERE: &[(&str, &str)] = &[
     ("suffix", "this server does not fill in the middle of a text"),
     ("functions", "it was replaced by `tools`"),
     ("function_call", "it was replaced by `tool_choice`"),
-    ("modalities", "this server answers with text alone"),
     ("audio", "this server answers with text alone"),
     ("prediction", "this server does not take predicted outputs"),
-    ("store", "this server stores nothing"),
+    ("moderation", "this server does not judge texts"),
+    ("reasoning_effort", "how much a model reasons is its chat template's business; see `chat_template_kwargs`"),
+    ("verbosity", "ask the model for it"),
     ("web_search_options", "this server does not search the web"),
     ("use_beam_search", "this server draws, or takes the likeliest token"),
 ];

@@ -50,6 +50,34 @@ pub struct ChatRequest {
     pub parallel_tool_calls: Option<bool>,
     /// Other variables of the model's chat template.
     pub chat_template_kwargs: Option<Map<String, Value>>,
+    /// What an answer is: text, and nothing else.
+    pub modalities: Option<Vec<Modality>>,
+    /// How fast it is wanted: all requests are served alike.
+    pub service_tier: Option<ServiceTier>,
+    /// Whether the answer is kept: it is not, so true is refused.
+    pub store: Option<bool>,
+    /// Whom the request is for. It changes nothing.
+    pub safety_identifier: Option<String>,
+    /// Which requests have a beginning in common. It changes nothing: all beginnings are looked up.
+    pub prompt_cache_key: Option<String>,
+}
+
+/// A kind of answer.
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Modality {
+    /// Text.
+    Text,
+}
+
+/// How fast an answer is wanted.
+#[derive(Clone, Copy, Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum ServiceTier {
+    /// As the server likes.
+    Auto,
+    /// As all others.
+    Default,
 }
 
 /// One answer.
@@ -129,6 +157,9 @@ pub(crate) async fn answer(State(shared): State<Arc<Shared>>, mut fields: Fields
     let choices = sampling.choices()?;
     if asked.top_logprobs.is_some() && asked.logprobs != Some(true) {
         return Err(ApiError::field("top_logprobs", "`top_logprobs` needs `logprobs`"));
+    }
+    if asked.store == Some(true) {
+        return Err(ApiError::field("store", "`store` cannot be true: this server stores nothing"));
     }
     let top = asked.top_logprobs.map(|n| within("top_logprobs", n, 0, MAX_LOGPROBS)).transpose()?.unwrap_or(0);
     let logprobs = (asked.logprobs == Some(true)).then_some(top);
