@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import httpx
 import jsonschema
 import openai
 import pydantic
@@ -203,6 +204,30 @@ def errors(client, url):
     assert expect(openai.BadRequestError, lambda: client.completions.create(**long)).code == "context_length_exceeded"
 
 
+def document(url):
+    """The server's own description fits what it takes and what it refuses."""
+    described = httpx.get(f"{url}/openapi.json").json()
+    cases = {
+        "/v1/completions": (
+            [{"prompt": "a"}, {"prompt": ["a", "b"]}, {"prompt": [1, 5]}, {"prompt": [[1], [1, 5]], "stop": "x"},
+             {"prompt": "a", "stop": ["x", "y"], "stream": True, "stream_options": {"include_usage": True}}],
+            [{}, {"prompt": {"Text": "a"}}, {"prompt": []}, {"prompt": "a", "stop": {"Text": "x"}}, {"prompt": "a", "n": 0}]),
+        "/v1/chat/completions": (
+            [{"messages": USER}, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+             {"messages": USER, "tools": TOOLS, "tool_choice": "none"},
+             {"messages": USER, "tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "weather"}}}],
+            [{"messages": []}, {"messages": [{"role": "user", "content": {"Text": "a"}}]},
+             {"messages": USER, "tools": TOOLS, "tool_choice": "never"}, {"messages": USER, "modalities": ["audio"]}]),
+    }  # fmt: skip
+    for path, (taken, refused) in cases.items():
+        schema = described["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        fits = jsonschema.Draft202012Validator({**schema, "components": described["components"]})
+        for body, status in [(body, 200) for body in taken] + [(body, 400) for body in refused]:
+            body = {"model": "tiny", "max_tokens": 1, **body}
+            answer = httpx.post(url + path, json=body, headers={"Authorization": f"Bearer {KEY}"})
+            assert answer.status_code == status and fits.is_valid(body) == (status == 200), (body, answer.text)
+
+
 def crowd(client):
     """More clients than there is room for: those that are turned away try again, as the client does by itself."""
     asked = {"model": "tiny", "prompt": "ROMEO:", "max_tokens": 60, "temperature": 0}
@@ -224,6 +249,7 @@ def main():
         completions(client)
         chat(client)
         errors(client, server.url)
+        document(server.url)
         forms(client)
         schemas(client, args.schemas, args.seed)
         crowd(client)

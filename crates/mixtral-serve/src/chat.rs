@@ -20,7 +20,7 @@ use crate::openapi::ChatBody;
 use crate::options::MAX_LOGPROBS;
 use crate::sampling::{Sampling, guided, within};
 use crate::shared::Shared;
-use crate::stream::{self, Chunks, Frames};
+use crate::stream::{self, Chunks, Frames, ServerSentEvent};
 use crate::tool_choice::{ToolChoice, ToolChoiceSchema};
 use crate::tools::ToolCalls;
 
@@ -31,6 +31,7 @@ const CHUNK: &str = "chat.completion.chunk";
 #[derive(Debug, Deserialize, ToSchema)]
 pub struct ChatRequest {
     /// The conversation so far.
+    #[schema(min_items = 1)]
     pub messages: Vec<Message>,
     /// The most tokens of an answer; as many as a sequence has room for if absent.
     pub max_completion_tokens: Option<usize>,
@@ -143,7 +144,7 @@ pub struct Delta {
     responses(
         (status = 200, description = "The answers; with `stream`, chunks of them.", content(
             (Answer<ChatChoice> = "application/json"),
-            (String = "text/event-stream"),
+            (ServerSentEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request is wrong, or there is no room for it.", body = ErrorBody),
         (status = "5XX", description = "The server cannot answer.", body = ErrorBody),

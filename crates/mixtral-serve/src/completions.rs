@@ -19,7 +19,7 @@ use crate::options::{MAX_CHOICES, MAX_LOGPROBS};
 use crate::prompt::{Prompt, Prompts, PromptsSchema};
 use crate::sampling::{Sampling, guided, within};
 use crate::shared::Shared;
-use crate::stream::{self, Chunks, Frames};
+use crate::stream::{self, Chunks, Frames, ServerSentEvent};
 
 /// Tokens of an answer, unless the client says otherwise.
 const DEFAULT_TOKENS: usize = 16;
@@ -68,7 +68,7 @@ pub struct CompletionChoice {
     responses(
         (status = 200, description = "The answers; with `stream`, chunks of them.", content(
             (Answer<CompletionChoice> = "application/json"),
-            (String = "text/event-stream"),
+            (ServerSentEvent = "text/event-stream"),
         )),
         (status = "4XX", description = "The request is wrong, or there is no room for it.", body = ErrorBody),
         (status = "5XX", description = "The server cannot answer.", body = ErrorBody),

@@ -112,8 +112,13 @@ pub struct Function {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parameters: Option<Map<String, Value>>,
     /// Whether calls must fit the schema; the model is only asked to.
-    #[serde(skip_serializing)]
+    #[serde(skip_serializing_if = "always")]
     pub strict: Option<bool>,
+}
+
+/// A field is not part of what templates see, though it is of the description (`skip_serializing` would hide it there).
+fn always<T>(_: &T) -> bool {
+    true
 }
 
 /// A field that may only be null.
@@ -131,8 +136,9 @@ impl<'de> Deserialize<'de> for NotHere {
 pub struct Content(pub String);
 
 /// How a message's content is written.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
 #[schema(as = Content)]
+#[serde(untagged)]
 #[expect(dead_code, reason = "it is only described")]
 enum ContentSchema {
     /// A text.

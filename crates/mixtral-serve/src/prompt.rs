@@ -21,8 +21,9 @@ pub enum Prompts {
 }
 
 /// How prompts are written.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
 #[schema(as = Prompts)]
+#[serde(untagged)]
 #[expect(dead_code, reason = "it is only described")]
 pub(crate) enum PromptsSchema {
     /// A text.

@@ -252,8 +252,9 @@ fn real(field: &'static str, value: Option<f32>, default: f32, low: f32, high: f
 pub struct Stop(pub Vec<String>);
 
 /// How the texts that end an answer are written.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
 #[schema(as = Stop)]
+#[serde(untagged)]
 #[expect(dead_code, reason = "it is only described")]
 enum StopSchema {
     /// One text.

@@ -9,6 +9,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::stream;
 use mixtral_runtime::Event;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::error::ApiError;
 use crate::generation::Generation;
@@ -16,6 +17,14 @@ use crate::generation::Generation;
 /// After this time without an event, a comment is sent. It keeps proxies from closing the connection, and shows whether the
 /// client is still there.
 const COMMENT_AFTER: Duration = Duration::from_secs(15);
+
+/// An event of a stream.
+#[derive(ToSchema)]
+#[expect(dead_code, reason = "it is only described")]
+pub(crate) struct ServerSentEvent {
+    /// A chunk as JSON; at the end `[DONE]`.
+    data: String,
+}
 
 /// Frames of a stream, as text.
 #[derive(Debug, Default)]

@@ -24,8 +24,9 @@ pub enum ToolChoice {
 }
 
 /// How a choice is written.
-#[derive(ToSchema)]
+#[derive(Deserialize, ToSchema)]
 #[schema(as = ToolChoice)]
+#[serde(untagged)]
 #[expect(dead_code, reason = "it is only described")]
 pub(crate) enum ToolChoiceSchema {
     /// `auto`, `none` or `required`.
