@@ -1,14 +1,16 @@
 //! Batching changes no results and leaves no blocks behind: sessions over the CPU backend, with requests that come and
 //! go.
 
+use std::time::Duration;
+
 use mixtral_build::lower;
 use mixtral_checkpoint::CheckpointConfig;
 use mixtral_convert::recipes;
 use mixtral_cpu::{CpuBackend, CpuOptions};
-use mixtral_engine::{Limits, RandomKey, SamplingParams, Weights};
+use mixtral_engine::{BackendError, DeviceIdle, Limits, RandomKey, SamplingParams, StepInputs, StepOutputs, Weights};
 use mixtral_model::{DType, Formats, Mapping, ModelConfig, Rank, TokenId, WeightFormat};
 use mixtral_runtime::session::Capabilities;
-use mixtral_runtime::{Beams, Local, Policy, Request, RequestId, Session, SessionOptions};
+use mixtral_runtime::{Beams, Executor, Local, Policy, Request, RequestId, Session, SessionOptions};
 use proptest::prelude::*;
 
 const VOCAB: u32 = 61;
@@ -44,8 +46,54 @@ fn session_of(
     let capabilities = Capabilities { limits, vocab_size: program.vocab_size, gather_context_logits: true };
     let options = CpuOptions { kv_blocks, threads: 1, ..CpuOptions::default() };
     let backend = CpuBackend::load(program, Weights::Dummy { seed: 9 }, options).unwrap();
-    Session::with_options(Box::new(Local::new(Box::new(backend))), capabilities, None, session)
+    Session::with_options(Box::new(Ahead(Local::new(Box::new(backend)))), capabilities, None, session)
 }
+
+/// An executor of the CPU backend that takes a step while another is under way, as that of a GPU does.
+struct Ahead(Local);
+
+impl Executor for Ahead {
+    fn depth(&self) -> usize {
+        self.0.depth()
+    }
+
+    fn runs_ahead(&self) -> bool {
+        true
+    }
+
+    fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
+        self.0.launch(inputs)
+    }
+
+    fn collect(&mut self) -> Result<StepOutputs, BackendError> {
+        self.0.collect()
+    }
+
+    fn kv_blocks(&self) -> usize {
+        self.0.kv_blocks()
+    }
+
+    fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, BackendError> {
+        self.0.expert_counts()
+    }
+
+    fn op_times(&self) -> Vec<Duration> {
+        self.0.op_times()
+    }
+
+    fn device_idle(&self) -> Option<DeviceIdle> {
+        self.0.device_idle()
+    }
+}
+
+/// Each step waits for the tokens of the step before.
+const ONE_BY_ONE: SessionOptions = SessionOptions {
+    policy: Policy::GuaranteedNoEvict,
+    block_reuse: false,
+    host_blocks: 0,
+    max_prefill_tokens: None,
+    overlap: false,
+};
 
 fn request(seed: u32, len: usize, output: usize) -> Request {
     let token = |i: usize| {
@@ -99,7 +147,7 @@ proptest! {
         dtype in prop::sample::select(vec![DType::F32, DType::Bf16, DType::F16]),
     ) {
         let watched = request(7, len, 9);
-        let mut alone = session(dtype, 1, 128, 8);
+        let mut alone = session_of(model(dtype), 1, 128, 8, ONE_BY_ONE);
         let id = alone.submit(watched.clone()).unwrap();
         let expected = run(&mut alone, id);
         prop_assert_eq!(expected.tokens.len(), 9);
@@ -152,11 +200,15 @@ fn mixed() -> Vec<Request> {
             ..request(seed, 1, 10 + (seed as usize * 11) % 48)
         };
         match seed % 8 {
+            // These end when the next step may be under way.
+            1 => Request { end_ids: (0..20).map(TokenId).collect(), min_output_len: 6, ..plain },
             3 => Request { prompt_logprobs: Some(1), ..plain },
             5 => {
                 let beams = Some(Beams { width: 2, ..Beams::default() });
                 Request { beams, logprobs: None, generation_logits: false, ..plain }
             }
+            // The draws of these depend on the tokens before.
+            6 => Request { params: SamplingParams { frequency_penalty: 0.3, ..plain.params }, ..plain },
             _ => plain,
         }
     };
@@ -185,22 +237,26 @@ fn traces(session: &mut Session, requests: &[Request]) -> Vec<Vec<u32>> {
     traces
 }
 
-/// Whether prompts share blocks, whether sequences are swapped out, and how long chunks are, moves no bit.
+/// Whether steps overlap, prompts share blocks, sequences are swapped out, and how long chunks are, moves no bit.
 #[test]
-fn sharing_and_swapping_move_no_bit() {
+fn overlap_and_sharing_and_swapping_move_no_bit() {
     let requests = mixed();
     for (name, model) in models() {
         let session = |max_batch_size, max_num_tokens, kv_blocks, options| {
             session_of(model.clone(), max_batch_size, max_num_tokens, kv_blocks, options)
         };
-        let expected = traces(&mut session(64, 128, 400, SessionOptions::default()), &requests);
+        let expected = traces(&mut session(64, 128, 400, ONE_BY_ONE), &requests);
         assert!(expected.iter().all(|trace| trace.len() > 4));
         let reuse = SessionOptions { block_reuse: true, ..SessionOptions::default() };
         let swaps = SessionOptions { policy: Policy::MaxUtilization, host_blocks: 400, ..SessionOptions::default() };
         let both = SessionOptions { block_reuse: true, max_prefill_tokens: Some(9), ..swaps };
-        for (max_batch_size, max_num_tokens, kv_blocks, options) in
-            [(64, 128, 400, reuse), (3, 17, 40, reuse), (64, 96, 36, swaps), (64, 33, 18, both)]
-        {
+        for (max_batch_size, max_num_tokens, kv_blocks, options) in [
+            (64, 128, 400, SessionOptions::default()),
+            (64, 128, 400, reuse),
+            (3, 17, 40, reuse),
+            (64, 96, 36, swaps),
+            (64, 33, 18, both),
+        ] {
             let mut session = session(max_batch_size, max_num_tokens, kv_blocks, options);
             let found = traces(&mut session, &requests);
             let same = found.iter().zip(&expected).filter(|(found, expected)| found == expected).count();

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use mixtral_engine::{Backend, BackendError, Collectives, Inspect, Program, StepInputs, StepOutputs, Weights};
+use mixtral_model::TokenId;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::cache::KvCache;
@@ -55,6 +56,8 @@ pub struct CpuBackend {
     /// Time spent in each operation, if it is measured.
     times: Option<Vec<Duration>>,
     ranks: Option<Arc<dyn Collectives>>,
+    /// The tokens that the last step drew.
+    drawn: Vec<TokenId>,
 }
 
 impl CpuBackend {
@@ -110,6 +113,7 @@ impl CpuBackend {
             counts,
             times,
             ranks: None,
+            drawn: Vec::new(),
         })
     }
 
@@ -171,7 +175,7 @@ impl Inspect for CpuBackend {
     }
 
     fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        inputs.check(&self.program, self.cache.blocks())?;
+        inputs.check(&self.program, self.cache.blocks(), self.drawn.len())?;
         let resolved = self.resolved.ops.get(ops.clone()).ok_or_else(|| {
             BackendError::Other(format!("operations {ops:?} of a program of {}", self.resolved.ops.len()))
         })?;
@@ -183,6 +187,7 @@ impl Inspect for CpuBackend {
             program: &self.program,
             workers: Workers::new(self.simd, self.program.dtype, &self.scratch),
             inputs,
+            token_ids: inputs.known_ids(&self.drawn),
             weights: self.weights.matrices()?,
             rope: thetas.iter().map(|&theta| RopeTable::new(theta, head_dim, &inputs.positions)).collect(),
             arena: self.arena.bytes_mut(),
@@ -193,7 +198,7 @@ impl Inspect for CpuBackend {
             outputs: StepOutputs::default(),
         };
         let (pool, times) = (&self.pool, self.times.as_mut());
-        contained(move || {
+        let outputs = contained(move || {
             pool.install(move || {
                 match times {
                     None => resolved.iter().try_for_each(|op| machine.run(op))?,
@@ -206,7 +211,9 @@ impl Inspect for CpuBackend {
                 }
                 Ok(machine.outputs)
             })
-        })
+        })?;
+        self.drawn.clone_from(&outputs.tokens);
+        Ok(outputs)
     }
 
     fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError> {

@@ -1,5 +1,6 @@
 //! Runs resolved operations: takes their operands from the arena and calls their kernels.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use mixtral_engine::{BackendError, Collectives, Program, StepInputs, StepOutputs};
@@ -22,6 +23,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) program: &'a Program,
     pub(crate) workers: Workers<'a>,
     pub(crate) inputs: &'a StepInputs<'a>,
+    /// The ids of its tokens, those included that the step before drew.
+    pub(crate) token_ids: Cow<'a, [i32]>,
     pub(crate) weights: Vec<Matrix<'a>>,
     /// Tables of the program's rotary bases at this step's positions.
     pub(crate) rope: Vec<RopeTable>,
@@ -87,8 +90,8 @@ impl<'a> Machine<'a> {
         match op {
             ResolvedOp::Embed { table, vocab_start, out } => {
                 let table = self.weights[*table];
-                let [out] = self.carve([*out])?;
-                embed::embed(&workers, table, *vocab_start, &inputs.token_ids, out);
+                let span = self.span(*out);
+                embed::embed(&workers, table, *vocab_start, &self.token_ids, &mut self.arena[span]);
             }
             ResolvedOp::Norm(norm) => self.norm(norm)?,
             ResolvedOp::Add { a, b, out } => {

@@ -257,7 +257,7 @@ impl Inspect for CudaBackend {
         if let Some(lost) = &self.lost {
             return Err(lost.clone().into());
         }
-        inputs.check(&self.program, self.kv_blocks)?;
+        inputs.check(&self.program, self.kv_blocks, 0)?;
         if ops.start == 0 {
             let part_bytes = half_layer(&self.program, self.kv_blocks);
             let shape = CacheShape { parts: 2 * self.program.kv.num_layers, part_bytes, blocks: self.kv_blocks };

@@ -142,6 +142,15 @@ pub enum BackendError {
     Other(String),
 }
 
+/// How long a device had nothing to do between steps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceIdle {
+    /// Pauses between one step and the next.
+    pub pauses: u64,
+    /// Their sum.
+    pub time: Duration,
+}
+
 /// How a rank's program communicates with the other ranks. Every rank of a group makes the same calls in the same
 /// order. A call returns when this rank's part is done, or when the group is broken.
 pub trait Collectives: Send + Sync {
@@ -172,13 +181,52 @@ pub trait Collectives: Send + Sync {
     fn check(&self) -> Result<(), BackendError>;
 }
 
+/// What became of a step that was launched.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Launched {
+    /// It is done.
+    Done(StepOutputs),
+    /// The device computes it. [`Backend::collect`] waits for it.
+    UnderWay,
+}
+
 /// An interpreter of one rank's program, with its weights and cache.
+///
+/// Steps are computed in the order in which they are launched. Each sees what the earlier ones wrote to the cache, and
+/// may take tokens that the one before it draws.
 pub trait Backend: Send {
-    /// Runs one step. The same inputs on equal caches give the same bits.
+    /// Runs one step. No other may be under way. The same inputs on equal caches give the same bits.
     ///
     /// # Errors
     /// Inputs that break the program's limits, or a device failure. Logits that are not finite are part of the outputs.
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError>;
+
+    /// Whether a step can be launched while another is under way, because a device computes beside the host.
+    fn runs_ahead(&self) -> bool {
+        false
+    }
+
+    /// Begins a step. If the backend [runs ahead](Backend::runs_ahead), one other step may be under way.
+    ///
+    /// # Errors
+    /// As [`Backend::step`].
+    fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<Launched, BackendError> {
+        self.step(inputs).map(Launched::Done)
+    }
+
+    /// Waits for the oldest step that is under way.
+    ///
+    /// # Errors
+    /// As [`Backend::step`]; if no step is under way.
+    fn collect(&mut self) -> Result<StepOutputs, BackendError> {
+        Err(BackendError::Other("no step is under way".to_owned()))
+    }
+
+    /// In how many pauses between two steps the device had nothing to do, and for how long altogether, since the backend
+    /// was made. Nothing unless the backend can tell.
+    fn device_idle(&self) -> Option<DeviceIdle> {
+        None
+    }
 
     /// How many blocks the cache has.
     fn kv_blocks(&self) -> usize;

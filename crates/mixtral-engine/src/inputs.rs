@@ -8,15 +8,17 @@ use crate::{BlockMove, BlockPlace, Limits, Op, Program, RandomKey, SamplingParam
 
 /// The inputs of one step. The arrays have the layout in which a GPU reads them.
 ///
-/// Only two arrays may hold −1. In the block table it pads a row behind the blocks that the sequence needs. In the slot
-/// mapping it stands for a token whose key and value are not kept. Such tokens are all tokens of a dead sequence, which
+/// A token may be one that the step before draws, whose id the host does not know yet: a [`TokenSource`].
+///
+/// Only two other arrays may hold negative numbers. In the block table −1 pads a row behind the blocks that the sequence needs. In
+/// the slot mapping it stands for a token whose key and value are not kept. Such tokens are all tokens of a dead sequence, which
 /// only pads a step, and any token in programs without attention. Any other token needs its key in the cache, because
 /// attention reads it from there.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct StepInputs<'a> {
     /// How many of the sequences are decodes (one token each). They come first.
     pub num_decodes: usize,
-    /// Token ids `[T]`.
+    /// Token ids `[T]`, or [`TokenSource::Draw`]s as numbers below 0.
     pub token_ids: Vec<i32>,
     /// Position of each token in its sequence `[T]`.
     pub positions: Vec<i32>,
@@ -40,6 +42,38 @@ pub struct StepInputs<'a> {
     pub moves: Vec<BlockMove>,
     /// Whether the caller wants the logits themselves.
     pub return_logits: bool,
+}
+
+/// Where a token of a step comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TokenSource {
+    /// This is its id.
+    Id(TokenId),
+    /// It is the token of this draw of the step before, the one that the backend computed last. If that draw's row was
+    /// not finite, it is token 0.
+    Draw(usize),
+}
+
+impl TokenSource {
+    /// The element of `token_ids` that stands for it: an id is itself, draw n is −1 − n.
+    #[must_use]
+    pub fn number(self) -> i32 {
+        // Ids and draws of a step that passes its check are below 2^31.
+        let int = |n: usize| i32::try_from(n).unwrap_or(i32::MAX);
+        match self {
+            TokenSource::Id(token) => int(token.0 as usize),
+            TokenSource::Draw(draw) => -1 - int(draw),
+        }
+    }
+
+    /// What an element of `token_ids` stands for.
+    #[must_use]
+    pub fn of(number: i32) -> TokenSource {
+        match u32::try_from(number) {
+            Ok(id) => TokenSource::Id(TokenId(id)),
+            Err(_) => TokenSource::Draw(usize::try_from(-1 - number).unwrap_or(usize::MAX)),
+        }
+    }
 }
 
 /// One draw of a next token.
@@ -121,11 +155,25 @@ impl StepInputs<'_> {
         self.logits_indices.len()
     }
 
-    /// Checks the inputs against a program and a cache of `kv_blocks` blocks. A backend can then index by them.
+    /// The ids of its tokens, if the step before drew `drawn`.
+    #[must_use]
+    pub fn known_ids(&self, drawn: &[TokenId]) -> Cow<'_, [i32]> {
+        let known = |&number: &i32| match TokenSource::of(number) {
+            TokenSource::Draw(draw) => drawn.get(draw).map_or(number, |&token| TokenSource::Id(token).number()),
+            TokenSource::Id(_) => number,
+        };
+        if self.token_ids.iter().all(|&number| number >= 0) {
+            return Cow::Borrowed(&self.token_ids);
+        }
+        self.token_ids.iter().map(known).collect()
+    }
+
+    /// Checks the inputs against a program, a cache of `kv_blocks` blocks, and a step before that drew `drawn` tokens. A
+    /// backend can then index by them.
     ///
     /// # Errors
     /// The first rule that they break.
-    pub fn check(&self, program: &Program, kv_blocks: usize) -> Result<(), InputError> {
+    pub fn check(&self, program: &Program, kv_blocks: usize, drawn: usize) -> Result<(), InputError> {
         let Limits { max_batch_size, max_num_tokens, max_seq_len, max_num_logits, block_size } = program.limits;
         let over = |what, found, limit, flag| {
             if found > limit { Err(InputError::OverLimit { what, found, limit, flag }) } else { Ok(()) }
@@ -158,7 +206,7 @@ impl StepInputs<'_> {
             }),
         };
         let int = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        within("token_ids", &self.token_ids, 0, int(program.vocab_size))?;
+        within("token_ids", &self.token_ids, -int(drawn), int(program.vocab_size))?;
         within("positions", &self.positions, 0, int(max_seq_len))?;
         within("slot_mapping", &self.slot_mapping, -1, int(kv_blocks.saturating_mul(block_size)))?;
         within("block_table", &self.block_table, -1, int(kv_blocks))?;

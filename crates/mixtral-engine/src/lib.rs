@@ -30,11 +30,13 @@ pub mod score;
 pub mod text;
 pub mod wire;
 
-pub use backend::{Backend, BackendError, Collectives, NonFinite, StepOutputs, WeightSource, WeightView, Weights};
+pub use backend::{
+    Backend, BackendError, Collectives, DeviceIdle, Launched, NonFinite, StepOutputs, WeightSource, WeightView, Weights,
+};
 pub use check::ProgramError;
 pub use dir::{EngineConfig, EngineDir, EngineError, EngineWriter, MappedWeights, WeightsKind};
 pub use first_layers::CutError;
-pub use inputs::{InputError, SampleRequest, StepInputs};
+pub use inputs::{InputError, SampleRequest, StepInputs, TokenSource};
 pub use inspect::Inspect;
 pub use mixtral_checkpoint::TensorSpec;
 pub use moves::{BlockMove, BlockPlace};

@@ -3,14 +3,18 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use mixtral_engine::{Backend, BackendError, StepInputs, StepOutputs};
+use mixtral_engine::{Backend, BackendError, DeviceIdle, Launched, StepInputs, StepOutputs};
 
 /// Computes steps in the order in which they are launched.
 pub trait Executor: Send {
-    /// How many steps can be under way at a time: as many as the pipeline has stages.
+    /// How many steps have to be under way at a time so that all have work: as many as the pipeline has stages.
     fn depth(&self) -> usize;
 
-    /// Begins a step. At most [`Executor::depth`] steps may be begun and not yet collected.
+    /// Whether a second step can be launched while the first is under way, with tokens that the first draws. Only an
+    /// executor of depth 1 can do that.
+    fn runs_ahead(&self) -> bool;
+
+    /// Begins a step. At most [`Executor::depth`] steps may be begun and not yet collected, or two if it runs ahead.
     ///
     /// # Errors
     /// As [`Backend::step`]; a rank that is gone.
@@ -33,19 +37,22 @@ pub trait Executor: Send {
 
     /// Time that this rank spent in each operation of its program. Empty unless the backend was asked to measure.
     fn op_times(&self) -> Vec<Duration>;
+
+    /// How long this rank's device had nothing to do between steps, if the backend can tell.
+    fn device_idle(&self) -> Option<DeviceIdle>;
 }
 
-/// An executor of one backend. It computes a step when the step is launched.
+/// An executor of one backend.
 pub struct Local {
     backend: Box<dyn Backend>,
-    outputs: VecDeque<StepOutputs>,
+    under_way: VecDeque<Launched>,
 }
 
 impl Local {
     /// An executor that computes steps on `backend`.
     #[must_use]
     pub fn new(backend: Box<dyn Backend>) -> Self {
-        Local { backend, outputs: VecDeque::new() }
+        Local { backend, under_way: VecDeque::new() }
     }
 }
 
@@ -54,13 +61,21 @@ impl Executor for Local {
         1
     }
 
+    fn runs_ahead(&self) -> bool {
+        self.backend.runs_ahead()
+    }
+
     fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
-        self.outputs.push_back(self.backend.step(inputs)?);
+        self.under_way.push_back(self.backend.launch(inputs)?);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutputs, BackendError> {
-        self.outputs.pop_front().ok_or_else(|| BackendError::Other("no step is under way".to_owned()))
+        match self.under_way.pop_front() {
+            Some(Launched::Done(outputs)) => Ok(outputs),
+            Some(Launched::UnderWay) => self.backend.collect(),
+            None => Err(BackendError::Other("no step is under way".to_owned())),
+        }
     }
 
     fn kv_blocks(&self) -> usize {
@@ -73,5 +88,9 @@ impl Executor for Local {
 
     fn op_times(&self) -> Vec<Duration> {
         self.backend.op_times()
+    }
+
+    fn device_idle(&self) -> Option<DeviceIdle> {
+        self.backend.device_idle()
     }
 }

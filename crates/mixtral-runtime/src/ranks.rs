@@ -3,12 +3,19 @@
 //! Rank 0 broadcasts every step as one packed block, computes its own part, and gets tokens and logits back from the
 //! first tensor-parallel rank of the last pipeline stage. It does not wait for a step's outputs before it launches the
 //! next one, so that with several stages each has a step to work on.
+//!
+//! With one stage, a step may take tokens that the step before draws. Every rank has the whole rows of logits then, and
+//! every rank draws: all draw the same tokens, so none has to be told. With several stages the ranks that draw are not
+//! those that need the token, so no step is launched ahead of a draw that it depends on.
+//!
+//! No rank listens for the next message while a step runs on its device, unless rank 0 has said that there is a next one:
+//! a rank that listens would not notice that its device failed, and others wait for that device.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use mixtral_comm::{CommError, Group, World};
-use mixtral_engine::{Backend, BackendError, Collectives, StepInputs, StepOutputs, WireError};
+use mixtral_engine::{Backend, BackendError, Collectives, DeviceIdle, Launched, StepInputs, StepOutputs, WireError};
 use mixtral_model::{Mapping, Rank};
 
 use crate::execute::Executor;
@@ -22,6 +29,7 @@ const COUNTS: u32 = 3;
 const STEP: u8 = 0;
 const COUNT: u8 = 1;
 const FINISH: u8 = 2;
+const WAIT: u8 = 3;
 
 fn peer(error: CommError) -> BackendError {
     BackendError::Peer(Box::new(error))
@@ -94,8 +102,8 @@ pub struct Driver {
     everyone: Group,
     mapping: Mapping,
     backend: Box<dyn Backend>,
-    /// The steps under way. Steps that rank 0 itself has computed to the end are here with their outputs.
-    under_way: VecDeque<Option<StepOutputs>>,
+    /// The steps under way.
+    under_way: VecDeque<Launched>,
 }
 
 impl Driver {
@@ -121,22 +129,31 @@ impl Executor for Driver {
         self.mapping.pp_size
     }
 
+    fn runs_ahead(&self) -> bool {
+        self.mapping.pp_size == 1 && self.backend.runs_ahead()
+    }
+
     fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
         self.say(STEP, &inputs.pack())?;
-        let outputs = self.backend.step(inputs)?;
-        self.under_way.push_back((output_rank(&self.mapping) == 0).then_some(outputs));
+        self.under_way.push_back(launch(self.mapping, &mut *self.backend, inputs)?);
         Ok(())
     }
 
     fn collect(&mut self) -> Result<StepOutputs, BackendError> {
-        match self.under_way.pop_front() {
-            None => Err(BackendError::Other("no step is under way".to_owned())),
-            Some(Some(outputs)) => Ok(outputs),
-            Some(None) => {
-                let block = self.world.recv(output_rank(&self.mapping), OUTPUTS).map_err(peer)?;
-                StepOutputs::unpack(&block).map_err(damaged)
-            }
+        if self.runs_ahead() && self.under_way.len() == 1 {
+            // There is no other step by which the ranks would learn that they have to wait for this one.
+            self.say(WAIT, &[])?;
         }
+        let outputs = match self.under_way.pop_front() {
+            None => return Err(BackendError::Other("no step is under way".to_owned())),
+            Some(Launched::Done(outputs)) => outputs,
+            Some(Launched::UnderWay) => self.backend.collect()?,
+        };
+        if output_rank(&self.mapping) == 0 {
+            return Ok(outputs);
+        }
+        let block = self.world.recv(output_rank(&self.mapping), OUTPUTS).map_err(peer)?;
+        StepOutputs::unpack(&block).map_err(damaged)
     }
 
     fn kv_blocks(&self) -> usize {
@@ -157,6 +174,10 @@ impl Executor for Driver {
     fn op_times(&self) -> Vec<Duration> {
         self.backend.op_times()
     }
+
+    fn device_idle(&self) -> Option<DeviceIdle> {
+        self.backend.device_idle()
+    }
 }
 
 impl Drop for Driver {
@@ -164,6 +185,11 @@ impl Drop for Driver {
     fn drop(&mut self) {
         let _ = self.say(FINISH, &[]);
     }
+}
+
+/// Begins this rank's part of a step, or computes it: with several stages, each stage has one step at a time.
+fn launch(mapping: Mapping, backend: &mut dyn Backend, inputs: &StepInputs<'_>) -> Result<Launched, BackendError> {
+    if mapping.pp_size == 1 { backend.launch(inputs) } else { backend.step(inputs).map(Launched::Done) }
 }
 
 /// Runs on every other rank: computes the steps that rank 0 launches until rank 0 tells it to finish.
@@ -175,20 +201,33 @@ pub fn follow(world: &World, mapping: Mapping, backend: &mut dyn Backend) -> Res
     let has_outputs = world.rank() == output_rank(&mapping);
     let counts = mapping.coords(Rank(world.rank())).tp_rank == 0;
     let mut message = Vec::new();
+    let mut is_under_way = false;
     loop {
         everyone.broadcast(0, &mut message).map_err(peer)?;
         match message.split_first() {
             Some((&STEP, block)) => {
                 let mut inputs = StepInputs::unpack(block).map_err(damaged)?;
-                if !has_outputs {
+                if !has_outputs && mapping.pp_size > 1 {
                     // Only the output rank draws and returns logits.
                     inputs.samples.clear();
                     inputs.scores.clear();
                     inputs.return_logits = false;
                 }
-                let outputs = backend.step(&inputs)?;
-                if has_outputs {
-                    world.send(0, OUTPUTS, &outputs.pack()).map_err(peer)?;
+                let launched = launch(mapping, backend, &inputs)?;
+                if std::mem::take(&mut is_under_way) {
+                    backend.collect()?;
+                }
+                match launched {
+                    Launched::UnderWay => is_under_way = true,
+                    Launched::Done(outputs) if has_outputs => {
+                        world.send(0, OUTPUTS, &outputs.pack()).map_err(peer)?;
+                    }
+                    Launched::Done(_) => {}
+                }
+            }
+            Some((&WAIT, _)) => {
+                if std::mem::take(&mut is_under_way) {
+                    backend.collect()?;
                 }
             }
             Some((&COUNT, _)) if counts => {

@@ -78,6 +78,14 @@ impl Request {
         self.beams.map_or(1, |beams| beams.width)
     }
 
+    /// Whether a draw needs to know the tokens that were drawn before, and not only their logits.
+    #[must_use]
+    pub fn looks_back(&self) -> bool {
+        let Request { params, bad_words, constraint, no_repeat_ngram_size, beams, .. } = self;
+        let bans = !bad_words.is_empty() || constraint.is_some() || *no_repeat_ngram_size > 0;
+        bans || params.has_penalties() || beams.is_some()
+    }
+
     /// The most blocks that it can hold at a time. Beams share the full blocks of the prompt.
     #[must_use]
     pub fn max_blocks(&self, limits: &Limits) -> usize {

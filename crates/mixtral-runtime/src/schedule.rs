@@ -3,6 +3,11 @@
 //! First come, first served. Decodes go first, with one token each. The rest of the step's token budget goes to
 //! prompts, in chunks if need be. A sequence takes a block when its tokens reach it. Whether there will be one is decided
 //! when it joins, by the [`Policy`].
+//!
+//! A step may be planned while the step before is under way. Then it computes tokens that the step before draws: their
+//! values are not known yet, but their positions are. A sequence whose next draw depends on such a value sits out.
+//! Whether a sequence has ended is not known either. If it has, its token in the planned step is thrown away; its blocks
+//! stay its own until that step is done.
 
 use std::collections::VecDeque;
 
@@ -27,7 +32,7 @@ pub enum Policy {
 }
 
 /// How a session uses the cache and the steps.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SessionOptions {
     /// When a sequence may join.
     pub policy: Policy,
@@ -37,6 +42,22 @@ pub struct SessionOptions {
     pub host_blocks: usize,
     /// The most tokens of prompts in a step that has decodes too; all that fit if it is absent.
     pub max_prefill_tokens: Option<usize>,
+    /// Whether a step is launched before the tokens of the step before are known, if the executor can do that. It changes
+    /// when tokens come, and no token.
+    pub overlap: bool,
+}
+
+impl Default for SessionOptions {
+    /// Nothing is shared, swapped or bounded. Steps overlap.
+    fn default() -> Self {
+        SessionOptions {
+            policy: Policy::default(),
+            block_reuse: false,
+            host_blocks: 0,
+            max_prefill_tokens: None,
+            overlap: true,
+        }
+    }
 }
 
 /// A sequence's part in a step.
@@ -127,6 +148,27 @@ impl Schedule {
         }
     }
 
+    /// Whether to plan a step while another is under way and draws tokens. Not if all that could decode wait for those
+    /// tokens: prompts alone would get steps of their own, and leave the weights to be read twice. Not if blocks are
+    /// short: room can only be made by sequences that no step under way computes.
+    #[must_use]
+    pub fn may_run_ahead(&self) -> bool {
+        let running = || self.running.iter().filter(|s| !s.cancelled && s.swapped.is_none());
+        let decodes = || running().filter(|s| s.is_decode() && s.num_pending() > 0);
+        let new_blocks = decodes().filter(|s| s.num_computed.is_multiple_of(self.limits.block_size)).count();
+        new_blocks <= self.pool.num_free() && (decodes().next().is_some() || !running().any(Sequence::waits))
+    }
+
+    /// Notes that a step of these chunks was launched.
+    pub fn launched(&mut self, chunks: &[Chunk]) {
+        for chunk in chunks {
+            let sequence = &mut self.running[chunk.sequence];
+            sequence.num_computed = chunk.end;
+            sequence.in_flight += 1;
+            sequence.drawing = chunk.sample.filter(|_| self.options.overlap);
+        }
+    }
+
     /// Distributes the next step's tokens among the sequences that have any to compute, and gives them blocks. In the
     /// result decodes come first. With `depth` steps under way at a time, a step takes only its share of the sequences, so
     /// that the other steps have some too.
@@ -187,8 +229,9 @@ impl Schedule {
     /// Moves sequences in order from the queue to the running ones, until the next one does not fit.
     fn admit(&mut self) {
         while let Some(next) = self.queue.front() {
-            let first_beams = || self.running.iter().filter(|s| s.beam == 0);
-            let places: usize = first_beams().map(|s| s.request.width()).sum();
+            // Those that end with a step under way leave their places to others.
+            let go_on = self.running.iter().filter(|s| s.beam == 0 && !s.cancelled && !s.ends());
+            let places: usize = go_on.map(|s| s.request.width()).sum();
             if places + next.request.width() > self.limits.max_batch_size || !self.may_join(next) {
                 return;
             }
@@ -328,7 +371,8 @@ impl Schedule {
             step.num_decodes += usize::from(sequence.is_decode());
             for position in chunk.end - chunk.num_tokens..chunk.end {
                 let block = sequence.blocks[position / limits.block_size];
-                step.token_ids.push(int(sequence.tokens[position].0 as usize));
+                let source = sequence.source(position).expect("a chunk has tokens that are known or being drawn");
+                step.token_ids.push(source.number());
                 step.positions.push(int(position));
                 step.slot_mapping.push(int(block.0 as usize * limits.block_size + position % limits.block_size));
             }

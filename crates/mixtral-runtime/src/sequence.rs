@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use mixtral_engine::{RandomKey, SampleRequest, SamplingParams};
+use mixtral_engine::{RandomKey, SampleRequest, SamplingParams, TokenSource};
 use mixtral_model::{BlockId, TokenId};
 
 use crate::ngrams;
@@ -43,6 +43,8 @@ pub struct Sequence {
     pub text: SequenceText,
     /// How many steps under way compute tokens of it.
     pub in_flight: usize,
+    /// Which draw of the last step that was launched gives its next token, if the step after it may take that token.
+    pub drawing: Option<usize>,
     /// Whether it was cancelled. It is removed when its last step is done.
     pub cancelled: bool,
     /// When it was submitted.
@@ -69,6 +71,7 @@ impl Sequence {
             logprobs: Vec::new(),
             text: SequenceText::new(&request.stop_words),
             in_flight: 0,
+            drawing: None,
             cancelled: false,
             submitted: Instant::now(),
             first_token: None,
@@ -88,10 +91,38 @@ impl Sequence {
         &self.tokens[self.prompt_len()..]
     }
 
-    /// Tokens that no step has computed yet; none while its next token is being drawn.
+    /// Tokens that the next step can compute. While its next token is being drawn that is none, or the one that is
+    /// drawn.
     #[must_use]
     pub fn num_pending(&self) -> usize {
-        self.tokens.len() - self.num_computed
+        let known = self.tokens.len().saturating_sub(self.num_computed);
+        known + usize::from(self.runs_ahead())
+    }
+
+    /// Whether the next step can compute its next token while that is being drawn.
+    #[must_use]
+    pub fn runs_ahead(&self) -> bool {
+        self.drawing.is_some() && !self.ends() && !self.request.looks_back()
+    }
+
+    /// Whether it needs its next token before it can go on.
+    #[must_use]
+    pub fn waits(&self) -> bool {
+        self.in_flight > 0 && self.num_pending() == 0 && !self.ends()
+    }
+
+    /// Whether the token that is being drawn is its last one, however it is.
+    #[must_use]
+    pub fn ends(&self) -> bool {
+        let is_drawn = self.in_flight > 0 && self.num_computed >= self.tokens.len();
+        is_drawn && self.output().len() + 1 >= self.request.max_output_len
+    }
+
+    /// The token at a position of those that the next step computes.
+    #[must_use]
+    pub fn source(&self, position: usize) -> Option<TokenSource> {
+        let drawn = || self.drawing.map(TokenSource::Draw);
+        self.tokens.get(position).copied().map(TokenSource::Id).or_else(drawn)
     }
 
     /// Whether the next step computes one token, which an earlier step drew.
@@ -123,7 +154,10 @@ impl Sequence {
     /// The draw of its next token, from row `row` of the step's logits.
     #[must_use]
     pub fn sample_request(&self, row: usize) -> SampleRequest<'_> {
-        let position = u32::try_from(self.output().len()).unwrap_or(u32::MAX);
+        let output_len = self.output().len() + usize::from(self.drawing.is_some());
+        let position = u32::try_from(output_len).unwrap_or(u32::MAX);
+        // Without one of them, the tokens so far are of no use.
+        let tokens = if self.drawing.is_some() { &[] } else { &self.tokens[..] };
         let Request { seed, prompt_index, hypothesis, mut params, .. } = self.request;
         if self.request.beams.is_some() {
             // What is drawn does not count, so it is drawn in the quickest way. Penalties hold for beams too.
@@ -133,20 +167,20 @@ impl Sequence {
             row,
             params,
             key: RandomKey { seed, prompt: prompt_index, hypothesis, position },
-            tokens: (&self.tokens[..]).into(),
+            tokens: tokens.into(),
             prompt_len: self.prompt_len(),
             bias: self.request.logit_bias.clone(),
-            banned: self.banned(),
+            banned: self.banned(output_len),
         }
     }
 
-    /// The tokens that may not come next.
-    fn banned(&self) -> Vec<TokenId> {
+    /// The tokens that may not come next, behind an output of so many.
+    fn banned(&self, output_len: usize) -> Vec<TokenId> {
         let Request { bad_words, constraint, end_ids, min_output_len, no_repeat_ngram_size, .. } = &self.request;
         let mut banned = bad_words.banned(&self.tokens);
         banned.extend(ngrams::repeating(&self.tokens, *no_repeat_ngram_size));
         banned.extend(constraint.iter().flat_map(|constraint| constraint.banned(self.output())));
-        if self.output().len() < *min_output_len {
+        if output_len < *min_output_len {
             banned.extend(end_ids);
         }
         banned

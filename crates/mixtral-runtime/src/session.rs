@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use mixtral_engine::{BackendError, Limits, Score, StepOutputs};
+use mixtral_engine::{BackendError, DeviceIdle, Limits, Score, StepOutputs};
 use mixtral_model::TokenId;
 use mixtral_tokenizer::{Tokenizer, TokenizerError};
 
@@ -135,7 +135,7 @@ pub struct SessionStats {
     pub counters: Counters,
 }
 
-/// Figures of a step.
+/// Figures of a step. Tokens of sequences that had ended before, or were cancelled, do not count.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StepStats {
     /// Tokens of prompts.
@@ -150,7 +150,6 @@ pub struct StepStats {
 struct Flight {
     /// Request, beam, and the part of the step.
     parts: Vec<(RequestId, usize, Chunk)>,
-    stats: StepStats,
     started: Instant,
 }
 
@@ -160,6 +159,8 @@ pub struct Session {
     tokenizer: Option<Arc<Tokenizer>>,
     capabilities: Capabilities,
     schedule: Schedule,
+    /// Whether steps take tokens that the step before draws.
+    overlaps: bool,
     /// The beam searches under way, each with tokens and log-probabilities of its answers.
     searches: HashMap<RequestId, BeamSearch<Hypothesis>>,
     flights: VecDeque<Flight>,
@@ -185,12 +186,15 @@ impl Session {
         tokenizer: Option<Arc<Tokenizer>>,
         options: SessionOptions,
     ) -> Self {
+        let overlaps = options.overlap && executor.runs_ahead();
+        let options = SessionOptions { overlap: overlaps, ..options };
         let schedule = Schedule::new(capabilities.limits, options, executor.kv_blocks());
         Session {
             executor,
             tokenizer,
             capabilities,
             schedule,
+            overlaps,
             searches: HashMap::new(),
             flights: VecDeque::new(),
             submitted: 0,
@@ -331,20 +335,27 @@ impl Session {
         self.executor.op_times()
     }
 
+    /// How long this rank's device had nothing to do between steps, if the backend can tell.
+    #[must_use]
+    pub fn device_idle(&self) -> Option<DeviceIdle> {
+        self.executor.device_idle()
+    }
+
     /// Admits the requests that fit, launches as many steps as can be under way, waits for the oldest, and returns its
-    /// events. An idle session does nothing.
+    /// events. An idle session does nothing. A step may have no events: all sequences in it had ended when it was launched,
+    /// but that was not known yet.
     ///
     /// # Errors
     /// If the backend fails.
     pub fn step(&mut self) -> Result<Vec<Event>, SessionError> {
-        let depth = self.executor.depth();
-        while self.flights.len() < depth && self.launch(depth)? {}
+        let most = if self.overlaps { 2 } else { self.executor.depth() };
+        while self.flights.len() < most && self.launch()? {}
         let Some(flight) = self.flights.pop_front() else { return Ok(Vec::new()) };
         let failed = |source| SessionError::Backend { step: self.steps, source };
         let outputs = self.executor.collect().map_err(failed)?;
         let now = Instant::now();
         let since = self.last_done.map_or(flight.started, |done| done.max(flight.started));
-        self.last_step = StepStats { time: now - since, ..flight.stats };
+        self.last_step = StepStats { time: now - since, ..StepStats::default() };
         self.last_done = Some(now);
         let mut events = Vec::new();
         let mut scores = outputs.scores.iter();
@@ -361,28 +372,24 @@ impl Session {
     }
 
     /// Launches a step, if there is anything to compute.
-    fn launch(&mut self, depth: usize) -> Result<bool, SessionError> {
-        let chunks = self.schedule.plan(depth);
+    fn launch(&mut self) -> Result<bool, SessionError> {
+        if self.overlaps && !self.flights.is_empty() && !self.schedule.may_run_ahead() {
+            return Ok(false);
+        }
+        let chunks = self.schedule.plan(self.executor.depth());
         if chunks.is_empty() {
             return Ok(false);
         }
         let inputs = self.schedule.inputs(&chunks);
         let started = Instant::now();
-        let stats = StepStats {
-            decode_tokens: inputs.num_decodes,
-            prefill_tokens: inputs.num_tokens() - inputs.num_decodes,
-            time: Duration::ZERO,
-        };
         let step = self.steps + self.flights.len() as u64;
         self.executor.launch(&inputs).map_err(|source| SessionError::Backend { step, source })?;
-        let mut parts = Vec::with_capacity(chunks.len());
-        for chunk in chunks {
-            let sequence = &mut self.schedule.running[chunk.sequence];
-            sequence.num_computed = chunk.end;
-            sequence.in_flight += 1;
-            parts.push((sequence.id, sequence.beam, chunk));
-        }
-        self.flights.push_back(Flight { parts, stats, started });
+        self.schedule.launched(&chunks);
+        let of = |chunk: Chunk| {
+            let sequence = &self.schedule.running[chunk.sequence];
+            (sequence.id, sequence.beam, chunk)
+        };
+        self.flights.push_back(Flight { parts: chunks.into_iter().map(of).collect(), started });
         Ok(true)
     }
 
@@ -399,6 +406,9 @@ impl Session {
         let vocab_size = self.capabilities.vocab_size;
         let sequence = &mut self.schedule.running[at];
         sequence.in_flight -= 1;
+        if sequence.in_flight == 0 {
+            sequence.drawing = None;
+        }
         let request = &sequence.request;
         let mut event = Event::new(id);
         let scored =
@@ -415,6 +425,8 @@ impl Session {
         if sequence.cancelled {
             return None;
         }
+        let StepStats { prefill_tokens, decode_tokens, .. } = &mut self.last_step;
+        *(if chunk.is_prompt { prefill_tokens } else { decode_tokens }) += chunk.num_tokens;
         let mine = chunk.first_logits_row..chunk.first_logits_row + chunk.num_logits;
         if let Some(&source) = outputs.non_finite.iter().find(|wrong| mine.contains(&wrong.row)) {
             return Some(Event {

@@ -47,6 +47,12 @@ impl BadWords {
         found
     }
 
+    /// Whether there are none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.words.is_empty()
+    }
+
     /// The tokens that would complete a word after `tokens`.
     #[must_use]
     pub fn banned(&self, tokens: &[TokenId]) -> Vec<TokenId> {

@@ -64,7 +64,7 @@ fn read(block: &StepBlock, bytes: &[u8], array: Array, n: usize) -> Vec<i32> {
 #[test]
 fn every_array_lies_where_the_block_says() {
     let (program, inputs) = (program(), inputs());
-    inputs.check(&program, 40).unwrap();
+    inputs.check(&program, 40, 0).unwrap();
     let block = StepBlock::new(&program);
     let mut bytes = vec![0xee; block.bytes()];
     let written = write(&block, &program, &inputs, &mut bytes).unwrap();

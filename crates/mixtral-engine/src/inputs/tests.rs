@@ -70,7 +70,7 @@ fn draw(row: usize, tokens: usize, prompt_len: usize) -> SampleRequest<'static> 
 fn refused(change: impl FnOnce(&mut StepInputs<'static>)) -> String {
     let mut inputs = inputs();
     change(&mut inputs);
-    inputs.check(&program(true), KV_BLOCKS).expect_err("a rule is broken").to_string()
+    inputs.check(&program(true), KV_BLOCKS, 0).expect_err("a rule is broken").to_string()
 }
 
 #[test]
@@ -78,16 +78,16 @@ fn a_step_that_keeps_the_rules_passes() {
     let mut inputs = inputs();
     // Without penalties, the tokens so far may be left out.
     inputs.samples = vec![draw(0, 3, 3), draw(1, 0, 4)];
-    inputs.check(&program(true), KV_BLOCKS).unwrap();
+    inputs.check(&program(true), KV_BLOCKS, 0).unwrap();
     // Behind the blocks that a sequence needs, the table may hold blocks that it does not need yet.
     inputs.block_table[2] = 3;
-    inputs.check(&program(true), KV_BLOCKS).unwrap();
+    inputs.check(&program(true), KV_BLOCKS, 0).unwrap();
     // A key that nothing reads need not be kept.
     inputs.slot_mapping[4] = -1;
-    inputs.check(&program(false), KV_BLOCKS).unwrap();
+    inputs.check(&program(false), KV_BLOCKS, 0).unwrap();
     // The keys of a dead sequence need not be kept either.
     inputs.slot_mapping[1..].fill(-1);
-    inputs.check(&program(true), KV_BLOCKS).unwrap();
+    inputs.check(&program(true), KV_BLOCKS, 0).unwrap();
 }
 
 /// A prompt of two tokens from its start, in the first block of the cache.
@@ -106,7 +106,7 @@ fn prompt(slots: [i32; 2]) -> StepInputs<'static> {
 #[test]
 fn slot_0_is_a_slot_like_any_other() {
     for attends in [true, false] {
-        let check = |slots| prompt(slots).check(&program(attends), KV_BLOCKS);
+        let check = |slots| prompt(slots).check(&program(attends), KV_BLOCKS, 0);
         check([0, 1]).unwrap();
         check([-1, -1]).unwrap();
         check([0, 0]).unwrap_err();
@@ -181,4 +181,23 @@ fn sequences_that_do_not_fit_each_other() {
         refused(|i| i.samples = vec![draw(2, 0, 0)]),
     ];
     insta::assert_snapshot!(said.join("\n"));
+}
+
+#[test]
+fn a_token_may_be_one_that_the_step_before_draws() {
+    let sources =
+        [TokenSource::Id(TokenId(0)), TokenSource::Id(TokenId(7)), TokenSource::Draw(0), TokenSource::Draw(2)];
+    assert_eq!(sources.map(TokenSource::number), [0, 7, -1, -3]);
+    assert_eq!(sources.map(|source| TokenSource::of(source.number())), sources);
+    assert_eq!(TokenSource::of(i32::MIN), TokenSource::Draw(0x7fff_ffff));
+    let mut inputs = inputs();
+    assert!(matches!(inputs.known_ids(&[]), Cow::Borrowed(_)));
+    inputs.token_ids[0] = TokenSource::Draw(1).number();
+    let mut expected = inputs.token_ids.clone();
+    expected[0] = 4;
+    assert_eq!(inputs.known_ids(&[TokenId(9), TokenId(4)]), expected);
+    // That step has to have so many draws.
+    inputs.check(&program(true), KV_BLOCKS, 2).unwrap();
+    let said = inputs.check(&program(true), KV_BLOCKS, 1).unwrap_err().to_string();
+    insta::assert_snapshot!(said, @"step input `token_ids`[0] is -2, expected -1 to 19");
 }

@@ -46,6 +46,11 @@ impl Asked {
                 let beams = Beams { width: 1 + self.own as usize % 3, early_stopping, ..Beams::default() };
                 Request { beams: Some(beams), ..plain }
             }
+            6 => {
+                let params = SamplingParams { top_k: 0, ..SamplingParams::default() };
+                let logit_bias = vec![(TokenId(4), 3.0)];
+                Request { params, seed: 7, prompt_index: seed, logit_bias, min_output_len: 3, ..plain }
+            }
             _ => plain,
         }
     }
@@ -54,11 +59,11 @@ impl Asked {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 10_000, ..ProptestConfig::default() })]
 
-    /// Submits, cancels, shares, copies and swaps. The mock finds a slot that is read and holds another sequence's token,
+    /// Submits, cancels, shares, copies and swaps, with steps of several stages and with steps launched ahead. The mock finds a slot that is read and holds another sequence's token,
     /// or that is written while a step under way uses it.
     #[test]
     fn sharing_and_swapping_change_nothing(
-        depth in 1usize..3,
+        (depth, ahead) in prop::sample::select(vec![(1, false), (2, false), (1, true)]),
         max_batch_size in 3usize..6,
         max_num_tokens in 3usize..24,
         kv_blocks in 9usize..24,
@@ -69,8 +74,8 @@ proptest! {
         requests in prop::collection::vec(asked(), 1..14),
         cancellations in prop::collection::vec(prop::option::weighted(0.1, any::<prop::sample::Index>()), 30),
     ) {
-        let options = SessionOptions { policy, block_reuse, host_blocks, max_prefill_tokens };
-        let setup = Setup { depth, max_batch_size, max_num_tokens, max_num_logits: 6, kv_blocks, options, ..Setup::default() };
+        let options = SessionOptions { policy, block_reuse, host_blocks, max_prefill_tokens, overlap: true };
+        let setup = Setup { depth, ahead, max_batch_size, max_num_tokens, max_num_logits: 6, kv_blocks, options, ..Setup::default() };
         let (mut session, _) = setup.session();
         let (mut asked, mut outcomes) = (BTreeMap::new(), BTreeMap::<RequestId, Outcome>::new());
         let mut cancelled = Vec::new();
@@ -112,8 +117,13 @@ proptest! {
     }
 }
 
-const REUSE: SessionOptions =
-    SessionOptions { policy: Policy::GuaranteedNoEvict, block_reuse: true, host_blocks: 0, max_prefill_tokens: None };
+const REUSE: SessionOptions = SessionOptions {
+    policy: Policy::GuaranteedNoEvict,
+    block_reuse: true,
+    host_blocks: 0,
+    max_prefill_tokens: None,
+    overlap: true,
+};
 
 #[test]
 fn a_prompt_that_begins_like_another_skips_its_full_blocks() {

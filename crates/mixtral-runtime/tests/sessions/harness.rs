@@ -20,6 +20,8 @@ use crate::mock::{Mock, Pipeline, Steps, VOCAB, digest_of, logits, parts};
 #[derive(Clone)]
 pub struct Setup {
     pub depth: usize,
+    /// Whether the executor takes a step before the tokens of the step before are known.
+    pub ahead: bool,
     pub max_batch_size: usize,
     pub max_num_tokens: usize,
     pub max_num_logits: usize,
@@ -35,6 +37,7 @@ impl Default for Setup {
     fn default() -> Self {
         Setup {
             depth: 1,
+            ahead: false,
             max_batch_size: 8,
             max_num_tokens: 64,
             max_num_logits: 64,
@@ -56,6 +59,7 @@ impl Setup {
     pub fn mock(&self) -> Mock {
         let mut mock = Mock::new(self.limits(), self.kv_blocks);
         mock.fails_at = self.fails_at;
+        mock.ahead = self.ahead;
         mock
     }
 
@@ -70,7 +74,7 @@ impl Setup {
     pub fn session(&self) -> (Session, Steps) {
         let mock = self.mock();
         let steps = Steps::clone(&mock.steps);
-        let executor: Box<dyn Executor> = if self.depth == 1 {
+        let executor: Box<dyn Executor> = if self.depth == 1 && !self.ahead {
             Box::new(Local::new(Box::new(mock)))
         } else {
             Box::new(Pipeline::new(mock, self.depth))

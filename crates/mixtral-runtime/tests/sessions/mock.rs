@@ -13,7 +13,8 @@ use std::time::Duration;
 use mixtral_engine::sampling::sample;
 use mixtral_engine::score::score;
 use mixtral_engine::{
-    Backend, BackendError, BlockMove, BlockPlace, KvLayout, Limits, Op, Program, RandomKey, StepInputs, StepOutputs,
+    Backend, BackendError, BlockMove, BlockPlace, DeviceIdle, KvLayout, Launched, Limits, Op, Program, RandomKey,
+    StepInputs, StepOutputs,
 };
 use mixtral_model::{BlockId, DType, TokenId};
 use mixtral_runtime::Executor;
@@ -35,6 +36,12 @@ pub struct Mock {
     pub steps: Steps,
     /// The step that fails.
     pub fails_at: Option<usize>,
+    /// Whether it pretends to compute beside the host.
+    pub ahead: bool,
+    /// The steps that it pretends to compute.
+    under_way: VecDeque<StepOutputs>,
+    /// The tokens that the last step drew.
+    drawn: Vec<TokenId>,
     /// The token counts that it returns for its experts.
     pub expert_counts: Vec<Vec<u64>>,
 }
@@ -74,6 +81,9 @@ impl Mock {
             host: HashMap::new(),
             steps: Steps::default(),
             fails_at: None,
+            ahead: false,
+            under_way: VecDeque::new(),
+            drawn: Vec::new(),
             expert_counts: vec![vec![3, 4], vec![5, 6]],
         }
     }
@@ -112,7 +122,7 @@ impl Mock {
 
 impl Backend for Mock {
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        inputs.check(&self.program, self.kv_blocks())?;
+        inputs.check(&self.program, self.kv_blocks(), self.drawn.len())?;
         let step = {
             let mut steps = self.steps.lock().unwrap();
             steps.push(StepInputs::unpack(&inputs.pack()).unwrap());
@@ -121,6 +131,7 @@ impl Backend for Mock {
         if self.fails_at == Some(step) {
             return Err(BackendError::Other(format!("the mock fails at step {step}")));
         }
+        let inputs = &StepInputs { token_ids: inputs.known_ids(&self.drawn).into_owned(), ..inputs.clone() };
         self.carry_out(step, &inputs.moves);
         let (mut digests, mut written) = (Vec::new(), HashSet::new());
         for sequence in parts(inputs) {
@@ -148,7 +159,26 @@ impl Backend for Mock {
         let scored = |request| score(request, inputs, |row| &all[row], &tokens).unwrap();
         let scores = inputs.scores.iter().map(scored).collect();
         let logits = if inputs.return_logits { all.concat() } else { Vec::new() };
+        self.drawn.clone_from(&tokens);
         Ok(StepOutputs { tokens, scores, logits, ..StepOutputs::default() })
+    }
+
+    fn runs_ahead(&self) -> bool {
+        self.ahead
+    }
+
+    fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<Launched, BackendError> {
+        assert!(self.under_way.len() < 2, "more than two steps are under way");
+        let outputs = self.step(inputs)?;
+        if !self.ahead {
+            return Ok(Launched::Done(outputs));
+        }
+        self.under_way.push_back(outputs);
+        Ok(Launched::UnderWay)
+    }
+
+    fn collect(&mut self) -> Result<StepOutputs, BackendError> {
+        Ok(self.under_way.pop_front().expect("a step is under way"))
     }
 
     fn kv_blocks(&self) -> usize {
@@ -184,19 +214,27 @@ impl Executor for Pipeline {
         self.depth
     }
 
+    fn runs_ahead(&self) -> bool {
+        self.mock.ahead
+    }
+
     /// Checks one thing more than the mock: of the blocks of a step that is under way, no other sequence reads those that
-    /// the step writes, and nobody writes any.
+    /// the step writes, nobody writes any, and none that it writes goes to the host's memory.
     fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
-        assert!(self.under_way.len() < self.depth, "more than {} steps are under way", self.depth);
+        let most = if self.mock.ahead { 2 } else { self.depth };
+        assert!(self.under_way.len() < most, "more than {most} steps are under way");
         let block_size = self.mock.program.limits.block_size;
         let copied: HashSet<i32> = inputs.moves.iter().filter_map(|m| cache_block(m.to)).collect();
+        let leaves = |m: &&BlockMove| matches!(m.to, BlockPlace::Host(_));
+        let left: HashSet<i32> = inputs.moves.iter().filter(leaves).filter_map(|m| cache_block(m.from)).collect();
         for earlier in self.under_way.iter().flat_map(|(inputs, _)| parts(inputs)) {
             let held: HashSet<i32> = earlier.blocks.iter().copied().filter(|&block| block >= 0).collect();
+            let written = earlier.written(block_size);
+            assert!(written.is_disjoint(&left), "blocks that a step under way writes go to the host: {left:?}");
             assert!(held.is_disjoint(&copied), "a copy goes to blocks of a step under way: {copied:?}");
             for now in parts(inputs) {
                 let reads: HashSet<i32> = now.blocks.iter().copied().collect();
-                let clash =
-                    !reads.is_disjoint(&earlier.written(block_size)) || !held.is_disjoint(&now.written(block_size));
+                let clash = !reads.is_disjoint(&written) || !held.is_disjoint(&now.written(block_size));
                 let continues = now.blocks[0] == earlier.blocks[0] && now.positions.start >= earlier.positions.end;
                 assert!(continues || !clash, "blocks {:?} are still used by a step under way", now.blocks);
             }
@@ -220,6 +258,10 @@ impl Executor for Pipeline {
 
     fn op_times(&self) -> Vec<Duration> {
         self.mock.op_times()
+    }
+
+    fn device_idle(&self) -> Option<DeviceIdle> {
+        None
     }
 }
 

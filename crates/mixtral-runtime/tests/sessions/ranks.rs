@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use mixtral_comm::{Cause, World, threads};
 use mixtral_engine::{BackendError, Collectives, StepInputs};
-use mixtral_model::Mapping;
+use mixtral_model::{Mapping, TokenId};
 use mixtral_runtime::ranks::{Driver, RankCollectives, follow};
-use mixtral_runtime::{Executor, Local};
+use mixtral_runtime::{Executor, Local, Request};
 
 use crate::harness::{ENOUGH_STEPS, Outcome, Setup, curious, expected, finish, request, submit};
 use crate::mock::{Mock, Steps};
@@ -24,6 +24,12 @@ fn mock(setup: &Setup, world: &World, mapping: &Mapping) -> Mock {
     mock
 }
 
+/// Requests of which one half may run ahead.
+fn asked(seed: u32) -> Request {
+    let plain = Request { logprobs: Some(2), end_ids: vec![TokenId(seed)], ..request(seed, 2 + seed, 6) };
+    if seed.is_multiple_of(2) { curious(seed, 2 + seed, 4) } else { plain }
+}
+
 /// What one rank of a job returns: the outcomes at rank 0, and the steps of all.
 fn rank_main(
     world: &World,
@@ -36,9 +42,10 @@ fn rank_main(
     if world.rank() == 0 {
         let driver = Driver::new(world, mapping, Box::new(mock))?;
         assert_eq!((driver.depth(), driver.kv_blocks()), (mapping.pp_size, setup.kv_blocks));
+        assert_eq!(driver.runs_ahead(), setup.ahead && mapping.pp_size == 1);
         let mut session = setup.over(Box::new(driver));
         for seed in 0..6 {
-            submit(&mut session, &curious(seed, 2 + seed, 4));
+            submit(&mut session, &asked(seed));
         }
         outcomes.extend(finish(&mut session).into_values());
         // The counts are those of the first rank of each stage.
@@ -61,18 +68,22 @@ fn rank_main(
 
 #[test]
 fn all_ranks_compute_the_same_steps_and_the_tokens_of_one() {
-    let setup = Setup { max_num_tokens: 9, ..Setup::default() };
-    for (tp_size, pp_size) in LAYOUTS {
+    for (ahead, (tp_size, pp_size)) in [false, true].into_iter().flat_map(|ahead| LAYOUTS.map(|layout| (ahead, layout)))
+    {
+        let setup = Setup { ahead, max_num_tokens: 9, ..Setup::default() };
         let mapping = Mapping::tensor_parallel(tp_size, pp_size);
         let mut ranks = threads::run(tp_size * pp_size, |world| rank_main(world, mapping, &setup)).unwrap();
-        let expected: Vec<_> = (0..6).map(|seed| expected(&curious(seed, 2 + seed, 4))).collect();
+        let expected: Vec<_> = (0..6).map(|seed| expected(&asked(seed))).collect();
         assert!(ranks[0].0 == expected, "{tp_size} × {pp_size}");
         let launched = ranks.remove(0).1;
+        let fed = launched.iter().filter(|step| step.token_ids.iter().any(|&id| id < 0)).count();
+        assert_eq!(fed > 4, ahead && pp_size == 1, "{tp_size} × {pp_size}: {fed} steps took tokens of the step before");
         for (rank, (_, steps)) in (1..).zip(ranks) {
-            let draws = rank == (pp_size - 1) * tp_size;
+            let draws = pp_size == 1 || rank == (pp_size - 1) * tp_size;
             let expected = launched.iter().cloned().map(|step| {
-                // Only one rank's tokens and logits are used.
-                if draws { step } else { StepInputs { samples: vec![], return_logits: false, ..step } }
+                // With several stages, only one rank draws.
+                let quiet = |step| StepInputs { samples: vec![], scores: vec![], return_logits: false, ..step };
+                if draws { step } else { quiet(step) }
             });
             assert!(expected.eq(steps), "rank {rank} of {tp_size} × {pp_size}");
         }
@@ -81,14 +92,15 @@ fn all_ranks_compute_the_same_steps_and_the_tokens_of_one() {
 
 #[test]
 fn a_rank_that_fails_is_named_to_all() {
-    for (tp_size, pp_size) in LAYOUTS {
+    for (ahead, (tp_size, pp_size)) in [false, true].into_iter().flat_map(|ahead| LAYOUTS.map(|layout| (ahead, layout)))
+    {
         for failing in 0..tp_size * pp_size {
             let mapping = Mapping::tensor_parallel(tp_size, pp_size);
             // Dropping a driver tells the others to end, so this one is kept until all have ended.
             let (said, kept) = (Mutex::new(Vec::new()), Mutex::new(None));
             let result = threads::run(tp_size * pp_size, |world| {
                 let fails_at = (world.rank() == failing).then_some(2);
-                let setup = Setup { fails_at, max_num_tokens: 9, ..Setup::default() };
+                let setup = Setup { ahead, fails_at, max_num_tokens: 9, ..Setup::default() };
                 let mut mock = mock(&setup, world, &mapping);
                 let error = if world.rank() == 0 {
                     let mut session = setup.over(Box::new(Driver::new(world, mapping, Box::new(mock))?));
@@ -158,7 +170,7 @@ fn followed(lead: impl Fn(&World) + Sync) -> Result<(), String> {
 fn messages_that_make_no_sense_are_refused() {
     let say = |message: &[u8]| followed(|world| world.everyone().unwrap().broadcast(0, &mut message.to_vec()).unwrap());
     assert_eq!(say(&[2]), Ok(()), "the end");
-    for message in [&[] as &[u8], &[3], &[9, 9]] {
+    for message in [&[] as &[u8], &[4], &[9, 9]] {
         assert_eq!(say(message).unwrap_err(), "rank 0 said something that this version does not know");
     }
     assert!(say(&[0, 1, 2]).unwrap_err().starts_with("a message between ranks is damaged: the number of decodes"));

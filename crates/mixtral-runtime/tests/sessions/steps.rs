@@ -1,8 +1,9 @@
 //! What steps consist of: which requests are admitted, and what each step computes of them.
 
-use mixtral_runtime::Request;
+use mixtral_engine::{SamplingParams, TokenSource};
+use mixtral_runtime::{Event, Request, SessionOptions};
 
-use crate::harness::{Setup, all_written, finish, request, submit};
+use crate::harness::{Setup, all_written, expected, finish, request, submit};
 use crate::mock::Steps;
 
 /// The steps of these requests, `(tokens of the prompt, tokens of the output)`, in words.
@@ -144,4 +145,81 @@ fn each_of_the_steps_under_way_has_its_share_of_the_sequences() {
     session.cancel(id);
     finish(&mut session);
     assert_eq!(all_written(&steps), ["| 0..4", "| 4..8"]);
+}
+
+#[test]
+fn a_step_is_launched_before_the_tokens_of_the_step_before_are_known() {
+    let setup = Setup { ahead: true, ..Setup::default() };
+    let (mut session, steps) = setup.session();
+    submit(&mut session, &request(0, 3, 4));
+    assert_eq!(session.step().unwrap().len(), 1);
+    assert_eq!(all_written(&steps), ["| 0..3", "3..4 |"]);
+    assert_eq!(steps.lock().unwrap()[1].token_ids, [TokenSource::Draw(0).number()]);
+    assert_eq!(session.last_step().prefill_tokens, 3);
+    finish(&mut session);
+    // That its last token is the last one is known, so nothing is thrown away.
+    assert_eq!(all_written(&steps), ["| 0..3", "3..4 |", "4..5 |", "5..6 |"]);
+    // Without overlap there is a step at a time.
+    let options = SessionOptions { overlap: false, ..SessionOptions::default() };
+    let (mut session, steps) = Setup { options, ..setup }.session();
+    submit(&mut session, &request(0, 3, 4));
+    session.step().unwrap();
+    assert_eq!(all_written(&steps), ["| 0..3"]);
+}
+
+#[test]
+fn what_is_computed_behind_an_end_is_thrown_away() {
+    let setup = Setup { ahead: true, ..Setup::default() };
+    let whole = expected(&request(0, 3, 6));
+    let asked = Request { end_ids: vec![whole.tokens[1]], logprobs: Some(1), ..request(0, 3, 6) };
+    let (mut session, steps) = setup.session();
+    submit(&mut session, &asked);
+    let first: Vec<Event> = session.step().unwrap().into_iter().chain(session.step().unwrap()).collect();
+    assert!(first[1].is_last());
+    // Its place is free already. Its blocks are not, because a step still writes to them.
+    let other = submit(&mut session, &request(1, 4, 1));
+    assert_eq!((session.free_blocks(), session.is_idle()), (62, false));
+    assert_eq!(session.step().unwrap(), []);
+    assert_eq!(session.last_step().decode_tokens, 0);
+    // The other's prompt has one block.
+    assert_eq!(session.free_blocks(), 63);
+    let outcomes = finish(&mut session);
+    assert_eq!(outcomes[&other], expected(&request(1, 4, 1)));
+    assert_eq!(all_written(&steps), ["| 0..3", "3..4 |", "4..5 |", "| 0..4"]);
+    assert_eq!(session.free_blocks(), 64);
+}
+
+#[test]
+fn a_draw_that_looks_back_waits_for_the_tokens() {
+    let setup = Setup { ahead: true, ..Setup::default() };
+    let params = SamplingParams { presence_penalty: 0.5, ..SamplingParams::default() };
+    let looks_back = Request { params, ..request(1, 4, 4) };
+    // Alone, it goes on when its token is there.
+    let alone = steps(&setup, [looks_back.clone()]);
+    assert_eq!(all_written(&alone), ["| 0..4", "4..5 |", "5..6 |", "6..7 |"]);
+    assert!(alone.lock().unwrap().iter().all(|step| step.token_ids.iter().all(|&id| id >= 0)));
+    // Others go on without it, and it takes part in every second step.
+    let both = steps(&setup, [request(0, 3, 6), looks_back.clone()]);
+    assert_eq!(
+        all_written(&both),
+        ["| 0..3 0..4", "3..4 |", "4..5 4..5 |", "5..6 |", "6..7 5..6 |", "7..8 |", "6..7 |"]
+    );
+    // A prompt does not leave it behind.
+    let (mut session, steps) = setup.session();
+    submit(&mut session, &looks_back);
+    session.step().unwrap();
+    submit(&mut session, &request(2, 5, 1));
+    finish(&mut session);
+    assert_eq!(all_written(&steps), ["| 0..4", "4..5 | 0..5", "5..6 |", "6..7 |"]);
+}
+
+#[test]
+fn who_ends_for_certain_leaves_its_place_to_the_next() {
+    let setup = Setup { ahead: true, max_batch_size: 1, ..Setup::default() };
+    assert_eq!(steps_of(&setup, &[(3, 2), (4, 1), (5, 2)]), ["| 0..3", "3..4 |", "| 0..4", "| 0..5", "5..6 |"]);
+    let (mut session, steps) = setup.session();
+    submit(&mut session, &request(0, 3, 1));
+    submit(&mut session, &request(1, 4, 1));
+    session.step().unwrap();
+    assert_eq!(all_written(&steps), ["| 0..3", "| 0..4"]);
 }

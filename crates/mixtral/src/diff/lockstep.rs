@@ -211,7 +211,7 @@ fn run(
 impl Backend for Lockstep {
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         // Checked first, since the inputs say which rows of the operands are read.
-        inputs.check(self.reference.program(), self.kv_blocks())?;
+        inputs.check(self.reference.program(), self.kv_blocks(), 0)?;
         let mut outputs = StepOutputs::default();
         for ops in self.groups.clone() {
             // Operations before the compared ones run on both backends, since kernels leave tables for later kernels.

@@ -301,7 +301,7 @@ fn same_rows(found: &Part, expected: &Expected) -> Part {
 impl Backend for Ranks {
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         // Checked first, since the inputs say which rows of the operands are read.
-        inputs.check(self.reference.program(), self.kv_blocks())?;
+        inputs.check(self.reference.program(), self.kv_blocks(), 0)?;
         let (known, outputs) = self.reference_step(inputs)?;
         for stage in 0..self.stages.len() {
             self.stage(stage, inputs, &known, &outputs)?;

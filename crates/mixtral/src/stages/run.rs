@@ -56,7 +56,7 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
         policy: args.scheduler_policy.into(),
         block_reuse: args.kv_cache_enable_block_reuse,
         host_blocks: job.host_blocks(),
-        max_prefill_tokens: None,
+        ..SessionOptions::default()
     };
     let mut session = job.session(&requests, session_options, tokenizer)?;
     let mut out = std::io::stdout().lock();
@@ -264,7 +264,8 @@ fn generate(
     let mut steps = Vec::new();
     while !session.is_idle() {
         let events = session.step()?;
-        steps.push(session.last_step());
+        // A step in which all sequences had ended already has none of the outputs' tokens.
+        steps.extend(Some(session.last_step()).filter(|step| step.prefill_tokens + step.decode_tokens > 0));
         for event in events {
             let index = width * (event.id.0 - first);
             for (output, answer) in outputs[index..][..width].iter_mut().zip(&event.beams) {

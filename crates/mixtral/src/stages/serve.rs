@@ -65,7 +65,7 @@ fn session_options(job: &Job<'_>) -> SessionOptions {
         policy: Policy::MaxUtilization,
         block_reuse: true,
         host_blocks: job.host_blocks(),
-        max_prefill_tokens: None,
+        ..SessionOptions::default()
     }
 }
 
