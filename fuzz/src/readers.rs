@@ -276,7 +276,7 @@ fn step(bytes: &[u8]) {
         // Written a second time, it must be the same.
         let block = step.pack();
         assert_eq!(StepInputs::unpack(&block).expect("what is written is read").pack(), block);
-        let _ = step.check(small_program(), 8);
+        let _ = step.check(small_program(), 8, 2);
     }
     if let Ok(outputs) = StepOutputs::unpack(bytes) {
         assert_eq!(outputs.pack(), bytes);
