@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/tile.cuh"
+#include "base/fp8.cuh"
 #include "base/math.cuh"
 #include "base/reduce.cuh"
 #include "base/step.cuh"
@@ -15,15 +16,19 @@ namespace attention {
 // tile.
 inline constexpr int DECODE_WARPS = 4, DECODE_THREADS = 128;
 
-template <typename Element, int COLS_, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_>
+// T is the type of queries, outputs and the tensor cores' operands; Stored is the cache's.
+template <typename Element, typename StoredElement, int COLS_, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_>
 struct Decode {
     using T = Element;
+    using Stored = StoredElement;
+    static constexpr bool FP8 = sizeof(Stored) == 1;
     static constexpr int COLS = COLS_, HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_, BLOCK_SIZE = BLOCK_SIZE_, WINDOW = WINDOW_;
     static constexpr int GROUP = HEADS / KV_HEADS;
     // A group is computed in PARTS parts of at most ROWS heads. HALVES counts a part's heads in eights, since a tensor
     // core's product has eight columns.
     static constexpr int PARTS = ceil_div(GROUP, 16), ROWS = GROUP < 16 ? GROUP : 16, HALVES = ceil_div(ROWS, 8);
     static constexpr int PER_ITEM = KV_HEADS * PARTS;
+    static constexpr int PIECES = D * sizeof(Stored) / 16;  // pieces of 16 bytes of a row of keys or values
     static constexpr int SPLIT_TILES = step::DECODE_SPLIT / TILE;
 
     // What the warps merge: maxima, totals and sums. The stride puts the four values of D and eight heads that a warp
@@ -62,26 +67,97 @@ struct DecodeWork {
     }
 };
 
-// Adds the values of a warp's 16 tokens, each token times the two parts of its probability. `masks` has the bits of the
-// tokens that count: first for the lane's two tokens of the first eight, then for its two of the other eight.
-template <typename T, typename Layout, bool MASKED, int STEPS, int HALVES>
-__device__ __forceinline__ void add_values(float (&o)[STEPS][HALVES][4], const u32 (&high)[HALVES][2], const u32 (&low)[HALVES][2],
-                                           u32 v_lane, const u32 (&masks)[2]) {
-#pragma unroll
-    for (int k = 0; k < STEPS; ++k) {
-        u32 a[4];
-        ptx::ldmatrix_x4_trans(a, Layout::step(v_lane, k));
-        if constexpr (MASKED) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) a[i] &= masks[i / 2];
-        }
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) {
-            ptx::mma<T>(o[k][half], a, high[half]);
-            ptx::mma<T>(o[k][half], a, low[half]);
+// How a lane's registers of queries, keys, values and sums map to elements of D, for each type of the cache. Matrices of
+// ldmatrix have rows of 16 bytes. A lane receives 4 bytes of a row: 2 elements of 16 bits, or 4 of e4m3. The contents of an
+// fp8 cache become the numbers of T that they stand for, in an order of D that saves moves. A sum over D does not depend
+// on that order as long as 16 elements stay together, and results are stored where they belong.
+template <typename C>
+struct Elements {
+    using T = typename C::T;
+
+    // A query's registers for 16 elements of D, for the lane's columns (the first and the other eight). Those of an fp8
+    // cache are columns 4 · (lane % 4) and up: 0 and 2, then 1 and 3.
+    static __device__ __forceinline__ void load_query(u32& low, u32& high, const T* from) {
+        const int part = threadIdx.x % 4;
+        if constexpr (C::FP8) {
+            const uint2 four = *reinterpret_cast<const uint2*>(from + part * 4);
+            low = __byte_perm(four.x, four.y, 0x5410);
+            high = __byte_perm(four.x, four.y, 0x7632);
+        } else {
+            low = *reinterpret_cast<const u32*>(from + part * 2);
+            high = *reinterpret_cast<const u32*>(from + part * 2 + 8);
         }
     }
-}
+
+    // Adds the products of queries and the 16 keys of a warp, eight in each s[n].
+    template <typename Layout, int STEPS>
+    static __device__ __forceinline__ void score(float (&s)[2][4], const u32 (&q)[STEPS][4], u32 k_lane) {
+        // Matrices: the first eight keys' pieces 2 · k and 2 · k + 1, then those of the other eight.
+#pragma unroll
+        for (int k = 0; k < C::PIECES / 2; ++k) {
+            u32 b[4];
+            ptx::ldmatrix_x4(b, Layout::step(k_lane, k));
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                if constexpr (C::FP8) {
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const fp8::Pairs pairs = fp8::alternate<T>(b[2 * n + i]);
+                        ptx::mma<T>(s[n], q[2 * k + i], {pairs.first, pairs.second});
+                    }
+                } else {
+                    ptx::mma<T>(s[n], q[k], {b[2 * n], b[2 * n + 1]});
+                }
+            }
+        }
+    }
+
+    // Adds the values of a warp's 16 tokens, each token times the two parts of its probability. `masks` has the bits of
+    // the tokens that count: first for the lane's two tokens of the first eight, then for its two of the other eight.
+    template <typename Layout, bool MASKED, int STEPS, int HALVES>
+    static __device__ __forceinline__ void add_values(float (&o)[STEPS][HALVES][4], const u32 (&high)[HALVES][2],
+                                                      const u32 (&low)[HALVES][2], u32 v_lane, const u32 (&masks)[2]) {
+        const auto add = [&](float(&sums)[HALVES][4], u32(&a)[4]) {
+            if constexpr (MASKED) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[i] &= masks[i / 2];
+            }
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                ptx::mma<T>(sums[half], a, high[half]);
+                ptx::mma<T>(sums[half], a, low[half]);
+            }
+        };
+        // Matrices, transposed: the first eight tokens' pieces 2 · k and 2 · k + 1, then those of the other eight.
+#pragma unroll
+        for (int k = 0; k < C::PIECES / 2; ++k) {
+            u32 a[4];
+            ptx::ldmatrix_x4_trans(a, Layout::step(v_lane, k));
+            if constexpr (C::FP8) {
+                // A register has elements 2 · (lane / 4) and up of two tokens: of each, bytes 0 and 1, or 2 and 3.
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const fp8::Pairs first = fp8::alternate<T>(a[i]), other = fp8::alternate<T>(a[2 + i]);
+                    u32 both[4] = {first.first, first.second, other.first, other.second};
+                    add(o[2 * k + i], both);
+                }
+            } else {
+                add(o[k], a);
+            }
+        }
+    }
+
+    // Stores a lane's two sums of step k, of one head.
+    static __device__ __forceinline__ void store(float* sums, int k, float first, float second) {
+        const int row = threadIdx.x % 32 / 4;
+        if constexpr (C::FP8) {
+            *reinterpret_cast<float2*>(sums + k * 16 + 2 * row) = make_float2(first, second);
+        } else {
+            sums[k * 16 + row] = first;
+            sums[k * 16 + 8 + row] = second;
+        }
+    }
+};
 
 // Computes the CTA's works. `tiles` gives each work's tiles in ascending order. All warps call `next()` to go on to a
 // tile. `keys()`, then `values()`, wait until these have arrived and return their place. `release()` ends a warp's
@@ -90,14 +166,15 @@ __device__ __forceinline__ void add_values(float (&o)[STEPS][HALVES][4], const u
 // after the wait.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
-                                       float scale, typename C::T* out, float* partials, int max_splits, u32* tickets) {
+                                       float scale, float value_scale, typename C::T* out, float* partials, int max_splits,
+                                       u32* tickets) {
     using T = typename C::T;
     using Layout = typename Tiles::Layout;
     constexpr int D = C::D, GROUP = C::GROUP, PARTS = C::PARTS, HALVES = C::HALVES, PER_ITEM = C::PER_ITEM, STEPS = D / 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = lane / 4, column = lane % 4 * 2;
-    // Where a lane finds its row of the four matrices of 8 tokens × 8 elements: two matrices of the first 8 tokens,
-    // then two of the others. (The shuffle makes the compiler keep the result; otherwise it would compute it again for
+    // Where a lane finds its row of the four matrices of 8 tokens × 16 bytes: two matrices of the first 8 tokens, then
+    // two of the others. (The shuffle makes the compiler keep the result; otherwise it would compute it again for
     // each tile.)
     const u32 own = __shfl_sync(ALL_LANES, Layout::at(warp * 16 + lane / 16 * 8 + lane % 8, lane / 8 % 2), lane);
     const auto sync = [] { ptx::sync_threads(1, DECODE_THREADS); };
@@ -107,15 +184,12 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
     const auto heads_of = [](int work) { return min(GROUP - work % PARTS * 16, 16); };
     const auto first_head_of = [](int work) { return work % PER_ITEM / PARTS * GROUP + work % PARTS * 16; };
     const auto load_queries = [&](int work, int seq) {
-        const T* queries = query + static_cast<i64>(seq) * C::COLS + static_cast<i64>(first_head_of(work)) * D + column;
+        const T* queries = query + static_cast<i64>(seq) * C::COLS + static_cast<i64>(first_head_of(work)) * D;
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             const T* from = queries + min(row + half * 8, heads_of(work) - 1) * D;
 #pragma unroll
-            for (int k = 0; k < STEPS; ++k) {
-                q[k][half] = *reinterpret_cast<const u32*>(from + k * 16);
-                q[k][half + 2] = *reinterpret_cast<const u32*>(from + k * 16 + 8);
-            }
+            for (int k = 0; k < STEPS; ++k) Elements<C>::load_query(q[k][half], q[k][half + 2], from + k * 16);
         }
     };
     int4 item = list.at(blockIdx.x), next_item = item;
@@ -146,14 +220,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             const bool edge = token < c.first || token + 16 > c.end;
 
             float s[2][4] = {};
-            const u32 k_lane = tiles.keys() + own;
-#pragma unroll
-            for (int k = 0; k < STEPS; ++k) {
-                u32 b[4];
-                ptx::ldmatrix_x4(b, Layout::step(k_lane, k));
-                ptx::mma<T>(s[0], q[k], {b[0], b[1]});
-                ptx::mma<T>(s[1], q[k], {b[2], b[3]});
-            }
+            Elements<C>::template score<Layout>(s, q, tiles.keys() + own);
             tiles.release();
             if (edge) {
 #pragma unroll
@@ -211,9 +278,9 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
                     masks[n] = (at >= c.first && at < c.end ? 0x0000ffffu : 0) |
                                (at + 1 >= c.first && at + 1 < c.end ? 0xffff0000u : 0);
                 }
-                add_values<T, Layout, true>(o, high, low, v_lane, masks);
+                Elements<C>::template add_values<Layout, true>(o, high, low, v_lane, masks);
             } else {
-                add_values<T, Layout, false>(o, high, low, v_lane, {});
+                Elements<C>::template add_values<Layout, false>(o, high, low, v_lane, {});
             }
             tiles.release();
         }
@@ -236,10 +303,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
                 const int to = half * 8 + column + i;
                 if (to >= heads) continue;
 #pragma unroll
-                for (int k = 0; k < STEPS; ++k) {
-                    merge.sums[warp][to][k * 16 + row] = o[k][half][i];
-                    merge.sums[warp][to][k * 16 + 8 + row] = o[k][half][2 + i];
-                }
+                for (int k = 0; k < STEPS; ++k) Elements<C>::store(merge.sums[warp][to], k, o[k][half][i], o[k][half][2 + i]);
             }
         }
         sync();
@@ -249,7 +313,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         };
         const auto store = [&](int head, int at, const float4& sum, float by) {
             *reinterpret_cast<uint2*>(out + (static_cast<i64>(c.seq) * C::HEADS + head) * D + at) =
-                make_uint2(pack<T>(sum.x / by, sum.y / by), pack<T>(sum.z / by, sum.w / by));
+                make_uint2(pack<T>(sum.x / by * value_scale, sum.y / by * value_scale),
+                           pack<T>(sum.z / by * value_scale, sum.w / by * value_scale));
         };
         const auto add = [](float4& sum, float by, const float4& x) {
             sum.x = __fmaf_rn(by, x.x, sum.x);

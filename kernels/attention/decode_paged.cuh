@@ -7,8 +7,8 @@
 // Numerics: scores in f32 by tensor cores; online softmax in base 2. The product with the values takes a probability as
 //   the sum of two 16-bit parts, with a relative error of 2^-16 (bf16) or 2^-21 (f16). Warps and splits merge in
 //   ascending order. Splits begin at multiples of 256 and tiles at multiples of 64, so a sequence's bits depend only on
-//   the sequence.
-// Requires: D a multiple of 16, 128 at most. Keys and values of earlier steps are read before the wait, since nothing
+//   the sequence. What an fp8 cache stores becomes T exactly; its scales are parts of `scale` and `value_scale`.
+// Requires: D a multiple of 16 (32 with an fp8 cache), 128 at most. Keys and values of earlier steps are read before the wait, since nothing
 //   in this step writes them.
 // Traffic: keys and values are read once for 16 heads of a group.
 // Measured: H200, 32 query heads over 8 KV heads of 128, with heads still the rows of both products: 8.5 µs with its
@@ -21,16 +21,16 @@
 
 namespace attention {
 
-template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
-struct DecodeCopies : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
-    using Base = Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
-    using Kv = Cache<T, KV_HEADS, D, BLOCK_SIZE>;
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
+struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
+    using Base = Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
+    using Kv = Cache<Stored, KV_HEADS, D, BLOCK_SIZE>;
     static constexpr int STAGE = 2 * Kv::BYTES;
     static constexpr int SHARED_BYTES = STAGES * STAGE + sizeof(typename Base::Merge);
 
     // Tiles that the warps copy themselves. All warps together copy each tile.
     struct Tiles {
-        using Layout = Rows<D>;
+        using Layout = Rows<D * sizeof(Stored)>;
         static constexpr bool ZEROED = true;
 
         const DecodeList<Base> list;
@@ -102,12 +102,13 @@ struct DecodeCopies : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
     };
 };
 
-template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
 __global__ void __launch_bounds__(DECODE_THREADS, HEADS / KV_HEADS > 8 ? 2 : 3)
     decode_paged(const step::Header* header, const int4* items, const i32* block_table, i32 table_width, const T* query,
-                 const T* keys, const T* values, float scale, T* out, float* partials, i32 max_splits, u32* tickets) {
+                 const Stored* keys, const Stored* values, float scale, float value_scale, T* out, float* partials, i32 max_splits,
+                 u32* tickets) {
     pdl::launch_dependents();
-    using C = DecodeCopies<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, STAGES>;
+    using C = DecodeCopies<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, STAGES>;
     using Base = typename C::Base;
     extern __shared__ __align__(128) unsigned char memory[];
     const DecodeList<Base> list = {items, header->num_decode_items * Base::PER_ITEM};
@@ -115,8 +116,8 @@ __global__ void __launch_bounds__(DECODE_THREADS, HEADS / KV_HEADS > 8 ? 2 : 3)
     // because a grid in which no CTA waits could end before its predecessors.)
     if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= list.num_works) return;
     typename C::Tiles tiles(list, {keys, values}, block_table, table_width, ptx::shared_address(memory));
-    attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(memory + STAGES * C::STAGE), list, query, scale, out, partials,
-                 max_splits, tickets);
+    attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(memory + STAGES * C::STAGE), list, query, scale, value_scale, out,
+                 partials, max_splits, tickets);
     ptx::cp_async_wait_group<0>();
 }
 

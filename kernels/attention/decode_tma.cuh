@@ -4,7 +4,7 @@
 //   (decode.cuh) and the same bits.
 // Grid: as decode_paged. A ring of SLOTS tiles of keys or values is loaded ahead, across work items.
 // Numerics: as decode_paged.
-// Requires: sm_90a; D of 64 or 128, blocks of a multiple of 64 tokens. Keys and values of earlier steps are read before
+// Requires: sm_90a; D of 64 or 128 (128 with an fp8 cache), blocks of a multiple of 64 tokens. Keys and values of earlier steps are read before
 //   the wait, since nothing in this step writes them.
 // Traffic: keys and values are read once for 16 heads of a group. Of a tile, only strips of 16 tokens with a visible
 //   token are read.
@@ -22,20 +22,21 @@
 
 namespace attention {
 
-template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int SLOTS_, int PER_SM_, int SHARED_>
-struct DecodeStream : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
-    using Base = Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int SLOTS_, int PER_SM_,
+          int SHARED_>
+struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
+    using Base = Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
     static constexpr int SLOTS = SLOTS_;    // tiles of keys or values in shared memory
     static constexpr int PER_SM = PER_SM_;  // CTAs of a multiprocessor
     static constexpr int THREADS = DECODE_THREADS + 32;
 
-    // A tile is ATOMS atoms of 64 rows of 128 bytes, one for each 64 elements of D. A strip is a warp's 16 rows of an
+    // A tile is ATOMS atoms of 64 rows of 128 bytes, one for each WIDTH elements of D. A strip is a warp's 16 rows of an
     // atom.
-    static constexpr int ATOMS = D / 64, ATOM = TILE * 128, STRIP = 16 * 128, SLOT = ATOMS * ATOM;
+    static constexpr int WIDTH = 128 / sizeof(Stored), ATOMS = D / WIDTH, ATOM = TILE * 128, STRIP = 16 * 128, SLOT = ATOMS * ATOM;
     static constexpr int MERGE_AT = SLOTS * SLOT, BARRIERS_AT = MERGE_AT + sizeof(typename Base::Merge);
     static constexpr int SHARED = BARRIERS_AT + SLOTS * 16 + 1024;  // 1024 to align
     static_assert(SHARED == SHARED_, "what the launch asks for");
-    static_assert((D == 64 || D == 128) && BLOCK_SIZE % TILE == 0, "whole boxes");
+    static_assert(D <= 128 && D % WIDTH == 0 && BLOCK_SIZE % TILE == 0, "whole boxes");
 
     // The layout that TMA's swizzle makes.
     struct Layout {
@@ -78,8 +79,8 @@ struct DecodeStream : Decode<T, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
     };
 };
 
-// The tensor maps of keys or of values: with boxes of a whole tile's rows of 64 elements, and with boxes of a strip's
-// 16 rows.
+// The tensor maps of keys or of values: with boxes of a whole tile's rows of 128 bytes, and with boxes of a strip's 16
+// rows.
 struct DecodeMaps {
     const TensorMap &tile, &strip;
 };
@@ -111,14 +112,14 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
         if (end - first == TILE / 16) {
 #pragma unroll
             for (int atom = 0; atom < C::ATOMS; ++atom) {
-                tma::load(to + atom * C::ATOM, maps.tile, ring.full(), POLICY, atom * 64, row);
+                tma::load(to + atom * C::ATOM, maps.tile, ring.full(), POLICY, atom * C::WIDTH, row);
             }
         } else {
 #pragma unroll 1
             for (int i = first; i < end; ++i) {
 #pragma unroll
                 for (int atom = 0; atom < C::ATOMS; ++atom) {
-                    tma::load(to + atom * C::ATOM + i * C::STRIP, maps.strip, ring.full(), POLICY, atom * 64, row + i * 16);
+                    tma::load(to + atom * C::ATOM + i * C::STRIP, maps.strip, ring.full(), POLICY, atom * C::WIDTH, row + i * 16);
                 }
             }
         }
@@ -157,13 +158,13 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
     }
 }
 
-// Maps: keys and values [blocks · KV_HEADS · BLOCK_SIZE][D], in boxes of 64 elements of 64 rows, and of 16 rows.
+// Maps: keys and values [blocks · KV_HEADS · BLOCK_SIZE][D], in boxes of WIDTH elements of 64 rows, and of 16 rows.
 template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     decode_tma(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap key_strips,
                const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap value_strips, const step::Header* header,
                const int4* items, const i32* block_table, i32 table_width, const typename C::T* query, float scale,
-               typename C::T* out, float* partials, i32 max_splits, u32* tickets) {
+               float value_scale, typename C::T* out, float* partials, i32 max_splits, u32* tickets) {
     pdl::launch_dependents();
     using Base = typename C::Base;
     extern __shared__ u8 dynamic_shared[];
@@ -187,8 +188,8 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     } else {
         pdl::wait();
         typename C::Tiles tiles{base, ring};
-        attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT), list, query, scale, out, partials,
-                     max_splits, tickets);
+        attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT), list, query, scale, value_scale, out,
+                     partials, max_splits, tickets);
     }
 }
 

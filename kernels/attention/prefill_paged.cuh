@@ -1,18 +1,21 @@
 // Op: attention of all sequences that are not decodes. CPU twin: kernels/attention.rs.
 // Regime: any chunk and context; 16-bit types.
 // Tile: 64 query tokens of PACK heads that share a KV head, computed by four warps of 16 · PACK rows. Keys and values
-//   come in tiles of 64 tokens, two of them in shared memory.
+//   come in tiles of 64 tokens, two of them in shared memory. Those of an fp8 cache take half of the room. All threads
+//   convert a tile into a third place before the warps compute with it: each of them would have to convert all of it.
 // Grid: persistent over (tile of queries, heads); the host lists the longest tiles first.
 // Numerics: scores in f32 by tensor cores. The online softmax in base 2 takes 32 tokens at a time, at multiples of 32,
 //   ascending, so a row's bits do not depend on the chunking. With EXACT, the product with the values takes a
 //   probability as the sum of two 16-bit parts. Without, it takes the probability rounded to T; the sum of
-//   probabilities is not rounded.
-// Requires: D a multiple of 16, 128 at most; rows of the query (COLS elements) of whole 16-byte pieces.
+//   probabilities is not rounded. What an fp8 cache stores becomes T exactly; its scales are parts of `scale` and
+//   `value_scale`.
+// Requires: D a multiple of 16 (32 with an fp8 cache), 128 at most; rows of the query (COLS elements) of whole 16-byte pieces.
 // Traffic: keys and values are read once for each tile of queries and PACK heads, all but the first time from L2.
 // Measured: H200, 8 × 2048 tokens, 32 query heads over 8 KV heads of 128: 232 TFLOP/s.
 #pragma once
 
 #include "attention/tile.cuh"
+#include "base/fp8.cuh"
 #include "base/math.cuh"
 #include "base/reduce.cuh"
 #include "base/step.cuh"
@@ -25,27 +28,47 @@ inline constexpr int PREFILL_THREADS = 128;
 // Scores of this many tokens of a tile are in registers at a time.
 inline constexpr int PART = 32;
 
-template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int PACK, bool EXACT>
+// Converts a thread's own pieces of a tile of an fp8 cache, which it has copied to `from` itself, to 16-bit elements.
+template <typename T, int D>
+__device__ __forceinline__ void widen_tile(unsigned char* to, const unsigned char* from) {
+    const Pieces<e4m3_t, D, PREFILL_THREADS> own;
+    own.template each<TILE>([&](int rows) {
+        const uint4 bytes = *reinterpret_cast<const uint4*>(from + own.at(rows));
+        const u32 words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const fp8::Pairs a = fp8::neighbours<T>(words[2 * i]), b = fp8::neighbours<T>(words[2 * i + 1]);
+            const int piece = own.column / VECTOR + i;
+            *reinterpret_cast<uint4*>(to + Rows<2 * D>::at(own.row + rows, piece)) = make_uint4(a.first, a.second, b.first, b.second);
+        }
+    });
+}
+
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int PACK, bool EXACT>
 __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     prefill_paged(const step::Header* header, const int2* items, const i32* cu_query_lens, const i32* seq_lens,
-                  const i32* block_table, i32 table_width, const T* query, const T* keys, const T* values,
-                  float scale, T* out) {
+                  const i32* block_table, i32 table_width, const T* query, const Stored* keys, const Stored* values,
+                  float scale, float value_scale, T* out) {
     pdl::launch_dependents();
     static_assert(step::PREFILL_TILE == 64 && (PACK == 1 || PACK == 2) && HEADS / KV_HEADS % PACK == 0, "rows of four warps");
-    using Kv = Cache<T, KV_HEADS, D, BLOCK_SIZE>;
+    using Kv = Cache<Stored, KV_HEADS, D, BLOCK_SIZE>;
+    using Rows = attention::Rows<2 * D>;
+    constexpr bool FP8 = sizeof(Stored) == 1;
     constexpr int STEPS = D / 16, PIECES = D / VECTOR, PER_ITEM = HEADS / PACK, STAGE = 2 * Kv::BYTES;
-    constexpr int QUERY_BYTES = PACK * step::PREFILL_TILE * Rows<D>::STRIDE;
+    constexpr int QUERY_BYTES = PACK * step::PREFILL_TILE * Rows::STRIDE;
+    // Keys, then values, of a tile of 16-bit elements; and where the ring begins.
+    constexpr int HALF_TILE = TILE * Rows::STRIDE, RING_AT = QUERY_BYTES + (FP8 ? 2 * HALF_TILE : 0);
     extern __shared__ __align__(128) unsigned char memory[];
     // These values lie here and not in registers, since the loop over tiles does not need them.
     __shared__ volatile struct {
         i32 seq, head, first_query;
     } place;
-    const u32 queries = ptx::shared_address(memory), ring = queries + QUERY_BYTES;
+    const u32 queries = ptx::shared_address(memory), ring = queries + RING_AT;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     // The warp's first row among the CTA's rows, and that row's token in the tile.
     const int first_row = warp * 16 * PACK, first_token = first_row % step::PREFILL_TILE;
     const int num_works = header->num_prefill_items * PER_ITEM;
-    const u32 q_lane = queries + Rows<D>::at(first_row + lane % 16, lane / 16);
+    const u32 q_lane = queries + Rows::at(first_row + lane % 16, lane / 16);
     const Kv cache = {keys, values};
     pdl::wait();
 
@@ -71,12 +94,12 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
             ptx::cp_async_commit();
         };
 
-        const Pieces<D, PREFILL_THREADS> own;
+        const Pieces<T, D, PREFILL_THREADS> own;
         const T* own_queries = query + static_cast<i64>(place.first_query + own.row) * COLS + place.head * D + own.column;
 #pragma unroll
         for (int m = 0; m < PACK; ++m) {
             own.template each<step::PREFILL_TILE>([&](int rows) {
-                const u32 to = queries + m * step::PREFILL_TILE * Rows<D>::STRIDE + own.at(rows);
+                const u32 to = queries + m * step::PREFILL_TILE * Rows::STRIDE + own.at(rows);
                 ptx::cp_async_16(to, own_queries + static_cast<i64>(rows) * COLS + m * D, own.row + rows < end - position);
             });
         }
@@ -91,6 +114,14 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
             ptx::cp_async_wait_group<0>();
             __syncthreads();
             if (tile * TILE + TILE < end) load(tile + 1);
+            u32 keys_at = ring + tile % 2 * STAGE;
+            if constexpr (FP8) {
+                const unsigned char* from = memory + RING_AT + tile % 2 * STAGE;
+                widen_tile<T, D>(memory + QUERY_BYTES, from);
+                widen_tile<T, D>(memory + QUERY_BYTES + HALF_TILE, from + Kv::BYTES);
+                keys_at = queries + QUERY_BYTES;
+                __syncthreads();
+            }
             // Positions of the warp's first and last row.
             const int lowest = position + first_token, highest = lowest + 16 * PACK - 1;
 #pragma unroll 1
@@ -98,9 +129,9 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                 const int first = tile * TILE + part;
                 // Tokens that no row of the warp sees change nothing, so they are skipped.
                 if (first > highest || first + PART <= first_visible<WINDOW>(lowest)) continue;
-                const u32 shared = ring + tile % 2 * STAGE + part * Rows<D>::STRIDE;
-                const u32 k_lane = shared + Rows<D>::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-                const u32 v_lane = shared + Kv::BYTES + Rows<D>::at(lane % 16, lane / 16);
+                const u32 shared = keys_at + part * Rows::STRIDE;
+                const u32 k_lane = shared + Rows::at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+                const u32 v_lane = shared + HALF_TILE + Rows::at(lane % 16, lane / 16);
 
                 float s[PACK][PART / 8][4] = {};
 #pragma unroll
@@ -108,12 +139,12 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                     u32 q[PACK][4];
 #pragma unroll
                     for (int m = 0; m < PACK; ++m) {
-                        ptx::ldmatrix_x4(q[m], Rows<D>::step(q_lane, k) + m * 16 * Rows<D>::STRIDE);
+                        ptx::ldmatrix_x4(q[m], Rows::step(q_lane, k) + m * 16 * Rows::STRIDE);
                     }
 #pragma unroll
                     for (int n = 0; n < PART / 8; n += 2) {
                         u32 b[4];
-                        ptx::ldmatrix_x4(b, Rows<D>::step(k_lane, k) + n * 8 * Rows<D>::STRIDE);
+                        ptx::ldmatrix_x4(b, Rows::step(k_lane, k) + n * 8 * Rows::STRIDE);
 #pragma unroll
                         for (int m = 0; m < PACK; ++m) {
                             ptx::mma<T>(s[m][n], q[m], {b[0], b[1]});
@@ -184,7 +215,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
 #pragma unroll
                     for (int n = 0; n < STEPS; ++n) {
                         u32 b[4];
-                        ptx::ldmatrix_x4_trans(b, Rows<D>::step(v_lane, n) + k * 16 * Rows<D>::STRIDE);
+                        ptx::ldmatrix_x4_trans(b, Rows::step(v_lane, n) + k * 16 * Rows::STRIDE);
 #pragma unroll
                         for (int m = 0; m < PACK; ++m) {
                             const u32(&p)[PART / 8][2] = high[m];
@@ -212,11 +243,11 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                 float sum = total[m][half];
                 sum += __shfl_xor_sync(ALL_LANES, sum, 1);
                 sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-                const float by = 1.0f / sum;
+                const float by = value_scale / sum;
                 const int row = first_row + m * 16 + lane / 4 + half * 8;
 #pragma unroll
                 for (int n = 0; n < 2 * STEPS; ++n) {
-                    *reinterpret_cast<u32*>(memory + Rows<D>::at(row, n) + lane % 4 * 4) =
+                    *reinterpret_cast<u32*>(memory + Rows::at(row, n) + lane % 4 * 4) =
                         pack<T>(o[m][n][2 * half] * by, o[m][n][2 * half + 1] * by);
                 }
             }
@@ -226,7 +257,7 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
             const int row = first_row + i / PIECES, piece = i % PIECES, token = row % step::PREFILL_TILE;
             if (token >= end - position) continue;
             T* to = out + static_cast<i64>(place.first_query + token) * (HEADS * D) + (place.head + row / step::PREFILL_TILE) * D + piece * VECTOR;
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(memory + Rows<D>::at(row, piece));
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(memory + Rows::at(row, piece));
         }
     }
 }

@@ -267,11 +267,11 @@ __device__ __forceinline__ void clear_past(u8* value_tile, int count, int barrie
     ptx::sync_threads(barrier, 128);
 }
 
-// Divides the sums by their totals and stores them to `out`. The way leads through the shared memory of the warpgroup's
+// Divides the sums by their totals, multiplies them by the scale of values, and stores them to `out`. The way leads through the shared memory of the warpgroup's
 // queries, which are no longer needed.
 template <typename C>
 __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, int head, const float (&o)[C::D / 2], const Seen& seen,
-                                       typename C::T* out) {
+                                       float value_scale, typename C::T* out) {
     using T = typename C::T;
     const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
     const auto place = [&](int row, int piece) {
@@ -282,7 +282,7 @@ __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, 
         float sum = seen.total[half];
         sum += __shfl_xor_sync(ALL_LANES, sum, 1);
         sum += __shfl_xor_sync(ALL_LANES, sum, 2);
-        const float by = 1.0f / sum;
+        const float by = value_scale / sum;
 #pragma unroll
         for (int n = 0; n < C::D / 8; n++) {
             *reinterpret_cast<u32*>(place(first_row + lane / 4 + half * 8, n) + lane % 4 * 4) =
@@ -302,7 +302,8 @@ __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, 
 
 // A consumer: one warpgroup.
 template <typename C, typename WorkAt>
-__device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_works, WorkAt work_at, float scale, typename C::T* out) {
+__device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_works, WorkAt work_at, float scale, float value_scale,
+                                        typename C::T* out) {
     // (Taken from lane 0, so that the compiler knows it to be uniform, as descriptors have to be.)
     const int warpgroup = C::WARPGROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0), barrier = 1 + warpgroup;
     // While one of two warpgroups multiplies, the other computes probabilities. Each gives the turn to the other once
@@ -373,7 +374,7 @@ __device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_work
         rings.values.release();
         // No warp's products read the queries any more.
         ptx::sync_threads(barrier, 128);
-        finish<C>(queries, work, work.head + warpgroup, o, seen, out);
+        finish<C>(queries, work, work.head + warpgroup, o, seen, value_scale, out);
         tma::fence_shared();
         __syncwarp();
         rings.queries.release();
@@ -387,7 +388,7 @@ template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     prefill_wgmma(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
                   const __grid_constant__ TensorMap value, const step::Header* header, const int2* items, const i32* cu_query_lens,
-                  const i32* seq_lens, const i32* block_table, i32 table_width, float scale, typename C::T* out) {
+                  const i32* seq_lens, const i32* block_table, i32 table_width, float scale, float value_scale, typename C::T* out) {
     pdl::launch_dependents();
     extern __shared__ u8 dynamic_shared[];
     u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
@@ -414,7 +415,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     } else {
         if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::CONSUMER_REGISTERS));
         pdl::wait();
-        consume<C>(rings, shared, num_works, work_at, scale, out);
+        consume<C>(rings, shared, num_works, work_at, scale, value_scale, out);
     }
 }
 

@@ -2,7 +2,7 @@
 // Regime: any number of tokens.
 // Tile: a token.
 // Grid: one CTA for each token; `angles`: one thread for each token and frequency.
-// Numerics: the contract's, to the bit, except that sine and cosine in f64 may differ from the CPU's by a unit in the
+// Numerics: the contract's, to the bit (also of an fp8 cache), except that sine and cosine in f64 may differ from the CPU's by a unit in the
 //   last place of f64. That changes the rounded f32 only rarely.
 // Requires: 2^20 positions at most.
 // Traffic: each row read and written once; the table is 4 · head_dim bytes a token, shared by the layers of a step.
@@ -97,6 +97,39 @@ __device__ __forceinline__ i64 cache_offset(i32 slot, int head) {
     return ((static_cast<i64>(slot / BLOCK_SIZE) * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
 }
 
+// Stores the first n of eight numbers of type T in the cache: as they are, or e4m3(x / scale) in an fp8 cache.
+template <typename T, bool ALIGNED, typename Stored>
+__device__ __forceinline__ void keep(Stored* to, float (&x)[VECTOR], float scale, int n) {
+    if constexpr (sizeof(Stored) == 1) {
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) x[i] = __fdiv_rn(rounded<T>(x[i]), scale);
+    }
+    store<ALIGNED>(to, x, n);
+}
+
+// The same for numbers that lie in memory, as they are in a plain cache.
+template <typename T, bool ALIGNED, typename Stored>
+__device__ __forceinline__ void keep_copy(Stored* to, const T* from, float scale, int n) {
+    if constexpr (sizeof(Stored) == 1) {
+        float x[VECTOR];
+        load<ALIGNED>(x, from, n);
+        keep<T, ALIGNED>(to, x, scale, n);
+    } else {
+        copy<ALIGNED>(to, from, n);
+    }
+}
+
+// Rotates the first n of eight pairs at `from`, whose second elements lie HALF behind, and stores them to `to`.
+template <int HALF, bool ALIGNED, typename Stored, typename T>
+__device__ __forceinline__ void rotate_to(Stored* to, const T* from, const float2* angles, int n, float scale) {
+    float x[VECTOR], y[VECTOR];
+    load<ALIGNED>(x, from, n);
+    load<ALIGNED>(y, from + HALF, n);
+    rotate<ALIGNED>(x, y, angles, n);
+    keep<T, ALIGNED>(to, x, scale, n);
+    keep<T, ALIGNED>(to + HALF, y, scale, n);
+}
+
 // Rotates the first NUM_HEADS heads of rows of COLS, in place.
 template <typename T, int COLS, int NUM_HEADS, int HEAD_DIM, int THREADS>
 __global__ void __launch_bounds__(THREADS) rope(const step::Header* header, const float2* table, T* data) {
@@ -110,19 +143,16 @@ __global__ void __launch_bounds__(THREADS) rope(const step::Header* header, cons
     for (int index = threadIdx.x; index < NUM_HEADS * PER_HEAD; index += THREADS) {
         const int i = index % PER_HEAD * VECTOR, n = HALF - i;
         T* at = data + token * COLS + index / PER_HEAD * HEAD_DIM + i;
-        float x[VECTOR], y[VECTOR];
-        load<ALIGNED>(x, at, n);
-        load<ALIGNED>(y, at + HALF, n);
-        rotate<ALIGNED>(x, y, table + token * HALF + i, n);
-        store<ALIGNED>(at, x, n);
-        store<ALIGNED>(at + HALF, y, n);
+        rotate_to<HALF, ALIGNED>(at, at, table + token * HALF + i, n, 1.0f);
     }
 }
 
-// keys[slot[t]] = key[t], values likewise; a slot of −1 writes nothing.
-template <typename T, int NUM_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
+// keys[slot[t]] = key[t], values likewise; a slot of −1 writes nothing. T is the model's type, Stored the cache's. Only an
+// fp8 cache has scales.
+template <typename T, typename Stored, int NUM_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
 __global__ void __launch_bounds__(THREADS)
-    write_kv(const step::Header* header, const i32* slots, const T* key, const T* value, T* keys, T* values) {
+    write_kv(const step::Header* header, const i32* slots, const T* key, const T* value, float key_scale, float value_scale,
+             Stored* keys, Stored* values) {
     pdl::launch_dependents();
     const i64 token = blockIdx.x;
     const bool idle = token >= header->num_tokens;
@@ -135,15 +165,16 @@ __global__ void __launch_bounds__(THREADS)
         const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR;
         const i64 to = cache_offset<NUM_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head) + i;
         const i64 from = (token * NUM_HEADS + head) * HEAD_DIM + i;
-        copy<whole_vectors(HEAD_DIM)>(keys + to, key + from, HEAD_DIM - i);
-        copy<whole_vectors(HEAD_DIM)>(values + to, value + from, HEAD_DIM - i);
+        keep_copy<T, whole_vectors(HEAD_DIM)>(keys + to, key + from, key_scale, HEAD_DIM - i);
+        keep_copy<T, whole_vectors(HEAD_DIM)>(values + to, value + from, value_scale, HEAD_DIM - i);
     }
 }
 
 // Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache.
-template <typename T, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
+template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
 __global__ void __launch_bounds__(THREADS)
-    rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, T* keys, T* values) {
+    rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, float key_scale, float value_scale,
+                  Stored* keys, Stored* values) {
     pdl::launch_dependents();
     const i64 token = blockIdx.x;
     const bool idle = token >= header->num_tokens;
@@ -157,22 +188,16 @@ __global__ void __launch_bounds__(THREADS)
     for (int index = threadIdx.x; index < ALL; index += THREADS) {
         const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR, n = HALF - i;
         T* at = row + head * HEAD_DIM + i;
-        if (head < NUM_HEADS + KV_HEADS) {
-            T* to = at;
-            if (head >= NUM_HEADS) {
-                if (slot < 0) continue;
-                to = keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS) + i;
-            }
-            float x[VECTOR], y[VECTOR];
-            load<ALIGNED>(x, at, n);
-            load<ALIGNED>(y, at + HALF, n);
-            rotate<ALIGNED>(x, y, table + token * HALF + i, n);
-            store<ALIGNED>(to, x, n);
-            store<ALIGNED>(to + HALF, y, n);
+        const float2* angles = table + token * HALF + i;
+        if (head < NUM_HEADS) {
+            rotate_to<HALF, ALIGNED>(at, at, angles, n, 1.0f);
+        } else if (slot >= 0 && head < NUM_HEADS + KV_HEADS) {
+            Stored* to = keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS) + i;
+            rotate_to<HALF, ALIGNED>(to, at, angles, n, key_scale);
         } else if (slot >= 0) {
-            T* to = values + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS - KV_HEADS) + i;
-            copy<ALIGNED>(to, at, n);
-            copy<ALIGNED>(to + HALF, at + HALF, n);
+            Stored* to = values + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS - KV_HEADS) + i;
+            keep_copy<T, ALIGNED>(to, at, value_scale, n);
+            keep_copy<T, ALIGNED>(to + HALF, at + HALF, value_scale, n);
         }
     }
 }

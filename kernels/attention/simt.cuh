@@ -19,11 +19,11 @@ namespace attention {
 
 inline constexpr int SIMT_THREADS = 128;
 
-template <typename T, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>
 // Without the minimum of one CTA, ptxas spills on sm_80 to fit a few more CTAs.
 __global__ void __launch_bounds__(SIMT_THREADS, 1)
     simt(const step::Header* header, const i32* positions, const i32* cu_query_lens, const i32* block_table, i32 table_width,
-         const T* query, const T* keys, const T* values, float scale, T* out) {
+         const T* query, const Stored* keys, const Stored* values, float scale, float value_scale, T* out) {
     pdl::launch_dependents();
     constexpr int WARPS = SIMT_THREADS / 32, OWN = ceil_div(D, 32);
     __shared__ float q[D], sums[WARPS][D], maxima[WARPS], totals[WARPS];
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
         for (u32 left = seen; left != 0; left &= left - 1) {
             const int from = __ffs(left) - 1;
             const float by = __shfl_sync(ALL_LANES, p, from);
-            const T* value = values + __shfl_sync(ALL_LANES, vector, from);
+            const Stored* value = values + __shfl_sync(ALL_LANES, vector, from);
 #pragma unroll
             for (int n = 0; n < OWN; ++n) {
                 const int i = n * 32 + lane;
@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
             sum = __fmaf_rn(factor, sums[w][i], sum);
             by = __fmaf_rn(factor, totals[w], by);
         }
-        out[token * (HEADS * D) + head * D + i] = from_float<T>(sum / by);
+        out[token * (HEADS * D) + head * D + i] = from_float<T>(sum / by * value_scale);
     }
 }
 

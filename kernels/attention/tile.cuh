@@ -10,15 +10,15 @@ namespace attention {
 // Tokens of a tile.
 inline constexpr int TILE = 64;
 
-// Rows of D 16-bit elements in shared memory. The 8 rows of a matrix of ldmatrix lie in different banks: rows of a
-// multiple of 128 bytes exchange their 16-byte pieces, other rows have a piece of padding.
-template <int D>
+// Rows of BYTES bytes in shared memory. The 8 rows of a matrix of ldmatrix lie in different banks: rows of a multiple of
+// 128 bytes exchange their 16-byte pieces, other rows have a piece of padding.
+template <int BYTES>
 struct Rows {
-    static_assert(D % 16 == 0, "whole k-steps");
-    static constexpr bool EXCHANGE = D % 64 == 0;
-    static constexpr int STRIDE = EXCHANGE ? 2 * D : 2 * D + 16;
+    static_assert(BYTES % 32 == 0, "pairs of pieces");
+    static constexpr bool EXCHANGE = BYTES % 128 == 0;
+    static constexpr int STRIDE = EXCHANGE ? BYTES : BYTES + 16;
 
-    // Bytes from the first row to piece `piece` (8 elements) of a row.
+    // Bytes from the first row to piece `piece` (16 bytes) of a row.
     static __device__ __forceinline__ u32 at(int row, int piece) {
         return row * STRIDE + (EXCHANGE ? piece ^ (row & 7) : piece) * 16;
     }
@@ -30,10 +30,12 @@ struct Rows {
     }
 };
 
-// How THREADS threads share rows of D elements, 16 bytes at a time. A thread takes the same piece of every STEP-th row.
-template <int D, int THREADS>
+// How THREADS threads share rows of D elements of T, a piece of 16 bytes at a time. A thread takes the same piece of every
+// STEP-th row.
+template <typename T, int D, int THREADS>
 struct Pieces {
-    static constexpr int PIECES = D / VECTOR, STEP = THREADS / PIECES;
+    using Rows = attention::Rows<D * sizeof(T)>;
+    static constexpr int PER = 16 / sizeof(T), PIECES = D / PER, STEP = THREADS / PIECES;
     static constexpr bool ALL = THREADS % PIECES == 0;
 
     // The thread's first row, its column, and where that piece lies in shared memory.
@@ -43,14 +45,14 @@ struct Pieces {
     __device__ __forceinline__ Pieces() {
         const int thread = ptx::thread_anew();
         row = thread / PIECES;
-        column = thread % PIECES * VECTOR;
-        first = Rows<D>::at(row, thread % PIECES);
+        column = thread % PIECES * PER;
+        first = Rows::at(row, thread % PIECES);
     }
 
     // Where the thread's piece lies in shared memory, of the row `rows` behind its first.
     __device__ __forceinline__ u32 at(int rows) const {
-        constexpr bool LINEAR = !Rows<D>::EXCHANGE || STEP % 8 == 0;
-        return LINEAR ? first + rows * Rows<D>::STRIDE : Rows<D>::at(row + rows, column / VECTOR);
+        constexpr bool LINEAR = !Rows::EXCHANGE || STEP % 8 == 0;
+        return LINEAR ? first + rows * Rows::STRIDE : Rows::at(row + rows, column / PER);
     }
 
     // Calls f for each of the thread's rows among COUNT, UNROLL of them side by side. f gets how far the row is behind
@@ -66,12 +68,12 @@ struct Pieces {
 };
 
 // The cache of a layer, keys or values [blocks, KV_HEADS, BLOCK_SIZE, D], as one sequence's KV head sees it.
-template <typename T, int KV_HEADS, int D, int BLOCK_SIZE>
+template <typename Stored, int KV_HEADS, int D, int BLOCK_SIZE>
 struct Cache {
-    static constexpr int BYTES = TILE * Rows<D>::STRIDE;
+    static constexpr int BYTES = TILE * Rows<D * sizeof(Stored)>::STRIDE;
 
-    const T* keys;
-    const T* values;
+    const Stored* keys;
+    const Stored* values;
 
     // Whether each tile lies in one block, so that it needs only one entry of the table.
     static constexpr bool ONE_BLOCK = BLOCK_SIZE % TILE == 0;
@@ -85,7 +87,7 @@ struct Cache {
     // Tokens outside [first, end) become zeros in shared memory; their memory and table entries are not read.
     template <int THREADS>
     __device__ __forceinline__ void load(u32 shared, const i32* blocks, i32 block, int head, int tile, int first, int end) const {
-        const Pieces<D, THREADS> own;
+        const Pieces<Stored, D, THREADS> own;
         const int token = tile * TILE + own.row;
         i64 offset = 0;
         if constexpr (ONE_BLOCK) {

@@ -76,6 +76,24 @@ __device__ __forceinline__ u32 pack<bf16_t>(float low, float high) {
     return r;
 }
 
+// Two elements: a · b + c, rounded once.
+template <typename T>
+__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c);
+
+template <>
+__device__ __forceinline__ u32 multiply_add<f16_t>(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+template <>
+__device__ __forceinline__ u32 multiply_add<bf16_t>(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 // The two elements of a register.
 template <typename T>
 __device__ __forceinline__ float low_of(u32 pair) {

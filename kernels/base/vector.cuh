@@ -1,6 +1,8 @@
-// Loads and stores eight consecutive elements as f32: by one 16-byte access for 16-bit types, two for f32.
+// Loads and stores eight consecutive elements as f32: by one 16-byte access for 16-bit types, two for f32, and one of 8
+// bytes for e4m3.
 #pragma once
 
+#include "base/fp8.cuh"
 #include "base/types.cuh"
 
 inline constexpr int VECTOR = 8;
@@ -27,6 +29,10 @@ __device__ __forceinline__ void load_aligned(float (&x)[VECTOR], const T* from) 
         const float4 b = reinterpret_cast<const float4*>(from)[1];
         x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w;
         x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+    } else if constexpr (sizeof(T) == 1) {
+        const uint2 words = *reinterpret_cast<const uint2*>(from);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) x[i] = to_float(T{static_cast<u8>((i < 4 ? words.x : words.y) >> i % 4 * 8)});
     } else {
         unpack<T>(x, *reinterpret_cast<const uint4*>(from));
     }
@@ -37,13 +43,19 @@ __device__ __forceinline__ void store_aligned(T* to, const float (&x)[VECTOR]) {
     if constexpr (sizeof(T) == 4) {
         reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
         reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+    } else if constexpr (sizeof(T) == 1) {
+        u32 words[2] = {};
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) words[i / 4] |= static_cast<u32>(from_float<T>(x[i]).bits) << i % 4 * 8;
+        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
     } else {
         *reinterpret_cast<uint4*>(to) =
             make_uint4(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7]));
     }
 }
 
-// Loads the first n of eight elements, and zeros for the rest. With ALIGNED, `from` is a multiple of 16 bytes.
+// Loads the first n of eight elements, and zeros for the rest. With ALIGNED, `from` is a multiple of 16 bytes, or of
+// eight elements that are shorter.
 template <bool ALIGNED, typename T>
 __device__ __forceinline__ void load(float (&x)[VECTOR], const T* from, int n) {
     if (ALIGNED && n >= VECTOR) return load_aligned(x, from);

@@ -29,24 +29,6 @@
 
 namespace weight {
 
-// Two elements: a · b + c, rounded once.
-template <typename T>
-__device__ __forceinline__ u32 multiply_add(u32 a, u32 b, u32 c);
-
-template <>
-__device__ __forceinline__ u32 multiply_add<f16_t>(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
-template <>
-__device__ __forceinline__ u32 multiply_add<bf16_t>(u32 a, u32 b, u32 c) {
-    u32 d;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-    return d;
-}
-
 // Constants of the conversion to T, each in both halves of a register: the factor of integers in bits 0 and up, of
 // integers in bits 4 and up, and the negative factor; and 8 and 128 as they are subtracted.
 template <typename T>

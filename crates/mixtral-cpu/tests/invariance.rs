@@ -3,7 +3,7 @@
 
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{Backend as _, Inspect as _, KvScale, Program, StepInputs, Weights};
-use mixtral_model::{CacheFormat, DType, TokenId, WeightFormat};
+use mixtral_model::{DType, TokenId, WeightFormat};
 use mixtral_testkit::batch::{self, PagedTokens, Part};
 use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::poison::poison;
@@ -20,8 +20,7 @@ fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> C
 fn load_fp8(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
     let mut program = decoder::program(geometry, fused);
     decoder::quantize(&mut program, WeightFormat::Fp8);
-    program.kv.format = CacheFormat::Fp8;
-    program.kv_scales = vec![KvScale { key: 0.02, value: 0.01 }; geometry.num_layers];
+    decoder::cache_in_fp8(&mut program, KvScale { key: 0.02, value: 0.01 });
     load_program(geometry, program, threads, isa)
 }
 

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mixtral_engine::KvScale;
 use mixtral_kernels::{
     Arg, ExchangeArg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work,
 };
@@ -28,6 +29,8 @@ pub(crate) struct Addresses {
     pub(crate) weights: Vec<u64>,
     /// Of each layer's keys and values.
     pub(crate) cache: Vec<[u64; 2]>,
+    /// The scales of each layer's keys and values in an fp8 cache.
+    pub(crate) kv_scales: Vec<KvScale>,
     /// How many rows of `head_dim` elements a layer's keys have, and its values.
     pub(crate) cache_rows: u64,
     /// Of the step block.
@@ -59,6 +62,8 @@ impl Addresses {
             Arg::I32(value) => u64::from(value.cast_unsigned()),
             Arg::U64(value) => *value,
             Arg::F32(value) => u64::from(value.to_bits()),
+            Arg::KeyScale { layer, times } => u64::from((times * self.kv_scales.get(*layer)?.key).to_bits()),
+            Arg::ValueScale(layer) => u64::from(self.kv_scales.get(*layer)?.value.to_bits()),
             Arg::Staged(offset) => self.staging + *offset as u64,
             Arg::TensorMap(_) | Arg::Piece(_) | Arg::Pack(_) | Arg::Probe(_) => return None,
         })
@@ -488,6 +493,7 @@ mod tests {
             buffers: vec![0x1000, 0x2000],
             weights: vec![0x10_0000],
             cache: vec![[0x20_0000, 0x30_0000]],
+            kv_scales: vec![KvScale { key: 0.5, value: 2.0 }],
             cache_rows: 96,
             step: 0x40_0000,
             block,
@@ -511,6 +517,9 @@ mod tests {
         assert_eq!(uncounted.word(&Arg::ExpertCounts(2)), Some(0));
         assert_eq!(word(Arg::I32(-2)), Some(0xffff_fffe));
         assert_eq!(word(Arg::F32(1.0)), Some(0x3f80_0000));
+        assert_eq!(word(Arg::KeyScale { layer: 0, times: 2.0 }), Some(0x3f80_0000));
+        assert_eq!(word(Arg::ValueScale(0)), Some(0x4000_0000));
+        assert_eq!(word(Arg::ValueScale(1)), None);
         assert_eq!(word(Arg::U64(u64::MAX)), Some(u64::MAX));
         assert!(addresses.param("k", &Arg::Buffer(9)).unwrap_err().to_string().contains("Buffer(9)"));
         // Maps of the cache end where the cache ends. Other maps stay as they are.

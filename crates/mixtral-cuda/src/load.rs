@@ -193,7 +193,7 @@ impl<'a> Loading<'a> {
 /// Bytes of a layer's keys, which are also the bytes of its values.
 pub(crate) fn half_layer(program: &Program, kv_blocks: usize) -> usize {
     let kv = program.kv;
-    kv_blocks * kv.num_kv_heads * program.limits.block_size * kv.head_dim * kv.dtype.size()
+    kv_blocks * kv.num_kv_heads * program.limits.block_size * kv.head_dim * kv.elem().size()
 }
 
 /// What is allocated on the device.
@@ -250,7 +250,8 @@ impl Memory {
             cache: (0..program.kv.num_layers)
                 .map(|layer| [at(&self.cache, 2 * layer * half), at(&self.cache, (2 * layer + 1) * half)])
                 .collect(),
-            cache_rows: (half / (program.kv.head_dim * program.kv.dtype.size()).max(1)) as u64,
+            kv_scales: program.kv_scales.clone(),
+            cache_rows: (half / (program.kv.head_dim * program.kv.elem().size()).max(1)) as u64,
             step: self.step.address(),
             block: block.clone(),
             scratch: self.scratch.address(),

@@ -44,6 +44,15 @@ pub enum Arg {
     U64(u64),
     /// A 32-bit float.
     F32(f32),
+    /// f32: the scale of a layer's keys, times a number. Only programs with an fp8 cache have scales.
+    KeyScale {
+        /// The layer.
+        layer: usize,
+        /// The number.
+        times: f32,
+    },
+    /// f32: the scale of a layer's values.
+    ValueScale(usize),
     /// A `const __grid_constant__ TensorMap`, encoded when the program is loaded.
     TensorMap(TensorMap),
     /// A value of the piece of a dummy weight that the launch fills. The schedule has one such launch for each data
@@ -63,7 +72,7 @@ impl Arg {
     #[must_use]
     pub fn size(&self) -> usize {
         match self {
-            Arg::I32(_) | Arg::F32(_) | Arg::Ordinal(_) => 4,
+            Arg::I32(_) | Arg::F32(_) | Arg::KeyScale { .. } | Arg::ValueScale(_) | Arg::Ordinal(_) => 4,
             Arg::Piece(PieceArg::Scale | PieceArg::Bias) | Arg::Pack(PackArg::Expert) => 4,
             Arg::TensorMap(_) => 128,
             _ => 8,

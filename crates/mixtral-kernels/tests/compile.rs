@@ -8,7 +8,7 @@ use mixtral_kernels::{
     Arch, Cache, Code, CompileError, Compiler, Defect, Family, Kernel, Nvrtc, Schedule, Search, Sources, Target,
     compile_all,
 };
-use mixtral_model::{DType, ElemType};
+use mixtral_model::{CacheFormat, DType, ElemType};
 use mixtral_testkit::assembly::Assembly;
 
 /// Three small kernels written like the real ones: a good one, one that spills, and one whose wgmma is serialised.
@@ -192,12 +192,26 @@ fn one_bad_kernel_fails_the_batch_by_name() {
 
 /// The attention kernel of this name for groups of `group` heads.
 fn attention(name: &str, dtype: DType, head_dim: usize, group: usize, window: Option<usize>, family: Family) -> Kernel {
+    attention_over(CacheFormat::Plain, name, dtype, head_dim, group, window, family)
+}
+
+/// The same over a cache of this format.
+fn attention_over(
+    format: CacheFormat,
+    name: &str,
+    dtype: DType,
+    head_dim: usize,
+    group: usize,
+    window: Option<usize>,
+    family: Family,
+) -> Kernel {
     let (mut a, kv_heads) = (Assembly::new(dtype), 2);
     let heads = kv_heads * group;
     (a.program.kv.num_kv_heads, a.program.kv.head_dim, a.program.limits.block_size) = (kv_heads, head_dim, 64);
     let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * head_dim);
     let out = a.activation("out", Rows::Tokens, heads * head_dim);
     a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
+    a.program.kv.format = format;
     let schedule = Schedule::new(&a.program, Target { family }).expect("kernels");
     let kernel = schedule.kernels().into_iter().find(|kernel| kernel.symbol.contains(&format!("::{name}<"))).cloned();
     kernel.expect("attention")
@@ -296,6 +310,23 @@ fn decode_attention_spills_nothing() {
             work.extend([(portable.clone(), SM_80), (portable, SM_90A)]);
         }
     }
+    assert_clean(&work);
+}
+
+#[test]
+fn attention_over_an_fp8_cache_spills_nothing() {
+    let of = |name, dtype, head_dim, group, window, family| {
+        attention_over(CacheFormat::Fp8, name, dtype, head_dim, group, window, family)
+    };
+    let mut work = Vec::new();
+    for (dtype, group, window) in [(DType::Bf16, 4, None), (DType::F16, 6, Some(4096))] {
+        work.push((of("decode_tma", dtype, 128, group, window, Family::Hopper), SM_90A));
+        for name in ["decode_paged", "prefill_paged"] {
+            work.push((of(name, dtype, 128, group, window, Family::Portable), SM_80));
+        }
+    }
+    work.push((of("decode_paged", DType::Bf16, 64, 8, None, Family::Hopper), SM_90A));
+    work.push((of("simt", DType::F16, 48, 3, Some(100), Family::Portable), SM_80));
     assert_clean(&work);
 }
 

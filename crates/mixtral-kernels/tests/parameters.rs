@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use mixtral_engine::Program;
+use mixtral_engine::{KvScale, Program};
 use mixtral_kernels::{
     Arch, Cache, Code, Compiler, Family, Kernel, Launch, Nvrtc, Schedule, Search, Sources, Target, Work, compile_all,
 };
@@ -33,7 +33,10 @@ fn programs() -> Vec<Program> {
         decoder::quantize(&mut program, word.parse().expect("a format"));
         program
     });
-    programs.into_iter().flatten().chain(quantized).collect()
+    let mut cached =
+        [Geometry::small(DType::F16), Geometry::round(DType::Bf16)].map(|geometry| decoder::program(&geometry, true));
+    cached.iter_mut().for_each(|program| decoder::cache_in_fp8(program, KvScale { key: 0.02, value: 0.01 }));
+    programs.into_iter().flatten().chain(quantized).chain(cached).collect()
 }
 
 #[test]

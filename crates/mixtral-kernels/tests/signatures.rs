@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{Epilogue, Op, Program, Rows};
+use mixtral_engine::{Epilogue, KvScale, Op, Program, Rows};
 use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
 use mixtral_kernels::{
     Arg, ExchangeArg, Family, Kernel, Launch, PackArg, PieceArg, ProbeArg, Schedule, Sources, Target, Work,
@@ -94,6 +94,11 @@ fn programs() -> Vec<Program> {
     {
         let mut program = decoder::program(&Geometry::round(dtype), true);
         decoder::quantize(&mut program, word.parse().expect("a format"));
+        programs.push(program);
+    }
+    for (geometry, fused) in [(Geometry::round(DType::Bf16), true), (Geometry::small(DType::F16), false)] {
+        let mut program = decoder::program(&geometry, fused);
+        decoder::cache_in_fp8(&mut program, KvScale { key: 0.02, value: 0.01 });
         programs.push(program);
     }
     programs.push(middle_stage());
@@ -268,6 +273,12 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
         (Kind::Number { bytes: 4 }, Arg::Ordinal(_)) => {
             return if name == "ordinal" { None } else { wrong("a number of collectives") };
         }
+        (Kind::Number { bytes: 4 }, Arg::KeyScale { .. }) => {
+            return if matches!(name, "scale" | "key_scale") { None } else { wrong("a scale of keys") };
+        }
+        (Kind::Number { bytes: 4 }, Arg::ValueScale(_)) => {
+            return if name == "value_scale" { None } else { wrong("a scale of values") };
+        }
         (Kind::Number { bytes }, Arg::I32(_) | Arg::F32(_)) if *bytes == 4 => return None,
         (Kind::Number { bytes }, Arg::U64(_)) if *bytes == 8 => return None,
         (Kind::Number { bytes }, Arg::Piece(what)) => {
@@ -280,7 +291,10 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
             return if name == "expert" { None } else { wrong("the number of a matrix") };
         }
         (Kind::Number { .. }, _) => return wrong("no number"),
-        (Kind::Pointer { .. }, Arg::I32(_) | Arg::U64(_) | Arg::F32(_) | Arg::Ordinal(_)) => {
+        (
+            Kind::Pointer { .. },
+            Arg::I32(_) | Arg::U64(_) | Arg::F32(_) | Arg::KeyScale { .. } | Arg::ValueScale(_) | Arg::Ordinal(_),
+        ) => {
             return wrong("no pointer");
         }
         (Kind::Pointer { .. }, _) => {}

@@ -25,9 +25,9 @@ pub fn round(x: f32) -> f32 {
     /// Adding it to a small number rounds to a multiple of 2^−9: it is 1.5 · 2^(23 − 9).
     const TO_MULTIPLE: f32 = 24_576.0;
     let x = x.clamp(-MAX, MAX);
-    // Cuts 20 bits of the mantissa off, rounding to even.
+    // Cuts 20 bits of the mantissa off, rounding to even. (Only the bits of a NaN can overflow.)
     let bits = x.to_bits();
-    let normal = f32::from_bits((bits + 0x7_ffff + (bits >> 20 & 1)) & 0xfff0_0000);
+    let normal = f32::from_bits(bits.wrapping_add(0x7_ffff + (bits >> 20 & 1)) & 0xfff0_0000);
     // The sign of a zero is kept.
     let small = f32::from_bits((x + TO_MULTIPLE - TO_MULTIPLE).to_bits() & 0x7fff_ffff | bits & 0x8000_0000);
     let rounded = if x.abs() < SMALLEST_NORMAL { small } else { normal };
@@ -95,7 +95,7 @@ mod tests {
         for x in [448.1, 464.0, 1e30, f32::MAX, f32::INFINITY] {
             assert_eq!((round(x), round(-x), to_bits(x), to_bits(-x)), (MAX, -MAX, 0x7e, 0xfe));
         }
-        assert!(round(f32::NAN).is_nan());
+        assert!([f32::NAN, f32::from_bits(u32::MAX)].iter().all(|&nan| round(nan).is_nan()));
         assert_eq!(to_bits(f32::NAN) & 0x7f, NAN);
         assert_eq!((to_bits(1e-30), to_bits(-1e-30), to_bits(f32::MIN_POSITIVE / 4.0)), (0, 0x80, 0));
     }

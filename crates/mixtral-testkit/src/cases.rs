@@ -149,7 +149,7 @@ impl Case {
                 half.iter_mut().for_each(|x| *x = fp8::round(*x, scale));
             }
         }
-        self.name = format!("{} with a cache of {format:?}", self.name);
+        self.name = format!("{} with a cache of {format:?}, {} and {}", self.name, scale.key, scale.value);
         self
     }
 
@@ -347,8 +347,17 @@ pub fn all() -> Vec<Case> {
         .into_iter()
         .flat_map(|dtype| {
             let attention = [attention(dtype), attention_by_tiles(dtype), decodes_by_tiles(dtype)].concat();
-            [dense(dtype), long_linears(dtype), attention, routing(dtype), experts(dtype), quantized::cases(dtype)]
-                .concat()
+            let caches = fp8::caches(dtype);
+            [
+                dense(dtype),
+                long_linears(dtype),
+                attention,
+                caches,
+                routing(dtype),
+                experts(dtype),
+                quantized::cases(dtype),
+            ]
+            .concat()
         })
         .chain([many_decodes()])
         .collect()
@@ -523,7 +532,7 @@ pub(crate) fn attention(dtype: DType) -> Vec<Case> {
 /// Attention over blocks as large as a tile of keys, with heads of a width that tensor cores take. The step has a
 /// decode, chunks that begin in the middle of a tile (one of three tiles of queries, one of a part of a tile), and a
 /// prompt of one whole tile and a part.
-fn attention_by_tiles(dtype: DType) -> Vec<Case> {
+pub(crate) fn attention_by_tiles(dtype: DType) -> Vec<Case> {
     const BLOCKS: usize = 11;
     let mut cases = Vec::new();
     for (kv_heads, group, d) in [(2, 1, 64), (1, 3, 128), (2, 2, 128), (1, 6, 64), (1, 3, 64), (1, 1, 128)] {
@@ -571,7 +580,7 @@ fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, wind
     windows.iter().map(case).collect()
 }
 
-fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
+pub(crate) fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
     let shapes = [(2, 1, 64), (1, 4, 128), (1, 6, 128), (1, 8, 64), (1, 12, 128), (1, 30, 64)];
     let of = |(kv_heads, group, d)| {
         let mut base = Assembly::new(dtype);

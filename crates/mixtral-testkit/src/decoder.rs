@@ -1,8 +1,8 @@
 //! The program of a small decoder with dummy weights, written by hand. All fusions are on or off.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{Epilogue, Op, Program, Rows};
-use mixtral_model::{DType, ElemType, MoeNormalization, Piece, WeightFormat};
+use mixtral_engine::{Epilogue, KvScale, Op, Program, Rows};
+use mixtral_model::{CacheFormat, DType, ElemType, MoeNormalization, Piece, WeightFormat};
 
 use crate::assembly::Assembly;
 
@@ -218,6 +218,11 @@ pub fn quantize(program: &mut Program, format: WeightFormat) {
         .iter_mut()
         .filter(|weight| linears.contains(&weight.name))
         .for_each(|weight| weight.format = format);
+}
+
+/// Gives the program an fp8 cache with these scales in every layer.
+pub fn cache_in_fp8(program: &mut Program, scale: KvScale) {
+    (program.kv.format, program.kv_scales) = (CacheFormat::Fp8, vec![scale; program.kv.num_layers]);
 }
 
 /// Adds a weight that is one whole dummy tensor. Weights of norms are 1.

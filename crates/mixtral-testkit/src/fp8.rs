@@ -1,12 +1,11 @@
-//! The 8-bit float e4m3 by its definition, and the cases of operations on weights and caches of it. Backends without kernels
-//! for it do not run them.
+//! The 8-bit float e4m3 by its definition, and the cases of operations on weights and caches of it.
 
 use std::sync::LazyLock;
 
 use mixtral_engine::{KvScale, Weight, WeightSource};
 use mixtral_model::{CacheFormat, DType, WeightFormat};
 
-use crate::cases::{Case, attention};
+use crate::cases::{self, Case};
 use crate::quantized;
 
 /// The scale of the inputs of fp8 weights in cases. Inputs of standard deviation 1 are often too large for it.
@@ -58,10 +57,28 @@ pub(crate) fn input(weight: &Weight, source: &dyn WeightSource, x: &[f64]) -> Ve
     x.iter().map(|x| round(*x, scale as f32) * scale).collect()
 }
 
-/// Linears and experts with fp8 weights, and attention with an fp8 cache.
+/// Linears and experts with fp8 weights.
 #[must_use]
-pub fn cases(dtype: DType) -> Vec<Case> {
-    let cached = attention(dtype).into_iter().filter(|case| !case.name.starts_with("rope "));
-    let cached = cached.map(|case| case.with_cache(CacheFormat::Fp8, KvScale { key: 0.0117, value: 0.0031 }));
-    quantized::cases_of(dtype, "fp8").into_iter().chain(cached).collect()
+pub fn linears(dtype: DType) -> Vec<Case> {
+    quantized::cases_of(dtype, "fp8")
+}
+
+/// Rotations, writes and attention with an fp8 cache. The scales let many values saturate; some cases have scales that leave
+/// little but subnormal numbers and zeros.
+#[must_use]
+pub fn caches(dtype: DType) -> Vec<Case> {
+    let mut cases = cases::attention(dtype);
+    if dtype != DType::F32 {
+        cases.extend([cases::attention_by_tiles(dtype), cases::decodes_by_tiles(dtype)].concat());
+    }
+    // Windows of one token, and windows larger than a sequence, do not depend on what the cache stores.
+    let is_left_out =
+        |name: &str| name.starts_with("rope ") || [" Some(1) ", " Some(1000) "].iter().any(|w| name.contains(w));
+    cases.retain(|case| !is_left_out(&case.name));
+    let is_small = |case: &&Case| ["1x6x128 ", "1x128 "].iter().any(|shape| case.name.contains(shape));
+    let small: Vec<Case> = cases.iter().filter(is_small).cloned().collect();
+    let with = |cases: Vec<Case>, key, value| {
+        cases.into_iter().map(move |case| case.with_cache(CacheFormat::Fp8, KvScale { key, value }))
+    };
+    with(cases, 0.0117, 0.0031).chain(with(small, 40.0, 250.0)).collect()
 }

@@ -2,8 +2,8 @@
 //! ones, which backends generate themselves. A random part of the outputs is compared with f64.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights};
-use mixtral_model::{DType, ElemType, MoeNormalization};
+use mixtral_engine::{BackendError, Epilogue, Inspect, KvScale, Op, Program, Rows, StepInputs, Weights};
+use mixtral_model::{CacheFormat, DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
 use crate::batch::{self, Part};
@@ -119,13 +119,14 @@ const ROUTED: [usize; 6] = [1, 8, 64, 300, 2100, PREFILL];
 /// experts.
 pub fn all() -> impl Iterator<Item = Large> {
     let real = [MIXTRAL_8X7B, MIXTRAL_8X22B].into_iter();
-    let odd = [attention, route, router, expert_gate_up, expert_down].map(|case| case(&ODD, DType::Bf16));
+    let odd =
+        [attention, attention_fp8, route, router, expert_gate_up, expert_down].map(|case| case(&ODD, DType::Bf16));
     real.flat_map(|model| [DType::Bf16, DType::F16].into_iter().flat_map(move |dtype| of(model, dtype))).chain(odd)
 }
 
 /// All operations of a model.
 pub fn of(model: Model, dtype: DType) -> impl Iterator<Item = Large> {
-    let cases: [fn(&Model, DType) -> Large; 15] = [
+    let cases: [fn(&Model, DType) -> Large; 16] = [
         embed,
         norm,
         add,
@@ -136,6 +137,7 @@ pub fn of(model: Model, dtype: DType) -> impl Iterator<Item = Large> {
         lm_head,
         rope_write_kv,
         attention,
+        attention_fp8,
         route,
         router,
         expert_gate_up,
@@ -235,7 +237,10 @@ impl Large {
                 }
                 let dtype = self.program.buffer(name).expect("a buffer").dtype;
                 let bytes = match dtype.float() {
-                    Some(dtype) => seeded(&format!("{} {name}", step.name), self.len(name, step) / dtype.size(), dtype),
+                    Some(dtype) => {
+                        let n = self.len(name, step) / dtype.size();
+                        seeded(&format!("{} {name}", step.name), n, dtype.into())
+                    }
                     None => {
                         let (_, ints) = step.ints.iter().find(|(other, _)| other == name).expect("integers");
                         ints_to_bytes(ints)
@@ -254,7 +259,7 @@ impl Large {
         let kv = self.program.kv;
         let n = self.kv_blocks * kv.num_kv_heads * self.program.limits.block_size * kv.head_dim;
         let halves = ["cache k", "cache v"].into_iter().filter(|_| reads);
-        halves.map(|half| (text(half), seeded(half, n, kv.dtype))).collect()
+        halves.map(|half| (text(half), seeded(half, n, kv.elem()))).collect()
     }
 
     /// Runs a step and returns what it wrote. Before the first run everything is poisoned and the cache is written.
@@ -471,6 +476,14 @@ fn attention(model: &Model, dtype: DType) -> Large {
     let out = a.activation("out", Rows::Tokens, heads * model.head_dim);
     a.op(Op::Attention { query, num_heads: heads, window: None, layer: 0, out });
     Large::new("attention", model, a, steps).racy()
+}
+
+/// Attention with an fp8 cache.
+fn attention_fp8(model: &Model, dtype: DType) -> Large {
+    let mut case = attention(model, dtype);
+    case.name = format!("{} with an fp8 cache", case.name);
+    (case.program.kv.format, case.program.kv_scales) = (CacheFormat::Fp8, vec![KvScale { key: 0.9, value: 1.1 }]);
+    case
 }
 
 /// A program with the buffers of routing.

@@ -3,11 +3,12 @@
 
 use std::collections::HashMap;
 
-use mixtral_engine::{Epilogue, Op, Program, StepInputs, dummy};
-use mixtral_model::{DType, ElemType, MoeNormalization};
+use mixtral_engine::{Epilogue, KvScale, Op, Program, StepInputs, dummy};
+use mixtral_model::{ElemType, MoeNormalization};
 
 use crate::batch::shuffled;
 use crate::elements::{from_bytes, ints_from_bytes, to_bytes};
+use crate::fp8;
 
 /// Seed of the dummy weights.
 pub(crate) const SEED: u64 = 5;
@@ -214,8 +215,8 @@ impl Sampled<'_> {
                 self.route(logits, *normalization, [expert_ids, expert_weights, offsets, order])
             }
             Op::RopeWriteKv { qkv, num_heads, theta, .. } => self.rope_write_kv(qkv, *num_heads, *theta),
-            Op::Attention { query, num_heads, window, out, .. } => {
-                vec![self.attention(query, *num_heads, *window, out)]
+            Op::Attention { query, num_heads, window, layer, out } => {
+                vec![self.attention(query, *num_heads, *window, *layer, out)]
             }
             _ => panic!("no sampled reference of {op:?}"),
         }
@@ -332,7 +333,7 @@ impl Sampled<'_> {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a head's length")]
-    fn attention(&self, query: &str, num_heads: usize, window: Option<usize>, out: &str) -> Sample {
+    fn attention(&self, query: &str, num_heads: usize, window: Option<usize>, layer: usize, out: &str) -> Sample {
         let (kv, size, width) =
             (self.program.kv, self.program.limits.block_size, self.program.limits.max_blocks_per_seq());
         let (d, cols) = (kv.head_dim, self.cols(out));
@@ -340,9 +341,15 @@ impl Sampled<'_> {
         let heads = pick(num_heads, num_heads, HEADS);
         let pairs: Vec<(usize, usize)> = tokens.iter().flat_map(|&t| heads.iter().map(move |&h| (t, h))).collect();
         let vector = |half: &str, slot: usize, head: usize| {
-            let bytes = d * kv.dtype.size();
-            from_bytes(kv.dtype, &self.operands[half][self.offset(slot, head) * kv.dtype.size()..][..bytes])
+            let size = kv.elem().size();
+            let bytes = &self.operands[half][self.offset(slot, head) * size..][..d * size];
+            match kv.elem().float() {
+                Some(dtype) => from_bytes(dtype, bytes),
+                None => bytes.iter().map(|&byte| fp8::from_bits(byte)).collect(),
+            }
         };
+        let scale = self.program.kv_scales.get(layer).copied().unwrap_or(KvScale { key: 1.0, value: 1.0 });
+        let [key_scale, value_scale] = [scale.key, scale.value].map(f64::from);
         let points = parallel(&pairs, |&(t, head)| {
             let token = i32::try_from(t).expect("a token");
             let seq = self.inputs.cu_query_lens.partition_point(|&start| start <= token) - 1;
@@ -351,11 +358,14 @@ impl Sampled<'_> {
             let slot = |j: usize| at(blocks[j / size]) * size + j % size;
             let q = &self.row(query, t)[head * d..][..d];
             let first = window.map_or(0, |window| (i + 1).saturating_sub(window));
-            let scores: Vec<f64> =
-                (first..=i).map(|j| dot(q, &vector("cache k", slot(j), kv_head)) / (d as f64).sqrt()).collect();
+            let scores: Vec<f64> = (first..=i)
+                .map(|j| dot(q, &vector("cache k", slot(j), kv_head)) / (d as f64).sqrt() * key_scale)
+                .collect();
             let mut sum = vec![0.0; d];
             for (j, p) in (first..=i).zip(softmax(&scores)) {
-                sum.iter_mut().zip(vector("cache v", slot(j), kv_head)).for_each(|(sum, v)| *sum += p * v);
+                sum.iter_mut()
+                    .zip(vector("cache v", slot(j), kv_head))
+                    .for_each(|(sum, v)| *sum += p * v * value_scale);
             }
             (t * cols + head * d..).zip(sum).collect::<Vec<_>>()
         });
@@ -363,14 +373,18 @@ impl Sampled<'_> {
     }
 }
 
-/// Seeded floats of standard deviation 1, as bytes of a type.
-pub(crate) fn seeded(name: &str, n: usize, dtype: DType) -> Vec<u8> {
+/// Seeded floats of standard deviation 1, as bytes of a float type.
+pub(crate) fn seeded(name: &str, n: usize, elem: ElemType) -> Vec<u8> {
     const CHUNK: usize = 1 << 16;
     let (key, scale) = (dummy::key(SEED, name), dummy::scale(1));
     let starts: Vec<usize> = (0..n).step_by(CHUNK).collect();
     let chunk = |&start: &usize| {
         let element = |i: usize| f64::from(dummy::element(key, i as u64, scale));
-        to_bytes(dtype, &(start..(start + CHUNK).min(n)).map(element).collect::<Vec<_>>())
+        let values: Vec<f64> = (start..(start + CHUNK).min(n)).map(element).collect();
+        match elem.float() {
+            Some(dtype) => to_bytes(dtype, &values),
+            None => values.into_iter().map(fp8::to_bits).collect(),
+        }
     };
     parallel(&starts, chunk).concat()
 }

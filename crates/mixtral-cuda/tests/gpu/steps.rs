@@ -3,7 +3,9 @@
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
-use mixtral_engine::{Backend, Inspect as _, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling};
+use mixtral_engine::{
+    Backend, Inspect as _, KvScale, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling,
+};
 use mixtral_kernels::Executable;
 use mixtral_model::{DType, TokenId};
 use mixtral_testkit::batch::{self, PagedTokens, Part};
@@ -20,7 +22,7 @@ fn geometries(dtype: DType) -> [Geometry; 2] {
     [Geometry::small(dtype), Geometry { window: Some(70), ..Geometry::round(dtype) }]
 }
 
-/// Decoders with what is said of them: plain ones of both sizes, and quantized ones.
+/// Decoders with what is said of them: plain ones of both sizes, quantized ones, and one with an fp8 cache.
 fn decoders(dtype: DType) -> Vec<(String, Program)> {
     let plain = geometries(dtype)
         .map(|geometry| (format!("{dtype} hidden {}", geometry.hidden_size), decoder::program(&geometry, true)));
@@ -29,7 +31,10 @@ fn decoders(dtype: DType) -> Vec<(String, Program)> {
         decoder::quantize(&mut program, word.parse().unwrap());
         (format!("{dtype} {word}"), program)
     });
-    plain.into_iter().chain(quantized).collect()
+    let mut cached = decoder::program(&geometries(dtype)[1], true);
+    decoder::cache_in_fp8(&mut cached, KvScale { key: 0.01, value: 0.004 });
+    let cached = (format!("{dtype} with an fp8 cache"), cached);
+    plain.into_iter().chain(quantized).chain([cached]).collect()
 }
 
 fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> CudaBackend {
@@ -168,7 +173,11 @@ fn logits_are_those_of_the_cpu() {
                 errors.sort_by(f64::total_cmp);
                 let (median, largest) = (errors[errors.len() / 2], errors[errors.len() - 1]);
                 println!("{name} {code}: NMSE median {median:e}, largest {largest:e}");
-                if dtype == DType::F32 {
+                if !program.kv.format.is_plain() {
+                    // A key or value near the middle of two numbers of e4m3 may be rounded to the other one. Every
+                    // later position of its sequence then differs.
+                    assert!(median < 1e-3, "{name} {code}: median NMSE {median:e}");
+                } else if dtype == DType::F32 {
                     assert!(largest < 1e-8, "{name} {code}: NMSE {largest:e}");
                     assert_eq!(backend.expert_counts(), cpu.expert_counts(), "{code}");
                 } else {

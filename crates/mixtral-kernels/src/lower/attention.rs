@@ -13,10 +13,14 @@ const THREADS: usize = 128;
 /// Stages of decode attention's ring. More CTAs hide latency better than more stages: three CTAs of two stages take 50
 /// µs, two CTAs of three stages 57 µs.
 const DECODE_STAGES: usize = 2;
+/// The same of an fp8 cache, whose stages have half the bytes. A CTA then loads as many bytes ahead.
+const FP8_DECODE_STAGES: usize = 3;
 /// Tokens of a tile of keys and values: `attention::TILE`.
 const TILE: usize = 64;
 /// Tokens of a tile that a warp of `attention::decode_tma` takes.
 const STRIP: usize = 16;
+/// Bytes of a row that TMA swizzles: its pieces of 16 bytes change places.
+const SWIZZLED: usize = 128;
 /// Bytes of shared memory of a Hopper multiprocessor.
 const HOPPER_SHARED: usize = 228 * 1024;
 /// Whether prefill splits each probability into two 16-bit parts, as decode does, or rounds it to one. One part needs
@@ -29,12 +33,9 @@ const ROPE: &str = "attention/rope.cuh";
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
     let kv = lowering.program.kv;
-    if kv.elem() != lowering.program.dtype.into() {
-        let reason = format!(
-            "a cache of {} for a model of {}; only equal types have kernels",
-            kv.elem(),
-            lowering.program.dtype
-        );
+    if kv.dtype != lowering.program.dtype {
+        let reason =
+            format!("a cache of {} for a model of {}; only equal types have kernels", kv.dtype, lowering.program.dtype);
         return Err(LowerError::Unsupported { op: op.name(), reason });
     }
     match op {
@@ -57,7 +58,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             let threads = threads_for(kv.num_kv_heads * kv.head_dim.div_ceil(VECTOR), ROPE_THREADS);
             let symbol = format!(
                 "attention::write_kv<{}, {}, {}, {}, {threads}>",
-                type_name(kv.dtype),
+                types(kv),
                 kv.num_kv_heads,
                 kv.head_dim,
                 lowering.program.limits.block_size
@@ -67,6 +68,8 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
                 ("slots", Arg::Step(Array::SlotMapping)),
                 ("key", lowering.at(op, key)?),
                 ("value", lowering.at(op, value)?),
+                ("key_scale", key_scale(kv, *layer, 1.0)),
+                ("value_scale", value_scale(kv, *layer)),
                 ("keys", Arg::Keys(*layer)),
                 ("values", Arg::Values(*layer)),
             ]);
@@ -77,7 +80,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             let threads = threads_for(pieces, ROPE_THREADS);
             let symbol = format!(
                 "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}>",
-                type_name(kv.dtype),
+                types(kv),
                 kv.num_kv_heads,
                 kv.head_dim,
                 lowering.program.limits.block_size
@@ -87,6 +90,8 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
                 ("slots", Arg::Step(Array::SlotMapping)),
                 ("table", Arg::Scratch(lowering.scratch.angles)),
                 ("qkv", lowering.at(op, qkv)?),
+                ("key_scale", key_scale(kv, *layer, 1.0)),
+                ("value_scale", value_scale(kv, *layer)),
                 ("keys", Arg::Keys(*layer)),
                 ("values", Arg::Values(*layer)),
             ]);
@@ -94,6 +99,21 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
         }
         _ => Err(LowerError::Unsupported { op: op.name(), reason: "not an operation of attention".to_owned() }),
     }
+}
+
+/// The types of queries and outputs, and of what the cache stores.
+fn types(kv: KvLayout) -> String {
+    format!("{}, {}", type_name(kv.dtype), type_name(kv.elem()))
+}
+
+/// A number, times the scale of a layer's keys if they have one.
+fn key_scale(kv: KvLayout, layer: usize, times: f32) -> Arg {
+    if kv.format.is_plain() { Arg::F32(times) } else { Arg::KeyScale { layer, times } }
+}
+
+/// The scale of a layer's values; 1 if they have none.
+fn value_scale(kv: KvLayout, layer: usize) -> Arg {
+    if kv.format.is_plain() { Arg::F32(1.0) } else { Arg::ValueScale(layer) }
 }
 
 /// One CTA for each token.
@@ -147,7 +167,7 @@ fn attention(
     let KvLayout { num_kv_heads: kv_heads, head_dim, .. } = kv;
     let shape = format!(
         "{}, {}, {heads}, {kv_heads}, {head_dim}, {}, {}",
-        type_name(kv.dtype),
+        types(kv),
         buffer.cols,
         limits.block_size,
         window.unwrap_or(0)
@@ -157,11 +177,15 @@ fn attention(
     let scale = 1.0 / (head_dim as f64).sqrt();
     let (query, out) = (("query", lowering.at(op, query)?), ("out", lowering.at(op, out)?));
     let (keys, values) = (("keys", Arg::Keys(layer)), ("values", Arg::Values(layer)));
+    let scales = |scale: f64| [("scale", key_scale(kv, layer, scale as f32)), ("value_scale", value_scale(kv, layer))];
     let operands = |scale: f64| {
-        let scale = ("scale", Arg::F32(scale as f32));
-        named([query.clone(), keys.clone(), values.clone(), scale, out.clone()])
+        let [scale, value_scale] = scales(scale);
+        named([query.clone(), keys.clone(), values.clone(), scale, value_scale, out.clone()])
     };
-    if !is_16_bit(kv.dtype) || !head_dim.is_multiple_of(16) || head_dim > 128 || !buffer.cols.is_multiple_of(VECTOR) {
+    // Tensor cores take 16 elements of a head at a time, and a load of keys brings 32 bytes of each.
+    let whole = (32 / kv.elem().size()).max(16);
+    if !is_16_bit(kv.dtype) || !head_dim.is_multiple_of(whole) || head_dim > 128 || !buffer.cols.is_multiple_of(VECTOR)
+    {
         let steps =
             steps([("header", Array::Header), ("positions", Array::Positions), ("cu_query_lens", Array::CuQueryLens)]);
         let args = [steps, table, operands(scale)].concat();
@@ -172,8 +196,9 @@ fn attention(
     let scale = scale * std::f64::consts::LOG2_E;
     let mut launches = vec![];
     let grid = Grid::Persistent { per_sm: 2, items: None };
-    // Bytes of a row of a tile or of the queries in shared memory, as in `attention::Rows`.
-    let row = 2 * head_dim + if head_dim.is_multiple_of(64) { 0 } else { 16 };
+    // Bytes of a row in shared memory, as in `attention::Rows`: of the queries, and of a tile as the cache stores it.
+    let padded = |bytes: usize| bytes + if bytes.is_multiple_of(128) { 0 } else { 16 };
+    let (row, stored_row) = (padded(2 * head_dim), padded(kv.elem().size() * head_dim));
 
     let group = heads / kv_heads;
     let decodes = steps([("header", Array::Header), ("items", Array::DecodeItems)]);
@@ -184,14 +209,15 @@ fn attention(
     ]);
     if let Some(ring) = DecodeRing::new(kv, heads, limits.block_size, lowering.target.family) {
         let dims = [head_dim as u64, ANY_ROWS];
-        let map_of = |base: &Arg, rows| map(base.clone(), kv, dims, rows);
+        let map_of = |base: &Arg, rows| map(base.clone(), kv.elem(), dims, rows);
         let maps = named([
             ("keys", map_of(&keys.1, TILE)),
             ("key_strips", map_of(&keys.1, STRIP)),
             ("values", map_of(&values.1, TILE)),
             ("value_strips", map_of(&values.1, STRIP)),
         ]);
-        let rest = named([query.clone(), ("scale", Arg::F32(scale as f32)), out.clone()]);
+        let [scale, value_scale] = scales(scale);
+        let rest = named([query.clone(), scale, value_scale, out.clone()]);
         let args = [maps, decodes, table.clone(), rest, scratch].concat();
         let shared = ring.shared_bytes(kv, heads);
         let DecodeRing { per_sm, slots } = ring;
@@ -204,8 +230,9 @@ fn attention(
         };
         launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
     } else {
-        let symbol = format!("attention::decode_paged<{shape}, {DECODE_STAGES}>");
-        let shared = DECODE_STAGES * 2 * TILE * row + merge_bytes(group, head_dim);
+        let stages = decode_stages(kv);
+        let symbol = format!("attention::decode_paged<{shape}, {stages}>");
+        let shared = stages * 2 * TILE * stored_row + merge_bytes(group, head_dim);
         let kernel = Kernel { shared_bytes: count(shared), ..portable("attention/decode_paged.cuh", symbol, THREADS) };
         let args = [decodes, table.clone(), operands(scale), scratch].concat();
         // With 128 elements a head, three CTAs fit on a Hopper multiprocessor and two on an older one.
@@ -226,19 +253,22 @@ fn attention(
     if let Some(tiling) = PrefillTiling::new(kv, heads, limits.block_size, lowering.target.family) {
         let tokens = limits.max_num_tokens as u64;
         let maps = named([
-            ("query", map(query.1, kv, [buffer.cols as u64, tokens], TILE)),
-            ("key", map(keys.1, kv, [head_dim as u64, ANY_ROWS], TILE)),
-            ("value", map(values.1, kv, [head_dim as u64, ANY_ROWS], TILE)),
+            ("query", map(query.1, kv.dtype.into(), [buffer.cols as u64, tokens], TILE)),
+            ("key", map(keys.1, kv.elem(), [head_dim as u64, ANY_ROWS], TILE)),
+            ("value", map(values.1, kv.elem(), [head_dim as u64, ANY_ROWS], TILE)),
         ]);
-        let rest = named([("scale", Arg::F32(scale as f32)), out]);
+        let [scale, value_scale] = scales(scale);
+        let rest = named([scale, value_scale, out]);
         let args = [maps, prompts, table, rest].concat();
         let kernel = tiling.kernel(kv, heads, limits.block_size, window);
         launches.push(launch(kernel, Grid::Persistent { per_sm: tiling.per_sm(), items: None }, args));
     } else {
         // How many heads of a group a CTA takes together.
         let pack = if group.is_multiple_of(2) { 2 } else { 1 };
+        // Queries, two stages of keys and values, and a place for a tile of 16-bit elements if the cache's are shorter.
+        let converted = if kv.format.is_plain() { 0 } else { 2 * TILE * row };
         let kernel = Kernel {
-            shared_bytes: count((pack * PREFILL_TILE + 4 * TILE) * row),
+            shared_bytes: count(pack * PREFILL_TILE * row + 4 * TILE * stored_row + converted),
             ..portable(
                 "attention/prefill_paged.cuh",
                 format!("attention::prefill_paged<{shape}, {pack}, {EXACT_PREFILL}>"),
@@ -260,24 +290,27 @@ fn steps<const N: usize>(arrays: [(&'static str, Array); N]) -> Vec<NamedArg> {
 /// too many rows costs nothing, because kernels only name rows of blocks that a step's block table holds.
 const ANY_ROWS: u64 = i32::MAX as u64;
 
-/// A map of `rows` rows of `cols` elements, in boxes of 64 elements of `of` rows.
-fn map(base: Arg, kv: KvLayout, [cols, rows]: [u64; 2], of: usize) -> Arg {
-    let (dtype, row) = (ElemType::from(kv.dtype), cols * kv.dtype.size() as u64);
-    let tile = vec![64, count(of)];
+/// A map of `rows` rows of `cols` elements, in boxes of 128 bytes of `of` rows.
+fn map(base: Arg, dtype: ElemType, [cols, rows]: [u64; 2], of: usize) -> Arg {
     Arg::TensorMap(TensorMap {
         base: Box::new(base),
         dtype,
         dims: vec![cols, rows],
-        strides: vec![row],
-        tile,
-        swizzle: 128,
+        strides: vec![cols * dtype.size() as u64],
+        tile: vec![count(SWIZZLED / dtype.size()), count(of)],
+        swizzle: count(SWIZZLED),
     })
 }
 
-/// Whether TMA can fetch tiles: a head consists of swizzle atoms of 64 elements, and each tile lies in one block.
+/// Whether TMA can fetch tiles: a head consists of whole swizzled rows, and each tile lies in one block.
 fn has_boxes(kv: KvLayout, block_size: usize, family: Family) -> bool {
-    let boxes = matches!(kv.head_dim, 64 | 128) && block_size.is_multiple_of(TILE);
-    family == Family::Hopper && is_16_bit(kv.dtype) && boxes
+    let rows = matches!(kv.head_dim, 64 | 128) && (kv.head_dim * kv.elem().size()).is_multiple_of(SWIZZLED);
+    family == Family::Hopper && is_16_bit(kv.dtype) && rows && block_size.is_multiple_of(TILE)
+}
+
+/// Stages of the ring of `attention::decode_paged`.
+fn decode_stages(kv: KvLayout) -> usize {
+    if kv.format.is_plain() { DECODE_STAGES } else { FP8_DECODE_STAGES }
 }
 
 /// Bytes of `attention::Decode::Merge`, which holds the warps' sums, maxima and totals, and a flag.
@@ -313,7 +346,9 @@ impl DecodeRing {
 
     /// Bytes of shared memory. Equal to `attention::DecodeStream::SHARED`; the kernel asserts that.
     fn shared_bytes(self, kv: KvLayout, heads: usize) -> usize {
-        self.slots * (TILE * 2 * kv.head_dim + 16) + merge_bytes(heads / kv.num_kv_heads, kv.head_dim) + 1024
+        self.slots * (TILE * kv.elem().size() * kv.head_dim + 16)
+            + merge_bytes(heads / kv.num_kv_heads, kv.head_dim)
+            + 1024
     }
 }
 
@@ -332,7 +367,7 @@ impl PrefillTiling {
     /// `None` where prefill uses the portable kernel. The choice depends on nothing that differs between steps, because
     /// bits may not differ between steps.
     fn new(kv: KvLayout, heads: usize, block_size: usize, family: Family) -> Option<Self> {
-        if !has_boxes(kv, block_size, family) {
+        if !has_boxes(kv, block_size, family) || !kv.format.is_plain() {
             return None;
         }
         let group = heads / kv.num_kv_heads;

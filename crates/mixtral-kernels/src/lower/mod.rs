@@ -221,7 +221,8 @@ pub(crate) fn type_name(dtype: impl Into<ElemType>) -> &'static str {
         ElemType::F16 => "f16_t",
         ElemType::Bf16 => "bf16_t",
         ElemType::I32 => "int",
-        ElemType::U8 | ElemType::F8E4M3 => "u8",
+        ElemType::U8 => "u8",
+        ElemType::F8E4M3 => "e4m3_t",
     }
 }
 

@@ -1,7 +1,7 @@
 //! Which kernels the operations of a layer of Mixtral 8x7B become.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{Epilogue, KvLayout, Limits, Op, Program, Rows, Rung};
+use mixtral_engine::{Epilogue, KvLayout, KvScale, Limits, Op, Program, Rows, Rung};
 use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
@@ -131,6 +131,20 @@ fn every_regime_has_the_kernels_of_its_steps() {
             assert_eq!(count("::place_chunks<"), usize::from(regime.max_tokens > 2048));
         }
     }
+}
+
+#[test]
+fn an_fp8_cache_has_kernels_of_its_own() {
+    let of_cache = |family| {
+        let mut program = layer(DType::Bf16);
+        decoder::cache_in_fp8(&mut program, KvScale { key: 0.02, value: 0.01 });
+        let schedule = Schedule::new(&program, Target { family }).expect("kernels");
+        schedule.check(&program).expect("within the program");
+        let (_, work) = schedule.for_step(8192, false).expect("a regime");
+        let of_cache = |work: &Work| matches!(work.op(), 1 | 2);
+        lines(&work.iter().filter(|&work| of_cache(work)).cloned().collect::<Vec<_>>())
+    };
+    insta::assert_snapshot!(format!("portable\n{}\nHopper\n{}", of_cache(Family::Portable), of_cache(Family::Hopper)));
 }
 
 #[test]

@@ -257,6 +257,10 @@ impl Scope<'_> {
             }
             Arg::Exchange(_) if !self.has_exchange => Err("there is no memory between ranks".to_owned()),
             Arg::Exchange(_) | Arg::I32(_) | Arg::U64(_) | Arg::F32(_) => Ok(()),
+            Arg::KeyScale { layer, .. } | Arg::ValueScale(layer) => match self.program.kv_scales.len() {
+                count if *layer < count => Ok(()),
+                count => Err(format!("the scale of cache layer {layer} of {count}")),
+            },
             Arg::Ordinal(before) if i32::try_from(*before).is_ok() => Ok(()),
             Arg::Ordinal(before) => Err(format!("{before} collectives before it")),
             Arg::TensorMap(map) => self.map(map),
@@ -322,7 +326,7 @@ impl Scope<'_> {
             }
             None if matches!(**base, Arg::Keys(_) | Arg::Values(_)) => {
                 let kv = self.program.kv;
-                let head = kv.head_dim as u128 * kv.dtype.size() as u128;
+                let head = kv.head_dim as u128 * kv.elem().size() as u128;
                 let rows_of_heads = rank == 2 && row == head && u128::from(strides[0]) == head;
                 if rows_of_heads { Ok(()) } else { Err(format!("a tensor map of the cache with rows of {row} bytes")) }
             }

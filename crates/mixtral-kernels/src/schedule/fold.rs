@@ -96,7 +96,11 @@ fn repeat(works: &[Work], period: usize) -> Option<Repeat> {
 
 fn layer(arg: &Arg) -> Option<usize> {
     match arg {
-        Arg::Keys(layer) | Arg::Values(layer) | Arg::ExpertCounts(layer) => Some(*layer),
+        Arg::Keys(layer)
+        | Arg::Values(layer)
+        | Arg::ExpertCounts(layer)
+        | Arg::KeyScale { layer, .. }
+        | Arg::ValueScale(layer) => Some(*layer),
         _ => None,
     }
 }
@@ -111,9 +115,11 @@ impl Repeat {
             match arg {
                 Arg::Buffer(index) => *index = grown(*index, self.buffers)?,
                 Arg::Weight { index, .. } => *index = grown(*index, self.weights)?,
-                Arg::Keys(layer) | Arg::Values(layer) | Arg::ExpertCounts(layer) => {
-                    *layer = grown(*layer, self.layers)?
-                }
+                Arg::Keys(layer)
+                | Arg::Values(layer)
+                | Arg::ExpertCounts(layer)
+                | Arg::KeyScale { layer, .. }
+                | Arg::ValueScale(layer) => *layer = grown(*layer, self.layers)?,
                 Arg::Ordinal(before) => *before = grown(*before, self.collectives)?,
                 _ => {}
             }

@@ -64,7 +64,7 @@ pub struct ConvertArgs {
     /// The same by the old quantize.py's words: full_prec, int8_wo, int4_wo, or fp8 (weights and activations; calibrated)
     #[arg(help_heading = QUANTIZATION, long, value_name = "FORMAT", value_parser = qformat)]
     pub qformat: Option<Precision>,
-    /// Keys and values in the cache: auto (the model's type), or fp8 (calibrated; on the CPU only) [default: auto]
+    /// Keys and values in the cache: auto (the model's type), or fp8 (calibrated) [default: auto]
     #[arg(help_heading = QUANTIZATION, long, value_name = "auto|fp8", value_parser = cache_format)]
     pub kv_cache_dtype: Option<CacheFormat>,
     #[command(flatten)]
