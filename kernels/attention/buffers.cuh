@@ -1,4 +1,4 @@
-// Buffers in shared memory. A producer fills them by TMA, and warps read them.
+// Buffers in shared memory. Producers fill them, and warps read them.
 #pragma once
 
 #include "base/types.cuh"
@@ -6,17 +6,17 @@
 
 namespace attention {
 
-// A ring of COUNT buffers and their barriers. TMA fills the buffers in turn, and warps empty them.
+// A ring of COUNT buffers and their barriers. TMA or warps fill the buffers in turn, and other warps empty them.
 template <int COUNT>
 struct Buffers {
     u32 barriers;
     int stage = 0;
     u32 phase = 0;
 
-    // `warps` is how many warps empty each buffer.
-    __device__ __forceinline__ void init(int warps) const {
+    // `warps` is how many warps empty each buffer, `fillers` how many threads arrive when they have filled it.
+    __device__ __forceinline__ void init(int warps, int fillers = 1) const {
         for (int i = 0; i < COUNT; i++) {
-            mbarrier::init(barriers + i * 8, 1);
+            mbarrier::init(barriers + i * 8, fillers);
             mbarrier::init(barriers + (COUNT + i) * 8, warps);
         }
     }

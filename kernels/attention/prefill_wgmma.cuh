@@ -29,10 +29,12 @@
 
 namespace attention {
 
-template <typename Element, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, int WARPGROUPS_, int KEYS_, int STAGES_,
-          int SHARED_>
+template <typename Element, typename StoredElement, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, int WARPGROUPS_,
+          int KEYS_, int STAGES_, int SHARED_>
 struct Prefill {
     using T = Element;
+    using Stored = StoredElement;
+    static constexpr bool FP8 = sizeof(Stored) == 1;
     static constexpr int HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_;
     static constexpr int BLOCK_SIZE = BLOCK_SIZE_;
     static constexpr int WINDOW = WINDOW_;
@@ -49,7 +51,9 @@ struct Prefill {
     static constexpr int QUERY_BYTES = ATOMS * BOX, QUERIES = WARPGROUPS * QUERY_BYTES;
     static constexpr int KV_ATOM = PAGES * BOX, KV_BYTES = ATOMS * KV_ATOM;
     static constexpr int KEYS_AT = 2 * QUERIES, VALUES_AT = KEYS_AT + STAGES * KV_BYTES;
-    static constexpr int BARRIERS_AT = VALUES_AT + STAGES * KV_BYTES;
+    // A tile of keys and one of values as an fp8 cache stores them (prefill_fp8.cuh).
+    static constexpr int STORED_AT = VALUES_AT + STAGES * KV_BYTES, STORED_BYTES = FP8 ? KEYS * D : 0;
+    static constexpr int BARRIERS_AT = STORED_AT + 2 * STORED_BYTES;
     static constexpr int SHARED = BARRIERS_AT + (2 + 2 * STAGES) * 16 + 1024;  // 1024 to align
     static_assert(SHARED == SHARED_, "what the launch asks for");
 
@@ -57,12 +61,14 @@ struct Prefill {
     static constexpr int PRODUCERS = WARPGROUPS == 1 ? 32 : 128;
     static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
     static constexpr int PER_SM = WARPGROUPS == 1 ? 2 : 1;
-    static constexpr int PRODUCER_REGISTERS = WARPGROUPS == 2 ? 40 : 32, CONSUMER_REGISTERS = WARPGROUPS == 2 ? 232 : 160;
+    static constexpr int PRODUCER_REGISTERS = FP8 ? 56 : WARPGROUPS == 2 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = FP8 ? 224 : WARPGROUPS == 2 ? 232 : 160;
 
     static_assert(step::PREFILL_TILE == 64 && TILE == 64, "rows of a warpgroup, and of a box");
     static_assert((D == 64 || D == 128) && BLOCK_SIZE % TILE == 0 && (KEYS == 64 || KEYS == 128), "whole boxes");
     static_assert(WARPGROUPS <= 3 && HEADS / KV_HEADS % WARPGROUPS == 0, "heads of one group");
     static_assert(SHARED <= 232448, "shared memory of a CTA");
+    static_assert(!FP8 || (WARPGROUPS == 2 && KEYS == 128), "a warpgroup of producers");
 };
 
 // The rings of a CTA.
@@ -267,8 +273,8 @@ __device__ __forceinline__ void clear_past(u8* value_tile, int count, int barrie
     ptx::sync_threads(barrier, 128);
 }
 
-// Divides the sums by their totals, multiplies them by the scale of values, and stores them to `out`. The way leads through the shared memory of the warpgroup's
-// queries, which are no longer needed.
+// Divides the sums by their totals, multiplies them by the scale of values, and stores them to `out`. The way leads through
+// the shared memory of the warpgroup's queries, which are no longer needed.
 template <typename C>
 __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, int head, const float (&o)[C::D / 2], const Seen& seen,
                                        float value_scale, typename C::T* out) {

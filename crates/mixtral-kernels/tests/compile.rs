@@ -314,13 +314,15 @@ fn decode_attention_spills_nothing() {
 }
 
 #[test]
-fn attention_over_an_fp8_cache_spills_nothing() {
+fn attention_over_an_fp8_cache_spills_nothing_and_is_not_serialised() {
     let of = |name, dtype, head_dim, group, window, family| {
         attention_over(CacheFormat::Fp8, name, dtype, head_dim, group, window, family)
     };
     let mut work = Vec::new();
     for (dtype, group, window) in [(DType::Bf16, 4, None), (DType::F16, 6, Some(4096))] {
-        work.push((of("decode_tma", dtype, 128, group, window, Family::Hopper), SM_90A));
+        for name in ["decode_tma", "prefill_fp8"] {
+            work.push((of(name, dtype, 128, group, window, Family::Hopper), SM_90A));
+        }
         for name in ["decode_paged", "prefill_paged"] {
             work.push((of(name, dtype, 128, group, window, Family::Portable), SM_80));
         }

@@ -1,7 +1,7 @@
 //! `attention`, `rope`, `write_kv`, `rope_write_kv`.
 
 use mixtral_engine::{KvLayout, Op};
-use mixtral_model::ElemType;
+use mixtral_model::{CacheFormat, ElemType};
 
 use super::elementwise::{VECTOR, threads_for};
 use super::{LowerError, Lowering, count, int, is_16_bit, launch, named, portable, type_name};
@@ -252,14 +252,16 @@ fn attention(
     ]);
     if let Some(tiling) = PrefillTiling::new(kv, heads, limits.block_size, lowering.target.family) {
         let tokens = limits.max_num_tokens as u64;
-        let maps = named([
-            ("query", map(query.1, kv.dtype.into(), [buffer.cols as u64, tokens], TILE)),
-            ("key", map(keys.1, kv.elem(), [head_dim as u64, ANY_ROWS], TILE)),
-            ("value", map(values.1, kv.elem(), [head_dim as u64, ANY_ROWS], TILE)),
-        ]);
+        let query = named([("query", map(query.1, kv.dtype.into(), [buffer.cols as u64, tokens], TILE))]);
         let [scale, value_scale] = scales(scale);
         let rest = named([scale, value_scale, out]);
-        let args = [maps, prompts, table, rest].concat();
+        let args = if kv.format.is_plain() {
+            let map_of = |base| map(base, kv.elem(), [head_dim as u64, ANY_ROWS], TILE);
+            let maps = named([("key", map_of(keys.1)), ("value", map_of(values.1))]);
+            [query, maps, prompts, table, rest].concat()
+        } else {
+            [query, prompts, table, named([keys, values]), rest].concat()
+        };
         let kernel = tiling.kernel(kv, heads, limits.block_size, window);
         launches.push(launch(kernel, Grid::Persistent { per_sm: tiling.per_sm(), items: None }, args));
     } else {
@@ -352,7 +354,7 @@ impl DecodeRing {
     }
 }
 
-/// How `attention::prefill_wgmma` divides its work.
+/// How `attention::prefill_wgmma` and `attention::prefill_fp8` divide their work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct PrefillTiling {
     /// Consumer warpgroups. Each computes one head; the heads share keys and values.
@@ -367,10 +369,15 @@ impl PrefillTiling {
     /// `None` where prefill uses the portable kernel. The choice depends on nothing that differs between steps, because
     /// bits may not differ between steps.
     fn new(kv: KvLayout, heads: usize, block_size: usize, family: Family) -> Option<Self> {
-        if !has_boxes(kv, block_size, family) || !kv.format.is_plain() {
+        // The tiles have 16 bits, whatever the cache stores.
+        if !has_boxes(KvLayout { format: CacheFormat::Plain, ..kv }, block_size, family) {
             return None;
         }
         let group = heads / kv.num_kv_heads;
+        // Beside one or three warpgroups that compute there is no room for one that converts.
+        if !kv.format.is_plain() && !group.is_multiple_of(2) {
+            return None;
+        }
         // Two warpgroups have enough registers for tiles of 128 tokens, which use the tensor cores better than tiles of
         // 64.
         Some(if group.is_multiple_of(2) {
@@ -388,25 +395,26 @@ impl PrefillTiling {
     }
 
     /// Bytes of shared memory. Equal to `attention::Prefill::SHARED`; the kernel asserts that.
-    fn shared_bytes(self, head_dim: usize) -> usize {
-        let row = 2 * head_dim;
+    fn shared_bytes(self, kv: KvLayout) -> usize {
+        let row = 2 * kv.head_dim;
         let queries = 2 * self.warpgroups * PREFILL_TILE * row;
-        queries + 2 * self.stages * self.keys * row + (2 + 2 * self.stages) * 16 + 1024
+        let stored = if kv.format.is_plain() { 0 } else { 2 * self.keys * kv.head_dim };
+        queries + 2 * self.stages * self.keys * row + stored + (2 + 2 * self.stages) * 16 + 1024
     }
 
     fn kernel(self, kv: KvLayout, heads: usize, block_size: usize, window: Option<usize>) -> Kernel {
         let PrefillTiling { warpgroups, keys, stages } = self;
-        let shared = self.shared_bytes(kv.head_dim);
+        let shared = self.shared_bytes(kv);
+        let name = if kv.format.is_plain() { "prefill_wgmma" } else { "prefill_fp8" };
         let symbol = format!(
-            "attention::prefill_wgmma<attention::Prefill<{}, {heads}, {}, {}, {block_size}, {}, {warpgroups}, {keys}, {stages}, \
-             {shared}>>",
-            type_name(kv.dtype),
+            "attention::{name}<attention::Prefill<{}, {heads}, {}, {}, {block_size}, {}, {warpgroups}, {keys}, {stages}, {shared}>>",
+            types(kv),
             kv.num_kv_heads,
             kv.head_dim,
             window.unwrap_or(0)
         );
         Kernel {
-            header: "attention/prefill_wgmma.cuh".into(),
+            header: format!("attention/{name}.cuh").into(),
             symbol,
             threads: count(warpgroups * 128 + if warpgroups == 1 { 32 } else { 128 }),
             shared_bytes: count(shared),
@@ -423,14 +431,15 @@ mod tests {
 
     #[test]
     fn decode_has_a_ring_where_boxes_allow() {
+        let layout = |head_dim| KvLayout {
+            num_layers: 1,
+            num_kv_heads: 8,
+            head_dim,
+            dtype: DType::Bf16,
+            format: CacheFormat::Plain,
+        };
         let of = |head_dim, group: usize, block_size, family| {
-            let kv = KvLayout {
-                num_layers: 1,
-                num_kv_heads: 8,
-                head_dim,
-                dtype: DType::Bf16,
-                format: mixtral_model::CacheFormat::Plain,
-            };
+            let kv = layout(head_dim);
             let ring = DecodeRing::new(kv, 8 * group, block_size, family)?;
             let shared = ring.shared_bytes(kv, 8 * group) + 1024;
             assert!(
@@ -446,19 +455,17 @@ mod tests {
             assert_eq!(of(64, group, 128, Family::Hopper), Some(slots), "groups of {group}");
         }
         assert_eq!(of(128, 4, 64, Family::Portable), None);
+        let fp8 = |head_dim| KvLayout { format: CacheFormat::Fp8, ..layout(head_dim) };
+        assert_eq!(DecodeRing::new(fp8(128), 32, 64, Family::Hopper), Some(DecodeRing { per_sm: 3, slots: 8 }));
+        assert_eq!(DecodeRing::new(fp8(64), 32, 64, Family::Hopper), None, "a row is half of a swizzled one");
         assert_eq!(of(128, 4, 32, Family::Hopper), None, "a tile may cross blocks");
         assert_eq!(of(96, 4, 64, Family::Hopper), None);
     }
 
     #[test]
     fn prefill_is_chosen_by_what_boxes_and_groups_allow() {
-        let kv = |head_dim, dtype| KvLayout {
-            num_layers: 1,
-            num_kv_heads: 8,
-            head_dim,
-            dtype,
-            format: mixtral_model::CacheFormat::Plain,
-        };
+        let kv =
+            |head_dim, dtype| KvLayout { num_layers: 1, num_kv_heads: 8, head_dim, dtype, format: CacheFormat::Plain };
         let of = |head_dim, dtype, group: usize, block_size, family| {
             PrefillTiling::new(kv(head_dim, dtype), 8 * group, block_size, family)
         };
@@ -466,10 +473,16 @@ mod tests {
             for head_dim in [64, 128] {
                 let tiling = of(head_dim, DType::Bf16, group, 64, Family::Hopper).expect("a tiling");
                 assert_eq!(tiling.warpgroups, warpgroups, "groups of {group}");
-                let shared = tiling.shared_bytes(head_dim) * tiling.per_sm() as usize;
+                let shared = tiling.shared_bytes(kv(head_dim, DType::Bf16)) * tiling.per_sm() as usize;
                 assert!(shared <= 232_448 - 1024, "{shared} bytes for groups of {group} heads of {head_dim}");
             }
         }
+        let fp8 = |group: usize| {
+            let kv = KvLayout { format: CacheFormat::Fp8, ..kv(128, DType::Bf16) };
+            PrefillTiling::new(kv, 8 * group, 64, Family::Hopper)
+                .map(|tiling| (tiling.warpgroups, tiling.shared_bytes(kv)))
+        };
+        assert_eq!((fp8(4), fp8(3), fp8(1)), (Some((2, 230_496)), None, None));
         assert!(of(128, DType::F16, 4, 192, Family::Hopper).is_some());
         assert_eq!(of(128, DType::Bf16, 4, 64, Family::Portable), None);
         assert_eq!(of(128, DType::Bf16, 4, 96, Family::Hopper), None, "a tile may cross blocks");
