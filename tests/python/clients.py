@@ -126,8 +126,8 @@ def forms(client):
     wrong = {"model": "tiny", "prompt": "a", "extra_body": {"guided_json": {"type": "objekt"}}}
     assert expect(openai.BadRequestError, lambda: client.completions.create(**wrong)).param == "guided_json"
 
-    city = {"type": "object", "properties": {"city": {"enum": ["Verona", "Mantua"]}}, "required": ["city"],
-            "additionalProperties": False}
+    # Arguments that the function does not list are none of it, though the schema does not say so.
+    city = {"type": "object", "properties": {"city": {"enum": ["Verona", "Mantua"]}}, "required": ["city"]}
     tools = [{"type": "function", "function": {"name": "weather", "parameters": city}},
              {"type": "function", "function": {"name": "time", "parameters": city}}]
     named = {"type": "function", "function": {"name": "time"}}
@@ -136,7 +136,8 @@ def forms(client):
         called = client.chat.completions.create(**asked, tools=tools, tool_choice=choice, **extra).choices[0]
         [call] = called.message.tool_calls
         assert called.finish_reason == "tool_calls" and called.message.content is None
-        assert call.function.name in names and json.loads(call.function.arguments)["city"] in ("Verona", "Mantua")
+        assert call.function.name in names
+        assert json.loads(call.function.arguments) in ({"city": "Verona"}, {"city": "Mantua"})
         with client.chat.completions.stream(**asked, tools=tools, tool_choice=choice, **extra) as stream:
             final = stream.until_done().get_final_completion().choices[0].message
         assert final.tool_calls[0].function.arguments == call.function.arguments

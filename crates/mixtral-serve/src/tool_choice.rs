@@ -142,8 +142,15 @@ impl ToolChoice {
     }
 }
 
-/// The schema of a tool's arguments.
+/// The schema of a tool's arguments. If it lists its properties and says nothing of others, there are no others: no
+/// function has a use for an argument that it does not know.
 fn parameters(tool: &Tool) -> Map<String, Value> {
     let any = || Map::from_iter([("type".to_owned(), json!("object"))]);
-    tool.function.parameters.clone().unwrap_or_else(any)
+    let mut schema = tool.function.parameters.clone().unwrap_or_else(any);
+    let of_others =
+        ["additionalProperties", "unevaluatedProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"];
+    if schema.contains_key("properties") && !of_others.iter().any(|key| schema.contains_key(*key)) {
+        schema.insert("additionalProperties".to_owned(), json!(false));
+    }
+    schema
 }
