@@ -115,6 +115,20 @@ __device__ __forceinline__ Pairs alternate<f16_t>(u32 bytes) {
 }
 #endif
 
+// Four numbers, the first in the lowest byte, as two registers of f16: each number divided by 256, exactly. An f16 has the
+// exponent's lowest bit three places higher, and its exponents begin eight lower. Both NaNs become NaN.
+__device__ __forceinline__ void to_f16(u32 (&pairs)[2], u32 four) {
+    // The bit behind the largest magnitude: set where a byte is NaN.
+    const u32 nan = ((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        // Two bytes as the upper halves of 16 bits each.
+        const u32 order = i == 0 ? 0x1404 : 0x3424;
+        const u32 wide = __byte_perm(four, 0, order);
+        pairs[i] = (wide & 0x80008000u) | (wide >> 1 & 0x3f803f80u) | __byte_perm(nan, 0, order) >> 1;
+    }
+}
+
 }  // namespace fp8
 
 // The number of a byte; NaN for both bytes of NaN.

@@ -8,6 +8,7 @@
 // Measured: H200: 93.4 GB in less than 0.17 s.
 #pragma once
 
+#include "base/fp8.cuh"
 #include "base/vector.cuh"
 #include "ptx/pdl.cuh"
 
@@ -105,6 +106,21 @@ __global__ void __launch_bounds__(256) fill_zeros(u8* out, u64 key, u64 first, u
     pdl::wait();
     for_each(first, rows, cols, source_cols, [&](u64 i, u64 index) {
         out[i] = static_cast<u8>((1u << (BITS - 1)) - 1 + word(key, index) % 3);
+    });
+}
+
+// The floats of an fp8 weight, as `fill` its elements: each divided by the scale of an fp8 weight, with which the largest
+// becomes the largest number of e4m3.
+template <typename T>
+__global__ void __launch_bounds__(256)
+    fill_fp8(T* out, u64 key, u64 first, u64 rows, u64 cols, u64 source_cols, float scale) {
+    pdl::launch_dependents();
+    pdl::wait();
+    const float of_fp8 = __fdiv_rn(__fmul_rn(510.0f, scale), fp8::MAX);
+    for_each(first, rows, cols, source_cols, [&](u64 i, u64 index) {
+        const u32 sum = __dp4a(word(key, index), 0x01010101u, 0u);
+        const float element = __fmul_rn(__fsub_rn(static_cast<float>(sum), 510.0f), scale);
+        out[i] = from_float<T>(__fdiv_rn(element, of_fp8));
     });
 }
 

@@ -1,7 +1,7 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
-// Regime: any token count · Tile: ROWS output features × COLS tokens, 64 elements of K a stage (128 of quantized weights)
+// Regime: any token count · Tile: ROWS output features × COLS tokens, 64 elements of K a stage (128 of quantized and fp8 weights)
 // Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on the
-// tile or on other tokens · Requires: sm_80, 16-bit types, any shape
+// tile or on other tokens · Requires: sm_80, 16-bit types or tokens rounded to e4m3, any shape
 // Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows (through L2) · Measured: docs/perf/cuda.md
 #pragma once
 
@@ -14,6 +14,7 @@
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
 #include "sched/tiles.cuh"
+#include "weight/fp8.cuh"
 #include "weight/plain.cuh"
 #include "weight/quantized.cuh"
 
@@ -24,7 +25,8 @@ struct MmaConfig {
     using W = Weight;  // a format: weight/
     using Stored = typename W::Stored;
     using T = typename W::T;
-    using Tokens = weight::Plain<T>;
+    using Token = typename W::template Token<T>;
+    using Tokens = weight::Plain<Token>;
     static constexpr int ROWS = ROWS_;
     static constexpr int COLS = COLS_;
     static constexpr int OUTPUTS = OUTPUTS_;
@@ -41,8 +43,8 @@ struct MmaConfig {
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
     static constexpr int A_BYTES = W::tile_bytes(ROWS);
-    static constexpr int B_ATOM = COLS * Tokens::bytes(64);  // 64 elements of each token
-    static constexpr int STAGE = A_BYTES + DEPTH / 64 * B_ATOM;
+    static constexpr int B_ATOM = COLS * 128;  // Tokens::ATOM elements of each token
+    static constexpr int STAGE = A_BYTES + DEPTH / Tokens::ATOM * B_ATOM;
     static constexpr int SHARED = STAGES * STAGE + 2 * COLS * 4;
     static_assert(SHARED == SHARED_, "what the launch asks for");
     // CTAs of a multiprocessor, as many as are launched. Without this number, ptxas may spill to make room for more.
@@ -70,9 +72,10 @@ __device__ __forceinline__ typename C::Stored find_row(typename C::Stored weight
 // Computes the products of a tile, and its epilogue.
 template <typename C, typename Out>
 __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
-                                         typename C::Stored weight, const typename C::T* tokens, Out* out,
+                                         typename C::Stored weight, const typename C::Token* tokens, Out* out,
                                          const Out* residual) {
     using T = typename C::T;
+    using Operand = typename C::W::Operand;
     using W = typename C::W;
     using Tokens = typename C::Tokens;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -80,16 +83,16 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
     const auto copy = [&](int k_block) {
         if (k_block < C::K_BLOCKS) {
             u8* stage = shared + k_block % C::STAGES * C::STAGE;
-            constexpr int B_PIECES = C::DEPTH / 8;
+            constexpr int B_PIECES = C::DEPTH / Tokens::PIECE;
             for (int i = threadIdx.x; i < C::A_BYTES / 16; i += C::THREADS) {
                 W::template copy_rows<C::K>(
                     stage, i, [&](int row) { return find_row<C>(weight, tile, row); }, k_block * C::DEPTH);
             }
             for (int i = threadIdx.x; i < C::COLS * B_PIECES; i += C::THREADS) {
                 const int source = sources[i / B_PIECES], atom = i % B_PIECES / 8;
-                const T* from = source < 0 ? nullptr : tokens + static_cast<i64>(source) * C::K;
+                const typename C::Token* from = source < 0 ? nullptr : tokens + static_cast<i64>(source) * C::K;
                 Tokens::template copy<C::K>(stage + C::A_BYTES + atom * C::B_ATOM, i / B_PIECES, i % 8, from,
-                                            k_block * C::DEPTH + atom * 64);
+                                            k_block * C::DEPTH + atom * Tokens::ATOM);
             }
         }
         ptx::cp_async_commit();
@@ -135,14 +138,14 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
 #pragma unroll
                 for (int c = 0; c < C::COLS / 8; c++) {
                     u32 b[2];
-                    ptx::ldmatrix_x2(b, b_tile + i / 4 * C::B_ATOM +
-                                            Tokens::offset(c * 8 + lane % 8, i % 4 * 2 + lane / 8 % 2));
+                    constexpr int EACH = Tokens::ATOM / 16;
+                    Tokens::columns(b, b_tile + i / EACH * C::B_ATOM, c * 8, i % EACH, lane);
 #pragma unroll
                     for (int m = 0; m < C::BLOCKS; m++) {
                         if constexpr (W::SCALED) {
-                            ptx::mma<T>(chains[m][c], a[m], b);
+                            ptx::mma<Operand>(chains[m][c], a[m], b);
                         } else {
-                            ptx::mma<T>(d[m][c], a[m], b);
+                            ptx::mma<Operand>(d[m][c], a[m], b);
                         }
                     }
                 }
@@ -158,16 +161,19 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
         }
     }
     ptx::cp_async_wait_group<0>();
+    float factor = 1.0f;
+    if constexpr (W::FACTOR) factor = W::factor(weight, tile.expert);
 #pragma unroll
     for (int m = 0; m < C::BLOCKS; m++) {
         const int block = warp * C::BLOCKS + m;
-        if constexpr (W::PACKED) {
+        if constexpr (W::UNIT != 1.0f) {
 #pragma unroll
             for (int c = 0; c < C::COLS / 8; c++) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     d[m][c][i] *= W::UNIT;
                     if constexpr (W::ROW_VALUES > 0) d[m][c][i] *= scales[m][i / 2];
+                    if constexpr (W::FACTOR) d[m][c][i] *= factor;
                 }
             }
         }
@@ -189,7 +195,7 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
 // Dense linear of weight [OUTPUTS][K] with tokens [·][K].
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
-    mma_dense(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, Out* out,
+    mma_dense(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, Out* out,
               const Out* residual) {
     pdl::launch_dependents();
     extern __shared__ __align__(128) u8 dynamic_shared[];
@@ -213,7 +219,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
 // [T·k][K], and results are by assignment.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
-    mma_grouped(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+    mma_grouped(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, const int* offsets,
                 const int* order, typename C::T* out) {
     extern __shared__ __align__(128) u8 dynamic_shared[];
     int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);

@@ -1,5 +1,5 @@
-// The products of a tile of `dense` and `grouped` along K (linear/wgmma.cuh): of plain weights from shared memory, of
-// packed weights through registers.
+// The products of a tile of `dense` and `grouped` along K (linear/wgmma.cuh): of plain and fp8 weights from shared memory,
+// of packed weights through registers.
 #pragma once
 
 #include "linear/ring.cuh"
@@ -49,15 +49,57 @@ __device__ __forceinline__ void multiply_plain(Ring<C>& ring, int warpgroup, flo
     ring.release(previous);
 }
 
-// What a thread needs of the whole rows that it multiplies: scales and zeros, if the format has them.
+// The same for e4m3. The products of 128 elements are a chain that begins at zero. It is then added to the sums of the
+// chains before it. Meanwhile the tensor cores compute another warpgroup's products, if there is one.
+template <typename C, int N>
+__device__ __forceinline__ void multiply_fp8(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
+    const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
+    float chains[C::BLOCKS][N / 2];
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
+    }
+    for (int k = 0; k < C::K_BLOCKS; k++) {
+        mbarrier::wait(ring.full(), ring.phase);
+        const u32 tile = wgmma::descriptor(ring.a());
+        const u32 a = tile + (C::ROWS > 64 ? first_row * 8 : 0), b = tile + (C::A_BYTES >> 4);
+#pragma unroll
+        for (int atom = 0; atom < C::ATOMS; atom++) {
+            wgmma::fence();
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                const u32 rows = a + ((atom * C::A_ATOM + m * 8192) >> 4), cols = b + ((atom * C::B_ATOM) >> 4);
+                wgmma::FirstProduct<e4m3_t, N>::run(chains[m], rows, cols);
+#pragma unroll
+                for (int i = 1; i < 4; i++) wgmma::Product<e4m3_t, N>::run(chains[m], rows + i * 2, cols + i * 2);
+            }
+            wgmma::commit();
+            wgmma::wait<0>();
+            if (atom == C::ATOMS - 1) ring.release(ring.stage);
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                wgmma::pin(chains[m]);
+#pragma unroll
+                for (int i = 0; i < N / 2; i++) d[m][i] = __fadd_rn(d[m][i], chains[m][i]);
+            }
+        }
+        ring.advance();
+    }
+}
+
+// What a thread needs of the whole rows that it multiplies: scales and zeros, and the factor of their matrix, if the format
+// has them.
 template <typename C>
 struct Rows {
     using W = typename C::W;
 
     float scales[C::BLOCKS][2];
     typename W::Zero zeros[C::BLOCKS];
+    float factor;
 
     __device__ __forceinline__ void load(typename C::Stored stored, const sched::Tile& tile, int warpgroup) {
+        if constexpr (W::FACTOR) factor = W::factor(stored, tile.expert);
         if constexpr (W::ROW_VALUES > 0) {
             const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
@@ -82,6 +124,13 @@ struct Rows {
                     d[m][i] *= W::UNIT;
                     if constexpr (W::ROW_VALUES > 0) d[m][i] *= scales[m][i % 4 / 2];
                 }
+            }
+        }
+        if constexpr (W::FACTOR) {
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+                for (int i = 0; i < C::COLS / 2; i++) d[m][i] *= factor;
             }
         }
     }
@@ -199,6 +248,8 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Row
                                          float (&d)[C::BLOCKS][C::COLS / 2]) {
     if constexpr (C::W::PACKED) {
         multiply_packed<C, N>(ring, warpgroup, rows, d);
+    } else if constexpr (C::W::SCALED) {
+        multiply_fp8<C, N>(ring, warpgroup, d);
     } else {
         multiply_plain<C, N>(ring, warpgroup, d);
     }

@@ -5,6 +5,7 @@
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
 #include "ptx/mbarrier.cuh"
+#include "weight/fp8.cuh"
 #include "weight/plain.cuh"
 #include "weight/quantized.cuh"
 
@@ -16,7 +17,7 @@ struct Config {
     using W = Weight;  // a format: weight/
     using T = typename W::T;
     using Stored = typename W::Stored;
-    using Tokens = weight::Plain<T>;
+    using Tokens = weight::Plain<typename W::template Token<T>>;
     static constexpr int ROWS = ROWS_;              // weight rows of a tile
     static constexpr int COLS = COLS_;              // tokens of a tile at most
     static constexpr int DEPTH = DEPTH_;            // elements of K in a stage
@@ -66,7 +67,7 @@ struct Config {
     static constexpr int THREADS = WARPGROUPS * 128 + PRODUCERS;
 
     static_assert(ROWS % 16 == 0 && (ROWS <= 64 || ROWS % (64 * WARPGROUPS) == 0), "whole blocks of 64 rows");
-    static_assert(BOX % 8 == 0 && COLS % MOVED_COLS == 0 && DEPTH % W::DEPTH == 0 && K % 8 == 0 && OUTPUTS % 8 == 0, "");
+    static_assert(BOX % 8 == 0 && COLS % MOVED_COLS == 0 && DEPTH % W::DEPTH == 0 && K % Tokens::PIECE == 0 && OUTPUTS % 8 == 0, "");
     static_assert(MOVED == 32 || MOVED == 64, "as epilogue::Tile");
     static_assert(SHARED <= 232448, "shared memory of a CTA");
 };

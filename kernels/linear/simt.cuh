@@ -1,7 +1,8 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
 // Regime: any token count; f32 engines, and linears whose weight is f32 · Tile: 64 output features × 32 tokens, 16
 // elements of K
-// Grid: persistent · Numerics: one f32 multiply-add chain in ascending K · Requires: any type and shape
+// Grid: persistent · Numerics: one f32 multiply-add chain in ascending K; with fp8 one for each 128 elements, added up ·
+// Requires: any type and shape
 // Traffic: weights once per 32 tokens · Measured: not tuned, parity only
 #pragma once
 
@@ -11,6 +12,7 @@
 #include "epilogue/tile.cuh"
 #include "ptx/pdl.cuh"
 #include "sched/tiles.cuh"
+#include "weight/fp8.cuh"
 #include "weight/plain.cuh"
 #include "weight/quantized.cuh"
 
@@ -21,6 +23,7 @@ struct SimtConfig {
     using W = Weight;  // a format: weight/
     using Stored = typename W::Stored;
     using T = Element;
+    using Token = typename W::template Token<T>;
     static constexpr int ROWS = 64;
     static constexpr int COLS = 32;
     static constexpr int DEPTH = 16;
@@ -31,6 +34,7 @@ struct SimtConfig {
     static constexpr int OUT_ROWS = SILU ? ROWS / 2 : ROWS;
     static constexpr int ROW_TILES = (OUTPUTS + OUT_ROWS - 1) / OUT_ROWS;
     static constexpr int THREADS = 128;
+    static constexpr int PER_SM = 6;  // CTAs of a multiprocessor at least; else ptxas spills to make room for more
 };
 
 template <typename C>
@@ -61,10 +65,13 @@ __device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight
 // rows are the gates of the first two.
 template <typename C, typename Out>
 __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Tile& tile, typename C::Stored weight,
-                                          const typename C::T* tokens, Out* out, const Out* residual) {
+                                          const typename C::Token* tokens, Out* out, const Out* residual) {
     using T = typename C::T;
+    using W = typename C::W;
     const int i = threadIdx.x % 16, j = threadIdx.x / 16;
-    float d[4][4] = {};
+    float d[4][4] = {}, sums[4][4] = {};
+    float factor = 1.0f;
+    if constexpr (W::FACTOR) factor = W::factor(weight, tile.expert);
     if constexpr (!C::W::PACKED) weight += tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS) * C::K;
     for (int k0 = 0; k0 < C::K; k0 += C::DEPTH) {
         for (int at = threadIdx.x; at < C::ROWS * C::DEPTH; at += C::THREADS) {
@@ -89,7 +96,20 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
             }
         }
         __syncthreads();
+        if constexpr (W::CHAIN > 0) {
+            static_assert(W::CHAIN % C::DEPTH == 0, "whole steps");
+            if ((k0 + C::DEPTH) % W::CHAIN != 0 && k0 + C::DEPTH < C::K) continue;
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    sums[r][c] = __fadd_rn(sums[r][c], d[r][c]);
+                    d[r][c] = 0.0f;
+                }
+            }
+        }
     }
+    const auto sum = [&](int r, int c) { return W::CHAIN > 0 ? sums[r][c] * factor : d[r][c]; };
 #pragma unroll
     for (int c = 0; c < 4; c++) {
         const int col = j * 4 + c;
@@ -99,8 +119,8 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
         for (int r = 0; r < (C::SILU ? 2 : 4); r++) {
             const int row = tile.row * C::OUT_ROWS + i + r * 16;
             if (row >= C::OUTPUTS) continue;
-            float value = d[r][c];
-            if constexpr (C::SILU) value = math::silu(rounded<T>(d[r + 2][c])) * rounded<T>(value);
+            float value = sum(r, c);
+            if constexpr (C::SILU) value = math::silu(rounded<T>(sum(r + 2, c))) * rounded<T>(value);
             if constexpr (C::KIND == epilogue::Residual) value = rounded<T>(value) + to_float(residual[base + row]);
             out[base + row] = from_float<Out>(value);
         }
@@ -110,8 +130,8 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
 
 // As `mma_dense`.
 template <typename C, bool LOGITS, typename Out>
-__global__ void __launch_bounds__(C::THREADS)
-    simt_dense(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, Out* out,
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+    simt_dense(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, Out* out,
                const Out* residual) {
     pdl::launch_dependents();
     __shared__ SimtShared<C> shared;
@@ -131,8 +151,8 @@ __global__ void __launch_bounds__(C::THREADS)
 
 // As `mma_grouped`.
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
-__global__ void __launch_bounds__(C::THREADS)
-    simt_grouped(typename C::Stored weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+    simt_grouped(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, const int* offsets,
                  const int* order, typename C::T* out) {
     __shared__ SimtShared<C> shared;
     pdl::wait();

@@ -1,8 +1,8 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
 // Regime: one token to prefill, by Config · Tile: ROWS output features × up to COLS tokens, DEPTH elements of K a stage
 // Grid: persistent · Numerics: f32 accumulation on tensor cores in ascending K, one rounding; bits do not depend on
-// COLS, ROWS, DEPTH or on other tokens; with scales, as `mma` · Requires: sm_90a, 16-bit types, K and row length
-// multiples of 8
+// COLS, ROWS, DEPTH or on other tokens; of integers with scales, as `mma`; of fp8 not (weight/fp8.cuh) · Requires: sm_90a,
+// 16-bit types or tokens rounded to e4m3, K and row length multiples of 8, of fp8 K a multiple of 16
 // Traffic: weights once per tile of COLS tokens, tokens once per tile of ROWS rows and CTAs of a cluster (through L2)
 // Measured: docs/perf/cuda.md
 //

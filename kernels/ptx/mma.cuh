@@ -30,6 +30,11 @@ __device__ __forceinline__ void ldmatrix_x2(u32 (&r)[2], u32 shared) {
                  : "memory");
 }
 
+// Loads one matrix. Lanes 0 to 7 give the addresses.
+__device__ __forceinline__ void ldmatrix_x1(u32& r, u32 shared) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(r) : "r"(shared) : "memory");
+}
+
 // d += a · b for a [16, 16] row-major, b [16, 8] column-major, d [16, 8]. With g = lane / 4 and c = 2 · (lane % 4):
 // a = rows {g, g + 8} of columns c, then of columns c + 8; b = rows {c, c + 8} of column g; d = columns c, c + 1 of row g, then
 // of row g + 8. A register holds two elements, the lower index in the lower half.

@@ -1,14 +1,15 @@
 // Warpgroup matrix products (sm_90a), f32 accumulation: D[64][N] += A[64][16] · B[N][16]ᵀ, with both operands in shared
-// memory, K innermost, and the 128-byte swizzle. Also the products of attention, which have A in registers and N
+// memory, K innermost, and the 128-byte swizzle; of e4m3 A[64][32] and B[N][32]. Also the products of attention, which have A in registers and N
 // innermost in B.
 #pragma once
 
+#include "base/fp8.cuh"
 #include "base/types.cuh"
 
 namespace wgmma {
 
 // The low word of the descriptor of a tile of rows of 128 bytes. The address is a multiple of 1024, and the same for
-// the whole warpgroup. Adding 2 moves it 32 bytes (16 elements of K) further. The word is taken from lane 0, so that
+// the whole warpgroup. Adding 2 moves it 32 bytes (a product's part of K) further. The word is taken from lane 0, so that
 // the compiler knows it to be uniform. An addition then takes one uniform instruction; 64-bit arithmetic in vector
 // registers took 70 cycles a product. (The high word says: 1024 bytes between groups of eight rows, 128-byte swizzle.)
 __device__ __forceinline__ u32 descriptor(u32 shared) { return __shfl_sync(~0u, shared >> 4 | 0x10000, 0); }
@@ -114,15 +115,16 @@ template <typename T, int N>
 struct RegisterProduct;
 
 // Both operands by descriptor. There are COUNT = N / 2 accumulators; A and B are the operands behind them. D is read if
-// ADDS.
-#define SHARED_PRODUCT(NAME, TYPE, N, COUNT, A, B, ADDS) \
+// ADDS. SHAPE is the product's part of K, and FLAGS are the operands that follow: signs, and of 16-bit types which side of
+// A and B is innermost.
+#define SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, N, COUNT, A, B, ADDS) \
     template <> \
     struct NAME<TYPE##_t, N> { \
         template <int R> \
         __device__ __forceinline__ static void run(float (&d)[R], u32 a, u32 b) { \
             asm volatile("{.reg .b64 a, b; mov.b64 a, {%" #A ", 0x40000040}; mov.b64 b, {%" #B ", 0x40000040}; " \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" REGISTERS_##COUNT \
-                         "}, a, b, " #ADDS ", 1, 1, 0, 0;}" \
+                         "wgmma.mma_async.sync.aligned.m64n" #N SHAPE ".f32." #TYPE "." #TYPE " {" REGISTERS_##COUNT \
+                         "}, a, b, " #ADDS ", " FLAGS ";}" \
                          : ACCUMULATORS_##COUNT \
                          : "r"(a), "r"(b)); \
         } \
@@ -155,28 +157,33 @@ struct RegisterProduct;
     REGISTER_PRODUCT(NAME, TYPE, 144, 72, 72, 73, 74, 75, 76, ADDS, 0) \
     REGISTER_PRODUCT(NAME, TYPE, 192, 96, 96, 97, 98, 99, 100, ADDS, 0) \
     REGISTER_PRODUCT(NAME, TYPE, 256, 128, 128, 129, 130, 131, 132, ADDS, 0)
+#define SHARED_PRODUCTS(NAME, TYPE, SHAPE, FLAGS, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 8, 4, 4, 5, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 16, 8, 8, 9, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 24, 12, 12, 13, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 32, 16, 16, 17, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 48, 24, 24, 25, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 64, 32, 32, 33, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 72, 36, 36, 37, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 96, 48, 48, 49, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 128, 64, 64, 65, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 144, 72, 72, 73, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 192, 96, 96, 97, ADDS) \
+    SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 256, 128, 128, 129, ADDS)
 #define PRODUCTS(TYPE) \
-    SHARED_PRODUCT(Product, TYPE, 8, 4, 4, 5, 1) \
-    SHARED_PRODUCT(Product, TYPE, 16, 8, 8, 9, 1) \
-    SHARED_PRODUCT(Product, TYPE, 24, 12, 12, 13, 1) \
-    SHARED_PRODUCT(Product, TYPE, 32, 16, 16, 17, 1) \
-    SHARED_PRODUCT(Product, TYPE, 48, 24, 24, 25, 1) \
-    SHARED_PRODUCT(Product, TYPE, 64, 32, 32, 33, 1) \
-    SHARED_PRODUCT(Product, TYPE, 72, 36, 36, 37, 1) \
-    SHARED_PRODUCT(Product, TYPE, 96, 48, 48, 49, 1) \
-    SHARED_PRODUCT(Product, TYPE, 128, 64, 64, 65, 1) \
-    SHARED_PRODUCT(Product, TYPE, 144, 72, 72, 73, 1) \
-    SHARED_PRODUCT(Product, TYPE, 192, 96, 96, 97, 1) \
-    SHARED_PRODUCT(Product, TYPE, 256, 128, 128, 129, 1) \
-    SHARED_PRODUCT(FirstProduct, TYPE, 64, 32, 32, 33, 0) \
-    SHARED_PRODUCT(FirstProduct, TYPE, 128, 64, 64, 65, 0) \
+    SHARED_PRODUCTS(Product, TYPE, "k16", "1, 1, 0, 0", 1) \
+    SHARED_PRODUCT(FirstProduct, TYPE, "k16", "1, 1, 0, 0", 64, 32, 32, 33, 0) \
+    SHARED_PRODUCT(FirstProduct, TYPE, "k16", "1, 1, 0, 0", 128, 64, 64, 65, 0) \
     REGISTER_PRODUCT(RegisterProduct, TYPE, 64, 32, 32, 33, 34, 35, 36, 1, 1) \
     REGISTER_PRODUCT(RegisterProduct, TYPE, 128, 64, 64, 65, 66, 67, 68, 1, 1) \
     FRAGMENT_PRODUCTS(FragmentProduct, TYPE, 1) \
     FRAGMENT_PRODUCTS(FirstFragmentProduct, TYPE, 0)
 PRODUCTS(bf16)
 PRODUCTS(f16)
+SHARED_PRODUCTS(Product, e4m3, "k32", "1, 1", 1)
+SHARED_PRODUCTS(FirstProduct, e4m3, "k32", "1, 1", 0)
 #undef PRODUCTS
+#undef SHARED_PRODUCTS
 #undef FRAGMENT_PRODUCTS
 #undef REGISTER_PRODUCT
 #undef SHARED_PRODUCT

@@ -58,6 +58,9 @@ struct Conversion<float> {
 template <typename Element, int BITS_, int GROUP_, bool ZEROS_, typename ScaleType, i64 VALUES_AT>
 struct Quantized {
     using T = Element;  // of tokens, and what integers are converted to
+    using Operand = Element;
+    template <typename Model>
+    using Token = Model;
     using Scale = ScaleType;
     using Stored = const u8*;  // points at a weight, or at a slab of it
     static constexpr int BITS = BITS_;
@@ -81,6 +84,8 @@ struct Quantized {
     static constexpr int PARTS = BITS / 2, BLOCK = (END + PARTS * 16 - 1) / (PARTS * 16) * (PARTS * 16);
     static constexpr int ROW_VALUES = SCALED ? 0 : ZEROS ? 2 : 1;  // f32 values of a row behind the slabs
     static constexpr float UNIT = Conversion<T>::UNIT;
+    static constexpr bool FACTOR = false;
+    static constexpr int CHAIN = 0;  // `simt` reads scaled elements
     static_assert(BLOCK % 16 == 0 && BLOCK / PARTS <= 1024, "whole copies");
 
     __device__ static constexpr int blocks(int k) { return (k + DEPTH - 1) / DEPTH; }

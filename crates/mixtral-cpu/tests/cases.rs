@@ -4,7 +4,6 @@ use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{BackendError, Weights};
 use mixtral_model::DType;
 use mixtral_testkit::cases::{self, Case};
-use mixtral_testkit::fp8;
 use mixtral_testkit::large;
 
 fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendError> {
@@ -44,11 +43,6 @@ fn f16_cases_are_within_their_limits() {
 #[test]
 fn bf16_cases_are_within_their_limits() {
     check_all(DType::Bf16);
-}
-
-#[test]
-fn fp8_cases_are_within_their_limits() {
-    check([DType::F32, DType::F16, DType::Bf16].into_iter().flat_map(fp8::linears).collect());
 }
 
 /// Operations of a small model, checked in the way in which real models' sizes are checked, and a few of those sizes.

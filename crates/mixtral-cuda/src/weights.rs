@@ -6,6 +6,7 @@ use std::thread;
 
 use mixtral_engine::{BackendError, Program, Weight, WeightSource};
 use mixtral_kernels::Schedule;
+use mixtral_kernels::weight::part_offsets;
 use mixtral_model::WeightFormat;
 
 use crate::CudaError;
@@ -165,9 +166,13 @@ fn chunks(program: &Program, starts: &[usize], matrices: &[Matrix]) -> Vec<Chunk
             chunks.push(Chunk { name: name.to_owned(), from: from + done, len, to: place(done) });
         }
     };
-    let plain = |weight: &Weight| weight.format == WeightFormat::Plain;
-    for (weight, &start) in program.weights.iter().zip(starts).filter(|(weight, _)| plain(weight)) {
-        cut(&weight.name, 0, weight.num_bytes(), &|done| Place::Weight(start + done));
+    let packed = |weight: &Weight| matches!(weight.format, WeightFormat::Quantized(_));
+    for (weight, &start) in program.weights.iter().zip(starts).filter(|(weight, _)| !packed(weight)) {
+        let (offsets, _) = part_offsets(weight);
+        for (tensor, offset) in weight.tensors().iter().zip(offsets) {
+            let bytes = usize::try_from(tensor.num_bytes()).unwrap_or(usize::MAX);
+            cut(&tensor.name, 0, bytes, &|done| Place::Weight(start + offset + done));
+        }
     }
     for (index, matrix) in matrices.iter().enumerate() {
         for (tensor, part) in program.weights[matrix.weight].tensors().iter().zip(&matrix.parts) {

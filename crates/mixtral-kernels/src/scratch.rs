@@ -3,6 +3,7 @@
 //! themselves.
 
 use mixtral_engine::Program;
+use mixtral_model::WeightFormat;
 
 use crate::LinearPlan;
 use crate::lower::CHUNK;
@@ -20,6 +21,10 @@ pub struct Scratch {
     pub attention_tickets: usize,
     /// Tokens in expert order: `[T · top_k, hidden]` of the program's type, as wide as the widest input of experts.
     pub permuted: usize,
+    /// Inputs of fp8 linears, rounded to 8 bits: e4m3 `[T, widest input]`, or as many rows as there are logits.
+    pub rounded: usize,
+    /// The same of `expert_down`: e4m3 `[T · top_k, widest input]`.
+    pub rounded_by_expert: usize,
     /// Products of cuBLASLt before a residual is added: `[T, widest such linear]` of the program's type. It shares its
     /// place with `permuted`, since neither is needed after its operation.
     pub product: usize,
@@ -81,6 +86,24 @@ impl Scratch {
         let product = products.clone().map(added_to).max().unwrap_or(0);
         let permuted = region(l.max_num_tokens * (program.top_k * hidden).max(product) * program.dtype.size());
         let workspace = region(if products.count() > 0 { PRODUCT_WORKSPACE } else { 0 });
+        let rounded = |by_expert: bool| {
+            let bytes = program.ops.iter().map(|op| match op {
+                Op::Linear { input, weight, .. }
+                | Op::ExpertGateUp { input, weight, .. }
+                | Op::ExpertDown { input, weight, .. }
+                    if matches!(op, Op::ExpertDown { .. }) == by_expert
+                        && program.weight(weight).is_some_and(|weight| weight.format == WeightFormat::Fp8) =>
+                {
+                    let rows = |rows| program.num_rows(rows, l.max_num_tokens, l.max_num_logits);
+                    program.buffer(input).map_or(0, |buffer| rows(buffer.rows) * buffer.cols)
+                }
+                _ => 0,
+            });
+            bytes.max().unwrap_or(0)
+        };
+        let (of_tokens, by_expert) = (rounded(false), rounded(true));
+        let rounded = region(of_tokens);
+        let rounded_by_expert = region(by_expert);
         let chunks = (l.max_num_tokens * program.top_k).div_ceil(CHUNK);
         let chunk_sizes = region(4 * chunks * program.num_experts);
         let angles = region(8 * l.max_num_tokens * (kv.head_dim / 2));
@@ -91,6 +114,8 @@ impl Scratch {
             attention_partials,
             attention_tickets,
             permuted,
+            rounded,
+            rounded_by_expert,
             product: permuted,
             workspace,
             chunk_sizes,

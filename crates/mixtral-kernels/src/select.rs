@@ -54,7 +54,8 @@ impl LinearShape {
 
     /// Whether TMA takes it: rows of weights, tokens and outputs begin at multiples of 16 bytes.
     fn is_aligned(&self) -> bool {
-        let (weight, tokens) = (self.depth * self.weight.dtype().size(), self.depth * self.tokens.size());
+        let [weight, tokens] =
+            [self.weight.element(), self.weight.tokens(self.tokens)].map(|element| self.depth * element.size());
         weight.is_multiple_of(16)
             && tokens.is_multiple_of(16)
             && self.rows.is_multiple_of(if self.silu_mul { 16 } else { 8 })
@@ -82,12 +83,17 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         return LinearPlan::Stream(stream);
     }
     if family == Family::Portable || !shape.is_aligned() {
-        // A stage of a packed weight has twice the elements of a plain one's.
-        let cols = portable_cols(tokens).min(if packed { 64 } else { 128 });
+        // With two sets of sums, wider tiles would not fit into the registers.
+        let cols = portable_cols(tokens).min(if shape.weight.has_two_sums() { 64 } else { 128 });
         return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
     }
     let ring = |rows: u32, cols: u32, depth: u32, warpgroups: u32| {
-        let depth = if packed { 128 } else { depth };
+        let depth = match shape.weight {
+            WeightRows::Plain(_) => depth,
+            WeightRows::Quantized(..) => 128,
+            // The same bytes of a row.
+            WeightRows::Fp8(_) => 2 * depth,
+        };
         let stages = (RING / stage_bytes(shape.weight, rows, cols, depth)).clamp(3, 12);
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }
     };
@@ -118,6 +124,10 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         // of 2048 tokens has too few such tiles to occupy every multiprocessor. CTAs work in pairs that share their
         // tokens. Tiles are handed out as CTAs become free: the experts' ragged last tiles then leave no CTA idle, and
         // neighbours stay close enough to share data in L2.
+        // Two sets of sums leave registers for tiles of half the rows.
+        _ if shape.weight.is_fp8() => {
+            LinearPlan::Wgmma { rows: 128, cols: 192, depth: 128, stages: 5, warpgroups: 2, cluster: 2, dynamic: true }
+        }
         _ if packed => {
             let (rows, cols) = large_packed(shape.weight);
             LinearPlan::Wgmma { rows, cols, depth: 128, stages: 3, warpgroups: 2, cluster: 2, dynamic: true }
@@ -144,7 +154,12 @@ fn large_packed(weight: WeightRows) -> (u32, u32) {
 /// Bytes of a stage of `linear::Config`: `depth` elements of `rows` rows of weights and of `cols` tokens.
 pub(crate) fn stage_bytes(weight: WeightRows, rows: u32, cols: u32, depth: u32) -> u32 {
     let rows = depth / count(weight.stage_depth()) * count(weight.stage_bytes(rows as usize));
-    rows.next_multiple_of(1024) + cols * depth * 2
+    rows.next_multiple_of(1024) + token_bytes(weight, cols, depth)
+}
+
+/// Bytes of `depth` elements of `cols` tokens, as kernels on tensor cores read them.
+pub(crate) fn token_bytes(weight: WeightRows, cols: u32, depth: u32) -> u32 {
+    cols * depth * count(weight.tokens(weight.dtype().into()).size())
 }
 
 /// Columns of a tile of the portable kernels.
@@ -181,7 +196,9 @@ pub fn takes_cublaslt(program: &Program, op: &Op, tokens: usize) -> bool {
     let Op::Linear { input, .. } = op else { return false };
     let of_tokens = program.buffer(input).is_some_and(|buffer| buffer.rows == Rows::Tokens);
     let fits = LinearShape::of(program, op).is_some_and(|shape| {
-        !shape.weight.is_packed() && shape.weight.suits_tensor_cores(shape.tokens) && shape.is_aligned()
+        matches!(shape.weight, WeightRows::Plain(_))
+            && shape.weight.suits_tensor_cores(shape.tokens)
+            && shape.is_aligned()
     });
     of_tokens && fits && tokens > CUBLASLT_ABOVE
 }
@@ -253,6 +270,28 @@ mod tests {
         // Stored zeros take registers.
         assert_eq!(plans("int4:g64:f16:zeros", true, &[2048]), ["wgmma:256x128:k128:s3:w2:c2:dynamic"]);
         assert_eq!(plans("int8:g64:f16:zeros", true, &[2048]), ["wgmma:128x128:k128:s3:w2:c2:dynamic"]);
+    }
+
+    #[test]
+    fn fp8_is_computed_by_one_kernel_for_all_tokens() {
+        let shape = |depth: usize, grouped: bool| LinearShape {
+            rows: 4096,
+            depth,
+            tokens: ElemType::Bf16,
+            weight: WeightRows::Fp8(DType::Bf16),
+            silu_mul: false,
+            grouped,
+        };
+        let plans = |shape: &LinearShape, family| -> Vec<String> {
+            [1, 32, 64, 128, 256, 512, 16384].map(|tokens| plan(shape, tokens, family).to_string()).to_vec()
+        };
+        insta::assert_debug_snapshot!([false, true].map(|grouped| plans(&shape(14336, grouped), Family::Hopper)));
+        // mma.sync's sums have other bits than wgmma's. So the kernel is chosen by the shape alone.
+        for (depth, family) in [(14336, Family::Portable), (14344, Family::Hopper)] {
+            for grouped in [false, true] {
+                assert!(plans(&shape(depth, grouped), family).iter().all(|plan| plan.starts_with("mma:")));
+            }
+        }
     }
 
     #[test]

@@ -13,6 +13,8 @@ pub enum WeightRows {
     Plain(DType),
     /// `weight::Quantized`: integers that stand for elements of this type, in the order of the device.
     Quantized(DType, Quantization),
+    /// `weight::Fp8`: floats of 8 bits, in a model of this type. Tokens are rounded to 8 bits before the linear.
+    Fp8(DType),
 }
 
 /// Rows of a slab.
@@ -27,18 +29,40 @@ impl WeightRows {
     pub fn of(weight: &Weight) -> Option<Self> {
         match weight.format {
             WeightFormat::Plain => Some(WeightRows::Plain(weight.dtype)),
-            WeightFormat::Fp8 => None,
+            WeightFormat::Fp8 => Some(WeightRows::Fp8(weight.dtype)),
             WeightFormat::Quantized(quantization) => matches!(quantization.group, None | Some(32 | 64 | 128))
                 .then_some(WeightRows::Quantized(weight.dtype, quantization)),
         }
     }
 
-    /// The type that elements have when they are multiplied.
+    /// The type of the elements that the weight stands for.
     #[must_use]
     pub const fn dtype(self) -> DType {
         match self {
-            WeightRows::Plain(dtype) | WeightRows::Quantized(dtype, _) => dtype,
+            WeightRows::Plain(dtype) | WeightRows::Quantized(dtype, _) | WeightRows::Fp8(dtype) => dtype,
         }
+    }
+
+    /// The type of the stored elements, if rows are elements one after another.
+    #[must_use]
+    pub fn element(self) -> ElemType {
+        match self {
+            WeightRows::Plain(dtype) => dtype.into(),
+            WeightRows::Quantized(..) => ElemType::U8,
+            WeightRows::Fp8(_) => ElemType::F8E4M3,
+        }
+    }
+
+    /// The type of the token rows that kernels read, if the operation's input is of type `tokens`.
+    #[must_use]
+    pub const fn tokens(self, tokens: ElemType) -> ElemType {
+        if self.is_fp8() { ElemType::F8E4M3 } else { tokens }
+    }
+
+    /// Whether the linear's input is rounded to 8 bits.
+    #[must_use]
+    pub const fn is_fp8(self) -> bool {
+        matches!(self, WeightRows::Fp8(_))
     }
 
     /// Whether there are kernels that multiply a weight of this format with tokens of type `tokens` on tensor cores.
@@ -53,6 +77,12 @@ impl WeightRows {
         matches!(self, WeightRows::Quantized(..))
     }
 
+    /// Whether a thread needs registers for two sets of sums: those of a group or a block, and all so far.
+    #[must_use]
+    pub const fn has_two_sums(self) -> bool {
+        !matches!(self, WeightRows::Plain(_))
+    }
+
     /// Whether sums are scaled and added up group by group.
     #[must_use]
     pub const fn has_groups(self) -> bool {
@@ -63,14 +93,17 @@ impl WeightRows {
     /// has.
     #[must_use]
     pub const fn stage_depth(self) -> usize {
-        if self.is_packed() { BLOCK } else { 64 }
+        match self {
+            WeightRows::Plain(_) => 64,
+            WeightRows::Quantized(..) | WeightRows::Fp8(_) => BLOCK,
+        }
     }
 
     /// Bytes of such a stage's `rows` rows, of a 16-bit model.
     #[must_use]
     pub fn stage_bytes(self, rows: usize) -> usize {
         match self {
-            WeightRows::Plain(dtype) => rows * self.stage_depth() * dtype.size(),
+            WeightRows::Plain(_) | WeightRows::Fp8(_) => rows * self.stage_depth() * self.element().size(),
             WeightRows::Quantized(..) => rows / SLAB * self.block_bytes(),
         }
     }
@@ -89,7 +122,7 @@ impl WeightRows {
     #[must_use]
     pub const fn parts(self) -> usize {
         match self {
-            WeightRows::Plain(_) => 1,
+            WeightRows::Plain(_) | WeightRows::Fp8(_) => 1,
             WeightRows::Quantized(_, Quantization { bits: Bits::Four, .. }) => 2,
             WeightRows::Quantized(_, Quantization { bits: Bits::Eight, .. }) => 4,
         }
@@ -102,6 +135,20 @@ impl WeightRows {
             _ => 0,
         }
     }
+}
+
+/// Where the parts of a weight lie on the device that is not packed, in bytes from its start, and the bytes of all of them.
+/// They lie one after another, each at a multiple of 4 bytes.
+#[must_use]
+pub fn part_offsets(weight: &Weight) -> (Vec<usize>, usize) {
+    let mut end = 0usize;
+    let starts = weight.format.parts(weight.dtype, &weight.shape).into_iter().map(|part| {
+        let start = end.next_multiple_of(4);
+        end = start + part.num_bytes();
+        start
+    });
+    let starts = starts.collect();
+    (starts, end)
 }
 
 /// Where a linear's weight lies, and which kernels read it.
@@ -152,22 +199,32 @@ impl Packing {
     /// Bytes on the device.
     #[must_use]
     pub fn bytes(&self) -> usize {
-        let WeightRows::Plain(dtype) = self.format else {
-            let slabs = self.experts * self.slabs();
-            return slabs * (self.slab_bytes() + SLAB * self.format.row_values());
-        };
-        self.experts * self.rows * self.cols * dtype.size()
+        let elements = self.experts * self.rows * self.cols * self.format.element().size();
+        match self.format {
+            WeightRows::Plain(_) => elements,
+            WeightRows::Fp8(_) => elements.next_multiple_of(4) + 4 * (self.experts + 1),
+            WeightRows::Quantized(..) => {
+                let slabs = self.experts * self.slabs();
+                slabs * (self.slab_bytes() + SLAB * self.format.row_values())
+            }
+        }
     }
 
     /// Bytes before a row. A packed weight is only divided between slabs.
     #[must_use]
     pub fn offset(&self, row: usize) -> Option<usize> {
         match self.format {
-            WeightRows::Plain(dtype) => Some(row * self.cols * dtype.size()),
+            WeightRows::Plain(_) | WeightRows::Fp8(_) => Some(row * self.cols * self.format.element().size()),
             WeightRows::Quantized(..) => {
                 (row == 0 || !self.interleaved && row.is_multiple_of(SLAB)).then_some(row / SLAB * self.slab_bytes())
             }
         }
+    }
+
+    /// Bytes before the scale of the input, of an fp8 weight. It lies behind the matrices' scales.
+    #[must_use]
+    pub fn input_scale(&self) -> usize {
+        self.bytes() - 4
     }
 
     /// The type in `kernels/weight/` that kernels are instantiated with. They are given the address of `row`.
@@ -175,6 +232,10 @@ impl Packing {
     pub fn symbol(&self, row: usize) -> String {
         let (dtype, Quantization { bits, group, zeros, scale }) = match self.format {
             WeightRows::Plain(dtype) => return format!("weight::Plain<{}>", type_name(dtype)),
+            WeightRows::Fp8(dtype) => {
+                let scales = self.input_scale() - 4 * self.experts - row * self.cols;
+                return format!("weight::Fp8<{}, {}, {scales}>", type_name(dtype), self.experts);
+            }
             WeightRows::Quantized(dtype, quantization) => (dtype, quantization),
         };
         let bits = match bits {
@@ -211,6 +272,27 @@ mod tests {
                 assert_eq!(format.suits_tensor_cores(tokens.into()), dtype == tokens && dtype != DType::F32);
             }
         }
+    }
+
+    #[test]
+    fn scales_of_fp8_lie_behind_the_elements() {
+        let format = WeightRows::Fp8(DType::Bf16);
+        let packing = Packing { format, experts: 3, rows: 5, cols: 21, interleaved: false };
+        // 315 bytes of elements, three scales and the input's.
+        assert_eq!((packing.bytes(), packing.input_scale(), packing.offset(2)), (332, 328, Some(42)));
+        assert_eq!(packing.symbol(0), "weight::Fp8<bf16_t, 3, 316>");
+        assert_eq!(packing.symbol(2), "weight::Fp8<bf16_t, 3, 274>");
+        let weight = Weight {
+            name: "w".to_owned(),
+            dtype: DType::Bf16,
+            format: WeightFormat::Fp8,
+            shape: vec![3, 5, 21],
+            pieces: vec![],
+            sharded: None,
+        };
+        assert_eq!(part_offsets(&weight), (vec![0, 316, 328], 332));
+        assert_eq!((format.tokens(ElemType::Bf16), format.element()), (ElemType::F8E4M3, ElemType::F8E4M3));
+        assert!(format.suits_tensor_cores(ElemType::Bf16) && !format.suits_tensor_cores(ElemType::F32));
     }
 
     #[test]

@@ -218,7 +218,7 @@ fn attention_over(
 }
 
 /// The kernels of a header for a dense linear, gate/up and down of experts, with weights of one format.
-fn packed_linears(dtype: DType, word: &str, header: &str, code: Code) -> Vec<(Kernel, Code)> {
+fn linears_of(dtype: DType, word: &str, header: &str, code: Code) -> Vec<(Kernel, Code)> {
     let mut a = Assembly::new(dtype);
     let (hidden, inter, name) = (1024, 512, str::to_owned);
     (a.program.num_experts, a.program.top_k) = (8, 2);
@@ -340,7 +340,7 @@ fn packed_linears_of_many_tokens_spill_nothing_and_are_not_serialised() {
         (DType::F16, "int4:g128:f16:zeros"),
         (DType::Bf16, "int8:g64:f32:zeros"),
     ];
-    let of = |(dtype, word): &(DType, &str)| packed_linears(*dtype, word, "linear/wgmma.cuh", SM_90A);
+    let of = |(dtype, word): &(DType, &str)| linears_of(*dtype, word, "linear/wgmma.cuh", SM_90A);
     let work: Vec<_> = formats.iter().flat_map(of).collect();
     assert!(work.len() >= 4 * 3 * 3, "{} kernels", work.len());
     assert_clean(&work);
@@ -356,9 +356,28 @@ fn packed_linears_of_few_tokens_spill_nothing() {
     ];
     let mut work = Vec::new();
     for (dtype, word) in formats {
-        work.extend(packed_linears(dtype, word, "linear/stream.cuh", SM_90A));
-        work.extend(packed_linears(dtype, word, "linear/mma.cuh", SM_80));
+        work.extend(linears_of(dtype, word, "linear/stream.cuh", SM_90A));
+        work.extend(linears_of(dtype, word, "linear/mma.cuh", SM_80));
     }
     assert!(work.len() >= 4 * 3 * 5, "{} kernels", work.len());
+    assert_clean(&work);
+}
+
+#[test]
+fn fp8_linears_spill_nothing_and_are_not_serialised() {
+    // The widest tiles, and those of one token.
+    let some = |work: Vec<(Kernel, Code)>, tiles: &[&str]| -> Vec<(Kernel, Code)> {
+        let is_one = |kernel: &Kernel| tiles.iter().any(|tile| kernel.symbol.contains(&format!(">, {tile},")));
+        work.into_iter().filter(|(kernel, _)| is_one(kernel)).collect()
+    };
+    let wgmma = linears_of(DType::Bf16, "fp8", "linear/wgmma.cuh", SM_90A);
+    let mut work = some(wgmma, &["128, 192", "64, 8", "32, 64"]);
+    assert!(work.len() >= 3 * 2, "{} kernels", work.len());
+    work.extend(some(linears_of(DType::F16, "fp8", "linear/mma.cuh", SM_80), &["64, 64"]));
+    work.extend(linears_of(DType::F32, "fp8", "linear/simt.cuh", SM_80).into_iter().take(1));
+    // It rounds by an instruction, and by integers where there is none.
+    for code in [SM_80, SM_90A] {
+        work.extend(linears_of(DType::Bf16, "fp8", "elementwise/round.cuh", code).into_iter().take(1));
+    }
     assert_clean(&work);
 }

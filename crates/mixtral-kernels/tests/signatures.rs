@@ -10,7 +10,7 @@ use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES}
 use mixtral_kernels::{
     Arg, ExchangeArg, Family, Kernel, Launch, PackArg, PieceArg, ProbeArg, Schedule, Sources, Target, Work,
 };
-use mixtral_model::{DType, ElemType, MoeNormalization};
+use mixtral_model::{DType, ElemType, MoeNormalization, WeightFormat};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 use serde_json::Value;
@@ -89,9 +89,13 @@ fn programs() -> Vec<Program> {
     let geometries = [Geometry::small(DType::F32), Geometry::small(DType::F16), Geometry::round(DType::Bf16), other];
     let mut programs: Vec<Program> =
         geometries.iter().flat_map(|geometry| [true, false].map(|fused| decoder::program(geometry, fused))).collect();
-    for (word, dtype) in
-        [("int4:g32:f16:zeros", DType::Bf16), ("int8:row:bf16", DType::F16), ("int4:g64:f32", DType::F32)]
-    {
+    for (word, dtype) in [
+        ("int4:g32:f16:zeros", DType::Bf16),
+        ("int8:row:bf16", DType::F16),
+        ("int4:g64:f32", DType::F32),
+        ("fp8", DType::Bf16),
+        ("fp8", DType::F32),
+    ] {
         let mut program = decoder::program(&Geometry::round(dtype), true);
         decoder::quantize(&mut program, word.parse().expect("a format"));
         programs.push(program);
@@ -267,6 +271,9 @@ fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
 fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) -> Option<String> {
     let wrong = |what: &str| Some(format!("{what}: {arg:?}"));
     let base = if let Arg::TensorMap(map) = arg { &*map.base } else { arg };
+    // An fp8 linear's input is rounded into scratch, and its tokens may be put into expert order there.
+    let is_fp8 = |name: &str| program.weight(name).is_some_and(|weight| weight.format == WeightFormat::Fp8);
+    let rounds = ops.iter().any(|op| op.weights().into_iter().any(is_fp8));
     match (kind, arg) {
         (Kind::TensorMap, Arg::TensorMap(_)) => {}
         (Kind::TensorMap, _) | (_, Arg::TensorMap(_)) => return wrong("only one of both is a tensor map"),
@@ -317,6 +324,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 "table" => weight.shape.len() == 2,
                 "router_weight" => weight.dtype == DType::F32 && of("linear"),
                 "weight" if is_router(ops) => of("norm"),
+                "scale" => is_fp8(&weight.name),
                 "weight" | "stored" => true,
                 _ => false,
             };
@@ -342,7 +350,8 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
             // The kernel that puts tokens into expert order writes to scratch; the next launch reads that.
             let gathered = name == "out" && ops.iter().any(|op| op.name() == "expert_gate_up");
             let product = name == "a" && ops.iter().any(|op| op.name() == "linear");
-            (!of_kernels.contains(&name) && !gathered && !product).then(|| format!("scratch for {name}"))
+            let rounded = rounds && matches!(name, "input" | "out");
+            (!of_kernels.contains(&name) && !gathered && !product && !rounded).then(|| format!("scratch for {name}"))
         }
         Arg::Piece(PieceArg::Out) | Arg::Probe(ProbeArg::Out) => (name != "out").then(|| format!("out for {name}")),
         // A pointer to a part of a matrix has the name of its parameter.

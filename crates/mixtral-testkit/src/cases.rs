@@ -113,7 +113,7 @@ impl Case {
         self
     }
 
-    fn floats(mut self, name: &str, contents: Vec<f64>) -> Self {
+    pub(crate) fn floats(mut self, name: &str, contents: Vec<f64>) -> Self {
         self.initial.buffers.insert(name.to_owned(), Values::Floats(contents));
         self
     }
@@ -348,16 +348,8 @@ pub fn all() -> Vec<Case> {
         .flat_map(|dtype| {
             let attention = [attention(dtype), attention_by_tiles(dtype), decodes_by_tiles(dtype)].concat();
             let caches = fp8::caches(dtype);
-            [
-                dense(dtype),
-                long_linears(dtype),
-                attention,
-                caches,
-                routing(dtype),
-                experts(dtype),
-                quantized::cases(dtype),
-            ]
-            .concat()
+            let quantized = [quantized::cases(dtype), fp8::linears(dtype)].concat();
+            [dense(dtype), long_linears(dtype), attention, caches, routing(dtype), experts(dtype), quantized].concat()
         })
         .chain([many_decodes()])
         .collect()

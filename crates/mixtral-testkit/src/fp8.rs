@@ -60,7 +60,28 @@ pub(crate) fn input(weight: &Weight, source: &dyn WeightSource, x: &[f64]) -> Ve
 /// Linears and experts with fp8 weights.
 #[must_use]
 pub fn linears(dtype: DType) -> Vec<Case> {
-    quantized::cases_of(dtype, "fp8")
+    // Rows of 16 bytes and more, which Hopper's tensor cores take, up to several tiles of tokens.
+    let sizes = [(1, 144, 8), (17, 4096, 40), (65, 272, 136), (300, 400, 264), (520, 256, 136)];
+    let whole = [quantized::linears(dtype, "fp8", &sizes), quantized::experts(dtype, "fp8", [144, 80])].concat();
+    [quantized::cases_of(dtype, "fp8"), whole, extremes(dtype)].concat()
+}
+
+/// Inputs that are too small or too large for e4m3, or not numbers.
+fn extremes(dtype: DType) -> Vec<Case> {
+    let [small, large, odd] = ["small", "large", "odd"].map(|name| {
+        let case = quantized::linears(dtype, "fp8", &[(9, 272, 72)]).remove(0);
+        Case { name: format!("{} of {name} inputs", case.name), ..case }
+    });
+    // Divided by their scale, these are at most a few times e4m3's smallest number, and often 0.
+    let small = small.fill("x", 1e-5);
+    let large = large.fill("x", 30.0);
+    let x = (0..9 * 272).map(|i| match i % 700 {
+        1 => f64::INFINITY,
+        2 => f64::NEG_INFINITY,
+        600 => f64::NAN,
+        _ => f64::from(i % 13) / 8.0 - 0.75,
+    });
+    vec![small, large, odd.floats("x", x.collect())]
 }
 
 /// Rotations, writes and attention with an fp8 cache. The scales let many values saturate; some cases have scales that leave

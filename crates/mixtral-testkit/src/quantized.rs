@@ -140,12 +140,14 @@ pub fn cases(dtype: DType) -> Vec<Case> {
 
 /// Linears and experts with weights of one format.
 pub(crate) fn cases_of(dtype: DType, word: &str) -> Vec<Case> {
-    [linears(dtype, word), experts(dtype, word)].concat()
+    let sizes = [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 136, 24), (520, 264, 136)];
+    [linears(dtype, word, &sizes), vec![linear_of_some_rows(dtype, word)], experts(dtype, word, [160, 72])].concat()
 }
 
-fn linears(dtype: DType, word: &str) -> Vec<Case> {
+/// Linears with weights of one format, by numbers of tokens, inputs and outputs.
+pub(crate) fn linears(dtype: DType, word: &str, sizes: &[(usize, usize, usize)]) -> Vec<Case> {
     let mut cases = Vec::new();
-    for (n, k, rows) in [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 136, 24), (520, 264, 136)] {
+    for &(n, k, rows) in sizes {
         for epilogue in [Epilogue::Store, Epilogue::Residual, Epilogue::F32] {
             let mut a = assembly(dtype, n);
             let weight = a.quantized("w", format(word), &[rows, k], 0.3);
@@ -162,14 +164,17 @@ fn linears(dtype: DType, word: &str) -> Vec<Case> {
             cases.push(if let Some(added) = added { case.fill(&added, 1.0) } else { case });
         }
     }
+    cases
+}
+
+fn linear_of_some_rows(dtype: DType, word: &str) -> Case {
     let mut a = Assembly::new(dtype);
     let weight = a.quantized("w", format(word), &[80, 128], 0.3);
     let (input, out) = (a.activation("x", Rows::Tokens, 128), a.activation("out", Rows::Tokens, 48));
     let (rows, epilogue) = (Some([16, 64]), Epilogue::Store);
     a.op(Op::Linear { input, weight, rows, epilogue, residual: None, out, ladder: vec![] });
     let inputs = tokens(&a, 5);
-    cases.push(Case::new(format!("linear {word} of some rows"), a, inputs).fill("x", 1.0));
-    cases
+    Case::new(format!("linear {word} of some rows"), a, inputs).fill("x", 1.0)
 }
 
 /// A program for steps of `tokens` tokens.
@@ -185,18 +190,19 @@ fn with_room(a: &mut Assembly, tokens: usize) {
     limits.max_seq_len = limits.max_seq_len.max(limits.max_num_tokens);
 }
 
-fn experts(dtype: DType, word: &str) -> Vec<Case> {
+/// Experts with weights of one format, by the widths of tokens and of what lies between an expert's two linears.
+pub(crate) fn experts(dtype: DType, word: &str, widths: [usize; 2]) -> Vec<Case> {
     let mut cases = Vec::new();
     for (experts, top_k, local) in [(8, 2, [0, 8]), (5, 3, [1, 4])] {
         // Every token goes to the first experts, or to any.
         let crowded: Vec<i32> = (0..T).flat_map(|_| (0..top_k).map(|e| i32::try_from(e).unwrap_or(0))).collect();
         for (kind, ids) in [("spread", assignments(experts, top_k)), ("crowded", crowded)] {
-            cases.extend(by_expert(dtype, word, kind, (experts, top_k, local), &ids));
+            cases.extend(by_expert(dtype, word, kind, widths, (experts, top_k, local), &ids));
         }
     }
     // A long step: two experts have several tiles of tokens, others less than one, and the last has none.
     let uneven: Vec<i32> = (0..600).flat_map(|t| [t / 300, 2 + t % 5]).collect();
-    cases.extend(by_expert(dtype, word, "uneven", (8, 2, [0, 8]), &uneven));
+    cases.extend(by_expert(dtype, word, "uneven", widths, (8, 2, [0, 8]), &uneven));
     cases
 }
 
@@ -205,12 +211,12 @@ fn by_expert(
     dtype: DType,
     word: &str,
     kind: &str,
+    [hidden, inter]: [usize; 2],
     (experts, top_k, local): (usize, usize, [usize; 2]),
     ids: &[i32],
 ) -> Vec<Case> {
     let mut cases = Vec::new();
-    let (hidden, inter) = (160, 72);
-    let text = format!("{word} {top_k} of {experts} at {local:?} {kind}");
+    let text = format!("{word} {hidden}x{inter} {top_k} of {experts} at {local:?} {kind}");
     let num_local = local[1] - local[0];
     let (offsets, order) = lists(ids, local);
     let given =

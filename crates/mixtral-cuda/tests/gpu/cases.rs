@@ -5,7 +5,8 @@ use std::time::Instant;
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
 use mixtral_engine::{BackendError, Op, Program};
-use mixtral_model::DType;
+use mixtral_kernels::{Code, Family};
+use mixtral_model::{DType, WeightFormat};
 use mixtral_testkit::cases::{self, Case, Tolerance};
 use mixtral_testkit::large::{self, Large};
 
@@ -21,7 +22,14 @@ fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
 /// Prefill rounds probabilities to 16 bits before it multiplies them with values, because its tensor cores take 16-bit
 /// operands. So a third of its outputs is not the rounded reference but a neighbour of it. The mean error still has to
 /// stay within the type's limit.
-fn tolerance(program: &Program, usual: Tolerance) -> Tolerance {
+///
+/// Hopper's tensor cores sum products of e4m3 with fewer bits than an f32 has. Over 128 elements this makes an error of 2e-4
+/// of the outputs' root mean square.
+fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tolerance {
+    let is_fp8 = program.weights.iter().any(|weight| weight.format == WeightFormat::Fp8);
+    if is_fp8 && code.family() == Family::Hopper && program.dtype != DType::F32 {
+        return Tolerance { f32_error: 2e-7, f32_element: 2e-3, half_unequal: 0.5, ..usual };
+    }
     let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
     let half_unequal = if attends && program.dtype != DType::F32 { 0.5 } else { usual.half_unequal };
     Tolerance { half_unequal, ..usual }
@@ -43,9 +51,9 @@ fn all_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         let mut passed = 0;
         for case in &cases {
-            match case
-                .check_within(tolerance(&case.assembly.program, Tolerance::default()), |case| load(case, &library))
-            {
+            match case.check_within(tolerance(&case.assembly.program, code, Tolerance::default()), |case| {
+                load(case, &library)
+            }) {
                 Ok(()) => passed += 1,
                 Err(failure) => {
                     let text = format!("{code}: {failure}");
@@ -89,7 +97,7 @@ fn large_cases_are_within_their_limits() {
                 Err(error) => Err(format!("{}: {error}", case.name)),
                 Ok(backend) => {
                     let backend = kept.insert(backend);
-                    case.check(tolerance(&case.program, case.tolerance()), backend)
+                    case.check(tolerance(&case.program, code, case.tolerance()), backend)
                         .map_err(|failure| failure.to_string())
                 }
             };

@@ -4,9 +4,10 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use mixtral_engine::{Program, Weight, dummy};
-use mixtral_model::{Bits, Piece, Quantization, WeightFormat};
+use mixtral_model::{Bits, DType, Piece, Quantization, WeightFormat};
 
 use super::{named, type_name};
+use crate::weight::part_offsets;
 use crate::{Arg, Family, Fill, Grid, Kernel, Launch, NamedArg, PieceArg};
 
 const fn number(bits: Bits) -> u8 {
@@ -20,8 +21,7 @@ const fn number(bits: Bits) -> u8 {
 pub(crate) fn fills_of(weight: &Weight) -> Vec<Fill> {
     match weight.format {
         WeightFormat::Plain => vec![Fill::Elements(weight.dtype)],
-        // No operation has kernels for it.
-        WeightFormat::Fp8 => Vec::new(),
+        WeightFormat::Fp8 => vec![Fill::Fp8, Fill::Elements(DType::F32)],
         WeightFormat::Quantized(Quantization { bits, scale, zeros, .. }) => {
             let zeros = zeros.then_some(Fill::Zeros(number(bits)));
             [Fill::Integers(number(bits)), Fill::Scales(scale)].into_iter().chain(zeros).collect()
@@ -36,6 +36,7 @@ fn launch(fill: Fill) -> Launch {
         Fill::Integers(bits) => format!("dummy::fill_integers<{bits}>"),
         Fill::Scales(dtype) => format!("dummy::fill_scales<{}>", type_name(dtype)),
         Fill::Zeros(bits) => format!("dummy::fill_zeros<{bits}>"),
+        Fill::Fp8 => "dummy::fill_fp8<e4m3_t>".to_owned(),
     };
     let (header, family) = ("dummy/fill.cuh".into(), Family::Portable);
     let mut args = named([
@@ -46,7 +47,7 @@ fn launch(fill: Fill) -> Launch {
         ("cols", Arg::Piece(PieceArg::Cols)),
         ("source_cols", Arg::Piece(PieceArg::SourceCols)),
     ]);
-    if matches!(fill, Fill::Elements(_) | Fill::Scales(_)) {
+    if matches!(fill, Fill::Elements(_) | Fill::Scales(_) | Fill::Fp8) {
         args.extend(named([("scale", Arg::Piece(PieceArg::Scale))]));
     }
     if matches!(fill, Fill::Elements(_)) {
@@ -70,22 +71,46 @@ pub(super) fn fills(program: &Program) -> Vec<(Fill, Launch)> {
     fills.into_iter().map(|fill| (fill, launch(fill))).collect()
 }
 
-/// The launches that fill the plain weights of a program, one a piece, made from `fills`. Parts of a weight that no piece
+/// The launches that fill the weights of a program that are not packed, one a piece, made from `fills`. Parts of a weight that no piece
 /// covers are not written; they have to be zero already.
 ///
 /// # Errors
 /// What `fills` has no launch for.
 pub fn launches(program: &Program, fills: &[(Fill, Launch)], seed: u64) -> Result<Vec<Launch>, Fill> {
     let mut launches = Vec::new();
-    let plain = program.weights.iter().enumerate().filter(|(_, weight)| weight.format == WeightFormat::Plain);
-    for (index, weight) in plain {
-        let fill = Fill::Elements(weight.dtype);
+    for (index, weight) in program.weights.iter().enumerate() {
+        let (fill, size) = match weight.format {
+            WeightFormat::Plain => (Fill::Elements(weight.dtype), weight.dtype.size()),
+            WeightFormat::Fp8 => (Fill::Fp8, 1),
+            WeightFormat::Quantized(_) => continue,
+        };
         for piece in &weight.pieces {
-            let out = Arg::Weight { index, offset: piece.target_row * weight.cols() * weight.dtype.size() };
+            let out = Arg::Weight { index, offset: piece.target_row * weight.cols() * size };
             launches.push(of_piece(fills, fill, &Target { weight, piece, rows: piece.rows.clone(), out, seed })?);
+        }
+        if let (WeightFormat::Fp8, Some(piece)) = (weight.format, weight.pieces.first()) {
+            let (starts, end) = part_offsets(weight);
+            for (offset, behind, scale) in [
+                (starts[1], starts[2], dummy::scale_of_fp8(piece.source_cols)),
+                (starts[2], end, dummy::FP8_INPUT_SCALE),
+            ] {
+                launches.push(of_scales(fills, Arg::Weight { index, offset }, (behind - offset) / 4, scale)?);
+            }
         }
     }
     Ok(launches)
+}
+
+/// The launch that writes `count` times the same f32.
+fn of_scales(fills: &[(Fill, Launch)], out: Arg, count: usize, scale: f32) -> Result<Launch, Fill> {
+    of_values(fills, Fill::Elements(DType::F32), |what| match what {
+        PieceArg::Out => out.clone(),
+        PieceArg::Key | PieceArg::First => Arg::U64(0),
+        PieceArg::Rows => Arg::U64(1),
+        PieceArg::Cols | PieceArg::SourceCols => Arg::U64(count as u64),
+        PieceArg::Scale => Arg::F32(0.0),
+        PieceArg::Bias => Arg::F32(scale),
+    })
 }
 
 /// The launches that fill the parts of matrix `expert` of a quantized weight. They begin at the offsets `parts` of the
@@ -133,9 +158,14 @@ struct Target<'a> {
 }
 
 fn of_piece(fills: &[(Fill, Launch)], fill: Fill, target: &Target<'_>) -> Result<Launch, Fill> {
+    of_values(fills, fill, |what| target.value(fill, what))
+}
+
+/// The launch for `fill` with these values.
+fn of_values(fills: &[(Fill, Launch)], fill: Fill, value: impl Fn(PieceArg) -> Arg) -> Result<Launch, Fill> {
     let (_, launch) = fills.iter().find(|(found, _)| *found == fill).ok_or(fill)?;
     let of_piece = |arg: &NamedArg| match &arg.arg {
-        Arg::Piece(what) => NamedArg { name: arg.name.clone(), arg: target.value(fill, *what) },
+        Arg::Piece(what) => NamedArg { name: arg.name.clone(), arg: value(*what) },
         _ => arg.clone(),
     };
     Ok(Launch { args: launch.args.iter().map(of_piece).collect(), ..launch.clone() })
@@ -155,7 +185,7 @@ impl Target<'_> {
         match what {
             PieceArg::Out => out.clone(),
             PieceArg::Key => Arg::U64(match fill {
-                Fill::Elements(_) | Fill::Integers(_) => dummy::key(*seed, &piece.source),
+                Fill::Elements(_) | Fill::Integers(_) | Fill::Fp8 => dummy::key(*seed, &piece.source),
                 Fill::Scales(_) => dummy::key(*seed, &format!("{}.scales", piece.source)),
                 Fill::Zeros(_) => dummy::key(*seed, &format!("{}.zeros", piece.source)),
             }),

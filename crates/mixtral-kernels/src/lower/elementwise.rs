@@ -50,6 +50,22 @@ pub(super) fn add(lowering: &Lowering<'_>, buffer: &Buffer, [a, b, out]: [Arg; 3
     launch(portable("elementwise/elementwise.cuh", symbol, THREADS), grid, args)
 }
 
+/// Rounds the rows of buffer `input`, divided by the number at `scale`, to 8 bits.
+pub(super) fn round(lowering: &Lowering<'_>, input: usize, scale: Arg, out: Arg) -> Launch {
+    let buffer = &lowering.program.buffers[input];
+    let (kind, times) = rows(lowering, buffer);
+    let symbol = format!("elementwise::round_rows<{}, {}, {kind}>", type_name(buffer.dtype), buffer.cols);
+    let grid = grid(lowering, buffer, buffer.cols.div_ceil(VECTOR).div_ceil(THREADS));
+    let args = named([
+        ("header", Arg::Step(Array::Header)),
+        ("times", int(times)),
+        ("input", Arg::Buffer(input)),
+        ("scale", scale),
+        ("out", out),
+    ]);
+    launch(portable("elementwise/round.cuh", symbol, THREADS), grid, args)
+}
+
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
     let dtype = type_name(lowering.program.dtype);
     let header = Arg::Step(Array::Header);

@@ -33,6 +33,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, Lower
         chosen => chosen,
     };
     let columns = LinearShape::columns(lowering.program, op, tokens);
+    let rounding = linear.rounding()?;
     let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, columns, lowering.target.family)) {
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
@@ -42,7 +43,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, Lower
         LinearPlan::Stream(stream) => linear.stream(&stream),
         LinearPlan::CublasLt => return Ok(linear.cublaslt()),
     };
-    launches.map(of_launches)
+    Ok(of_launches(rounding.into_iter().chain(launches?).collect()))
 }
 
 /// `epilogue::Kind`.
@@ -70,7 +71,7 @@ impl Tiling {
     fn shared_bytes(&self, kind: Kind, weight: WeightRows) -> u32 {
         let Tiling { rows, cols, depth, stages, warpgroups, .. } = *self;
         let blocks = rows.div_ceil(64 * warpgroups);
-        let token_bytes = cols * depth * 2;
+        let token_bytes = select::token_bytes(weight, cols, depth);
         let ring = stages * select::stage_bytes(weight, rows, cols, depth);
         let moved_cols = match cols {
             0..=64 => cols,
@@ -97,6 +98,8 @@ struct Linear<'a> {
     /// Columns of the output.
     outputs: usize,
     input: usize,
+    /// The token rows that kernels read: the input, or what it is rounded to.
+    tokens: Arg,
     out: usize,
     residual: usize,
     weight: usize,
@@ -150,6 +153,14 @@ impl<'a> Linear<'a> {
         if packing.format.is_packed() && packing.interleaved != shape.silu_mul {
             return Err(unsupported("a quantized weight that is read with silu·mul and without it".to_owned()));
         }
+        if packing.format.is_fp8() && packing.experts > 1 && lists.is_none() {
+            return Err(unsupported(format!("an fp8 weight of {} matrices, expected one", packing.experts)));
+        }
+        let tokens = match op {
+            _ if !packing.format.is_fp8() => Arg::Buffer(buffer(input)?),
+            Op::ExpertDown { .. } => Arg::Scratch(lowering.scratch.rounded_by_expert),
+            _ => Arg::Scratch(lowering.scratch.rounded),
+        };
         let divided = || unsupported(format!("rows of a quantized weight from {first_row}, expected a multiple of 16"));
         let first_byte = packing.offset(first_row).ok_or_else(divided)?;
         Ok(Linear {
@@ -158,6 +169,7 @@ impl<'a> Linear<'a> {
             kind,
             outputs: if shape.silu_mul { shape.rows / 2 } else { shape.rows },
             input: buffer(input)?,
+            tokens,
             out: buffer(out)?,
             residual: buffer(residual)?,
             weight,
@@ -170,8 +182,22 @@ impl<'a> Linear<'a> {
         })
     }
 
+    /// The launch that rounds the input, if the weight is of fp8.
+    fn rounding(&self) -> Result<Option<Launch>, LowerError> {
+        if !self.packing.format.is_fp8() {
+            return Ok(None);
+        }
+        let scale = Arg::Weight { index: self.weight, offset: self.packing.input_scale() };
+        Ok(Some(elementwise::round(self.lowering, self.input, scale, self.tokens.clone())))
+    }
+
     fn is_down(&self) -> bool {
         matches!(self.op, Op::ExpertDown { .. })
+    }
+
+    /// The type of the token rows that kernels read.
+    fn token_type(&self) -> ElemType {
+        self.shape.weight.tokens(self.shape.tokens)
     }
 
     fn experts(&self) -> usize {
@@ -204,7 +230,7 @@ impl<'a> Linear<'a> {
                 format!("linear::{kernel}_dense<{config}, {}, {}>", self.logits, self.out_type()),
                 named([
                     ("weight", self.weight_at_first_row()),
-                    ("tokens", Arg::Buffer(self.input)),
+                    ("tokens", self.tokens.clone()),
                     ("header", Arg::Step(Array::Header)),
                     ("out", Arg::Buffer(self.out)),
                     ("residual", Arg::Buffer(self.residual)),
@@ -219,7 +245,7 @@ impl<'a> Linear<'a> {
                 ),
                 named([
                     ("weight", self.weight_at_first_row()),
-                    ("tokens", Arg::Buffer(self.input)),
+                    ("tokens", self.tokens.clone()),
                     ("header", Arg::Step(Array::Header)),
                     ("offsets", Arg::Buffer(offsets)),
                     ("order", Arg::Buffer(order)),
@@ -265,7 +291,8 @@ impl<'a> Linear<'a> {
 
     fn mma(&self, rows: u32, cols: u32) -> Result<Vec<Launch>, LowerError> {
         let format = self.shape.weight;
-        let stage = count(format.stage_bytes(rows as usize) + cols as usize * format.stage_depth() * 2);
+        let stage =
+            count(format.stage_bytes(rows as usize)) + select::token_bytes(format, cols, count(format.stage_depth()));
         let shared = 3 * stage + 2 * cols * 4;
         let config = format!(
             "linear::MmaConfig<{}, {rows}, {cols}, {}, {}, {}, {shared}>",
@@ -326,7 +353,7 @@ impl<'a> Linear<'a> {
         let turns = ("counter", Arg::Scratch(self.lowering.scratch.turns));
         let Some((offsets, order)) = self.lists else {
             let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
-            let tokens = self.token_map(Arg::Buffer(self.input), self.lowering.program.buffers[self.input].rows, part);
+            let tokens = self.token_map(self.tokens.clone(), self.lowering.program.buffers[self.input].rows, part);
             let residual = ("residual", Arg::Buffer(self.residual));
             let args = named([weight, ("tokens", tokens), stored, header, out, residual, turns]);
             let launch = self.launch(kernel(symbol), 1, self.items(rows * cluster, cols).map(|n| n * cluster), args);
@@ -334,13 +361,17 @@ impl<'a> Linear<'a> {
         };
         let mut launches = Vec::new();
         let (source, tokens) = if self.is_down() {
-            (2, self.token_map(Arg::Buffer(self.input), Rows::Assignments, part))
+            (2, self.token_map(self.tokens.clone(), Rows::Assignments, part))
         } else if every {
-            (0, self.token_map(Arg::Buffer(self.input), Rows::Tokens, part))
+            (0, self.token_map(self.tokens.clone(), Rows::Tokens, part))
         } else {
-            if let Op::ExpertGateUp { input, offsets, order, .. } = self.op {
-                launches.push(moe::permute(self.lowering, self.op, (input, self.experts()), (offsets, order))?);
-            }
+            let (dtype, cols) = match self.token_type() {
+                // Two bytes are copied as one element.
+                ElemType::F8E4M3 => (ElemType::F16, self.shape.depth / 2),
+                dtype => (dtype, self.shape.depth),
+            };
+            let lists = (self.experts(), Arg::Buffer(offsets), Arg::Buffer(order));
+            launches.push(moe::permute(self.lowering, (self.tokens.clone(), dtype, cols), lists));
             (1, self.token_map(Arg::Scratch(self.lowering.scratch.permuted), Rows::Assignments, part))
         };
         let (experts, top_k) = (self.experts(), self.lowering.program.top_k);
@@ -378,9 +409,9 @@ impl<'a> Linear<'a> {
 
     /// The map of the weight, in boxes of 128 bytes of `rows` rows.
     fn weight_map(&self, rows: u32) -> Arg {
-        let dtype = self.shape.weight.dtype();
+        let dtype = self.shape.weight.element();
         let (depth, row) = (self.shape.depth as u64, (self.shape.depth * dtype.size()) as u64);
-        let (atom, dtype) = (count(128 / dtype.size()), dtype.into());
+        let atom = count(128 / dtype.size());
         let (outputs, experts) = (self.outputs as u64, self.experts() as u64);
         let (dims, strides, tile) = match (self.lists, self.kind) {
             (None, _) => (vec![depth, outputs], vec![row], vec![atom, rows]),
@@ -416,10 +447,10 @@ impl<'a> Linear<'a> {
     fn token_map(&self, base: Arg, rows: Rows, tokens: u32) -> Arg {
         let limits = self.lowering.program.limits;
         let rows = self.lowering.program.num_rows(rows, limits.max_num_tokens, limits.max_num_logits) as u64;
-        let (depth, size) = (self.shape.depth as u64, self.shape.tokens.size());
+        let (depth, size) = (self.shape.depth as u64, self.token_type().size());
         Arg::TensorMap(TensorMap {
             base: Box::new(base),
-            dtype: self.shape.tokens,
+            dtype: self.token_type(),
             dims: vec![depth, rows],
             strides: vec![depth * size as u64],
             tile: vec![count(128 / size), tokens],

@@ -2,7 +2,7 @@
 //! that puts tokens into expert order.
 
 use mixtral_engine::{Epilogue, Op};
-use mixtral_model::{DType, MoeNormalization};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 
 use super::elementwise::{VECTOR, epsilon, row_threads};
 use super::{LowerError, Lowering, count, launch, may_be_one, named, portable, type_name};
@@ -198,19 +198,13 @@ pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<O
 /// for the assignments of local experts. It comes before a linear that needs its tokens in consecutive rows.
 pub(super) fn permute(
     lowering: &Lowering<'_>,
-    op: &Op,
-    (input, experts): (&str, usize),
-    (offsets, order): (&str, &str),
-) -> Result<Launch, LowerError> {
-    let (_, buffer) = lowering.buffer(op, input)?;
-    let (k, cols) = (lowering.program.top_k, buffer.cols);
+    (input, dtype, cols): (Arg, ElemType, usize),
+    (experts, offsets, order): (usize, Arg, Arg),
+) -> Launch {
+    let k = lowering.program.top_k;
     let threads = super::elementwise::threads_for(cols.div_ceil(VECTOR), THREADS);
-    let symbol = format!("moe::permute<{}, {cols}, {k}, {experts}, {threads}>", type_name(buffer.dtype));
-    let args = named([
-        ("input", lowering.at(op, input)?),
-        ("offsets", lowering.at(op, offsets)?),
-        ("order", lowering.at(op, order)?),
-        ("out", Arg::Scratch(lowering.scratch.permuted)),
-    ]);
-    Ok(launch(portable(ROUTE, symbol, threads), Grid::Tokens { per: 1, times: count(k) }, args))
+    let symbol = format!("moe::permute<{}, {cols}, {k}, {experts}, {threads}>", type_name(dtype));
+    let out = Arg::Scratch(lowering.scratch.permuted);
+    let args = named([("input", input), ("offsets", offsets), ("order", order), ("out", out)]);
+    launch(portable(ROUTE, symbol, threads), Grid::Tokens { per: 1, times: count(k) }, args)
 }

@@ -98,7 +98,7 @@ impl Schedule {
             }
         }
         for (weight, &count) in program.weights.iter().zip(&packed) {
-            let needed = usize::from(weight.format != WeightFormat::Plain);
+            let needed = usize::from(matches!(weight.format, WeightFormat::Quantized(_)));
             if count != needed {
                 let problem =
                     format!("weight `{}` ({}) is packed {count} times, expected {needed}", weight.name, weight.format);

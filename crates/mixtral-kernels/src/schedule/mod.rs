@@ -18,6 +18,7 @@ use mixtral_engine::{Op, Program};
 use mixtral_model::DType;
 use serde::{Deserialize, Serialize};
 
+use crate::weight::part_offsets;
 use crate::{Arg, Exchange, Family, Kernel, Launch, StepBlock, Work};
 
 /// A kind of step: what launches depend on.
@@ -64,6 +65,8 @@ pub enum Fill {
     Scales(DType),
     /// The zeros of integers of 4 or 8 bits.
     Zeros(u8),
+    /// Floats of 8 bits.
+    Fp8,
 }
 
 /// How weights of one kind are packed.
@@ -96,7 +99,7 @@ impl Schedule {
     /// Bytes of weight `index` on the device.
     #[must_use]
     pub fn weight_bytes(&self, program: &Program, index: usize) -> usize {
-        let plain = || program.weights.get(index).map_or(0, mixtral_engine::Weight::num_bytes);
+        let plain = || program.weights.get(index).map_or(0, |weight| part_offsets(weight).1);
         self.pack(index).map_or_else(plain, |pack| pack.bytes)
     }
 

@@ -1,0 +1,36 @@
+// Op: none; rounds the input of a linear with fp8 weights. CPU twin: `widen` in kernels/linear.rs.
+// Regime: any number of rows.
+// Tile: eight elements a thread.
+// Grid: enough threads for the largest step.
+// Numerics: the contract's, to the bit.
+// Requires: nothing.
+// Traffic: each element once, and a byte written for it.
+// Measured: not run on a GPU yet.
+#pragma once
+
+#include "base/fp8.cuh"
+#include "base/step.cuh"
+#include "base/vector.cuh"
+#include "ptx/pdl.cuh"
+
+namespace elementwise {
+
+// out = e4m3(input / *scale). The buffers have `times` rows of COLS elements for each of ROWS.
+template <typename T, int COLS, step::Rows ROWS>
+__global__ void __launch_bounds__(256)
+    round_rows(const step::Header* header, i32 times, const T* input, const float* scale, e4m3_t* out) {
+    pdl::launch_dependents();
+    const float divisor = *scale;
+    pdl::wait();
+    const i64 count = static_cast<i64>(step::num_rows<ROWS>(header, times)) * COLS;
+    const i64 first = (static_cast<i64>(blockIdx.x) * 256 + threadIdx.x) * VECTOR;
+    if (first >= count) return;
+    const int n = count - first < VECTOR ? static_cast<int>(count - first) : VECTOR;
+    float x[VECTOR];
+    load<true>(x, input + first, n);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) x[i] = __fdiv_rn(x[i], divisor);
+    store<true>(out + first, x, n);
+}
+
+}  // namespace elementwise
