@@ -124,13 +124,9 @@ fn the_old_command_quantizes_to_fp8() {
     let text = mixtral_in(at, "run --engine_dir engine --max_output_len 16 --input_text", &["ROMEO:\n"]).ok();
     assert!(text.contains("ROMEO"), "{text}");
 
-    let for_gpu = mixtral_in(at, "build --checkpoint_dir ckpt --output_dir gpu --arch sm_90a", &[]);
-    assert_eq!(for_gpu.code, 1);
-    assert!(
-        for_gpu.err.contains("a model in fp8 has no kernels in this version; build for the CPU"),
-        "{}",
-        for_gpu.err
-    );
+    let for_gpu = "build --checkpoint_dir ckpt --output_dir gpu --arch sm_90a --dry-run --explain";
+    let explained = mixtral_in(at, for_gpu, &[]).ok();
+    assert!(explained.contains("[wgmma:") && !explained.contains("[mma:"), "{explained}");
     let to_int8 = mixtral_in(at, &quantize.replace("--kv_cache_dtype fp8", "--kv_cache_dtype int8"), &[]);
     assert_eq!(to_int8.code, 2);
     assert!(to_int8.err.contains("this version has no int8 cache; use fp8"), "{}", to_int8.err);

@@ -3,13 +3,15 @@
 # in which this script lies. The script needs bash, NVRTC, and Python with torch, transformers, safetensors and numpy. It
 # uses compute-sanitizer if there is one.
 #
-#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), cache, quantized, twin, load,
+#     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), fp8, cache, quantized, twin, load,
 #                              peers, ranks
 #
 # parity     operations and decoder steps against the CPU backend, bits that may not change, and an engine of another build
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
 # sanitizer  memory errors and races of the kernels
 # bench      Mixtral 8x7B's shape: decode, prefill, ceilings
+# fp8        operations on fp8 weights against the CPU backend, then Mixtral 8x7B's shape in fp8, built on this machine: bits that
+#            may not change, decode, prefill
 # cache      attention with an fp8 cache against the CPU backend, then Mixtral 8x7B's shape with a bf16 and an fp8 cache, built on
 #            this machine: bits that may not change, decode over long contexts, prefill
 # quantized  Mixtral 8x7B's shape in int8 and int4, built on this machine: decode, prefill, and how fast weights are loaded
@@ -34,7 +36,7 @@ export PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=32
 
 # Seconds that a section may take. The default sections take about six minutes together.
-declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560)
+declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -185,6 +187,23 @@ quantized() {
         check "load: $precision" last_line "$python" "$here/tests/python/load.py" --mixtral "$mixtral" \
             --convert "--qformat ${precision}_wo"
     done
+}
+
+fp8() {
+    rm -f "$out/bench.json"
+    MIXTRAL_CASES=fp8 check "fp8: operations" gpu_figure gpu_test cases::all_cases_are_within_their_limits
+    cat >"$scratch/8x7b-fp8.json" <<'JSON'
+{"architecture": "MixtralForCausalLM", "dtype": "bfloat16", "vocab_size": 32000, "hidden_size": 4096,
+ "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+ "max_position_embeddings": 32768, "norm_epsilon": 1e-5, "rotary_base": 1e6, "moe_num_experts": 8, "moe_top_k": 2,
+ "quantization": {"quant_algo": "FP8"}}
+JSON
+    check "build: 8x7b fp8" last_line "$mixtral" build --model-config "$scratch/8x7b-fp8.json" --backend cuda \
+        --max-batch-size 512 --max-num-tokens 16384 --max-seq-len 4608 --output-dir "$engines/8x7b-fp8"
+    check "same bits: 8x7b fp8" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
+        --engine "$engines/8x7b-fp8" --backend cuda
+    bench_engine "8x7b fp8" 8x7b-fp8 --batch-size 1,8,64,256,512 --context 128 --prefill 2048 --quick
+    bench_engine "8x7b fp8, 8 prompts" 8x7b-fp8 --batch-size 1 --steps 4 --prefill 2048 --prefill-batch 8 --quick
 }
 
 twin() {

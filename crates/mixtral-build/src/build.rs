@@ -8,7 +8,7 @@ use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError, TensorId};
 use mixtral_engine::dir::{RankRecord, WeightsKind};
 use mixtral_engine::program::FORMAT_VERSION;
 use mixtral_engine::{EngineConfig, EngineError, EngineWriter, KvScale, Limits, Program, ProgramError};
-use mixtral_model::{DType, Rank, Recipe, WeightFormat};
+use mixtral_model::{DType, Rank, Recipe};
 
 use crate::{KernelOptions, Kernels, lower};
 
@@ -91,11 +91,6 @@ pub enum BuildError {
         /// Kernel, architecture and defect.
         kernels: Vec<String>,
     },
-    /// Formats that have no kernels.
-    #[error(
-        "a model in fp8 has no kernels in this version; build for the CPU (--backend cpu), or convert the model again without fp8"
-    )]
-    Fp8,
     /// The engine needs more memory than the machine has.
     #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; {}",
         human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget), if weights > budget {
@@ -132,10 +127,7 @@ use crate::explain::bytes as human;
 /// # Errors
 /// If the model cannot be lowered, or does not fit into memory.
 pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Program>, BuildError> {
-    let (mapping, formats) = (config.mapping, config.model.formats);
-    if options.kernels.is_some() && [formats.attention, formats.feed_forward].contains(&WeightFormat::Fp8) {
-        return Err(BuildError::Fp8);
-    }
+    let mapping = config.mapping;
     let mut limits = options.limits;
     limits.max_num_logits = if options.gather_context_logits {
         limits.max_num_tokens

@@ -3,6 +3,7 @@
 use std::ops::AddAssign;
 
 use mixtral_engine::{Op, Program, Rows};
+use mixtral_model::WeightFormat;
 use serde::Serialize;
 
 /// What an operation moves and computes in one step.
@@ -14,6 +15,8 @@ pub struct Cost {
     pub activation_bytes: f64,
     /// Floating-point operations, a multiply-add being two.
     pub flops: f64,
+    /// Those of them that multiply floats of 8 bits.
+    pub fp8_flops: f64,
 }
 
 impl AddAssign for Cost {
@@ -21,6 +24,7 @@ impl AddAssign for Cost {
         self.weight_bytes += other.weight_bytes;
         self.activation_bytes += other.activation_bytes;
         self.flops += other.flops;
+        self.fp8_flops += other.fp8_flops;
     }
 }
 
@@ -28,7 +32,12 @@ impl Cost {
     /// The cost of `n` such operations.
     #[must_use]
     pub fn times(&self, n: f64) -> Cost {
-        Cost { weight_bytes: self.weight_bytes * n, activation_bytes: self.activation_bytes * n, flops: self.flops * n }
+        Cost {
+            weight_bytes: self.weight_bytes * n,
+            activation_bytes: self.activation_bytes * n,
+            flops: self.flops * n,
+            fp8_flops: self.fp8_flops * n,
+        }
     }
 
     /// All bytes.
@@ -65,7 +74,7 @@ pub fn cost(program: &Program, op: &Op, shape: StepShape) -> Cost {
     let mut cost = Cost {
         weight_bytes: op.weights().into_iter().map(weight_bytes).sum(),
         activation_bytes: op.reads().into_iter().chain(op.writes()).map(buffer_bytes).sum(),
-        flops: 0.0,
+        ..Cost::default()
     };
     let kv = program.kv;
     match op {
@@ -99,6 +108,10 @@ pub fn cost(program: &Program, op: &Op, shape: StepShape) -> Cost {
             cost.activation_bytes += f(shape.num_tokens * 2 * kv.num_kv_heads * kv.head_dim * kv.elem().size());
         }
         _ => {}
+    }
+    let is_fp8 = |name: &str| program.weight(name).is_some_and(|weight| weight.format == WeightFormat::Fp8);
+    if op.weights().into_iter().any(is_fp8) {
+        cost.fp8_flops = cost.flops;
     }
     cost
 }
@@ -184,9 +197,9 @@ weight name=down dtype=bfloat16 shape=[3,12,7] format=plain
 
     #[test]
     fn costs_add_up() {
-        let one = Cost { weight_bytes: 3.0, activation_bytes: 5.0, flops: 7.0 };
+        let one = Cost { weight_bytes: 3.0, activation_bytes: 5.0, flops: 7.0, fp8_flops: 2.0 };
         let mut sum = one;
         sum += one.times(4.0);
-        assert_eq!(sum, Cost { weight_bytes: 15.0, activation_bytes: 25.0, flops: 35.0 });
+        assert_eq!(sum, Cost { weight_bytes: 15.0, activation_bytes: 25.0, flops: 35.0, fp8_flops: 10.0 });
     }
 }

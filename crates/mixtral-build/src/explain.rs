@@ -16,13 +16,16 @@ pub struct Roof {
     pub bytes_per_s: f64,
     /// Floating-point operations in a second.
     pub flops_per_s: f64,
+    /// The same of floats of 8 bits.
+    pub fp8_flops_per_s: f64,
 }
 
 impl Roof {
     /// The least time an operation of `cost` can take, in seconds.
     #[must_use]
     pub fn time(&self, cost: &Cost) -> f64 {
-        (cost.bytes() / self.bytes_per_s).max(cost.flops / self.flops_per_s)
+        let computing = (cost.flops - cost.fp8_flops) / self.flops_per_s + cost.fp8_flops / self.fp8_flops_per_s;
+        (cost.bytes() / self.bytes_per_s).max(computing)
     }
 }
 

@@ -199,7 +199,7 @@ mod tests {
     #[test]
     fn a_page_holds_eight_ranks() {
         let programs = programs(Mapping { tp_size: 8, pp_size: 1, moe_tp_size: 8, moe_ep_size: 1 });
-        let roof = explain::Roof { bytes_per_s: 1e12, flops_per_s: 1e14 };
+        let roof = explain::Roof { bytes_per_s: 1e12, flops_per_s: 1e14, fp8_flops_per_s: 2e14 };
         let text = explain::explain(&programs, &[], Some(roof));
         assert!(text.lines().count() < 100, "{text}");
         let picture = dot::dot(&programs, Some(roof));

@@ -10,7 +10,7 @@ use crate::Roof;
 pub struct Gpu {
     /// Its name.
     pub name: &'static str,
-    /// Bytes that it reads and 16-bit operations that it computes in a second, for as long as a step lasts.
+    /// Bytes that it reads, and operations on 16 and 8 bits that it computes in a second, for as long as a step lasts.
     pub roof: Roof,
     /// What a launch adds to a step, in seconds: the part of its beginning and end during which little is read.
     pub launch_s: f64,
@@ -36,11 +36,11 @@ impl Link {
 }
 
 /// Rates of reading and computing are those of the tool's `bench` and of products that last (in bursts it computes up to
-/// 796 TFLOP/s). The link's rate and latency are those of writes into the other GPU's memory over NVLink. A launch was
+/// 796 TFLOP/s). That of 8 bits is of a product alone, not of this project's kernels, whose sums were added up as theirs are. The link's rate and latency are those of writes into the other GPU's memory over NVLink. A launch was
 /// fitted to decodes of one sequence on one GPU and on two (`docs/perf/ranks.md`).
 const H200: Gpu = Gpu {
     name: "an H200",
-    roof: Roof { bytes_per_s: 4.43e12, flops_per_s: 670e12 },
+    roof: Roof { bytes_per_s: 4.43e12, flops_per_s: 670e12, fp8_flops_per_s: 1208e12 },
     launch_s: 2.4e-6,
     link: Link { bytes_per_s: 366e9, latency_s: 1.3e-6 },
 };

@@ -277,9 +277,11 @@ fn experts(program: &Program) -> Option<[usize; 2]> {
 fn fullest(likely: &Cost, own: usize, spread: &Spread, tokens: usize) -> Cost {
     let hit: f64 = spread.experts_hit(tokens).iter().enumerate().map(|(hit, p)| f(hit) * p).sum();
     let share = f(own) / f(spread.num_experts);
+    let more = spread.most_assignments(tokens) / (f(tokens * spread.top_k) * share);
     Cost {
         weight_bytes: likely.weight_bytes * spread.most_experts_hit(tokens) / (hit * share),
-        flops: likely.flops * spread.most_assignments(tokens) / (f(tokens * spread.top_k) * share),
+        flops: likely.flops * more,
+        fp8_flops: likely.fp8_flops * more,
         ..*likely
     }
 }
@@ -302,6 +304,7 @@ fn in_tiles(program: &Program, op: &Op, shape: StepShape, mut cost: Cost) -> Cos
         spread.tile_columns(tokens, cols) * f(spread.num_experts) / f((tokens * spread.top_k).max(1))
     };
     cost.flops *= filled;
+    cost.fp8_flops *= filled;
     cost
 }
 

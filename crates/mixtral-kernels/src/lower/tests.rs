@@ -106,6 +106,38 @@ fn a_layer_becomes_these_kernels() {
 }
 
 #[test]
+fn an_fp8_model_becomes_these_kernels() {
+    let mut program = decoder::program(&Geometry::round(DType::Bf16), true);
+    decoder::quantize(&mut program, name("fp8").parse().expect("a format"));
+    (program.limits.max_num_tokens, program.limits.max_num_logits) = (4096, 8);
+    program.plan_arena();
+    let of = |family| Schedule::new(&program, Target { family }).expect("kernels");
+    let (hopper, portable) = (of(Family::Hopper), of(Family::Portable));
+    let linears = |schedule: &Schedule, tokens, decodes| {
+        let (_, work) = schedule.for_step(tokens, decodes).expect("a regime");
+        let ops = |work: &Work| {
+            matches!(
+                program.ops[work.op()],
+                Op::Linear { epilogue: Epilogue::Store | Epilogue::Residual, .. }
+                    | Op::ExpertGateUp { .. }
+                    | Op::ExpertDown { .. }
+            )
+        };
+        lines(&work.iter().filter(|work| ops(work)).cloned().collect::<Vec<_>>())
+    };
+    insta::assert_snapshot!(format!(
+        "one decode\n{}\nprompts of 4096 tokens\n{}\none decode, anywhere\n{}",
+        linears(&hopper, 1, true),
+        linears(&hopper, 4096, false),
+        linears(&portable, 1, true)
+    ));
+    // Everything that is read from a file, written and read again.
+    for schedule in [hopper, portable] {
+        assert_eq!(Schedule::parse(&schedule.to_text(), &program).expect("its own text"), schedule);
+    }
+}
+
+#[test]
 fn every_regime_has_the_kernels_of_its_steps() {
     for (dtype, family) in
         [(DType::F32, Family::Portable), (DType::F16, Family::Portable), (DType::Bf16, Family::Hopper)]

@@ -27,7 +27,8 @@ pub fn measure_roof(threads: usize) -> Roof {
 
 /// The ceilings of a probe.
 pub fn roof(probe: Probe) -> Roof {
-    Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s }
+    let flops_per_s = probe.flops_per_s;
+    Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s, fp8_flops_per_s: flops_per_s }
 }
 
 /// The architectures to build for, so that an engine runs on this machine's GPUs: one for each kind of GPU.

@@ -163,7 +163,7 @@ mod tests {
 
     fn rows(times: [u64; 4]) -> Vec<(String, usize, f64, f64)> {
         let times = times.map(Duration::from_millis);
-        let roof = Roof { bytes_per_s: 1e9, flops_per_s: 0.0 };
+        let roof = Roof { bytes_per_s: 1e9, flops_per_s: 0.0, fp8_flops_per_s: 0.0 };
         let shape = StepShape { num_tokens: 1, num_logits: 1, context: 1 };
         let table = OpTable::new(&program(), roof, "decode".to_owned(), shape, &times, 2);
         let percent: f64 = table.ops.iter().map(|op| op.percent).sum();

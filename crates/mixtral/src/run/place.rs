@@ -81,7 +81,12 @@ impl Place {
             Place::Cuda(share, executable) => {
                 let bytes = if quick { mixtral_cuda::probe::QUICK } else { mixtral_cuda::probe::THOROUGH };
                 let probe = mixtral_cuda::probe::measure(share.device.ordinal, executable, bytes)?;
-                Ok(Roof { bytes_per_s: probe.read_bytes_per_s, flops_per_s: probe.flops_per_s })
+                // The ceiling that figures are compared with is that of 16 bits, for fp8 engines too.
+                Ok(Roof {
+                    bytes_per_s: probe.read_bytes_per_s,
+                    flops_per_s: probe.flops_per_s,
+                    fp8_flops_per_s: probe.flops_per_s,
+                })
             }
         })
     }

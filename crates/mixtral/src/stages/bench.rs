@@ -277,7 +277,11 @@ fn check_lengths(args: &BenchArgs, output: usize, prefill: &[usize], limits: &Li
 
 /// The better of two measurements, for each of the two rates.
 fn better(a: Roof, b: Roof) -> Roof {
-    Roof { bytes_per_s: a.bytes_per_s.max(b.bytes_per_s), flops_per_s: a.flops_per_s.max(b.flops_per_s) }
+    Roof {
+        bytes_per_s: a.bytes_per_s.max(b.bytes_per_s),
+        flops_per_s: a.flops_per_s.max(b.flops_per_s),
+        fp8_flops_per_s: a.fp8_flops_per_s.max(b.fp8_flops_per_s),
+    }
 }
 
 /// The times of all operations over some steps.

@@ -205,7 +205,7 @@ fn show(
         None => is_shown.then(|| machine::measure_roof(machine::cores())),
     };
     if explains {
-        if let Some(Roof { bytes_per_s, flops_per_s }) = roof {
+        if let Some(Roof { bytes_per_s, flops_per_s, .. }) = roof {
             let of = gpu.map_or("measured now".to_owned(), |gpu| format!("of {}", gpu.name));
             writeln!(out, "roof: {:.1} GB/s read, {:.0} GFLOP/s, {of}", bytes_per_s / 1e9, flops_per_s / 1e9)?;
         }
