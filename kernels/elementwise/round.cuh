@@ -1,4 +1,4 @@
-// Op: none; rounds the input of a linear with fp8 weights. CPU twin: `widen` in kernels/linear.rs.
+// Op: none; rounds the input of a linear with fp8 weights, unless a norm did (norm/row.cuh). CPU twin: `widen` in kernels/linear.rs.
 // Regime: any number of rows.
 // Tile: eight elements a thread.
 // Grid: enough threads for the largest step.

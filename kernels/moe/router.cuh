@@ -7,7 +7,7 @@
 //   a tree, then over warps in ascending order. This order depends only on COLS, so neither the batch nor the grid
 //   changes a token's choice.
 // Requires: the router's weight in f32, 1024 experts at most.
-// Traffic: each row is read and written once. Each CTA reads the weight once (from L2), before the wait if it fits into
+// Traffic: each row is read and written once, and once more rounded for fp8 experts. Each CTA reads the weight once (from L2), before the wait if it fits into
 //   registers.
 // Measured: H200, 4096 × 8: 8.1 µs at one token with its launch, 333 µs at 16 384.
 #pragma once
@@ -44,12 +44,13 @@ __device__ __forceinline__ float warp_sums(const float (&x)[GROUP]) {
     return one + __shfl_xor_sync(ALL_LANES, one, 1);
 }
 
-// `ticket` is 0 between launches. Without CHOOSE the parameters behind `logits` are not used.
-template <typename T, typename W, int COLS, int EXPERTS, bool CHOOSE, int K, bool RENORM, int FIRST, int LAST>
+// `ticket` is 0 between launches. Without CHOOSE the parameters from `slots` to `ticket` are not used. With ROUNDS,
+// e4m3(normalized / *divisor) is stored too; else the last two parameters are not used.
+template <typename T, typename W, int COLS, int EXPERTS, bool CHOOSE, int K, bool RENORM, int FIRST, int LAST, bool ROUNDS = false>
 __global__ void __launch_bounds__(rms::threads(COLS))
     router(const step::Header* header, const T* input, const W* weight, float eps, const float* router_weight, T* normalized,
            float* logits, const i32* slots, i32* expert_ids, float* expert_weights, u64* counts, i32* offsets, i32* order,
-           u32* ticket) {
+           u32* ticket, const float* divisor, e4m3_t* rounded) {
     pdl::launch_dependents();
     using Row = rms::Row<COLS>;
     constexpr int THREADS = Row::THREADS, WARPS = THREADS / 32, GROUPS = ceil_div(EXPERTS, GROUP), LOCAL = LAST - FIRST;
@@ -78,6 +79,7 @@ __global__ void __launch_bounds__(rms::threads(COLS))
         if (token + gridDim.x < num_tokens) next.load(input + (token + gridDim.x) * COLS);
         x.template normalize<T>(scale, eps, shared);
         x.store(normalized + token * COLS);
+        if constexpr (ROUNDS) x.store_rounded(rounded + token * COLS, *divisor);
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) {
             float sums[GROUP] = {};

@@ -2,6 +2,7 @@
 // same order. (The namespace is `rms`, because CUDA has a function `norm`.)
 #pragma once
 
+#include "base/fp8.cuh"
 #include "base/reduce.cuh"
 #include "base/vector.cuh"
 
@@ -46,6 +47,17 @@ struct Row {
             const int left = COLS - column(v);
             if (left > 0) ::store<ALIGNED>(row + column(v), at[v], ALIGNED ? VECTOR : left);
         }
+    }
+
+    // Stores e4m3(x / divisor), which a linear with fp8 weights takes.
+    __device__ __forceinline__ void store_rounded(e4m3_t* row, float divisor) const {
+        Row quotient;
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) quotient.at[v][i] = __fdiv_rn(at[v][i], divisor);
+        }
+        quotient.store(row);
     }
 
     template <typename T>

@@ -1,5 +1,5 @@
 // The format of weights of e4m3. A weight stands for its elements times its matrix's scale w. The tokens that are multiplied
-// with it are e4m3 too: a kernel before the linear divides them by the input's scale a and rounds them (round.cuh). So both
+// with it are e4m3 too: a kernel before the linear divides them by the input's scale a and rounds them. So both
 // operands are rows of e4m3, as `Plain` describes them, and a linear's sum is that of their products times a · w.
 //
 // Products are summed from zero for each 128 elements of K. These sums are added up in ascending order in f32, because

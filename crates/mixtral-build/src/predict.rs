@@ -326,14 +326,18 @@ mod tests {
     use mixtral_checkpoint::CheckpointConfig;
     use mixtral_engine::Limits;
     use mixtral_kernels::{Arch, Search};
-    use mixtral_model::{DType, Mapping, ModelConfig};
+    use mixtral_model::{DType, Formats, Mapping, ModelConfig, WeightFormat};
 
     use super::*;
     use crate::{DenseLinears, KernelOptions, lower};
 
     /// The engines of `benches/runs/2026-11-28-h200-x2`.
     fn programs(mapping: Mapping) -> Vec<Program> {
-        let config = CheckpointConfig::new(ModelConfig::mixtral_8x7b(DType::Bf16), mapping);
+        programs_of(ModelConfig::mixtral_8x7b(DType::Bf16), mapping)
+    }
+
+    fn programs_of(model: ModelConfig, mapping: Mapping) -> Vec<Program> {
+        let config = CheckpointConfig::new(model, mapping);
         let limits = Limits {
             max_batch_size: 512,
             max_num_tokens: 16384,
@@ -368,6 +372,15 @@ mod tests {
     fn tables_of_layouts() {
         let table = |mapping| Job::new(&programs(mapping), h200(), Family::Hopper).unwrap().table();
         insta::assert_snapshot!([ONE, SLICES, WHOLE_EXPERTS, HYBRID, STAGES].map(table).join("\n"));
+    }
+
+    /// No GPU has run these (`docs/perf/cuda.md`).
+    #[test]
+    fn table_of_fp8() {
+        let mut model = ModelConfig::mixtral_8x7b(DType::Bf16);
+        model.formats = Formats { attention: WeightFormat::Fp8, feed_forward: WeightFormat::Fp8 };
+        let programs = programs_of(model, ONE);
+        insta::assert_snapshot!(Job::new(&programs, h200(), Family::Hopper).unwrap().table());
     }
 
     /// Milliseconds that were measured (`docs/perf/ranks.md`, `docs/perf/cuda.md`).

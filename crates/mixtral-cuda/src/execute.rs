@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use mixtral_engine::KvScale;
 use mixtral_kernels::{
-    Arg, ExchangeArg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, StepBlock, TensorMap, Work,
+    Arg, ExchangeArg, Grid, Kernel, KernelImages, Launch, ProbeArg, Product, Regime, Schedule, StepBlock, TensorMap,
+    Work,
 };
 use mixtral_model::ElemType;
 
@@ -351,6 +352,8 @@ impl Prepared {
 pub(crate) struct WorkList {
     /// Each launch with the first operation that it computes.
     launches: Vec<(usize, Prepared)>,
+    /// Operations that cannot be computed without those before them.
+    handed_over: Vec<Range<usize>>,
     graph: Option<Graph>,
 }
 
@@ -361,12 +364,14 @@ impl WorkList {
         addresses: &Addresses,
     ) -> Result<WorkList, CudaError> {
         let prepare = |work: &Work| Ok((work.op(), Prepared::new(work, functions, addresses)?));
-        Ok(WorkList { launches: work.iter().map(prepare).collect::<Result<_, CudaError>>()?, graph: None })
+        let launches = work.iter().map(prepare).collect::<Result<_, CudaError>>()?;
+        Ok(WorkList { launches, handed_over: Schedule::handed_over(work), graph: None })
     }
 
-    /// Whether an operation is the first that a launch computes.
+    /// Whether an operation is the first that a launch computes, and needs nothing that is in no buffer.
     pub(crate) fn begins(&self, op: usize) -> bool {
-        self.launches.iter().any(|(first, _)| *first == op)
+        let is_first = self.launches.iter().any(|(first, _)| *first == op);
+        is_first && !self.handed_over.iter().any(|ops| ops.contains(&op))
     }
 
     /// Launches the work of `ops` one by one. The first launch waits for everything that is in the stream. So does a

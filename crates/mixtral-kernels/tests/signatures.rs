@@ -249,7 +249,8 @@ fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
         let fields = &value[op.name()];
         let field = match name {
             "tokens" => &fields["input"],
-            "normalized" => fields.get("norm").map_or(&fields["out"], |norm| &norm["out"]),
+            // A norm that does not round passes its output for the rounded rows, which the kernel does not write.
+            "normalized" | "rounded" => fields.get("norm").map_or(&fields["out"], |norm| &norm["out"]),
             // The kernel that chooses experts reads probabilities for `top_k` and logits for `route`.
             "input" => {
                 ["input", "probs", "logits"].iter().map(|f| &fields[f]).find(|f| f.is_string()).unwrap_or(&Value::Null)
@@ -261,8 +262,9 @@ fn is_operand(ops: &[Op], name: &str, buffer: &str) -> bool {
         // A combine without a norm passes its own output in place of the norm's.
         // A router may do the norm of the all-reduce before it, which then reads what the all-reduce wrote.
         let hands_over = routes && op.name() == "all_reduce" && fields["out"] == buffer;
-        let is_handed_over = hands_over && matches!(name, "input" | "normalized");
-        is_handed_over || field == buffer || name == "normalized" && fields["norm"].is_null() && fields["out"] == buffer
+        let is_handed_over = hands_over && matches!(name, "input" | "normalized" | "rounded");
+        let is_normalized = matches!(name, "normalized" | "rounded");
+        is_handed_over || field == buffer || is_normalized && fields["norm"].is_null() && fields["out"] == buffer
     };
     ops.iter().any(field_of)
 }
@@ -325,6 +327,8 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 "router_weight" => weight.dtype == DType::F32 && of("linear"),
                 "weight" if is_router(ops) => of("norm"),
                 "scale" => is_fp8(&weight.name),
+                // A norm that does not round passes its own weight, which the kernel does not read.
+                "divisor" => is_fp8(&weight.name) || !of("linear"),
                 "weight" | "stored" => true,
                 _ => false,
             };
@@ -339,19 +343,20 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
             };
             let writes = ops.iter().any(|op| op.writes().contains(&buffer.name.as_str()));
             // A combine without a norm has no weight. It passes its output, which the kernel does not read.
-            let unused = name == "weight" && writes;
+            let unused = matches!(name, "weight" | "divisor") && writes;
             let role_fits = unused || is_operand(ops, name, &buffer.name);
             let may_write = !written || writes;
-            (!type_fits || !role_fits || !may_write)
+            (!(type_fits || unused) || !role_fits || !may_write)
                 .then(|| format!("buffer `{}` ({}) for {to}* {name}, written: {written}", buffer.name, buffer.dtype))
         }
         Arg::Scratch(_) => {
-            let of_kernels = ["table", "partials", "tickets", "ticket", "counter", "sizes", "copies", "tokens"];
+            let of_kernels =
+                ["table", "partials", "tickets", "ticket", "counter", "sizes", "copies", "tokens", "rounded"];
             // The kernel that puts tokens into expert order writes to scratch; the next launch reads that.
             let gathered = name == "out" && ops.iter().any(|op| op.name() == "expert_gate_up");
             let product = name == "a" && ops.iter().any(|op| op.name() == "linear");
-            let rounded = rounds && matches!(name, "input" | "out");
-            (!of_kernels.contains(&name) && !gathered && !product && !rounded).then(|| format!("scratch for {name}"))
+            let to_bytes = rounds && matches!(name, "input" | "out");
+            (!of_kernels.contains(&name) && !gathered && !product && !to_bytes).then(|| format!("scratch for {name}"))
         }
         Arg::Piece(PieceArg::Out) | Arg::Probe(ProbeArg::Out) => (name != "out").then(|| format!("out for {name}")),
         // A pointer to a part of a matrix has the name of its parameter.

@@ -2,7 +2,7 @@
 
 use mixtral_engine::{Buffer, Op, Rows};
 
-use super::{LowerError, Lowering, count, int, launch, named, portable, type_name};
+use super::{LowerError, Lowering, all_named, count, int, launch, named, portable, rounded, type_name};
 use crate::step_block::Array;
 use crate::{Arg, Grid, Launch};
 
@@ -102,15 +102,23 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             let (index, scale) = lowering.weight(op, weight)?;
             let (_, buffer) = lowering.buffer(op, out)?;
             let (kind, times) = rows(lowering, buffer);
-            let symbol = format!("rms::norm<{dtype}, {}, {}, {kind}>", type_name(scale.dtype), buffer.cols);
-            let args = named([
+            let (weight, out) = (Arg::Weight { index, offset: 0 }, lowering.at(op, out)?);
+            let (rounds, rest) = rounded::of_norm(lowering, op, [weight.clone(), out.clone()]);
+            let symbol = format!(
+                "rms::norm<{dtype}, {}, {}, {kind}{}>",
+                type_name(scale.dtype),
+                buffer.cols,
+                if rounds { ", true" } else { "" }
+            );
+            let own = [
                 ("header", header),
                 ("times", int(times)),
                 ("input", lowering.at(op, input)?),
-                ("weight", Arg::Weight { index, offset: 0 }),
+                ("weight", weight),
                 ("eps", epsilon(*eps)),
-                ("out", lowering.at(op, out)?),
-            ]);
+                ("out", out),
+            ];
+            let args = all_named(own.into_iter().chain(rest));
             let kernel = portable("norm/rms_norm.cuh", symbol, row_threads(buffer.cols));
             launch(kernel, grid(lowering, buffer, 1), args)
         }

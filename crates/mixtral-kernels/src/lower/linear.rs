@@ -3,7 +3,7 @@
 use mixtral_engine::{Epilogue, Op, Rows};
 use mixtral_model::ElemType;
 
-use super::{LowerError, Lowering, count, elementwise, moe, named, of_launches, type_name};
+use super::{LowerError, Lowering, count, elementwise, moe, named, of_launches, rounded, type_name};
 use crate::plan::Stream;
 use crate::scratch::PRODUCT_WORKSPACE;
 use crate::select::{self, LinearShape};
@@ -33,7 +33,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, Lower
         chosen => chosen,
     };
     let columns = LinearShape::columns(lowering.program, op, tokens);
-    let rounding = linear.rounding()?;
+    let rounding = linear.rounding();
     let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, columns, lowering.target.family)) {
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
@@ -182,13 +182,15 @@ impl<'a> Linear<'a> {
         })
     }
 
-    /// The launch that rounds the input, if the weight is of fp8.
-    fn rounding(&self) -> Result<Option<Launch>, LowerError> {
-        if !self.packing.format.is_fp8() {
-            return Ok(None);
+    /// The launch that rounds the input, if the weight is of fp8 and the norm before it did not round.
+    fn rounding(&self) -> Option<Launch> {
+        let program = self.lowering.program;
+        let index = program.ops.iter().position(|op| std::ptr::eq(op, self.op));
+        if !self.packing.format.is_fp8() || index.is_some_and(|index| rounded::producer(program, index).is_some()) {
+            return None;
         }
         let scale = Arg::Weight { index: self.weight, offset: self.packing.input_scale() };
-        Ok(Some(elementwise::round(self.lowering, self.input, scale, self.tokens.clone())))
+        Some(elementwise::round(self.lowering, self.input, scale, self.tokens.clone()))
     }
 
     fn is_down(&self) -> bool {

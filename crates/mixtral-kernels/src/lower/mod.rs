@@ -9,6 +9,7 @@ mod linear;
 mod moe;
 mod pack;
 mod probe;
+mod rounded;
 mod sample;
 #[cfg(test)]
 mod tests;

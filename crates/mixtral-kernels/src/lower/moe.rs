@@ -5,7 +5,7 @@ use mixtral_engine::{Epilogue, Op};
 use mixtral_model::{DType, ElemType, MoeNormalization};
 
 use super::elementwise::{VECTOR, epsilon, row_threads};
-use super::{LowerError, Lowering, count, launch, may_be_one, named, portable, type_name};
+use super::{LowerError, Lowering, all_named, count, launch, may_be_one, named, portable, rounded, type_name};
 use crate::step_block::Array;
 use crate::{Arg, Grid, Launch};
 
@@ -122,12 +122,14 @@ fn combine(lowering: &Lowering<'_>, op: &Op) -> Result<Launch, LowerError> {
         // Without a norm, the kernel does not read these.
         None => (dtype, lowering.at(op, out)?, Arg::F32(0.0), lowering.at(op, out)?),
     };
+    let (rounds, rest) = rounded::of_norm(lowering, op, [scale.clone(), normalized.clone()]);
     let symbol = format!(
-        "moe::combine<{dtype}, {scale_type}, {cols}, {k}, {first}, {last}, {all}, {}, {}>",
+        "moe::combine<{dtype}, {scale_type}, {cols}, {k}, {first}, {last}, {all}, {}, {}{}>",
         residual.is_some(),
-        norm.is_some()
+        norm.is_some(),
+        if rounds { ", true" } else { "" }
     );
-    let args = named([
+    let own = [
         ("header", Arg::Step(Array::Header)),
         ("input", lowering.at(op, input)?),
         ("expert_ids", lowering.at(op, expert_ids)?),
@@ -137,7 +139,8 @@ fn combine(lowering: &Lowering<'_>, op: &Op) -> Result<Launch, LowerError> {
         ("weight", scale),
         ("eps", eps),
         ("normalized", normalized),
-    ]);
+    ];
+    let args = all_named(own.into_iter().chain(rest));
     Ok(launch(portable("moe/combine.cuh", symbol, row_threads(cols)), Grid::Tokens { per: 1, times: 1 }, args))
 }
 
@@ -162,21 +165,24 @@ pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<O
     let (_, normalized) = lowering.buffer(norm, out)?;
     let (cols, num_experts, k) = (normalized.cols, router.rows(), lowering.program.top_k);
     let chooses = lowering.regime.max_tokens <= CHOOSE;
+    let (weight, normalized) = (Arg::Weight { index: scale_index, offset: 0 }, lowering.at(norm, out)?);
+    let (rounds, rest) = rounded::of_norm(lowering, norm, [weight.clone(), normalized.clone()]);
     let symbol = format!(
-        "moe::router<{}, {}, {cols}, {num_experts}, {chooses}, {k}, {}, {}, {}>",
+        "moe::router<{}, {}, {cols}, {num_experts}, {chooses}, {k}, {}, {}, {}{}>",
         type_name(lowering.program.dtype),
         type_name(scale.dtype),
         is_renorm(*normalization),
         experts[0],
-        experts[1]
+        experts[1],
+        if rounds { ", true" } else { "" }
     );
-    let args = named([
+    let own = [
         ("header", Arg::Step(Array::Header)),
         ("input", lowering.at(norm, input)?),
-        ("weight", Arg::Weight { index: scale_index, offset: 0 }),
+        ("weight", weight),
         ("eps", epsilon(*eps)),
         ("router_weight", Arg::Weight { index: router_index, offset: 0 }),
-        ("normalized", lowering.at(norm, out)?),
+        ("normalized", normalized),
         ("logits", lowering.at(linear, logits)?),
         ("slots", Arg::Step(Array::SlotMapping)),
         ("expert_ids", lowering.at(route, expert_ids)?),
@@ -185,7 +191,8 @@ pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<O
         ("offsets", lowering.at(route, offsets)?),
         ("order", lowering.at(route, order)?),
         ("ticket", Arg::Scratch(lowering.scratch.counters)),
-    ]);
+    ];
+    let args = all_named(own.into_iter().chain(rest));
     let grid = Grid::Persistent { per_sm: 1, items: Some(count(lowering.regime.max_tokens)) };
     let mut launches = vec![launch(portable("moe/router.cuh", symbol, row_threads(cols)), grid, args)];
     if !chooses {

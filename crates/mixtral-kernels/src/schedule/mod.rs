@@ -13,13 +13,14 @@ mod tests;
 pub mod text;
 
 use std::collections::{BTreeSet, HashMap};
+use std::ops::Range;
 
 use mixtral_engine::{Op, Program};
 use mixtral_model::DType;
 use serde::{Deserialize, Serialize};
 
 use crate::weight::part_offsets;
-use crate::{Arg, Exchange, Family, Kernel, Launch, StepBlock, Work};
+use crate::{Arg, Exchange, Family, Kernel, Launch, NamedArg, StepBlock, Work};
 
 /// A kind of step: what launches depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -103,6 +104,41 @@ impl Schedule {
         self.pack(index).map_or_else(plain, |pack| pack.bytes)
     }
 
+    /// The operations at which `works` cannot begin, because they read rows that a kernel of an operation before them rounded for
+    /// them into a workspace.
+    #[must_use]
+    pub fn handed_over(works: &[Work]) -> Vec<Range<usize>> {
+        let place = |launch: &Launch| {
+            launch.args.iter().find(|named| named.name == "rounded").and_then(|named| match named.arg {
+                Arg::Scratch(place) => Some(place),
+                _ => None,
+            })
+        };
+        let reads = |launch: &Launch, place: usize| {
+            let is_it = |arg: &Arg| *arg == Arg::Scratch(place);
+            launch.args.iter().any(|named| match &named.arg {
+                Arg::TensorMap(map) => is_it(&map.base),
+                arg => is_it(arg) && named.name != "out",
+            })
+        };
+        let launches: Vec<&Launch> =
+            works.iter().filter_map(|work| if let Work::Launch(launch) = work { Some(launch) } else { None }).collect();
+        let mut ranges = Vec::new();
+        for (at, launch) in launches.iter().enumerate() {
+            let Some(place) = place(launch) else { continue };
+            let writes = |later: &&&Launch| {
+                let is_out =
+                    |named: &NamedArg| matches!(&*named.name, "out" | "rounded") && named.arg == Arg::Scratch(place);
+                later.args.iter().any(is_out)
+            };
+            let until_written = launches[at + 1..].iter().take_while(|later| !writes(later));
+            if let Some(last) = until_written.filter(|later| reads(later, place)).last() {
+                ranges.push(launch.op + 1..last.op + 1);
+            }
+        }
+        ranges
+    }
+
     /// The smallest regime that takes a step of `tokens` tokens, and its work.
     #[must_use]
     pub fn for_step(&self, tokens: usize, decodes: bool) -> Option<&(Regime, Vec<Work>)> {
@@ -143,6 +179,15 @@ impl Schedule {
             for work in work {
                 if work.op() >= behind {
                     work.set_op(work.op() - removed);
+                }
+                // The last norm may have rounded for a layer that is cut off. Nobody reads what it rounds now.
+                if let Work::Launch(launch) = work
+                    && let Some(own) = launch.args.iter().find(|named| named.name == "weight").cloned()
+                {
+                    let is_gone = |arg: &Arg| matches!(arg, Arg::Weight { index, .. } if !weights.contains_key(index));
+                    let divisors =
+                        launch.args.iter_mut().filter(|named| named.name == "divisor" && is_gone(&named.arg));
+                    divisors.for_each(|named| named.arg = own.arg.clone());
                 }
                 for arg in work.args_mut() {
                     match arg {

@@ -235,6 +235,34 @@ fn no_launch_is_asked_for_that_no_driver_takes() {
     insta::assert_snapshot!(said.join("\n"));
 }
 
+/// The norm's kernel rounds for the linear behind it. So nothing may begin between them.
+#[test]
+fn what_a_norm_rounds_is_handed_over() {
+    let mut program = decoder::program(&Geometry::round(DType::Bf16), true);
+    let handed_over = |program: &Program| -> Vec<Vec<String>> {
+        let [schedule, _] = schedules(program);
+        let ranges = schedule.regimes.iter().map(|(_, work)| {
+            let named = Schedule::handed_over(work).into_iter().map(|ops| {
+                program.ops[ops.start - 1..ops.end].iter().map(|op| op.name()).collect::<Vec<_>>().join(" ")
+            });
+            named.collect::<Vec<_>>()
+        });
+        ranges.collect()
+    };
+    assert!(handed_over(&program).iter().all(Vec::is_empty));
+    decoder::quantize(&mut program, "fp8".parse().expect("a format"));
+    let experts = "norm linear route expert_gate_up";
+    for regime in handed_over(&program) {
+        assert_eq!(regime, ["norm linear", experts, "combine linear", experts]);
+    }
+    // Cut short, the last norm still rounds, for nobody.
+    let short = program.first_layers(1).expect("layers alike");
+    for schedule in schedules(&program) {
+        let cut = schedule.first_layers(&program, &short).expect("a schedule of the first layer");
+        assert_eq!(cut.check(&short), Ok(()));
+    }
+}
+
 #[test]
 fn every_quantized_weight_is_packed_once() {
     let mut program = decoder::program(&Geometry::round(DType::Bf16), true);
