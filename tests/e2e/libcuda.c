@@ -304,7 +304,7 @@ int cuEventElapsedTime(float* ms, void* from, void* to) {
 #define DONE(name) \
     int name(void) { return 0; }
 DONE(cuStreamSynchronize)
-DONE(cuStreamQuery)
+DONE(cuStreamWaitEvent)
 DONE(cuCtxEnablePeerAccess)
 DONE(cuIpcGetMemHandle)
 DONE(cuIpcOpenMemHandle_v2)
@@ -314,6 +314,7 @@ DONE(cuStreamEndCapture)
 DONE(cuEventCreate)
 DONE(cuEventDestroy_v2)
 DONE(cuEventRecord)
+DONE(cuEventQuery)
 DONE(cuEventSynchronize)
 DONE(cuGraphInstantiateWithFlags)
 DONE(cuGraphExecDestroy)

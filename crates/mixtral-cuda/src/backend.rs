@@ -1,18 +1,21 @@
 //! A program on a GPU: runs steps on it.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
 use mixtral_engine::{
-    Backend, BackendError, Inspect, NonFinite, Op, Program, Score, StepInputs, StepOutputs, Weights, sampling, score,
+    Backend, BackendError, DeviceIdle, Inspect, Launched, NonFinite, Op, Program, Score, StepInputs, StepOutputs,
+    Weights, sampling, score,
 };
 use mixtral_kernels::step_block::{Array, Drawn};
 use mixtral_kernels::{Executable, Regime, StepBlock};
 use mixtral_model::TokenId;
 
-use crate::driver::{Context, Device, Pinned, Stream};
+use crate::driver::{Context, Device, Stream};
 use crate::exchange::Exchange;
 use crate::execute::{Shape, Timer, WorkList};
+use crate::flight::{self, Flight, MOST, Turns};
 use crate::load::{Memory, half_layer};
 use crate::moves::{self, CacheShape, HostBlocks};
 use crate::{CudaError, CudaOptions, KvBlocks, Loading, inputs};
@@ -25,8 +28,13 @@ pub struct CudaBackend {
     pub(crate) work: Vec<(Regime, WorkList)>,
     pub(crate) timer: Option<Timer>,
     pub(crate) stream: Stream,
-    pub(crate) staging: Pinned,
-    pub(crate) landing: Pinned,
+    pub(crate) turns: Turns,
+    /// The steps under way.
+    pub(crate) flights: VecDeque<Flight>,
+    /// How many tokens the last step draws.
+    pub(crate) num_drawn: usize,
+    /// Those tokens, if the host knows them already. It does if it drew some of them itself.
+    pub(crate) known_draws: Vec<TokenId>,
     pub(crate) memory: Memory,
     pub(crate) host_blocks: HostBlocks,
     pub(crate) program: Program,
@@ -63,59 +71,92 @@ impl CudaBackend {
         self.context.device()
     }
 
-    /// Uploads the step's inputs, runs its launches, and waits for them.
+    /// Puts a step into the stream: its copies of blocks, its inputs, its launches, and the way back of what it draws.
+    fn begin(&mut self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<Flight, BackendError> {
+        if let Some(lost) = &self.lost {
+            return Err(lost.clone().into());
+        }
+        inputs.check(&self.program, self.kv_blocks, self.num_drawn)?;
+        let draws = self.sampled(ops).is_some();
+        let rows = if draws { inputs.samples.iter().map(|sample| sample.row).collect() } else { Vec::new() };
+        let turn = usize::try_from(self.steps % MOST as u64).unwrap_or(0);
+        let flight = Flight { turn, step: self.steps, is_done: false, rows, what: flight::words(inputs) };
+        let bytes = self.turns.of(turn).staging.bytes()?;
+        let written = inputs::write(&self.block, &self.program, inputs, &self.known_draws, bytes)?;
+        self.steps += 1;
+        self.turns.of(turn).begin(&self.stream)?;
+        if ops.start == 0 {
+            let part_bytes = half_layer(&self.program, self.kv_blocks);
+            let shape = CacheShape { parts: 2 * self.program.kv.num_layers, part_bytes, blocks: self.kv_blocks };
+            let (cache, host) = (&self.memory.cache, &mut self.host_blocks);
+            moves::carry_out(&inputs.moves, shape, cache, host, &self.stream, &self.context)?;
+        }
+        self.execute(ops, inputs, written, &flight).map_err(|error| self.failed(&flight, error))?;
+        (self.num_drawn, self.known_draws) = (flight.rows.len(), Vec::new());
+        Ok(flight)
+    }
+
+    /// Uploads the step's inputs, and puts its launches and the download of its draws into the stream.
     fn execute(
         &mut self,
-        ops: Range<usize>,
+        ops: &Range<usize>,
         inputs: &StepInputs<'_>,
         written: inputs::Written,
+        flight: &Flight,
     ) -> Result<(), CudaError> {
         let stream = &self.stream;
-        self.staging.upload(stream, 0, written.prefix, &self.memory.step, 0)?;
+        self.turns.upload(flight.turn, written.prefix, &self.memory.step, stream, !self.flights.is_empty())?;
+        let turn = self.turns.of(flight.turn);
         if written.adjustments > 0 {
             let at = self.block.offset(Array::Adjustments);
-            self.staging.upload(stream, at, written.adjustments, &self.memory.step, at)?;
+            turn.staging.upload(stream, at, written.adjustments, &self.memory.step, at)?;
         }
         let shape = Shape { tokens: inputs.num_tokens(), logits: inputs.num_logits() };
         let whole = ops.start == 0 && ops.end >= self.program.ops.len();
         let work = regime_of(&mut self.work, inputs)?;
-        let replayed = whole && self.timer.is_none() && work.replay(stream)?;
-        if !replayed {
-            match &mut self.timer {
-                Some(timer) => work.run_timed(stream, shape, &ops, timer)?,
-                None => work.run(stream, shape, &ops, self.overlap)?,
-            }
+        match &mut self.timer {
+            Some(timer) => work.run_timed(stream, shape, ops, timer)?,
+            None if whole && work.replay(stream)? => {}
+            None => work.run(stream, shape, ops, self.overlap)?,
         }
-        if !inputs.samples.is_empty() && self.sampled(&ops).is_some() {
-            let bytes = inputs.samples.len() * size_of::<Drawn>();
-            self.landing.download(stream, &self.memory.step, self.block.offset(Array::Drawn), bytes)?;
-        }
-        match &mut self.exchange {
-            Some(exchange) => exchange.wait(stream)?,
-            None => stream.synchronize()?,
-        }
-        if !replayed && let Some(timer) = &mut self.timer {
-            timer.collect()?;
-        }
-        Ok(())
+        let bytes = flight.rows.len() * size_of::<Drawn>();
+        turn.landing.download(stream, &self.memory.step, self.block.offset(Array::Drawn), bytes)?;
+        turn.end(stream)
     }
 
-    /// The logits that the `sample` operation draws from, if it is among `ops`.
-    fn sampled(&self, ops: &Range<usize>) -> Option<&str> {
-        let ops = self.program.ops.get(ops.start..ops.end.min(self.program.ops.len()))?;
-        ops.iter().find_map(|op| if let Op::Sample { logits } = op { Some(logits.as_str()) } else { None })
+    /// Waits for a step, behind all that were launched before it.
+    fn wait(&mut self, flight: &mut Flight) -> Result<(), BackendError> {
+        let mut earlier = std::mem::take(&mut self.flights);
+        let waited = earlier.iter_mut().try_for_each(|flight| self.wait_alone(flight));
+        self.flights = earlier;
+        waited?;
+        self.wait_alone(flight)
     }
 
-    /// The tokens that the step has drawn, and its logits if they are wanted.
-    fn outputs(&mut self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
+    fn wait_alone(&mut self, flight: &mut Flight) -> Result<(), BackendError> {
+        let waited = self.turns.wait(flight, &self.stream, self.exchange.as_mut());
+        Ok(waited.map_err(|error| self.failed(flight, error))?)
+    }
+
+    /// The error of a step. Remembers it if it lost the device.
+    fn failed(&mut self, flight: &Flight, error: CudaError) -> CudaError {
+        let behind = if self.steps > flight.step + 1 { ", or the step behind it" } else { "" };
+        let error = error.in_step(flight.step, || format!("{}{behind}", flight.what));
+        if let CudaError::Fault { .. } = error {
+            self.lost = Some(error.clone());
+        }
+        error
+    }
+
+    /// What a step that is done has drawn. Rows of logits that are not finite are in the outputs too.
+    fn draws(&mut self, flight: &Flight) -> Result<StepOutputs, BackendError> {
         let mut outputs = StepOutputs::default();
-        let Some(logits) = self.sampled(ops).map(str::to_owned) else { return Ok(outputs) };
-        let bytes = inputs.samples.len() * size_of::<Drawn>();
-        let mut non_finite = Vec::new();
-        for (request, drawn) in inputs.samples.iter().zip(inputs::drawn(&self.landing.bytes()?[..bytes])) {
+        let bytes = flight.rows.len() * size_of::<Drawn>();
+        let drawn = inputs::drawn(&self.turns.of(flight.turn).landing.bytes()?[..bytes]);
+        for (&row, drawn) in flight.rows.iter().zip(drawn) {
             if let Ok(token) = usize::try_from(drawn.bad_token) {
-                let (row, value, dtype) = (request.row, drawn.bad_value, self.program.dtype);
-                non_finite.push(NonFinite { row, token, value, dtype });
+                let (value, dtype) = (drawn.bad_value, self.program.dtype);
+                outputs.non_finite.push(NonFinite { row, token, value, dtype });
                 outputs.tokens.push(TokenId(0));
                 continue;
             }
@@ -128,10 +169,27 @@ impl CudaBackend {
             };
             outputs.tokens.push(TokenId(token.ok_or_else(wrong)?));
         }
-        // Some draws are not for the kernels, and none scores. Such a step's logits come to the host, which computes both as
-        // they are defined.
-        let host_draws = inputs.samples.iter().any(|sample| inputs::is_drawn_by_host(&self.program, sample));
-        if inputs.return_logits || host_draws || !inputs.scores.is_empty() {
+        sort(&mut outputs.non_finite);
+        Ok(outputs)
+    }
+
+    /// The logits that the `sample` operation draws from, if it is among `ops`.
+    fn sampled(&self, ops: &Range<usize>) -> Option<&str> {
+        let ops = self.program.ops.get(ops.start..ops.end.min(self.program.ops.len()))?;
+        ops.iter().find_map(|op| if let Op::Sample { logits } = op { Some(logits.as_str()) } else { None })
+    }
+
+    /// The outputs of a step that is done, before any other is launched: what it drew, and what the host makes of its
+    /// logits. Some draws are not for the kernels, and none scores; the host computes both as they are defined.
+    fn outputs(
+        &mut self,
+        ops: &Range<usize>,
+        inputs: &StepInputs<'_>,
+        flight: &Flight,
+    ) -> Result<StepOutputs, BackendError> {
+        let mut outputs = self.draws(flight)?;
+        let Some(logits) = self.sampled(ops).map(str::to_owned) else { return Ok(outputs) };
+        if inputs::needs_logits(&self.program, inputs) {
             let cols = self.program.buffer(&logits).map_or(0, |buffer| buffer.cols);
             let bytes = self.read_buffer(&logits, 4 * cols * inputs.num_logits())?;
             let rows = bytes.chunks_exact((4 * cols).max(1));
@@ -142,23 +200,21 @@ impl CudaBackend {
         let row = |row: usize| &outputs.logits[row * self.program.vocab_size..][..self.program.vocab_size];
         for (sample, request) in inputs.samples.iter().enumerate() {
             if inputs::is_drawn_by_host(&self.program, request)
-                && !non_finite.iter().any(|wrong| wrong.row == request.row)
+                && !outputs.non_finite.iter().any(|wrong| wrong.row == request.row)
             {
                 outputs.tokens[sample] = sampling::sample(&mut row(request.row).to_vec(), request);
             }
         }
         for request in &inputs.scores {
             outputs.scores.push(score::score(request, inputs, row, &outputs.tokens).unwrap_or_else(|wrong| {
-                non_finite.push(NonFinite { dtype: self.program.dtype, ..wrong });
+                outputs.non_finite.push(NonFinite { dtype: self.program.dtype, ..wrong });
                 Score::default()
             }));
         }
         if !inputs.return_logits {
             outputs.logits.clear();
         }
-        non_finite.sort_unstable_by_key(|wrong| wrong.row);
-        non_finite.dedup_by_key(|wrong| wrong.row);
-        outputs.non_finite = non_finite;
+        sort(&mut outputs.non_finite);
         Ok(outputs)
     }
 
@@ -212,9 +268,53 @@ fn choose(regimes: impl Iterator<Item = Regime> + Clone, tokens: usize, decodes:
     decodes.then(|| smallest(true)).flatten().or_else(|| smallest(false))
 }
 
+/// Each row once, ascending.
+fn sort(non_finite: &mut Vec<NonFinite>) {
+    non_finite.sort_unstable_by_key(|wrong| wrong.row);
+    non_finite.dedup_by_key(|wrong| wrong.row);
+}
+
+impl Drop for CudaBackend {
+    /// Waits for the steps under way. Their kernels may wait for a rank that is gone, until they are told to stop.
+    fn drop(&mut self) {
+        while let Some(mut flight) = self.flights.pop_front() {
+            let _ = self.wait_alone(&mut flight);
+        }
+    }
+}
+
 impl Backend for CudaBackend {
     fn step(&mut self, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
         self.run_ops(0..self.program.ops.len(), inputs)
+    }
+
+    /// Not if operations are timed one by one.
+    fn runs_ahead(&self) -> bool {
+        self.timer.is_none()
+    }
+
+    /// Waits for a step whose logits the host needs: the next step writes its own in their place.
+    fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<Launched, BackendError> {
+        if self.flights.len() == MOST {
+            return Err(BackendError::Other(format!("{MOST} steps are under way, and there may be no more")));
+        }
+        if !self.runs_ahead() || inputs::needs_logits(&self.program, inputs) {
+            return self.step(inputs).map(Launched::Done);
+        }
+        let flight = self.begin(&(0..self.program.ops.len()), inputs)?;
+        self.flights.push_back(flight);
+        Ok(Launched::UnderWay)
+    }
+
+    fn collect(&mut self) -> Result<StepOutputs, BackendError> {
+        let none = || BackendError::Other("no step is under way".to_owned());
+        let mut flight = self.flights.pop_front().ok_or_else(none)?;
+        self.wait_alone(&mut flight)?;
+        self.draws(&flight)
+    }
+
+    fn device_idle(&self) -> Option<DeviceIdle> {
+        Some(self.turns.idle())
     }
 
     fn kv_blocks(&self) -> usize {
@@ -254,34 +354,14 @@ impl Inspect for CudaBackend {
     }
 
     fn run_ops(&mut self, ops: Range<usize>, inputs: &StepInputs<'_>) -> Result<StepOutputs, BackendError> {
-        if let Some(lost) = &self.lost {
-            return Err(lost.clone().into());
+        let mut flight = self.begin(&ops, inputs)?;
+        self.wait(&mut flight)?;
+        if let Some(timer) = &mut self.timer {
+            timer.collect().map_err(BackendError::from)?;
         }
-        inputs.check(&self.program, self.kv_blocks, 0)?;
-        if ops.start == 0 {
-            let part_bytes = half_layer(&self.program, self.kv_blocks);
-            let shape = CacheShape { parts: 2 * self.program.kv.num_layers, part_bytes, blocks: self.kv_blocks };
-            let (cache, host) = (&self.memory.cache, &mut self.host_blocks);
-            moves::carry_out(&inputs.moves, shape, cache, host, &self.stream, &self.context)?;
-        }
-        let written = inputs::write(&self.block, &self.program, inputs, self.staging.bytes()?)?;
-        let step = self.steps;
-        self.steps += 1;
-        self.execute(ops.clone(), inputs, written).map_err(|error| {
-            let error = error.in_step(step, || {
-                format!(
-                    "{} tokens of {} sequences, {} decodes",
-                    inputs.num_tokens(),
-                    inputs.num_seqs(),
-                    inputs.num_decodes
-                )
-            });
-            if let CudaError::Fault { .. } = error {
-                self.lost = Some(error.clone());
-            }
-            error
-        })?;
-        self.outputs(&ops, inputs)
+        let outputs = self.outputs(&ops, inputs, &flight)?;
+        self.known_draws.clone_from(&outputs.tokens);
+        Ok(outputs)
     }
 
     fn read_buffer(&self, name: &str, len: usize) -> Result<Vec<u8>, BackendError> {

@@ -4,6 +4,7 @@
 use mixtral_engine::Program;
 use mixtral_kernels::Schedule;
 
+use crate::flight::{self, MOST};
 use crate::staging::Queue;
 use crate::{CudaError, exchange, weights};
 
@@ -51,7 +52,9 @@ impl Needs {
             weights: weights::layout(program, schedule).1,
             arena: program.arena_bytes,
             scratch: schedule.scratch_bytes.saturating_add(exchange),
-            inputs: schedule.block.bytes() + 8 * program.num_layers * program.num_experts,
+            inputs: schedule.block.bytes()
+                + MOST * flight::ahead_bytes(&schedule.block)
+                + 8 * program.num_layers * program.num_experts,
             kv_block: program.kv.block_bytes(program.limits.block_size),
             staging: Queue::new(program, schedule).bytes(),
             max_num_tokens: program.limits.max_num_tokens,

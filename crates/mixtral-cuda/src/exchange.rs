@@ -12,7 +12,7 @@ use mixtral_engine::{BackendError, Collectives, Op, Program};
 use mixtral_kernels::{self as kernels, ExchangeArg};
 
 use crate::CudaError;
-use crate::driver::{Context, DeviceMemory, HANDLE_BYTES, OpenedMemory, Pinned, Stream};
+use crate::driver::{Context, DeviceMemory, Event, HANDLE_BYTES, OpenedMemory, Pinned, Stream};
 
 /// Offsets of the control block's words, in bytes from the memory's start. Each word has a cache line of its own.
 const DONE: usize = 0;
@@ -208,18 +208,18 @@ impl Exchange {
         self.words
     }
 
-    /// Waits for the work in the stream. Its kernels may wait for other ranks. If one of those is gone, the kernels are
-    /// told to stop, and the error says which rank.
-    pub(crate) fn wait(&mut self, stream: &Stream) -> Result<(), CudaError> {
+    /// Waits until the stream has passed `end`. The kernels before it may wait for other ranks. If one of those is gone, all
+    /// kernels in the stream are told to stop, and the error says which rank.
+    pub(crate) fn wait(&mut self, stream: &Stream, end: &Event) -> Result<(), CudaError> {
         self.broken = true;
-        self.wait_or_fail(stream)?;
+        self.wait_or_fail(stream, end)?;
         self.broken = false;
         Ok(())
     }
 
-    fn wait_or_fail(&mut self, stream: &Stream) -> Result<(), CudaError> {
+    fn wait_or_fail(&mut self, stream: &Stream, end: &Event) -> Result<(), CudaError> {
         let mut looked = Instant::now();
-        while !stream.is_idle()? {
+        while !end.is_passed()? {
             if looked.elapsed() < LOOK_EVERY {
                 std::hint::spin_loop();
                 continue;

@@ -3,6 +3,7 @@
 use mixtral_engine::{InputError, Program, SampleRequest, StepInputs};
 use mixtral_kernels::StepBlock;
 use mixtral_kernels::step_block::{Adjustment, Array, DECODE_SPLIT, Drawn, Header, PREFILL_TILE, Sample};
+use mixtral_model::TokenId;
 
 /// Which parts of the block a step has written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,7 +14,8 @@ pub(crate) struct Written {
     pub(crate) adjustments: usize,
 }
 
-/// Writes inputs that passed their check into a block's bytes.
+/// Writes inputs that passed their check into a block's bytes. `drawn` are the tokens of the step before, if the host knows
+/// them. Otherwise the device takes those that it needs from its own draws.
 ///
 /// # Errors
 /// More draws, or more adjustments of logits, than the block has room for.
@@ -21,6 +23,7 @@ pub(crate) fn write(
     block: &StepBlock,
     program: &Program,
     inputs: &StepInputs<'_>,
+    drawn: &[TokenId],
     bytes: &mut [u8],
 ) -> Result<Written, InputError> {
     let mut put = |array: Array, what: &'static str, flag: &'static str, size: usize, values: &[u8]| {
@@ -48,7 +51,7 @@ pub(crate) fn write(
     let adjustment_bytes = ints(adjustments.iter().flat_map(|a| [a.token, a.code]));
     let (tokens, seqs) = ("max-num-tokens", "max-batch-size");
     put(Array::Header, "counts", tokens, 4, &bytes_of_header(&header))?;
-    put(Array::TokenIds, "tokens", tokens, 4, &ints(inputs.token_ids.iter().copied()))?;
+    put(Array::TokenIds, "tokens", tokens, 4, &ints(inputs.known_ids(drawn).iter().copied()))?;
     put(Array::Positions, "positions", tokens, 4, &ints(inputs.positions.iter().copied()))?;
     put(Array::SlotMapping, "slots", tokens, 4, &ints(inputs.slot_mapping.iter().copied()))?;
     put(Array::CuQueryLens, "sequences", seqs, 4, &ints(inputs.cu_query_lens.iter().copied()))?;
@@ -147,6 +150,12 @@ fn filters(vocab_size: usize, request: &SampleRequest<'_>) -> Sample {
     }
     let top_k = if params.top_k < vocab_size { int(params.top_k) } else { 0 };
     Sample { top_k, top_p, min_weight, temperature: params.temperature, ..Sample::default() }
+}
+
+/// Whether the host needs a step's logits: to return them, to score them, or to draw from them.
+pub(crate) fn needs_logits(program: &Program, inputs: &StepInputs<'_>) -> bool {
+    let host_draws = || inputs.samples.iter().any(|sample| is_drawn_by_host(program, sample));
+    inputs.return_logits || !inputs.scores.is_empty() || host_draws()
 }
 
 /// Whether the host draws, because the kernels that draw know no bias, and the step block has no room for so many banned

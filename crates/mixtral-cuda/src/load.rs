@@ -1,19 +1,20 @@
 //! Loads a program onto a GPU in two steps: first its kernels, then everything else. In between, the ranks of a job
 //! agree on the size of the cache.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use mixtral_engine::{BackendError, Collectives, Program, Weights};
 use mixtral_kernels::lower::dummy;
-use mixtral_kernels::step_block::Array;
 use mixtral_kernels::{Executable, Launch, Schedule, StepBlock, Work};
 
 use crate::CudaError;
 use crate::backend::CudaBackend;
 use crate::budget::{KvBlocks, Needs};
-use crate::driver::{Context, DeviceMemory, Pinned, Stream};
+use crate::driver::{Context, DeviceMemory, Stream};
 use crate::exchange::Exchange;
 use crate::execute::{Addresses, Functions, Shape, Timer, WorkList};
+use crate::flight::Turns;
 use crate::moves::HostBlocks;
 use crate::staging::{Matrix, Queue};
 use crate::weights::{self, Targets};
@@ -169,12 +170,13 @@ impl<'a> Loading<'a> {
             }
             work.push((*regime, list));
         }
-        let draws = block.capacity(Array::Drawn);
         Ok(CudaBackend {
             work,
             timer: options.time_ops.then(|| Timer::new(&context, program.ops.len())).transpose()?,
-            staging: Pinned::new(&context, block.bytes())?,
-            landing: Pinned::new(&context, draws)?,
+            turns: Turns::new(&context, &block)?,
+            flights: VecDeque::new(),
+            num_drawn: 0,
+            known_draws: Vec::new(),
             stream,
             exchange,
             memory,

@@ -49,7 +49,7 @@ pub(crate) fn carry_out(
         match (from, to) {
             (BlockPlace::Cache(from), BlockPlace::Cache(to)) => {
                 for (from, to) in shape.spans(from.0).zip(shape.spans(to.0)) {
-                    stream.copy(cache, from, to.start)?;
+                    stream.copy(cache, from, cache, to.start)?;
                 }
             }
             (BlockPlace::Cache(from), BlockPlace::Host(number)) => {

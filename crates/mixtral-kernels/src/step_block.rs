@@ -2,7 +2,8 @@
 //! replayed for any step. The arrays' offsets depend only on the limits. `kernels/base/step.cuh` has the same
 //! structures.
 //!
-//! A step uploads the block's prefix up to the last row of its block table, and its adjustments if it has any.
+//! A step uploads the block's prefix up to the last row of its block table, and its adjustments if it has any. What the
+//! device draws lies behind them, so it is still there when the next step begins.
 
 use mixtral_engine::Program;
 use serde::{Deserialize, Serialize};
@@ -20,7 +21,7 @@ pub const PREFILL_TILE: usize = 64;
 pub enum Array {
     /// [`Header`].
     Header,
-    /// Token ids `[T]`.
+    /// Token ids `[T]`; −1 − n for what draw n of the step before drew.
     TokenIds,
     /// Positions `[T]`.
     Positions,
@@ -40,12 +41,12 @@ pub enum Array {
     PrefillItems,
     /// [`Sample`]s, `[samples]`.
     Samples,
-    /// The results of the draws, [`Drawn`] `[samples]`. The device writes them.
-    Drawn,
     /// Blocks of each sequence `[S, max_blocks_per_seq]`, padded with −1.
     BlockTable,
     /// [`Adjustment`]s of all samples. Those of one sample lie together.
     Adjustments,
+    /// The results of the draws, [`Drawn`] `[samples]`. The device writes them.
+    Drawn,
 }
 
 /// Defines the structures of the step block and lists their layouts, since the kernels have to use the same layouts.
@@ -211,10 +212,10 @@ impl StepBlock {
             (Array::DecodeItems, 16 * s * splits),
             (Array::PrefillItems, 8 * (s + t.div_ceil(PREFILL_TILE))),
             (Array::Samples, size_of::<Sample>() * s.max(logits)),
-            (Array::Drawn, size_of::<Drawn>() * s.max(logits)),
             (Array::BlockTable, 4 * s * l.max_blocks_per_seq()),
             // Room for one adjustment for each position of every sequence, and for as many bans.
             (Array::Adjustments, size_of::<Adjustment>() * 2 * s * l.max_seq_len),
+            (Array::Drawn, size_of::<Drawn>() * s.max(logits)),
         ];
         let mut bytes = 0;
         let places = sizes

@@ -48,15 +48,12 @@ impl Stream {
         api.check("cuStreamSynchronize", unsafe { (api.cuStreamSynchronize)(self.handle) })
     }
 
-    /// Whether all work in the stream is done.
-    pub(crate) fn is_idle(&self) -> Result<bool, CudaError> {
+    /// Lets what comes into it from now on wait until another stream has passed `event`.
+    pub(crate) fn wait_for(&self, event: &Event) -> Result<(), CudaError> {
         self.context.bind()?;
         let api = api()?;
-        // SAFETY: the handle is live.
-        match unsafe { (api.cuStreamQuery)(self.handle) } {
-            NOT_READY => Ok(false),
-            code => api.check("cuStreamQuery", code).map(|()| true),
-        }
+        // SAFETY: both handles are live. The flags must be 0.
+        api.check("cuStreamWaitEvent", unsafe { (api.cuStreamWaitEvent)(self.handle, event.handle, 0) })
     }
 
     /// Fills `len` bytes of `memory` from `offset` on.
@@ -71,16 +68,22 @@ impl Stream {
         api.check("cuMemsetD8Async", unsafe { (api.cuMemsetD8Async)(address, byte, len, self.handle) })
     }
 
-    /// Copies the span `from` of `memory` to its bytes from `to` on. The two do not overlap.
-    pub(crate) fn copy(&self, memory: &DeviceMemory, from: Range<usize>, to: usize) -> Result<(), CudaError> {
-        let (source, target) = (memory.span(from.start, from.len())?, memory.span(to, from.len())?);
-        if from.is_empty() || from.start == to {
+    /// Copies the span `span` of `from` to the bytes of `to` from `at` on. The two do not overlap.
+    pub(crate) fn copy(
+        &self,
+        from: &DeviceMemory,
+        span: Range<usize>,
+        to: &DeviceMemory,
+        at: usize,
+    ) -> Result<(), CudaError> {
+        let (source, target) = (from.span(span.start, span.len())?, to.span(at, span.len())?);
+        if span.is_empty() || source == target {
             return Ok(());
         }
         self.context.bind()?;
         let api = api()?;
-        // SAFETY: both spans are within the allocation.
-        let code = unsafe { (api.cuMemcpyDtoDAsync_v2)(target, source, from.len(), self.handle) };
+        // SAFETY: both spans are within their allocations.
+        let code = unsafe { (api.cuMemcpyDtoDAsync_v2)(target, source, span.len(), self.handle) };
         api.check("cuMemcpyDtoDAsync", code)
     }
 
@@ -151,6 +154,17 @@ impl Event {
         let api = api()?;
         // SAFETY: both handles are live.
         api.check("cuEventRecord", unsafe { (api.cuEventRecord)(self.handle, stream.handle) })
+    }
+
+    /// Whether the stream has passed it. One that was never recorded counts as passed.
+    pub(crate) fn is_passed(&self) -> Result<bool, CudaError> {
+        self.context.bind()?;
+        let api = api()?;
+        // SAFETY: the handle is live.
+        match unsafe { (api.cuEventQuery)(self.handle) } {
+            NOT_READY => Ok(false),
+            code => api.check("cuEventQuery", code).map(|()| true),
+        }
     }
 
     /// Waits until the stream has passed it. Does not wait if it was never recorded.

@@ -1,6 +1,6 @@
 use std::mem::offset_of;
 
-use mixtral_engine::{Limits, RandomKey, SamplingParams};
+use mixtral_engine::{Limits, RandomKey, SamplingParams, ScoreRequest, Scored};
 use mixtral_model::{DType, TokenId};
 use mixtral_testkit::assembly::Assembly;
 
@@ -67,7 +67,7 @@ fn every_array_lies_where_the_block_says() {
     inputs.check(&program, 40, 0).unwrap();
     let block = StepBlock::new(&program);
     let mut bytes = vec![0xee; block.bytes()];
-    let written = write(&block, &program, &inputs, &mut bytes).unwrap();
+    let written = write(&block, &program, &inputs, &[], &mut bytes).unwrap();
     let n = inputs.num_tokens();
     // tokens, sequences, decodes, logits, samples, splits (2 + 1), tiles (2 + 3)
     assert_eq!(read(&block, &bytes, Array::Header, 16), [200, 4, 2, 3, 0, 3, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
@@ -80,7 +80,36 @@ fn every_array_lies_where_the_block_says() {
     let table = inputs.block_table.len();
     assert_eq!(read(&block, &bytes, Array::BlockTable, table), inputs.block_table);
     assert_eq!(written, Written { prefix: block.offset(Array::BlockTable) + 4 * table, adjustments: 0 });
+    // No upload reaches what the device has drawn.
     assert!(written.prefix <= block.offset(Array::Adjustments));
+    assert!(block.offset(Array::Drawn) >= block.offset(Array::Adjustments) + block.capacity(Array::Adjustments));
+}
+
+#[test]
+fn the_device_takes_its_own_draws_unless_the_host_knows_them() {
+    let (program, mut inputs) = (program(), inputs());
+    let block = StepBlock::new(&program);
+    let mut bytes = vec![0; block.bytes()];
+    inputs.token_ids[..2].copy_from_slice(&[-2, -1]);
+    write(&block, &program, &inputs, &[], &mut bytes).unwrap();
+    assert_eq!(read(&block, &bytes, Array::TokenIds, 3), [-2, -1, 2]);
+    write(&block, &program, &inputs, &[TokenId(7), TokenId(8)], &mut bytes).unwrap();
+    assert_eq!(read(&block, &bytes, Array::TokenIds, 3), [8, 7, 2]);
+}
+
+#[test]
+fn the_host_needs_logits_to_return_score_or_draw() {
+    let program = program();
+    let asks = |change: fn(&mut StepInputs<'static>)| {
+        let mut inputs = StepInputs { samples: vec![request(drawn_freely())], ..inputs() };
+        change(&mut inputs);
+        needs_logits(&program, &inputs)
+    };
+    assert!(!asks(|_| {}));
+    assert!(!asks(|inputs| inputs.samples[0].banned = vec![TokenId(3)]));
+    assert!(asks(|inputs| inputs.return_logits = true));
+    assert!(asks(|inputs| inputs.scores = vec![ScoreRequest { of: Scored::Draw(0), best: 1 }]));
+    assert!(asks(|inputs| inputs.samples[0].bias = vec![(TokenId(3), 1.0)]));
 }
 
 #[test]
@@ -88,7 +117,7 @@ fn attention_has_every_split_in_order_and_the_longest_tile_first() {
     let (program, inputs) = (program(), inputs());
     let block = StepBlock::new(&program);
     let mut bytes = vec![0; block.bytes()];
-    write(&block, &program, &inputs, &mut bytes).unwrap();
+    write(&block, &program, &inputs, &[], &mut bytes).unwrap();
     // 257 tokens are two splits; a decode of one token is one.
     assert_eq!(read(&block, &bytes, Array::DecodeItems, 12), [0, 0, 257, 0, 0, 1, 257, 0, 1, 0, 1, 0]);
     // Keys seen: 3/128 → 130, 3/64 → 128, 2/64 → 100, 2/0 → 96, 3/0 → 64.
@@ -126,7 +155,7 @@ fn the_fullest_step_fits() {
         ..decodes.clone()
     };
     for inputs in [decodes, prompts] {
-        write(&block, &program, &inputs, &mut vec![0; block.bytes()]).unwrap();
+        write(&block, &program, &inputs, &[], &mut vec![0; block.bytes()]).unwrap();
     }
 }
 
@@ -230,7 +259,7 @@ fn more_draws_than_the_block_holds_are_refused() {
     let block = StepBlock::new(&program);
     let samples = vec![request(drawn_freely()); 5];
     let inputs = StepInputs { samples, ..inputs() };
-    let error = write(&block, &program, &inputs, &mut vec![0; block.bytes()]).unwrap_err();
+    let error = write(&block, &program, &inputs, &[], &mut vec![0; block.bytes()]).unwrap_err();
     assert_eq!(error, InputError::OverLimit { what: "draws", found: 5, limit: 4, flag: "max-batch-size" });
 }
 

@@ -4,6 +4,7 @@
 //! `MIXTRAL_CASES=attention` runs only the operation cases whose names contain `attention`. `MIXTRAL_CODE=sm_90` runs
 //! only kernels compiled to `sm_90`.
 
+mod ahead;
 mod cases;
 mod cublaslt;
 mod faults;

@@ -8,11 +8,8 @@ const HEADER: &str = "embed/embed.cuh";
 
 /// Texts of the header, each with the text that replaces it.
 const CHANGES: [(&str, &str); 3] = [
-    (
-        "const i32* token_ids, const W* table, i32 vocab_start, i32 num_rows, T* out) {",
-        "const i32* token_ids, T* out, const W* table) {",
-    ),
-    ("token_ids[token] - vocab_start;", "token_ids[token];"),
+    ("const W* table, i32 vocab_start,\n          i32 num_rows, T* out) {", "T* out, const W* table) {"),
+    ("id - vocab_start;", "id;"),
     ("row >= 0 && row < num_rows;", "row >= 0;"),
 ];
 
@@ -36,7 +33,7 @@ pub(crate) fn lowered(mut schedule: Schedule) -> Schedule {
             && launch.kernel.symbol.starts_with("embed::embed<")
         {
             launch.args.retain(|named| !matches!(&*named.name, "vocab_start" | "num_rows"));
-            launch.args.swap(2, 3);
+            launch.args.swap(3, 4);
             changed += 1;
         }
     }

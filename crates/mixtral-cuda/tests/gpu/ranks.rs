@@ -407,7 +407,10 @@ fn a_rank_that_is_gone_ends_the_others() {
             ranks.post.gone.store(true, Ordering::Relaxed);
             return (begun.elapsed(), "it left".to_owned());
         }
-        let error = gpu.run_ops(0..program.ops.len(), &steps(program)[1]).unwrap_err();
+        // Two steps are under way, whose kernels wait for rank 1.
+        let inputs = StepInputs { return_logits: false, ..steps(program)[1].clone() };
+        let launched = gpu.launch(&inputs).and_then(|_| gpu.launch(&inputs));
+        let error = launched.and_then(|_| gpu.collect()).unwrap_err();
         if rank == 1 {
             ranks.post.gone.store(true, Ordering::Relaxed);
         }

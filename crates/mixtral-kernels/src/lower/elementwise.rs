@@ -79,6 +79,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             let args = named([
                 ("header", header),
                 ("token_ids", Arg::Step(Array::TokenIds)),
+                ("drawn", Arg::Step(Array::Drawn)),
                 ("table", table),
                 ("vocab_start", int(*vocab_start)),
                 ("num_rows", int(weight.rows())),
