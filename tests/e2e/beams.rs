@@ -62,16 +62,17 @@ fn what_beams_do_not_have_is_refused() {
     insta::assert_snapshot!(all.map(said).join("\n"));
 }
 
-/// The log-probabilities of a greedy output are those of the likeliest tokens; flags that move blocks move none of them.
+/// The log-probabilities of a greedy output are those of the likeliest tokens. Flags that move blocks or change steps change
+/// none of them.
 #[test]
 fn log_probabilities_are_written_for_draws_too() {
     let dir = example_engine("--dtype f32", "");
     let at = dir.path();
     let line = "run --max-output-len 5 --no-repeat-ngram-size 2 --min-length 3 --input-text ROMEO: JULIET:";
     mixtral_in(at, line, &["--output-log-probs-npy", "a.npy"]).ok();
-    let moved =
-        ["--kv-cache-enable-block-reuse", "--scheduler-policy", "max_utilization", "--output-log-probs-npy", "b.npy"];
-    mixtral_in(at, line, &moved).ok();
+    let blocks = ["--kv-cache-enable-block-reuse", "--scheduler-policy", "max_utilization"];
+    let steps = ["--max-prefill-tokens", "2", "--no-overlap", "--output-log-probs-npy", "b.npy"];
+    mixtral_in(at, line, &[&blocks[..], &steps].concat()).ok();
     let (shape, logprobs) = numbers(&at.join("a.npy"));
     assert_eq!(shape, "(2, 5, )");
     assert!(logprobs.iter().all(|x| *x < 0.0));

@@ -136,6 +136,11 @@ fn bench_says_on_how_many_gpus() {
     let value: serde_json::Value = serde_json::from_str(&said.ok()).unwrap();
     assert_eq!(value["place"], "2 × A Hopper GPU of the tests (sm_90a)");
     assert_eq!(value["decode"][0]["batch_size"], 2);
+    // The tests' driver says a millisecond of every two events.
+    assert_eq!(value["decode"][0]["gpu_idle_us"], 1000.0);
+    let waits = with_driver(driver, engine, &format!("{line} --no-overlap"), &[("DRIVER_DEVICES", "2")]);
+    let value: serde_json::Value = serde_json::from_str(&waits.ok()).unwrap();
+    assert_eq!(value["decode"][0]["gpu_idle_us"], 1000.0);
 }
 
 #[test]

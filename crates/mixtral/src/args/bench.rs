@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use super::numbers;
 use super::place::{ENGINE, PlaceArgs};
+use super::steps::StepArgs;
 use super::{Usage, usage};
 
 const DECODE: &str = "Decode steps";
@@ -26,6 +27,9 @@ pub struct BenchArgs {
     /// Where it runs.
     #[command(flatten)]
     pub place: PlaceArgs,
+    /// What a step holds, and when it is launched.
+    #[command(flatten)]
+    pub step: StepArgs,
     /// Batch sizes of the decode steps
     #[arg(help_heading = DECODE, long, num_args = 1.., action = clap::ArgAction::Set, value_delimiter = ',', default_values_t = [1, 4, 16],
         value_parser = numbers::sequences)]
@@ -61,7 +65,7 @@ pub struct BenchArgs {
     #[arg(help_heading = THROUGHPUT, long, requires = "requests")]
     pub sequential: bool,
     /// Measure the server at this address, with OpenAI's API, instead of an engine
-    #[arg(help_heading = SERVER, long, conflicts_with_all = ["engine_dir", "per_op", "quick"])]
+    #[arg(help_heading = SERVER, long, conflicts_with_all = ["engine_dir", "per_op", "quick", "max_prefill_tokens", "no_overlap"])]
     pub url: Option<String>,
     /// Its model [default: the first that it has]
     #[arg(help_heading = SERVER, long, requires = "url", value_name = "NAME")]

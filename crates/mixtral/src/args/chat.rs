@@ -7,6 +7,7 @@ use super::model::ModelArgs;
 use super::numbers;
 use super::run::LENGTHS;
 use super::sampling::SamplingArgs;
+use super::steps::StepArgs;
 use super::template::TemplateArgs;
 use super::words::Words;
 
@@ -35,6 +36,9 @@ pub struct ChatArgs {
     /// Texts that end an answer, and texts that may not come up
     #[command(flatten)]
     pub words: Words,
+    /// What a step holds, and when it is launched.
+    #[command(flatten)]
+    pub step: StepArgs,
     /// After each answer, print what was computed and how fast
     #[arg(help_heading = "Figures", long)]
     pub stats: bool,

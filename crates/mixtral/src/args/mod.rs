@@ -33,6 +33,7 @@ pub mod sampling;
 pub mod serve;
 pub mod shell;
 pub mod spelling;
+pub mod steps;
 pub mod template;
 pub mod verify;
 pub mod weight_only;

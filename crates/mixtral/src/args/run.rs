@@ -8,6 +8,7 @@ use super::beams::BeamArgs;
 use super::model::ModelArgs;
 use super::numbers;
 use super::request::RequestArgs;
+use super::steps::StepArgs;
 use super::template::TemplateArgs;
 use super::words::Words;
 use super::{Usage, spelling, usage};
@@ -61,6 +62,9 @@ pub struct RunArgs {
     /// Let prompts that begin alike use the same blocks of the cache
     #[arg(help_heading = CACHE, long)]
     pub kv_cache_enable_block_reuse: bool,
+    /// What a step holds, and when it is launched.
+    #[command(flatten)]
+    pub step: StepArgs,
     /// The old commands' window; one shorter than the engine's sequences is refused
     #[arg(long, hide = true, num_args = 1.., action = clap::ArgAction::Set, value_parser = numbers::tokens)]
     pub max_attention_window_size: Vec<usize>,

@@ -8,6 +8,7 @@ use mixtral_serve::{Bounds, Keys};
 
 use super::numbers;
 use super::place::{ENGINE, PlaceArgs};
+use super::steps::StepArgs;
 use super::{Usage, usage};
 
 const SERVER: &str = "Server";
@@ -33,6 +34,9 @@ pub struct ServeArgs {
     /// Where it runs.
     #[command(flatten)]
     pub place: PlaceArgs,
+    /// What a step holds, and when it is launched.
+    #[command(flatten)]
+    pub step: StepArgs,
     /// Address to listen on; 0.0.0.0 is all of this host's
     #[arg(help_heading = SERVER, long, default_value = "127.0.0.1")]
     pub host: String,

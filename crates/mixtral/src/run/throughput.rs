@@ -69,6 +69,11 @@ impl Throughput {
         }
     }
 
+    /// How long the requests took.
+    pub fn seconds(&self) -> f64 {
+        self.seconds
+    }
+
     /// Prints them.
     pub fn print(&self, out: &mut dyn Write) -> Result<()> {
         writeln!(

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use mixtral_build::Roof;
 use mixtral_build::cost::{StepShape, cost};
-use mixtral_engine::{EngineDir, Limits, Program, RandomKey, SamplingParams};
+use mixtral_engine::{DeviceIdle, EngineDir, Limits, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
 use mixtral_runtime::{Request, Session, SessionOptions, Timing};
@@ -34,6 +34,8 @@ struct Decode {
     /// Rate of reading weights, if tokens are spread evenly over the experts.
     weight_gb_per_s: f64,
     bandwidth_percent: f64,
+    /// Time between steps in which the GPU had nothing to do, in microseconds. `None` on a CPU.
+    gpu_idle_us: Option<f64>,
 }
 
 /// A batch whose decodes could not all run in one step.
@@ -77,6 +79,8 @@ struct Bench {
     left_out: Vec<LeftOut>,
     prefill: Vec<Prefill>,
     throughput: Option<Throughput>,
+    /// Part of the time of those requests in which the GPU had nothing to do, in percent. `None` on a CPU.
+    requests_gpu_idle_percent: Option<f64>,
     per_op: Vec<OpTable>,
 }
 
@@ -86,7 +90,8 @@ pub fn main(args: &BenchArgs) -> Result<()> {
         return super::bench_server::main(args, url);
     }
     let engine = EngineDir::open(&args.engine_dir)?;
-    let load = LoadOptions { place: args.place, count_experts: false, time_ops: args.per_op, graphs: true };
+    let load =
+        LoadOptions { place: args.place, count_experts: false, time_ops: args.per_op, graphs: true };
     job::run(&engine, load, |job| {
         let bench = measure(args, &engine, job)?;
         let mut out = std::io::stdout().lock();
@@ -174,7 +179,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
     let roof = || job.place().roof(args.quick, job.program().weight_bytes());
     let before = roof()?;
     let start = Instant::now();
-    let mut session = job.session(&all, SessionOptions::default(), None)?;
+    let mut session = job.session(&all, args.step.of(SessionOptions::default()), None)?;
     let load_s = start.elapsed().as_secs_f64();
     let program = job.program();
     let cached = session.free_blocks();
@@ -217,7 +222,11 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         prefill_rounds.push((batch, rounds));
     }
 
+    let idle_before = session.device_idle();
     let throughput = (!many.is_empty()).then(|| throughput(&mut session, args, &many, &mut numbers)).transpose()?;
+    let idle = idle_between(idle_before, session.device_idle());
+    let requests_gpu_idle_percent =
+        throughput.as_ref().zip(idle).map(|(all, idle)| 100.0 * ratio(idle.as_secs_f64(), all.seconds()));
     let roof = better(before, roof()?);
     let mut per_op = Vec::new();
     let mut decode = Vec::new();
@@ -228,7 +237,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
             let times = summed(steps.iter());
             per_op.push(OpTable::new(program, roof, format!("decode of {n}"), shape, &times, steps.len()));
         }
-        decode.push(Decode::new(program, roof, n, steps.iter().map(|s| s.stats.time.as_secs_f64()).collect()));
+        decode.push(Decode::new(program, roof, n, &steps));
     }
     let mut prefill = Vec::new();
     for (batch, rounds) in prefill_rounds {
@@ -251,6 +260,7 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         left_out,
         prefill,
         throughput,
+        requests_gpu_idle_percent,
         per_op,
     })
 }
@@ -295,7 +305,9 @@ fn summed<'a>(steps: impl Iterator<Item = &'a MeasuredStep>) -> Vec<Duration> {
 }
 
 impl Decode {
-    fn new(program: &Program, roof: Roof, batch_size: usize, steps: Vec<f64>) -> Self {
+    fn new(program: &Program, roof: Roof, batch_size: usize, measured: &[MeasuredStep]) -> Self {
+        let steps: Vec<f64> = measured.iter().map(|s| s.stats.time.as_secs_f64()).collect();
+        let idle: Option<Vec<f64>> = measured.iter().map(|s| s.idle.map(|idle| 1e6 * idle.as_secs_f64())).collect();
         let typical = median(steps.clone());
         let bandwidth = ratio(decode_weight_bytes(program, batch_size), typical);
         Decode {
@@ -307,6 +319,7 @@ impl Decode {
             tokens_per_s: ratio(f(batch_size), typical),
             weight_gb_per_s: bandwidth / 1e9,
             bandwidth_percent: 100.0 * ratio(bandwidth, roof.bytes_per_s),
+            gpu_idle_us: idle.map(median),
         }
     }
 }
@@ -335,6 +348,13 @@ impl Prefill {
 struct MeasuredStep {
     stats: StepStats,
     ops: Vec<Duration>,
+    /// How long the device had nothing to do before it, if the backend can tell.
+    idle: Option<Duration>,
+}
+
+/// How long a device had nothing to do between two looks at it.
+fn idle_between(before: Option<DeviceIdle>, after: Option<DeviceIdle>) -> Option<Duration> {
+    Some(after?.time.saturating_sub(before?.time))
 }
 
 /// Answers requests together, and returns the steps that this took.
@@ -343,14 +363,15 @@ fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<Measured
         session.submit(request.clone()).context("the engine does not take what is to be measured")?;
     }
     let mut steps = Vec::new();
-    let mut before = session.op_times();
+    let mut before = (session.op_times(), session.device_idle());
     while !session.is_idle() {
         for event in session.step()? {
             event.ok()?;
         }
-        let after = session.op_times();
-        let ops = after.iter().zip(&before).map(|(after, before)| after.saturating_sub(*before)).collect();
-        steps.push(MeasuredStep { stats: session.last_step(), ops });
+        let after = (session.op_times(), session.device_idle());
+        let ops = after.0.iter().zip(&before.0).map(|(after, before)| after.saturating_sub(*before)).collect();
+        let idle = idle_between(before.1, after.1);
+        steps.push(MeasuredStep { stats: session.last_step(), ops, idle });
         before = after;
     }
     Ok(steps)
@@ -415,6 +436,7 @@ fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
         left_out,
         prefill,
         throughput,
+        requests_gpu_idle_percent,
         per_op,
     } = bench;
     let computes = match gflop_per_s {
@@ -431,15 +453,29 @@ fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
     if !decode.is_empty() {
         writeln!(
             out,
-            "\n{:>6} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8}",
-            "batch", "median ms", "p99 ms", "min ms", "tok/s", "GB/s", "% read"
+            "\n{:>6} {:>10} {:>10} {:>10} {:>10} {:>10} {:>8}{}",
+            "batch",
+            "median ms",
+            "p99 ms",
+            "min ms",
+            "tok/s",
+            "GB/s",
+            "% read",
+            if decode.iter().any(|d| d.gpu_idle_us.is_some()) { "    idle µs" } else { "" }
         )?;
     }
     for d in decode {
         writeln!(
             out,
-            "{:>6} {:>10.3} {:>10.3} {:>10.3} {:>10.1} {:>10.2} {:>8.0}",
-            d.batch_size, d.median_ms, d.p99_ms, d.min_ms, d.tokens_per_s, d.weight_gb_per_s, d.bandwidth_percent
+            "{:>6} {:>10.3} {:>10.3} {:>10.3} {:>10.1} {:>10.2} {:>8.0}{}",
+            d.batch_size,
+            d.median_ms,
+            d.p99_ms,
+            d.min_ms,
+            d.tokens_per_s,
+            d.weight_gb_per_s,
+            d.bandwidth_percent,
+            d.gpu_idle_us.map(|idle| format!(" {idle:>10.1}")).unwrap_or_default()
         )?;
     }
     for LeftOut { batch_size, why } in left_out {
@@ -469,6 +505,9 @@ fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {
     }
     if let Some(throughput) = throughput {
         throughput.print(out)?;
+    }
+    if let Some(percent) = requests_gpu_idle_percent {
+        writeln!(out, "GPU idle     {percent:.1} % of the time")?;
     }
     per_op.iter().try_for_each(|table| table.print(out))
 }

@@ -52,12 +52,12 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let asked = asked(args, &prompts)?;
     check_against_engine(args, &asked, engine, &prompts)?;
     let requests = requests(options, &asked, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
-    let session_options = SessionOptions {
+    let session_options = args.step.of(SessionOptions {
         policy: args.scheduler_policy.into(),
         block_reuse: args.kv_cache_enable_block_reuse,
         host_blocks: job.host_blocks(),
         ..SessionOptions::default()
-    };
+    });
     let mut session = job.session(&requests, session_options, tokenizer)?;
     let mut out = std::io::stdout().lock();
 

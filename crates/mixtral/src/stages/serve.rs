@@ -53,7 +53,7 @@ fn lead(options: &ServeOptions, job: &Job<'_>) -> Result<()> {
     interrupt::on_first(move || stopper.stop())?;
     // Whoever started the server reads the address, so it is printed whatever the level of messages is.
     writeln!(std::io::stdout(), "listening on http://{address}")?;
-    let session = say::timed("loading", || job.largest_session(session_options(job), Some(tokenizer)))?;
+    let session = say::timed("loading", || job.largest_session(args.step.of(session_options(job)), Some(tokenizer)))?;
     say::note("ready");
     Ok(server.run(session, || job.check().map_err(|error| error.to_string()))?)
 }
