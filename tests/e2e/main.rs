@@ -33,3 +33,4 @@ mod sources;
 mod stages;
 mod text;
 mod tool;
+mod windows;

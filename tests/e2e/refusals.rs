@@ -188,7 +188,6 @@ fn prompts_that_cannot_be_answered() {
     case("run --max-output-len 64 --input-text", &["fine"]);
     case("run --max-output-len 4 --no-add-special-tokens --input-text", &[""]);
     case("run --max-output-len 4 --end-id 99999 --input-file fine.csv", &[]);
-    case("run --max-output-len 4 --max-attention-window-size 5 --input-file fine.csv", &[]);
     case("run --max-output-len 4 --output-csv nowhere/out.csv --input-file fine.csv", &[]);
     insta::assert_snapshot!(text);
 }

@@ -65,8 +65,8 @@ pub struct RunArgs {
     /// What a step holds, and when it is launched.
     #[command(flatten)]
     pub step: StepArgs,
-    /// The old commands' window; one shorter than the engine's sequences is refused
-    #[arg(long, hide = true, num_args = 1.., action = clap::ArgAction::Set, value_parser = numbers::tokens)]
+    /// The most tokens that attention sees, one number or one a layer (over again); on a GPU that has to be known when building
+    #[arg(help_heading = CACHE, long, value_name = "N", num_args = 1.., action = clap::ArgAction::Set, value_parser = numbers::tokens)]
     pub max_attention_window_size: Vec<usize>,
     /// Print outputs as they grow, each time what is new
     #[arg(help_heading = OUTPUT, long)]

@@ -25,14 +25,14 @@ pub struct Job<'a> {
 }
 
 /// Runs the engine's ranks. Rank 0 runs `lead`; the others follow its session until it ends.
-pub fn run(engine: &EngineDir, options: LoadOptions, lead: impl Fn(&Job<'_>) -> Result<()> + Sync) -> Result<()> {
+pub fn run(engine: &EngineDir, options: LoadOptions<'_>, lead: impl Fn(&Job<'_>) -> Result<()> + Sync) -> Result<()> {
     run_ranks(engine, options, true, lead)
 }
 
 /// The same, but SIGTERM and SIGINT do not end the job.
 pub fn run_through_signals(
     engine: &EngineDir,
-    options: LoadOptions,
+    options: LoadOptions<'_>,
     lead: impl Fn(&Job<'_>) -> Result<()> + Sync,
 ) -> Result<()> {
     run_ranks(engine, options, false, lead)
@@ -40,7 +40,7 @@ pub fn run_through_signals(
 
 fn run_ranks(
     engine: &EngineDir,
-    options: LoadOptions,
+    options: LoadOptions<'_>,
     signals: bool,
     lead: impl Fn(&Job<'_>) -> Result<()> + Sync,
 ) -> Result<()> {

@@ -21,7 +21,7 @@ const DEFAULT_KV_CACHE_FRACTION: f32 = 0.9;
 
 /// How every rank loads its part of the engine.
 #[derive(Clone, Copy, Debug)]
-pub struct LoadOptions {
+pub struct LoadOptions<'a> {
     /// Where the engine runs, and how much of that place it may use.
     pub place: PlaceArgs,
     /// Whether to count how many tokens each expert gets.
@@ -30,6 +30,8 @@ pub struct LoadOptions {
     pub time_ops: bool,
     /// Whether a GPU captures steps of decodes as graphs.
     pub graphs: bool,
+    /// On a CPU, the most tokens that attention sees, by layer and over again; as many as the engine says if it is empty.
+    pub windows: &'a [usize],
 }
 
 /// A rank's part of an engine.
@@ -41,7 +43,7 @@ pub struct Part<'a> {
     /// Where it runs.
     pub place: &'a Place,
     /// How it is loaded.
-    pub options: LoadOptions,
+    pub options: LoadOptions<'a>,
 }
 
 impl Part<'_> {
@@ -52,10 +54,12 @@ impl Part<'_> {
         let mapping = &self.engine.config().mapping;
         let ranks = world.map(|world| RankCollectives::new(world, mapping)).transpose()?;
         let ranks = ranks.map(|ranks| Arc::new(ranks) as Arc<dyn Collectives>);
-        let LoadOptions { place: args, count_experts, time_ops, graphs } = self.options;
-        let program = self.program.clone();
+        let LoadOptions { place: args, count_experts, time_ops, graphs, windows } = self.options;
+        let mut program = self.program.clone();
         let backend: Box<dyn Inspect> = match self.place {
             Place::Cpu(_) => {
+                let layers = mapping.layers(&self.engine.config().model, Rank(program.rank));
+                program.narrow_attention(layers.start, windows);
                 let kv_blocks = cache::agree(world, wanted, |wanted| self.room_on_host(world, wanted))?;
                 let local_ranks = world.map_or(1, World::local_size);
                 let threads = args.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));

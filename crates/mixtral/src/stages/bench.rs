@@ -91,7 +91,7 @@ pub fn main(args: &BenchArgs) -> Result<()> {
     }
     let engine = EngineDir::open(&args.engine_dir)?;
     let load =
-        LoadOptions { place: args.place, count_experts: false, time_ops: args.per_op, graphs: true };
+        LoadOptions { place: args.place, count_experts: false, time_ops: args.per_op, graphs: true, windows: &[] };
     job::run(&engine, load, |job| {
         let bench = measure(args, &engine, job)?;
         let mut out = std::io::stdout().lock();

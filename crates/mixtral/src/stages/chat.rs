@@ -27,7 +27,7 @@ use crate::say;
 pub fn main(options: &ChatOptions) -> Result<()> {
     let model = &options.args.model;
     let engine = EngineDir::open(&model.engine_dir)?;
-    let load = LoadOptions { place: model.place, count_experts: false, time_ops: false, graphs: true };
+    let load = LoadOptions { place: model.place, count_experts: false, time_ops: false, graphs: true, windows: &[] };
     job::run(&engine, load, |job| lead(options, job))
 }
 

@@ -30,7 +30,7 @@ struct Side {
     place: Place,
     /// Rank 0's.
     program: Program,
-    load: LoadOptions,
+    load: LoadOptions<'static>,
 }
 
 impl Side {
@@ -43,7 +43,7 @@ impl Side {
             threads: options.args.threads,
             kv_cache_free_gpu_mem_fraction: all,
         };
-        let load = LoadOptions { place: args, count_experts: false, time_ops: false, graphs: false };
+        let load = LoadOptions { place: args, count_experts: false, time_ops: false, graphs: false, windows: &[] };
         let mut program = engine.program(Rank(0))?;
         let mut place = Place::choose(&engine, &program, None, args)?;
         if let Some(layers) = options.args.layers {

@@ -30,7 +30,7 @@ pub fn main(options: &EvalOptions) -> Result<()> {
     let task = Task::read(options, &tokenizer, limits.iter().map(|limits| limits.max_seq_len).min().unwrap_or(0))?;
     let found: Mutex<Vec<Found>> = Mutex::default();
     for engine in &engines {
-        let load = LoadOptions { place: args.place, count_experts: false, time_ops: false, graphs: true };
+        let load = LoadOptions { place: args.place, count_experts: false, time_ops: false, graphs: true, windows: &[] };
         job::run(engine, load, |job| {
             let result = task.measure(job)?;
             found.lock().unwrap_or_else(PoisonError::into_inner).push(result);

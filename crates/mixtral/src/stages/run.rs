@@ -17,6 +17,7 @@ use crate::run::chat::Chat;
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
 use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_f32, write_npy};
+use crate::run::place::Place;
 use crate::run::prompts::{self, Encoder, Prompt};
 use crate::run::report::{Profile, Stats, expert_table, logits_hash};
 use crate::run::tokenizer::{end_ids, tokenizer};
@@ -34,7 +35,13 @@ pub fn main(options: &RunOptions) -> Result<()> {
     let args = &options.args;
     check_output_paths(args)?;
     let engine = EngineDir::open(&args.model.engine_dir)?;
-    let load = LoadOptions { place: args.model.place, count_experts: args.expert_stats, time_ops: false, graphs: true };
+    let load = LoadOptions {
+        place: args.model.place,
+        count_experts: args.expert_stats,
+        time_ops: false,
+        graphs: true,
+        windows: &args.max_attention_window_size,
+    };
     job::run(&engine, load, |job| lead(options, &engine, job))
 }
 
@@ -50,7 +57,8 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let prompts = prompts::read(&options.prompts, encoder, args.max_input_length)?;
     let capabilities = job.capabilities();
     let asked = asked(args, &prompts)?;
-    check_against_engine(args, &asked, engine, &prompts)?;
+    check_against_engine(&asked, engine)?;
+    check_windows(args, &asked, job, engine, &prompts)?;
     let requests = requests(options, &asked, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
     let session_options = args.step.of(SessionOptions {
         policy: args.scheduler_policy.into(),
@@ -134,7 +142,7 @@ fn asked(args: &RunArgs, prompts: &[Prompt]) -> Result<Vec<RequestArgs>> {
 }
 
 /// Checks the flags that depend on the engine.
-fn check_against_engine(args: &RunArgs, asked: &[RequestArgs], engine: &EngineDir, prompts: &[Prompt]) -> Result<()> {
+fn check_against_engine(asked: &[RequestArgs], engine: &EngineDir) -> Result<()> {
     let model = &engine.config().model;
     let vocab_size = model.vocab_size;
     let is_past = |id: i64| usize::try_from(id).is_ok_and(|id| id >= vocab_size);
@@ -151,19 +159,31 @@ fn check_against_engine(args: &RunArgs, asked: &[RequestArgs], engine: &EngineDi
             vocab_size - 1
         );
     }
-    let window = model.sliding_window;
+    Ok(())
+}
+
+/// Checks that attention can be narrowed to the windows that were asked for, and says which change nothing.
+fn check_windows(
+    args: &RunArgs,
+    asked: &[RequestArgs],
+    job: &Job<'_>,
+    engine: &EngineDir,
+    prompts: &[Prompt],
+) -> Result<()> {
+    let window = engine.config().model.sliding_window;
     let longest =
         prompts.iter().zip(asked).map(|(p, asked)| p.ids.len().saturating_add(asked.max_output_len)).max().unwrap_or(0);
     for &asked in &args.max_attention_window_size {
-        if asked < longest && Some(asked) != window {
+        if asked >= longest || window.is_some_and(|window| asked >= window) {
+            say::warning(format_args!(
+                "--max-attention-window-size {asked} changes nothing: attention sees no more than that anyway"
+            ));
+        } else if let Place::Cuda(..) = job.place() {
             bail!(
-                "--max-attention-window-size {asked}: attention sees {}, as the model says, and the longest sequence of this run may have {longest} tokens; leave the flag out, or change sliding_window in the model's config.json and convert again",
+                "--max-attention-window-size {asked}: the kernels of this engine were compiled for attention that sees {}, as the model says, and the longest sequence of this run may have {longest} tokens; change sliding_window in the model's config.json, and convert and build again; or run with --backend cpu",
                 window.map_or("all of a sequence".to_owned(), |window| format!("the last {window} tokens"))
             );
         }
-        say::warning(format_args!(
-            "--max-attention-window-size {asked} changes nothing: attention sees that much anyway"
-        ));
     }
     Ok(())
 }

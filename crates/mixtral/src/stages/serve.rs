@@ -26,7 +26,7 @@ pub fn main(options: &ServeOptions) -> Result<()> {
     if matches!(launch, Launch::Process(process) if process.rank > 0) {
         interrupt::on_first(|| true)?;
     }
-    let load = LoadOptions { place: args.place, count_experts: false, time_ops: false, graphs: true };
+    let load = LoadOptions { place: args.place, count_experts: false, time_ops: false, graphs: true, windows: &[] };
     job::run_through_signals(&engine, load, |job| lead(options, job))
 }
 
