@@ -321,7 +321,8 @@ impl Session {
         self.last_step
     }
 
-    /// How many tokens each expert got, `[num_layers][num_experts]`.
+    /// How many tokens each expert got, `[num_layers][num_experts]`. Tokens that were computed behind an end and thrown away
+    /// count too.
     ///
     /// # Errors
     /// If a rank is gone.
