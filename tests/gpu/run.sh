@@ -159,13 +159,14 @@ cache() {
     for kind in bf16 fp8; do
         algo=null
         [ $kind = fp8 ] && algo='"FP8"'
-        cat >"$scratch/$kind.json" <<JSON
+        mkdir "$scratch/$kind"
+        cat >"$scratch/$kind/config.json" <<JSON
 {"architecture": "MixtralForCausalLM", "dtype": "bfloat16", "vocab_size": 32000, "hidden_size": 4096,
  "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
- "max_position_embeddings": 32768, "norm_epsilon": 1e-5, "rotary_base": 1e6, "moe_num_experts": 8, "moe_top_k": 2,
+ "max_position_embeddings": 65536, "norm_epsilon": 1e-5, "rotary_base": 1e6, "moe_num_experts": 8, "moe_top_k": 2,
  "quantization": {"kv_cache_quant_algo": $algo}}
 JSON
-        check "build: 8x7b, $kind cache" last_line "$mixtral" build --model-config "$scratch/$kind.json" --backend cuda \
+        check "build: 8x7b, $kind cache" last_line "$mixtral" build --model-config "$scratch/$kind/config.json" --backend cuda \
             --max-batch-size 64 --max-num-tokens 16384 --max-seq-len 32800 --output-dir "$engines/8x7b-cache-$kind"
         bench_engine "8x7b, $kind cache, 4096" "8x7b-cache-$kind" --batch-size 1,64 --context 4096 --prefill 2048 --quick
         bench_engine "8x7b, $kind cache, 32768" "8x7b-cache-$kind" --batch-size 1 --context 32768 --steps 8 --quick
