@@ -53,6 +53,16 @@ fn gptq() {
 }
 
 #[test]
+fn fp8() {
+    agrees("compressed-mixtral-fp8", &LAYOUTS);
+    agrees("compressed-mixtral-fp8-rows", &[""]);
+    agrees("compressed-mixtral-fp8-dynamic", &LAYOUTS);
+    agrees("compressed-mistral-fp8", &[""]);
+    agrees("modelopt-mixtral-fp8", &LAYOUTS);
+    agrees("modelopt-mistral-fp8", &STAGES);
+}
+
+#[test]
 fn compressed_tensors() {
     agrees("compressed-mixtral-int4", &LAYOUTS);
     agrees("compressed-mixtral-int8", &LAYOUTS);

@@ -86,9 +86,10 @@ def decoded(tensors, formats, kind, name, cols):
     values = tensors[f"{name}.weight"]
     if formats[kind] == "plain":
         return values.float()
-    if formats[kind] == "fp8":
+    if formats[kind].startswith("fp8"):
         scales = tensors[f"{name}.weights_scaling_factor"]
-        return values.float() * scales.reshape(-1, *[1] * (values.dim() - 1))
+        by_rows = formats[kind] != "fp8"
+        return values.float() * (scales if by_rows else scales.reshape(-1, *[1] * (values.dim() - 1)))
     bits, group = formats[kind].split(":")[:2]
     values = values.float() if bits == "int8" else torch.stack([values & 15, values >> 4], dim=-1).flatten(-2).float()
     scales = tensors[f"{name}.weights_scaling_factor"].float()

@@ -14,6 +14,7 @@ The self-test leaves out one rounding after the other in transformers, and every
 """
 
 import argparse
+import json
 import secrets
 import sys
 import tempfile
@@ -22,13 +23,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from transformers.models.mistral import modeling_mistral
 from transformers.models.mixtral import modeling_mixtral
 
 import parity
 from common import forward, load_model, random_model, run_tool, save_model, write_decoded
 
 NEAR, MEDIAN, P90 = 1e-5, 0.1, 0.35
-FORMATS = ["--qformat fp8", "--qformat fp8 --kv_cache_dtype fp8", "--kv_cache_dtype fp8"]
+BY_ROWS = "--use_fp8_rowwise"
+FORMATS = ["--qformat fp8", "--qformat fp8 --kv_cache_dtype fp8", "--kv_cache_dtype fp8", BY_ROWS]
 
 
 def rounded(x, scale):
@@ -36,41 +39,71 @@ def rounded(x, scale):
 
 
 class Rounding:
-    """While it is entered, transformers rounds what an fp8 engine rounds, but for `left_out`."""
+    """While it is entered, transformers rounds what an fp8 engine rounds."""
 
-    def __init__(self, model, checkpoint, left_out=None):
-        tensors = load_file(Path(checkpoint) / "rank0.safetensors")
-        self.inputs, self.caches = {}, {}
-        for index, layer in enumerate(model.model.layers):
+    def __init__(self, model):
+        self.model, self.inputs, self.caches = model, {}, {}
+
+    def round_inputs(self, layer, name, scale):
+        """The inputs of a layer's linears that a checkpoint calls `name`; without a `scale` each token has its own."""
+        attention, mlp = self.model.model.layers[layer].self_attn, self.model.model.layers[layer].mlp
+        if hasattr(mlp, "experts"):
+            fc, proj = [mlp.experts.gate_up_proj], [mlp.experts.down_proj]
+        else:
+            fc, proj = [mlp.gate_proj.weight, mlp.up_proj.weight], [mlp.down_proj.weight]
+        readers = {"attention.qkv": [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight],
+                   "attention.dense": [attention.o_proj.weight], "mlp.fc": fc, "mlp.proj": proj}
+        self.inputs |= {weight.untyped_storage().data_ptr(): scale for weight in readers[name]}
+
+    def round_cache(self, layer, scales):
+        self.caches[layer] = scales
+
+    @classmethod
+    def of_checkpoint(cls, model, checkpoint, left_out=None):
+        """What an engine of the checkpoint rounds, but for `left_out`."""
+        rounding, tensors = cls(model), load_file(Path(checkpoint) / "rank0.safetensors")
+        formats = json.loads((Path(checkpoint) / "config.json").read_text())["mixtral"]["formats"]
+        for index in range(len(model.model.layers)):
             ours = f"transformer.layers.{index}"
-            attention, experts = layer.self_attn, layer.mlp.experts
-            readers = {"attention.qkv": [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight],
-                       "attention.dense": [attention.o_proj.weight], "mlp.fc": [experts.gate_up_proj],
-                       "mlp.proj": [experts.down_proj]}
-            for name, weights in readers.items():
-                scale = tensors.get(f"{ours}.{name}.activation_scaling_factor")
-                if scale is not None and name != left_out:
-                    self.inputs |= {weight.untyped_storage().data_ptr(): scale for weight in weights}
+            for name in ("attention.qkv", "attention.dense", "mlp.fc", "mlp.proj"):
+                kind = "attention" if name.startswith("attention") else "feed_forward"
+                if formats[kind].startswith("fp8") and name != left_out:
+                    rounding.round_inputs(index, name, tensors.get(f"{ours}.{name}.activation_scaling_factor"))
             scales = tensors.get(f"{ours}.attention.kv_cache_scaling_factor")
             if scales is not None and left_out != "cache":
-                self.caches[index] = scales
+                rounding.round_cache(index, scales)
+        return rounding
 
     def __enter__(self):
-        self.linear, self.attention = torch.nn.functional.linear, modeling_mixtral.eager_attention_forward
+        self.linear, self.attention = torch.nn.functional.linear, {}
 
         def linear(x, weight, bias=None):
-            scale = self.inputs.get(weight.untyped_storage().data_ptr())
-            return self.linear(x if scale is None else rounded(x, scale), weight, bias)
+            place = weight.untyped_storage().data_ptr()
+            if place in self.inputs:
+                scale = self.inputs[place]
+                if scale is None:
+                    amax = x.abs().amax(dim=-1, keepdim=True)
+                    scale = torch.where(amax > 0, amax / 448, 1)
+                x = rounded(x, scale)
+            return self.linear(x, weight, bias)
 
+        torch.nn.functional.linear = linear
+        for modeling in (modeling_mixtral, modeling_mistral):
+            self.attention[modeling] = modeling.eager_attention_forward
+            modeling.eager_attention_forward = self.rounded_attention(modeling.eager_attention_forward)
+
+    def rounded_attention(self, exact):
         def attention(module, query, key, value, *args, **kwargs):
             if module.layer_idx in self.caches:
                 key, value = (rounded(x, s) for x, s in zip((key, value), self.caches[module.layer_idx]))
-            return self.attention(module, query, key, value, *args, **kwargs)
+            return exact(module, query, key, value, *args, **kwargs)
 
-        torch.nn.functional.linear, modeling_mixtral.eager_attention_forward = linear, attention
+        return attention
 
     def __exit__(self, *_):
-        torch.nn.functional.linear, modeling_mixtral.eager_attention_forward = self.linear, self.attention
+        torch.nn.functional.linear = self.linear
+        for modeling, attention in self.attention.items():
+            modeling.eager_attention_forward = attention
 
 
 def errors(case, flags, binary, directory, left_out):
@@ -81,7 +114,7 @@ def errors(case, flags, binary, directory, left_out):
     ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in case.prompts))
     checkpoint, engine, logits = directory / "checkpoint", directory / "engine", directory / "logits"
     run_tool(binary, "convert", "--model_dir", directory / "hf", "--dtype", "float32", "--output_dir", checkpoint,
-             *flags.split(), "--calib_data", ids)
+             *flags.split(), *([] if flags == BY_ROWS else ["--calib_data", ids]))
     run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", "cpu",
              "--gather_context_logits", "--max-seq-len", parity.MAX_PROMPT + 1, "--max-batch-size", case.batch)
     run_tool(binary, "run", "--engine_dir", engine, "--backend", "cpu", "--input_file", ids, "--max_output_len", 1,
@@ -92,7 +125,7 @@ def errors(case, flags, binary, directory, left_out):
     norm = lambda x: np.linalg.norm(x, axis=-1)
     results = []
     for left in left_out:
-        rounding, ours, change = Rounding(reference, checkpoint, left), [], []
+        rounding, ours, change = Rounding.of_checkpoint(reference, checkpoint, left), [], []
         for number, prompt in enumerate(case.prompts):
             with rounding:
                 expected = forward(reference, prompt)[0]
@@ -123,7 +156,7 @@ def main():
     missed, near = [], 0
     for number, case in enumerate(cases):
         flags = FORMATS[number % len(FORMATS)]
-        of_case = left_out if "--qformat" in flags else left_out[:1]
+        of_case = left_out if "--kv_cache_dtype fp8" != flags else left_out[:1]
         of_case = [*of_case, *(["cache"] if args.self_test and "kv_cache" in flags else [])]
         case.quantize, case.prompts = flags, case.prompts[:8]
         with tempfile.TemporaryDirectory(prefix="fp8-") as scratch:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/goldens/quantized: tiny models that libraries quantized, and what transformers makes of their weights.
 
-    make_quantized_fixtures.py autoawq=PYTHON gptqmodel=PYTHON llmcompressor=PYTHON
+    make_quantized_fixtures.py autoawq=PYTHON gptqmodel=PYTHON llmcompressor=PYTHON modelopt=PYTHON
 
 Each PYTHON is an interpreter that has that library (REQUIREMENTS below). The one that runs this has what
 tests/python/requirements.txt names, and blake3. Everything runs on the CPU. The format is described in
@@ -9,6 +9,7 @@ tests/goldens/quantized/README.md.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -23,18 +24,28 @@ REQUIREMENTS = {
     "autoawq": "autoawq==0.2.9 transformers==4.51.3",
     "gptqmodel": "gptqmodel==7.7.0 transformers==5.24.0",
     "llmcompressor": "llmcompressor==0.14.0.1 compressed-tensors==0.19.0 transformers==5.17.0",
+    "modelopt": "nvidia-modelopt==0.47.0 transformers==5.17.0",
 }
 VOCABULARY = 96
 PROMPT_LENGTHS = [1, 6, 20]
 # See make_goldens.py. It is larger here because the library rounds each weight's value to the type of its scale, and the
 # engine does not.
 CLEAR = 4e-3
+# Where inputs are rounded to e4m3, two right answers may differ by a rounding, which changes logits more.
+CLEAR_FP8 = 3e-2
 
 
 def compressed(bits, group, symmetric, form=None):
     """A scheme of compressed-tensors: `bits` in groups of `group`, or with one scale a row if that is None."""
     strategy = {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
     return {"weights": {"num_bits": bits, "type": "int", "symmetric": symmetric, **strategy}, "format": form}
+
+
+def compressed_fp8(strategy, inputs, dynamic, cache=None):
+    """A scheme of compressed-tensors in e4m3."""
+    fp8 = {"num_bits": 8, "type": "float", "symmetric": True}
+    return {"weights": {**fp8, "strategy": strategy}, "input_activations": {**fp8, "strategy": inputs, "dynamic": dynamic},
+            "cache": {**fp8, "strategy": "tensor", "dynamic": False} if cache else None}
 
 
 # {name: (library, model, its options)}. Together they have every packing that is read, with and without zeros, in
@@ -50,6 +61,12 @@ RECIPES = {
     "compressed-mixtral-int8-zeros": ("llmcompressor", "small", compressed(8, 32, False)),
     "compressed-mixtral-int8-unpacked": ("llmcompressor", "small", compressed(8, None, False, "int-quantized")),
     "compressed-mistral-int4-zeros": ("llmcompressor", "mistral", compressed(4, 128, False)),
+    "compressed-mixtral-fp8": ("llmcompressor", "small", compressed_fp8("tensor", "tensor", False, cache=True)),
+    "compressed-mixtral-fp8-rows": ("llmcompressor", "small", compressed_fp8("channel", "tensor", False)),
+    "compressed-mixtral-fp8-dynamic": ("llmcompressor", "small", compressed_fp8("channel", "token", True)),
+    "compressed-mistral-fp8": ("llmcompressor", "slim", compressed_fp8("tensor", "tensor", False)),
+    "modelopt-mixtral-fp8": ("modelopt", "small", {"cache": True}),
+    "modelopt-mistral-fp8": ("modelopt", "slim", {"cache": False}),
 }
 
 
@@ -68,6 +85,8 @@ def configs():
                                num_key_value_heads=2, head_dim=16),
         "mistral": MistralConfig(**common, hidden_size=128, intermediate_size=256, num_attention_heads=4,
                                  num_key_value_heads=2, head_dim=32, rope_parameters=rope(1e4)),
+        "slim": MistralConfig(**common, hidden_size=32, intermediate_size=64, num_attention_heads=2,
+                              num_key_value_heads=2, head_dim=16, rope_parameters=rope(1e4)),
     }
 
 
@@ -107,18 +126,23 @@ def autoawq(source, target, options):
     return {module: dequantize_gemm(*parts(module), 4, options["q_group_size"]).T for module in modules}
 
 
-def gptqmodel(source, target, options):
-    os.environ["GPTQMODEL_CPU_WORKERS"] = "4"  # with one it does not start
-    import torch
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+def write_tokenizer(source):
+    """What some libraries want, though they use it only to find the token that pads."""
     from tokenizers import Tokenizer, models
 
-    # It wants a tokenizer, and uses it only to find the token that pads.
     words = {f"word{token}": token for token in range(VOCABULARY)}
     Tokenizer(models.WordLevel(words, unk_token="word0")).save(str(Path(source) / "tokenizer.json"))
     special = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "word0", "bos_token": "word1",
                "eos_token": "word2", "pad_token": "word2"}
     (Path(source) / "tokenizer_config.json").write_text(json.dumps(special))
+
+
+def gptqmodel(source, target, options):
+    os.environ["GPTQMODEL_CPU_WORKERS"] = "4"  # with one it does not start
+    import torch
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+
+    write_tokenizer(source)
     model = GPTQModel.load(source, QuantizeConfig(bits=4, device="cpu", **options))
     model.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in numbers(0, 32, 48)], batch_size=4)
     model.save(str(target))
@@ -129,18 +153,24 @@ def gptqmodel(source, target, options):
 
 
 def llmcompressor(source, target, options):
-    import torch
     from compressed_tensors.compressors import BaseCompressor
+    from datasets import Dataset
     from compressed_tensors.quantization import QuantizationConfig
     from llmcompressor import oneshot
     from llmcompressor.modeling.moe.linearize import linearize_moe
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from transformers import AutoModelForCausalLM
 
+    write_tokenizer(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     linearize_moe(model)
+    cache = options.pop("cache", None)
     groups = {"group_0": {"targets": ["Linear"], **options}}
-    oneshot(model=model, recipe=QuantizationModifier(config_groups=groups, ignore=["lm_head", "re:.*mlp.gate$"]))
+    recipe = QuantizationModifier(config_groups=groups, kv_cache_scheme=cache, ignore=["lm_head", "re:.*mlp.gate$"])
+    texts = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in numbers(0, 32, 64)]
+    is_static = "input_activations" in options and not options["input_activations"]["dynamic"]
+    data = {"dataset": Dataset.from_list(texts), "num_calibration_samples": 32, "max_seq_length": 64} if is_static else {}
+    oneshot(model=model, recipe=recipe, **data)
     model.save_pretrained(target, save_compressed=True)
     tensors = read(target)
     config = QuantizationConfig.model_validate(json.loads((target / "config.json").read_text())["quantization_config"])
@@ -149,7 +179,43 @@ def llmcompressor(source, target, options):
     parts = lambda module: {name.removeprefix(f"{module}."): tensor
                             for name, tensor in tensors.items() if name.startswith(f"{module}.")}
     scheme = config.config_groups["group_0"]
-    return {module: compressor.decompress(parts(module), scheme)["weight"] for module in modules}
+    values = {module: compressor.decompress(parts(module), scheme)["weight"] for module in modules}
+    return in_f32(tensors, values) if config.format == "float-quantized" else values
+
+
+def modelopt(source, target, options):
+    import copy
+
+    import modelopt.torch.quantization as mtq
+    import torch
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    recipe = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    if options["cache"]:
+        recipe["quant_cfg"].extend(copy.deepcopy(mtq.FP8_KV_CFG)["quant_cfg"])
+
+    def calibrate(model):
+        for ids in numbers(0, 32, 48):
+            model(torch.tensor([ids]))
+
+    model = mtq.quantize(model, recipe, calibrate)
+    with torch.inference_mode():
+        export_hf_checkpoint(model, export_dir=str(target))
+    tensors = read(target)
+    return in_f32(tensors, {name.removesuffix(".weight_scale"): None for name in tensors if name.endswith(".weight_scale")})
+
+
+def in_f32(tensors, values):
+    """The matrices in e4m3 as f32, which hold more than the library's own values, if it has any."""
+    import torch
+
+    for module, value in values.items():
+        exact = tensors[f"{module}.weight"].float() * tensors[f"{module}.weight_scale"].float()
+        assert value is None or torch.equal(exact.to(value.dtype), value), module
+        values[module] = exact
+    return values
 
 
 def quantize(name, work):
@@ -189,22 +255,62 @@ def float_model(name, values, source, directory):
     return load_model(directory, "float32")
 
 
+def source_rounding(model, source):
+    """What an engine of the model in `source` rounds beside weights, for transformers: see fp8.py."""
+    from fp8 import Rounding
+
+    tensors = read(source)
+    by_name = {f"{transformers_4(key.rpartition('.')[0])}.{key.rpartition('.')[2]}": key for key in tensors}
+    number = lambda name: tensors[by_name[name]].float().flatten()[0] if name in by_name else None
+    rounding = Rounding(model)
+    is_moe = hasattr(model.model.layers[0].mlp, "experts")
+    for index in range(len(model.model.layers)):
+        layer = f"model.layers.{index}"
+        experts = range(model.config.num_local_experts) if is_moe else [None]
+        of_expert = lambda expert: f"{layer}.block_sparse_moe.experts.{expert}" if is_moe else f"{layer}.mlp"
+        up, gate, down = ("w3", "w1", "w2") if is_moe else ("up_proj", "gate_proj", "down_proj")
+        readers = {
+            "attention.qkv": [f"{layer}.self_attn.{part}_proj" for part in "qkv"],
+            "attention.dense": [f"{layer}.self_attn.o_proj"],
+            "mlp.fc": [f"{of_expert(expert)}.{part}" for expert in experts for part in (up, gate)],
+            "mlp.proj": [f"{of_expert(expert)}.{down}" for expert in experts],
+        }
+        for name, modules in readers.items():
+            scales = [number(f"{module}.input_scale") for module in modules]
+            # Without stored scales, each token has its own.
+            rounding.round_inputs(index, name, None if scales[0] is None else max(scales))
+        for keys, values in (("k_scale", "v_scale"), ("k_proj.k_scale", "v_proj.v_scale")):
+            scales = [number(f"{layer}.self_attn.{part}") for part in (keys, values)]
+            if scales[0] is not None:
+                rounding.round_cache(index, scales)
+    return rounding
+
+
+def clear_prompts(name, model, clear_enough):
+    """Prompts, and for each (its continuation, how clear every choice is), at least `clear_enough`."""
+    from make_goldens import continue_greedily
+
+    for seed in range(4000):
+        prompts = [numbers(1000 * seed + length, 1, length)[0] for length in PROMPT_LENGTHS]
+        found = [continue_greedily(model, prompt)[1:] for prompt in prompts]
+        if min(clear for _, clear in found) > clear_enough:
+            return prompts, found
+    sys.exit(f"{name}: no prompts give clear choices")
+
+
 def expect(name, work):
     """Writes the fixture `name` from what the library made of it."""
     import blake3
     import torch
-    from make_goldens import continue_greedily
     from safetensors.torch import load_file, save_file
 
     values = load_file(work / f"{name}.values")
     model = float_model(name, values, work / name, work / f"{name}.float")
-    for seed in range(1000):
-        prompts = [numbers(1000 * seed + length, 1, length)[0] for length in PROMPT_LENGTHS]
-        found = [continue_greedily(model, prompt)[1:] for prompt in prompts]
-        if min(clear for _, clear in found) > CLEAR:
-            break
-    else:
-        sys.exit(f"{name}: no prompts give clear choices")
+    rounding, clear_enough = contextlib.nullcontext(), CLEAR
+    if "fp8" in name:
+        rounding, clear_enough = source_rounding(model, work / name), CLEAR_FP8
+    with rounding:
+        prompts, found = clear_prompts(name, model, clear_enough)
     expected = {}
     for number, (prompt, (tokens, _)) in enumerate(zip(prompts, found)):
         expected[f"prompt.{number}"] = torch.tensor(prompt, dtype=torch.int32)
@@ -221,7 +327,7 @@ def expect(name, work):
     (target / "model.safetensors").write_bytes((work / name / "model.safetensors").read_bytes())
     save_file(expected, target / "expected.safetensors")
     size = sum(path.stat().st_size for path in target.iterdir())
-    print(f"{name}: seed {seed}, closest choice {min(clear for _, clear in found):.1e}, {size} bytes", flush=True)
+    print(f"{name}: closest choice {min(clear for _, clear in found):.1e}, {size} bytes", flush=True)
 
 
 def write(pythons, only):

@@ -8,7 +8,7 @@ use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError, TensorId};
 use mixtral_engine::dir::{RankRecord, WeightsKind};
 use mixtral_engine::program::FORMAT_VERSION;
 use mixtral_engine::{EngineConfig, EngineError, EngineWriter, KvScale, Limits, Program, ProgramError};
-use mixtral_model::{DType, Rank, Recipe};
+use mixtral_model::{DType, Rank, Recipe, WeightFormat};
 
 use crate::{KernelOptions, Kernels, lower};
 
@@ -91,6 +91,11 @@ pub enum BuildError {
         /// Kernel, architecture and defect.
         kernels: Vec<String>,
     },
+    /// A format that has no kernels.
+    #[error(
+        "a model in fp8 whose rows have scales of their own has no kernels in this version; build for the CPU (--backend cpu)"
+    )]
+    Fp8Rows,
     /// The engine needs more memory than the machine has.
     #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; {}",
         human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget), if weights > budget {
@@ -127,7 +132,12 @@ use crate::explain::bytes as human;
 /// # Errors
 /// If the model cannot be lowered, or does not fit into memory.
 pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Program>, BuildError> {
-    let mapping = config.mapping;
+    let (mapping, formats) = (config.mapping, config.model.formats);
+    if options.kernels.is_some()
+        && [formats.attention, formats.feed_forward].iter().any(|format| matches!(format, WeightFormat::Fp8Rows(_)))
+    {
+        return Err(BuildError::Fp8Rows);
+    }
     let mut limits = options.limits;
     limits.max_num_logits = if options.gather_context_logits {
         limits.max_num_tokens
@@ -232,8 +242,10 @@ fn read_cache_scales(program: &mut Program, checkpoint: &Checkpoint) -> Result<(
     let file = checkpoint.rank(Rank(program.rank))?;
     for (layer, scale) in program.kv_scales.iter_mut().enumerate() {
         let floats = DType::F32.widen(file.tensor(&TensorId::CacheScales(layer).to_string())?.bytes);
-        if let [key, value] = floats[..] {
-            *scale = KvScale { key, value };
+        match floats[..] {
+            [key, value] => *scale = KvScale { key, value },
+            [both] => *scale = KvScale { key: both, value: both },
+            _ => {}
         }
     }
     let rank = Rank(program.rank);

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use mixtral_model::{
-    Bits, CacheFormat, ConfigError, Formats, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig,
+    Bits, CacheFormat, ConfigError, Formats, Fp8Input, Mapping, MappingError, ModelConfig, ModelFamily, MoeConfig,
     MoeNormalization, Quantization, WeightFormat,
 };
 use serde_json::{Map, Value, json};
@@ -282,7 +282,8 @@ const NEVER_QUANTIZED: &[&str] = &["lm_head", "router", "vocab_embedding", "inpu
 fn quantization(formats: &Formats, cache: CacheFormat) -> Value {
     let algorithm = |format| match format {
         WeightFormat::Plain => None,
-        WeightFormat::Fp8 => Some(FP8),
+        WeightFormat::Fp8 | WeightFormat::Fp8Rows(Fp8Input::Static) => Some(FP8),
+        WeightFormat::Fp8Rows(Fp8Input::Token) => Some("FP8_PER_CHANNEL_PER_TOKEN"),
         WeightFormat::Quantized(Quantization { bits: Bits::Eight, group: None, .. }) => Some("W8A16"),
         WeightFormat::Quantized(Quantization { bits: Bits::Eight, .. }) => Some("W8A16_GPTQ"),
         WeightFormat::Quantized(Quantization { bits: Bits::Four, group: None, .. }) => Some("W4A16"),

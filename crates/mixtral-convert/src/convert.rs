@@ -42,8 +42,10 @@ pub struct ConvertOptions {
     pub dtype: Option<DType>,
     /// What matrices are rounded to. `None` keeps them as floats.
     pub weight_only: Option<WeightOnly>,
-    /// How the cache of keys and values is stored.
-    pub cache: CacheFormat,
+    /// How the cache of keys and values is stored. `None` is e4m3 if the source has scales for it, and else the model's type.
+    pub cache: Option<CacheFormat>,
+    /// The scale of keys and values of all layers in an e4m3 cache, in place of the source's and of those that calibration found.
+    pub kv_scale: Option<f32>,
     /// What calibration found out about the model. Without it all inputs of a linear count alike.
     pub statistics: Option<Arc<Statistics>>,
     /// How to cut the model.
@@ -69,7 +71,8 @@ impl ConvertOptions {
             output_dir,
             dtype: None,
             weight_only: None,
-            cache: CacheFormat::Plain,
+            cache: None,
+            kv_scale: None,
             statistics: None,
             mapping: Mapping::single(),
             normalization: MoeNormalization::Renorm,
@@ -108,6 +111,9 @@ pub(crate) fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError
                 (source.config.clone(), source.tied)
             };
             tokenizer = TokenizerFiles::read(dir, config.model.vocab_size)?;
+            if options.cache.is_none() {
+                tokenizer.warnings.extend(source.iter().flat_map(|source| source.warnings.clone()));
+            }
             if let (None, Some(method), None) = (&source, &config.quantization, options.weight_only) {
                 tokenizer.warnings.push(format!(
                     "the model is quantized by {method}, but its weights are not read, so the checkpoint's config describes plain ones"
@@ -120,7 +126,9 @@ pub(crate) fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError
         }
     };
     model.moe.normalization = options.normalization;
-    model.cache = options.cache;
+    let has_scales = source.as_ref().is_some_and(|source| source.cache_scales.is_some());
+    let own = if has_scales { CacheFormat::Fp8 } else { CacheFormat::Plain };
+    model.cache = options.cache.unwrap_or(own);
     if let Some(weight_only) = options.weight_only {
         if let Some(source) = source.as_ref().filter(|source| source.is_quantized()) {
             return Err(ConvertError::Quantized { dir: source.dir.clone(), layout: source.layout.clone() });
@@ -188,10 +196,11 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
     let start = Instant::now();
     let Prepared { config, source, recipes, tokenizer, .. } = prepare(options)?;
     let statistics = options.statistics.as_deref();
+    let cache_scales = cache_scales(options, source.as_ref(), config.model.num_layers);
     let mut made = Vec::new();
     for (rank, recipes) in config.mapping.ranks().zip(&recipes) {
         let first_layer = config.mapping.layers(&config.model, rank).start;
-        made.push(fp8::cache_scales(recipes, first_layer, rank, statistics)?);
+        made.push(fp8::cache_tensors(recipes, first_layer, rank, cache_scales.as_deref())?);
         let uncalibrated = recipes.iter().find(|recipe| recipe.format == WeightFormat::Fp8 && statistics.is_none());
         if let Some(recipe) = uncalibrated.filter(|_| !source.as_ref().is_some_and(Source::is_quantized)) {
             return Err(ConvertError::NotCalibrated { what: format!("the input of {}", recipe.name) });
@@ -209,4 +218,16 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
     let seconds = start.elapsed().as_secs_f64();
     let quantized = QuantizedTensor::list(losses);
     Ok(Report { run_id, ranks: recipes.len(), tensors: count, bytes, seconds, quantized, warnings: tokenizer.warnings })
+}
+
+/// The scales of each layer's keys and values in an e4m3 cache, if any are known.
+fn cache_scales(options: &ConvertOptions, source: Option<&Source>, num_layers: usize) -> Option<Vec<[f32; 2]>> {
+    if let Some(scale) = options.kv_scale {
+        return Some(vec![[scale; 2]; num_layers]);
+    }
+    let of_source = source.and_then(|source| source.cache_scales.clone());
+    let found = || {
+        Some(options.statistics.as_ref()?.cache_amax.iter().map(|amax| amax.map(mixtral_model::fp8::scale)).collect())
+    };
+    of_source.or_else(found)
 }

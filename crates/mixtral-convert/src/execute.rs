@@ -8,10 +8,10 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use mixtral_checkpoint::names::part_name;
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
 use mixtral_checkpoint::{Progress, RankWriter, TensorSpec};
-use mixtral_model::{DType, ElemType, PartKind, Piece, Quantization, Recipe, WeightFormat};
+use mixtral_model::fp8::NAN;
+use mixtral_model::{DType, ElemType, Piece, Quantization, Recipe, WeightFormat};
 
 use crate::error::ConvertError;
 use crate::feedback::Feedback;
@@ -28,7 +28,7 @@ pub type Losses = BTreeMap<String, Loss>;
 
 /// The buffers of one worker.
 #[derive(Debug, Default)]
-struct Buffers {
+pub(crate) struct Buffers {
     input: Vec<u8>,
     output: Vec<u8>,
     scratch: Vec<u8>,
@@ -60,7 +60,7 @@ pub fn execute(
     let jobs = jobs(recipes);
     progress.start(recipes.iter().flatten().map(|r| r.num_bytes() as u64).sum());
     let losses: Mutex<Losses> = Mutex::default();
-    let largest = largest(source, recipes, workers)?;
+    let largest = fp8::largest(source, recipes, workers)?;
     in_parallel(jobs.len(), workers, |index, buffers: &mut Buffers| {
         let (rank, weight) = jobs[index];
         let recipe = &recipes[rank][weight];
@@ -71,9 +71,9 @@ pub fn execute(
             return Ok(writer.finish()?);
         }
         match recipe.format {
-            WeightFormat::Fp8 if !source.is_quantized() => {
-                let scales = Fp8Scales { largest: &largest, statistics };
-                let found = write_fp8(source, recipe, scales, &writers[rank], buffers, progress)?;
+            WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) if !source.is_quantized() => {
+                let scales = fp8::Scales { largest: &largest, statistics };
+                let found = fp8::write(source, recipe, scales, &writers[rank], buffers, progress)?;
                 let mut losses = losses.lock().unwrap_or_else(PoisonError::into_inner);
                 found.into_iter().for_each(|(name, loss)| losses.entry(name).or_default().add(loss));
                 Ok(())
@@ -240,77 +240,6 @@ fn write_quantized(
     Ok(losses)
 }
 
-/// What scales of fp8 are made of.
-#[derive(Clone, Copy)]
-struct Fp8Scales<'a> {
-    /// The largest magnitude in each tensor of the source.
-    largest: &'a BTreeMap<String, f32>,
-    statistics: Option<&'a Statistics>,
-}
-
-/// The largest magnitude in each of the source's tensors that are rounded to fp8.
-fn largest(source: &Source, recipes: &[Vec<Recipe>], workers: usize) -> Result<BTreeMap<String, f32>, ConvertError> {
-    let rounded = recipes.iter().flatten().filter(|r| r.format == WeightFormat::Fp8 && !source.is_quantized());
-    let pieces: BTreeMap<&str, &Piece> =
-        rounded.flat_map(|recipe| &recipe.pieces).map(|piece| (piece.source.as_str(), piece)).collect();
-    let pieces: Vec<&Piece> = pieces.into_values().collect();
-    let found: Mutex<BTreeMap<String, f32>> = Mutex::default();
-    in_parallel(pieces.len(), workers, |index, buffers: &mut Buffers| {
-        let piece = pieces[index];
-        let whole = Piece { rows: 0..piece.source_rows, cols: 0..piece.source_cols, ..piece.clone() };
-        let mut amax = 0f32;
-        read_piece(source, &whole, &whole.cols, [ElemType::F32; 2], buffers, |bytes| {
-            amax = DType::F32.widen(bytes).into_iter().fold(amax, |amax, x| amax.max(x.abs()));
-            Ok(())
-        })?;
-        found.lock().unwrap_or_else(PoisonError::into_inner).insert(piece.source.clone(), amax);
-        Ok::<_, ConvertError>(())
-    })?;
-    Ok(found.into_inner().unwrap_or_else(PoisonError::into_inner))
-}
-
-/// Rounds a weight to fp8. All pieces of a matrix have one scale, also those of other ranks. Returns what was lost of each
-/// source tensor.
-fn write_fp8(
-    source: &Source,
-    recipe: &Recipe,
-    Fp8Scales { largest, statistics }: Fp8Scales<'_>,
-    writer: &RankWriter,
-    buffers: &mut Buffers,
-    progress: &dyn Progress,
-) -> Result<Vec<(String, Loss)>, ConvertError> {
-    let part = |kind| writer.tensor(&part_name(&recipe.name, kind));
-    let (mut values, mut scales) = (part(PartKind::Values), part(PartKind::Scales));
-    let experts = if let [experts, _, _] = recipe.shape[..] { experts } else { 1 };
-    let mut losses = Vec::with_capacity(recipe.pieces.len());
-    for matrix in recipe.pieces.chunks((recipe.pieces.len() / experts).max(1)) {
-        let amax = matrix.iter().filter_map(|piece| largest.get(&piece.source)).fold(0f32, |amax, x| amax.max(*x));
-        let scale = fp8::scale(amax);
-        scales.write(&scale.to_le_bytes())?;
-        for piece in matrix {
-            let mut loss = Loss::default();
-            read_piece(source, piece, &piece.cols, [ElemType::F32; 2], buffers, |bytes| {
-                let mut rounded = Vec::with_capacity(bytes.len() / DType::F32.size());
-                loss.add(fp8::quantize(&DType::F32.widen(bytes), scale, &mut rounded));
-                values.write(&rounded)?;
-                progress.advance(rounded.len() as u64);
-                Ok(())
-            })?;
-            losses.push((piece.source.clone(), loss));
-        }
-    }
-    let first = recipe.pieces.first().map_or("", |piece| &piece.source);
-    let amax = statistics.and_then(|statistics| statistics.shared_amax(first));
-    let amax = amax.ok_or_else(|| ConvertError::NotCalibrated { what: format!("the input of {}", recipe.name) })?;
-    let mut input = part(PartKind::InputScale);
-    input.write(&fp8::scale(amax).to_le_bytes())?;
-    progress.advance(4 * (experts as u64 + 1));
-    values.finish()?;
-    scales.finish()?;
-    input.finish()?;
-    Ok(losses)
-}
-
 /// Gives rows that no piece covers, which are the padding of the vocabulary.
 fn zeros(bytes: usize, each: &mut impl FnMut(&[u8]) -> Result<(), ConvertError>) -> Result<(), ConvertError> {
     const ZEROS: [u8; 4096] = [0; 4096];
@@ -319,7 +248,7 @@ fn zeros(bytes: usize, each: &mut impl FnMut(&[u8]) -> Result<(), ConvertError>)
 
 /// Reads the columns `cols` of a piece's rows, some rows at a time, and gives them to `each` as elements of type `to`. Floats
 /// that are not finite, or too large for the type `limit`, are refused.
-fn read_piece(
+pub(crate) fn read_piece(
     source: &Source,
     piece: &Piece,
     cols: &Range<usize>,
@@ -339,6 +268,9 @@ fn read_piece(
         let read = located.read(file, rows, cols.clone(), input, scratch);
         read.map_err(|source| unreadable(path, source))?;
         let (Some(from), Some(to), Some(limit)) = (located.elem.float(), to.float(), limit.float()) else {
+            if located.elem == ElemType::F8E4M3 && input.iter().any(|byte| byte & NAN == NAN) {
+                return Err(not_numbers(source, located, piece));
+            }
             each(input)?;
             continue;
         };
@@ -363,6 +295,18 @@ fn unreadable(path: &Path, source: io::Error) -> ConvertError {
         io::ErrorKind::UnexpectedEof => ConvertError::Shrunk { path },
         _ => ConvertError::Io { path, source },
     }
+}
+
+/// The error for bytes of e4m3 that are NaN, in the whole tensor of `piece`.
+fn not_numbers(source: &Source, located: &Located, piece: &Piece) -> ConvertError {
+    let (path, file) = &source.files[located.file];
+    let mut bytes = vec![0; piece.source_rows * piece.source_cols];
+    if let Err(source) = located.read(file, 0..piece.source_rows, 0..piece.source_cols, &mut bytes, &mut Vec::new()) {
+        return unreadable(path, source);
+    }
+    let mut nan = (0u64..).zip(bytes).filter(|(_, byte)| byte & NAN == NAN).map(|(index, _)| index);
+    let first = nan.next().unwrap_or(0);
+    ConvertError::NotFinite { path: path.clone(), tensor: located.name.clone(), count: 1 + nan.count() as u64, first }
 }
 
 /// The error for refused elements. Reads the whole source tensor of `piece` again, and not only this rank's part, to

@@ -19,7 +19,8 @@ pub struct FloatModel {
 }
 
 impl FloatModel {
-    /// Opens the model that `options` convert. Returns `None` if they read no weights. Reads no weights itself.
+    /// Opens the model that `options` convert. Returns `None` if they read no weights, or if nothing is left to be calibrated because
+    /// the model is quantized and has scales for its cache. Reads no weights itself.
     ///
     /// # Errors
     /// As [`crate::convert()`].
@@ -27,11 +28,12 @@ impl FloatModel {
         let options = ConvertOptions {
             mapping: Mapping::single(),
             weight_only: None,
-            cache: CacheFormat::Plain,
+            cache: Some(CacheFormat::Plain),
             ..options.clone()
         };
         let Prepared { config, source, tied, .. } = prepare(&options)?;
-        Ok(source.map(|source| FloatModel { source, config, tied }))
+        let is_known = |source: &Source| source.is_quantized() && source.cache_scales.is_some();
+        Ok(source.filter(|source| !is_known(source)).map(|source| FloatModel { source, config, tied }))
     }
 
     /// Its directory.

@@ -140,6 +140,21 @@ impl HfTensor {
     }
 }
 
+/// The names of a layer's scales of keys and of values in an e4m3 cache, one number each. A quantized model may have them, in several
+/// spellings; the first of each is the one that messages and the plan use.
+#[must_use]
+pub fn cache_scales(layer: usize) -> [[String; 4]; 2] {
+    ["k", "v"].map(|letter| {
+        [
+            format!("{letter}_scale"),
+            format!("{letter}_proj.{letter}_scale"),
+            format!("{letter}_proj.output_scale"),
+            "kv_scale".into(),
+        ]
+        .map(|name| format!("model.layers.{layer}.self_attn.{name}"))
+    })
+}
+
 impl fmt::Display for HfTensor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (layer, name) = match *self {

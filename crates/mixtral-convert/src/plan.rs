@@ -40,7 +40,11 @@ pub fn parts(recipe: &Recipe) -> Vec<TensorRecipe> {
     let piece = |piece: &Piece, kind: PartKind| {
         // Elements of a row that share an element of the part.
         let shared = match (recipe.format, kind) {
-            (WeightFormat::Plain | WeightFormat::Fp8, _) => 1,
+            (WeightFormat::Plain | WeightFormat::Fp8, _) | (WeightFormat::Fp8Rows(_), PartKind::Values) => 1,
+            (WeightFormat::Fp8Rows(_), _) => {
+                let source = part_name(&piece.source, kind);
+                return Piece { source, source_cols: 1, cols: 0..1, ..piece.clone() };
+            }
             (WeightFormat::Quantized(quantization), PartKind::Values) => quantization.bits.per_byte(),
             (WeightFormat::Quantized(quantization), _) => quantization.group_len(piece.source_cols),
         };
@@ -54,8 +58,21 @@ pub fn parts(recipe: &Recipe) -> Vec<TensorRecipe> {
     let parts = recipe.format.parts(recipe.dtype, &recipe.shape);
     let kinds: Vec<PartKind> = parts.iter().map(|part| part.kind).collect();
     let specs = tensors(&recipe.name, parts);
-    let pieces = kinds.into_iter().map(|kind| recipe.pieces.iter().map(|p| piece(p, kind)).collect());
+    let pieces = kinds.into_iter().map(|kind| match (recipe.format, kind) {
+        // One number for each matrix, which all of its linears have, or one for the input of all.
+        (WeightFormat::Fp8, PartKind::Scales) => {
+            recipe.matrices().enumerate().map(|(row, matrix)| number(&matrix[0], kind, row)).collect()
+        }
+        (_, PartKind::InputScale) => recipe.pieces.iter().take(1).map(|piece| number(piece, kind, 0)).collect(),
+        _ => recipe.pieces.iter().map(|p| piece(p, kind)).collect(),
+    });
     specs.into_iter().zip(pieces).map(|(spec, pieces)| TensorRecipe { spec, pieces }).collect()
+}
+
+/// The number that is a part of the piece's linear, as row `target_row` of the part.
+fn number(piece: &Piece, kind: PartKind, target_row: usize) -> Piece {
+    let source = part_name(&piece.source, kind);
+    Piece { source, source_rows: 1, source_cols: 1, rows: 0..1, cols: 0..1, target_row }
 }
 
 fn pieces(config: &CheckpointConfig, rank: Rank, tied: bool, id: TensorId) -> Vec<Piece> {
@@ -102,7 +119,7 @@ fn pieces(config: &CheckpointConfig, rank: Rank, tied: bool, id: TensorId) -> Ve
             take(HfTensor::Key(layer), Some(keys.clone()), None, after_queries);
             take(HfTensor::Value(layer), Some(keys), None, after_keys);
         }
-        // They come from calibration.
+        // They are not cut from tensors.
         TensorId::CacheScales(_) => {}
         TensorId::Dense(l) => {
             take(HfTensor::Output(first_layer + l), None, Some(head_rows(mapping.heads(model, rank))), 0);

@@ -139,7 +139,7 @@ impl fmt::Display for ConvertPlan {
                 |name: &str| name.starts_with("transformer.layers.") && !name.starts_with("transformer.layers.0.");
             let stored = |tensor: &PlannedTensor| match tensor.format {
                 WeightFormat::Plain => tensor.dtype.to_string(),
-                WeightFormat::Quantized(_) | WeightFormat::Fp8 => tensor.format.to_string(),
+                WeightFormat::Quantized(_) | WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => tensor.format.to_string(),
             };
             let tensors = || first.tensors.iter().filter(|tensor| !is_later_layer(&tensor.name));
             let width = tensors().map(|tensor| stored(tensor).len()).max().unwrap_or(0).max(4);

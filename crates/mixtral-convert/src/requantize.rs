@@ -50,7 +50,7 @@ pub fn requantize(
         let to = &writer.ranks()[rank.0];
         let quantization = match weight.format {
             WeightFormat::Plain => return copy(&files[rank.0], weight, to, progress),
-            WeightFormat::Fp8 => {
+            WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => {
                 return Err(ConvertError::NotCalibrated { what: format!("the input of {}", weight.name) });
             }
             WeightFormat::Quantized(quantization) => quantization,

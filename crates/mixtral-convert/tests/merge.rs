@@ -132,6 +132,12 @@ impl Merge {
                     let bytes = values.iter().enumerate().flat_map(element).collect();
                     Part { cols, size: 9, bytes }
                 }
+                WeightFormat::Fp8Rows(_) => {
+                    // Each element, followed by the scale of its row.
+                    let scales = tensors[1].bytes.as_chunks::<4>().0;
+                    let element = |(index, byte): (usize, &u8)| [&[*byte], &scales[index / cols][..]].concat();
+                    Part { cols, size: 5, bytes: tensors[0].bytes.iter().enumerate().flat_map(element).collect() }
+                }
                 WeightFormat::Quantized(quantization) => {
                     let rows = weight.shape.iter().rev().skip(1).product();
                     let bytes = integers_and_scales(quantization, rows, cols, tensors[0].bytes, tensors[1].bytes);
@@ -231,7 +237,15 @@ fn merged(checkpoint: &Checkpoint, tied: bool) -> BTreeMap<String, Whole> {
 
 /// Any precisions, and groups of 4 or whole rows.
 fn weight_only() -> impl Strategy<Value = WeightOnly> {
-    let precision = || prop::sample::select(vec![Precision::Float, Precision::Int8, Precision::Int4, Precision::Fp8]);
+    let precision = || {
+        prop::sample::select(vec![
+            Precision::Float,
+            Precision::Int8,
+            Precision::Int4,
+            Precision::Fp8,
+            Precision::Fp8Rows,
+        ])
+    };
     (precision(), precision(), any::<bool>()).prop_map(|(attention, feed_forward, is_row)| WeightOnly {
         attention,
         feed_forward,
@@ -362,11 +376,12 @@ proptest! {
         let root = tempfile::tempdir().unwrap();
         let at = |name: &str| root.path().join(name);
         model.write(&at("model"), layout, shards);
-        let needs = small_cache || [weight_only.attention, weight_only.feed_forward].contains(&Precision::Fp8);
+        let is_fp8 = |precision| matches!(precision, Precision::Fp8 | Precision::Fp8Rows);
+        let needs = small_cache || is_fp8(weight_only.attention) || is_fp8(weight_only.feed_forward);
         let statistics = (calibrated || needs).then(|| Arc::new(statistics(&model.config)));
         let whole = ConvertOptions {
             weight_only: Some(weight_only),
-            cache: if small_cache { CacheFormat::Fp8 } else { CacheFormat::Plain },
+            cache: small_cache.then_some(CacheFormat::Fp8),
             statistics: statistics.clone(),
             ..ConvertOptions::new(Input::Directory(at("model")), at("whole"))
         };

@@ -10,7 +10,10 @@ use std::path::{Path, PathBuf};
 use mixtral_checkpoint::names::part_name;
 use mixtral_checkpoint::{Checkpoint, RankFile, rank_weights};
 use mixtral_convert::{ConvertOptions, HfTensor, Input, Matrix, convert};
-use mixtral_model::{DType, Formats, Mapping, PartKind, Precision, Quantization, Rank, WeightFormat, WeightOnly};
+use mixtral_model::fp8;
+use mixtral_model::{
+    CacheFormat, DType, Formats, Mapping, PartKind, Precision, Quantization, Rank, WeightFormat, WeightOnly,
+};
 use mixtral_testkit::{Tensor, write_safetensors};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -42,8 +45,19 @@ impl Decoded {
             let (dtype, data) = (view.elem.float().unwrap(), view.bytes.to_vec());
             Tensor { name: String::new(), dtype, shape: view.shape.to_vec(), data }.values()
         };
-        let WeightFormat::Quantized(quantization) = format else {
-            return Decoded { cols, values: floats(PartKind::Values), scale: None };
+        let quantization = match format {
+            WeightFormat::Plain => return Decoded { cols, values: floats(PartKind::Values), scale: None },
+            WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => {
+                let (bytes, scales) = (part(PartKind::Values).bytes, floats(PartKind::Scales));
+                let value =
+                    |(index, &byte): (usize, &u8)| fp8::from_bits(byte) * scales[index * scales.len() / bytes.len()];
+                return Decoded {
+                    cols,
+                    values: bytes.iter().enumerate().map(value).collect(),
+                    scale: Some(DType::F32),
+                };
+            }
+            WeightFormat::Quantized(quantization) => quantization,
         };
         let Quantization { bits, zeros, scale, .. } = quantization;
         let (integers, scales) = (part(PartKind::Values).bytes, floats(PartKind::Scales));
@@ -108,13 +122,17 @@ fn whole(checkpoint: &Checkpoint) -> BTreeMap<String, Decoded> {
 }
 
 /// Checks a fixture: values to the bit, and the same values from the shards of every layout in `mappings`.
-fn agrees(name: &str, formats: &str, mappings: &[Mapping]) {
+fn agrees(name: &str, format: &str, mappings: &[Mapping]) {
+    both_agree(name, [format, format], mappings);
+}
+
+/// The same, with a format for attention and one for the feed-forward.
+fn both_agree(name: &str, formats: [&str; 2], mappings: &[Mapping]) {
     let (source, root) = (fixtures().join(name), tempfile::tempdir().unwrap());
     convert(&options(&source, root.path().join("one"), Mapping::single()), &()).unwrap();
     let checkpoint = Checkpoint::open(&root.path().join("one")).unwrap();
     let model = checkpoint.config().model.clone();
-    assert_eq!(model.formats.attention.to_string(), formats, "{name}");
-    assert_eq!(model.formats.feed_forward.to_string(), formats, "{name}");
+    assert_eq!([model.formats.attention.to_string(), model.formats.feed_forward.to_string()], formats, "{name}");
     let values = whole(&checkpoint);
 
     let bytes = fs::read(source.join("expected.safetensors")).unwrap();
@@ -151,7 +169,9 @@ fn agrees(name: &str, formats: &str, mappings: &[Mapping]) {
         let (ours, theirs) = (Checkpoint::open(&ours).unwrap(), Checkpoint::open(&theirs).unwrap());
         for rank in mapping.ranks() {
             let theirs = decoded(&theirs, rank);
-            for (name, ours) in decoded(&ours, rank) {
+            let mut ours = decoded(&ours, rank);
+            ours.retain(|name, _| !name.ends_with("kv_cache_scaling_factor"));
+            for (name, ours) in ours {
                 assert!(ours.values == theirs[&name].values, "{name} on rank {rank} of {mapping:?}");
             }
         }
@@ -188,6 +208,139 @@ fn compressed_tensors() {
     agrees("compressed-mixtral-int8-unpacked", "int8:row:bf16:zeros", &all_mappings());
     agrees("compressed-mixtral-int8-zeros", "int8:g32:bf16:zeros", &[Mapping::tensor_parallel(1, 2)]);
     agrees("compressed-mistral-int4-zeros", "int4:g128:bf16:zeros", &[Mapping::tensor_parallel(1, 2)]);
+}
+
+#[test]
+fn fp8_by_every_library() {
+    // Query, key and value have scales of their own, and so have up and gate but in ModelOpt's experts.
+    agrees("compressed-mixtral-fp8", "fp8:row:static", &all_mappings());
+    agrees("compressed-mixtral-fp8-rows", "fp8:row:static", &all_mappings());
+    agrees("compressed-mixtral-fp8-dynamic", "fp8:row:token", &all_mappings());
+    agrees("compressed-mistral-fp8", "fp8:row:static", &[Mapping::tensor_parallel(2, 2)]);
+    both_agree("modelopt-mixtral-fp8", ["fp8:row:static", "fp8"], &all_mappings());
+    agrees("modelopt-mistral-fp8", "fp8:row:static", &[Mapping::tensor_parallel(2, 2)]);
+}
+
+/// The numbers of a model's file, by name.
+fn numbers(name: &str) -> BTreeMap<String, f32> {
+    let bytes = fs::read(fixtures().join(name).join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let number = |(name, view): (String, TensorView<'_>)| match (view.dtype(), view.data()) {
+        (Dtype::F32, &[a, b, c, d]) => Some((name, f32::from_le_bytes([a, b, c, d]))),
+        (Dtype::BF16, &[c, d]) => Some((name, f32::from_le_bytes([0, 0, c, d]))),
+        _ => None,
+    };
+    file.tensors().into_iter().filter_map(number).collect()
+}
+
+#[test]
+fn an_input_has_the_largest_scale_of_its_linears_in_every_layout() {
+    for name in ["compressed-mixtral-fp8", "modelopt-mixtral-fp8"] {
+        let numbers = numbers(name);
+        for mapping in all_mappings() {
+            let root = tempfile::tempdir().unwrap();
+            let to = root.path().join("checkpoint");
+            convert(&options(&fixtures().join(name), to.clone(), mapping), &()).unwrap();
+            let checkpoint = Checkpoint::open(&to).unwrap();
+            let model = &checkpoint.config().model;
+            assert_eq!(model.cache, CacheFormat::Fp8);
+            for rank in mapping.ranks() {
+                let file = checkpoint.rank(rank).unwrap();
+                let floats = |name: &str| DType::F32.widen(file.tensor(name).unwrap().bytes);
+                for (index, layer) in mapping.layers(model, rank).enumerate() {
+                    let of_layer = |number: &&String| number.contains(&format!("layers.{layer}."));
+                    let largest = |linears: &[&str]| {
+                        let is_read = |number: &&String| {
+                            number.ends_with("input_scale") && linears.iter().any(|linear| number.contains(linear))
+                        };
+                        numbers.keys().filter(of_layer).filter(is_read).map(|n| numbers[n]).fold(0.0, f32::max)
+                    };
+                    let ours =
+                        |name: &str| floats(&format!("transformer.layers.{index}.{name}.activation_scaling_factor"));
+                    assert_eq!(ours("attention.qkv"), [largest(&["q_proj", "k_proj", "v_proj"])]);
+                    assert_eq!(ours("attention.dense"), [largest(&["o_proj"])]);
+                    assert_eq!(ours("mlp.fc"), [largest(&[".w1.", ".w3.", ".gate_proj.", ".up_proj."])]);
+                    assert_eq!(ours("mlp.proj"), [largest(&[".w2.", ".down_proj."])]);
+                    let of_cache =
+                        |end: &str| *numbers.iter().find(|(n, _)| of_layer(n) && n.ends_with(end)).unwrap().1;
+                    let found = floats(&format!("transformer.layers.{index}.attention.kv_cache_scaling_factor"));
+                    assert_eq!(found, [of_cache("k_scale"), of_cache("v_scale")]);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn autofp8_and_modelopts_own_file_say_the_same_in_other_words() {
+    let root = tempfile::tempdir().unwrap();
+    let read = |from: &Path, to: &str| {
+        let to = root.path().join(to);
+        convert(&options(from, to.clone(), Mapping::expert_parallel(2, 1)), &()).unwrap();
+        ["rank0.safetensors", "rank1.safetensors"].map(|name| fs::read(to.join(name)).unwrap())
+    };
+    let from = root.path().join("autofp8");
+    let edit = |config: &mut Value| {
+        config["quantization_config"] =
+            json!({ "quant_method": "fp8", "activation_scheme": "static", "kv_cache_scheme": "static" });
+    };
+    spoiled("compressed-mixtral-fp8", &from, edit, |_| {});
+    assert!(read(&from, "a") == read(&fixtures().join("compressed-mixtral-fp8"), "b"), "AutoFP8");
+
+    let from = root.path().join("modelopt");
+    let remove = |config: &mut Value| drop(config.as_object_mut().unwrap().shift_remove("quantization_config"));
+    spoiled("modelopt-mixtral-fp8", &from, remove, |_| {});
+    let keys = json!({ "quantization": { "quant_algo": "FP8", "kv_cache_quant_algo": "FP8" } });
+    fs::write(from.join("hf_quant_config.json"), keys.to_string()).unwrap();
+    assert!(read(&from, "c") == read(&fixtures().join("modelopt-mixtral-fp8"), "d"), "ModelOpt");
+}
+
+#[test]
+fn autofp8_with_dynamic_inputs_has_scales_of_tokens() {
+    let root = tempfile::tempdir().unwrap();
+    let (from, to) = (root.path().join("model"), root.path().join("checkpoint"));
+    let edit = |config: &mut Value| {
+        config["quantization_config"] = json!({ "quant_method": "fp8", "activation_scheme": "dynamic" });
+    };
+    spoiled("modelopt-mixtral-fp8", &from, edit, |tensors| tensors.retain(|name, _| !name.ends_with(".input_scale")));
+    convert(&options(&from, to.clone(), Mapping::single()), &()).unwrap();
+    let model = Checkpoint::open(&to).unwrap().config().model.clone();
+    assert_eq!(model.formats.attention.to_string(), "fp8:row:token");
+    // The scales of its cache are there, whatever the configuration says.
+    assert_eq!(model.cache, CacheFormat::Fp8);
+}
+
+#[test]
+fn the_scales_of_a_cache_may_be_one_or_missing_or_given() {
+    let root = tempfile::tempdir().unwrap();
+    let (from, to) = (root.path().join("model"), root.path().join("checkpoint"));
+    let one_for_both = |tensors: &mut BTreeMap<String, Stored>| {
+        tensors.retain(|name, _| !name.ends_with("v_scale"));
+        renamed(tensors, &[(".self_attn.k_proj.k_scale", ".self_attn.kv_scale")]);
+    };
+    spoiled("modelopt-mixtral-fp8", &from, |_| {}, one_for_both);
+    convert(&options(&from, to.clone(), Mapping::single()), &()).unwrap();
+    let scales = |to: &Path| {
+        let file = Checkpoint::open(to).unwrap().rank(Rank(0)).unwrap();
+        DType::F32.widen(file.tensor("transformer.layers.1.attention.kv_cache_scaling_factor").unwrap().bytes)
+    };
+    let expected = numbers("modelopt-mixtral-fp8")["model.layers.1.self_attn.k_proj.k_scale"];
+    assert_eq!(scales(&to), [expected; 2]);
+
+    let from = root.path().join("without");
+    spoiled(
+        "modelopt-mixtral-fp8",
+        &from,
+        |_| {},
+        |tensors| tensors.retain(|name, _| !name.contains("_proj.k_scale") && !name.contains("_proj.v_scale")),
+    );
+    let mut options = options(&from, to.clone(), Mapping::single());
+    let report = convert(&options, &()).unwrap();
+    assert!(report.warnings[0].contains("--kv-scale 1"), "{report:?}");
+    assert_eq!(Checkpoint::open(&to).unwrap().config().model.cache, CacheFormat::Plain);
+    (options.cache, options.kv_scale) = (Some(CacheFormat::Fp8), Some(1.0));
+    assert!(convert(&options, &()).unwrap().warnings.is_empty());
+    assert_eq!(scales(&to), [1.0; 2]);
 }
 
 /// A stored tensor of any type.
@@ -365,7 +518,7 @@ fn what_is_refused_says_why() {
     key("GPTQ for Marlin", gptq, "checkpoint_format", json!("marlin"));
     key("old GPTQ for Marlin", gptq, "is_marlin_format", json!(true));
     key("GPTQ in other words", gptq, "pack_dtype", json!("int16"));
-    key("a cache in fp8", compressed, "kv_cache_scheme", json!({ "num_bits": 8, "type": "float" }));
+    key("a cache of integers", compressed, "kv_cache_scheme", json!({ "num_bits": 8, "type": "int" }));
     key("sparse weights", compressed, "sparsity_config", json!({ "format": "sparse-24-bitmask" }));
     key("turned activations", compressed, "transform_config", json!({ "config_groups": { "u": {} } }));
     key("a format without groups", compressed, "config_groups", Value::Null);
@@ -424,6 +577,57 @@ fn what_is_refused_says_why() {
     });
     case("a scale that is infinite", awq, one, &|_| {}, &|tensors| {
         tensors.get_mut("model.layers.0.self_attn.k_proj.scales").unwrap().2[..2].copy_from_slice(&[0, 0x7c]);
+    });
+    let (fp8, dynamic) = ("compressed-mixtral-fp8", "compressed-mixtral-fp8-dynamic");
+    let mut of_fp8 = |title: &str, fixture: &str, at: &[&str], value: Value| {
+        let edit = |config: &mut Value| {
+            let keys = &mut config["quantization_config"];
+            *at.iter().fold(keys, |keys, key| &mut keys[*key]) = value.clone();
+        };
+        case(title, fixture, one, &edit, &|_| {});
+    };
+    let group = |key, of| ["config_groups", "group_0", key, of];
+    of_fp8("fp8 in blocks", dynamic, &group("weights", "strategy"), json!("block"));
+    of_fp8("fp8 with a scale for all tokens of a step", fp8, &group("input_activations", "dynamic"), json!(true));
+    of_fp8("fp8 with inputs in groups", dynamic, &group("input_activations", "strategy"), json!("group"));
+    of_fp8("fp8 of other bits", fp8, &group("weights", "num_bits"), json!(4));
+    of_fp8("fp8 with plain inputs", fp8, &["config_groups", "group_0", "input_activations"], Value::Null);
+    of_fp8("a cache with scales of heads", fp8, &["kv_cache_scheme", "strategy"], json!("attn_head"));
+    let auto_fp8 = |keys: Value| move |config: &mut Value| config["quantization_config"] = keys.clone();
+    let blocks = json!({ "quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128] });
+    case("DeepSeek's fp8 in blocks", fp8, one, &auto_fp8(blocks), &|_| {});
+    case(
+        "AutoFP8 of another scheme",
+        fp8,
+        one,
+        &auto_fp8(json!({ "quant_method": "fp8", "activation_scheme": "none" })),
+        &|_| {},
+    );
+    case("ModelOpt's fp4", fp8, one, &auto_fp8(json!({ "quant_method": "modelopt", "quant_algo": "NVFP4" })), &|_| {});
+    case("fbgemm's fp8", fp8, one, &auto_fp8(json!({ "quant_method": "fbgemm_fp8" })), &|_| {});
+    let modelopt = "modelopt-mixtral-fp8";
+    let number = |at: &'static str, bytes: [u8; 4]| {
+        move |tensors: &mut BTreeMap<String, Stored>| tensors.get_mut(at).unwrap().2 = bytes.to_vec()
+    };
+    let input = "model.layers.1.block_sparse_moe.experts.2.w2.input_scale";
+    case("an input's scale of 0", modelopt, one, &|_| {}, &number(input, [0; 4]));
+    let nan = f32::NAN.to_le_bytes();
+    case(
+        "a cache's scale that is no number",
+        modelopt,
+        one,
+        &|_| {},
+        &number("model.layers.0.self_attn.k_proj.k_scale", nan),
+    );
+    case("a weight that is no number", modelopt, one, &|_| {}, &|tensors| {
+        tensors.get_mut("model.layers.1.self_attn.o_proj.weight").unwrap().2[7] = 0xff;
+    });
+    case("an expert without a scale", modelopt, one, &|_| {}, &|tensors| drop(tensors.remove(input)));
+    case("a layer's cache without a scale", modelopt, one, &|_| {}, &|tensors| {
+        tensors.remove("model.layers.1.self_attn.v_proj.v_scale");
+    });
+    case("fp8 with more exponent", modelopt, one, &|_| {}, &|tensors| {
+        tensors.get_mut("model.layers.1.self_attn.o_proj.weight").unwrap().0 = Dtype::F8_E5M2;
     });
     case("ranks that cut groups", "awq-mistral", Mapping::tensor_parallel(2, 1), &|_| {}, &|_| {});
     let mut again = options(&fixtures().join(awq), PathBuf::from("checkpoint"), one);

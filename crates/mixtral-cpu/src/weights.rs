@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use mixtral_engine::{BackendError, Program, TensorSpec, Weight, WeightSource, WeightView, Weights, dummy};
-use mixtral_model::{DType, ElemType, Part, PartKind, Piece, Quantization, WeightFormat};
+use mixtral_model::{DType, ElemType, Fp8Input, Part, PartKind, Piece, Quantization, WeightFormat, fp8};
 use rayon::prelude::*;
 
 use crate::memory::{Memory, take};
@@ -30,14 +30,14 @@ impl<'a> Matrix<'a> {
     fn new(weight: &Weight, parts: &[&'a [u8]]) -> Matrix<'a> {
         let part = |index: usize| parts.get(index).copied().unwrap_or_default();
         let Weight { dtype, format, .. } = *weight;
-        let (zeros, input_scale) = if format == WeightFormat::Fp8 { (&[][..], part(2)) } else { (part(2), &[][..]) };
+        let (zeros, input_scale) = if format.is_fp8() { (&[][..], part(2)) } else { (part(2), &[][..]) };
         Matrix { dtype, format, cols: weight.cols(), bytes: part(0), scales: part(1), zeros, input_scale }
     }
 
     fn row_bytes(&self) -> usize {
         match self.format {
             WeightFormat::Plain => self.cols * self.dtype.size(),
-            WeightFormat::Fp8 => self.cols,
+            WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => self.cols,
             WeightFormat::Quantized(quantization) => quantization.row_bytes(self.cols),
         }
     }
@@ -66,17 +66,36 @@ impl<'a> Matrix<'a> {
         Matrix { bytes: cut(self.bytes), scales: cut(self.scales), zeros: cut(self.zeros), ..*self }
     }
 
-    /// The scale that divides the input of an fp8 matrix, and the product of that and the matrix's scale.
-    pub(crate) fn fp8_scales(&self) -> (f32, f32) {
-        let first = |bytes: &[u8]| bytes.first_chunk().map_or(1.0, |&b| f32::from_le_bytes(b));
-        let input = first(self.input_scale);
-        (input, input * first(self.scales))
+    /// The scale that divides an input of an fp8 matrix, of type `dtype`.
+    pub(crate) fn input_scale(&self, simd: Simd, dtype: DType, input: &[u8]) -> f32 {
+        if self.format != WeightFormat::Fp8Rows(Fp8Input::Token) {
+            return first(self.input_scale);
+        }
+        let mut values = [0.0; 128];
+        let amax = input.chunks(values.len() * dtype.size()).fold(0f32, |amax, input| {
+            let values = &mut values[..input.len() / dtype.size()];
+            simd.widen(dtype, input, values);
+            values.iter().fold(amax, |amax, x| amax.max(x.abs()))
+        });
+        fp8::scale(amax)
+    }
+
+    /// Multiplies the sums of an fp8 matrix's rows with their scales and that of the input.
+    pub(crate) fn scale_sums(&self, input_scale: f32, sums: &mut [f32]) {
+        let scales = self.scales.as_chunks().0.iter().map(|&scale| input_scale * f32::from_le_bytes(scale));
+        match self.format {
+            WeightFormat::Fp8Rows(_) => sums.iter_mut().zip(scales).for_each(|(sum, scale)| *sum *= scale),
+            _ => {
+                let scale = input_scale * first(self.scales);
+                sums.iter_mut().for_each(|sum| *sum *= scale);
+            }
+        }
     }
 
     /// How many f32 of scratch [`Matrix::decode`] needs.
     pub(crate) fn decode_scratch(&self) -> usize {
         match self.format {
-            WeightFormat::Plain | WeightFormat::Fp8 => 0,
+            WeightFormat::Plain | WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => 0,
             WeightFormat::Quantized(quantization) => 2 * quantization.groups(self.cols),
         }
     }
@@ -109,6 +128,11 @@ impl<'a> Matrix<'a> {
         let runs = ((first + 1) * len - cols.start, len);
         simd.decode(bits, &values[cols.start / bits.per_byte()..], runs, scales, zeros, out);
     }
+}
+
+/// The first f32 of some bytes.
+fn first(bytes: &[u8]) -> f32 {
+    bytes.first_chunk().map_or(1.0, |&scale| f32::from_le_bytes(scale))
 }
 
 /// Where the weights are.
@@ -221,7 +245,7 @@ fn generate(program: &Program, seed: u64, simd: Simd) -> Result<Store, BackendEr
         for part in weight.format.parts(weight.dtype, &weight.shape) {
             let (bytes, behind) = rest.split_at_mut(part.num_bytes());
             rest = behind;
-            if weight.format == WeightFormat::Fp8 && part.kind != PartKind::Values {
+            if weight.format.is_fp8() && part.kind != PartKind::Values {
                 fill_fp8_scales(weight, part.kind, bytes);
                 continue;
             }
@@ -256,8 +280,10 @@ fn fill(piece: &Piece, seed: u64, weight: &Weight, part: &Part, target: &mut [u8
                     dummy::fill_row(seed, piece, row, weight.dtype, values);
                     simd.narrow(weight.dtype, values, bytes);
                 }
-                (WeightFormat::Fp8, PartKind::Values) => dummy::fill_fp8(seed, piece, row, bytes),
-                (WeightFormat::Fp8, _) | (_, PartKind::InputScale) => {}
+                (WeightFormat::Fp8 | WeightFormat::Fp8Rows(_), PartKind::Values) => {
+                    dummy::fill_fp8(seed, piece, row, bytes)
+                }
+                (WeightFormat::Fp8 | WeightFormat::Fp8Rows(_), _) | (_, PartKind::InputScale) => {}
                 (WeightFormat::Quantized(quantization), PartKind::Values) => {
                     dummy::fill_integers(seed, piece, row, quantization, bytes);
                 }

@@ -3,7 +3,7 @@
 
 use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{Backend as _, Inspect as _, KvScale, Program, StepInputs, Weights};
-use mixtral_model::{DType, TokenId, WeightFormat};
+use mixtral_model::{DType, Fp8Input, TokenId, WeightFormat};
 use mixtral_testkit::batch::{self, PagedTokens, Part};
 use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::poison::poison;
@@ -18,8 +18,17 @@ fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> C
 
 /// The same decoder with fp8 weights and an fp8 cache.
 fn load_fp8(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
+    load_format(WeightFormat::Fp8, geometry, fused, threads, isa)
+}
+
+/// The same with scales of rows and tokens.
+fn load_fp8_rows(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
+    load_format(WeightFormat::Fp8Rows(Fp8Input::Token), geometry, fused, threads, isa)
+}
+
+fn load_format(format: WeightFormat, geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
     let mut program = decoder::program(geometry, fused);
-    decoder::quantize(&mut program, WeightFormat::Fp8);
+    decoder::quantize(&mut program, format);
     decoder::cache_in_fp8(&mut program, KvScale { key: 0.02, value: 0.01 });
     load_program(geometry, program, threads, isa)
 }
@@ -103,6 +112,7 @@ fn nothing_that_may_not_matter_changes_a_bit() {
 #[test]
 fn nothing_that_may_not_matter_changes_a_bit_of_fp8() {
     nothing_matters(load_fp8, DType::Bf16);
+    nothing_matters(load_fp8_rows, DType::F32);
 }
 
 fn nothing_matters(load: Load, dtype: DType) {

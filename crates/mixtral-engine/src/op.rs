@@ -72,8 +72,9 @@ pub enum Op {
     /// `acc[t][r] = dot(input[t], weight[r])`, then the epilogue. A weight of more than two dimensions is read as
     /// the matrix `[product of the leading ones, last]`.
     ///
-    /// With an fp8 weight of scale `w` and input scale `a`, `x = e4m3(input / a)` is multiplied with the stored numbers: a dot
-    /// for each block of 128 columns, then their sum in ascending order, then `acc = sum · (a · w)`.
+    /// With an fp8 weight of scale `w` and input scale `a`, `x = e4m3(input / a)`, a quotient in f32, is multiplied with the stored numbers: a dot
+    /// for each block of 128 columns, then their sum in ascending order, then `acc = sum · (a · w)`. In `fp8:row` formats `w` is
+    /// the row's own, and in `fp8:row:token` `a` is the token's: its largest magnitude / 448, or 1 if all of it is zero.
     Linear {
         /// Buffer `[n, K]`.
         input: String,

@@ -30,6 +30,7 @@ impl WeightRows {
         match weight.format {
             WeightFormat::Plain => Some(WeightRows::Plain(weight.dtype)),
             WeightFormat::Fp8 => Some(WeightRows::Fp8(weight.dtype)),
+            WeightFormat::Fp8Rows(_) => None,
             WeightFormat::Quantized(quantization) => matches!(quantization.group, None | Some(32 | 64 | 128))
                 .then_some(WeightRows::Quantized(weight.dtype, quantization)),
         }

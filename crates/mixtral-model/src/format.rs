@@ -86,6 +86,17 @@ pub enum WeightFormat {
     /// Floats e4m3 with one scale for each matrix. The input that is multiplied with them is rounded to e4m3 too, by a scale
     /// that is stored with the weight.
     Fp8,
+    /// The same with a scale for each row of a matrix.
+    Fp8Rows(Fp8Input),
+}
+
+/// By what the input of a matrix of [`WeightFormat::Fp8Rows`] is divided before it is rounded to e4m3.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fp8Input {
+    /// One scale for all inputs, which is stored with the weight.
+    Static,
+    /// A scale for each token: [`crate::fp8::scale`] of the largest magnitude in its row.
+    Token,
 }
 
 /// Integers that stand for floats: element k of a row is `(u[k] − z) · s`, where s and z belong to the row's group that
@@ -172,8 +183,10 @@ pub enum Precision {
     Int8,
     /// Integers of 4 bits with a scale for each group, in the model's type.
     Int4,
-    /// Floats of 8 bits, and inputs of 8 bits.
+    /// Floats of 8 bits, and inputs of 8 bits, by calibrated scales.
     Fp8,
+    /// Floats of 8 bits with a scale for each row, and inputs of 8 bits with a scale for each token.
+    Fp8Rows,
 }
 
 impl Precision {
@@ -183,6 +196,7 @@ impl Precision {
         let (bits, group, scale) = match self {
             Precision::Float => return WeightFormat::Plain,
             Precision::Fp8 => return WeightFormat::Fp8,
+            Precision::Fp8Rows => return WeightFormat::Fp8Rows(Fp8Input::Token),
             Precision::Int8 => (Bits::Eight, None, DType::F32),
             Precision::Int4 => (Bits::Four, group, dtype),
         };
@@ -272,6 +286,16 @@ impl WeightFormat {
                     Part { kind: PartKind::InputScale, elem: ElemType::F32, shape: vec![1] },
                 ];
             }
+            WeightFormat::Fp8Rows(input) => {
+                let mut parts = vec![
+                    part(PartKind::Values, ElemType::F8E4M3, None),
+                    part(PartKind::Scales, ElemType::F32, Some(1)),
+                ];
+                if input == Fp8Input::Static {
+                    parts.push(Part { kind: PartKind::InputScale, elem: ElemType::F32, shape: vec![1] });
+                }
+                return parts;
+            }
             WeightFormat::Quantized(quantization) => quantization,
         };
         let cols = shape.last().copied().unwrap_or(0);
@@ -292,11 +316,17 @@ impl WeightFormat {
         self.parts(dtype, shape).iter().fold(0, |sum, part| part.num_bytes().saturating_add(sum))
     }
 
+    /// Whether the elements are floats e4m3.
+    #[must_use]
+    pub const fn is_fp8(self) -> bool {
+        matches!(self, WeightFormat::Fp8 | WeightFormat::Fp8Rows(_))
+    }
+
     /// Whether a row may be cut before element `start`: only at the border of a group, and between two bytes.
     #[must_use]
     pub fn can_be_cut_at(self, start: usize) -> bool {
         match self {
-            WeightFormat::Plain | WeightFormat::Fp8 => true,
+            WeightFormat::Plain | WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => true,
             WeightFormat::Quantized(quantization) => {
                 start.is_multiple_of(quantization.group.unwrap_or(1).max(quantization.bits.per_byte()))
             }
@@ -304,12 +334,14 @@ impl WeightFormat {
     }
 }
 
-/// One word: `plain`, `fp8`, `int8:row:f32`, `int4:g128:bf16`, `int4:g64:f16:zeros`.
+/// One word: `plain`, `fp8`, `fp8:row:static`, `fp8:row:token`, `int8:row:f32`, `int4:g128:bf16`, `int4:g64:f16:zeros`.
 impl fmt::Display for WeightFormat {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Quantization { bits, group, zeros, scale } = match self {
             WeightFormat::Plain => return f.write_str("plain"),
             WeightFormat::Fp8 => return f.write_str("fp8"),
+            WeightFormat::Fp8Rows(Fp8Input::Static) => return f.write_str("fp8:row:static"),
+            WeightFormat::Fp8Rows(Fp8Input::Token) => return f.write_str("fp8:row:token"),
             WeightFormat::Quantized(quantization) => quantization,
         };
         f.write_str(match bits {
@@ -327,7 +359,7 @@ impl fmt::Display for WeightFormat {
 /// A text that names no format of weights.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "`{0}` is not a format of weights; expected a word as plain, fp8, int8:row:f32, int4:g128:bf16 or int4:g64:f16:zeros"
+    "`{0}` is not a format of weights; expected a word as plain, fp8, fp8:row:token, int8:row:f32, int4:g128:bf16 or int4:g64:f16:zeros"
 )]
 pub struct UnknownFormat(pub String);
 
@@ -336,10 +368,15 @@ impl FromStr for WeightFormat {
 
     fn from_str(text: &str) -> Result<Self, UnknownFormat> {
         let read = || {
+            match text {
+                "fp8" => return Some(WeightFormat::Fp8),
+                "fp8:row:static" => return Some(WeightFormat::Fp8Rows(Fp8Input::Static)),
+                "fp8:row:token" => return Some(WeightFormat::Fp8Rows(Fp8Input::Token)),
+                _ => {}
+            }
             let mut words = text.split(':');
             let bits = match words.next()? {
                 "plain" => return words.next().is_none().then_some(WeightFormat::Plain),
-                "fp8" => return words.next().is_none().then_some(WeightFormat::Fp8),
                 "int4" => Bits::Four,
                 "int8" => Bits::Eight,
                 _ => return None,
@@ -420,9 +457,17 @@ mod tests {
 
     #[test]
     fn words_are_read_back() {
-        for word in
-            ["plain", "int8:row:f32", "int4:g128:bf16", "int4:g64:f16:zeros", "int8:g32:bf16", "int4:row:f16", "fp8"]
-        {
+        for word in [
+            "plain",
+            "int8:row:f32",
+            "int4:g128:bf16",
+            "int4:g64:f16:zeros",
+            "int8:g32:bf16",
+            "int4:row:f16",
+            "fp8",
+            "fp8:row:static",
+            "fp8:row:token",
+        ] {
             let format: WeightFormat = word.parse().unwrap();
             assert_eq!(format.to_string(), word);
         }
@@ -430,6 +475,7 @@ mod tests {
             "",
             "plain:1",
             "fp8:row",
+            "fp8:row:token:",
             "int4",
             "int4:g0:f16",
             "int4:g3:f16",
@@ -452,6 +498,8 @@ mod tests {
         assert_eq!(parts("plain", &[3, 100]), ["Values bf16 [3, 100]"]);
         assert_eq!(parts("fp8", &[3, 100]), ["Values f8e4m3 [3, 100]", "Scales f32 [1]", "InputScale f32 [1]"]);
         assert_eq!(parts("fp8", &[2, 3, 100])[1..], ["Scales f32 [2, 1]", "InputScale f32 [1]"]);
+        assert_eq!(parts("fp8:row:token", &[2, 3, 100]), ["Values f8e4m3 [2, 3, 100]", "Scales f32 [2, 3, 1]"]);
+        assert_eq!(parts("fp8:row:static", &[3, 100])[1..], ["Scales f32 [3, 1]", "InputScale f32 [1]"]);
         assert_eq!(parts("int8:row:f32", &[3, 100]), ["Values u8 [3, 100]", "Scales f32 [3, 1]"]);
         assert_eq!(
             parts("int4:g64:f16:zeros", &[2, 3, 100]),

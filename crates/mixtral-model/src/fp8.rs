@@ -3,6 +3,13 @@
 /// The largest number.
 pub const MAX: f32 = 448.0;
 
+/// The scale that makes `amax` the largest number of the format. What is all zero stays so, whatever its scale.
+#[must_use]
+#[inline(always)]
+pub fn scale(amax: f32) -> f32 {
+    if amax > 0.0 { (amax / MAX).max(f32::MIN_POSITIVE) } else { 1.0 }
+}
+
 /// The magnitude of NaN.
 pub const NAN: u8 = 0x7f;
 

@@ -15,7 +15,7 @@ pub mod recipe;
 pub use config::{ConfigError, ModelConfig, ModelFamily, MoeConfig, MoeNormalization};
 pub use dtype::DType;
 pub use format::{
-    Bits, CacheFormat, ElemType, Formats, Part, PartKind, Precision, Quantization, WeightFormat, WeightOnly,
+    Bits, CacheFormat, ElemType, Formats, Fp8Input, Part, PartKind, Precision, Quantization, WeightFormat, WeightOnly,
 };
 pub use ids::{BlockId, ExpertId, LayerIdx, Rank, TokenId};
 pub use mapping::{Mapping, MappingError, RankCoords, even_split};

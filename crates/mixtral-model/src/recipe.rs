@@ -54,6 +54,12 @@ impl Recipe {
         self.shape.iter().rev().skip(1).product()
     }
 
+    /// The pieces of each matrix: of each expert, if there are experts.
+    pub fn matrices(&self) -> impl Iterator<Item = &[Piece]> {
+        let matrices = if let [experts, _, _] = self.shape[..] { experts } else { 1 };
+        self.pieces.chunks((self.pieces.len() / matrices).max(1))
+    }
+
     /// Elements of the target.
     #[must_use]
     pub fn len(&self) -> usize {

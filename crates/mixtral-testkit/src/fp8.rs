@@ -3,7 +3,7 @@
 use std::sync::LazyLock;
 
 use mixtral_engine::{KvScale, Weight, WeightSource};
-use mixtral_model::{CacheFormat, DType, WeightFormat};
+use mixtral_model::{CacheFormat, DType, Fp8Input, WeightFormat};
 
 use crate::cases::{self, Case};
 use crate::quantized;
@@ -41,20 +41,34 @@ pub fn to_bits(x: f64) -> u8 {
     u8::try_from(nearest).expect("a byte") | if x.is_sign_negative() { 0x80 } else { 0 }
 }
 
-/// `x / scale` as its nearest number.
+/// `x / scale`, a quotient in f32, as its nearest number. By scales that are no powers of two many exact quotients would lie
+/// just beside the middle of two numbers, where those in f32 lie in it.
+#[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
 pub(crate) fn round(x: f64, scale: f32) -> f64 {
-    from_bits(to_bits(x / f64::from(scale)))
+    from_bits(to_bits(f64::from(x as f32 / scale)))
 }
 
-/// What an input stands for when it is multiplied with this weight: for an fp8 weight, the number that it is rounded to, times the
-/// input's scale.
+/// What inputs, a row for each token, stand for when they are multiplied with this weight: for an fp8 weight, the numbers that they are
+/// rounded to, times their scales.
+#[expect(clippy::cast_possible_truncation, reason = "scales were f32")]
 pub(crate) fn input(weight: &Weight, source: &dyn WeightSource, x: &[f64]) -> Vec<f64> {
-    if weight.format != WeightFormat::Fp8 {
-        return x.to_vec();
-    }
-    let scale = quantized::floats(weight, source, 2)[0];
-    #[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
-    x.iter().map(|x| round(*x, scale as f32) * scale).collect()
+    let scale: &dyn Fn(&[f64]) -> f64 = match weight.format {
+        WeightFormat::Fp8 | WeightFormat::Fp8Rows(Fp8Input::Static) => &|_| quantized::floats(weight, source, 2)[0],
+        WeightFormat::Fp8Rows(Fp8Input::Token) => &|row| f64::from(token_scale(row)),
+        _ => return x.to_vec(),
+    };
+    let of_row = |row: &[f64]| {
+        let scale = scale(row);
+        row.iter().map(|x| round(*x, scale as f32) * scale).collect::<Vec<_>>()
+    };
+    x.chunks(weight.cols()).flat_map(of_row).collect()
+}
+
+/// The scale of a token's row: a rounded quotient, as the contract has it.
+#[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
+fn token_scale(x: &[f64]) -> f32 {
+    let amax = x.iter().fold(0.0, |amax, x| x.abs().max(amax)) as f32;
+    if amax == 0.0 { 1.0 } else { amax / 448.0 }
 }
 
 /// Linears and experts with fp8 weights.
@@ -64,6 +78,12 @@ pub fn linears(dtype: DType) -> Vec<Case> {
     let sizes = [(1, 144, 8), (17, 4096, 40), (65, 272, 136), (300, 400, 264), (520, 256, 136)];
     let whole = [quantized::linears(dtype, "fp8", &sizes), quantized::experts(dtype, "fp8", [144, 80])].concat();
     [quantized::cases_of(dtype, "fp8"), whole, extremes(dtype)].concat()
+}
+
+/// Linears and experts whose weights have a scale for each row. They have no kernels for GPUs.
+#[must_use]
+pub fn by_rows(dtype: DType) -> Vec<Case> {
+    quantized::cases_of(dtype, if dtype == DType::F16 { "fp8:row:static" } else { "fp8:row:token" })
 }
 
 /// Inputs that are too small or too large for e4m3, or not numbers.

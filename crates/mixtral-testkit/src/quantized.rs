@@ -38,7 +38,7 @@ impl Assembly {
     pub fn quantized(&mut self, name: &str, format: WeightFormat, shape: &[usize], scale: f32) -> String {
         let bits = match format {
             WeightFormat::Plain => panic!("{format} has no integers"),
-            WeightFormat::Fp8 => return self.fp8(name, shape, scale),
+            WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => return self.fp8(name, format, shape, scale),
             WeightFormat::Quantized(Quantization { bits, .. }) => bits,
         };
         let dtype = self.program.dtype;
@@ -63,16 +63,14 @@ impl Assembly {
         name.to_owned()
     }
 
-    /// Adds a weight of fp8. The experts have different scales.
-    fn fp8(&mut self, name: &str, shape: &[usize], scale: f32) -> String {
+    /// Adds a weight of fp8. The experts, or rows, have different scales.
+    fn fp8(&mut self, name: &str, format: WeightFormat, shape: &[usize], scale: f32) -> String {
         let dtype = self.program.dtype;
         self.declare(name, dtype, shape);
         let weight = self.program.weights.last_mut().expect("just declared");
-        weight.format = WeightFormat::Fp8;
+        weight.format = format;
         let key = dummy::key(0x7e57, name);
-        for (part, TensorSpec { name, elem, shape }) in
-            WeightFormat::Fp8.parts(dtype, shape).iter().zip(weight.tensors())
-        {
+        for (part, TensorSpec { name, elem, shape }) in format.parts(dtype, shape).iter().zip(weight.tensors()) {
             let n = shape.iter().product::<usize>() as u64;
             let byte = |index: u64| (dummy::word(key, index) & 0xff) as u8;
             let finite = |byte: u8| if byte & 0x7f == 0x7f { byte ^ 1 } else { byte };
@@ -106,7 +104,7 @@ pub fn elements(weight: &Weight, source: &dyn WeightSource) -> Vec<f64> {
         weight.tensors().iter().map(|t| source.weight(&t.name).expect("a tensor").bytes.to_vec()).collect();
     let quantization = match weight.format {
         WeightFormat::Plain => return from_bytes(weight.dtype, &parts[0]),
-        WeightFormat::Fp8 => {
+        WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => {
             let scales = floats(weight, source, 1);
             let scale = |index: usize| scales[index / (parts[0].len() / scales.len())];
             return parts[0].iter().enumerate().map(|(index, &byte)| fp8::from_bits(byte) * scale(index)).collect();

@@ -12,7 +12,7 @@ use super::{Layout, Stored};
 use crate::names::HfTensor;
 
 /// How names of quantized weights and their scales end.
-const QUANTIZED: [&str; 17] = [
+const QUANTIZED: [&str; 18] = [
     ".qweight",
     ".qzeros",
     ".scales",
@@ -27,6 +27,7 @@ const QUANTIZED: [&str; 17] = [
     ".output_scale",
     ".k_scale",
     ".v_scale",
+    ".kv_scale",
     ".activation_scale",
     ".absmax",
     ".SCB",
@@ -47,7 +48,7 @@ pub struct Misfits<'a> {
 }
 
 /// One cause that explains all misfits.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Diagnosis {
     /// Quantized weights.
     Quantized {
@@ -81,6 +82,13 @@ pub enum Diagnosis {
     Prefix {
         /// The prefix with its dot.
         prefix: String,
+    },
+    /// A scale that cannot be one.
+    Scale {
+        /// The tensor that holds it.
+        tensor: String,
+        /// What it holds.
+        found: f32,
     },
     /// All names lack a prefix, because the model was saved without its language head.
     NoPrefix {
@@ -146,6 +154,10 @@ impl std::fmt::Display for Diagnosis {
             Diagnosis::Asymmetric { tensor } => write!(
                 f,
                 "the configuration calls them symmetric (`sym`), but `{tensor}` has zeros other than 8; set `sym` to false if that is right, else download the files again"
+            ),
+            Diagnosis::Scale { tensor, found } => write!(
+                f,
+                "`{tensor}` is {found}, which is no scale of 8-bit floats; quantize the model again, and calibrate it with more text if it has experts that saw none"
             ),
             Diagnosis::UnmergedAdapter { tensor } => write!(
                 f,

@@ -6,16 +6,16 @@ use std::path::Path;
 use mixtral_checkpoint::TensorEntry;
 use mixtral_checkpoint::header::safetensors_name;
 use mixtral_checkpoint::names::part_name;
-use mixtral_model::{DType, ElemType, Formats, ModelConfig, PartKind, WeightFormat};
+use mixtral_model::{DType, ElemType, Formats, ModelConfig, PartKind, Quantization, WeightFormat};
 
 use super::config::SourceConfig;
 use super::diagnosis::{Misfits, diagnose, quantized};
 use super::files::{self, Dialect};
-use super::quantized::{Beside, MustBe, Quantized, Scheme};
+use super::quantized::{Beside, MustBe, Quantized, Scheme, StoredPart};
 use super::view::View;
 use super::{Layout, Located, Stored};
 use crate::error::ConvertError;
-use crate::names::{HfTensor, Matrix};
+use crate::names::{HfTensor, Matrix, cache_scales};
 
 /// The stored tensors by name, each with the index of its file.
 pub type Entries = HashMap<String, (usize, TensorEntry)>;
@@ -44,6 +44,8 @@ pub struct Found {
     pub tensors: HashMap<String, Located>,
     /// Tensors whose elements must be something, by their names.
     pub to_check: Vec<(String, MustBe)>,
+    /// Stored tensors that are one number, by the names that a checkpoint would give them, or by transformers' for scales of caches.
+    pub numbers: HashMap<String, String>,
 }
 
 impl Form {
@@ -72,29 +74,31 @@ impl Form {
         }
         let find = |suffix: &str| stored.get(&format!("{linear}.{suffix}")).map(|(_, entry)| entry);
         let fits = |scheme: &&Scheme| {
-            let parts = scheme.packing.parts(scheme, shape);
-            parts.iter().all(|part| find(part.suffix).is_some_and(|entry| entry.shape == part.shape))
+            let parts = scheme.parts(shape);
+            parts.iter().all(|part| find(part.suffix).is_some_and(|entry| is_shape(&part.shape, &entry.shape)))
         };
-        // If none fits, the first says what is expected.
-        let scheme = *self.schemes.iter().find(fits).or(self.schemes.first())?;
-        let parts = scheme.packing.parts(&scheme, shape);
+        // The first of those that explain most tensors. If none fits, the first says what is expected.
+        let fitting = self.schemes.iter().rev().filter(fits).max_by_key(|scheme| scheme.parts(shape).len());
+        let scheme = fitting.or(self.schemes.first())?.clone();
+        let parts = scheme.parts(shape);
         let scales = parts.iter().find(|part| part.kind == PartKind::Scales).and_then(|part| find(part.suffix));
-        Some(Quantized { scheme, scale: scales.and_then(TensorEntry::float).unwrap_or(DType::F16) })
+        let format = scheme.format(scales.and_then(TensorEntry::float).unwrap_or(DType::F16));
+        Some(Quantized { scheme, format })
     }
 
     /// The formats of the checkpoint's weights.
     pub fn formats(&self) -> Formats {
-        let format = |of: &Option<Quantized>| of.as_ref().map_or(WeightFormat::Plain, Quantized::format);
+        let format = |of: &Option<Quantized>| of.as_ref().map_or(WeightFormat::Plain, |of| of.format);
         Formats { attention: format(&self.attention), feed_forward: format(&self.feed_forward) }
     }
 
-    /// For messages and the report.
-    pub fn name(&self) -> String {
+    /// For messages and the report. `formats` are those of the checkpoint.
+    pub fn name(&self, formats: Formats) -> String {
         let mut name = self.layout.name().to_owned();
-        let Some(of) = self.attention.or(self.feed_forward) else { return name };
-        let Formats { attention, feed_forward } = self.formats();
+        let Some(of) = self.attention.as_ref().or(self.feed_forward.as_ref()) else { return name };
+        let Formats { attention, feed_forward } = formats;
         name += ", quantized by ";
-        name += of.scheme.packing.name();
+        name += of.scheme.name();
         name += &match attention == feed_forward {
             true => format!(": {attention}"),
             false => format!(": attention {attention}, feed-forward {feed_forward}"),
@@ -124,22 +128,30 @@ impl Form {
             // A linear, and the first of its part.
             let (quantized, first) = match tensor {
                 HfTensor::Query(_) | HfTensor::Key(_) | HfTensor::Value(_) | HfTensor::Output(_) => {
-                    (self.attention, Some(query))
+                    (self.attention.as_ref(), Some(query))
                 }
-                HfTensor::Expert { .. } | HfTensor::Mlp { .. } => (self.feed_forward, Some(gate)),
+                HfTensor::Expert { .. } | HfTensor::Mlp { .. } => (self.feed_forward.as_ref(), Some(gate)),
                 _ => (None, None),
             };
             let (name, linear) = (tensor.to_string(), self.linear(model, tensor));
             if let Some(names) = self.unlike(model, tensor, quantized.is_some(), stored) {
                 let first = first.map(|first| self.linear(model, first));
                 search.unlike(names, &linear, first.as_deref(), quantized.is_some());
-            } else if let Some(Quantized { scheme, scale }) = quantized {
-                for part in scheme.packing.parts(&scheme, tensor.matrix_shape(model)) {
-                    let at = Stored { name: format!("{linear}.{}", part.suffix), shape: part.shape, view: part.view };
-                    let dtype = part.dtype.unwrap_or(safetensors_name(scale.into()));
-                    search.take(part_name(&name, part.kind), at.name.clone(), at, Some(dtype));
+            } else if let Some(Quantized { scheme, format }) = quantized {
+                for StoredPart { kind, suffix, dtype, shape, view } in scheme.parts(tensor.matrix_shape(model)) {
+                    let (key, stored) = (part_name(&name, kind), format!("{linear}.{suffix}"));
+                    let Some(view) = view else {
+                        search.number(key, stored);
+                        continue;
+                    };
+                    let dtype = dtype.or(if let WeightFormat::Quantized(Quantization { scale, .. }) = *format {
+                        Some(safetensors_name(scale.into()))
+                    } else {
+                        None
+                    });
+                    search.take(key, stored.clone(), Stored { name: stored, shape, view }, dtype);
                 }
-                for beside in scheme.packing.beside(&scheme, tensor.matrix_shape(model)) {
+                for beside in scheme.beside(tensor.matrix_shape(model)) {
                     search.check(format!("{linear}.{}", beside.suffix), &beside);
                 }
             } else {
@@ -149,6 +161,9 @@ impl Form {
                 };
                 search.take(name.clone(), name, at, None);
             }
+        }
+        if self.dialect == Dialect::HuggingFace {
+            search.cache_scales(model.num_layers);
         }
         let Search { found, mut problems, mut misfits, seen, .. } = search;
         misfits.extra = stored.keys().map(String::as_str).filter(|n| !seen.contains(*n) && !is_harmless(n)).collect();
@@ -164,15 +179,20 @@ impl Form {
         if let Some(diagnosis) = diagnosis {
             return Err(ConvertError::Diagnosed { dir, diagnosis: Box::new(diagnosis) });
         }
-        Err(ConvertError::Tensors { dir, config: self.dialect.config_file(), layout: self.name(), problems })
+        Err(ConvertError::Tensors {
+            dir,
+            config: self.dialect.config_file(),
+            layout: self.name(self.formats()),
+            problems,
+        })
     }
 
     /// The names of the tensors of a linear that is plain and should be quantized, or the other way round.
     fn unlike(&self, model: &ModelConfig, tensor: HfTensor, quantized: bool, stored: &Entries) -> Option<Vec<String>> {
         let (shape, linear) = (tensor.matrix_shape(model), self.linear(model, tensor));
         let suffixes = self.schemes.iter().flat_map(|scheme| {
-            let parts = scheme.packing.parts(scheme, shape).into_iter().map(|part| part.suffix);
-            parts.chain(scheme.packing.beside(scheme, shape).into_iter().map(|beside| beside.suffix))
+            let parts = scheme.parts(shape).into_iter().map(|part| part.suffix);
+            parts.chain(scheme.beside(shape).into_iter().map(|beside| beside.suffix))
         });
         let names = suffixes.chain(["weight"]).map(|suffix| format!("{linear}.{suffix}"));
         let names: Vec<String> = names.filter(|name| stored.contains_key(name)).collect();
@@ -204,12 +224,14 @@ impl<'a> Search<'a> {
         let entry = self.stored.get(&stored);
         let problem = match entry {
             None => format!("missing, expected shape {shape:?}"),
-            Some((_, entry)) if entry.shape != shape => format!("expected shape {shape:?}, found {:?}", entry.shape),
+            Some((_, entry)) if !is_shape(&shape, &entry.shape) => {
+                format!("expected shape {shape:?}, found {:?}", entry.shape)
+            }
             Some((_, entry)) if dtype.map_or(entry.float().is_none(), |dtype| dtype != entry.dtype) => {
                 format!("expected type {}, found {}", dtype.unwrap_or("F32, F16 or BF16"), entry.dtype)
             }
             Some((file, entry)) => {
-                self.found.tensors.insert(key, located(name, *file, entry, view));
+                self.found.tensors.insert(key, located(name, *file, entry, &shape, view));
                 self.seen.insert(stored);
                 return;
             }
@@ -218,6 +240,36 @@ impl<'a> Search<'a> {
         if self.seen.insert(stored.clone()) {
             self.problems.push(format!("  `{stored}`: {problem}"));
             if entry.is_some() { &mut self.misfits.wrong } else { &mut self.misfits.missing }.push(stored);
+        }
+    }
+
+    /// Takes the one number of the tensor `stored`, which is a float of any type.
+    fn number(&mut self, key: String, stored: String) {
+        let problem = match self.stored.get(&stored) {
+            None => "missing, expected one number".to_owned(),
+            Some((_, entry)) if entry.float().is_none() || entry.shape.iter().product::<usize>() != 1 => {
+                format!("expected one number (F32, F16 or BF16), found {} {:?}", entry.dtype, entry.shape)
+            }
+            Some(_) => {
+                self.seen.insert(stored.clone());
+                self.found.numbers.insert(key, stored);
+                return;
+            }
+        };
+        self.problems.push(format!("  `{stored}`: {problem}"));
+        self.seen.insert(stored);
+    }
+
+    /// Takes the scales of keys and values, those of an e4m3 cache. All layers have them, or none has.
+    fn cache_scales(&mut self, num_layers: usize) {
+        let all: Vec<[String; 4]> = (0..num_layers).flat_map(cache_scales).collect();
+        let find = |spellings: &[String; 4]| spellings.iter().find(|name| self.stored.contains_key(*name)).cloned();
+        let found: Vec<Option<String>> = all.iter().map(find).collect();
+        if found.iter().any(Option::is_some) {
+            for (spellings, name) in all.into_iter().zip(found) {
+                let key = spellings[0].clone();
+                self.number(key.clone(), name.unwrap_or(key));
+            }
         }
     }
 
@@ -249,10 +301,15 @@ impl<'a> Search<'a> {
     }
 }
 
-fn located(name: String, file: usize, entry: &TensorEntry, view: View) -> Located {
-    let elem = entry.float().map_or(ElemType::U8, ElemType::from);
+/// Whether a stored tensor has the shape `expected`, whose last dimension may be left out if it is one.
+fn is_shape(expected: &[usize], found: &[usize]) -> bool {
+    expected == found || matches!(expected, [rows @ .., 1] if rows == found)
+}
+
+fn located(name: String, file: usize, entry: &TensorEntry, shape: &[usize], view: View) -> Located {
+    let elem = entry.elem().filter(|elem| elem.float().is_some() || *elem == ElemType::F8E4M3).unwrap_or(ElemType::U8);
     let mut located = Located { name, file, elem, start: entry.start, stored_cols: 1, view };
-    let rows: usize = entry.shape.iter().rev().skip(1).product();
+    let rows: usize = shape.iter().rev().skip(1).product();
     // The header's check has shown that the file has so many bytes.
     let row_bytes = usize::try_from(entry.num_bytes()).expect("a file that is addressed") / rows.max(1);
     located.stored_cols = row_bytes / located.stored_size();

@@ -8,6 +8,7 @@ pub mod fused;
 pub mod locate;
 pub mod per_expert;
 pub mod quantized;
+mod scales;
 pub mod view;
 
 use std::collections::HashMap;
@@ -17,15 +18,16 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use mixtral_checkpoint::{Header, TensorEntry};
-use mixtral_model::{DType, ElemType, Formats, ModelConfig};
+use mixtral_model::{CacheFormat, DType, ElemType, Formats, ModelConfig};
 
 use crate::error::ConvertError;
 use crate::names::HfTensor;
 use config::SourceConfig;
 use diagnosis::{Diagnosis, is_quantized};
 use files::Dialect;
-use locate::{Entries, Form, Found};
-use quantized::MustBe;
+use locate::{Entries, Form};
+use quantized::{Description, MustBe};
+use scales::Scales;
 use view::View;
 
 /// Where a layout keeps a tensor.
@@ -76,6 +78,10 @@ pub struct Source {
     pub tied: bool,
     /// How the weights are laid out and quantized.
     pub layout: String,
+    /// The scales of each layer's keys and values, if the model has them for a cache in e4m3.
+    pub cache_scales: Option<Vec<[f32; 2]>>,
+    /// What the user should know about the source.
+    pub warnings: Vec<String>,
     /// The weight files.
     pub files: Vec<(PathBuf, File)>,
     /// The model's tensors by transformers 4's names. Parts of quantized linears have the names that a checkpoint would
@@ -110,26 +116,38 @@ impl Source {
         }
         let layout = choose_layout(dialect, &stored);
         let tied = is_tied(&config, layout, &stored);
-        let mut schemes = Vec::new();
+        let mut described = Description::default();
         if stored.values().any(|(_, entry)| is_quantized(entry)) && dialect == Dialect::HuggingFace {
-            schemes = quantized::schemes(&config.path)?;
+            described = quantized::describe(&config.path)?;
         } else if let Some(method) = &config.quantization {
             log::warn!(
                 "{} says that the weights are quantized by {method}, but all of them are plain floats; they are converted as they are",
                 config.path.display()
             );
         }
-        let form = Form::new(dialect, layout, tied, &config.model, schemes, &stored);
-        let Found { tensors, to_check } = form.locate(dir, &config, &stored)?;
-        for (name, must_be) in to_check {
+        let form = Form::new(dialect, layout, tied, &config.model, described.schemes, &stored);
+        let mut found = form.locate(dir, &config, &stored)?;
+        for (name, must_be) in std::mem::take(&mut found.to_check) {
             let (file, entry) = &stored[&name];
             check(&files[*file], entry, must_be, dir)?;
         }
-        config.model.formats = form.formats();
+        let scales = Scales::read(dir, &files, &stored, &found)?;
+        config.model.formats = scales.formats(&config.model, form.formats());
+        let layout = form.name(config.model.formats);
+        let cache_scales = scales.of_caches(&config.model);
+        let mut warnings = Vec::new();
+        if described.cache == CacheFormat::Fp8 && cache_scales.is_none() {
+            warnings.push(format!(
+                "{} says that the cache is fp8, but the weights have no scales for it, so it is not; --kv-cache-dtype fp8 --kv-scale 1 makes it fp8 with scales of 1",
+                config.path.display()
+            ));
+        }
+        let mut tensors = found.tensors;
+        tensors.extend(scales.located(&config.model));
         let sizes = || stored.values().map(|(_, entry)| entry.num_bytes());
         let (num_bytes, largest_tensor) = (sizes().sum(), sizes().max().unwrap_or(0));
-        let (dir, layout) = (dir.to_owned(), form.name());
-        Ok(Source { dir, config, tied, layout, files, tensors, num_bytes, largest_tensor })
+        let dir = dir.to_owned();
+        Ok(Source { dir, config, tied, layout, cache_scales, warnings, files, tensors, num_bytes, largest_tensor })
     }
 
     /// Whether linears are quantized.

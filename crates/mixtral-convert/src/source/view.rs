@@ -34,6 +34,8 @@ pub enum View {
     Packed(Words),
     /// Bytes that are stored less 128, as signed ones.
     Signed,
+    /// Every element is the f32 with these bytes, which was read when the source was opened.
+    Number([u8; 4]),
 }
 
 /// Row segments of at least this many bytes are read one by one. Shorter ones are cut out of whole rows.
@@ -51,7 +53,7 @@ impl Located {
     #[must_use]
     pub fn chunk_bytes(&self) -> usize {
         match self.view {
-            View::Rows { .. } | View::Interleaved { .. } | View::Signed => 1 << 19,
+            View::Rows { .. } | View::Interleaved { .. } | View::Signed | View::Number(_) => 1 << 19,
             View::Transposed { .. } | View::Packed(_) => 1 << 24,
         }
     }
@@ -94,6 +96,10 @@ impl Located {
             View::Signed => {
                 self.read_rows(file, rows, cols, out, scratch)?;
                 out.iter_mut().for_each(|byte| *byte ^= 128);
+                Ok(())
+            }
+            View::Number(bytes) => {
+                out.as_chunks_mut().0.fill(bytes);
                 Ok(())
             }
         }

@@ -55,7 +55,7 @@ impl Workspace {
 
 /// Columns of a block of K of a matrix of this format.
 fn depth(format: WeightFormat) -> usize {
-    if format == WeightFormat::Fp8 { FP8_DEPTH } else { DEPTH }
+    if format.is_fp8() { FP8_DEPTH } else { DEPTH }
 }
 
 /// For each token i: `acc[r] = dot(inputs[i], weight[r])` for all rows, then `finish(acc, outs[i], scratch)`. `finish`
@@ -84,10 +84,16 @@ pub(crate) fn linear(
         work.acc.reserve_floats(n * rows.next_multiple_of(task_rows))?;
         let x = &mut work.x.floats_mut()[..n * padded];
         let acc = &mut work.acc.floats_mut()[..n * rows.next_multiple_of(task_rows)];
+        let mut scales = [1.0; TOKENS];
+        if weight.format.is_fp8() {
+            let of_input = |input: &&[u8]| weight.input_scale(workers.simd, workers.dtype, input);
+            scales.iter_mut().zip(inputs).for_each(|(scale, input)| *scale = of_input(input));
+        }
+        let scales = &scales[..n];
         if streamed {
-            widen_inputs(workers, inputs, weight, x);
+            widen_inputs(workers, inputs, weight, scales, x);
         } else {
-            pack_inputs(workers, inputs, weight, x);
+            pack_inputs(workers, inputs, weight, scales, x);
         }
         let x = &*x;
         workers.for_chunks(acc, task_rows * n, rows * padded * n, |task, acc| {
@@ -105,9 +111,8 @@ pub(crate) fn linear(
                 for (task, row) in row.chunks_mut(task_rows).enumerate() {
                     row.copy_from_slice(&acc[(task * n + i) * task_rows..][..row.len()]);
                 }
-                if weight.format == WeightFormat::Fp8 {
-                    let (_, scale) = weight.fp8_scales();
-                    row.iter_mut().for_each(|x| *x *= scale);
+                if weight.format.is_fp8() {
+                    weight.scale_sums(scales[i], row);
                 }
                 finish(row, out, extra);
             });
@@ -122,17 +127,17 @@ pub(crate) fn linear(
 }
 
 /// Fills `x[token][column]` with widened inputs. Rows are padded with −0, which changes no accumulator.
-fn widen_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, x: &mut [f32]) {
+fn widen_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, scales: &[f32], x: &mut [f32]) {
     let cols = weight.cols;
     let padded = cols.next_multiple_of(LANES);
     workers.for_chunks(x, padded, inputs.len() * padded, |token, x| {
-        widen(workers, inputs[token], weight, &mut x[..cols]);
+        widen(workers, inputs[token], weight, scales[token], &mut x[..cols]);
         x[cols..].fill(-0.0);
     });
 }
 
 /// The same, but packed, one block of K after another.
-fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, x: &mut [f32]) {
+fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, scales: &[f32], x: &mut [f32]) {
     let (n, cols, size, block_depth) = (inputs.len(), weight.cols, workers.dtype.size(), depth(weight.format));
     let padded = cols.next_multiple_of(LANES);
     workers.for_chunks(x, n * block_depth, n * padded, |block, x| {
@@ -140,10 +145,10 @@ fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, x: &
         let (end, depth) = ((start + block_depth).min(cols), block_depth.min(padded - start));
         for (token, input) in inputs.iter().enumerate() {
             let input = &input[start * size..end * size];
-            if weight.format == WeightFormat::Fp8 {
+            if weight.format.is_fp8() {
                 let mut rounded = [0.0; FP8_DEPTH];
                 let rounded = &mut rounded[..end - start];
-                widen(workers, input, weight, rounded);
+                widen(workers, input, weight, scales[token], rounded);
                 workers.simd.pack_column(DType::F32, bytemuck::cast_slice(rounded), token, n, depth, x);
             } else {
                 workers.simd.pack_column(workers.dtype, input, token, n, depth, x);
@@ -153,10 +158,9 @@ fn pack_inputs(workers: &Workers<'_>, inputs: &[&[u8]], weight: Matrix<'_>, x: &
 }
 
 /// Widens inputs of a matrix. Those of an fp8 matrix are rounded to e4m3: `x = e4m3(x / scale)`.
-fn widen(workers: &Workers<'_>, input: &[u8], weight: Matrix<'_>, x: &mut [f32]) {
+fn widen(workers: &Workers<'_>, input: &[u8], weight: Matrix<'_>, scale: f32, x: &mut [f32]) {
     workers.simd.widen(workers.dtype, input, x);
-    if weight.format == WeightFormat::Fp8 {
-        let (scale, _) = weight.fp8_scales();
+    if weight.format.is_fp8() {
         x.iter_mut().for_each(|x| *x = fp8::round(*x / scale));
     }
 }
@@ -169,7 +173,7 @@ fn stream(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mu
     if rows.format == WeightFormat::Plain {
         return simd.stream(rows.dtype, rows.bytes, cols, x, padded, n, out, stride);
     }
-    let depth = if rows.format == WeightFormat::Fp8 { FP8_DEPTH } else { cols };
+    let depth = if rows.format.is_fp8() { FP8_DEPTH } else { cols };
     workers.with_scratch(|mut scratch| {
         let decoded = take(&mut scratch, DECODED_ROWS * cols);
         for first in (0..rows.num_rows()).step_by(DECODED_ROWS) {
@@ -207,7 +211,7 @@ fn decode(
 ) {
     match rows.format {
         WeightFormat::Plain => {}
-        WeightFormat::Fp8 => {
+        WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => {
             let bytes = &rows.bytes[row * rows.cols..][cols];
             out.iter_mut().zip(bytes).for_each(|(out, &byte)| *out = fp8::from_bits(byte));
         }
@@ -238,7 +242,7 @@ fn block(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut
         }
         // Rows behind the last one hold old data; their accumulators are not read.
         workers.simd.block(w, tile_rows, &x[start * n..][..n * depth], n, depth, acc);
-        if rows.format == WeightFormat::Fp8 {
+        if rows.format.is_fp8() {
             for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
                 let mut sums = [0.0; ROWS];
                 workers.simd.reduce(acc, &mut sums[..num_rows]);
@@ -252,7 +256,7 @@ fn block(workers: &Workers<'_>, rows: Matrix<'_>, x: &[f32], n: usize, out: &mut
             acc.fill(0.0);
         }
     }
-    if rows.format != WeightFormat::Fp8 {
+    if !rows.format.is_fp8() {
         for (acc, out) in acc.chunks_exact(tile_rows * LANES).zip(out.chunks_exact_mut(ROWS)) {
             workers.simd.reduce(acc, &mut out[..num_rows]);
         }

@@ -22,6 +22,8 @@ pub(crate) fn fills_of(weight: &Weight) -> Vec<Fill> {
     match weight.format {
         WeightFormat::Plain => vec![Fill::Elements(weight.dtype)],
         WeightFormat::Fp8 => vec![Fill::Fp8, Fill::Elements(DType::F32)],
+        // No operation has kernels for it.
+        WeightFormat::Fp8Rows(_) => Vec::new(),
         WeightFormat::Quantized(Quantization { bits, scale, zeros, .. }) => {
             let zeros = zeros.then_some(Fill::Zeros(number(bits)));
             [Fill::Integers(number(bits)), Fill::Scales(scale)].into_iter().chain(zeros).collect()
@@ -176,7 +178,7 @@ impl Target<'_> {
         let Target { weight, piece, rows, out, seed } = self;
         let quantization = match weight.format {
             WeightFormat::Quantized(quantization) => Some(quantization),
-            WeightFormat::Plain | WeightFormat::Fp8 => None,
+            WeightFormat::Plain | WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => None,
         };
         // Scales and zeros have a column for each group.
         let grouped = quantization.filter(|_| matches!(fill, Fill::Scales(_) | Fill::Zeros(_)));

@@ -8,6 +8,7 @@ use mixtral_model::{CacheFormat, DType, MoeNormalization, Precision};
 
 use super::calibration::{Calibration, CalibrationArgs};
 use super::geometry::GeometryArgs;
+use super::numbers::positive;
 use super::parallel::ParallelArgs;
 use super::weight_only::WeightOnlyArgs;
 use super::{Usage, dtype_or_auto, numbers, usage};
@@ -61,12 +62,20 @@ pub struct ConvertArgs {
     /// Quantize the matrices: to --weight-only-precision, int8 if it is not given
     #[arg(help_heading = QUANTIZATION, long)]
     pub use_weight_only: bool,
-    /// The same by the old quantize.py's words: full_prec, int8_wo, int4_wo, or fp8 (weights and activations; calibrated)
+    /// The same by the old quantize.py's words: full_prec, int8_wo, int4_wo, fp8 (weights and activations; calibrated), or fp8_pc_pt (a
+    /// scale for each row and each token)
     #[arg(help_heading = QUANTIZATION, long, value_name = "FORMAT", value_parser = qformat)]
     pub qformat: Option<Precision>,
-    /// Keys and values in the cache: auto (the model's type), or fp8 (calibrated) [default: auto]
-    #[arg(help_heading = QUANTIZATION, long, value_name = "auto|fp8", value_parser = cache_format)]
-    pub kv_cache_dtype: Option<CacheFormat>,
+    /// The same as --qformat fp8_pc_pt
+    #[arg(help_heading = QUANTIZATION, long)]
+    pub use_fp8_rowwise: bool,
+    /// Keys and values in the cache: float (the model's type), fp8 (calibrated), or auto (fp8 if the model has scales
+    /// for it) [default: auto]
+    #[arg(help_heading = QUANTIZATION, long, value_name = "auto|fp8|float", value_parser = cache_format)]
+    pub kv_cache_dtype: Option<Cache>,
+    /// The scale of keys and values in an fp8 cache, in place of calibrated ones (1 is usual)
+    #[arg(help_heading = QUANTIZATION, long, value_parser = positive)]
+    pub kv_scale: Option<f32>,
     #[command(flatten)]
     pub weight_only: WeightOnlyArgs,
     #[command(flatten)]
@@ -82,21 +91,26 @@ fn qformat(text: &str) -> Result<Precision, String> {
         "int8_wo" => Ok(Precision::Int8),
         "int4_wo" => Ok(Precision::Int4),
         "fp8" => Ok(Precision::Fp8),
+        "fp8_pc_pt" => Ok(Precision::Fp8Rows),
         "int4_awq" => Err(format!("{text} is not made here; use int4_wo with --calib-data, which calibrates too")),
         "int8_sq" | "w4a8_awq" | "nvfp4" => {
             Err(format!("this version does not have {text}; use fp8, int4_wo, int8_wo or full_prec"))
         }
-        _ => Err("expected fp8, int8_wo, int4_wo or full_prec".to_owned()),
+        _ => Err("expected fp8, fp8_pc_pt, int8_wo, int4_wo or full_prec".to_owned()),
     }
 }
 
-/// `--kv-cache-dtype`.
-fn cache_format(text: &str) -> Result<CacheFormat, String> {
+/// `--kv-cache-dtype`: a format, or the one that the model's scales ask for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cache(Option<CacheFormat>);
+
+fn cache_format(text: &str) -> Result<Cache, String> {
     match text {
-        "auto" => Ok(CacheFormat::Plain),
-        "fp8" => Ok(CacheFormat::Fp8),
+        "auto" => Ok(Cache(None)),
+        "float" => Ok(Cache(Some(CacheFormat::Plain))),
+        "fp8" => Ok(Cache(Some(CacheFormat::Fp8))),
         "int8" => Err("this version has no int8 cache; use fp8, which is as small, or auto".to_owned()),
-        _ => Err("expected auto or fp8".to_owned()),
+        _ => Err("expected auto, fp8 or float".to_owned()),
     }
 }
 
@@ -125,13 +139,15 @@ impl ConvertArgs {
         };
         let named = self.weight_only.weight_only_precision;
         let by_flag = self.use_weight_only.then(|| named.unwrap_or(Precision::Int8));
-        let precision = match (by_flag, self.qformat) {
-            (Some(a), Some(b)) if a != b => {
-                usage!("--use-weight-only and --qformat ask for different formats; leave one out")
-            }
-            (Some(precision), _) | (None, Some(precision)) => Some(precision).filter(|&p| p != Precision::Float),
-            (None, None) => None,
-        };
+        let by_rows = self.use_fp8_rowwise.then_some(Precision::Fp8Rows);
+        let mut asked = [by_flag, self.qformat, by_rows].into_iter().flatten();
+        let precision = asked.next();
+        if asked.any(|other| Some(other) != precision) {
+            usage!(
+                "--use-weight-only, --qformat and --use-fp8-rowwise ask for different formats; leave out all but one"
+            )
+        }
+        let precision = precision.filter(|&precision| precision != Precision::Float);
         if named.is_some() && precision.is_none() {
             say::warning("--weight-only-precision changes nothing without --use-weight-only");
         }
@@ -142,7 +158,12 @@ impl ConvertArgs {
         let mut convert = mixtral_convert::ConvertOptions::new(input, self.output_dir);
         convert.dtype = dtype;
         convert.weight_only = self.weight_only.weight_only(precision)?;
-        convert.cache = self.kv_cache_dtype.unwrap_or_default();
+        convert.cache = self.kv_cache_dtype.and_then(|Cache(format)| format);
+        convert.kv_scale = self.kv_scale;
+        let has_small_cache = convert.cache == Some(CacheFormat::Fp8);
+        if self.kv_scale.is_some() && convert.cache == Some(CacheFormat::Plain) {
+            say::warning("--kv-scale changes nothing, because the cache is not fp8");
+        }
         convert.mapping = mapping;
         convert.normalization = normalization;
         convert.use_parallel_embedding = self.use_parallel_embedding;
@@ -156,7 +177,7 @@ impl ConvertArgs {
         }
         let has =
             |precision| convert.weight_only.is_some_and(|to| [to.attention, to.feed_forward].contains(&precision));
-        let calibration = if has(Precision::Fp8) || !convert.cache.is_plain() {
+        let calibration = if has(Precision::Fp8) || has_small_cache && self.kv_scale.is_none() {
             Calibration::Needed
         } else if has(Precision::Int4) {
             Calibration::OfUse

@@ -58,6 +58,7 @@ const FLAGS: &[(&str, &str, Takes)] = &[
     ("convert", "moe-normalization-mode", Whole(0, 1)),
     ("convert", "embedding-sharding-dim", Whole(0, 1)),
     ("convert", "workers", THREADS),
+    ("convert", "kv-scale", Positive),
     ("convert", "calib-size", SEQUENCES),
     ("convert", "calib-max-seq-length", TOKENS),
     ("convert", "batch-size", SEQUENCES),

@@ -70,7 +70,10 @@ impl WeightOnlyArgs {
         };
         // Attention is a tenth of the bytes that a token of Mixtral 8x7B needs, and its rounding costs more than a tenth of the loss.
         // Rounding to fp8 costs little.
-        let usual = if feed_forward == Precision::Fp8 { Precision::Fp8 } else { Precision::Int8 };
+        let usual = match feed_forward {
+            Precision::Fp8 | Precision::Fp8Rows => feed_forward,
+            _ => Precision::Int8,
+        };
         let attention = self.attention_precision.unwrap_or(usual);
         if self.group_size.is_some() && feed_forward != Precision::Int4 && attention != Precision::Int4 {
             usage!("--group-size is for int4, and int8 has a scale for each row; leave it out, or quantize to int4");

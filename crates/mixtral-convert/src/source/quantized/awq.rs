@@ -1,16 +1,20 @@
 //! AutoAWQ's gemm: 4 bits, always with zeros. Words run along the outputs, in an order of their own.
 
+use std::sync::Arc;
+
 use mixtral_checkpoint::KeyError;
 use mixtral_checkpoint::keys::Keys;
-use mixtral_model::{Bits, PartKind};
+use mixtral_model::{Bits, DType, PartKind, Quantization, WeightFormat};
 
 use super::words::{AWQ_ORDER, Words};
-use super::{Packing, Scheme, StoredPart, group_size};
+use super::{Packing, Scheme, StoredPart, group_size, groups};
 use crate::source::view::View;
 
 /// `qweight` i32 `[inputs, outputs / 8]`, `scales` `[groups, outputs]`, `qzeros` i32 `[groups, outputs / 8]`.
 #[derive(Debug)]
-struct Gemm;
+struct Gemm {
+    group: Option<usize>,
+}
 
 /// What `quantization_config` says, or the `quant_config.json` of older versions.
 pub(super) fn scheme(keys: Keys<'_>) -> Result<Scheme, KeyError> {
@@ -26,7 +30,7 @@ pub(super) fn scheme(keys: Keys<'_>) -> Result<Scheme, KeyError> {
         return Err(keys.unsupported("zero_point", "true", found));
     }
     let group = group_size(keys, &["group_size", "q_group_size"], Some(128))?;
-    Ok(Scheme { packing: &Gemm, bits: Bits::Four, group, zeros: true })
+    Ok(Arc::new(Gemm { group }))
 }
 
 impl Packing for Gemm {
@@ -34,8 +38,12 @@ impl Packing for Gemm {
         "AutoAWQ"
     }
 
-    fn parts(&self, scheme: &Scheme, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
-        let groups = scheme.groups(inputs);
+    fn format(&self, scale: DType) -> WeightFormat {
+        WeightFormat::Quantized(Quantization { bits: Bits::Four, group: self.group, zeros: true, scale })
+    }
+
+    fn parts(&self, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
+        let groups = groups(self.group, inputs);
         vec![
             // Eight inputs are unpacked at a time. Groups are multiples of 8, and so are inputs.
             StoredPart::new(

@@ -4,18 +4,22 @@
 //! one. A model that was quantized in the order of activations has an index of groups. If groups of inputs are not
 //! neighbours there, its layers would need their inputs in another order, and it is not read.
 
+use std::sync::Arc;
+
 use mixtral_checkpoint::KeyError;
 use mixtral_checkpoint::keys::Keys;
-use mixtral_model::{Bits, PartKind};
+use mixtral_model::{Bits, DType, PartKind, Quantization, WeightFormat};
 
 use super::words::{ORDER, Words};
-use super::{Beside, MustBe, Packing, Scheme, StoredPart, group_size};
+use super::{Beside, MustBe, Packing, Scheme, StoredPart, group_size, groups};
 use crate::source::view::View;
 
 /// `qweight` i32 `[inputs / 8, outputs]`, `scales` `[groups, outputs]`, `qzeros` i32 `[groups, outputs / 8]`, `g_idx` i32
 /// `[inputs]`.
 #[derive(Debug)]
 struct Gptq {
+    group: Option<usize>,
+    zeros: bool,
     /// Whether zeros are stored less one.
     less_one: bool,
 }
@@ -36,13 +40,13 @@ pub(super) fn scheme(keys: Keys<'_>) -> Result<Scheme, KeyError> {
     keys.one_of("pack_dtype", &["int32"], "int32")?;
     let form = keys.text("checkpoint_format")?.or(keys.text("format")?);
     let symmetric = if keys.contains("sym") { keys.flag("sym")? } else { true };
-    let packing: &Gptq = if form == Some("gptq_v2") { &Gptq { less_one: false } } else { &Gptq { less_one: true } };
-    if packing.less_one && !symmetric && !is_gptqmodel(keys)? {
+    let less_one = form != Some("gptq_v2");
+    if less_one && !symmetric && !is_gptqmodel(keys)? {
         // AutoGPTQ wrote zeros of 0 over their neighbours. GPTQModel refuses such files as well.
         let supported = "true; or files that GPTQModel wrote, or whose checkpoint_format is gptq_v2";
         return Err(keys.unsupported("sym", supported, false));
     }
-    Ok(Scheme { packing, bits: Bits::Four, group, zeros: !symmetric })
+    Ok(Arc::new(Gptq { group, zeros: !symmetric, less_one }))
 }
 
 /// Whether GPTQModel wrote the files.
@@ -60,8 +64,12 @@ impl Packing for Gptq {
         "GPTQ"
     }
 
-    fn parts(&self, scheme: &Scheme, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
-        let groups = scheme.groups(inputs);
+    fn format(&self, scale: DType) -> WeightFormat {
+        WeightFormat::Quantized(Quantization { bits: Bits::Four, group: self.group, zeros: self.zeros, scale })
+    }
+
+    fn parts(&self, [outputs, inputs]: [usize; 2]) -> Vec<StoredPart> {
+        let groups = groups(self.group, inputs);
         let mut parts = vec![
             StoredPart::new(
                 PartKind::Values,
@@ -72,7 +80,7 @@ impl Packing for Gptq {
             ),
             StoredPart::new(PartKind::Scales, "scales", None, [groups, outputs], View::Transposed { first: 0 }),
         ];
-        if scheme.zeros {
+        if self.zeros {
             parts.push(StoredPart::new(
                 PartKind::Zeros,
                 "qzeros",
@@ -84,15 +92,15 @@ impl Packing for Gptq {
         parts
     }
 
-    fn beside(&self, scheme: &Scheme, [outputs, inputs]: [usize; 2]) -> Vec<Beside> {
-        let group = scheme.group.unwrap_or(inputs);
+    fn beside(&self, [outputs, inputs]: [usize; 2]) -> Vec<Beside> {
+        let group = self.group.unwrap_or(inputs);
         let mut beside =
             vec![Beside { suffix: "g_idx", dtype: "I32", shape: vec![inputs], must_be: MustBe::InOrder { group } }];
-        if !scheme.zeros {
+        if !self.zeros {
             beside.push(Beside {
                 suffix: "qzeros",
                 dtype: "I32",
-                shape: vec![scheme.groups(inputs), outputs.div_ceil(8)],
+                shape: vec![groups(self.group, inputs), outputs.div_ceil(8)],
                 must_be: MustBe::All(if self.less_one { 0x7777_7777 } else { 0x8888_8888 }),
             });
         }
