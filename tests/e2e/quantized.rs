@@ -52,6 +52,27 @@ fn gptq() {
     agrees("gptq-mistral-v2", &STAGES);
 }
 
+/// Checkpoints that ModelOpt wrote for TensorRT-LLM (`tests/goldens/tensorrt-llm/README.md`) are built as they are, in its own cut
+/// for two ranks too.
+#[test]
+fn tensorrt_llm() {
+    let goldens = root().join("tests/goldens/tensorrt-llm");
+    let bytes = fs::read(goldens.join("expected.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    let dir = fast_dir();
+    let at = dir.path();
+    fs::write(at.join("ids.csv"), lines(&expected, "prompt")).unwrap();
+    for checkpoint in ["fp8-tp1", "fp8-tp2"] {
+        let from = goldens.join(checkpoint);
+        mixtral_in(at, &format!("build --checkpoint_dir {} --output_dir e --strongly_typed", from.display()), &[]).ok();
+        let program = String::from_utf8_lossy(&fs::read(at.join("e/rank0.engine")).unwrap()).into_owned();
+        assert!(program.contains("kv_scale key=1.0 value=1.0"), "{checkpoint}");
+        let run = "run --engine_dir e --input_file ids.csv --max_output_len 8 --end_id -1 --output_csv out.csv";
+        mixtral_in(at, run, &[]).ok();
+        assert_eq!(fs::read_to_string(at.join("out.csv")).unwrap(), lines(&expected, "tokens"), "{checkpoint}");
+    }
+}
+
 #[test]
 fn fp8() {
     agrees("compressed-mixtral-fp8", &LAYOUTS);

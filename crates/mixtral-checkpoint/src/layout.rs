@@ -106,7 +106,8 @@ pub fn rank_weights(config: &CheckpointConfig, rank: Rank) -> Vec<WeightSpec> {
         add(TensorId::Qkv(layer), model.dtype, &[(heads + 2 * kv_heads) * model.head_dim, hidden]);
         add(TensorId::Dense(layer), model.dtype, &[hidden, heads * model.head_dim]);
         if model.cache == CacheFormat::Fp8 {
-            add(TensorId::CacheScales(layer), DType::F32, &[2]);
+            // In other tools' files one scale is for keys and values.
+            add(TensorId::CacheScales(layer), DType::F32, &[if config.tool_version.is_some() { 2 } else { 1 }]);
         }
         add(TensorId::PostNorm(layer), model.dtype, &[hidden]);
         if model.has_router() {

@@ -21,7 +21,7 @@ pub enum TensorId {
     Qkv(usize),
     /// Output projection of attention, `[H, nh d]`.
     Dense(usize),
-    /// Scales of the keys and of the values in an 8-bit cache, always f32: `[2]`.
+    /// Scales of the keys and of the values in an 8-bit cache, always f32: `[2]`; or `[1]`, one for both, in another tool's files.
     CacheScales(usize),
     /// RMSNorm weight before the feed-forward, `[H]`.
     PostNorm(usize),
