@@ -8,7 +8,7 @@ pub mod fused;
 pub mod locate;
 pub mod per_expert;
 pub mod quantized;
-mod scales;
+pub mod scales;
 pub mod view;
 
 use std::collections::HashMap;
