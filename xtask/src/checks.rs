@@ -48,12 +48,7 @@ const PYTHON_CHECKS: &[PythonCheck] = &[
         javascript: false,
     },
     PythonCheck { name: "fp8 in transformers", script: "tests/python/fp8.py", self_test: false, javascript: false },
-    PythonCheck {
-        name: "retrieval in fp8",
-        script: "tests/python/retrieval.py",
-        self_test: false,
-        javascript: false,
-    },
+    PythonCheck { name: "retrieval in fp8", script: "tests/python/retrieval.py", self_test: false, javascript: false },
     PythonCheck {
         name: "perplexity and choices",
         script: "tests/python/perplexity.py",
