@@ -9,6 +9,8 @@ namespace step {
 inline constexpr int DECODE_SPLIT = 256;
 // Query tokens of one tile of prefill attention.
 inline constexpr int PREFILL_TILE = 64;
+// The most tokens that the list of a score can have: one for each lane.
+inline constexpr int MAX_BEST = 32;
 
 struct Header {
     i32 num_tokens;
@@ -18,7 +20,8 @@ struct Header {
     i32 num_samples;
     i32 num_decode_items;
     i32 num_prefill_items;
-    i32 reserved[9];
+    i32 num_scores;
+    i32 reserved[8];
 };
 
 struct Sample {
@@ -51,6 +54,28 @@ struct Drawn {
     i32 reserved;
 };
 
+struct Asked {
+    i32 row;
+    i32 token;
+    i32 adjusted_by;
+    i32 best;
+};
+
+struct Scored {
+    u64 sum;
+    float max;
+    float logit;
+    i32 bad_token;
+    float bad_value;
+    i32 num_best;
+    i32 reserved;
+};
+
+struct Best {
+    i32 token;
+    float logit;
+};
+
 // What determines the number of a buffer's rows.
 enum class Rows { TOKENS, LOGITS, ONE };
 
@@ -62,6 +87,6 @@ __device__ __forceinline__ i32 num_rows(const Header* header, i32 times = 1) {
     return times;
 }
 
-static_assert(sizeof(Header) == 64 && sizeof(Sample) == 56 && sizeof(Drawn) == 16, "as the host writes them");
+static_assert(sizeof(Header) == 64 && sizeof(Sample) == 56 && sizeof(Drawn) == 16 && sizeof(Scored) == 32, "as the host writes them");
 
 }  // namespace step

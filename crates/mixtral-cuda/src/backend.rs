@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::ops::Range;
 use std::time::Duration;
 
+use mixtral_engine::score::{self, Found};
 use mixtral_engine::{
     Backend, BackendError, DeviceIdle, Inspect, Launched, NonFinite, Op, Program, Score, StepInputs, StepOutputs,
-    Weights, sampling, score,
+    Weights, sampling,
 };
-use mixtral_kernels::step_block::{Array, Drawn};
+use mixtral_kernels::step_block::{Array, Best, Drawn, MAX_BEST, Scored};
 use mixtral_kernels::{Executable, Regime, StepBlock};
 use mixtral_model::TokenId;
 
@@ -111,6 +112,10 @@ impl CudaBackend {
             let at = self.block.offset(Array::Adjustments);
             turn.staging.upload(stream, at, written.adjustments, &self.memory.step, at)?;
         }
+        if written.scores > 0 {
+            let at = self.block.offset(Array::Scores);
+            turn.staging.upload(stream, at, written.scores, &self.memory.step, at)?;
+        }
         let shape = Shape { tokens: inputs.num_tokens(), logits: inputs.num_logits() };
         let whole = ops.start == 0 && ops.end >= self.program.ops.len();
         let work = regime_of(&mut self.work, inputs)?;
@@ -180,7 +185,7 @@ impl CudaBackend {
     }
 
     /// The outputs of a step that is done, before any other is launched: what it drew, and what the host makes of its
-    /// logits. Some draws are not for the kernels, and none scores; the host computes both as they are defined.
+    /// logits. Some draws and scores are not for the kernels; the host computes them as they are defined.
     fn outputs(
         &mut self,
         ops: &Range<usize>,
@@ -189,7 +194,7 @@ impl CudaBackend {
     ) -> Result<StepOutputs, BackendError> {
         let mut outputs = self.draws(flight)?;
         let Some(logits) = self.sampled(ops).map(str::to_owned) else { return Ok(outputs) };
-        if inputs::needs_logits(&self.program, inputs) {
+        if inputs::needs_logits(&self.block, &self.program, inputs) {
             let cols = self.program.buffer(&logits).map_or(0, |buffer| buffer.cols);
             let bytes = self.read_buffer(&logits, 4 * cols * inputs.num_logits())?;
             let rows = bytes.chunks_exact((4 * cols).max(1));
@@ -205,8 +210,13 @@ impl CudaBackend {
                 outputs.tokens[sample] = sampling::sample(&mut row(request.row).to_vec(), request);
             }
         }
-        for request in &inputs.scores {
-            outputs.scores.push(score::score(request, inputs, row, &outputs.tokens).unwrap_or_else(|wrong| {
+        let scores: Vec<Result<Score, NonFinite>> = match inputs::are_scored_by_host(&self.block, &self.program, inputs)
+        {
+            true => inputs.scores.iter().map(|request| score::score(request, inputs, row, &outputs.tokens)).collect(),
+            false => self.found(inputs)?.into_iter().map(|found| found.map(Score::from)).collect(),
+        };
+        for score in scores {
+            outputs.scores.push(score.unwrap_or_else(|wrong| {
                 outputs.non_finite.push(NonFinite { dtype: self.program.dtype, ..wrong });
                 Score::default()
             }));
@@ -216,6 +226,23 @@ impl CudaBackend {
         }
         sort(&mut outputs.non_finite);
         Ok(outputs)
+    }
+
+    /// What the kernels found for the step's scores.
+    fn found(&self, inputs: &StepInputs<'_>) -> Result<Vec<Result<Found, NonFinite>>, BackendError> {
+        let count = inputs.scores.len();
+        let read = |array: Array, size: usize| {
+            let mut bytes = vec![0; count * size];
+            self.stream.download(&self.memory.step, self.block.offset(array), &mut bytes).map(|()| bytes)
+        };
+        if count == 0 {
+            return Ok(Vec::new());
+        }
+        let scored = read(Array::Scored, size_of::<Scored>())?;
+        let size = MAX_BEST * size_of::<Best>();
+        let is_wanted = inputs.scores.iter().any(|request| request.best > 0);
+        let best = if is_wanted { read(Array::Best, size)? } else { vec![0; count * size] };
+        Ok(inputs::found(inputs, &scored, &best))
     }
 
     /// Offset of a buffer in the arena, if it has at least `len` bytes.
@@ -298,7 +325,7 @@ impl Backend for CudaBackend {
         if self.flights.len() == MOST {
             return Err(BackendError::Other(format!("{MOST} steps are under way, and there may be no more")));
         }
-        if !self.runs_ahead() || inputs::needs_logits(&self.program, inputs) {
+        if !self.runs_ahead() || inputs::is_more_than_drawn(&self.program, inputs) {
             return self.step(inputs).map(Launched::Done);
         }
         let flight = self.begin(&(0..self.program.ops.len()), inputs)?;

@@ -1,9 +1,14 @@
 //! A step's inputs as the device reads them: the bytes of the step block, with attention's lists of work items.
 
-use mixtral_engine::{InputError, Program, SampleRequest, StepInputs};
+use std::mem::offset_of;
+
+use mixtral_engine::score::{self, Found};
+use mixtral_engine::{InputError, NonFinite, Program, SampleRequest, ScoreRequest, StepInputs};
 use mixtral_kernels::StepBlock;
-use mixtral_kernels::step_block::{Adjustment, Array, DECODE_SPLIT, Drawn, Header, PREFILL_TILE, Sample};
-use mixtral_model::TokenId;
+use mixtral_kernels::step_block::{
+    Adjustment, Array, Asked, Best, DECODE_SPLIT, Drawn, Header, MAX_BEST, PREFILL_TILE, Sample, Scored,
+};
+use mixtral_model::{DType, TokenId};
 
 /// Which parts of the block a step has written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,6 +17,8 @@ pub(crate) struct Written {
     pub(crate) prefix: usize,
     /// Bytes of the adjustments, from their start.
     pub(crate) adjustments: usize,
+    /// Bytes of the score requests, from their start.
+    pub(crate) scores: usize,
 }
 
 /// Writes inputs that passed their check into a block's bytes. `drawn` are the tokens of the step before, if the host knows
@@ -37,6 +44,7 @@ pub(crate) fn write(
     let decode_items = decode_items(inputs);
     let prefill_items = prefill_items(inputs);
     let (samples, adjustments) = samples(program, inputs);
+    let asked = if are_scored_by_host(block, program, inputs) { vec![] } else { asked(inputs) };
     let header = Header {
         num_tokens: int(inputs.num_tokens()),
         num_seqs: int(inputs.num_seqs()),
@@ -45,7 +53,8 @@ pub(crate) fn write(
         num_samples: int(samples.len()),
         num_decode_items: int(decode_items.len()),
         num_prefill_items: int(prefill_items.len()),
-        reserved: [0; 9],
+        num_scores: int(asked.len()),
+        reserved: [0; 8],
     };
     let sample_bytes: Vec<u8> = samples.iter().flat_map(bytes_of_sample).collect();
     let adjustment_bytes = ints(adjustments.iter().flat_map(|a| [a.token, a.code]));
@@ -62,7 +71,10 @@ pub(crate) fn write(
     put(Array::Samples, "draws", seqs, size_of::<Sample>(), &sample_bytes)?;
     put(Array::BlockTable, "cache blocks", seqs, 4, &ints(inputs.block_table.iter().copied()))?;
     put(Array::Adjustments, "penalized or banned tokens", "max-seq-len", size_of::<Adjustment>(), &adjustment_bytes)?;
+    let score_bytes = ints(asked.into_iter().flat_map(|a| [a.row, a.token, a.adjusted_by, a.best]));
+    put(Array::Scores, "scores", tokens, size_of::<Asked>(), &score_bytes)?;
     Ok(Written {
+        scores: score_bytes.len(),
         prefix: block.offset(Array::BlockTable) + 4 * inputs.block_table.len(),
         adjustments: adjustment_bytes.len(),
     })
@@ -78,6 +90,54 @@ pub(crate) fn drawn(bytes: &[u8]) -> Vec<Drawn> {
         reserved: i32::from_le_bytes(word(bytes, 3)),
     };
     bytes.chunks_exact(size_of::<Drawn>()).map(one).collect()
+}
+
+/// Reads what the scores of a step are made of. Neither `scored` nor `best` holds more than the requests' parts.
+pub(crate) fn found(inputs: &StepInputs<'_>, scored: &[u8], best: &[u8]) -> Vec<Result<Found, NonFinite>> {
+    let u32_at = |bytes: &[u8], at: usize| u32::from_le_bytes([bytes[at], bytes[at + 1], bytes[at + 2], bytes[at + 3]]);
+    let f32_at = |bytes: &[u8], at: usize| f32::from_bits(u32_at(bytes, at));
+    let lists = best.chunks_exact(MAX_BEST * size_of::<Best>());
+    let one = |((request, scored), list): ((&ScoreRequest, &[u8]), &[u8])| {
+        let at = |field: usize| u32_at(scored, field).cast_signed();
+        if let Ok(token) = usize::try_from(at(offset_of!(Scored, bad_token))) {
+            let (row, value) =
+                (request.of.row(&inputs.samples).unwrap_or(0), f32_at(scored, offset_of!(Scored, bad_value)));
+            return Err(NonFinite { row, token, value, dtype: DType::F32 });
+        }
+        let sum = offset_of!(Scored, sum);
+        let count = usize::try_from(at(offset_of!(Scored, num_best))).unwrap_or(0);
+        let pair = |pair: &[u8]| (TokenId(u32_at(pair, 0)), f32_at(pair, 4));
+        let has_token = !matches!(request.of, score::Scored::Candidates(_));
+        Ok(Found {
+            max: f32_at(scored, offset_of!(Scored, max)),
+            sum: u64::from(u32_at(scored, sum)) | u64::from(u32_at(scored, sum + 4)) << 32,
+            logit: has_token.then(|| f32_at(scored, offset_of!(Scored, logit))),
+            best: list.chunks_exact(size_of::<Best>()).take(count.min(MAX_BEST)).map(pair).collect(),
+        })
+    };
+    inputs.scores.iter().zip(scored.chunks_exact(size_of::<Scored>())).zip(lists).map(one).collect()
+}
+
+/// Whether the host computes the step's scores from its logits: because it draws too, or because more are wanted than the
+/// step block has room for.
+pub(crate) fn are_scored_by_host(block: &StepBlock, program: &Program, inputs: &StepInputs<'_>) -> bool {
+    host_draws(program, inputs)
+        || inputs.scores.iter().any(|request| request.best > MAX_BEST)
+        || inputs.scores.len() * size_of::<Asked>() > block.capacity(Array::Scores)
+}
+
+/// The score requests of a step that passed its check.
+fn asked(inputs: &StepInputs<'_>) -> Vec<Asked> {
+    let one = |request: &ScoreRequest| {
+        let (token, adjusted_by) = match request.of {
+            score::Scored::Token { token, .. } => (i32::try_from(token.0).unwrap_or(i32::MAX), -1),
+            score::Scored::Draw(sample) => (-1 - int(sample), -1),
+            score::Scored::Candidates(sample) => (0, int(sample)),
+        };
+        let row = int(request.of.row(&inputs.samples).unwrap_or(0));
+        Asked { row, token, adjusted_by, best: int(request.best) }
+    };
+    inputs.scores.iter().map(one).collect()
 }
 
 /// The work items of decode attention, one for every split of every decode's sequence: sequence, split, tokens of the
@@ -152,10 +212,19 @@ fn filters(vocab_size: usize, request: &SampleRequest<'_>) -> Sample {
     Sample { top_k, top_p, min_weight, temperature: params.temperature, ..Sample::default() }
 }
 
+/// Whether a step has to give more than what the device draws. Then it is finished before another one is launched.
+pub(crate) fn is_more_than_drawn(program: &Program, inputs: &StepInputs<'_>) -> bool {
+    inputs.return_logits || !inputs.scores.is_empty() || host_draws(program, inputs)
+}
+
 /// Whether the host needs a step's logits: to return them, to score them, or to draw from them.
-pub(crate) fn needs_logits(program: &Program, inputs: &StepInputs<'_>) -> bool {
-    let host_draws = || inputs.samples.iter().any(|sample| is_drawn_by_host(program, sample));
-    inputs.return_logits || !inputs.scores.is_empty() || host_draws()
+pub(crate) fn needs_logits(block: &StepBlock, program: &Program, inputs: &StepInputs<'_>) -> bool {
+    let host_scores = || !inputs.scores.is_empty() && are_scored_by_host(block, program, inputs);
+    inputs.return_logits || host_draws(program, inputs) || host_scores()
+}
+
+fn host_draws(program: &Program, inputs: &StepInputs<'_>) -> bool {
+    inputs.samples.iter().any(|sample| is_drawn_by_host(program, sample))
 }
 
 /// Whether the host draws, because the kernels that draw know no bias, and the step block has no room for so many banned
@@ -209,9 +278,11 @@ fn bytes_of_header(header: &Header) -> Vec<u8> {
         num_samples,
         num_decode_items,
         num_prefill_items,
+        num_scores,
         reserved,
     } = *header;
-    let counts = [num_tokens, num_seqs, num_decodes, num_logits, num_samples, num_decode_items, num_prefill_items];
+    let counts =
+        [num_tokens, num_seqs, num_decodes, num_logits, num_samples, num_decode_items, num_prefill_items, num_scores];
     ints(counts.into_iter().chain(reserved))
 }
 

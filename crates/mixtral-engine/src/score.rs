@@ -73,9 +73,10 @@ pub fn score<'l>(
     let logits = row(index);
     NonFinite::find(index, logits)?;
     let scored = |logits: &[f32], token: Option<TokenId>| {
-        let scale = Scale::of(logits);
-        let logprob = token.map_or(0.0, |token| scale.logprob(logits[(token.0 as usize).min(logits.len() - 1)]));
-        Score { logprob, best: best(logits, request.best, &scale) }
+        let max = logits[sampling::argmax(logits)];
+        let sum = logits.iter().map(|&logit| sampling::weight(logit - max)).sum();
+        let logit = token.map(|token| logits[(token.0 as usize).min(logits.len() - 1)]);
+        Score::from(Found { max, sum, logit, best: best(logits, request.best) })
     };
     Ok(match request.of {
         Scored::Token { token, .. } => scored(logits, Some(token)),
@@ -88,30 +89,36 @@ pub fn score<'l>(
     })
 }
 
-/// What a row's logits are compared with.
-struct Scale {
-    max: f32,
-    log_sum: f64,
+/// What a score is made of: integers and logits, which every backend finds to the bit.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Found {
+    /// The row's largest logit.
+    pub max: f32,
+    /// The sum of all tokens' weights at temperature 1.
+    pub sum: u64,
+    /// The token's logit; none for [`Scored::Candidates`].
+    pub logit: Option<f32>,
+    /// The most likely tokens and their logits, most likely first.
+    pub best: Vec<(TokenId, f32)>,
 }
 
-impl Scale {
-    fn of(logits: &[f32]) -> Scale {
-        let max = logits[sampling::argmax(logits)];
-        let sum: u64 = logits.iter().map(|&logit| sampling::weight(logit - max)).sum();
+impl From<Found> for Score {
+    fn from(Found { max, sum, logit, best }: Found) -> Score {
         // The largest logit alone weighs 2^40. A vocabulary has fewer than 2^24 tokens, so the sum has no more bits than
         // an f64 can nearly hold.
         #[expect(clippy::cast_precision_loss, reason = "the relative error is 2^-53")]
         let log_sum = (sum as f64 / f64::from(sampling::ONE)).ln();
-        Scale { max, log_sum }
-    }
-
-    #[expect(clippy::cast_possible_truncation, reason = "rounded once")]
-    fn logprob(&self, logit: f32) -> f32 {
-        (f64::from(logit - self.max) - self.log_sum) as f32
+        #[expect(clippy::cast_possible_truncation, reason = "rounded once")]
+        let logprob = |logit: f32| (f64::from(logit - max) - log_sum) as f32;
+        Score {
+            logprob: logit.map_or(0.0, logprob),
+            best: best.into_iter().map(|(token, logit)| (token, logprob(logit))).collect(),
+        }
     }
 }
 
-fn best(logits: &[f32], count: usize, scale: &Scale) -> Vec<(TokenId, f32)> {
+/// The most likely tokens and their logits.
+fn best(logits: &[f32], count: usize) -> Vec<(TokenId, f32)> {
     let mut ranked: Vec<usize> = (0..logits.len()).filter(|&t| logits[t] > f32::NEG_INFINITY).collect();
     let order = |&a: &usize, &b: &usize| logits[b].total_cmp(&logits[a]).then(a.cmp(&b));
     if count == 0 {
@@ -122,7 +129,7 @@ fn best(logits: &[f32], count: usize, scale: &Scale) -> Vec<(TokenId, f32)> {
         ranked.truncate(count);
     }
     ranked.sort_unstable_by(order);
-    ranked.into_iter().map(|t| (TokenId(u32::try_from(t).unwrap_or(u32::MAX)), scale.logprob(logits[t]))).collect()
+    ranked.into_iter().map(|t| (TokenId(u32::try_from(t).unwrap_or(u32::MAX)), logits[t])).collect()
 }
 
 #[cfg(test)]

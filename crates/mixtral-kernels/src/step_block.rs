@@ -2,8 +2,8 @@
 //! replayed for any step. The arrays' offsets depend only on the limits. `kernels/base/step.cuh` has the same
 //! structures.
 //!
-//! A step uploads the block's prefix up to the last row of its block table, and its adjustments if it has any. What the
-//! device draws lies behind them, so it is still there when the next step begins.
+//! A step uploads the block's prefix up to the last row of its block table, and its adjustments and score requests if it has
+//! any. What the device draws lies behind them, so it is still there when the next step begins.
 
 use mixtral_engine::Program;
 use serde::{Deserialize, Serialize};
@@ -14,6 +14,9 @@ pub const DECODE_SPLIT: usize = 256;
 
 /// Query tokens of one tile of prefill attention. A tile starts at a multiple of it *in its chunk*.
 pub const PREFILL_TILE: usize = 64;
+
+/// The most likely tokens that a device finds for a score.
+pub const MAX_BEST: usize = 32;
 
 /// The arrays of the block, in order. Element types are 32-bit integers unless said otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -45,8 +48,14 @@ pub enum Array {
     BlockTable,
     /// [`Adjustment`]s of all samples. Those of one sample lie together.
     Adjustments,
+    /// Score requests: [`Asked`] `[scores]`.
+    Scores,
     /// The results of the draws, [`Drawn`] `[samples]`. The device writes them.
     Drawn,
+    /// What the scores need: [`Scored`] `[scores]`. The device writes them.
+    Scored,
+    /// Their lists of tokens: [`Best`] `[scores, MAX_BEST]`, most likely first. The device writes them.
+    Best,
 }
 
 /// Defines the structures of the step block and lists their layouts, since the kernels have to use the same layouts.
@@ -109,8 +118,10 @@ structures! {
         pub num_decode_items: i32,
         /// Items of prefill attention.
         pub num_prefill_items: i32,
+        /// Score requests.
+        pub num_scores: i32,
         /// Zero.
-        pub reserved: [i32; 9],
+        pub reserved: [i32; 8],
     }
 
     /// One draw: a `SampleRequest`, converted to the numbers that the kernel needs.
@@ -165,6 +176,47 @@ structures! {
         /// Zero.
         pub reserved: i32,
     }
+
+    /// A score request.
+    #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+    pub struct Asked {
+        /// Row of logits.
+        pub row: i32,
+        /// The token, or −1 − n for the token that draw n gives.
+        pub token: i32,
+        /// The draw whose penalties and bans apply to the row; −1 for none.
+        pub adjusted_by: i32,
+        /// How many of the most likely tokens are wanted.
+        pub best: i32,
+    }
+
+    /// What a score is made of: [`mixtral_engine::score::Found`].
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    pub struct Scored {
+        /// The sum of the tokens' weights.
+        pub sum: u64,
+        /// The largest logit.
+        pub max: f32,
+        /// The token's logit.
+        pub logit: f32,
+        /// The first id whose logit was not finite, or −1.
+        pub bad_token: i32,
+        /// Its value.
+        pub bad_value: f32,
+        /// How many of the most likely tokens there are.
+        pub num_best: i32,
+        /// Zero.
+        pub reserved: i32,
+    }
+
+    /// One of the most likely tokens.
+    #[derive(Clone, Copy, Debug, Default, PartialEq)]
+    pub struct Best {
+        /// The token.
+        pub token: i32,
+        /// Its logit.
+        pub logit: f32,
+    }
 }
 
 impl Adjustment {
@@ -201,6 +253,8 @@ impl StepBlock {
         let l = program.limits;
         let (t, s, logits) = (l.max_num_tokens, l.max_batch_size, l.max_num_logits);
         let splits = l.max_seq_len.div_ceil(DECODE_SPLIT);
+        // A score for each row of logits, and the candidates of each sequence.
+        let scores = s.max(logits) + s;
         let sizes = [
             (Array::Header, size_of::<Header>()),
             (Array::TokenIds, 4 * t),
@@ -215,7 +269,10 @@ impl StepBlock {
             (Array::BlockTable, 4 * s * l.max_blocks_per_seq()),
             // Room for one adjustment for each position of every sequence, and for as many bans.
             (Array::Adjustments, size_of::<Adjustment>() * 2 * s * l.max_seq_len),
+            (Array::Scores, size_of::<Asked>() * scores),
             (Array::Drawn, size_of::<Drawn>() * s.max(logits)),
+            (Array::Scored, size_of::<Scored>() * scores),
+            (Array::Best, size_of::<Best>() * MAX_BEST * scores),
         ];
         let mut bytes = 0;
         let places = sizes

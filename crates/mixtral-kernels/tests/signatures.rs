@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, KvScale, Op, Program, Rows};
-use mixtral_kernels::step_block::{Array, DECODE_SPLIT, PREFILL_TILE, STRUCTURES};
+use mixtral_kernels::step_block::{Array, DECODE_SPLIT, MAX_BEST, PREFILL_TILE, STRUCTURES};
 use mixtral_kernels::{
     Arg, ExchangeArg, Family, Kernel, Launch, PackArg, PieceArg, ProbeArg, Schedule, Sources, Target, Work,
 };
@@ -237,6 +237,9 @@ fn array(name: &str, to: &str) -> Option<Array> {
         ("drawn", "step::Drawn") => Array::Drawn,
         ("block_table", "i32") => Array::BlockTable,
         ("adjustments", "step::Adjustment") => Array::Adjustments,
+        ("asked", "step::Asked") => Array::Scores,
+        ("scored", "step::Scored") => Array::Scored,
+        ("best", "step::Best") => Array::Best,
         _ => return None,
     })
 }
@@ -490,7 +493,7 @@ fn structures_of_the_step_block_are_those_of_the_kernels() {
             structure.fields.iter().map(|f| (f.name.to_owned(), f.kind.to_owned())).collect();
         assert_eq!(fields, expected, "{}", structure.name);
     }
-    for (name, value) in [("DECODE_SPLIT", DECODE_SPLIT), ("PREFILL_TILE", PREFILL_TILE)] {
+    for (name, value) in [("DECODE_SPLIT", DECODE_SPLIT), ("PREFILL_TILE", PREFILL_TILE), ("MAX_BEST", MAX_BEST)] {
         assert!(text.contains(&format!("inline constexpr int {name} = {value};")), "{name}");
     }
 }

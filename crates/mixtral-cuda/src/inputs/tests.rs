@@ -1,6 +1,6 @@
 use std::mem::offset_of;
 
-use mixtral_engine::{Limits, RandomKey, SamplingParams, ScoreRequest, Scored};
+use mixtral_engine::{Limits, RandomKey, SamplingParams};
 use mixtral_model::{DType, TokenId};
 use mixtral_testkit::assembly::Assembly;
 
@@ -79,7 +79,7 @@ fn every_array_lies_where_the_block_says() {
     assert_eq!(read(&block, &bytes, Array::LogitsIndices, 3), inputs.logits_indices);
     let table = inputs.block_table.len();
     assert_eq!(read(&block, &bytes, Array::BlockTable, table), inputs.block_table);
-    assert_eq!(written, Written { prefix: block.offset(Array::BlockTable) + 4 * table, adjustments: 0 });
+    assert_eq!(written, Written { prefix: block.offset(Array::BlockTable) + 4 * table, adjustments: 0, scores: 0 });
     // No upload reaches what the device has drawn.
     assert!(written.prefix <= block.offset(Array::Adjustments));
     assert!(block.offset(Array::Drawn) >= block.offset(Array::Adjustments) + block.capacity(Array::Adjustments));
@@ -98,18 +98,20 @@ fn the_device_takes_its_own_draws_unless_the_host_knows_them() {
 }
 
 #[test]
-fn the_host_needs_logits_to_return_score_or_draw() {
+fn the_host_needs_logits_for_what_the_device_does_not_make() {
     let program = program();
-    let asks = |change: fn(&mut StepInputs<'static>)| {
+    let asks = |change: &dyn Fn(&mut StepInputs<'static>)| {
         let mut inputs = StepInputs { samples: vec![request(drawn_freely())], ..inputs() };
         change(&mut inputs);
-        needs_logits(&program, &inputs)
+        (needs_logits(&StepBlock::new(&program), &program, &inputs), is_more_than_drawn(&program, &inputs))
     };
-    assert!(!asks(|_| {}));
-    assert!(!asks(|inputs| inputs.samples[0].banned = vec![TokenId(3)]));
-    assert!(asks(|inputs| inputs.return_logits = true));
-    assert!(asks(|inputs| inputs.scores = vec![ScoreRequest { of: Scored::Draw(0), best: 1 }]));
-    assert!(asks(|inputs| inputs.samples[0].bias = vec![(TokenId(3), 1.0)]));
+    let scores = |best| vec![ScoreRequest { of: score::Scored::Draw(0), best }];
+    assert_eq!(asks(&|_| {}), (false, false));
+    assert_eq!(asks(&|inputs| inputs.samples[0].banned = vec![TokenId(3)]), (false, false));
+    assert_eq!(asks(&|inputs| inputs.return_logits = true), (true, true));
+    assert_eq!(asks(&|inputs| inputs.scores = scores(MAX_BEST)), (false, true));
+    assert_eq!(asks(&|inputs| inputs.scores = scores(MAX_BEST + 1)), (true, true));
+    assert_eq!(asks(&|inputs| inputs.samples[0].bias = vec![(TokenId(3), 1.0)]), (true, true));
 }
 
 #[test]
@@ -274,4 +276,54 @@ fn draws_are_read_back() {
         Drawn { token: 0, bad_token: 3, bad_value: f32::INFINITY, reserved: 0 },
     ];
     assert_eq!(drawn(&bytes), expected);
+}
+
+#[test]
+fn scores_are_asked_for_and_read_as_they_are_defined() {
+    let program = program();
+    let block = StepBlock::new(&program);
+    let mut bytes = vec![0; block.bytes()];
+    let asked = |of, best| ScoreRequest { of, best };
+    let scores = vec![
+        asked(score::Scored::Token { row: 2, token: TokenId(28) }, 0),
+        asked(score::Scored::Draw(1), 20),
+        asked(score::Scored::Candidates(1), 4),
+    ];
+    let samples = vec![request(SamplingParams::default()); 2];
+    let mut inputs = StepInputs { scores, samples, ..inputs() };
+    let written = write(&block, &program, &inputs, &[], &mut bytes).unwrap();
+    assert_eq!(written.scores, 48);
+    assert_eq!(read(&block, &bytes, Array::Scores, 12), [2, 28, -1, 0, 1, -2, -1, 20, 1, 0, 1, 4]);
+    let counts = read(&block, &bytes, Array::Header, 16);
+    assert_eq!(counts[offset_of!(Header, num_scores) / 4], 3);
+
+    // What a device would answer: the first row's sum has more than 32 bits, and the last row is not finite.
+    let scored = |sum: u64, [max, logit]: [f32; 2], bad: (i32, f32), count: i32| {
+        let words = [max.to_bits(), logit.to_bits(), bad.0.cast_unsigned(), bad.1.to_bits(), count.cast_unsigned(), 0];
+        [&sum.to_le_bytes()[..], &words.map(u32::to_le_bytes).concat()].concat()
+    };
+    let answers = [
+        scored(3 << 40, [2.0, 1.5], (-1, 0.0), 0),
+        scored(1 << 40, [2.0, 2.0], (-1, 0.0), 2),
+        scored(0, [0.0, 0.0], (7, f32::INFINITY), 0),
+    ];
+    let mut best = vec![0; 3 * MAX_BEST * size_of::<Best>()];
+    let list = &mut best[MAX_BEST * size_of::<Best>()..];
+    for (i, (token, logit)) in [(5i32, 2.0f32), (3, -1.0)].into_iter().enumerate() {
+        list[8 * i..][..8].copy_from_slice(&[token.to_le_bytes(), logit.to_le_bytes()].concat());
+    }
+    let found = found(&inputs, &answers.concat(), &best);
+    assert_eq!(found[0], Ok(Found { max: 2.0, sum: 3 << 40, logit: Some(1.5), best: vec![] }));
+    let likely = vec![(TokenId(5), 2.0), (TokenId(3), -1.0)];
+    assert_eq!(found[1], Ok(Found { max: 2.0, sum: 1 << 40, logit: Some(2.0), best: likely }));
+    assert_eq!(found[2].as_ref().map_err(|wrong| (wrong.row, wrong.token)), Err((1, 7)));
+
+    // Draws with a bias are the host's, and scores beside them; so are lists that are too long for the block.
+    assert!(!are_scored_by_host(&block, &program, &inputs));
+    inputs.scores[1].best = MAX_BEST + 1;
+    assert!(are_scored_by_host(&block, &program, &inputs));
+    inputs.scores[1].best = 1;
+    inputs.samples[0].bias = vec![(TokenId(1), 1.0)];
+    assert!(are_scored_by_host(&block, &program, &inputs));
+    assert_eq!(write(&block, &program, &inputs, &[], &mut bytes).unwrap().scores, 0);
 }

@@ -3,6 +3,7 @@
 
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
+use mixtral_engine::score::{self, Score, ScoreRequest, Scored};
 use mixtral_engine::{
     Backend, Inspect as _, KvScale, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling,
 };
@@ -242,6 +243,47 @@ fn draws_are_those_of_the_definition() {
         for (i, (request, token)) in inputs.samples.iter().zip(&outputs.tokens).enumerate() {
             let mut logits = outputs.logits[request.row * program.vocab_size..][..program.vocab_size].to_vec();
             assert_eq!(*token, sampling::sample(&mut logits, request), "sample {i}: {:?}", request.params);
+        }
+    }
+}
+
+#[test]
+fn scores_are_those_of_the_definition() {
+    let Some(machine) = Machine::find() else { return };
+    for geometry in geometries(DType::Bf16) {
+        let program = decoder::program(&geometry, true);
+        let vocab = program.vocab_size;
+        let sequences = sequences(&program);
+        let code = machine.codes()[0];
+        let (library, failures) = machine.compile(code, &[&program]);
+        assert!(failures.is_empty(), "{}", failures.join("\n"));
+        let mut backend = load(&program, &library, true, true);
+        let mut inputs = batch::step(&program.limits, &[Part { sequence: &sequences[0], past: 0, new: 36 }]);
+        let rows = inputs.num_logits();
+        // Draws with and without penalties and bans; then scores of tokens, of draws, and candidates, with lists of all lengths.
+        inputs.samples = (0..rows.min(12)).map(batch::greedy).collect();
+        for (i, sample) in inputs.samples.iter_mut().enumerate().filter(|(i, _)| i % 3 != 0) {
+            sample.params = SamplingParams { top_k: 0, repetition_penalty: 1.4, ..SamplingParams::default() };
+            sample.tokens = (0..9).map(TokenId).collect::<Vec<_>>().into();
+            let banned = if i % 3 == 2 { (vocab - 5).min(program.limits.max_seq_len) } else { 7 };
+            sample.banned = (0..u32::try_from(banned).unwrap()).map(TokenId).collect();
+        }
+        let mut scores = Vec::new();
+        for sample in 0..inputs.samples.len() {
+            scores.push(ScoreRequest { of: Scored::Draw(sample), best: sample * 3 % 33 });
+            scores.push(ScoreRequest { of: Scored::Candidates(sample), best: 1 + sample * 7 % 32 });
+        }
+        for row in 0..rows {
+            let token = TokenId(u32::try_from(row * 31 % vocab).unwrap());
+            scores.push(ScoreRequest { of: Scored::Token { row, token }, best: row % 21 });
+        }
+        for part in scores.chunks(inputs.samples.len() + rows / 2) {
+            inputs.scores = part.to_vec();
+            let outputs = backend.step(&inputs).unwrap();
+            let row = |row: usize| &outputs.logits[row * vocab..][..vocab];
+            let expected: Vec<Score> =
+                part.iter().map(|request| score::score(request, &inputs, row, &outputs.tokens).unwrap()).collect();
+            assert_eq!(outputs.scores, expected, "vocabulary of {vocab}");
         }
     }
 }

@@ -8,7 +8,7 @@ use crate::{Arg, Grid, Launch};
 
 /// The largest vocabulary for which the kernel's sums cannot overflow.
 const MAX_VOCAB: usize = 1 << 18;
-/// Threads of a draw: `sample::THREADS`.
+/// Threads of a draw and of a score: `sample::THREADS`.
 const THREADS: usize = 1024;
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
@@ -32,5 +32,17 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
     ]);
     // One CTA for each row of logits. If there are more draws than rows, a CTA makes several draws.
     let grid = Grid::Logits { per: 1, times: 1 };
-    Ok(vec![launch(portable("sample/draw.cuh", symbol, THREADS), grid, args)])
+    let draw = launch(portable("sample/draw.cuh", symbol, THREADS), grid, args);
+    let symbol = format!("sample::score<{vocab}, {}>", buffer.cols);
+    let args = named([
+        ("header", Arg::Step(Array::Header)),
+        ("asked", Arg::Step(Array::Scores)),
+        ("samples", Arg::Step(Array::Samples)),
+        ("drawn", Arg::Step(Array::Drawn)),
+        ("logits", lowering.at(op, logits)?),
+        ("copies", Arg::Scratch(lowering.scratch.sampling)),
+        ("scored", Arg::Step(Array::Scored)),
+        ("best", Arg::Step(Array::Best)),
+    ]);
+    Ok(vec![draw, launch(portable("sample/score.cuh", symbol, THREADS), grid, args)])
 }

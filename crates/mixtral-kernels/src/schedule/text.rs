@@ -147,7 +147,11 @@ struct LaunchRecord {
 /// The constants that host and kernels share.
 fn constants() -> BTreeMap<String, i64> {
     let adjustment = [("seen", step_block::Adjustment::SEEN), ("banned", step_block::Adjustment::BANNED)];
-    let sizes = [("decode_split", step_block::DECODE_SPLIT), ("prefill_tile", step_block::PREFILL_TILE)];
+    let sizes = [
+        ("decode_split", step_block::DECODE_SPLIT),
+        ("max_best", step_block::MAX_BEST),
+        ("prefill_tile", step_block::PREFILL_TILE),
+    ];
     let sizes = sizes.map(|(name, size)| (name.to_owned(), i64::try_from(size).unwrap_or(i64::MAX)));
     sizes.into_iter().chain(adjustment.map(|(name, bit)| (name.to_owned(), i64::from(bit)))).collect()
 }
