@@ -193,13 +193,14 @@ quantized() {
 fp8() {
     rm -f "$out/bench.json"
     MIXTRAL_CASES=fp8 check "fp8: operations" gpu_figure gpu_test cases::all_cases_are_within_their_limits
-    cat >"$scratch/8x7b-fp8.json" <<'JSON'
+    mkdir -p "$scratch/8x7b-fp8"
+    cat >"$scratch/8x7b-fp8/config.json" <<'JSON'
 {"architecture": "MixtralForCausalLM", "dtype": "bfloat16", "vocab_size": 32000, "hidden_size": 4096,
  "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
  "max_position_embeddings": 32768, "norm_epsilon": 1e-5, "rotary_base": 1e6, "moe_num_experts": 8, "moe_top_k": 2,
  "quantization": {"quant_algo": "FP8"}}
 JSON
-    check "build: 8x7b fp8" last_line "$mixtral" build --model-config "$scratch/8x7b-fp8.json" --backend cuda \
+    check "build: 8x7b fp8" last_line "$mixtral" build --model-config "$scratch/8x7b-fp8/config.json" --backend cuda \
         --max-batch-size 512 --max-num-tokens 16384 --max-seq-len 4608 --output-dir "$engines/8x7b-fp8"
     check "same bits: 8x7b fp8" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
         --engine "$engines/8x7b-fp8" --backend cuda
