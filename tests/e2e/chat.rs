@@ -124,7 +124,8 @@ struct Terminal {
 impl Terminal {
     /// Starts it. `script` makes the terminal.
     fn open(at: &Path, flags: &str) -> Terminal {
-        let line = format!("{} chat --stats {flags}", binary().display());
+        // Without `exec` some shells stay, and Ctrl-C ends them.
+        let line = format!("exec {} chat --stats {flags}", binary().display());
         let mut child = Command::new("script")
             .args(["--quiet", "--return", "--command", &line, "/dev/null"])
             .current_dir(at)
