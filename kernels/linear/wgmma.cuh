@@ -27,9 +27,10 @@
 namespace linear {
 
 // Stores a tile's accumulators. `map` has the row of `out` for every column.
-template <typename C, typename Out>
+template <typename C, typename Out, bool ROUNDS>
 __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup, const sched::Tile& tile,
-                                       const float (&d)[C::BLOCKS][C::COLS / 2], Out* out, const Out* residual) {
+                                       const float (&d)[C::BLOCKS][C::COLS / 2], Out* out, const Out* residual,
+                                       epilogue::Rounding<ROUNDS> rounding) {
     using T = typename C::T;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
     const int first = tile.row * C::OUT_ROWS;
@@ -50,9 +51,9 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
         const u32 base = ptx::shared_address(moved);
         const int limit = min(C::OUTPUTS, first + C::OUT_ROWS);
         // With silu·mul all blocks are moved together, else one after another.
-        constexpr int ROUNDS = C::SILU ? 1 : C::BLOCKS;
+        constexpr int PASSES = C::SILU ? 1 : C::BLOCKS;
 #pragma unroll
-        for (int round = 0; round < ROUNDS; round++) {
+        for (int pass = 0; pass < PASSES; pass++) {
 #pragma unroll
             for (int first_col = 0; first_col < C::COLS; first_col += C::MOVED_COLS) {
                 if (first_col >= tile.count) break;
@@ -71,15 +72,15 @@ __device__ __forceinline__ void finish(u8* moved, const int* map, int warpgroup,
                                                     pack<T>(low, high));
                         }
                     } else {
-                        const float* v = &d[round][at];
+                        const float* v = &d[pass][at];
                         ptx::store_matrix_trans(base + Layout::offset(c * 8 + lane % 8, warp * 2 + lane / 8 % 2),
                                                 pack<T>(v[0], v[1]), pack<T>(v[2], v[3]));
                     }
                 }
                 ptx::sync_threads(1 + warpgroup, 128);
-                const int row0 = first + (warpgroup * C::BLOCKS + round) * (C::SILU ? 32 : 64);
+                const int row0 = first + (warpgroup * C::BLOCKS + pass) * (C::SILU ? 32 : 64);
                 epilogue::store<T, C::MOVED, C::MOVED_COLS, C::KIND == epilogue::Residual, 128>(
-                    moved, thread, cols, map + first_col, row0, limit, out, residual, C::OUTPUTS);
+                    moved, thread, cols, map + first_col, row0, limit, out, residual, C::OUTPUTS, rounding);
                 ptx::sync_threads(1 + warpgroup, 128);
             }
         }
@@ -296,9 +297,9 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
 
 // The consumers. `fetch(tile, column)` starts to read what determines the column's row of `out`. The products follow.
 // Then `place(map, tile, column, fetched)` writes that row to `map`.
-template <typename C, typename Out, typename Tiles, typename Fetch, typename Place>
+template <typename C, typename Out, bool ROUNDS, typename Tiles, typename Fetch, typename Place>
 __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, typename C::Stored stored, Out* out,
-                                        const Out* residual, Fetch fetch, Place place) {
+                                        const Out* residual, epilogue::Rounding<ROUNDS> rounding, Fetch fetch, Place place) {
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
     u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
     int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
@@ -322,7 +323,7 @@ __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, 
 #pragma unroll
         for (int i = 0; i < EACH; i++) place(map, tile, thread + i * 128, fetched[i]);
         ptx::sync_threads(1 + warpgroup, 128);
-        finish<C>(moved, map, warpgroup, tile, d, out, residual);
+        finish<C>(moved, map, warpgroup, tile, d, out, residual, rounding);
         if constexpr (C::KIND == epilogue::F32) ptx::sync_threads(1 + warpgroup, 128);
     }
 }
@@ -362,7 +363,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         take_registers<C>();
         pdl::wait();
         consume<C>(
-            ring, shared, tiles, stored, out, residual, [](const sched::Tile&, int) { return 0; },
+            ring, shared, tiles, stored, out, residual, epilogue::Rounding<false>{},
+            [](const sched::Tile&, int) { return 0; },
             [](int* map, const sched::Tile& tile, int column, int) {
                 if (column < tile.count) map[column] = tile.first + column;
             });
@@ -384,10 +386,13 @@ enum Source {
 // It calls launch_dependents only after its own wait. Its predecessor, which wrote the experts' lists, is then complete
 // before its successor starts. That is why expert_down may read the lists, and load its first weights, before
 // expert_gate_up has finished.
-template <typename C, int EXPERTS, int TOP_K, int SOURCE>
+//
+// With ROUNDS, expert_gate_up rounds for expert_down (epilogue::Rounding); else the last two parameters are not used.
+template <typename C, int EXPERTS, int TOP_K, int SOURCE, bool ROUNDS = false>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, typename C::Stored stored,
-            const step::Header* header, const int* offsets, const int* order, typename C::T* out, u32* counter) {
+            const step::Header* header, const int* offsets, const int* order, typename C::T* out, u32* counter,
+            const float* divisor, e4m3_t* rounded) {
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
     const sched::ByExpert<EXPERTS, C::ROW_TURNS, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
@@ -411,6 +416,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         };
         consume<C>(
             ring, shared, tiles, stored, out, static_cast<const typename C::T*>(nullptr),
+            epilogue::Rounding<ROUNDS>{rounded, divisor},
             [&](const sched::Tile& tile, int column) {
                 int first, count;
                 span(tile, first, count);

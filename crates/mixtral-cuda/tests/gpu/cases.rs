@@ -24,11 +24,18 @@ fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
 /// stay within the type's limit.
 ///
 /// Hopper's tensor cores sum products of e4m3 with fewer bits than an f32 has. Over 128 elements this makes an error of 2e-4
-/// of the outputs' root mean square.
+/// of the outputs' root mean square. An f16 is more precise than that. With sums that keep 12 bits behind the largest product's first,
+/// cut off, 50 to 60 % of the outputs of silu·mul are another f16 than the reference's, and the worst is off by 2.5 steps; 52
+/// to 58 % and more than 2 steps were measured.
 fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tolerance {
     let is_fp8 = program.weights.iter().any(|weight| weight.format == WeightFormat::Fp8);
     if is_fp8 && code.family() == Family::Hopper && program.dtype != DType::F32 {
-        return Tolerance { f32_error: 2e-7, f32_element: 2e-3, half_unequal: 0.5, ..usual };
+        let multiplies_sums = program.ops.iter().any(|op| matches!(op, Op::ExpertGateUp { silu_mul: true, .. }));
+        let (half_steps, half_unequal) = match program.dtype {
+            DType::F16 if multiplies_sums => (3.0, 0.65),
+            _ => (usual.half_steps, 0.5),
+        };
+        return Tolerance { f32_error: 2e-7, f32_element: 2e-3, half_steps, half_unequal, ..usual };
     }
     let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
     let half_unequal = if attends && program.dtype != DType::F32 { 0.5 } else { usual.half_unequal };

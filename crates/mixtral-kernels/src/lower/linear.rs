@@ -3,7 +3,7 @@
 use mixtral_engine::{Epilogue, Op, Rows};
 use mixtral_model::ElemType;
 
-use super::{LowerError, Lowering, count, elementwise, moe, named, of_launches, rounded, type_name};
+use super::{LowerError, Lowering, all_named, count, elementwise, moe, named, of_launches, rounded, type_name};
 use crate::plan::Stream;
 use crate::scratch::PRODUCT_WORKSPACE;
 use crate::select::{self, LinearShape};
@@ -13,28 +13,8 @@ use crate::{Arg, Family, Grid, Kernel, Launch, LinearPlan, NamedArg, Product, Te
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, LowerError> {
     let linear = Linear::new(lowering, op)?;
-    let ladder = match op {
-        Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } => &ladder[..],
-        _ => &[],
-    };
-    let tokens = lowering.regime.max_tokens;
-    let chosen = ladder.iter().find(|rung| rung.max_tokens >= tokens).map(|rung| rung.plan.parse()).transpose()?;
-    let plan = match chosen {
-        // A ladder holds plans for the fastest family that the engine was built for. A slower family chooses a plan of
-        // its own here.
-        Some(LinearPlan::Wgmma { .. } | LinearPlan::Stream(_)) if lowering.target.family == Family::Portable => None,
-        // A library's product gets the step's size from the host. A captured product could not, so a step of decodes
-        // alone chooses another plan.
-        Some(LinearPlan::CublasLt)
-            if lowering.regime.decodes || !select::takes_cublaslt(lowering.program, op, tokens) =>
-        {
-            None
-        }
-        chosen => chosen,
-    };
-    let columns = LinearShape::columns(lowering.program, op, tokens);
     let rounding = linear.rounding();
-    let launches = match plan.unwrap_or_else(|| select::plan(&linear.shape, columns, lowering.target.family)) {
+    let launches = match linear.plan()? {
         LinearPlan::Simt => linear.simt(),
         LinearPlan::Mma { rows, cols } => linear.mma(rows, cols),
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster, dynamic } => {
@@ -90,7 +70,7 @@ impl Tiling {
 }
 
 /// A linear being lowered: what all its kernels need.
-struct Linear<'a> {
+pub(super) struct Linear<'a> {
     lowering: &'a Lowering<'a>,
     op: &'a Op,
     shape: LinearShape,
@@ -114,7 +94,7 @@ struct Linear<'a> {
 }
 
 impl<'a> Linear<'a> {
-    fn new(lowering: &'a Lowering<'a>, op: &'a Op) -> Result<Self, LowerError> {
+    pub(super) fn new(lowering: &'a Lowering<'a>, op: &'a Op) -> Result<Self, LowerError> {
         let missing = |name: &str| LowerError::Missing { op: op.name(), name: name.to_owned() };
         let unsupported = |reason| LowerError::Unsupported { op: op.name(), reason };
         for name in op.weights() {
@@ -182,11 +162,41 @@ impl<'a> Linear<'a> {
         })
     }
 
-    /// The launch that rounds the input, if the weight is of fp8 and the norm before it did not round.
+    /// How it is computed in this regime.
+    pub(super) fn plan(&self) -> Result<LinearPlan, LowerError> {
+        let ladder = match self.op {
+            Op::Linear { ladder, .. } | Op::ExpertGateUp { ladder, .. } | Op::ExpertDown { ladder, .. } => &ladder[..],
+            _ => &[],
+        };
+        let tokens = self.lowering.regime.max_tokens;
+        let chosen = ladder.iter().find(|rung| rung.max_tokens >= tokens).map(|rung| rung.plan.parse()).transpose()?;
+        let plan = match chosen {
+            // A ladder holds plans for the fastest family that the engine was built for. A slower family chooses a plan of
+            // its own here.
+            Some(LinearPlan::Wgmma { .. } | LinearPlan::Stream(_))
+                if self.lowering.target.family == Family::Portable =>
+            {
+                None
+            }
+            // A library's product gets the step's size from the host. A captured product could not, so a step of decodes
+            // alone chooses another plan.
+            Some(LinearPlan::CublasLt)
+                if self.lowering.regime.decodes || !select::takes_cublaslt(self.lowering.program, self.op, tokens) =>
+            {
+                None
+            }
+            chosen => chosen,
+        };
+        let columns = LinearShape::columns(self.lowering.program, self.op, tokens);
+        Ok(plan.unwrap_or_else(|| select::plan(&self.shape, columns, self.lowering.target.family)))
+    }
+
+    /// The launch that rounds the input, if the weight is of fp8 and no kernel before it did.
     fn rounding(&self) -> Option<Launch> {
         let program = self.lowering.program;
         let index = program.ops.iter().position(|op| std::ptr::eq(op, self.op));
-        if !self.packing.format.is_fp8() || index.is_some_and(|index| rounded::producer(program, index).is_some()) {
+        let by_norm = || index.is_some_and(|index| rounded::producer(program, index).is_some());
+        if !self.packing.format.is_fp8() || by_norm() || rounded::by_gate_up(self.lowering, self.op) {
             return None;
         }
         let scale = Arg::Weight { index: self.weight, offset: self.packing.input_scale() };
@@ -377,9 +387,12 @@ impl<'a> Linear<'a> {
             (1, self.token_map(Arg::Scratch(self.lowering.scratch.permuted), Rows::Assignments, part))
         };
         let (experts, top_k) = (self.experts(), self.lowering.program.top_k);
-        let symbol = format!("linear::grouped<{config}, {experts}, {top_k}, {source}>");
+        let (rounds, rest) = rounded::of_gate_up(self.lowering, self.op, [stored.1.clone(), out.1.clone()]);
+        let symbol =
+            format!("linear::grouped<{config}, {experts}, {top_k}, {source}{}>", if rounds { ", true" } else { "" });
         let (offsets, order) = (("offsets", Arg::Buffer(offsets)), ("order", Arg::Buffer(order)));
-        let args = named([weight, ("tokens", tokens), stored, header, offsets, order, out, turns]);
+        let own = [weight, ("tokens", tokens), stored, header, offsets, order, out, turns];
+        let args = all_named(own.into_iter().chain(rest));
         launches.push(Launch { cluster, ..self.launch(kernel(symbol), 1, None, args) });
         Ok(launches)
     }

@@ -1,11 +1,13 @@
-//! Which kernel rounds the input of a linear with fp8 weights: that of the norm before it, or one of its own.
+//! Which kernel rounds the input of a linear with fp8 weights: that of the norm before it, for `expert_down` in steps of few
+//! tokens that of `expert_gate_up`, or one of its own.
 
 use mixtral_engine::{Op, Program};
 use mixtral_model::WeightFormat;
 
 use super::Lowering;
-use crate::Arg;
+use super::linear::Linear;
 use crate::weight::Packing;
+use crate::{Arg, LinearPlan};
 
 /// Input and weight of an operation that reads what is rounded token by token.
 fn operands<'a>(program: &Program, op: &'a Op) -> Option<(&'a str, &'a str)> {
@@ -43,15 +45,58 @@ pub(super) fn of_norm(lowering: &Lowering<'_>, op: &Op, unused: [Arg; 2]) -> (bo
     let index = program.ops.iter().position(|found| std::ptr::eq(found, op));
     let linear =
         index.and_then(|index| (index + 1..program.ops.len()).find(|&behind| producer(program, behind) == Some(index)));
-    let scale = linear.and_then(|linear| {
-        let (_, name) = operands(program, &program.ops[linear])?;
-        let weight = program.weights.iter().position(|weight| weight.name == name)?;
-        Some(Arg::Weight { index: weight, offset: Packing::of(program, weight)?.input_scale() })
-    });
+    let scale = linear.and_then(|linear| input_scale(program, operands(program, &program.ops[linear])?.1));
+    taken(scale, lowering.scratch.rounded, unused)
+}
+
+/// The scale of an fp8 weight's input.
+fn input_scale(program: &Program, weight: &str) -> Option<Arg> {
+    let index = program.weights.iter().position(|found| found.name == weight)?;
+    Some(Arg::Weight { index, offset: Packing::of(program, index)?.input_scale() })
+}
+
+fn taken(scale: Option<Arg>, rounded: usize, unused: [Arg; 2]) -> (bool, [(&'static str, Arg); 2]) {
     let rounds = scale.is_some();
     let [divisor, rounded] = match scale {
-        Some(scale) => [scale, Arg::Scratch(lowering.scratch.rounded)],
+        Some(scale) => [scale, Arg::Scratch(rounded)],
         None => unused,
     };
     (rounds, [("divisor", divisor), ("rounded", rounded)])
+}
+
+/// Up to this many tokens, `expert_gate_up` rounds for `expert_down`. Its divisions are hidden behind the weights' bytes there.
+/// In longer steps products are the limit, and a kernel of its own is faster.
+const FEW: usize = 512;
+
+/// The `expert_down` of fp8 weights that reads what `op`, an `expert_gate_up`, writes, if the kernel of `op` rounds for it.
+fn down<'a>(lowering: &Lowering<'a>, op: &Op) -> Option<&'a Op> {
+    let program = lowering.program;
+    let index = program.ops.iter().position(|found| std::ptr::eq(found, op))?;
+    let (Op::ExpertGateUp { out, silu_mul: true, .. }, Some(behind @ Op::ExpertDown { input, weight, .. })) =
+        (op, program.ops.get(index + 1))
+    else {
+        return None;
+    };
+    let is_fp8 = program.weight(weight)?.format == WeightFormat::Fp8;
+    if !is_fp8 || input != out || lowering.regime.max_tokens > FEW {
+        return None;
+    }
+    let plan = Linear::new(lowering, op).ok()?.plan().ok()?;
+    matches!(plan, LinearPlan::Wgmma { .. }).then_some(behind)
+}
+
+/// Whether the kernel of `op` rounds for `expert_down`, as [`of_norm`].
+pub(super) fn of_gate_up(lowering: &Lowering<'_>, op: &Op, unused: [Arg; 2]) -> (bool, [(&'static str, Arg); 2]) {
+    let scale = match down(lowering, op) {
+        Some(Op::ExpertDown { weight, .. }) => input_scale(lowering.program, weight),
+        _ => None,
+    };
+    taken(scale, lowering.scratch.rounded_by_expert, unused)
+}
+
+/// Whether an `expert_gate_up` rounds the input of `op`, an `expert_down`.
+pub(super) fn by_gate_up(lowering: &Lowering<'_>, op: &Op) -> bool {
+    let ops = &lowering.program.ops;
+    let before = ops.iter().position(|found| std::ptr::eq(found, op)).and_then(|index| ops.get(index.checked_sub(1)?));
+    before.is_some_and(|before| down(lowering, before).is_some())
 }
