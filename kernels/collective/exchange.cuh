@@ -4,9 +4,9 @@
 //
 // An inbox is full of EMPTY words until packets arrive, and the receiver empties it again when it has read them. Each
 // collective uses the next one of SLOTS slots. So collective g uses the slot of collective g − SLOTS again, and the
-// receiver must have emptied it by then. It has: a rank that sends in collective g has all rows of the receiver's
-// collective g − 1, and the receiver sent those after its collective g − 2 was complete. That is one collective more
-// than needed, so a collective without rows in between does no harm.
+// receiver must have emptied it by then. It has: a rank that sends in collective g has all rows of collective g − 1, to
+// each of which the receiver contributed, after its collective g − 2 was complete. That is one collective more than
+// needed, so a collective without rows in between does no harm.
 #pragma once
 
 #include "base/vector.cuh"
@@ -158,20 +158,17 @@ template <typename T, int RANKS>
 class Slot {
 public:
     // `inboxes[r]` is where rank r's inbox begins. Inboxes never move, so the table may be read before pdl::wait().
-    __device__ __forceinline__ Slot(const u64* inboxes, i64 capacity, i32 rank) : capacity(capacity), rank(rank) {
+    __device__ __forceinline__ Slot(const u64* inboxes, i64 capacity, i32 rank) : inboxes(inboxes), capacity(capacity), rank(rank) {
 #pragma unroll
-        for (i32 peer = 0; peer < RANKS; ++peer) {
-            const i64 part = rank < peer ? rank : rank - 1;
-            to[peer] = inboxes[peer] + part * capacity;
-        }
+        for (i32 peer = 0; peer < KEPT; ++peer) to[peer] = inboxes[peer] + part_of(rank, peer);
         own = inboxes[rank];
     }
 
     // Selects the slot. The collective's number is `done` plus `ordinal`, its index among the step's collectives.
     __device__ __forceinline__ void open(u32 done, i32 ordinal) {
-        const i64 offset = static_cast<i64>((done + ordinal) % SLOTS) * (RANKS - 1) * capacity;
+        offset = static_cast<i64>((done + ordinal) % SLOTS) * (RANKS - 1) * capacity;
 #pragma unroll
-        for (i32 peer = 0; peer < RANKS; ++peer) to[peer] += offset;
+        for (i32 peer = 0; peer < KEPT; ++peer) to[peer] += offset;
         own += offset;
     }
 
@@ -179,20 +176,39 @@ public:
     __device__ __forceinline__ void send(const Packet<T>& packet, i64 index) const {
 #pragma unroll
         for (i32 peer = 0; peer < RANKS; ++peer) {
-            if (peer != rank) packet.put_to(reinterpret_cast<uint4*>(to[peer]) + index * Packet<T>::PARTS);
+            if (peer == rank) continue;
+            if (peer < KEPT) {
+                packet.put_to(reinterpret_cast<uint4*>(to[peer]) + index * Packet<T>::PARTS);
+            } else {
+                send_to(peer, packet, index);
+            }
         }
+    }
+
+    // Sends a packet to one of the other ranks.
+    __device__ __forceinline__ void send_to(i32 peer, const Packet<T>& packet, i64 index) const {
+        packet.put_to(reinterpret_cast<uint4*>(inboxes[peer] + part_of(rank, peer) + offset) + index * Packet<T>::PARTS);
     }
 
     // Replaces `packet` by the one that `peer` sent, unless this rank is `peer`.
     __device__ __forceinline__ void take(Packet<T>& packet, i32 peer, i64 index, Patience& patience) const {
         if (peer == rank) return;
-        const i64 part = peer < rank ? peer : peer - 1;
-        packet.take_from(reinterpret_cast<uint4*>(own + part * capacity) + index * Packet<T>::PARTS, patience);
+        packet.take_from(reinterpret_cast<uint4*>(own + part_of(peer, rank)) + index * Packet<T>::PARTS, patience);
     }
 
 private:
-    u64 to[RANKS];
+    // Where `sender`'s part begins in a slot of another rank's inbox.
+    __device__ __forceinline__ i64 part_of(i32 sender, i32 receiver) const {
+        return (sender < receiver ? sender : sender - 1) * capacity;
+    }
+
+    // Ranks whose places are in registers, so that a small collective does not wait for the table.
+    static constexpr int KEPT = RANKS < 4 ? RANKS : 4;
+
+    const u64* inboxes;
+    u64 to[KEPT];
     u64 own;
+    i64 offset;
     i64 capacity;
     i32 rank;
 };

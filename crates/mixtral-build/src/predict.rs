@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use std::ops::AddAssign;
 
 use mixtral_engine::{Op, Program};
-use mixtral_kernels::{Family, LinearPlan, LowerError, Schedule, Target};
+use mixtral_kernels::{Family, LinearPlan, LowerError, Schedule, Target, shares_from};
 
 use crate::cost::{Cost, StepShape, cost};
 use crate::gpu::Gpu;
@@ -243,7 +243,8 @@ impl Stage<'_> {
                 let spread = Spread { num_experts: program.num_experts, top_k: program.top_k, groups: self.groups };
                 parts.waiting += (gpu.roof.time(&fullest(&even, own, &spread, shape.num_tokens)) - time).max(0.0);
             }
-            parts.collectives += sent_bytes(program, op, shape).map_or(0.0, |bytes| gpu.link.time(bytes));
+            parts.collectives +=
+                sent(program, op, shape).map_or(0.0, |sent| sent.iter().map(|&b| gpu.link.time(b)).sum());
         }
         parts
     }
@@ -308,9 +309,9 @@ fn in_tiles(program: &Program, op: &Op, shape: StepShape, mut cost: Cost) -> Cos
     cost
 }
 
-/// Bytes that a rank sends to others in an operation; `None` if it exchanges nothing. A `recv` waits for the `send` of the
-/// stage before, which counts.
-fn sent_bytes(program: &Program, op: &Op, shape: StepShape) -> Option<f64> {
+/// Bytes that a rank sends to others in an operation, each time that all wait for what the others sent; `None` if it
+/// exchanges nothing. A `recv` waits for the `send` of the stage before, which counts.
+fn sent(program: &Program, op: &Op, shape: StepShape) -> Option<Vec<f64>> {
     let (input, receivers) = match op {
         Op::AllReduce { input, .. } | Op::AllGather { input, .. } => (input, program.tp_size - 1),
         Op::Send { input, .. } => (input, 1),
@@ -318,7 +319,13 @@ fn sent_bytes(program: &Program, op: &Op, shape: StepShape) -> Option<f64> {
     };
     let buffer = program.buffer(input)?;
     let rows = program.num_rows(buffer.rows, shape.num_tokens, shape.num_logits);
-    Some(f(rows * buffer.cols * buffer.dtype.size() * receivers))
+    let bytes = f(rows * buffer.cols * buffer.dtype.size() * receivers);
+    let in_shares = shares_from(buffer, program.tp_size).is_some_and(|from| rows >= from);
+    Some(match op {
+        // Each rank's parts of what others sum, and the sums of its own share.
+        Op::AllReduce { .. } if in_shares => vec![bytes / f(program.tp_size); 2],
+        _ => vec![bytes],
+    })
 }
 
 #[cfg(test)]
@@ -425,13 +432,16 @@ mod tests {
     #[test]
     fn collectives_send_to_every_other_rank() {
         let programs = programs(HYBRID);
-        let sent = |name: &str, num_tokens| {
+        let bytes = |name: &str, num_tokens| {
             let op = programs[0].ops.iter().find(|op| op.name() == name).unwrap();
-            sent_bytes(&programs[0], op, StepShape { num_tokens, num_logits: 2, context: 1 })
+            sent(&programs[0], op, StepShape { num_tokens, num_logits: 2, context: 1 })
         };
-        assert_eq!(sent("all_reduce", 3), Some(3.0 * 3.0 * 4096.0 * 2.0));
-        assert_eq!(sent("all_gather", 3), Some(3.0 * 2.0 * 8000.0 * 4.0));
-        assert_eq!(sent("linear", 3), None);
+        assert_eq!(bytes("all_reduce", 3), Some(vec![3.0 * 3.0 * 4096.0 * 2.0]));
+        assert_eq!(bytes("all_gather", 3), Some(vec![3.0 * 2.0 * 8000.0 * 4.0]));
+        assert_eq!(bytes("linear", 3), None);
+        // From here on the ranks sum in shares: three quarters of the rows, and then the sums of a quarter to three.
+        assert_eq!(bytes("all_reduce", 38), Some(vec![38.0 * 3.0 * 4096.0 * 2.0]));
+        assert_eq!(bytes("all_reduce", 39), Some(vec![39.0 * 0.75 * 4096.0 * 2.0; 2]));
         let link = h200().link;
         assert_eq!(link.time(link.bytes_per_s), link.latency_s + 1.0);
     }

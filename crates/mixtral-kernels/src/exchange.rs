@@ -12,6 +12,9 @@ const SLOTS: usize = 3;
 const STAGE_SLOTS: usize = 2;
 /// Each part of an inbox is a multiple of this many bytes.
 const ALIGN: usize = 1024;
+/// Bytes that a GPU sends in the time from a write until another GPU has seen it: 366 GB/s, 1.3 us
+/// (`docs/perf/ranks.md`).
+const BYTES_UNDER_WAY: usize = 476_000;
 
 /// Sizes of the memory that a rank's program needs to exchange rows with other ranks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,7 +96,35 @@ impl Exchange {
     }
 }
 
+/// From how many rows on the ranks of a group sum rows like those of `buffer` in shares: each rank sums some of the rows
+/// and sends their sums. `None` if they never do. Otherwise each rank sends its rows to all others, and sums all.
+///
+/// Of n ranks, each sends (n - 1) times its rows if all sum everything, and 2 (n - 1) / n times its rows in shares. But in
+/// shares, what one rank reads has gone over the link twice. Both take the same time where the bytes saved are those that
+/// are sent meanwhile.
+#[must_use]
+pub fn shares_from(buffer: &Buffer, ranks: usize) -> Option<usize> {
+    let saved = ranks.checked_sub(2)?.saturating_mul(ranks - 1);
+    (saved > 0).then(|| (BYTES_UNDER_WAY * ranks).div_ceil(saved * row_bytes(buffer).max(1)))
+}
+
 /// How many of the operations are collectives of a tensor-parallel group.
 pub(crate) fn num_collectives(ops: &[Op]) -> usize {
     ops.iter().filter(|op| matches!(op, Op::AllReduce { .. } | Op::AllGather { .. })).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use mixtral_engine::Rows;
+    use mixtral_model::ElemType;
+
+    use super::*;
+
+    #[test]
+    fn more_than_two_ranks_sum_many_rows_in_shares() {
+        let (name, dtype, rows) = ("x".to_owned(), ElemType::Bf16, Rows::Tokens);
+        let row = Buffer { name, dtype, rows, cols: 4096, offset: 0 };
+        let from = |ranks| shares_from(&row, ranks);
+        assert_eq!([0, 1, 2, 3, 4, 8].map(from), [None, None, None, Some(88), Some(39), Some(12)]);
+    }
 }

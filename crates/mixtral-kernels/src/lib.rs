@@ -38,7 +38,7 @@ pub use arch::{Arch, Family};
 pub use batch::{Batch, compile_all};
 pub use cache::Cache;
 pub use compile::{Code, CompileError, Compiled, Compiler};
-pub use exchange::{Exchange, ExchangeArg};
+pub use exchange::{Exchange, ExchangeArg, shares_from};
 pub use executable::{Executable, ExecutableError};
 pub use images::{ImagesError, KernelImage, KernelImages};
 pub use kernel::Kernel;

@@ -381,3 +381,19 @@ fn fp8_linears_spill_nothing_and_are_not_serialised() {
     }
     assert_clean(&work);
 }
+
+#[test]
+fn sums_of_many_ranks_spill_nothing() {
+    let of = |symbol: &str| Kernel {
+        header: "collective/all_reduce.cuh".into(),
+        symbol: format!("exchange::{symbol}"),
+        threads: 512,
+        shared_bytes: 0,
+        family: Family::Portable,
+    };
+    let float = of("all_reduce<float, float, 4096, 3, step::Rows::TOKENS, true, true>");
+    let slices = of("combine_all_reduce<bf16_t, bf16_t, 4096, 2, 0, 8, true, 4, true, true>");
+    // Mixtral 8x22B's rows, which leave few registers.
+    let whole = of("combine_all_reduce<bf16_t, bf16_t, 6144, 2, 0, 1, false, 8, true, true>");
+    assert_clean(&[(float, SM_80), (slices, SM_80), (whole.clone(), SM_80), (whole, SM_90A)]);
+}

@@ -13,6 +13,7 @@ use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{
     Backend as _, BackendError, Collectives, Epilogue, Inspect, Op, Program, Rows, StepInputs, Weights,
 };
+use mixtral_kernels::{Arg, Work};
 use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::batch::{self, Part};
@@ -20,9 +21,18 @@ use mixtral_testkit::elements::{from_bytes, ints_to_bytes, to_bytes, values};
 
 use crate::kernels::Machine;
 
-const TP_SIZE: usize = 2;
-const RANKS: usize = 4;
 const KV_BLOCKS: usize = 40;
+
+/// A job of some ranks in groups of `tp_size`.
+#[derive(Clone, Copy, Debug)]
+struct Layout {
+    ranks: usize,
+    tp_size: usize,
+}
+
+/// Two stages of two ranks each.
+const STAGES: Layout = Layout { ranks: 4, tp_size: 2 };
+const PAIR: Layout = Layout { ranks: 2, tp_size: 2 };
 
 /// Messages that wait, by sender and receiver.
 type Waiting = HashMap<(usize, usize), VecDeque<Vec<u8>>>;
@@ -40,12 +50,13 @@ struct Post {
 struct Mailbox {
     post: Arc<Post>,
     rank: usize,
+    tp_size: usize,
 }
 
 impl Collectives for Mailbox {
     fn all_gather(&self, mine: &[u8], all: &mut [u8]) -> Result<(), BackendError> {
-        let first = self.rank / TP_SIZE * TP_SIZE;
-        let group = first..first + TP_SIZE;
+        let first = self.rank / self.tp_size * self.tp_size;
+        let group = first..first + self.tp_size;
         group.clone().filter(|&to| to != self.rank).try_for_each(|to| self.send(to, mine))?;
         for (from, part) in group.zip(all.chunks_exact_mut(mine.len())) {
             if from == self.rank {
@@ -92,11 +103,13 @@ const NORMS: [&str; 3] = ["normed", "both", "router_input"];
 const NUM_EXPERTS: usize = 8;
 const TOP_K: usize = 2;
 
-/// The program of one of the ranks, in two stages of two ranks each. It has every operation that sends rows to other
-/// ranks.
-fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
+/// The program of one of the ranks, in one stage or two. It has every operation that sends rows to other ranks.
+fn program(dtype: DType, cols: usize, layout: Layout, rank: usize) -> (Program, Weights) {
     let mut a = Assembly::new(dtype);
-    (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, RANKS, TP_SIZE);
+    let tp_size = layout.tp_size;
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, layout.ranks, tp_size);
+    let place = rank % tp_size;
+    let experts = [place, place + 1].map(|place| place * NUM_EXPERTS / tp_size);
     let weight = a.weight("scale", dtype, &[cols], &values("scale", cols, 1.0));
     (a.program.num_experts, a.program.top_k) = (NUM_EXPERTS, TOP_K);
     let router = a.weight("router", DType::F32, &[NUM_EXPERTS, cols], &values("router", NUM_EXPERTS * cols, 1.0));
@@ -112,12 +125,12 @@ fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
         ("chosen", ElemType::I32, Rows::Tokens, TOP_K),
         ("chosen_weights", ElemType::F32, Rows::Tokens, TOP_K),
         ("logits", ElemType::F32, Rows::Tokens, NUM_EXPERTS),
-        ("offsets", ElemType::I32, Rows::One, NUM_EXPERTS / TP_SIZE + 1),
+        ("offsets", ElemType::I32, Rows::One, experts[1] - experts[0] + 1),
         ("order", ElemType::I32, Rows::Assignments, 1),
     ] {
         a.buffer(name, dtype, rows, cols);
     }
-    a.activation("joined", Rows::Tokens, TP_SIZE * cols);
+    a.activation("joined", Rows::Tokens, tp_size * cols);
     let name = str::to_owned;
     let reduce = |residual: bool, out: &str, normed: Option<&str>| Op::AllReduce {
         input: name("part"),
@@ -125,9 +138,6 @@ fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
         out: name(out),
         norm: normed.map(|out| FusedNorm { weight: weight.clone(), eps: 1e-5, out: name(out) }),
     };
-    let local = NUM_EXPERTS / TP_SIZE;
-    let first = rank % TP_SIZE * local;
-    let experts = [first, first + local];
     let mut ops = vec![
         reduce(false, "sum", None),
         reduce(true, "added", None),
@@ -169,9 +179,10 @@ fn program(dtype: DType, cols: usize, rank: usize) -> (Program, Weights) {
             order: name("order"),
         },
     ];
-    match rank.checked_sub(TP_SIZE) {
+    match rank.checked_sub(tp_size) {
         Some(from) => ops.insert(0, Op::Recv { out: name("passed"), from }),
-        None => ops.push(Op::Send { input: name("residual"), to: rank + TP_SIZE }),
+        None if layout.ranks > tp_size => ops.push(Op::Send { input: name("residual"), to: rank + tp_size }),
+        None => {}
     }
     ops.into_iter().for_each(|op| a.op(op));
     a.place_apart();
@@ -208,79 +219,94 @@ fn run(backend: &mut dyn Inspect, dtype: DType) -> Vec<Vec<Vec<u8>>> {
             backend.write_buffer(name, &to_bytes(dtype, &values(&format!("{name} {rank} {step}"), n, 2.0))).unwrap();
         }
         backend.run_ops(0..last, &inputs).unwrap();
-        let received = (rank >= TP_SIZE).then_some("passed");
+        let received = (rank >= program.tp_size).then_some("passed");
         MADE.into_iter().chain(received).map(|name| backend.read_buffer(name, bytes(name, tokens)).unwrap()).collect()
     });
     made.collect()
 }
 
-/// What `count` ranks return, each on a thread of its own.
-fn on_threads<T: Send>(count: usize, rank: impl Fn(usize, Arc<Mailbox>) -> T + Sync) -> Vec<T> {
+/// What the ranks of a job return, each on a thread of its own.
+fn on_threads<T: Send>(Layout { ranks, tp_size }: Layout, rank: impl Fn(usize, Arc<Mailbox>) -> T + Sync) -> Vec<T> {
     let post = Arc::new(Post::default());
     std::thread::scope(|scope| {
         let spawn = |r: usize| {
             let (post, rank) = (Arc::clone(&post), &rank);
-            scope.spawn(move || rank(r, Arc::new(Mailbox { post, rank: r })))
+            scope.spawn(move || rank(r, Arc::new(Mailbox { post, rank: r, tp_size })))
         };
-        let threads: Vec<_> = (0..count).map(spawn).collect();
+        let threads: Vec<_> = (0..ranks).map(spawn).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     })
 }
 
+/// Of steps of up to 256 rows, three and four ranks sum those of more than 320 KB in shares.
 #[test]
 fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
     let Some(machine) = Machine::find() else { return };
-    let count = devices().unwrap().len().min(RANKS);
-    let sharing = RANKS.div_ceil(count);
+    let (three, four) = (Layout { ranks: 3, tp_size: 3 }, Layout { ranks: 4, tp_size: 4 });
+    let layouts = [
+        (STAGES, &[DType::F32, DType::F16, DType::Bf16][..], &[20, 64, 1000, 4096, 6144][..]),
+        (three, &[DType::F32, DType::Bf16], &[20, 1004, 4096]),
+        (four, &[DType::F32, DType::F16], &[64, 1004, 6144]),
+    ];
+    for (layout, dtypes, widths) in layouts {
+        for (dtype, cols) in dtypes.iter().flat_map(|dtype| widths.iter().map(move |cols| (*dtype, *cols))) {
+            say_the_same(&machine, layout, dtype, cols);
+        }
+    }
+}
+
+fn say_the_same(machine: &Machine, layout: Layout, dtype: DType, cols: usize) {
+    let Layout { ranks, tp_size } = layout;
+    let count = devices().unwrap().len().min(ranks);
+    let sharing = ranks.div_ceil(count);
     let mut compared = 0;
-    for dtype in [DType::F32, DType::F16, DType::Bf16] {
-        for cols in [20, 64, 1000, 4096, 6144] {
-            let programs: Vec<_> = (0..RANKS).map(|rank| program(dtype, cols, rank)).collect();
-            let code = machine.codes()[0];
-            let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
-            assert!(failures.is_empty(), "{failures:?}");
-            let expected = on_threads(RANKS, |rank, ranks| {
-                let (program, weights) = &programs[rank];
-                let options = CpuOptions { kv_blocks: KV_BLOCKS, threads: 1, ..CpuOptions::default() };
-                let mut cpu = CpuBackend::load(program.clone(), weights.clone(), options).unwrap().with_ranks(ranks);
-                run(&mut cpu, dtype)
-            });
-            let found = on_threads(RANKS, |rank, ranks| {
-                let (program, weights) = &programs[rank];
-                let executable = library.executable(program).unwrap();
-                let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
-                let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
-                let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
-                // No rank starts before all have loaded: allocating may wait for another rank's kernels, and those
-                // would wait for this rank.
-                let mut all = [0; TP_SIZE];
-                ranks.all_gather(&[0], &mut all).unwrap();
-                run(&mut gpu, dtype)
-            });
-            for (rank, (found, expected)) in found.iter().zip(&expected).enumerate() {
-                for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
-                    for (buffer, (found, expected)) in found.iter().zip(expected).enumerate() {
-                        let what = format!("{dtype} of {cols}, rank {rank}, step {step}, buffer {buffer}");
-                        let (found, expected) = (from_bytes(dtype, found), from_bytes(dtype, expected));
-                        let is_norm = MADE.get(buffer).is_some_and(|name| NORMS.contains(name));
-                        let limit = if is_norm { 1e-5 } else { 0.0 };
-                        let off: f64 = found.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b)).sum();
-                        let size: f64 = expected.iter().map(|x| x * x).sum();
-                        assert!(size > 0.0 && off <= limit * size, "{what}: {off} of {size}");
-                        compared += found.len();
-                    }
-                }
+    let programs: Vec<_> = (0..ranks).map(|rank| program(dtype, cols, layout, rank)).collect();
+    let code = machine.codes()[0];
+    let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
+    assert!(failures.is_empty(), "{failures:?}");
+    let expected = on_threads(layout, |rank, ranks| {
+        let (program, weights) = &programs[rank];
+        let options = CpuOptions { kv_blocks: KV_BLOCKS, threads: 1, ..CpuOptions::default() };
+        let mut cpu = CpuBackend::load(program.clone(), weights.clone(), options).unwrap().with_ranks(ranks);
+        run(&mut cpu, dtype)
+    });
+    let found = on_threads(layout, |rank, ranks| {
+        let (program, weights) = &programs[rank];
+        let executable = library.executable(program).unwrap();
+        let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
+        let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
+        let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
+        // No rank starts before all have loaded: allocating may wait for another rank's kernels, and those
+        // would wait for this rank.
+        ranks.all_gather(&[0], &mut vec![0; tp_size]).unwrap();
+        run(&mut gpu, dtype)
+    });
+    for (rank, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
+            for (buffer, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let what = format!("{layout:?}, {dtype} of {cols}, rank {rank}, step {step}, buffer {buffer}");
+                let (found, expected) = (from_bytes(dtype, found), from_bytes(dtype, expected));
+                let is_norm = MADE.get(buffer).is_some_and(|name| NORMS.contains(name));
+                let limit = if is_norm { 1e-5 } else { 0.0 };
+                let off: f64 = found.iter().zip(&expected).map(|(a, b)| (a - b) * (a - b)).sum();
+                let size: f64 = expected.iter().map(|x| x * x).sum();
+                assert!(size > 0.0 && off <= limit * size, "{what}: {off} of {size}");
+                compared += found.len();
             }
         }
     }
-    println!("{RANKS} ranks on {count} GPUs: {compared} elements of 15 cases");
+    println!(
+        "{ranks} ranks on {count} GPUs, {tp_size} in a group, {dtype} of {cols}: {compared} elements are the same"
+    );
 }
 
-/// A program of two ranks that sums `sums` times, one after another.
-fn sums(sums: usize, tokens: usize, fused: bool, rank: usize) -> (Program, Weights) {
-    const COLS: usize = 4096;
+/// Columns of the rows that are summed to take the time: a token is 8 KB.
+const COLS: usize = 4096;
+
+/// A program of one of the ranks of a group, which sums `sums` times, one after another.
+fn sums(sums: usize, tokens: usize, fused: bool, layout: Layout, rank: usize) -> (Program, Weights) {
     let mut a = Assembly::new(DType::Bf16);
-    (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, TP_SIZE, TP_SIZE);
+    (a.program.rank, a.program.world_size, a.program.tp_size) = (rank, layout.ranks, layout.tp_size);
     let limits = &mut a.program.limits;
     (limits.max_num_tokens, limits.max_batch_size) = (tokens.max(64), 64);
     limits.max_seq_len = tokens.max(256);
@@ -306,63 +332,88 @@ fn sums(sums: usize, tokens: usize, fused: bool, rank: usize) -> (Program, Weigh
     (a.program, a.weights.into_weights())
 }
 
-/// Times sums over two GPUs: steps of many sums against steps of few, so that what a step costs anyway drops out. The printed floors
-/// are those to be reached by two Hopper GPUs. The test fails at twice the floor, because a machine may be shared.
+/// Microseconds of an all-reduce of `tokens` rows by ranks with a GPU each: steps of many sums against steps of few, so that what
+/// a step costs anyway drops out. `shares_from` replaces the number of rows from which ranks sum in shares.
+fn us_of_a_sum(machine: &Machine, layout: Layout, tokens: usize, fused: bool, shares_from: Option<i32>) -> f64 {
+    const FEW: usize = 8;
+    let many = if tokens > 64 { 40 } else { 264 };
+    let [less, more] = [FEW, many].map(|count| {
+        let programs: Vec<_> = (0..layout.ranks).map(|rank| sums(count, tokens, fused, layout, rank)).collect();
+        let code = machine.codes()[0];
+        let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
+        assert!(failures.is_empty(), "{failures:?}");
+        let blocks = tokens.div_ceil(16).max(64);
+        let times = on_threads(layout, |rank, ranks| {
+            let (program, weights) = &programs[rank];
+            let mut executable = library.executable(program).unwrap();
+            for work in executable.schedule.regimes.iter_mut().flat_map(|(_, works)| works) {
+                let Work::Launch(launch) = work else { continue };
+                let from = launch.args.iter_mut().filter(|arg| arg.name == "shares_from");
+                from.for_each(|arg| arg.arg = shares_from.map_or(arg.arg.clone(), Arg::I32));
+            }
+            let options = CudaOptions { device: rank, ..CudaOptions::default() };
+            let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
+            let mut gpu = loading.finish(blocks, Some(ranks.clone())).unwrap();
+            let limits = program.limits;
+            let inputs = match tokens {
+                0..=64 => {
+                    let sequences = batch::sequences(7, &vec![2; tokens], &limits, program.vocab_size, blocks);
+                    let part = |sequence| Part { sequence, past: 1, new: 1 };
+                    batch::step(&limits, &sequences.iter().map(part).collect::<Vec<_>>())
+                }
+                _ => batch::prompt(&limits, program.vocab_size, blocks, tokens),
+            };
+            let inputs = StepInputs { return_logits: false, ..inputs };
+            let mut times: Vec<Duration> = (0..60)
+                .map(|_| {
+                    let begun = Instant::now();
+                    gpu.step(&inputs).unwrap();
+                    begun.elapsed()
+                })
+                .collect();
+            times.sort();
+            times[times.len() / 4]
+        });
+        times.into_iter().max().unwrap()
+    });
+    more.saturating_sub(less).as_secs_f64() * 1e6 / (many - FEW) as f64
+}
+
+/// The printed floors are those to be reached by two Hopper GPUs. The test fails at twice the floor, because a machine may be
+/// shared.
 #[test]
 fn sums_of_two_gpus_take_a_few_microseconds() {
     let Some(machine) = Machine::find() else { return };
-    if devices().unwrap().len() < TP_SIZE {
+    if devices().unwrap().len() < PAIR.ranks {
         return;
     }
-    const FEW: usize = 8;
-    let us = |tokens: usize, fused: bool, many: usize| {
-        let [few, many] = [FEW, many].map(|count| {
-            let programs: Vec<_> = (0..TP_SIZE).map(|rank| sums(count, tokens, fused, rank)).collect();
-            let code = machine.codes()[0];
-            let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
-            assert!(failures.is_empty(), "{failures:?}");
-            let blocks = tokens.div_ceil(16).max(64);
-            let times = on_threads(TP_SIZE, |rank, ranks| {
-                let (program, weights) = &programs[rank];
-                let executable = library.executable(program).unwrap();
-                let options = CudaOptions { device: rank, ..CudaOptions::default() };
-                let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
-                let mut gpu = loading.finish(blocks, Some(ranks.clone())).unwrap();
-                let limits = program.limits;
-                let inputs = match tokens {
-                    0..=64 => {
-                        let sequences = batch::sequences(7, &vec![2; tokens], &limits, program.vocab_size, blocks);
-                        let part = |sequence| Part { sequence, past: 1, new: 1 };
-                        batch::step(&limits, &sequences.iter().map(part).collect::<Vec<_>>())
-                    }
-                    _ => batch::prompt(&limits, program.vocab_size, blocks, tokens),
-                };
-                let inputs = StepInputs { return_logits: false, ..inputs };
-                let mut times: Vec<Duration> = (0..60)
-                    .map(|_| {
-                        let begun = Instant::now();
-                        gpu.step(&inputs).unwrap();
-                        begun.elapsed()
-                    })
-                    .collect();
-                times.sort();
-                times[times.len() / 4]
-            });
-            times.into_iter().max().unwrap()
-        });
-        many.saturating_sub(few).as_secs_f64() * 1e6
-    };
-    for (tokens, fused, many, floor) in [
-        (1, false, 264, 3.0),
-        (64, false, 264, 5.0),
-        (4096, false, 40, 115.0),
-        (1, true, 264, 3.2),
-        (64, true, 264, 5.5),
-    ] {
-        let each = us(tokens, fused, many) / (many - FEW) as f64;
+    for (tokens, fused, floor) in
+        [(1, false, 3.0), (64, false, 5.0), (4096, false, 115.0), (1, true, 3.2), (64, true, 5.5)]
+    {
+        let each = us_of_a_sum(&machine, PAIR, tokens, fused, None);
         let what = if fused { "all-reduce, residual and norm" } else { "all-reduce" };
         println!("{what} of {tokens} tokens ({} KB): {each:.2} us, floor {floor}", tokens * 8);
         assert!(each < 2.0 * floor, "{what} of {tokens} tokens took {each:.2} us");
+    }
+}
+
+/// Times sums over three or four GPUs in which every rank sums everything, and sums in shares. Of long rows, shares send half as
+/// much or less.
+#[test]
+fn long_sums_of_many_gpus_are_faster_in_shares() {
+    let Some(machine) = Machine::find() else { return };
+    let ranks = devices().unwrap().len().min(4);
+    if ranks < 3 {
+        return;
+    }
+    let layout = Layout { ranks, tp_size: ranks };
+    for tokens in [1, 8, 16, 32, 64, 128, 512, 4096] {
+        let [whole, shares] = [i32::MAX, 1].map(|from| us_of_a_sum(&machine, layout, tokens, false, Some(from)));
+        println!(
+            "all-reduce of {ranks} ranks, {tokens} tokens ({} KB): {whole:.2} us, in shares {shares:.2}",
+            tokens * 8
+        );
+        assert!(tokens < 4096 || shares < whole, "{shares} us in shares, {whole} us otherwise");
     }
 }
 
@@ -387,18 +438,19 @@ fn a_rank_that_is_gone_ends_the_others() {
         return;
     }
     let Some(machine) = Machine::find() else { return };
-    let count = devices().unwrap().len().min(RANKS);
+    let Layout { ranks: all, .. } = STAGES;
+    let count = devices().unwrap().len().min(all);
     let traps = std::env::var(CHILD).unwrap() == "traps";
-    let programs: Vec<_> = (0..RANKS).map(|rank| program(DType::F32, 64, rank)).collect();
+    let programs: Vec<_> = (0..all).map(|rank| program(DType::F32, 64, STAGES, rank)).collect();
     let code = machine.codes()[0];
     let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
     assert!(failures.is_empty(), "{failures:?}");
     let trapping = library.with("exchange::all_reduce", &machine.trap(code, &programs[1].0, "exchange::all_reduce"));
-    let ends = on_threads(RANKS, |rank, ranks| {
+    let ends = on_threads(STAGES, |rank, ranks| {
         let (program, weights) = &programs[rank];
         let library = if traps && rank == 1 { &trapping } else { &library };
         let executable = library.executable(program).unwrap();
-        let options = CudaOptions { device: rank % count, sharing: RANKS.div_ceil(count), ..CudaOptions::default() };
+        let options = CudaOptions { device: rank % count, sharing: all.div_ceil(count), ..CudaOptions::default() };
         let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
         let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
         let begun = Instant::now();

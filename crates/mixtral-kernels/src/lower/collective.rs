@@ -5,7 +5,7 @@ use mixtral_engine::{Buffer, Op};
 
 use super::elementwise::{VECTOR, epsilon, row_threads, rows};
 use super::{LowerError, Lowering, all_named, count, int, launch, may_be_one, moe, named, portable, type_name};
-use crate::exchange::num_collectives;
+use crate::exchange::{num_collectives, shares_from};
 use crate::step_block::Array;
 use crate::{Arg, Exchange, ExchangeArg, Grid, Kernel, Launch};
 
@@ -102,6 +102,7 @@ fn all_reduce(lowering: &Lowering<'_>, combine: Option<&Op>, op: &Op, before: us
         ("weight", scale),
         ("eps", eps),
         ("normalized", normalized),
+        ("shares_from", int(shares_from(buffer, ranks).unwrap_or(usize::MAX))),
     ];
     let args = first.into_iter().chain(rest).chain(exchanged(lowering, before));
     let kernel = portable(ALL_REDUCE, symbol, row_threads(cols));
