@@ -30,6 +30,12 @@ inline constexpr u32 OTHER_NAN = 0x7fff7fffu;
 inline constexpr u32 LOOKS = 16;
 // Seconds after which a thread gives up. If a rank is gone, the host learns it much earlier and sets the stop word.
 inline constexpr u32 PATIENCE = 120;
+// After so many looks, about a millisecond, the host is told that the rank waits.
+inline constexpr u32 LONG = 1024;
+
+// What the report says: that a kernel waits for another rank, or waited too long. The host clears it after each step.
+inline constexpr u32 WAITS = 2;
+inline constexpr u32 GAVE_UP = 1;
 
 __device__ __forceinline__ uint4 look(const uint4* at) {
     uint4 v;
@@ -78,9 +84,10 @@ public:
     __device__ __forceinline__ bool is_over() {
         if (++looks % LOOKS != 0) return false;
         if (glance(stop) != 0) return true;
+        if (looks == LONG && threadIdx.x == 0 && blockIdx.x == 0) put(report, WAITS);
         if (looks == LOOKS) begun = seconds();
         if (seconds() - begun < PATIENCE) return false;
-        put(report, 1);
+        put(report, GAVE_UP);
         put(stop, 1);
         return true;
     }

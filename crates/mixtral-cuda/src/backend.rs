@@ -85,7 +85,7 @@ impl CudaBackend {
         let bytes = self.turns.of(turn).staging.bytes()?;
         let written = inputs::write(&self.block, &self.program, inputs, &self.known_draws, bytes)?;
         self.steps += 1;
-        self.turns.of(turn).begin(&self.stream)?;
+        self.turns.of(turn).begin(&self.stream).map_err(|error| self.failed(&flight, error))?;
         if ops.start == 0 {
             let part_bytes = half_layer(&self.program, self.kv_blocks);
             let shape = CacheShape { parts: 2 * self.program.kv.num_layers, part_bytes, blocks: self.kv_blocks };
@@ -146,8 +146,11 @@ impl CudaBackend {
     /// The error of a step. Remembers it if it lost the device.
     fn failed(&mut self, flight: &Flight, error: CudaError) -> CudaError {
         let behind = if self.steps > flight.step + 1 { ", or the step behind it" } else { "" };
-        let error = error.in_step(flight.step, || format!("{}{behind}", flight.what));
+        let mut error = error.in_step(flight.step, || format!("{}{behind}", flight.what));
         if let CudaError::Fault { .. } = error {
+            if let Some(exchange) = &mut self.exchange {
+                error = exchange.cause(error);
+            }
             self.lost = Some(error.clone());
         }
         error

@@ -30,6 +30,13 @@ const EMPTY: u8 = 0xff;
 /// How often the host checks whether a rank is gone, while it waits for the device.
 const LOOK_EVERY: Duration = Duration::from_micros(200);
 
+/// What the report says: a kernel waited too long, or waits just now (`exchange::GAVE_UP`, `exchange::WAITS`).
+const GAVE_UP: u32 = 1;
+const WAITS: u32 = 2;
+
+/// How long a rank whose GPU failed while it waited for another rank waits for the news that the other one failed.
+const FOR_NEWS: Duration = Duration::from_secs(2);
+
 /// What a rank tells the others about its memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Introduction {
@@ -72,8 +79,6 @@ pub(crate) struct Exchange {
     tp_size: usize,
     /// Whether a step failed.
     broken: bool,
-    /// Whether other ranks have kernels on the same GPU.
-    is_shared: bool,
     context: Context,
     /// A stream for copies that must not queue behind kernels that wait.
     aside: Stream,
@@ -138,7 +143,6 @@ impl Exchange {
         program: &Program,
         sizes: &kernels::Exchange,
         ranks: Arc<dyn Collectives>,
-        is_shared: bool,
     ) -> Result<Exchange, BackendError> {
         let aside = Stream::new(context)?;
         let memory = DeviceMemory::new(context, bytes(program, sizes))?;
@@ -192,7 +196,6 @@ impl Exchange {
             neighbours,
             tp_size,
             broken,
-            is_shared,
             context,
             aside,
             stop,
@@ -226,30 +229,49 @@ impl Exchange {
             }
             looked = Instant::now();
             if let Err(gone) = self.ranks.check() {
-                self.stop.upload(&self.aside, 0, size_of::<u32>(), &self.memory, STOP)?;
-                stream.synchronize()?;
+                // These fail if the other rank's failure has reached this GPU too. That the rank is gone says more.
+                let stopped = self.stop.upload(&self.aside, 0, size_of::<u32>(), &self.memory, STOP);
+                let _ = stopped.and_then(|()| stream.synchronize());
                 return Err(CudaError::Rank(gone.to_string()));
             }
         }
-        if self.report.bytes()?.iter().any(|&byte| byte != 0) {
+        if self.report()? == GAVE_UP {
             return Err(CudaError::Rank(
                 "a kernel waited for two minutes for what another rank should have sent, and no rank is known to be gone"
                     .to_owned(),
             ));
         }
+        self.report.bytes()?.fill(0);
         Ok(())
+    }
+
+    /// The failure that caused `error`, with which this rank's GPU was lost. If another rank's GPU fails, those that use
+    /// its memory may fail with it. They wait for that rank then, and it does not wait for them: so it says what
+    /// happened to it, and the others wait a moment to hear of it.
+    pub(crate) fn cause(&mut self, error: CudaError) -> CudaError {
+        let begun = Instant::now();
+        while self.report().is_ok_and(|report| report == WAITS) && begun.elapsed() < FOR_NEWS {
+            if let Err(gone) = self.ranks.check() {
+                return CudaError::Rank(gone.to_string());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        error
+    }
+
+    /// What the kernels report.
+    fn report(&mut self) -> Result<u32, CudaError> {
+        Ok(self.report.bytes()?.first_chunk().map_or(0, |word| u32::from_le_bytes(*word)))
     }
 }
 
 impl Drop for Exchange {
     /// Waits until all neighbours and all ranks of the group have come this far, so that none of them will write to
     /// this rank's memory any more. Otherwise a rank that is done could free memory to which a slower rank still
-    /// writes. Ranks that have failed do not wait for each other.
+    /// writes. Ranks that have failed do not wait for each other, and free nothing: their process ends soon.
     fn drop(&mut self) {
         if self.broken || std::thread::panicking() || self.ranks.check().is_err() {
-            if self.is_shared {
-                self.context.abandon();
-            }
+            self.context.abandon();
             return;
         }
         let part = || -> Result<(), BackendError> {

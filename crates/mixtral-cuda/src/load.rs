@@ -112,7 +112,7 @@ impl<'a> Loading<'a> {
         let memory = Memory::new(&context, &stream, &needs, &program, schedule, kv_blocks, options.count_experts)?;
         let exchange = match (&schedule.exchange, ranks) {
             (None, _) => None,
-            (Some(sizes), Some(ranks)) => Some(Exchange::new(&context, &program, sizes, ranks, options.sharing > 1)?),
+            (Some(sizes), Some(ranks)) => Some(Exchange::new(&context, &program, sizes, ranks)?),
             (Some(_), None) => {
                 let alone = format!("rank {} of {} was loaded without the others", program.rank, program.world_size);
                 return Err(BackendError::Other(alone));

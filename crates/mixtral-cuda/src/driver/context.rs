@@ -130,7 +130,8 @@ impl Context {
     }
 
     /// Leaves what was allocated to the end of the process. The driver frees memory when all kernels of the context have
-    /// ended. Kernels of another rank that shares the GPU may wait for this rank, which is gone.
+    /// ended. Kernels of another rank that shares the GPU may wait for this rank, which is gone, and kernels on other
+    /// GPUs may still write to its memory.
     pub(crate) fn abandon(&self) {
         self.0.abandoned.store(true, Ordering::Relaxed);
     }

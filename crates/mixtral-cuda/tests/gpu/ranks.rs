@@ -2,6 +2,7 @@
 //! is a thread. If there are fewer GPUs than ranks, ranks share them.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -420,13 +421,13 @@ fn long_sums_of_many_gpus_are_faster_in_shares() {
 /// Set in the process in which a rank's GPU is lost.
 const CHILD: &str = "MIXTRAL_LOST_RANK";
 
-/// Rank 1 goes away without a step, or its kernel traps. All others end soon, and say so.
+/// Rank 1 goes away without a step, panics, or its kernel traps. All others end soon, and name it.
 #[test]
 fn a_rank_that_is_gone_ends_the_others() {
     if std::env::var_os(CHILD).is_none() {
         // Ranks that share one GPU share its context too, so all of them lose it: there is nothing to tell apart.
         let alone = devices().is_ok_and(|devices| devices.len() > 1);
-        for how in if alone { &["leaves", "traps"][..] } else { &["leaves"] } {
+        for how in if alone { &["leaves", "panics", "traps"][..] } else { &["leaves", "panics"] } {
             let mut child = Command::new(std::env::current_exe().unwrap());
             child.args(["--exact", "ranks::a_rank_that_is_gone_ends_the_others", "--nocapture"]);
             child.env("CUDA_DEVICE_MAX_CONNECTIONS", "32");
@@ -440,7 +441,8 @@ fn a_rank_that_is_gone_ends_the_others() {
     let Some(machine) = Machine::find() else { return };
     let Layout { ranks: all, .. } = STAGES;
     let count = devices().unwrap().len().min(all);
-    let traps = std::env::var(CHILD).unwrap() == "traps";
+    let how = std::env::var(CHILD).unwrap();
+    let traps = how == "traps";
     let programs: Vec<_> = (0..all).map(|rank| program(DType::F32, 64, STAGES, rank)).collect();
     let code = machine.codes()[0];
     let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
@@ -454,8 +456,19 @@ fn a_rank_that_is_gone_ends_the_others() {
         let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
         let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
         let begun = Instant::now();
-        if rank == 1 && !traps {
+        if rank == 1 {
+            // The others wait for it by then.
             std::thread::sleep(Duration::from_millis(500));
+        }
+        if rank == 1 && !traps {
+            if how == "panics" {
+                // What the thread owns is dropped before anyone hears of the panic, while others write to its memory.
+                let panicked = std::panic::catch_unwind(AssertUnwindSafe(|| {
+                    let _dropped = gpu;
+                    panic!("as the test wants");
+                }));
+                assert!(panicked.is_err());
+            }
             ranks.post.gone.store(true, Ordering::Relaxed);
             return (begun.elapsed(), "it left".to_owned());
         }
@@ -469,10 +482,9 @@ fn a_rank_that_is_gone_ends_the_others() {
         (begun.elapsed(), error.to_string())
     });
     for (rank, (took, said)) in ends.iter().enumerate() {
-        println!("rank {rank} ended after {took:?}: {}", &said[..said.len().min(90)]);
+        println!("rank {rank} ended after {took:?}: {}", &said[..said.len().min(150)]);
         assert!(*took < Duration::from_secs(10), "rank {rank} took {took:?}");
-        // Ranks that share the lost GPU hear of it from the driver.
-        let lost = traps && said.contains("context is lost");
-        assert!(lost || said.contains(if rank == 1 { "left" } else { "rank 1 is gone" }), "rank {rank}: {said}");
+        let own = if traps { "context is lost" } else { "left" };
+        assert!(said.contains(if rank == 1 { own } else { "rank 1 is gone" }), "rank {rank}: {said}");
     }
 }
