@@ -180,4 +180,11 @@ fn statistics_are_complete() {
     assert_eq!(again["logits_hash"], said["logits_hash"]);
     let printed = mixtral_in(at, "run --max-output-len 4 --run-profiling --input-text", &[PROMPT]).ok();
     assert!(printed.contains("batch_size: 1, avg latency of 10 iterations: "), "{printed}");
+
+    let long = PROMPT.repeat(60);
+    let twice = json(at, "--max-output-len 2 --kv-cache-enable-block-reuse", &[&long, &long]);
+    let (stats, tokens) = (&twice["stats"], twice["prompts"][0]["ids"].as_array().unwrap().len() as u64);
+    let [computed, cached] = ["prompt_tokens", "cached_tokens"].map(|name| stats[name].as_u64().unwrap());
+    assert!(cached >= 64 && computed + cached == 2 * tokens, "{cached} and {computed} of two times {tokens}");
+    assert_eq!(stats["swapped_blocks"], 0);
 }

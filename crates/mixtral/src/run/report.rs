@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use mixtral_build::cost::{StepShape, cost};
 use mixtral_engine::Program;
+use mixtral_runtime::schedule::Counters;
 use mixtral_runtime::session::StepStats;
 use serde::Serialize;
 
@@ -29,6 +30,20 @@ pub struct Stats {
     /// The steps that only decoded, if there were any.
     #[serde(flatten)]
     pub decode: Option<DecodeStats>,
+    /// What reuse and swapping did, if they did anything.
+    #[serde(flatten)]
+    pub cache: Option<CacheStats>,
+}
+
+/// Figures of the cache's blocks.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CacheStats {
+    /// Tokens of prompts that were not computed, because their blocks were there.
+    pub cached_tokens: u64,
+    /// Part of all tokens of prompts that they are, in percent.
+    pub cached_percent: f64,
+    /// Blocks that went to the host's memory for others' sake.
+    pub swapped_blocks: u64,
 }
 
 /// Figures of the steps that only decoded.
@@ -102,8 +117,8 @@ pub fn f(n: usize) -> f64 {
 }
 
 impl Stats {
-    /// The figures of a run whose `steps` generated `outputs`.
-    pub fn new(program: &Program, steps: &[StepStats], outputs: &[Output]) -> Stats {
+    /// The figures of a run whose `steps` generated `outputs`, and whose schedule counted `counters`.
+    pub fn new(program: &Program, steps: &[StepStats], outputs: &[Output], counters: Counters) -> Stats {
         let prompt_tokens = steps.iter().map(|s| s.prefill_tokens).sum();
         let generated_tokens = outputs.iter().map(|o| o.ids.len()).sum();
         let all_seconds = seconds(steps.iter());
@@ -117,7 +132,17 @@ impl Stats {
             first_token_ms: (!first.is_empty()).then(|| median(first)),
             prefill_tokens_per_s: ratio(f(prompt_tokens), seconds(steps.iter().filter(|s| !is_decode(s)))),
             decode: DecodeStats::new(program, steps.iter().filter(is_decode).collect()),
+            cache: CacheStats::new(counters),
         }
+    }
+}
+
+impl CacheStats {
+    #[expect(clippy::cast_precision_loss, reason = "figures for people")]
+    fn new(Counters { prompt_tokens, cached_tokens, swapped_out, .. }: Counters) -> Option<CacheStats> {
+        let cached_percent = 100.0 * ratio(cached_tokens as f64, prompt_tokens as f64);
+        let stats = CacheStats { cached_tokens, cached_percent, swapped_blocks: swapped_out };
+        (cached_tokens > 0 || swapped_out > 0).then_some(stats)
     }
 }
 
@@ -155,6 +180,12 @@ impl fmt::Display for Stats {
             write!(f, "\nfirst token   {first:.2} ms (median)")?;
         }
         write!(f, "\nprefill       {:.1} tok/s", self.prefill_tokens_per_s)?;
+        if let Some(CacheStats { cached_tokens, cached_percent, swapped_blocks }) = self.cache {
+            write!(
+                f,
+                "\ncache         {cached_tokens} tokens of prompts found ({cached_percent:.0} %), {swapped_blocks} blocks swapped out"
+            )?;
+        }
         let Some(DecodeStats { decode_steps, decode_step_ms, decode_tokens_per_s, decode_gb_per_s }) = self.decode
         else {
             return Ok(());

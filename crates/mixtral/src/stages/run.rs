@@ -82,7 +82,8 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
         return failed;
     }
 
-    let stats = (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs));
+    let stats =
+        (args.stats || args.json).then(|| Stats::new(job.program(), &steps, &outputs, session.stats().counters));
     let hash = args.logits_hash.then(|| logits_hash(&outputs));
     let counts = args.expert_stats.then(|| session.expert_counts()).transpose()?;
     if args.json {
