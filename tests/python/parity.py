@@ -1,13 +1,15 @@
 #!/usr/bin/env python3
 """Live parity with transformers: new random models go through convert, build and run, and transformers checks the results.
 
-    parity.py --mixtral PATH [--backend cuda] [--models 24] [--seed N] [--example DIR] [--jobs N] [--layout FLAGS]
+    parity.py --mixtral PATH [--backend cuda] [--models 24] [--dtypes NAME...] [--seed N] [--example DIR] [--jobs N]
+              [--layout FLAGS]...
     parity.py --self-test
 
 With `--backend cuda` there are two engines for the GPU, one with the kernels selected for it and one with the portable
 kernels. f32 engines run on the CPU too. Half of the models have sizes that tensor cores take. `--example` adds a trained
 model in every data type, with prompts that it has written itself. Half of the random models are quantized; the reference then
-has the floats that the integers stand for. `--layout "--tp_size 2"` cuts all models into ranks.
+has the floats that the integers stand for. `--layout "--tp_size 2"` cuts all models into ranks. It can be given several times:
+all layouts are held against the same logits of transformers. On GPUs the ranks of one engine run at a time.
 
 The limits:
 - f32: every logit differs by at most 1e-5 of the reference's largest at its position, and greedy tokens are equal. This
@@ -22,6 +24,7 @@ The limits:
 
 import argparse
 import copy
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -29,7 +32,7 @@ import random
 import secrets
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,7 +99,10 @@ class Total:
     worst: float = 0.0
 
 
-def draw_cases(count, seed, tensor_cores=False, ranks=False):
+DTYPES_DRAWN = ["float32", "bfloat16", "float32", "float16"]
+
+
+def draw_cases(count, seed, tensor_cores=False, ranks=False, dtypes=DTYPES_DRAWN):
     """Models that together take every value of every list below. Each list is shuffled on its own.
 
     With `tensor_cores`, every second model of each data type has sizes that tensor cores take. With `ranks`, sizes divide over
@@ -111,7 +117,7 @@ def draw_cases(count, seed, tensor_cores=False, ranks=False):
 
     layers, groups, top_ks = deck([1, 2, 3, 4, 5]), deck([1, 2, 3, 4, 6]), deck([1, 2, 3, 4])
     experts, tied, windows = deck([2, 16, 8, 3, 4, 12, 5, 7]), deck([False, True]), deck([False, True])
-    thetas, dtypes = deck([1e4, 1e6]), deck(["float32", "bfloat16", "float32", "float16"])
+    thetas, dtypes = deck([1e4, 1e6]), deck(dtypes)
     # A token cannot go to more experts than there are, so models with many experts get the large top-k.
     formats = deck(["", *FORMATS[:2], "", *FORMATS[2:]])
     experts.sort()
@@ -186,40 +192,51 @@ def example_cases(binary, directory):
     return [Case(config, dtype, 0, prompts, 8, Path(directory)) for dtype in ("float32", "bfloat16", "float16")]
 
 
-def by_tool(binary, backend, layout, case, directory):
+def by_tool(binary, backend, layouts, case, directory):
     """Converts, builds and runs `case`, whose model is in directory/hf: {what ran: its Output}.
 
     For a quantized case, directory/decoded gets the model that the quantized weights stand for.
     """
-    checkpoint, engine = directory / "checkpoint", directory / "engine"
-    ids, csv, logits = directory / "ids.csv", directory / "out.csv", directory / "logits"
+    ids = directory / "ids.csv"
     ids.write_text("".join(",".join(map(str, prompt)) + "\n" for prompt in case.prompts))
     convert = ["convert", "--model_dir", directory / "hf", "--dtype", case.dtype, *case.quantize.split()]
     if case.quantize:
-        run_tool(binary, *convert, "--output_dir", checkpoint)
+        run_tool(binary, *convert, "--output_dir", directory / "whole")
         model = load_model(directory / "hf", "float32")
-        write_decoded(checkpoint, model, directory / "decoded")
-    run_tool(binary, *convert, "--output_dir", checkpoint, *layout.split())
+        write_decoded(directory / "whole", model, directory / "decoded")
 
-    def build(kernels):
-        run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", backend,
-                 "--gemm_plugin", kernels, "--moe_plugin", kernels, "--gather_context_logits",
-                 "--max-seq-len", MAX_PROMPT + MAX_OUTPUT, "--max-batch-size", case.batch)
+    def of_layout(number):
+        layout, checkpoint = layouts[number], directory / f"checkpoint-{number}"
+        csv, logits = directory / f"out-{number}.csv", directory / f"logits-{number}"
+        run_tool(binary, *convert, "--output_dir", checkpoint, *layout.split())
 
-    def run(*where):
-        run_tool(binary, "run", "--engine_dir", engine, "--backend", *where, "--input_file", ids,
-                 "--max_output_len", MAX_OUTPUT, "--end-id", -1, "--output_csv", csv, "--output_logits_npy", logits)
-        tokens = [[int(token) for token in line.split(",")] for line in csv.read_text().splitlines()]
-        return Output(np.load(f"{logits}_context.npy"), np.load(f"{logits}_generation.npy"), tokens)
+        def build(kernels):
+            engine = directory / f"engine-{number}-{kernels}"
+            run_tool(binary, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, "--backend", backend,
+                     "--gemm_plugin", kernels, "--moe_plugin", kernels, "--gather_context_logits",
+                     "--max-seq-len", MAX_PROMPT + MAX_OUTPUT, "--max-batch-size", case.batch)
+            return engine
 
-    build("auto")
-    if backend == "cpu":
-        return {"cpu": run("cpu")}
-    outputs = {"selected": run(backend)}
-    if case.dtype == "float32":
-        outputs["cpu"] = run("cpu", "--threads", 2)
-    build("disable")
-    return outputs | {"portable": run(backend)}
+        def run(engine, *where):
+            with open(binary) as turn:
+                if layout and backend == "cuda":
+                    # Ranks wait for each other in their kernels. Those of two engines on the same GPUs would wait very long.
+                    fcntl.flock(turn, fcntl.LOCK_EX)
+                run_tool(binary, "run", "--engine_dir", engine, "--backend", *where, "--input_file", ids,
+                         "--max_output_len", MAX_OUTPUT, "--end-id", -1, "--output_csv", csv, "--output_logits_npy", logits)
+            tokens = [[int(token) for token in line.split(",")] for line in csv.read_text().splitlines()]
+            return Output(np.load(f"{logits}_context.npy"), np.load(f"{logits}_generation.npy"), tokens)
+
+        selected = build("auto")
+        if backend == "cpu":
+            return {f"{layout} cpu".strip(): run(selected, "cpu")}
+        outputs = {f"{layout} selected".strip(): run(selected, backend)}
+        if case.dtype == "float32" and number == 0:
+            outputs["cpu"] = run(selected, "cpu", "--threads", 2)
+        return outputs | {f"{layout} portable".strip(): run(build("disable"), backend)}
+
+    with ThreadPoolExecutor(len(layouts)) as pool:
+        return {what: output for outputs in pool.map(of_layout, range(len(layouts))) for what, output in outputs.items()}
 
 
 def near_ties(case, ids, logits, router_logits):
@@ -253,15 +270,16 @@ def check_shapes(case, output, verdict):
     return not verdict.misses
 
 
-def compare_f32(case, output, reference):
-    """The reference reads the prompt and the tokens that we chose, so one forward pass checks every choice."""
+def compare_f32(case, output, expected_of):
+    """`expected_of` a tuple of ids are the reference's logits and router logits. The reference reads the prompt and the tokens
+    that we chose, so one forward pass checks every choice."""
     verdict = Verdict()
     if not check_shapes(case, output, verdict):
         return verdict
     for number, (prompt, tokens) in enumerate(zip(case.prompts, output.tokens)):
         n = len(prompt)
         ids = prompt + tokens[:-1]
-        expected, router_logits = forward(reference, ids)
+        expected, router_logits = expected_of(tuple(ids))
         router_tie, logit_tie = near_ties(case, ids, expected, router_logits)
         # The last context row and the first generation row are of the same position. Both are compared.
         positions = np.concatenate([np.arange(n), np.arange(n - 1, len(ids))])
@@ -289,16 +307,18 @@ def compare_f32(case, output, reference):
     return verdict
 
 
-def compare_16bit(case, output, reference, eager, floats):
-    """`floats` is the model that `eager` computes, in f32: the reference itself unless the model was quantized."""
+def errors(found, expected):
+    """e of each row of two lists of logits, one for each prompt."""
+    of = lambda x, ref: np.linalg.norm(x - ref, axis=-1) / np.linalg.norm(ref, axis=-1)
+    return [e for x, ref in zip(found, expected) for e in of(x, ref.astype(np.float64))]
+
+
+def compare_16bit(case, output, expected, eager):
+    """`expected` are the reference's logits, `eager` what transformers' own code misses its reference by."""
     verdict = Verdict()
-    if not check_shapes(case, output, verdict):
-        return verdict
-    for number, prompt in enumerate(case.prompts):
-        error = lambda x, expected: np.linalg.norm(x - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-        expected = lambda model: forward(model, prompt)[0].astype(np.float64)
-        verdict.ours.extend(error(output.context[number, : len(prompt)], expected(reference)))
-        verdict.eager.extend(error(forward(eager, prompt)[0], expected(floats)))
+    if check_shapes(case, output, verdict):
+        verdict.ours = errors([rows[: len(prompt)] for rows, prompt in zip(output.context, case.prompts)], expected)
+        verdict.eager = eager
     return verdict
 
 
@@ -311,11 +331,15 @@ def check_case(implementation, case):
         outputs = implementation(case, directory)
         decoded = directory / "decoded"
         reference = load_model(decoded if decoded.exists() else directory / "hf", "float32")
+        logits = lambda model: [forward(model, prompt)[0] for prompt in case.prompts]
         if case.dtype == "float32":
-            verdicts = {what: compare_f32(case, output, reference) for what, output in outputs.items()}
+            expected_of = functools.cache(lambda ids: forward(reference, list(ids)))
+            verdicts = {what: compare_f32(case, output, expected_of) for what, output in outputs.items()}
         else:
+            # The eager code computes the model before it was quantized.
             eager, floats = load_model(directory / "hf", case.dtype), load_model(directory / "hf", "float32")
-            verdicts = {what: compare_16bit(case, output, reference, eager, floats) for what, output in outputs.items()}
+            expected, missed = logits(reference), errors(logits(eager), logits(floats))
+            verdicts = {what: compare_16bit(case, output, expected, missed) for what, output in outputs.items()}
     for what, output in outputs.items():
         if case.dtype == "float32" and "cpu" in outputs and what != "cpu":
             verdicts[what].as_cpu = sum(a == b for a, b in zip(output.tokens, outputs["cpu"].tokens))
@@ -475,7 +499,8 @@ def main():
     parser.add_argument("--mixtral", help="the tool's binary")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--example", type=Path, help="a directory of a trained model")
-    parser.add_argument("--layout", default="", metavar="FLAGS", help="flags of convert that cut a model into ranks")
+    parser.add_argument("--layout", action="append", default=[], metavar="FLAGS", help="flags of convert that cut a model into ranks")
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES_DRAWN, choices=set(DTYPES_DRAWN), help="data types of random models")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--models", type=int, default=24)
     parser.add_argument("--seed", type=int, default=None)
@@ -486,13 +511,14 @@ def main():
         return self_test(seed)
     if not args.mixtral:
         parser.error("--mixtral PATH or --self-test")
-    cases = draw_cases(args.models, seed, tensor_cores=args.backend == "cuda", ranks=bool(args.layout))
-    if not args.layout:
+    cases = draw_cases(args.models, seed, args.backend == "cuda", bool(args.layout), args.dtypes)
+    if not args.layout and args.dtypes == DTYPES_DRAWN:
         check_coverage(cases)
     print(f"{len(cases)} models; again with --models {args.models} --seed {seed}", flush=True)
     if args.example:
         cases += example_cases(args.mixtral, args.example)
-    misses, summary = check(cases, functools.partial(by_tool, args.mixtral, args.backend, args.layout), jobs=args.jobs)
+    implementation = functools.partial(by_tool, args.mixtral, args.backend, args.layout or [""])
+    misses, summary = check(cases, implementation, jobs=args.jobs)
     if misses:
         sys.exit(f"{len(misses)} misses, the first: {misses[0]}")
     print(f"parity holds: {summary}")
