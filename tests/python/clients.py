@@ -27,7 +27,7 @@ import pydantic
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
-from server import KEY, ROOT, Server
+from server import KEY, ROOT, tiny
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Tells it.", "strict": False,
                                            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
@@ -245,7 +245,7 @@ def main():
     parser.add_argument("--schemas", type=int, default=200, help="how many schemas are drawn")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="seed of the schemas")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Server(args.mixtral.resolve(), Path(folder), "--max-waiting", "4") as server:
+    with tempfile.TemporaryDirectory() as folder, tiny(args.mixtral.resolve(), Path(folder), "--max-waiting", "4") as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=30)
         completions(client)
         chat(client)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import schemathesis
 
-from server import KEY, Server
+from server import KEY, tiny
 
 FEW = ("max_tokens", "max_completion_tokens", "n", "best_of")
 RARE = ("guided_json", "guided_regex", "guided_grammar", "response_format", "tools", "tool_choice", "parallel_tool_calls",
@@ -100,7 +100,7 @@ def main():
     parser.add_argument("--description", type=Path, help="another description than the server's own")
     parser.add_argument("--examples", type=int, default=2500, help="how many requests are drawn for each path")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, Server(args.mixtral.resolve(), Path(folder)) as server:
+    with tempfile.TemporaryDirectory() as folder, tiny(args.mixtral.resolve(), Path(folder)) as server:
         said = Path(folder) / "statuses"
         environment = os.environ | {"SCHEMATHESIS_HOOKS": "conformance", "PYTHONPATH": str(Path(__file__).parent), "STATUSES": str(said)}
         described = [args.description, "--url", f"{server.url}/v1"] if args.description else [f"{server.url}/openapi.json"]

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Many requests to `mixtral serve`, and clients that misbehave, on the example model on the CPU. It is run by hand.
+"""Many requests to `mixtral serve`, and clients that misbehave, on the example model. It is run by hand.
 
-    soak.py --mixtral PATH [--requests 20000] [--connections 10000] [--seed N]
+    soak.py --mixtral PATH [--requests 20000] [--leave 0.1] [--connections 10000] [--seed N]
+    soak.py --mixtral PATH --backend cuda --convert "--dtype bf16 --tp_size 2" --requests 1000 --leave 0.4 --connections 0
 
-The soak sends requests of mixed lengths, 32 at a time. A tenth of the clients leave at a random moment, and some bodies are
+The soak sends requests of mixed lengths, 32 at a time. Some of the clients leave at a random moment, and some bodies are
 malformed. Every answer must be the one that the same request had alone; afterwards no sequence runs and no block is held, and
 memory is as it was after the first tenth. Then come the clients that do harm: bodies of 100 MB, heads and bodies that arrive
-byte by byte, connections that are left half open, and thousands that say nothing. Others must be answered meanwhile.
+byte by byte, connections that are left half open, and thousands that say nothing. Others must be answered meanwhile. With
+--connections 0 they do not come.
 """
 
 import argparse
@@ -19,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from server import KEY, Server
+from server import KEY, tiny
 
 PROMPTS = ["ROMEO:", "First Citizen:", "What is", "Now the", "JULIET:\nO", "My lord,", "The king", "Enter a"]
 AT_ONCE = 32
@@ -68,11 +70,14 @@ def body(prompt, tokens):
     return json.dumps({"model": "tiny", "prompt": prompt, "max_tokens": tokens, "temperature": 0})
 
 
-async def soak(server, client, count, rng):
+async def soak(server, client, count, leave, rng):
     expected = {}
     for prompt in PROMPTS:
+        begun = time.monotonic()
         status, text = await client.ask(body(prompt, 80))
         assert status == 200
+        # Who leaves does so within the time that a long answer takes alone.
+        patience = time.monotonic() - begun
         for tokens in (1, 5, 20, 80):
             _, text = await client.ask(body(prompt, tokens))
             expected[prompt, tokens] = json.loads(text)["choices"][0]["text"]
@@ -88,8 +93,8 @@ async def soak(server, client, count, rng):
                 counts["refused"] += 1
                 return
             prompt, tokens = rng.choice(list(expected))
-            leaves = rng.random() < 0.1
-            answer = await client.ask(body(prompt, tokens), leave_after=rng.random() * 0.3 if leaves else None)
+            leaves = rng.random() < leave
+            answer = await client.ask(body(prompt, tokens), leave_after=rng.random() * patience if leaves else None)
             if answer is None:
                 counts["left"] += 1
                 return
@@ -230,20 +235,27 @@ async def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--mixtral", type=Path, required=True)
     parser.add_argument("--requests", type=int, default=20_000, help="0 leaves the soak out")
-    parser.add_argument("--connections", type=int, default=10_000)
+    parser.add_argument("--leave", type=float, default=0.1, help="part of the clients that leave")
+    parser.add_argument("--backend", default="cpu")
+    parser.add_argument("--convert", default="--dtype f32", metavar="FLAGS", help="flags of convert: formats, ranks")
+    parser.add_argument("--max-batch-size", type=int, default=4)
+    parser.add_argument("--connections", type=int, default=10_000, help="silent clients; 0 leaves out all that do harm")
     parser.add_argument("--seed", type=int, default=random.randrange(2**32))
     args = parser.parse_args()
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     print(f"seed {args.seed}")
     with tempfile.TemporaryDirectory() as folder:
-        with Server(args.mixtral.resolve(), Path(folder), "--receive-timeout", "10") as server:
+        build = f"--max-batch-size {args.max_batch_size} --backend {args.backend}"
+        flags = ["--backend", args.backend, "--receive-timeout", "10"]
+        with tiny(args.mixtral.resolve(), Path(folder), *flags, convert=args.convert, build=build) as server:
             client = Client(server.url)
             while (await client.ask("", "/ready", "GET"))[0] != 200:
                 await asyncio.sleep(0.05)
             if args.requests:
-                await soak(server, client, args.requests, random.Random(args.seed))
-            await disturb(server.url, args.connections)
+                await soak(server, client, args.requests, args.leave, random.Random(args.seed))
+            if args.connections:
+                await disturb(server.url, args.connections)
 
 
 if __name__ == "__main__":
