@@ -1,10 +1,8 @@
-"""Shared by the checks against transformers: random models, reference logits, source layouts, running the tool."""
+"""Shared by the checks against transformers: random models, reference logits, source layouts."""
 
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may use a network
@@ -14,6 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from tool import run_tool  # the checks have it from here
 
 torch.set_num_threads(1)  # the matrices here are too small to share
 transformers.utils.logging.disable_progress_bar()
@@ -135,15 +135,6 @@ def forward(model, ids):
     for hook in hooks:
         hook.remove()
     return logits.float().numpy(), torch.stack(routers).float().numpy() if routers else None
-
-
-def run_tool(binary, *args):
-    """Runs the tool. If it fails, prints its output and ends the check."""
-    command = [str(binary), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout}{done.stderr}")
-    return done.stdout
 
 
 def read_tensors(directory):
