@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+"""What a server adds to its engine: the same requests to `mixtral bench` on the engine and, through HTTP, to `mixtral serve`.
+
+    serving.py --mixtral PATH [--engine DIR] [--backend cuda] [--streams 1 8 64 256] [--input-len 128] [--output-len 128]
+
+First comes the time from the start of the server to the first answered request. Then, for each number of streams, as many requests
+as streams are sent at once, and the throughputs are compared. Requests that come one after another show what the server adds to the
+time of the first token; requests of mixed lengths, at most 64 at a time, how evenly tokens come while others' prompts are
+computed. Without DIR the engine is one of examples/tiny-mixtral. An engine without a tokenizer gets one that is made here.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from server import ROOT, Server, example_engine
+from tool import run_tool
+
+# Requests one after another, and tokens of their answers.
+ALONE, SHORT = 16, 8
+
+
+def tokenizer(folder, vocab_size):
+    """The example's tokenizer, with made-up words up to a larger vocabulary."""
+    described = json.loads((ROOT / "examples/tiny-mixtral/tokenizer.json").read_text())
+    vocab = described["model"]["vocab"]
+    vocab.update({f"Ġ#{number}": number for number in range(len(vocab), vocab_size)})
+    (folder / "tokenizer.json").write_text(json.dumps(described))
+    (folder / "tokenizer_config.json").write_text((ROOT / "examples/tiny-mixtral/tokenizer_config.json").read_text())
+    return folder
+
+
+def first_answer(mixtral, engine, *flags):
+    """(a server, seconds from its start to the answer of a request, which is asked again and again)."""
+    begun = time.monotonic()
+    server = Server(mixtral, engine, "--served-model-name", "served", *flags)
+    body = json.dumps({"model": "served", "prompt": [300, 301, 302], "max_tokens": 1}).encode()
+    request = urllib.request.Request(f"{server.url}/v1/completions", body, {"Content-Type": "application/json"})
+    while True:
+        try:
+            urllib.request.urlopen(request, timeout=60).read()
+            return server, time.monotonic() - begun
+        except urllib.error.HTTPError as error:
+            if error.code != 503 or server.process.poll() is not None:
+                sys.exit(f"the server ended, or answered with {error.code}: {error.read().decode()}")
+            time.sleep(0.005)
+
+
+def compare(args, url):
+    """Prints what was measured of the engine and of the server, and returns the main figures."""
+    # Every measurement has prompts of its own, so that none finds its blocks in the server's cache.
+    seeds = iter(range(100, 200))
+    of_engine = ["--engine-dir", args.engine, "--backend", args.backend, "--batch-size", 1, "--context", 16, "--steps", 1, "--warmup", 0,
+                 "--prefill", 16, "--quick"]
+    lengths = ["--input-len", args.input_len, "--output-len", args.output_len]
+
+    def bench(*flags):
+        return json.loads(run_tool(args.mixtral, "-q", "bench", "--json", "--random-seed", next(seeds), *flags))
+
+    short = ["--sequential", "--requests", ALONE, "--input-len", args.input_len, "--output-len", SHORT]
+    alone = [bench(*where, *short)["throughput"]["first_token_ms_median"] for where in (of_engine, ["--url", url])]
+    print(f"first token of requests one after another: engine {alone[0]:.2f} ms, server {alone[1]:.2f} ms (medians)", flush=True)
+    figures = [f"first token + {alone[1] - alone[0]:.2f} ms"]
+    for streams in args.streams:
+        wave = ["--requests", streams, *lengths] if streams > 1 else ["--sequential", "--requests", 4, *lengths]
+        engine = bench(*of_engine, *wave)["throughput"]
+        served = bench("--url", url, *wave)
+        rates = engine["output_tokens_per_s"], served["throughput"]["output_tokens_per_s"]
+        gaps = served["between_chunks_ms_median"], served["between_chunks_ms_p99"]
+        assert served["failed"] == 0, "requests that were not answered"
+        print(f"{streams} streams: engine {rates[0]:.0f} output tok/s, first token {engine['first_token_ms_median']:.1f} ms; server "
+              f"{rates[1]:.0f}, {served['throughput']['first_token_ms_median']:.1f} ms; between two tokens {gaps[0]:.3f} ms median, "
+              f"{gaps[1]:.3f} ms p99", flush=True)
+        figures.append(f"{streams} streams {rates[1] / rates[0]:.3f} x" + f", p99 / median {gaps[1] / gaps[0]:.2f}" * (streams == 64))
+    if args.mixed:
+        low, high = args.output_len // 2, args.output_len * 3 // 2
+        mixed = ["--requests", args.mixed, "--concurrency", 64, "--input-len", args.input_len, "--output-len", f"{low}-{high}"]
+        served = bench("--url", url, *mixed)
+        gaps = served["between_chunks_ms_median"], served["between_chunks_ms_p99"]
+        print(f"{args.mixed} requests of {low} to {high} tokens, 64 at a time: {served['throughput']['output_tokens_per_s']:.0f} output tok/s; "
+              f"between two tokens {gaps[0]:.3f} ms median, {gaps[1]:.3f} ms p99", flush=True)
+        figures.append(f"mixed p99 / median {gaps[1] / gaps[0]:.2f}")
+    return figures
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixtral", type=Path, required=True, help="the tool's binary")
+    parser.add_argument("--engine", type=Path, help="an engine, with dummy weights or others")
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--input-len", type=int, default=128)
+    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--mixed", type=int, default=192, help="requests of mixed lengths; 0 leaves them out")
+    args = parser.parse_args()
+    args.mixtral = args.mixtral.resolve()
+    with tempfile.TemporaryDirectory(prefix="serving-") as scratch:
+        folder = Path(scratch)
+        args.engine = args.engine or example_engine(args.mixtral, folder, build=f"--max-batch-size 256 --backend {args.backend}")
+        flags = ["--backend", args.backend]
+        if not (args.engine / "tokenizer.json").exists():
+            vocab_size = json.loads((args.engine / "config.json").read_text())["model"]["vocab_size"]
+            flags += ["--tokenizer-dir", tokenizer(folder, vocab_size)]
+        server, seconds = first_answer(args.mixtral, args.engine, *flags)
+        print(f"first request answered {seconds:.2f} s after the start", flush=True)
+        with server:
+            figures = compare(args, server.url)
+    print("; ".join([f"answers after {seconds:.2f} s", *figures]))
+
+
+if __name__ == "__main__":
+    main()
