@@ -4,7 +4,7 @@
 # uses compute-sanitizer if there is one.
 #
 #     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), fp8, cache, quantized, twin, load,
-#                              peers, ranks
+#                              peers, ranks, sessions, requests, long, serve
 #
 # parity     operations and decoder steps against the CPU backend, bits that may not change, and an engine of another build
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
@@ -18,7 +18,13 @@
 # twin       Mixtral 8x7B's shape against transformers with the same dummy weights
 # load       how fast weights get onto the GPU, and how fast its bus is; writes 25 GB, in memory if there is room
 # peers      transformers' own speed on this machine
-# ranks      two GPUs: layouts against the CPU backend, deaths of ranks, and Mixtral 8x7B's shape in two halves
+# ranks      two GPUs: layouts against the CPU backend and transformers, requests that are cancelled, deaths of ranks, and Mixtral
+#            8x7B's shape in two halves
+# sessions   overlap, reuse, swapping and chunks change no bit in any format; 40 000 short requests to examples/tiny-mixtral
+# requests   Mixtral 8x7B's shape in fp8 and int8, built on this machine: many requests, all at once and one by one, with and without
+#            overlap; prompts that begin alike
+# long       the same with long outputs
+# serve      Mixtral 8x7B's shape in fp8, built on this machine: what a server adds to its engine; guidellm, if it is installed
 #
 # Logs go to $OUT (default ./out), at most one for each section. The last thing printed is table.txt there, with one
 # line for each check.
@@ -36,7 +42,8 @@ export PYTHONUNBUFFERED=1
 export CUDA_DEVICE_MAX_CONNECTIONS=32
 
 # Seconds that a section may take. The default sections take about six minutes together.
-declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560)
+declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560
+    [sessions]=180 [requests]=360 [long]=420 [serve]=240)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -114,7 +121,8 @@ sanitizer() {
     row "racecheck: what TMA and wgmma work for" skip "linear/wgmma, attention/prefill_wgmma, attention/decode_tma"
 }
 
-# bench_engine NAME ENGINE FLAGS...: writes a row for each figure, and the JSON to $out/bench.json.
+# bench_engine NAME ENGINE FLAGS...: writes a row for each figure, or those of requests alone if $only is set, and the JSON to
+# $out/bench.json.
 bench_engine() {
     local name=$1 engine=$2
     shift 2
@@ -122,9 +130,9 @@ bench_engine() {
         row "bench $name" FAIL "$(last_line <"$log" | cut -c 1-150)"
         return
     fi
-    "$python" - "$name" "$out/bench.json" "$scratch/bench" "$table" <<'PYTHON'
+    "$python" - "$name" "${only:-}" "$out/bench.json" "$scratch/bench" "$table" <<'PYTHON'
 import json, pathlib, sys
-name, kept, found, table = sys.argv[1], *map(pathlib.Path, sys.argv[2:])
+name, only, kept, found, table = *sys.argv[1:3], *map(pathlib.Path, sys.argv[3:])
 bench = json.loads(found.read_text())
 runs = json.loads(kept.read_text()) if kept.exists() else {}
 kept.write_text(json.dumps(runs | {name: bench}, indent=1) + "\n")
@@ -134,11 +142,14 @@ rows += [(f"decode {d['batch_size']}", f"{d['median_ms']:.2f} ms, {d['tokens_per
           f"{d['bandwidth_percent']:.0f} % of read") for d in bench["decode"]]
 rows += [(f"prefill {p['prompts']} x {p['tokens']}", f"{p['median_ms']:.1f} ms, {p['tokens_per_s']:.0f} tok/s, "
           f"{p['compute_percent'] or 0:.0f} % of compute") for p in bench["prefill"]]
+rows = [] if only else rows
 if t := bench["throughput"]:
-    rows.append((f"{t['requests']} requests", f"{t['output_tokens_per_s']:.0f} output tok/s"))
+    rows.append(("" if only else f"{t['requests']} requests", f"{t['output_tokens_per_s']:.0f} output tok/s in {t['seconds']:.1f} s; first token "
+                 f"{t['first_token_ms_median']:.0f} ms, p99 {t['first_token_ms_p99']:.0f}; each token {t['per_token_ms_median']:.2f} ms, "
+                 f"p99 {t['per_token_ms_p99']:.2f}; GPU idle {bench['requests_gpu_idle_percent'] or 0:.1f} %"))
 with table.open("a") as table:
     for what, figure in rows:
-        print(f"{f'bench {name}: {what}':44.44} pass  {figure}", file=table)
+        print(f"{f'bench {name}: {what}'.removesuffix(': '):44.44} pass  {figure}", file=table)
 PYTHON
 }
 
@@ -181,27 +192,35 @@ quantized() {
     local precision
     rm -f "$out/bench.json"
     for precision in int8 int4; do
-        check "build: 8x7b $precision" last_line "$mixtral" build --model-config mixtral-8x7b --dtype bfloat16 --backend cuda \
-            --weight-only-precision "$precision" --max-batch-size 512 --max-num-tokens 16384 --max-seq-len 4608 \
-            --output-dir "$engines/8x7b-$precision"
+        build_8x7b "$precision"
         bench_engine "8x7b $precision" "8x7b-$precision" --batch-size 1,8,32,64,256 --context 128 --prefill 2048 --quick
         check "load: $precision" last_line "$python" "$here/tests/python/load.py" --mixtral "$mixtral" \
             --convert "--qformat ${precision}_wo"
     done
 }
 
-fp8() {
-    rm -f "$out/bench.json"
-    MIXTRAL_CASES=fp8 check "fp8: operations" gpu_figure gpu_test cases::all_cases_are_within_their_limits
-    mkdir -p "$scratch/8x7b-fp8"
-    cat >"$scratch/8x7b-fp8/config.json" <<'JSON'
+# build_8x7b FORMAT: Mixtral 8x7B's shape in fp8, int8 or int4, unless an earlier section has built it.
+build_8x7b() {
+    local what=(--model-config mixtral-8x7b --dtype bfloat16 --weight-only-precision "$1")
+    [ -d "$engines/8x7b-$1" ] && return
+    if [ "$1" = fp8 ]; then
+        what=(--model-config "$scratch/8x7b-fp8/config.json")
+        mkdir -p "$scratch/8x7b-fp8"
+        cat >"$scratch/8x7b-fp8/config.json" <<'JSON'
 {"architecture": "MixtralForCausalLM", "dtype": "bfloat16", "vocab_size": 32000, "hidden_size": 4096,
  "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
  "max_position_embeddings": 32768, "norm_epsilon": 1e-5, "rotary_base": 1e6, "moe_num_experts": 8, "moe_top_k": 2,
  "quantization": {"quant_algo": "FP8"}}
 JSON
-    check "build: 8x7b fp8" last_line "$mixtral" build --model-config "$scratch/8x7b-fp8/config.json" --backend cuda \
-        --max-batch-size 512 --max-num-tokens 16384 --max-seq-len 4608 --output-dir "$engines/8x7b-fp8"
+    fi
+    check "build: 8x7b $1" last_line "$mixtral" build "${what[@]}" --backend cuda --max-batch-size 512 --max-num-tokens 16384 \
+        --max-seq-len 4608 --output-dir "$engines/8x7b-$1"
+}
+
+fp8() {
+    rm -f "$out/bench.json"
+    MIXTRAL_CASES=fp8 check "fp8: operations" gpu_figure gpu_test cases::all_cases_are_within_their_limits
+    build_8x7b fp8
     check "same bits: 8x7b fp8" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
         --engine "$engines/8x7b-fp8" --backend cuda
     bench_engine "8x7b fp8" 8x7b-fp8 --batch-size 1,8,64,256,512 --context 128 --prefill 2048 --quick
@@ -221,10 +240,12 @@ load() {
 }
 
 ranks() {
-    local layout
-    for layout in "--tp_size 2" "--tp_size 2 --moe_tp_mode 1" "--pp_size 2"; do
-        check "tiny models, $layout" last_line "$python" "$here/tests/python/parity.py" --mixtral "$mixtral" --backend cuda \
-            --models 8 --layout "$layout"
+    local layout layouts=("--tp_size 2" "--pp_size 2" "--tp_size 2 --moe_tp_mode 1")
+    check "16-bit logits of ranks" last_line "$python" "$here/tests/python/parity.py" --mixtral "$mixtral" --backend cuda \
+        --models 4 --dtypes bfloat16 float16 --jobs 4 "${layouts[@]/#/--layout=}"
+    for layout in "${layouts[@]:0:2}"; do
+        check "requests that are cancelled, $layout" last_line "$python" "$here/tests/python/soak.py" --mixtral "$mixtral" \
+            --backend cuda --convert "--dtype bf16 $layout" --max-batch-size 16 --requests 1000 --leave 0.4 --connections 0
     done
     check "layouts of ranks" last_line "$python" "$here/tests/python/gpu_ranks.py" --mixtral "$mixtral"
     check "same bits: 8x7b, two ranks" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
@@ -234,6 +255,52 @@ ranks() {
         --output-len 128
     bench_engine "8x7b tp2, 8 prompts" 8x7b-tp2 --batch-size 1 --steps 4 --prefill 2048 --prefill-batch 8 --quick
     check "deaths of ranks" last_line "$python" "$here/tests/python/deaths.py" --mixtral "$mixtral" --gpu sm_90 --ranks 2
+}
+
+sessions() {
+    check "sessions: same bits" last_line "$python" "$here/tests/python/sessions.py" --mixtral "$mixtral" --backend cuda
+    check "sessions: many short requests" last_line "$python" "$here/tests/python/crowd.py" --mixtral "$mixtral" --backend cuda
+}
+
+# requests_of FORMAT REQUESTS INPUT OUTPUT FLAGS...: the throughput of an engine of Mixtral 8x7B's shape.
+requests_of() {
+    local only=1 how
+    how=$(sed -E 's|--arrival-rate ([0-9]+)|, \1/s|; s| ?--no-overlap|, no overlap|' <<<"${*:5}")
+    bench_engine "$1, $2 of $3/$4$how" "8x7b-$1" --batch-size 1 --context 16 --steps 1 --warmup 0 --prefill 16 --quick \
+        --requests "$2" --input-len "$3" --output-len "$4" "${@:5}"
+}
+
+requests() {
+    local overlap
+    rm -f "$out/bench.json"
+    build_8x7b fp8
+    for overlap in "" --no-overlap; do requests_of fp8 512 128 128 $overlap; done
+    check "prompts that begin alike: 8x7b fp8" last_line "$python" "$here/tests/python/prefixes.py" --mixtral "$mixtral" \
+        --engine "$engines/8x7b-fp8" --backend cuda
+    for overlap in "" --no-overlap; do requests_of fp8 400 128 128 --arrival-rate 40 $overlap; done
+    for overlap in "" --no-overlap; do requests_of fp8 256 2048 128 $overlap; done
+    requests_of fp8 128 2048 128 --arrival-rate 8
+    build_8x7b int8
+    for overlap in "" --no-overlap; do requests_of int8 512 128 128 $overlap; done
+    check "prompts that begin alike: 8x7b int8" last_line "$python" "$here/tests/python/prefixes.py" --mixtral "$mixtral" \
+        --engine "$engines/8x7b-int8" --backend cuda
+    requests_of int8 256 2048 128
+}
+
+long() {
+    local overlap
+    rm -f "$out/bench.json"
+    build_8x7b fp8
+    for overlap in "" --no-overlap; do requests_of fp8 512 1000 1000 $overlap; done
+    for overlap in "" --no-overlap; do requests_of fp8 256 128 2048 $overlap; done
+}
+
+serve() {
+    build_8x7b fp8
+    check "server: 8x7b fp8" last_line "$python" "$here/tests/python/serving.py" --mixtral "$mixtral" --engine "$engines/8x7b-fp8" \
+        --backend cuda
+    check "server: requests that are cancelled" last_line "$python" "$here/tests/python/soak.py" --mixtral "$mixtral" --backend cuda \
+        --convert "--dtype bf16" --max-batch-size 16 --requests 2000 --leave 0.3 --connections 0
 }
 
 peers() {

@@ -29,11 +29,18 @@ const FILES: &[&str] = &[
     "crates/mixtral-engine/src/snapshots",
     "examples/tiny-mixtral",
     "tests/python/common.py",
+    "tests/python/crowd.py",
     "tests/python/deaths.py",
     "tests/python/determinism.py",
     "tests/python/gpu_ranks.py",
     "tests/python/load.py",
     "tests/python/parity.py",
+    "tests/python/prefixes.py",
+    "tests/python/server.py",
+    "tests/python/serving.py",
+    "tests/python/sessions.py",
+    "tests/python/soak.py",
+    "tests/python/tool.py",
     "tests/python/twin.py",
 ];
 
