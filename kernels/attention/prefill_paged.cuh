@@ -8,7 +8,8 @@
 //   ascending, so a row's bits do not depend on the chunking. With EXACT, the product with the values takes a
 //   probability as the sum of two 16-bit parts. Without, it takes the probability rounded to T; the sum of
 //   probabilities is not rounded. What an fp8 cache stores becomes T exactly; its scales are parts of `scale` and
-//   `value_scale`.
+//   `value_scale`. IN_FP8, queries and probabilities are e4m3, and all operands of products are f16, exactly; probabilities are
+//   256 times as large, and relative to a power of two, so that tiles of any size round them alike.
 // Requires: D a multiple of 16 (32 with an fp8 cache), 128 at most; rows of the query (COLS elements) of whole 16-byte pieces.
 // Traffic: keys and values are read once for each tile of queries and PACK heads, all but the first time from L2.
 // Measured: H200, 8 × 2048 tokens, 32 query heads over 8 KV heads of 128: 232 TFLOP/s.
@@ -44,7 +45,23 @@ __device__ __forceinline__ void widen_tile(unsigned char* to, const unsigned cha
     });
 }
 
-template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int PACK, bool EXACT>
+// Two numbers as e4m3, in f16.
+__device__ __forceinline__ u32 round_pair(float low, float high) { return fp8::neighbours<f16_t>(fp8::pack(low, high)).first; }
+
+// Rounds a thread's own pieces of the queries, which it has copied to `queries` itself, in place.
+template <typename T, int D>
+__device__ __forceinline__ void round_queries(unsigned char* queries) {
+    const Pieces<T, D, PREFILL_THREADS> own;
+    own.template each<step::PREFILL_TILE>([&](int rows) {
+        uint4* piece = reinterpret_cast<uint4*>(queries + own.at(rows));
+        u32 words[4] = {piece->x, piece->y, piece->z, piece->w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) words[i] = round_pair(low_of<T>(words[i]), high_of<T>(words[i]));
+        *piece = make_uint4(words[0], words[1], words[2], words[3]);
+    });
+}
+
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool IN_FP8, int PACK, bool EXACT>
 __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     prefill_paged(const step::Header* header, const int2* items, const i32* cu_query_lens, const i32* seq_lens,
                   const i32* block_table, i32 table_width, const T* query, const Stored* keys, const Stored* values,
@@ -54,6 +71,8 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     using Kv = Cache<Stored, KV_HEADS, D, BLOCK_SIZE>;
     using Rows = attention::Rows<2 * D>;
     constexpr bool FP8 = sizeof(Stored) == 1;
+    static_assert(!IN_FP8 || (FP8 && !EXACT), "keys and values of e4m3");
+    using Operand = If<IN_FP8, f16_t, T>;
     constexpr int STEPS = D / 16, PIECES = D / VECTOR, PER_ITEM = HEADS / PACK, STAGE = 2 * Kv::BYTES;
     constexpr int QUERY_BYTES = PACK * step::PREFILL_TILE * Rows::STRIDE;
     // Keys, then values, of a tile of 16-bit elements; and where the ring begins.
@@ -112,13 +131,17 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
         for (int m = 0; m < PACK; ++m) max[m][0] = max[m][1] = math::minus_infinity();
         for (int tile = first_tile; tile * TILE < end; ++tile) {
             ptx::cp_async_wait_group<0>();
+            if (IN_FP8 && tile == first_tile) {
+#pragma unroll
+                for (int m = 0; m < PACK; ++m) round_queries<T, D>(memory + m * step::PREFILL_TILE * Rows::STRIDE);
+            }
             __syncthreads();
             if (tile * TILE + TILE < end) load(tile + 1);
             u32 keys_at = ring + tile % 2 * STAGE;
             if constexpr (FP8) {
                 const unsigned char* from = memory + RING_AT + tile % 2 * STAGE;
-                widen_tile<T, D>(memory + QUERY_BYTES, from);
-                widen_tile<T, D>(memory + QUERY_BYTES + HALF_TILE, from + Kv::BYTES);
+                widen_tile<Operand, D>(memory + QUERY_BYTES, from);
+                widen_tile<Operand, D>(memory + QUERY_BYTES + HALF_TILE, from + Kv::BYTES);
                 keys_at = queries + QUERY_BYTES;
                 __syncthreads();
             }
@@ -147,8 +170,8 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                         ptx::ldmatrix_x4(b, Rows::step(k_lane, k) + n * 8 * Rows::STRIDE);
 #pragma unroll
                         for (int m = 0; m < PACK; ++m) {
-                            ptx::mma<T>(s[m][n], q[m], {b[0], b[1]});
-                            ptx::mma<T>(s[m][n + 1], q[m], {b[2], b[3]});
+                            ptx::mma<Operand>(s[m][n], q[m], {b[0], b[1]});
+                            ptx::mma<Operand>(s[m][n + 1], q[m], {b[2], b[3]});
                         }
                     }
                 }
@@ -178,17 +201,19 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
                         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)) * scale;
                         top = fmaxf(top, max[m][half]);
+                        if constexpr (IN_FP8) top = ceilf(top);
                         // This keeps a row as it is while it has seen nothing.
                         const float from = top == math::minus_infinity() ? 0.0f : top;
                         keep[m][half] = math::exp2_approximate(max[m][half] - from);
                         max[m][half] = top;
+                        const float shift = IN_FP8 ? 8.0f - from : -from;
                         float sum = 0.0f;
 #pragma unroll
                         for (int n = 0; n < PART / 8; ++n) {
-                            const float p0 = math::exp2_approximate(__fmaf_rn(s[m][n][2 * half], scale, -from));
-                            const float p1 = math::exp2_approximate(__fmaf_rn(s[m][n][2 * half + 1], scale, -from));
-                            sum += p0 + p1;
-                            high[m][n][half] = pack<T>(p0, p1);
+                            const float p0 = math::exp2_approximate(__fmaf_rn(s[m][n][2 * half], scale, shift));
+                            const float p1 = math::exp2_approximate(__fmaf_rn(s[m][n][2 * half + 1], scale, shift));
+                            high[m][n][half] = IN_FP8 ? round_pair(p0, p1) : pack<T>(p0, p1);
+                            sum += IN_FP8 ? low_of<f16_t>(high[m][n][half]) + high_of<f16_t>(high[m][n][half]) : p0 + p1;
                             if constexpr (EXACT) {
                                 low[m][n][half] = pack<T>(p0 - low_of<T>(high[m][n][half]), p1 - high_of<T>(high[m][n][half]));
                             }
@@ -220,13 +245,13 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
                         for (int m = 0; m < PACK; ++m) {
                             const u32(&p)[PART / 8][2] = high[m];
                             const u32 a[4] = {p[2 * k][0], p[2 * k][1], p[2 * k + 1][0], p[2 * k + 1][1]};
-                            ptx::mma<T>(o[m][2 * n], a, {b[0], b[1]});
-                            ptx::mma<T>(o[m][2 * n + 1], a, {b[2], b[3]});
+                            ptx::mma<Operand>(o[m][2 * n], a, {b[0], b[1]});
+                            ptx::mma<Operand>(o[m][2 * n + 1], a, {b[2], b[3]});
                             if constexpr (EXACT) {
                                 const u32(&r)[PART / 8][2] = low[m];
                                 const u32 a[4] = {r[2 * k][0], r[2 * k][1], r[2 * k + 1][0], r[2 * k + 1][1]};
-                                ptx::mma<T>(o[m][2 * n], a, {b[0], b[1]});
-                                ptx::mma<T>(o[m][2 * n + 1], a, {b[2], b[3]});
+                                ptx::mma<Operand>(o[m][2 * n], a, {b[0], b[1]});
+                                ptx::mma<Operand>(o[m][2 * n + 1], a, {b[2], b[3]});
                             }
                         }
                     }

@@ -35,6 +35,7 @@ struct Prefill {
     using T = Element;
     using Stored = StoredElement;
     static constexpr bool FP8 = sizeof(Stored) == 1;
+    static constexpr bool IN_FP8 = false;  // the products
     static constexpr int HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_;
     static constexpr int BLOCK_SIZE = BLOCK_SIZE_;
     static constexpr int WINDOW = WINDOW_;
@@ -201,14 +202,14 @@ __device__ __forceinline__ void add_values(float (&o)[C::D / 2], u32 (&p)[C::KEY
 }
 
 // What each of a thread's two rows has seen so far: the largest score times the scale, and the sum of the probabilities
-// relative to it.
+// relative to it (in fp8, of the whole row; else of the thread's columns).
 struct Seen {
     float max[2] = {math::minus_infinity(), math::minus_infinity()};
     float total[2] = {};
 };
 
-// Turns scores into probabilities, in place. `keep` is the factor of earlier sums. `first_row` is the position of the
-// warp's first row.
+// Turns scores into probabilities, in place; for products in fp8 into 256 times these, relative to a power of two. `keep` is
+// the factor of earlier sums. `first_row` is the position of the warp's first row.
 template <typename C>
 __device__ __forceinline__ void soften(float (&s)[C::KEYS / 2], int tile, int first_row, float scale, Seen& seen, float (&keep)[2]) {
     const int first = tile * C::KEYS, lane = threadIdx.x % 32;
@@ -235,19 +236,22 @@ __device__ __forceinline__ void soften(float (&s)[C::KEYS / 2], int tile, int fi
         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
         top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)) * scale;
         top = fmaxf(top, seen.max[half]);
+        if constexpr (C::IN_FP8) top = ceilf(top);
         // This keeps a row as it is while it has seen nothing.
         const float from = top == math::minus_infinity() ? 0.0f : top;
         keep[half] = math::exp2_approximate(seen.max[half] - from);
         seen.max[half] = top;
+        const float shift = C::IN_FP8 ? 8.0f - from : -from;
         float sum = 0.0f;
 #pragma unroll
         for (int n = 0; n < C::KEYS / 8; n++) {
             float &p0 = s[4 * n + 2 * half], &p1 = s[4 * n + 2 * half + 1];
-            p0 = math::exp2_approximate(__fmaf_rn(p0, scale, -from));
-            p1 = math::exp2_approximate(__fmaf_rn(p1, scale, -from));
+            p0 = math::exp2_approximate(__fmaf_rn(p0, scale, shift));
+            p1 = math::exp2_approximate(__fmaf_rn(p1, scale, shift));
             sum += p0 + p1;
         }
-        seen.total[half] = __fmaf_rn(seen.total[half], keep[half], sum);
+        // (In fp8 the sum is that of rounded probabilities, which comes from the product with the values.)
+        if constexpr (!C::IN_FP8) seen.total[half] = __fmaf_rn(seen.total[half], keep[half], sum);
     }
 }
 
@@ -286,8 +290,10 @@ __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         float sum = seen.total[half];
-        sum += __shfl_xor_sync(ALL_LANES, sum, 1);
-        sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+        if constexpr (!C::IN_FP8) {
+            sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+            sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+        }
         const float by = value_scale / sum;
 #pragma unroll
         for (int n = 0; n < C::D / 8; n++) {

@@ -3,13 +3,14 @@
 // Tile: one query of one head. Four warps take turns at 32 tokens, one token for each lane.
 // Grid: one CTA for each token and head.
 // Numerics: plain f32 with the contract's exp; online softmax, so sums are ordered by tiles of 32 and by warps. The
-//   order depends only on positions.
+//   order depends only on positions. IN_FP8, queries and probabilities of prompts are rounded to e4m3.
 // Requires: nothing.
 // Traffic: keys and values are read once for each token and head, from L1 and L2.
 // Measured: parity only, not tuned.
 #pragma once
 
 #include "attention/tile.cuh"
+#include "base/fp8.cuh"
 #include "base/math.cuh"
 #include "base/reduce.cuh"
 #include "base/step.cuh"
@@ -19,7 +20,7 @@ namespace attention {
 
 inline constexpr int SIMT_THREADS = 128;
 
-template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW>
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool IN_FP8>
 // Without the minimum of one CTA, ptxas spills on sm_80 to fit a few more CTAs.
 __global__ void __launch_bounds__(SIMT_THREADS, 1)
     simt(const step::Header* header, const i32* positions, const i32* cu_query_lens, const i32* block_table, i32 table_width,
@@ -42,8 +43,12 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
         }
     }
     const i32* blocks = block_table + static_cast<i64>(seq) * table_width;
+    const bool in_fp8 = IN_FP8 && seq >= header->num_decodes;
     const int position = positions[token], first = first_visible<WINDOW>(position);
-    for (int i = threadIdx.x; i < D; i += SIMT_THREADS) q[i] = to_float(query[token * COLS + head * D + i]);
+    for (int i = threadIdx.x; i < D; i += SIMT_THREADS) {
+        const float x = to_float(query[token * COLS + head * D + i]);
+        q[i] = in_fp8 ? rounded<e4m3_t>(x) : x;
+    }
     __syncthreads();
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -74,7 +79,11 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
 #pragma unroll
         for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, distance));
         top = fmaxf(top, max);
-        const float keep = math::exp(max - top), p = math::exp(s - top);
+        // A power of two, so that tiles of any size round alike.
+        if (in_fp8) top = ceilf(top * 1.44269504f) * 0.693147181f;
+        const float keep = math::exp(max - top);
+        float p = math::exp(s - top);
+        if (in_fp8) p = rounded<e4m3_t>(p * 256.0f) / 256.0f;
         max = top;
         total = __fmaf_rn(total, keep, p);
 #pragma unroll

@@ -20,6 +20,18 @@ struct bf16_t {
 
 static_assert(sizeof(f16_t) == 2 && sizeof(bf16_t) == 2 && sizeof(u64) == 8, "types have the sizes their names say");
 
+// A if CONDITION, else B.
+template <bool CONDITION, typename A, typename B>
+struct IfType {
+    using Type = A;
+};
+template <typename A, typename B>
+struct IfType<false, A, B> {
+    using Type = B;
+};
+template <bool CONDITION, typename A, typename B>
+using If = typename IfType<CONDITION, A, B>::Type;
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 
 __device__ __forceinline__ float to_float(f16_t x) {

@@ -58,6 +58,7 @@ __device__ __forceinline__ void pin(u32 (&a)[R][4]) {
 #define REGISTERS_36 REGISTERS_32 ", %32, %33, %34, %35"
 #define REGISTERS_48 REGISTERS_36 ", %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define REGISTERS_64 REGISTERS_48 ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define REGISTERS_68 REGISTERS_64 ", %64, %65, %66, %67"
 #define REGISTERS_72 REGISTERS_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 #define REGISTERS_96 REGISTERS_72 \
     ", %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87" \
@@ -81,6 +82,7 @@ __device__ __forceinline__ void pin(u32 (&a)[R][4]) {
 #define ACCUMULATORS_64 ACCUMULATORS_48, \
     "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
     "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define ACCUMULATORS_68 ACCUMULATORS_64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
 #define ACCUMULATORS_72 ACCUMULATORS_64, \
     "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67]), "+f"(d[68]), "+f"(d[69]), "+f"(d[70]), "+f"(d[71])
 #define ACCUMULATORS_96 ACCUMULATORS_72, \
@@ -103,7 +105,8 @@ template <typename T, int N>
 struct FirstProduct;
 
 // As `Product` and `FirstProduct`, but A comes from registers: a[0] to a[3] are the four registers of ptx::mma's A
-// operand, and warp w of the warpgroup has rows 16·w to 16·w + 15.
+// operand, and warp w of the warpgroup has rows 16·w to 16·w + 15. Of e4m3 a register has four elements, of columns 4·(t % 4) to
+// 4·(t % 4) + 3 and, in a[2] and a[3], 16 behind these.
 template <typename T, int N>
 struct FragmentProduct;
 template <typename T, int N>
@@ -130,33 +133,33 @@ struct RegisterProduct;
         } \
     };
 
-// A from the four registers A0 …, B by descriptor. D is read if ADDS. N is innermost in B if ROWS is 1, else K.
-#define REGISTER_PRODUCT(NAME, TYPE, N, COUNT, A0, A1, A2, A3, B, ADDS, ROWS) \
+// A from the four registers A0 …, B by descriptor. D is read if ADDS. SHAPE and FLAGS are as above, without A's side.
+#define REGISTER_PRODUCT(NAME, TYPE, SHAPE, FLAGS, N, COUNT, A0, A1, A2, A3, B, ADDS) \
     template <> \
     struct NAME<TYPE##_t, N> { \
         template <int R> \
         __device__ __forceinline__ static void run(float (&d)[R], const u32 (&a)[4], u32 b) { \
             asm volatile("{.reg .b64 b; mov.b64 b, {%" #B ", 0x40000040}; " \
-                         "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPE "." #TYPE " {" REGISTERS_##COUNT \
-                         "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, b, " #ADDS ", 1, 1, " #ROWS ";}" \
+                         "wgmma.mma_async.sync.aligned.m64n" #N SHAPE ".f32." #TYPE "." #TYPE " {" REGISTERS_##COUNT \
+                         "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, b, " #ADDS ", " FLAGS ";}" \
                          : ACCUMULATORS_##COUNT \
                          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b)); \
         } \
     };
 
 #define FRAGMENT_PRODUCTS(NAME, TYPE, ADDS) \
-    REGISTER_PRODUCT(NAME, TYPE, 8, 4, 4, 5, 6, 7, 8, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 16, 8, 8, 9, 10, 11, 12, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 24, 12, 12, 13, 14, 15, 16, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 32, 16, 16, 17, 18, 19, 20, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 48, 24, 24, 25, 26, 27, 28, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 64, 32, 32, 33, 34, 35, 36, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 72, 36, 36, 37, 38, 39, 40, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 96, 48, 48, 49, 50, 51, 52, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 128, 64, 64, 65, 66, 67, 68, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 144, 72, 72, 73, 74, 75, 76, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 192, 96, 96, 97, 98, 99, 100, ADDS, 0) \
-    REGISTER_PRODUCT(NAME, TYPE, 256, 128, 128, 129, 130, 131, 132, ADDS, 0)
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 8, 4, 4, 5, 6, 7, 8, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 16, 8, 8, 9, 10, 11, 12, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 24, 12, 12, 13, 14, 15, 16, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 32, 16, 16, 17, 18, 19, 20, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 48, 24, 24, 25, 26, 27, 28, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 64, 32, 32, 33, 34, 35, 36, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 72, 36, 36, 37, 38, 39, 40, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 96, 48, 48, 49, 50, 51, 52, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 128, 64, 64, 65, 66, 67, 68, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 144, 72, 72, 73, 74, 75, 76, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 192, 96, 96, 97, 98, 99, 100, ADDS) \
+    REGISTER_PRODUCT(NAME, TYPE, "k16", "1, 1, 0", 256, 128, 128, 129, 130, 131, 132, ADDS)
 #define SHARED_PRODUCTS(NAME, TYPE, SHAPE, FLAGS, ADDS) \
     SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 8, 4, 4, 5, ADDS) \
     SHARED_PRODUCT(NAME, TYPE, SHAPE, FLAGS, 16, 8, 8, 9, ADDS) \
@@ -174,12 +177,14 @@ struct RegisterProduct;
     SHARED_PRODUCTS(Product, TYPE, "k16", "1, 1, 0, 0", 1) \
     SHARED_PRODUCT(FirstProduct, TYPE, "k16", "1, 1, 0, 0", 64, 32, 32, 33, 0) \
     SHARED_PRODUCT(FirstProduct, TYPE, "k16", "1, 1, 0, 0", 128, 64, 64, 65, 0) \
-    REGISTER_PRODUCT(RegisterProduct, TYPE, 64, 32, 32, 33, 34, 35, 36, 1, 1) \
-    REGISTER_PRODUCT(RegisterProduct, TYPE, 128, 64, 64, 65, 66, 67, 68, 1, 1) \
+    REGISTER_PRODUCT(RegisterProduct, TYPE, "k16", "1, 1, 1", 64, 32, 32, 33, 34, 35, 36, 1) \
+    REGISTER_PRODUCT(RegisterProduct, TYPE, "k16", "1, 1, 1", 128, 64, 64, 65, 66, 67, 68, 1) \
     FRAGMENT_PRODUCTS(FragmentProduct, TYPE, 1) \
     FRAGMENT_PRODUCTS(FirstFragmentProduct, TYPE, 0)
 PRODUCTS(bf16)
 PRODUCTS(f16)
+REGISTER_PRODUCT(FragmentProduct, e4m3, "k32", "1, 1", 136, 68, 68, 69, 70, 71, 72, 1)
+REGISTER_PRODUCT(FirstFragmentProduct, e4m3, "k32", "1, 1", 136, 68, 68, 69, 70, 71, 72, 0)
 SHARED_PRODUCTS(Product, e4m3, "k32", "1, 1", 1)
 SHARED_PRODUCTS(FirstProduct, e4m3, "k32", "1, 1", 0)
 #undef PRODUCTS

@@ -68,7 +68,7 @@ fn wrong_command_lines() {
         "bench --input-len 9-3",
         "bench --sequential --requests 3 --arrival-rate 2",
         "build --max-input-len 64 --max-seq-len 64",
-        "build --use-fp8-context-fmha enable",
+        "build --use-fp8-context-fmha on",
         "convert --tp-size 2 --moe-tp-mode 1 --moe-tp-size 2",
         "convert --workers 2000",
         "quantize --model-dir m --qformat int4_awq",

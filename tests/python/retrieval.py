@@ -24,7 +24,8 @@ import torch
 
 from common import run_tool, write_tensors
 
-FORMATS = {"float": "", "fp8 cache": "--kv_cache_dtype fp8", "fp8": "--qformat fp8",
+# What `convert` is told. Attention in fp8 is what `build` is told.
+FORMATS = {"float": "", "fp8 cache": "--kv_cache_dtype fp8", "fp8 cache, attention in fp8": "--kv_cache_dtype fp8", "fp8": "--qformat fp8",
            "fp8, fp8 cache": "--qformat fp8 --kv_cache_dtype fp8", "fp8 by rows, fp8 cache": "--use_fp8_rowwise --kv_cache_dtype fp8"}
 CODE = 32  # numbers of a token's code, about 1 in size
 VOCABULARY = 2 * CODE
@@ -121,7 +122,8 @@ def main():
             run_tool(args.mixtral, "convert", "--model_dir", work / "hf", "--dtype", "float32", "--output_dir", work / "c",
                      *flags.split(), *(["--calib_data", work / "calibration.csv"] if needs_text else []))
             run_tool(args.mixtral, "build", "--checkpoint_dir", work / "c", "--output_dir", work / "e", "--backend", "cpu",
-                     "--gather_context_logits", "--max-seq-len", args.length + 1, "--max-batch-size", 1)
+                     "--gather_context_logits", "--max-seq-len", args.length + 1, "--max-batch-size", 1,
+                     *(["--use_fp8_context_fmha", "enable"] if "attention in fp8" in name else []))
             run_tool(args.mixtral, "run", "--engine_dir", work / "e", "--backend", "cpu", "--input_file", work / "ids.csv",
                      "--max_output_len", 1, "--end-id", -1, "--output_logits_npy", work / "logits")
             logits = np.load(f"{work / 'logits'}_context.npy")[0, args.length - NEEDLES : args.length]

@@ -8,7 +8,7 @@ use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError, TensorId};
 use mixtral_engine::dir::{RankRecord, WeightsKind};
 use mixtral_engine::program::FORMAT_VERSION;
 use mixtral_engine::{EngineConfig, EngineError, EngineWriter, KvScale, Limits, Program, ProgramError};
-use mixtral_model::{DType, Rank, Recipe, WeightFormat};
+use mixtral_model::{CacheFormat, DType, Rank, Recipe, WeightFormat};
 
 use crate::{KernelOptions, Kernels, lower};
 
@@ -32,6 +32,8 @@ pub struct BuildOptions {
     pub limits: Limits,
     /// Whether steps can return the logits of every prompt token.
     pub gather_context_logits: bool,
+    /// Whether attention of prompts is computed in fp8.
+    pub fp8_context: bool,
     /// Other options, recorded in the engine's config.
     pub recorded: BTreeMap<String, String>,
     /// How many ranks are written at a time.
@@ -96,6 +98,14 @@ pub enum BuildError {
         "a model in fp8 whose rows have scales of their own has no kernels in this version; build for the CPU (--backend cpu)"
     )]
     Fp8Rows,
+    /// Attention in fp8 without a cache in fp8.
+    #[error(
+        "--use-fp8-context-fmha: attention in fp8 takes its keys and values from an fp8 cache, and this model has a {cache} one; convert it with --kv-cache-dtype fp8, or leave the flag out"
+    )]
+    Fp8Context {
+        /// What the cache stores.
+        cache: DType,
+    },
     /// The engine needs more memory than the machine has.
     #[error("rank {rank} needs {} (weights {}, activations {}, step inputs {}), but {} are there; {}",
         human(*needed), human(*weights), human(*arena), human(*inputs), human(*budget), if weights > budget {
@@ -138,6 +148,9 @@ pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Pro
     {
         return Err(BuildError::Fp8Rows);
     }
+    if options.fp8_context && config.model.cache != CacheFormat::Fp8 {
+        return Err(BuildError::Fp8Context { cache: config.model.dtype });
+    }
     let mut limits = options.limits;
     limits.max_num_logits = if options.gather_context_logits {
         limits.max_num_tokens
@@ -149,6 +162,9 @@ pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Pro
         .ranks()
         .map(|rank| {
             let mut program = lower(config, rank, limits);
+            if options.fp8_context {
+                program.attend_in_fp8();
+            }
             if let Some(kernels) = &options.kernels {
                 kernels.fill_ladders(&mut program);
             }

@@ -96,11 +96,15 @@ pub fn cost(program: &Program, op: &Op, shape: StepShape) -> Cost {
             cost.weight_bytes *= hit;
             cost.flops = 2.0 * assignments * f(w.rows() / w.shape[0]) * size(input).1;
         }
-        Op::Attention { num_heads, .. } => {
+        Op::Attention { num_heads, fp8_context, .. } => {
             let seen = f(shape.num_tokens * shape.context);
             cost.flops = 4.0 * seen * f(num_heads * kv.head_dim);
             // Keys and values are read once a sequence; here a sequence is one token or one prompt.
-            let sequences = if shape.num_tokens > shape.num_logits { f(shape.num_logits) } else { f(shape.num_tokens) };
+            let is_prompts = shape.num_tokens > shape.num_logits;
+            let sequences = f(if is_prompts { shape.num_logits } else { shape.num_tokens });
+            if *fp8_context && is_prompts {
+                cost.fp8_flops = cost.flops;
+            }
             cost.activation_bytes +=
                 sequences * f(2 * shape.context * kv.num_kv_heads * kv.head_dim * kv.elem().size());
         }

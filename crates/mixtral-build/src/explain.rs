@@ -59,7 +59,7 @@ fn explain_rank(text: &mut String, who: &str, program: &Program, kernels: &[Kern
     let memory = program.memory_plan();
     let _ = writeln!(
         text,
-        "{who}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens ({} for {} sequences of {} tokens)",
+        "{who}: {} operations, weights {}, activations {}, KV cache {} a block of {} tokens ({} for {} sequences of {} tokens){}",
         program.ops.len(),
         bytes(memory.weights),
         bytes(memory.arena),
@@ -68,6 +68,7 @@ fn explain_rank(text: &mut String, who: &str, program: &Program, kernels: &[Kern
         bytes(memory.kv_block.saturating_mul(memory.kv_blocks_at_limits)),
         program.limits.max_batch_size,
         program.limits.max_seq_len,
+        if program.attends_in_fp8() { ", attention of prompts in fp8" } else { "" },
     );
     match kernels {
         [] if has_ladders(program) => {

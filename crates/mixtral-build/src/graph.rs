@@ -167,6 +167,7 @@ impl Graph<'_> {
             query,
             num_heads: self.num_heads,
             window: self.model.sliding_window,
+            fp8_context: false,
             layer,
             out: attended.clone(),
         });

@@ -60,6 +60,7 @@ fn every_geometry_is_planned_or_refused() {
             let options = BuildOptions {
                 limits,
                 gather_context_logits: gather,
+                fp8_context: false,
                 recorded: BTreeMap::new(),
                 workers: 1,
                 memory_budget: None,
@@ -88,6 +89,7 @@ fn what_does_not_fit_into_memory_is_named() {
         let options = BuildOptions {
             limits,
             gather_context_logits: false,
+            fp8_context: false,
             recorded: BTreeMap::new(),
             workers: 1,
             memory_budget: Some(gigabytes * 1_000_000_000),

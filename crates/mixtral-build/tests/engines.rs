@@ -22,6 +22,7 @@ fn options() -> BuildOptions {
     BuildOptions {
         limits: Limits { max_batch_size: 4, max_num_tokens: 32, max_seq_len: 64, max_num_logits: 1, block_size: 16 },
         gather_context_logits: false,
+        fp8_context: false,
         recorded: BTreeMap::from([("gemm_plugin".to_owned(), "auto".to_owned())]),
         workers: 3,
         kernels: None,

@@ -35,6 +35,7 @@ fn programs(model: ModelConfig, mapping: Mapping, kernels: &KernelOptions) -> Ve
             block_size: 64,
         },
         gather_context_logits: false,
+        fp8_context: false,
         recorded: Default::default(),
         workers: 1,
         kernels: Some(kernels.clone()),

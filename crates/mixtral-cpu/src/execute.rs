@@ -128,11 +128,12 @@ impl<'a> Machine<'a> {
                     kv::write_kv(&workers, heads, &inputs.slot_mapping, shape, scale, cache);
                 }
             }
-            ResolvedOp::Attention { query, num_heads, window, layer, out } => {
+            ResolvedOp::Attention { query, num_heads, window, fp8_context, layer, out } => {
                 let (cols, spans) = (self.cols(*query), [self.span(*query), self.span(*out)]);
                 let [query, out] = carve(self.arena, spans)?;
                 let cache = self.cache.layer(*layer);
-                attention::attention(&workers, inputs, query, cols, *num_heads, *window, cache, out)?;
+                let heads = attention::Heads { num: *num_heads, window: *window, fp8_context: *fp8_context };
+                attention::attention(&workers, inputs, query, cols, heads, cache, out)?;
             }
             ResolvedOp::Softmax { logits, probs } => {
                 let cols = self.cols(*logits);

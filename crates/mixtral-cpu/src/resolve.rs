@@ -54,6 +54,7 @@ pub(crate) enum ResolvedOp {
         query: BufferId,
         num_heads: usize,
         window: Option<usize>,
+        fp8_context: bool,
         layer: usize,
         out: BufferId,
     },
@@ -328,10 +329,11 @@ impl Resolver<'_> {
                 theta: self.theta(*theta),
                 layer: *layer,
             },
-            Op::Attention { query, num_heads, window, layer, out } => ResolvedOp::Attention {
+            Op::Attention { query, num_heads, window, fp8_context, layer, out } => ResolvedOp::Attention {
                 query: self.buffer(query)?,
                 num_heads: *num_heads,
                 window: *window,
+                fp8_context: *fp8_context,
                 layer: *layer,
                 out: self.buffer(out)?,
             },

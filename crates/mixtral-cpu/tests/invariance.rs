@@ -16,7 +16,7 @@ fn load(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> C
     load_program(geometry, decoder::program(geometry, fused), threads, isa)
 }
 
-/// The same decoder with fp8 weights and an fp8 cache.
+/// The same decoder with fp8 weights, an fp8 cache, and prompts that attend in fp8.
 fn load_fp8(geometry: &Geometry, fused: bool, threads: usize, isa: Option<Isa>) -> CpuBackend {
     load_format(WeightFormat::Fp8, geometry, fused, threads, isa)
 }
@@ -30,6 +30,9 @@ fn load_format(format: WeightFormat, geometry: &Geometry, fused: bool, threads: 
     let mut program = decoder::program(geometry, fused);
     decoder::quantize(&mut program, format);
     decoder::cache_in_fp8(&mut program, KvScale { key: 0.02, value: 0.01 });
+    if format == WeightFormat::Fp8 {
+        program.attend_in_fp8();
+    }
     load_program(geometry, program, threads, isa)
 }
 
@@ -58,7 +61,11 @@ fn run(backend: &mut CpuBackend, sequences: &[PagedTokens], steps: &[Vec<(usize,
     for step in steps {
         let parts: Vec<Part<'_>> =
             step.iter().map(|&(s, past, new)| Part { sequence: &sequences[s], past, new }).collect();
-        let inputs = batch::step(&limits, &parts);
+        let mut inputs = batch::step(&limits, &parts);
+        if backend.program().attends_in_fp8() {
+            // A chunk of one token belongs to a prompt, and its bits are not those of a decode.
+            inputs.num_decodes = 0;
+        }
         let outputs = backend.step(&inputs).unwrap();
         let mut rows = outputs.logits.chunks(vocab_size);
         for &(s, past, new) in step {

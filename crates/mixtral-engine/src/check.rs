@@ -404,13 +404,16 @@ impl<'a> Scope<'a> {
                 self.heads(*num_heads, qkv.cols, false)?;
                 same("columns", qkv.cols, (num_heads + 2 * kv.num_kv_heads) * kv.head_dim)
             }
-            Op::Attention { query, num_heads, window, layer, out } => {
+            Op::Attention { query, num_heads, window, fp8_context, layer, out } => {
                 self.kv_layer(*layer)?;
                 let (query, out) = (self.activation(query)?, self.activation(out)?);
                 self.heads(*num_heads, query.cols, false)?;
                 self.heads(*num_heads, out.cols, true)?;
                 same("rows of the query", query.rows, Rows::Tokens)?;
                 same("rows of the output", out.rows, Rows::Tokens)?;
+                if *fp8_context && kv.format != CacheFormat::Fp8 {
+                    return Err("attention in fp8 takes its keys and values from a cache in fp8".to_owned());
+                }
                 if *window == Some(0) { Err("a window of 0 sees no key".to_owned()) } else { Ok(()) }
             }
             Op::Softmax { logits, probs } => {

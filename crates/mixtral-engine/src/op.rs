@@ -133,6 +133,12 @@ pub enum Op {
     /// `out = round((Σ p[j]·v[j]) / Σ p[j])`; both sums ascending over j in f32, the first by fused multiply-add. With an
     /// fp8 cache k and v are the stored numbers, and the factors become `(1/√d · scale of keys)` and, before the rounding of
     /// the output, the scale of values.
+    ///
+    /// With `fp8_context`, tokens of sequences that are no decodes have fp8 products: q becomes `e4m3(q)`, and
+    /// `p[j] = e4m3(256 · exp(s[j] − c)) / 256`, where c is `max s` rounded up to a multiple of ln 2. So a power of two relates p to
+    /// what it would be relative to the maximum of some of the keys, and e4m3 rounds both alike, unless they are smaller than 2^-14:
+    /// the tiles that a kernel cuts the keys into do not matter. Both sums take the rounded p, so their quotient is a mean of values.
+    /// q has no scale: e4m3 has the same precision from 2^-6 to 448, where queries lie, and what is larger becomes ±448.
     Attention {
         /// Buffer `[T, ≥ num_heads · d]`; the queries are its first columns.
         query: String,
@@ -141,6 +147,9 @@ pub enum Op {
         /// Sliding window; absent is full attention.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         window: Option<usize>,
+        /// Whether prompts are computed in fp8; only with an fp8 cache.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        fp8_context: bool,
         /// Layer of the cache, counted over this rank's.
         layer: usize,
         /// Buffer `[T, num_heads · d]`.

@@ -207,6 +207,21 @@ impl Program {
         }
     }
 
+    /// Computes the attention of prompts in fp8, which only programs with an fp8 cache may.
+    pub fn attend_in_fp8(&mut self) {
+        for op in &mut self.ops {
+            if let Op::Attention { fp8_context, .. } = op {
+                *fp8_context = true;
+            }
+        }
+    }
+
+    /// Whether the attention of prompts is computed in fp8.
+    #[must_use]
+    pub fn attends_in_fp8(&self) -> bool {
+        self.ops.iter().any(|op| matches!(op, Op::Attention { fp8_context: true, .. }))
+    }
+
     /// The buffer with this name.
     #[must_use]
     pub fn buffer(&self, name: &str) -> Option<&Buffer> {

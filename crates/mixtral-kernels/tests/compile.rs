@@ -192,12 +192,13 @@ fn one_bad_kernel_fails_the_batch_by_name() {
 
 /// The attention kernel of this name for groups of `group` heads.
 fn attention(name: &str, dtype: DType, head_dim: usize, group: usize, window: Option<usize>, family: Family) -> Kernel {
-    attention_over(CacheFormat::Plain, name, dtype, head_dim, group, window, family)
+    attention_over(CacheFormat::Plain, false, name, dtype, head_dim, group, window, family)
 }
 
-/// The same over a cache of this format.
+/// The same over a cache of this format, and with prompts in fp8 or not.
 fn attention_over(
     format: CacheFormat,
+    fp8_context: bool,
     name: &str,
     dtype: DType,
     head_dim: usize,
@@ -210,7 +211,7 @@ fn attention_over(
     (a.program.kv.num_kv_heads, a.program.kv.head_dim, a.program.limits.block_size) = (kv_heads, head_dim, 64);
     let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * head_dim);
     let out = a.activation("out", Rows::Tokens, heads * head_dim);
-    a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
+    a.op(Op::Attention { query, num_heads: heads, window, fp8_context, layer: 0, out });
     a.program.kv.format = format;
     let schedule = Schedule::new(&a.program, Target { family }).expect("kernels");
     let kernel = schedule.kernels().into_iter().find(|kernel| kernel.symbol.contains(&format!("::{name}<"))).cloned();
@@ -316,11 +317,11 @@ fn decode_attention_spills_nothing() {
 #[test]
 fn attention_over_an_fp8_cache_spills_nothing_and_is_not_serialised() {
     let of = |name, dtype, head_dim, group, window, family| {
-        attention_over(CacheFormat::Fp8, name, dtype, head_dim, group, window, family)
+        attention_over(CacheFormat::Fp8, name == "prefill_e4m3", name, dtype, head_dim, group, window, family)
     };
     let mut work = Vec::new();
     for (dtype, group, window) in [(DType::Bf16, 4, None), (DType::F16, 6, Some(4096))] {
-        for name in ["decode_tma", "prefill_fp8"] {
+        for name in ["decode_tma", "prefill_fp8", "prefill_e4m3"] {
             work.push((of(name, dtype, 128, group, window, Family::Hopper), SM_90A));
         }
         for name in ["decode_paged", "prefill_paged"] {
@@ -329,6 +330,11 @@ fn attention_over_an_fp8_cache_spills_nothing_and_is_not_serialised() {
     }
     work.push((of("decode_paged", DType::Bf16, 64, 8, None, Family::Hopper), SM_90A));
     work.push((of("simt", DType::F16, 48, 3, Some(100), Family::Portable), SM_80));
+    for (name, dtype, head_dim) in
+        [("prefill_paged", DType::Bf16, 128), ("prefill_paged", DType::F16, 64), ("simt", DType::F32, 48)]
+    {
+        work.push((attention_over(CacheFormat::Fp8, true, name, dtype, head_dim, 4, None, Family::Portable), SM_80));
+    }
     assert_clean(&work);
 }
 

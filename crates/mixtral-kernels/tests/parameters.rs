@@ -36,7 +36,9 @@ fn programs() -> Vec<Program> {
     let mut cached =
         [Geometry::small(DType::F16), Geometry::round(DType::Bf16)].map(|geometry| decoder::program(&geometry, true));
     cached.iter_mut().for_each(|program| decoder::cache_in_fp8(program, KvScale { key: 0.02, value: 0.01 }));
-    programs.into_iter().flatten().chain(quantized).chain(cached).collect()
+    let mut in_fp8 = cached.clone();
+    in_fp8.iter_mut().for_each(Program::attend_in_fp8);
+    programs.into_iter().flatten().chain(quantized).chain(cached).chain(in_fp8).collect()
 }
 
 #[test]

@@ -103,6 +103,8 @@ fn programs() -> Vec<Program> {
     for (geometry, fused) in [(Geometry::round(DType::Bf16), true), (Geometry::small(DType::F16), false)] {
         let mut program = decoder::program(&geometry, fused);
         decoder::cache_in_fp8(&mut program, KvScale { key: 0.02, value: 0.01 });
+        programs.push(program.clone());
+        program.attend_in_fp8();
         programs.push(program);
     }
     programs.push(middle_stage());

@@ -2,7 +2,7 @@
 //! case on a backend and compares the result with the f64 reference.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, Epilogue, Inspect, KvScale, Op, Rows, StepInputs, Weights};
+use mixtral_engine::{BackendError, Epilogue, Inspect, KvScale, Op, Program, Rows, StepInputs, Weights};
 use mixtral_model::{CacheFormat, DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
@@ -72,6 +72,11 @@ impl Default for Tolerance {
     fn default() -> Self {
         Tolerance { f32_error: 1e-10, half_error: 1e-5, f32_element: 1e-4, half_steps: 2.0, half_unequal: 0.01 }
     }
+}
+
+/// How far from the reference a backend may be that rounds where the contract does.
+pub(crate) fn tolerance(program: &Program) -> Tolerance {
+    if program.attends_in_fp8() { fp8::context(program.dtype) } else { Tolerance::default() }
 }
 
 impl Case {
@@ -196,7 +201,20 @@ impl Case {
     /// # Errors
     /// What the backend refused, or the first value out of its limits.
     pub fn check<B: Inspect>(&self, load: impl FnOnce(&Case) -> Result<B, BackendError>) -> Result<(), Failure> {
-        self.check_within(Tolerance::default(), load)
+        self.check_within(self.tolerance(), load)
+    }
+
+    /// How far from the reference a backend may be that rounds where the contract does.
+    #[must_use]
+    pub fn tolerance(&self) -> Tolerance {
+        tolerance(&self.assembly.program)
+    }
+
+    /// The same case, with the attention of prompts in fp8.
+    pub(crate) fn with_fp8_context(mut self) -> Self {
+        self.assembly.program.attend_in_fp8();
+        self.name += ", in fp8";
+        self
     }
 
     /// The same as [`Case::check`], with limits for a backend that has a reason to be further from the reference.
@@ -347,7 +365,7 @@ pub fn all() -> Vec<Case> {
         .into_iter()
         .flat_map(|dtype| {
             let attention = [attention(dtype), attention_by_tiles(dtype), decodes_by_tiles(dtype)].concat();
-            let caches = fp8::caches(dtype);
+            let caches = [fp8::caches(dtype), fp8::contexts(dtype)].concat();
             let quantized = [quantized::cases(dtype), fp8::linears(dtype)].concat();
             [dense(dtype), long_linears(dtype), attention, caches, routing(dtype), experts(dtype), quantized].concat()
         })
@@ -498,7 +516,7 @@ pub(crate) fn attention(dtype: DType) -> Vec<Case> {
             // The queries are the first columns of wider rows.
             let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * d);
             let out = a.activation("out", Rows::Tokens, heads * d);
-            a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
+            a.op(Op::Attention { query, num_heads: heads, window, fp8_context: false, layer: 0, out });
             let text = format!("attention {kv_heads}x{group}x{d} window {window:?}");
             cases.push(Case::new(text, a, inputs.clone()).fill("qkv", 1.0).fill_cache());
         }
@@ -542,7 +560,7 @@ pub(crate) fn attention_by_tiles(dtype: DType) -> Vec<Case> {
             let mut a = base.clone();
             let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * d);
             let out = a.activation("out", Rows::Tokens, heads * d);
-            a.op(Op::Attention { query, num_heads: heads, window, layer: 0, out });
+            a.op(Op::Attention { query, num_heads: heads, window, fp8_context: false, layer: 0, out });
             let text = format!("attention by tiles {kv_heads}x{group}x{d} window {window:?}");
             cases.push(Case::over_blocks(BLOCKS, text, a, inputs.clone()).fill("qkv", 1.0).fill_cache());
         }
@@ -565,7 +583,7 @@ fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, wind
         let mut a = base.clone();
         let query = a.activation("qkv", Rows::Tokens, (group + 2) * kv_heads * d);
         let out = a.activation("out", Rows::Tokens, group * kv_heads * d);
-        a.op(Op::Attention { query, num_heads: group * kv_heads, window, layer: 0, out });
+        a.op(Op::Attention { query, num_heads: group * kv_heads, window, fp8_context: false, layer: 0, out });
         let text = format!("{name} {kv_heads}x{group}x{d} window {window:?}");
         Case::over_blocks(blocks, text, a, inputs.clone()).fill("qkv", 1.0).fill_cache()
     };

@@ -110,7 +110,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
         };
         let attended = a.activation(&named("attended"), Rows::Tokens, q);
         let (num_heads, window) = (g.num_heads, g.window);
-        a.op(Op::Attention { query: heads, num_heads, window, layer, out: attended.clone() });
+        a.op(Op::Attention { query: heads, num_heads, window, fp8_context: false, layer, out: attended.clone() });
         let dense = weight(&mut a, &named("dense"), g.dtype, &[h, q]);
         if fused {
             a.op(linear(&attended, &dense, None, Epilogue::Residual, Some(&x), &x));

@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use mixtral_engine::{KvScale, Weight, WeightSource};
 use mixtral_model::{CacheFormat, DType, Fp8Input, WeightFormat};
 
-use crate::cases::{self, Case};
+use crate::cases::{self, Case, Tolerance};
 use crate::quantized;
 
 /// The scale of the inputs of fp8 weights in cases. Inputs of standard deviation 1 are often too large for it.
@@ -46,6 +46,23 @@ pub fn to_bits(x: f64) -> u8 {
 #[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
 pub(crate) fn round(x: f64, scale: f32) -> f64 {
     from_bits(to_bits(f64::from(x as f32 / scale)))
+}
+
+/// The limits of attention in fp8. A probability p that lies nearly between two numbers of e4m3 may become either of them, which are
+/// at most an eighth of it apart. An output, a mean of values, then moves by at most p · (1 − p) / 8 of the distance between that value
+/// and the mean. Few of them do so, and the mean error stays small; leaving a rounding out makes a mean square of 7e-4.
+pub(crate) fn context(dtype: DType) -> Tolerance {
+    let half_steps = if dtype == DType::F16 { 128.0 } else { 16.0 };
+    Tolerance { f32_error: 1e-5, half_error: 3e-5, f32_element: 0.125, half_steps, half_unequal: 0.02 }
+}
+
+/// What scores of attention in fp8 become: probabilities rounded relative to a power of two.
+pub(crate) fn probabilities(scores: &[f64]) -> Vec<f64> {
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let from = (max / std::f64::consts::LN_2).ceil() * std::f64::consts::LN_2;
+    let p: Vec<f64> = scores.iter().map(|score| from_bits(to_bits(256.0 * (score - from).exp()))).collect();
+    let sum: f64 = p.iter().sum();
+    p.iter().map(|p| p / sum).collect()
 }
 
 /// What inputs, a row for each token, stand for when they are multiplied with this weight: for an fp8 weight, the numbers that they are
@@ -122,4 +139,24 @@ pub fn caches(dtype: DType) -> Vec<Case> {
         cases.into_iter().map(move |case| case.with_cache(CacheFormat::Fp8, KvScale { key, value }))
     };
     with(cases, 0.0117, 0.0031).chain(with(small, 40.0, 250.0)).collect()
+}
+
+/// Attention of prompts in fp8, beside decodes, which are not. Some queries are so large that one key gets nearly everything, and some
+/// are too large for e4m3.
+#[must_use]
+pub fn contexts(dtype: DType) -> Vec<Case> {
+    let mut cases = [cases::attention(dtype), cases::attention_by_tiles(dtype)].concat();
+    cases.retain(|case| case.name.starts_with("attention ") && !case.name.contains(" Some(1000) "));
+    let like = |case: &&Case| case.name.contains("x128 ") && case.name.contains(" None ");
+    let with_queries = |scale: f32| {
+        let of =
+            move |case: &Case| Case { name: format!("{} of {scale}", case.name), ..case.clone() }.fill("qkv", scale);
+        cases.iter().filter(like).map(of).collect::<Vec<_>>()
+    };
+    let (strong, large) = (with_queries(6.0), with_queries(300.0));
+    let with = |cases: Vec<Case>, key| {
+        let scale = KvScale { key, value: 0.0031 };
+        cases.into_iter().map(move |case| case.with_cache(CacheFormat::Fp8, scale).with_fp8_context())
+    };
+    with(cases.clone(), 0.0117).chain(with(strong, 0.0117)).chain(with(large, 1e-4)).collect()
 }

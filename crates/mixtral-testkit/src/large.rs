@@ -7,7 +7,7 @@ use mixtral_model::{CacheFormat, DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
 use crate::batch::{self, Part};
-use crate::cases::{Failure, Tolerance, close, lists};
+use crate::cases::{self, Failure, Tolerance, close, lists};
 use crate::decoder::weight;
 use crate::elements::{from_bytes, ints_from_bytes, ints_to_bytes};
 use crate::poison::{poison, sentinel};
@@ -119,14 +119,14 @@ const ROUTED: [usize; 6] = [1, 8, 64, 300, 2100, PREFILL];
 /// experts.
 pub fn all() -> impl Iterator<Item = Large> {
     let real = [MIXTRAL_8X7B, MIXTRAL_8X22B].into_iter();
-    let odd =
-        [attention, attention_fp8, route, router, expert_gate_up, expert_down].map(|case| case(&ODD, DType::Bf16));
+    let odd = [attention, attention_fp8, attention_in_fp8, route, router, expert_gate_up, expert_down]
+        .map(|case| case(&ODD, DType::Bf16));
     real.flat_map(|model| [DType::Bf16, DType::F16].into_iter().flat_map(move |dtype| of(model, dtype))).chain(odd)
 }
 
 /// All operations of a model.
 pub fn of(model: Model, dtype: DType) -> impl Iterator<Item = Large> {
-    let cases: [fn(&Model, DType) -> Large; 16] = [
+    let cases: [fn(&Model, DType) -> Large; 17] = [
         embed,
         norm,
         add,
@@ -138,6 +138,7 @@ pub fn of(model: Model, dtype: DType) -> impl Iterator<Item = Large> {
         rope_write_kv,
         attention,
         attention_fp8,
+        attention_in_fp8,
         route,
         router,
         expert_gate_up,
@@ -186,8 +187,9 @@ impl Large {
     /// result to the neighbouring value. An f16 is eight times as fine as a bf16, so this happens eight times as often.
     #[must_use]
     pub fn tolerance(&self) -> Tolerance {
-        let half_unequal = if self.program.dtype == DType::F16 { 0.08 } else { 0.01 };
-        Tolerance { half_unequal, ..Tolerance::default() }
+        let usual = cases::tolerance(&self.program);
+        let half_unequal: f64 = if self.program.dtype == DType::F16 { 0.08 } else { 0.01 };
+        Tolerance { half_unequal: half_unequal.max(usual.half_unequal), ..usual }
     }
 
     /// Runs every step several times, and compares the first run with f64 and all others with the first.
@@ -474,7 +476,7 @@ fn attention(model: &Model, dtype: DType) -> Large {
     let heads = model.num_heads;
     let query = a.activation("qkv", Rows::Tokens, (heads + 2 * model.num_kv_heads) * model.head_dim);
     let out = a.activation("out", Rows::Tokens, heads * model.head_dim);
-    a.op(Op::Attention { query, num_heads: heads, window: None, layer: 0, out });
+    a.op(Op::Attention { query, num_heads: heads, window: None, fp8_context: false, layer: 0, out });
     Large::new("attention", model, a, steps).racy()
 }
 
@@ -483,6 +485,14 @@ fn attention_fp8(model: &Model, dtype: DType) -> Large {
     let mut case = attention(model, dtype);
     case.name = format!("{} with an fp8 cache", case.name);
     (case.program.kv.format, case.program.kv_scales) = (CacheFormat::Fp8, vec![KvScale { key: 0.9, value: 1.1 }]);
+    case
+}
+
+/// Attention with an fp8 cache, of prompts in fp8.
+fn attention_in_fp8(model: &Model, dtype: DType) -> Large {
+    let mut case = attention_fp8(model, dtype);
+    case.name += ", in fp8";
+    case.program.attend_in_fp8();
     case
 }
 

@@ -177,8 +177,8 @@ impl Reference<'_> {
                 }
                 state.set(qkv, values);
             }
-            Op::Attention { query, num_heads, window, layer, out } => {
-                let values = self.attention(state, query, *num_heads, *window, *layer);
+            Op::Attention { query, num_heads, window, fp8_context, layer, out } => {
+                let values = self.attention(state, query, *num_heads, *window, *fp8_context, *layer);
                 state.set(out, values);
             }
             Op::Softmax { logits, probs } => {
@@ -317,7 +317,16 @@ impl Reference<'_> {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a head's length")]
-    fn attention(&self, state: &State, query: &str, num_heads: usize, window: Option<usize>, layer: usize) -> Vec<f64> {
+    #[expect(clippy::too_many_arguments, reason = "the operation's fields")]
+    fn attention(
+        &self,
+        state: &State,
+        query: &str,
+        num_heads: usize,
+        window: Option<usize>,
+        fp8_context: bool,
+        layer: usize,
+    ) -> Vec<f64> {
         let (kv, size, cols) = (self.program.kv, self.program.limits.block_size, self.cols(query));
         let d = kv.head_dim;
         let width = self.program.limits.max_blocks_per_seq();
@@ -327,16 +336,20 @@ impl Reference<'_> {
         let mut out = Vec::new();
         for (seq, edge) in self.inputs.cu_query_lens.windows(2).enumerate() {
             let blocks = &self.inputs.block_table[seq * width..][..width];
+            let in_fp8 = fp8_context && seq >= self.inputs.num_decodes;
             for t in at(edge[0])..at(edge[1]) {
                 let i = at(self.inputs.positions[t]);
                 for head in 0..num_heads {
-                    let q = &state.floats(query)[t * cols + head * d..][..d];
+                    let mut q = state.floats(query)[t * cols + head * d..][..d].to_vec();
+                    if in_fp8 {
+                        q.iter_mut().for_each(|x| *x = fp8::round(*x, 1.0));
+                    }
                     let kv_head = head * kv.num_kv_heads / num_heads;
                     let place = |j: usize| self.offset(at(blocks[j / size]) * size + j % size, kv_head);
                     let seen: Vec<usize> = (0..=i).filter(|j| window.is_none_or(|w| j + w > i)).collect();
                     let scores: Vec<f64> =
-                        seen.iter().map(|&j| dot(q, &keys[place(j)..][..d]) / (d as f64).sqrt()).collect();
-                    let probs = softmax(&scores);
+                        seen.iter().map(|&j| dot(&q, &keys[place(j)..][..d]) / (d as f64).sqrt()).collect();
+                    let probs = if in_fp8 { fp8::probabilities(&scores) } else { softmax(&scores) };
                     let column =
                         |c: usize| seen.iter().zip(&probs).map(|(&j, p)| p * values[place(j) + c]).sum::<f64>();
                     out.extend((0..d).map(column));

@@ -215,8 +215,8 @@ impl Sampled<'_> {
                 self.route(logits, *normalization, [expert_ids, expert_weights, offsets, order])
             }
             Op::RopeWriteKv { qkv, num_heads, theta, .. } => self.rope_write_kv(qkv, *num_heads, *theta),
-            Op::Attention { query, num_heads, window, layer, out } => {
-                vec![self.attention(query, *num_heads, *window, *layer, out)]
+            Op::Attention { query, num_heads, window, fp8_context, layer, out } => {
+                vec![self.attention(query, *num_heads, *window, *fp8_context, *layer, out)]
             }
             _ => panic!("no sampled reference of {op:?}"),
         }
@@ -333,7 +333,16 @@ impl Sampled<'_> {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a head's length")]
-    fn attention(&self, query: &str, num_heads: usize, window: Option<usize>, layer: usize, out: &str) -> Sample {
+    #[expect(clippy::too_many_arguments, reason = "the operation's fields")]
+    fn attention(
+        &self,
+        query: &str,
+        num_heads: usize,
+        window: Option<usize>,
+        fp8_context: bool,
+        layer: usize,
+        out: &str,
+    ) -> Sample {
         let (kv, size, width) =
             (self.program.kv, self.program.limits.block_size, self.program.limits.max_blocks_per_seq());
         let (d, cols) = (kv.head_dim, self.cols(out));
@@ -356,13 +365,18 @@ impl Sampled<'_> {
             let blocks = &self.inputs.block_table[seq * width..][..width];
             let (i, kv_head) = (at(self.inputs.positions[t]), head * kv.num_kv_heads / num_heads);
             let slot = |j: usize| at(blocks[j / size]) * size + j % size;
-            let q = &self.row(query, t)[head * d..][..d];
+            let in_fp8 = fp8_context && seq >= self.inputs.num_decodes;
+            let mut q = self.row(query, t)[head * d..][..d].to_vec();
+            if in_fp8 {
+                q.iter_mut().for_each(|x| *x = fp8::round(*x, 1.0));
+            }
             let first = window.map_or(0, |window| (i + 1).saturating_sub(window));
             let scores: Vec<f64> = (first..=i)
-                .map(|j| dot(q, &vector("cache k", slot(j), kv_head)) / (d as f64).sqrt() * key_scale)
+                .map(|j| dot(&q, &vector("cache k", slot(j), kv_head)) / (d as f64).sqrt() * key_scale)
                 .collect();
             let mut sum = vec![0.0; d];
-            for (j, p) in (first..=i).zip(softmax(&scores)) {
+            let probs = if in_fp8 { fp8::probabilities(&scores) } else { softmax(&scores) };
+            for (j, p) in (first..=i).zip(probs) {
                 sum.iter_mut()
                     .zip(vector("cache v", slot(j), kv_head))
                     .for_each(|(sum, v)| *sum += p * v * value_scale);

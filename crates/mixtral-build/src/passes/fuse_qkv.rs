@@ -28,7 +28,14 @@ fn fuse(program: &Program, ops: &[Op]) -> Option<Fused> {
         Op::Rope { data: rope_q, num_heads, theta },
         Op::Rope { data: rope_k, num_heads: kv_heads, theta: theta_k },
         Op::WriteKv { key, value, layer },
-        Op::Attention { query: attention_query, num_heads: attention_heads, window, layer: attention_layer, out },
+        Op::Attention {
+            query: attention_query,
+            num_heads: attention_heads,
+            window,
+            fp8_context,
+            layer: attention_layer,
+            out,
+        },
         ..,
     ] = ops
     else {
@@ -58,7 +65,14 @@ fn fuse(program: &Program, ops: &[Op]) -> Option<Fused> {
             ladder: Vec::new(),
         },
         Op::RopeWriteKv { qkv: qkv.clone(), num_heads: *num_heads, theta: *theta, layer: *layer },
-        Op::Attention { query: qkv, num_heads: *num_heads, window: *window, layer: *layer, out: out.clone() },
+        Op::Attention {
+            query: qkv,
+            num_heads: *num_heads,
+            window: *window,
+            fp8_context: *fp8_context,
+            layer: *layer,
+            out: out.clone(),
+        },
     ];
     Some(Fused { taken: 7, ops, buffers: vec![buffer] })
 }

@@ -32,6 +32,13 @@ struct Task<'o> {
     outs: Vec<&'o mut [u8]>,
 }
 
+/// What the operation says of its query heads.
+pub(crate) struct Heads {
+    pub(crate) num: usize,
+    pub(crate) window: Option<usize>,
+    pub(crate) fp8_context: bool,
+}
+
 /// The sizes of the operation.
 #[derive(Clone, Copy)]
 struct Shape {
@@ -52,24 +59,23 @@ impl Shape {
     }
 }
 
-/// Computes the operation. `query` has rows of `query_cols` elements; the first `num_heads · d` of them are the
+/// Computes the operation. `query` has rows of `query_cols` elements; the first `heads.num · d` of them are the
 /// queries.
 pub(crate) fn attention(
     workers: &Workers<'_>,
     inputs: &StepInputs<'_>,
     query: &[u8],
     query_cols: usize,
-    num_heads: usize,
-    window: Option<usize>,
+    heads: Heads,
     (keys, values): (KvView<'_>, KvView<'_>),
     out: &mut [u8],
 ) -> Result<(), BackendError> {
     let head_dim = keys.shape.head_dim;
     let shape = Shape {
-        group: num_heads / keys.shape.num_kv_heads,
+        group: heads.num / keys.shape.num_kv_heads,
         head_dim,
         padded: head_dim.next_multiple_of(LANES),
-        window,
+        window: heads.window,
         table_width: inputs.block_table.len() / inputs.num_seqs().max(1),
     };
     let tokens_per_task = (QUERY_ROWS / shape.group).max(1);
@@ -96,14 +102,16 @@ pub(crate) fn attention(
             }
             let span = shape.visible(position + n - 1).end - shape.visible(position).start;
             longest = longest.max(span);
-            work += n * num_heads * span * head_dim;
+            work += n * heads.num * span * head_dim;
         }
     }
     let rows = tokens_per_task * shape.group;
     let block = KEYS * shape.padded;
     workers.reserve_scratch(rows * (2 * shape.padded + KEYS * LANES + KEYS + longest) + block)?;
     let run = |task: Task<'_>| {
-        let tile = Tile { workers, shape, keys, values, blocks: &inputs.block_table[task.seq * shape.table_width..] };
+        let blocks = &inputs.block_table[task.seq * shape.table_width..];
+        let in_fp8 = heads.fp8_context && task.seq >= inputs.num_decodes;
+        let tile = Tile { workers, shape, keys, values, blocks, in_fp8 };
         let queries = &query[task.token * workers.row_bytes(query_cols)..];
         workers.with_scratch(|scratch| tile.run(task, queries, workers.row_bytes(query_cols), scratch));
     };
@@ -123,6 +131,8 @@ struct Tile<'a> {
     values: KvView<'a>,
     /// The sequence's row of the block table.
     blocks: &'a [i32],
+    /// Whether queries and probabilities are rounded to fp8.
+    in_fp8: bool,
 }
 
 impl Tile<'_> {
@@ -145,14 +155,15 @@ impl Tile<'_> {
         for row in 0..rows {
             let head = task.kv_head * group + row % group;
             let first = row / group * query_stride + workers.row_bytes(head * head_dim);
-            workers.simd.pack_column(
-                workers.dtype,
-                &queries[first..][..workers.row_bytes(head_dim)],
-                row,
-                rows,
-                padded,
-                q,
-            );
+            let query = &queries[first..][..workers.row_bytes(head_dim)];
+            if self.in_fp8 {
+                let mut rounded = vec![0.0; head_dim];
+                workers.simd.widen(workers.dtype, query, &mut rounded);
+                rounded.iter_mut().for_each(|x| *x = fp8::round(*x));
+                workers.simd.pack_column(DType::F32, bytemuck::cast_slice(&rounded), row, rows, padded, q);
+            } else {
+                workers.simd.pack_column(workers.dtype, query, row, rows, padded, q);
+            }
         }
 
         #[expect(clippy::cast_precision_loss, reason = "the contract's f32 constant")]
@@ -174,7 +185,12 @@ impl Tile<'_> {
         for (scores, visible) in scores.chunks_exact_mut(len).zip(&visible) {
             let scores = &mut scores[local(visible)];
             let max = workers.simd.max(scores);
-            workers.simd.exp(scores, max);
+            if self.in_fp8 {
+                workers.simd.exp(scores, whole_power(max));
+                scores.iter_mut().for_each(|p| *p = fp8::round(*p * 256.0) / 256.0);
+            } else {
+                workers.simd.exp(scores, max);
+            }
         }
 
         acc.fill(0.0);
@@ -275,6 +291,11 @@ impl Tile<'_> {
         add(tile.clone(), common.clone());
         tile.for_each(|row| add(row..row + 1, common.end..clip(&visible[row]).end));
     }
+}
+
+/// A score rounded up to a multiple of ln 2, the logarithm of a power of two.
+fn whole_power(score: f32) -> f32 {
+    (score * std::f32::consts::LOG2_E).ceil() * std::f32::consts::LN_2
 }
 
 /// The numbers of e4m3 bytes.

@@ -27,6 +27,9 @@ fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
 /// of the outputs' root mean square. An f16 is more precise than that. With sums that keep 12 bits behind the largest product's first,
 /// cut off, 50 to 60 % of the outputs of silu·mul are another f16 than the reference's, and the worst is off by 2.5 steps; 52
 /// to 58 % and more than 2 steps were measured.
+///
+/// In attention in fp8 such an error of the scores rounds one to three in a hundred probabilities to a neighbour of what it should
+/// be, which is 8 % off. So outputs have a mean square error of 0.7e-4 to 2e-4, and in 16 bits most of them differ.
 fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tolerance {
     let is_fp8 = program.weights.iter().any(|weight| weight.format == WeightFormat::Fp8);
     if is_fp8 && code.family() == Family::Hopper && program.dtype != DType::F32 {
@@ -36,6 +39,9 @@ fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tolerance {
             _ => (usual.half_steps, 0.5),
         };
         return Tolerance { f32_error: 2e-7, f32_element: 2e-3, half_steps, half_unequal, ..usual };
+    }
+    if program.attends_in_fp8() && code.family() == Family::Hopper && program.dtype != DType::F32 {
+        return Tolerance { half_error: 3e-4, half_unequal: 1.0, ..usual };
     }
     let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
     let half_unequal = if attends && program.dtype != DType::F32 { 0.5 } else { usual.half_unequal };
@@ -58,9 +64,9 @@ fn all_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         let mut passed = 0;
         for case in &cases {
-            match case.check_within(tolerance(&case.assembly.program, code, Tolerance::default()), |case| {
-                load(case, &library)
-            }) {
+            match case
+                .check_within(tolerance(&case.assembly.program, code, case.tolerance()), |case| load(case, &library))
+            {
                 Ok(()) => passed += 1,
                 Err(failure) => {
                     let text = format!("{code}: {failure}");

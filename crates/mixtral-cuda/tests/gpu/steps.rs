@@ -23,7 +23,7 @@ fn geometries(dtype: DType) -> [Geometry; 2] {
     [Geometry::small(dtype), Geometry { window: Some(70), ..Geometry::round(dtype) }]
 }
 
-/// Decoders with what is said of them: plain ones of both sizes, quantized ones, and one with an fp8 cache.
+/// Decoders with what is said of them: plain ones of both sizes, quantized ones, and two with an fp8 cache.
 fn decoders(dtype: DType) -> Vec<(String, Program)> {
     let plain = geometries(dtype)
         .map(|geometry| (format!("{dtype} hidden {}", geometry.hidden_size), decoder::program(&geometry, true)));
@@ -34,8 +34,11 @@ fn decoders(dtype: DType) -> Vec<(String, Program)> {
     });
     let mut cached = decoder::program(&geometries(dtype)[1], true);
     decoder::cache_in_fp8(&mut cached, KvScale { key: 0.01, value: 0.004 });
-    let cached = (format!("{dtype} with an fp8 cache"), cached);
-    plain.into_iter().chain(quantized).chain([cached]).collect()
+    let mut in_fp8 = cached.clone();
+    in_fp8.attend_in_fp8();
+    let cached = [("with an fp8 cache", cached), ("with attention in fp8", in_fp8)]
+        .map(|(what, program)| (format!("{dtype} {what}"), program));
+    plain.into_iter().chain(quantized).chain(cached).collect()
 }
 
 fn load(program: &Program, library: &Library, graphs: bool, overlap: bool) -> CudaBackend {

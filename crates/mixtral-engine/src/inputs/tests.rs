@@ -12,8 +12,14 @@ const KV_BLOCKS: usize = 9;
 fn program(attends: bool) -> Program {
     let buffer =
         |name: &str| Buffer { name: name.to_owned(), dtype: ElemType::F32, rows: Rows::Tokens, cols: 4, offset: 0 };
-    let attention =
-        Op::Attention { query: "q".to_owned(), num_heads: 1, window: None, layer: 0, out: "out".to_owned() };
+    let attention = Op::Attention {
+        query: "q".to_owned(),
+        num_heads: 1,
+        window: None,
+        fp8_context: false,
+        layer: 0,
+        out: "out".to_owned(),
+    };
     Program {
         rank: 0,
         world_size: 1,

@@ -39,8 +39,8 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
         return Err(LowerError::Unsupported { op: op.name(), reason });
     }
     match op {
-        Op::Attention { query, num_heads, window, layer, out } => {
-            attention(lowering, op, (query, out), *num_heads, *window, *layer)
+        Op::Attention { query, num_heads, window, fp8_context, layer, out } => {
+            attention(lowering, op, (query, out), *num_heads, *window, *fp8_context, *layer)
         }
         Op::Rope { data, num_heads, theta } => {
             let (_, buffer) = lowering.buffer(op, data)?;
@@ -160,6 +160,7 @@ fn attention(
     (query, out): (&str, &str),
     heads: usize,
     window: Option<usize>,
+    fp8_context: bool,
     layer: usize,
 ) -> Result<Vec<Launch>, LowerError> {
     let (kv, limits) = (lowering.program.kv, lowering.program.limits);
@@ -189,7 +190,7 @@ fn attention(
         let steps =
             steps([("header", Array::Header), ("positions", Array::Positions), ("cu_query_lens", Array::CuQueryLens)]);
         let args = [steps, table, operands(scale)].concat();
-        let kernel = portable("attention/simt.cuh", format!("attention::simt<{shape}>"), THREADS);
+        let kernel = portable("attention/simt.cuh", format!("attention::simt<{shape}, {fp8_context}>"), THREADS);
         return Ok(vec![launch(kernel, Grid::Tokens { per: 1, times: count(heads) }, args)]);
     }
     // The kernels take powers of 2 instead of e, so the scores are scaled by log2 e.
@@ -250,20 +251,24 @@ fn attention(
         ("cu_query_lens", Array::CuQueryLens),
         ("seq_lens", Array::SeqLens),
     ]);
-    if let Some(tiling) = PrefillTiling::new(kv, heads, limits.block_size, lowering.target.family) {
+    let family = lowering.target.family;
+    let in_fp8 = fp8_context.then(|| e4m3_kernel(kv, heads, limits.block_size, window, family)).flatten();
+    let tiling = PrefillTiling::new(kv, heads, limits.block_size, family).filter(|_| !fp8_context);
+    let hopper = in_fp8.map(|kernel| (kernel, 1));
+    let hopper = hopper.or(tiling.map(|tiling| (tiling.kernel(kv, heads, limits.block_size, window), tiling.per_sm())));
+    if let Some((kernel, per_sm)) = hopper {
         let tokens = limits.max_num_tokens as u64;
         let query = named([("query", map(query.1, kv.dtype.into(), [buffer.cols as u64, tokens], TILE))]);
         let [scale, value_scale] = scales(scale);
         let rest = named([scale, value_scale, out]);
-        let args = if kv.format.is_plain() {
+        let args = if kv.format.is_plain() || fp8_context {
             let map_of = |base| map(base, kv.elem(), [head_dim as u64, ANY_ROWS], TILE);
             let maps = named([("key", map_of(keys.1)), ("value", map_of(values.1))]);
             [query, maps, prompts, table, rest].concat()
         } else {
             [query, prompts, table, named([keys, values]), rest].concat()
         };
-        let kernel = tiling.kernel(kv, heads, limits.block_size, window);
-        launches.push(launch(kernel, Grid::Persistent { per_sm: tiling.per_sm(), items: None }, args));
+        launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
     } else {
         // How many heads of a group a CTA takes together.
         let pack = if group.is_multiple_of(2) { 2 } else { 1 };
@@ -273,7 +278,7 @@ fn attention(
             shared_bytes: count(pack * PREFILL_TILE * row + 4 * TILE * stored_row + converted),
             ..portable(
                 "attention/prefill_paged.cuh",
-                format!("attention::prefill_paged<{shape}, {pack}, {EXACT_PREFILL}>"),
+                format!("attention::prefill_paged<{shape}, {fp8_context}, {pack}, {EXACT_PREFILL}>"),
                 THREADS,
             )
         };
@@ -423,6 +428,35 @@ impl PrefillTiling {
     }
 }
 
+/// `attention::prefill_e4m3`, where it can be used: `None` where prefill in fp8 uses the portable kernel. As with
+/// [`PrefillTiling::new`], nothing that differs between steps decides.
+fn e4m3_kernel(kv: KvLayout, heads: usize, block_size: usize, window: Option<usize>, family: Family) -> Option<Kernel> {
+    const WARPGROUPS: usize = 2;
+    const KEYS: usize = 128;
+    const STAGES: usize = 3;
+    if !has_boxes(kv, block_size, family) || !(heads / kv.num_kv_heads).is_multiple_of(WARPGROUPS) {
+        return None;
+    }
+    // Equal to `attention::Fp8Prefill::SHARED`; the kernel asserts that. Queries of 16 bits, twice, and of 8, keys and values.
+    let queries = (2 * 2 + 1) * WARPGROUPS * PREFILL_TILE * kv.head_dim;
+    // Beside the values of a tile lie eight rows of ones.
+    let shared = queries + ((2 * STAGES + 2) * kv.head_dim + STAGES * 8) * KEYS + (4 + 2 * STAGES) * 16 + 1024;
+    let symbol = format!(
+        "attention::prefill_e4m3<attention::Fp8Prefill<{}, {heads}, {}, {}, {block_size}, {}, {STAGES}, {shared}>>",
+        types(kv),
+        kv.num_kv_heads,
+        kv.head_dim,
+        window.unwrap_or(0)
+    );
+    Some(Kernel {
+        header: "attention/prefill_e4m3.cuh".into(),
+        symbol,
+        threads: count((WARPGROUPS + 1) * 128),
+        shared_bytes: count(shared),
+        family: Family::Hopper,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use mixtral_model::DType;
@@ -483,6 +517,15 @@ mod tests {
                 .map(|tiling| (tiling.warpgroups, tiling.shared_bytes(kv)))
         };
         assert_eq!((fp8(4), fp8(3), fp8(1)), (Some((2, 230_496)), None, None));
+        let in_fp8 = |head_dim, group: usize, family| {
+            let kv = KvLayout { format: CacheFormat::Fp8, ..kv(head_dim, DType::Bf16) };
+            e4m3_kernel(kv, 8 * group, 64, None, family).map(|kernel| kernel.shared_bytes)
+        };
+        assert_eq!(in_fp8(128, 4, Family::Hopper), Some(217_248));
+        assert_eq!(
+            [in_fp8(64, 4, Family::Hopper), in_fp8(128, 3, Family::Hopper), in_fp8(128, 4, Family::Portable)],
+            [None; 3]
+        );
         assert!(of(128, DType::F16, 4, 192, Family::Hopper).is_some());
         assert_eq!(of(128, DType::Bf16, 4, 64, Family::Portable), None);
         assert_eq!(of(128, DType::Bf16, 4, 96, Family::Hopper), None, "a tile may cross blocks");

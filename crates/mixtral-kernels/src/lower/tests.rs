@@ -45,7 +45,14 @@ fn layer(dtype: DType) -> Program {
     a.op(Op::Embed { table, vocab_start: 0, out: name("x") });
     for layer in 0..2 {
         a.op(Op::RopeWriteKv { qkv: name("qkv"), num_heads: heads, theta: 1e6, layer });
-        a.op(Op::Attention { query: name("qkv"), num_heads: heads, window: None, layer, out: name("attended") });
+        a.op(Op::Attention {
+            query: name("qkv"),
+            num_heads: heads,
+            window: None,
+            fp8_context: false,
+            layer,
+            out: name("attended"),
+        });
     }
     a.op(Op::Norm { input: name("x"), weight: scale.clone(), eps: 1e-5, out: name("normed") });
     a.op(Op::Linear {

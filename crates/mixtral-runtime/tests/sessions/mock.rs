@@ -50,7 +50,8 @@ impl Mock {
     /// A mock of an engine with these limits and this many blocks of cache.
     pub fn new(limits: Limits, kv_blocks: usize) -> Self {
         let name = || "heads".to_owned();
-        let attention = Op::Attention { query: name(), num_heads: 1, window: None, layer: 0, out: name() };
+        let attention =
+            Op::Attention { query: name(), num_heads: 1, window: None, fp8_context: false, layer: 0, out: name() };
         let program = Program {
             rank: 0,
             world_size: 1,

@@ -63,6 +63,9 @@ pub struct BuildArgs {
     /// Kernels of attention: auto, a data type (the model's), or disable (there is one kind) [default: auto]
     #[arg(help_heading = KERNELS, long)]
     pub gpt_attention_plugin: Option<String>,
+    /// Attention of prompts with products in fp8, for a model with an fp8 cache. (Decoding stays as it is) [default: disable]
+    #[arg(help_heading = KERNELS, long)]
+    pub use_fp8_context_fmha: Option<Switch>,
     /// Ranks and kernels built at a time [default: one rank, and a kernel for each core]
     #[arg(help_heading = MODEL, long, value_parser = numbers::threads)]
     pub workers: Option<usize>,
@@ -111,6 +114,15 @@ pub enum BackendChoice {
     Cpu,
     /// NVIDIA GPUs.
     Cuda,
+}
+
+/// A flag of the old commands that takes a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Switch {
+    /// On.
+    Enable,
+    /// Off.
+    Disable,
 }
 
 /// What to build for.
@@ -191,6 +203,8 @@ pub struct BuildOptions {
     pub limits: Limits,
     /// Whether context logits are gathered.
     pub gather_context_logits: bool,
+    /// Whether attention of prompts is computed in fp8.
+    pub fp8_context: bool,
     /// What the engine's config records.
     pub recorded: BTreeMap<String, String>,
     /// Plugin flags that name a data type, to be compared with the model's.
@@ -245,6 +259,10 @@ impl BuildArgs {
             recorded.insert(flag.to_owned(), value.to_owned());
             plugins.extend(check_plugin(flag, value)?.map(|dtype| (flag, dtype)));
         }
+        let fp8_context = self.use_fp8_context_fmha == Some(Switch::Enable);
+        if fp8_context {
+            recorded.insert("use_fp8_context_fmha".to_owned(), "enable".to_owned());
+        }
         let max_seq_len = match (self.max_seq_len, self.max_input_len, self.max_output_len) {
             (Some(seq), input, _) if input.is_some_and(|i| i >= seq) => {
                 usage!("--max-input-len {} leaves no room for output in --max-seq-len {seq}", input.unwrap_or(0))
@@ -293,6 +311,7 @@ impl BuildArgs {
                 block_size: self.block_size,
             },
             gather_context_logits: self.gather_context_logits,
+            fp8_context,
             recorded,
             plugins,
             dry_run: self.dry_run,

@@ -23,6 +23,7 @@ fn value(flag: &str) -> &'static str {
         "--group-size" => "64",
         "--qformat" => "int4_wo",
         "--kv-cache-dtype" => "fp8",
+        "--use-fp8-context-fmha" => "enable",
         "--embedding-sharding-dim" | "--moe-renorm-mode" | "--moe-normalization-mode" => "1",
         _ => "8",
     }

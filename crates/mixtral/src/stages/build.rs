@@ -87,6 +87,7 @@ pub fn main(options: &BuildOptions) -> Result<()> {
     let build = mixtral_build::BuildOptions {
         limits,
         gather_context_logits: options.gather_context_logits,
+        fp8_context: options.fp8_context,
         recorded: options.recorded.clone(),
         workers: options.workers.unwrap_or(1),
         kernels,

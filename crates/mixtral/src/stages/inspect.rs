@@ -176,12 +176,13 @@ fn inspect_engine(engine: &EngineDir, args: &InspectArgs, out: &mut dyn Write) -
     )?;
     writeln!(
         out,
-        "limits   {} sequences, {} tokens a step, {} tokens a sequence, blocks of {}{}",
+        "limits   {} sequences, {} tokens a step, {} tokens a sequence, blocks of {}{}{}",
         limits.max_batch_size,
         limits.max_num_tokens,
         limits.max_seq_len,
         limits.block_size,
-        if config.gather_context_logits { ", context logits" } else { "" }
+        if config.gather_context_logits { ", context logits" } else { "" },
+        if programs.iter().any(|program| program.attends_in_fp8()) { ", attention of prompts in fp8" } else { "" }
     )?;
     writeln!(out, "weights  {:?}", config.weights)?;
     for (rank, program) in programs.iter().enumerate() {
