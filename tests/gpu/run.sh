@@ -43,7 +43,7 @@ export CUDA_DEVICE_MAX_CONNECTIONS=32
 
 # Seconds that a section may take. The default sections take about six minutes together.
 declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560
-    [sessions]=180 [requests]=360 [long]=420 [serve]=240)
+    [sessions]=180 [requests]=360 [long]=420 [serve]=300)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 

@@ -6,11 +6,15 @@
 First comes the time from the start of the server to the first answered request. Then, for each number of streams, as many requests
 as streams are sent at once, and the throughputs are compared. Requests that come one after another show what the server adds to the
 time of the first token; requests of mixed lengths, at most 64 at a time, how evenly tokens come while others' prompts are
-computed. Without DIR the engine is one of examples/tiny-mixtral. An engine without a tokenizer gets one that is made here.
+computed. Last comes guidellm with the same lengths and streams, if that package is installed. Without DIR the engine is one of
+examples/tiny-mixtral. An engine without a tokenizer gets one that is made here.
 """
 
 import argparse
+import importlib.util
 import json
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -88,6 +92,34 @@ def compare(args, url):
     return figures
 
 
+def guidellm(args, url, words, scratch):
+    """What guidellm measures of the server, whose tokenizer's folder is `words`: a figure for each number of streams."""
+    report = scratch / "guidellm.json"
+    counts = [max(8, min(4 * streams, 512)) for streams in args.streams]
+    command = [
+        sys.executable, "-m", "guidellm", "run", "--backend", f"kind=openai_http,target={url},model=served,request_format=/v1/completions",
+        "--profile", f"kind=concurrent,streams={args.streams[0]}", "--override", "profile.streams", ",".join(map(str, args.streams)),
+        "--constraint", json.dumps({"kind": "max_requests", "count": counts}), "--tokenizer", f"kind=hf_auto,model={words}",
+        "--data", f"kind=synthetic_text,prompt_tokens={args.input_len},output_tokens={args.output_len}",
+        "--output", f"kind=json,path={report}", "--disable-console",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+    if done.returncode != 0 or not report.exists():
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    figures = []
+    for streams, benchmark in zip(args.streams, json.loads(report.read_text())["benchmarks"]):
+        metrics = benchmark["metrics"]
+        counted = metrics["request_totals"]
+        of = lambda name: metrics[name]["successful"]
+        gaps, rate = of("inter_token_latency_ms"), of("output_tokens_per_second")["mean"]
+        print(f"guidellm, {streams} streams: {counted['successful']} requests, {counted['errored']} errors, {rate:.0f} output tok/s, first token "
+              f"{of('time_to_first_token_ms')['median']:.1f} ms, between tokens {gaps['median']:.3f} ms, p99 {gaps['percentiles']['p99']:.3f}",
+              flush=True)
+        assert counted["successful"] > 0 and not counted["errored"], "guidellm's requests failed"
+        figures.append(f"{streams}: {rate:.0f}")
+    return [f"guidellm's tok/s {', '.join(figures)}"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", type=Path, required=True, help="the tool's binary")
@@ -102,14 +134,15 @@ def main():
     with tempfile.TemporaryDirectory(prefix="serving-") as scratch:
         folder = Path(scratch)
         args.engine = args.engine or example_engine(args.mixtral, folder, build=f"--max-batch-size 256 --backend {args.backend}")
-        flags = ["--backend", args.backend]
-        if not (args.engine / "tokenizer.json").exists():
-            vocab_size = json.loads((args.engine / "config.json").read_text())["model"]["vocab_size"]
-            flags += ["--tokenizer-dir", tokenizer(folder, vocab_size)]
-        server, seconds = first_answer(args.mixtral, args.engine, *flags)
+        words = args.engine
+        if not (words / "tokenizer.json").exists():
+            words = tokenizer(folder, json.loads((args.engine / "config.json").read_text())["model"]["vocab_size"])
+        server, seconds = first_answer(args.mixtral, args.engine, "--backend", args.backend, "--tokenizer-dir", words)
         print(f"first request answered {seconds:.2f} s after the start", flush=True)
         with server:
             figures = compare(args, server.url)
+            if importlib.util.find_spec("guidellm"):
+                figures += guidellm(args, server.url, words, folder)
     print("; ".join([f"answers after {seconds:.2f} s", *figures]))
 
 
