@@ -12,6 +12,7 @@ examples/tiny-mixtral. An engine without a tokenizer gets one that is made here.
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -55,41 +56,42 @@ def first_answer(mixtral, engine, *flags):
             time.sleep(0.005)
 
 
-def compare(args, url):
+def measured(args, where, seeds):
+    """(median ms to the first token of requests one after another, what `bench` says of each number of streams) of an engine or a
+    server. Every measurement has prompts of its own, so that none finds its blocks in the server's cache."""
+    bench = lambda *flags: json.loads(run_tool(args.mixtral, "-q", "bench", "--json", "--random-seed", next(seeds), *where, *flags))
+    lengths = ["--input-len", args.input_len, "--output-len"]
+    alone = bench("--sequential", "--requests", ALONE, *lengths, SHORT)["throughput"]["first_token_ms_median"]
+    wave = lambda streams: ["--requests", streams] if streams > 1 else ["--sequential", "--requests", 4]
+    return alone, [bench(*wave(streams), *lengths, args.output_len) for streams in args.streams]
+
+
+def compare(args, of_engine, of_server):
     """Prints what was measured of the engine and of the server, and returns the main figures."""
-    # Every measurement has prompts of its own, so that none finds its blocks in the server's cache.
-    seeds = iter(range(100, 200))
-    of_engine = ["--engine-dir", args.engine, "--backend", args.backend, "--batch-size", 1, "--context", 16, "--steps", 1, "--warmup", 0,
-                 "--prefill", 16, "--quick"]
-    lengths = ["--input-len", args.input_len, "--output-len", args.output_len]
-
-    def bench(*flags):
-        return json.loads(run_tool(args.mixtral, "-q", "bench", "--json", "--random-seed", next(seeds), *flags))
-
-    short = ["--sequential", "--requests", ALONE, "--input-len", args.input_len, "--output-len", SHORT]
-    alone = [bench(*where, *short)["throughput"]["first_token_ms_median"] for where in (of_engine, ["--url", url])]
-    print(f"first token of requests one after another: engine {alone[0]:.2f} ms, server {alone[1]:.2f} ms (medians)", flush=True)
-    figures = [f"first token + {alone[1] - alone[0]:.2f} ms"]
-    for streams in args.streams:
-        wave = ["--requests", streams, *lengths] if streams > 1 else ["--sequential", "--requests", 4, *lengths]
-        engine = bench(*of_engine, *wave)["throughput"]
-        served = bench("--url", url, *wave)
-        rates = engine["output_tokens_per_s"], served["throughput"]["output_tokens_per_s"]
-        gaps = served["between_chunks_ms_median"], served["between_chunks_ms_p99"]
-        assert served["failed"] == 0, "requests that were not answered"
-        print(f"{streams} streams: engine {rates[0]:.0f} output tok/s, first token {engine['first_token_ms_median']:.1f} ms; server "
-              f"{rates[1]:.0f}, {served['throughput']['first_token_ms_median']:.1f} ms; between two tokens {gaps[0]:.3f} ms median, "
-              f"{gaps[1]:.3f} ms p99", flush=True)
-        figures.append(f"{streams} streams {rates[1] / rates[0]:.3f} x" + f", p99 / median {gaps[1] / gaps[0]:.2f}" * (streams == 64))
-    if args.mixed:
-        low, high = args.output_len // 2, args.output_len * 3 // 2
-        mixed = ["--requests", args.mixed, "--concurrency", 64, "--input-len", args.input_len, "--output-len", f"{low}-{high}"]
-        served = bench("--url", url, *mixed)
-        gaps = served["between_chunks_ms_median"], served["between_chunks_ms_p99"]
-        print(f"{args.mixed} requests of {low} to {high} tokens, 64 at a time: {served['throughput']['output_tokens_per_s']:.0f} output tok/s; "
-              f"between two tokens {gaps[0]:.3f} ms median, {gaps[1]:.3f} ms p99", flush=True)
-        figures.append(f"mixed p99 / median {gaps[1] / gaps[0]:.2f}")
+    engine, server = of_engine[0], of_server[0]
+    print(f"first token of requests one after another: engine {engine:.2f} ms, server {server:.2f} ms (medians)")
+    figures = [f"first token + {server - engine:.2f} ms"]
+    for streams, engine, server in zip(args.streams, of_engine[1], of_server[1]):
+        assert server["failed"] == 0, "requests that were not answered"
+        rates = [bench["throughput"]["output_tokens_per_s"] for bench in (engine, server)]
+        first = [bench["throughput"]["first_token_ms_median"] for bench in (engine, server)]
+        median, p99 = server["between_chunks_ms_median"], server["between_chunks_ms_p99"]
+        print(f"{streams} streams: engine {rates[0]:.0f} output tok/s, first token {first[0]:.1f} ms; server {rates[1]:.0f}, {first[1]:.1f} ms; "
+              f"between two tokens {median:.3f} ms median, {p99:.3f} ms p99", flush=True)
+        figures.append(f"{streams} streams {rates[1] / rates[0]:.3f} x" + f", p99 / median {p99 / median:.2f}" * (streams == 64))
     return figures
+
+
+def mixed(args, url):
+    """The figure of requests of mixed lengths, at most 64 at a time."""
+    low, high = args.output_len // 2, args.output_len * 3 // 2
+    served = json.loads(run_tool(
+        args.mixtral, "-q", "bench", "--json", "--random-seed", 1, "--url", url, "--requests", args.mixed, "--concurrency", 64,
+        "--input-len", args.input_len, "--output-len", f"{low}-{high}"))  # fmt: skip
+    median, p99 = served["between_chunks_ms_median"], served["between_chunks_ms_p99"]
+    print(f"{args.mixed} requests of {low} to {high} tokens, 64 at a time: {served['throughput']['output_tokens_per_s']:.0f} output tok/s; "
+          f"between two tokens {median:.3f} ms median, {p99:.3f} ms p99", flush=True)
+    return f"mixed p99 / median {p99 / median:.2f}"
 
 
 def guidellm(args, url, words, scratch):
@@ -137,10 +139,16 @@ def main():
         words = args.engine
         if not (words / "tokenizer.json").exists():
             words = tokenizer(folder, json.loads((args.engine / "config.json").read_text())["model"]["vocab_size"])
+        # The engine comes first: the server takes most of a GPU's memory.
+        seeds = itertools.count(100)
+        short = ["--batch-size", 1, "--context", 16, "--steps", 1, "--warmup", 0, "--prefill", 16, "--quick"]
+        of_engine = measured(args, ["--engine-dir", args.engine, "--backend", args.backend, *short], seeds)
         server, seconds = first_answer(args.mixtral, args.engine, "--backend", args.backend, "--tokenizer-dir", words)
         print(f"first request answered {seconds:.2f} s after the start", flush=True)
         with server:
-            figures = compare(args, server.url)
+            figures = compare(args, of_engine, measured(args, ["--url", server.url], seeds))
+            if args.mixed:
+                figures.append(mixed(args, server.url))
             if importlib.util.find_spec("guidellm"):
                 figures += guidellm(args, server.url, words, folder)
     print("; ".join([f"answers after {seconds:.2f} s", *figures]))
