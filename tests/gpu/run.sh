@@ -250,6 +250,8 @@ ranks() {
     check "layouts of ranks" last_line "$python" "$here/tests/python/gpu_ranks.py" --mixtral "$mixtral"
     check "same bits: 8x7b, two ranks" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
         --engine "$engines/8x7b-tp2" --backend cuda
+    check "sessions: 8x7b, two ranks" last_line "$python" "$here/tests/python/sessions.py" --mixtral "$mixtral" \
+        --engine "$engines/8x7b-tp2" --backend cuda
     rm -f "$out/bench.json"
     bench_engine "8x7b tp2" 8x7b-tp2 --batch-size 1,8,64,256 --prefill 2048 --requests 512 --input-len 128 \
         --output-len 128
@@ -278,6 +280,8 @@ requests() {
     check "prompts that begin alike: 8x7b fp8" last_line "$python" "$here/tests/python/prefixes.py" --mixtral "$mixtral" \
         --engine "$engines/8x7b-fp8" --backend cuda
     for overlap in "" --no-overlap; do requests_of fp8 400 128 128 --arrival-rate 40 $overlap; done
+    check "sessions: 8x7b fp8" last_line "$python" "$here/tests/python/sessions.py" --mixtral "$mixtral" \
+        --engine "$engines/8x7b-fp8" --backend cuda
     for overlap in "" --no-overlap; do requests_of fp8 256 2048 128 $overlap; done
     requests_of fp8 128 2048 128 --arrival-rate 8
     build_8x7b int8

@@ -7,7 +7,7 @@
 of a prompt in one step, a step after the other. The others overlap their steps, share blocks, cut prompts into chunks of odd
 sizes, and have a cache so small that half of the sequences must go to the host's memory, in several combinations; then the same
 with beams. Every run must write the same bytes. The engines are of examples/tiny-mixtral in each format, built here, or those
-given, whose chunks then have one size.
+given, of any ranks and with dummy weights too, whose steps then have one size.
 
 A small cache is a small part of a GPU's free memory. On the CPU it is what fits into the memory that /proc/meminfo tells of; the
 run gets a file of its own in that place, which needs root.
@@ -75,9 +75,11 @@ class Engine:
 
     def __init__(self, args, name, by_tokens):
         self.args, self.name, self.by_tokens = args, name, by_tokens
-        rank = json.loads(run_tool(args.mixtral, "inspect", by_tokens[ROOMY], "--json"))
-        self.limits, self.dummy = rank["config"]["limits"], rank["config"]["weights"]["kind"] != "file"
-        self.memory = rank["ranks"][0]["memory"]
+        said = json.loads(run_tool(args.mixtral, "inspect", by_tokens[ROOMY], "--json"))
+        self.limits, self.dummy = said["config"]["limits"], said["config"]["weights"]["kind"] != "file"
+        # Each rank has a GPU of its own, or they share the host's memory.
+        ranks = [rank["memory"] for rank in said["ranks"]]
+        self.memory = {what: sum(memory[what] for memory in (ranks[:1] if args.backend == "cuda" else ranks)) for what in ranks[0]}
 
     def cramped(self, records, width, scratch):
         """(words before the command, flags) for a cache that has a third of the blocks that the requests take together."""
@@ -107,6 +109,7 @@ class Engine:
             before, more = self.cramped(records, beams, scratch) if small else ([], [])
             files = [Path(scratch) / name for name in ("ids.csv", "log_probs.npy")]
             (Path(scratch) / "requests.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+            more += [] if (Path(self.by_tokens[ROOMY]) / "tokenizer.json").exists() else ["--tokenizer_dir", EXAMPLE]
             said = run_tool(*before, self.args.mixtral, "-q", "run", "--engine_dir", self.by_tokens[tokens], "--backend",
                             self.args.backend, "--input_file", Path(scratch) / "requests.jsonl", "--num_beams", beams,
                             "--output_csv", files[0], "--output_log_probs_npy", files[1], "--json", *more, *flags.split())
