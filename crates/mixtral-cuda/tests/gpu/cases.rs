@@ -24,18 +24,15 @@ fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
 /// stay within the type's limit.
 ///
 /// Hopper's tensor cores sum products of e4m3 with fewer bits than an f32 has. Over 128 elements this makes an error of 2e-4
-/// of the outputs' root mean square. An f16 is more precise than that. With sums that keep 12 bits behind the largest product's first,
-/// cut off, 50 to 60 % of the outputs of silu·mul are another f16 than the reference's, and the worst is off by 2.5 steps; 52
-/// to 58 % and more than 2 steps were measured.
-///
-/// In attention in fp8 such an error of the scores rounds one to three in a hundred probabilities to a neighbour of what it should
-/// be, which is 8 % off. So outputs have a mean square error of 0.7e-4 to 2e-4, and in 16 bits most of them differ.
+/// of the outputs' root mean square. An f16 is more precise than that. In a model of such sums, which keep 12 bits behind the
+/// largest product's first and cut the rest off, 49 to 58 % of the outputs of silu·mul are another f16 than the reference's, and
+/// the worst of 160 000 is off by 3.6 steps. Measured: 52 to 58 %, and more than 3 steps.
 fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tolerance {
     let is_fp8 = program.weights.iter().any(|weight| weight.format == WeightFormat::Fp8);
     if is_fp8 && code.family() == Family::Hopper && program.dtype != DType::F32 {
         let multiplies_sums = program.ops.iter().any(|op| matches!(op, Op::ExpertGateUp { silu_mul: true, .. }));
         let (half_steps, half_unequal) = match program.dtype {
-            DType::F16 if multiplies_sums => (3.0, 0.65),
+            DType::F16 if multiplies_sums => (4.0, 0.65),
             _ => (usual.half_steps, 0.5),
         };
         return Tolerance { f32_error: 2e-7, f32_element: 2e-3, half_steps, half_unequal, ..usual };

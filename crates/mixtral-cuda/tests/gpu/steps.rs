@@ -194,10 +194,11 @@ fn logits_are_those_of_the_cpu() {
                 println!("{name} {code}: NMSE median {median:e}, largest {largest:e}");
                 if let Some(own) = &own {
                     // A last bit of 16 may decide to which of two numbers of 8 bits an input, a key or a value is rounded. So
-                    // two ways to compute in 16 bits differ from each other about as much as each does from f32.
+                    // two ways to compute in 16 bits differ from each other as each does from f32, but for the roundings that
+                    // they have in common. (0.10 to 0.55 times as much was measured.)
                     let own = own[own.len() / 2];
                     println!("  the CPU's own, of f32: {own:e}");
-                    assert!(median < 1.5 * own, "{name} {code}: median NMSE {median:e}, the CPU's of f32 {own:e}");
+                    assert!(median < own, "{name} {code}: median NMSE {median:e}, the CPU's of f32 {own:e}");
                 } else if has_fp8 {
                     // The last bit of a sum may decide it too.
                     assert!(median < 1e-8, "{name} {code}: median NMSE {median:e}");
