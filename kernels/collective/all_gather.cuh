@@ -20,13 +20,13 @@ inline constexpr int THREADS = 512;
 template <typename T, int COLS, int RANKS, step::Rows ROWS>
 __global__ void __launch_bounds__(THREADS, per_sm(THREADS))
     all_gather(const step::Header* header, i32 times, const T* input, T* out, const u64* inboxes, i64 capacity, i32 rank,
-               const u32* done, i32 ordinal, u32* stop, u32* report) {
+               i32 half, const u32* done, i32 ordinal, u32* stop, u32* report) {
     pdl::launch_dependents();
     constexpr int TILES = ceil_div(packets(COLS), THREADS);
     constexpr bool ALIGNED = whole_vectors(COLS);
     const i64 tiles = static_cast<i64>(step::num_rows<ROWS>(header, times)) * TILES;
     Patience patience(stop, report);
-    Slot<T, RANKS> slot(inboxes, capacity, rank);
+    Slot<T, RANKS> slot(inboxes, capacity, rank, half);
     pdl::wait();
     slot.open(*done, ordinal);
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(THREADS, per_sm(THREADS))
         Packet<T> mine;
         mine.pack_from(x);
         slot.send(mine, packet);
+        if (slot.leaves()) continue;
 #pragma unroll
         for (i32 peer = 0; peer < RANKS; ++peer) {
             Packet<T> part = mine;

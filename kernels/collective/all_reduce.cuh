@@ -150,6 +150,7 @@ __device__ __forceinline__ void reduce(i64 rows, bool in_shares, i32 rank, const
         const Row base = sums.base(row);
         const Packed<T, COLS> mine(part(row));
         if (!in_shares) mine.send(row, slot);
+        if (slot.leaves()) continue;
         Row x = mine.sum(row, slot, patience);
         if (in_shares) Packed<T, COLS>(x).send(row, slot);
         sums.write(x, base, row);
@@ -167,14 +168,14 @@ __device__ __forceinline__ void reduce(i64 rows, bool in_shares, i32 rank, const
 template <typename T, typename W, int COLS, int RANKS, step::Rows ROWS, bool RESIDUAL, bool NORM>
 __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     all_reduce(const step::Header* header, i32 times, const T* input, const T* residual, T* out, const W* weight, float eps,
-               T* normalized, i32 shares_from, const u64* inboxes, i64 capacity, i32 rank, const u32* done, i32 ordinal, u32* stop,
-               u32* report) {
+               T* normalized, i32 shares_from, const u64* inboxes, i64 capacity, i32 rank, i32 half, const u32* done, i32 ordinal,
+               u32* stop, u32* report) {
     pdl::launch_dependents();
     Sums<T, COLS, RESIDUAL, NORM> sums{residual, out, {}, eps, normalized};
     if constexpr (NORM) sums.scale.load(weight);
     const i64 rows = step::num_rows<ROWS>(header, times);
     Patience patience(stop, report);
-    Slot<T, RANKS> slot(inboxes, capacity, rank);
+    Slot<T, RANKS> slot(inboxes, capacity, rank, half);
     pdl::wait();
     slot.open(*done, ordinal);
     const auto part = [input](i64 row) {
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
         x.load(input + row * COLS);
         return x;
     };
-    reduce(rows, RANKS > 2 && rows >= shares_from, rank, part, slot, patience, sums);
+    reduce(rows, RANKS > 2 && slot.is_whole() && rows >= shares_from, rank, part, slot, patience, sums);
 }
 
 // All-reduce of the sums of the local experts, [FIRST, LAST): each token's TOP_K rows of `input`, added as moe::combine
@@ -191,13 +192,14 @@ template <typename T, typename W, int COLS, int TOP_K, int FIRST, int LAST, bool
 __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     combine_all_reduce(const step::Header* header, const T* input, const i32* expert_ids, const float* expert_weights,
                        const T* residual, T* out, const W* weight, float eps, T* normalized, i32 shares_from,
-                       const u64* inboxes, i64 capacity, i32 rank, const u32* done, i32 ordinal, u32* stop, u32* report) {
+                       const u64* inboxes, i64 capacity, i32 rank, i32 half, const u32* done, i32 ordinal, u32* stop,
+                       u32* report) {
     pdl::launch_dependents();
     Sums<T, COLS, RESIDUAL, NORM> sums{residual, out, {}, eps, normalized};
     if constexpr (NORM) sums.scale.load(weight);
     const i64 rows = header->num_tokens;
     Patience patience(stop, report);
-    Slot<T, RANKS> slot(inboxes, capacity, rank);
+    Slot<T, RANKS> slot(inboxes, capacity, rank, half);
     pdl::wait();
     slot.open(*done, ordinal);
     const auto part = [=](i64 row) {
@@ -205,7 +207,7 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
         x.template round<T>();
         return x;
     };
-    reduce(rows, RANKS > 2 && rows >= shares_from, rank, part, slot, patience, sums);
+    reduce(rows, RANKS > 2 && slot.is_whole() && rows >= shares_from, rank, part, slot, patience, sums);
 }
 
 }  // namespace exchange

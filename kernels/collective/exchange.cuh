@@ -157,30 +157,48 @@ private:
     }
 };
 
+// What a launch of a collective does. If the memory of all ranks is mapped, one launch does it all. Else the launch is in two
+// halves, and between them the host has a library carry the rows: in the first half, rows are left in this rank's own inbox,
+// and in the second, the inbox holds the rows of all ranks.
+inline constexpr i32 WHOLE = 0;
+inline constexpr i32 LEAVES = 1;
+inline constexpr i32 FINDS = 2;
+
 // Packets of a row.
 __device__ constexpr int packets(int cols) { return ceil_div(cols, VECTOR); }
 
-// A collective's slot in the inboxes of a group. In an inbox, a slot has a part of `capacity` bytes for each other rank.
+// A collective's slot in the inboxes of a group. In an inbox, a slot has a part of `capacity` bytes for each other rank. If the
+// launch is in halves, the inbox holds a part for each rank, this one included, from its start on.
 template <typename T, int RANKS>
 class Slot {
 public:
     // `inboxes[r]` is where rank r's inbox begins. Inboxes never move, so the table may be read before pdl::wait().
-    __device__ __forceinline__ Slot(const u64* inboxes, i64 capacity, i32 rank) : inboxes(inboxes), capacity(capacity), rank(rank) {
+    __device__ __forceinline__ Slot(const u64* inboxes, i64 capacity, i32 rank, i32 half)
+        : inboxes(inboxes), capacity(capacity), rank(rank), half(half) {
 #pragma unroll
         for (i32 peer = 0; peer < KEPT; ++peer) to[peer] = inboxes[peer] + part_of(rank, peer);
         own = inboxes[rank];
     }
 
+    __device__ __forceinline__ bool is_whole() const { return half == WHOLE; }
+
+    // Whether this launch takes no rows.
+    __device__ __forceinline__ bool leaves() const { return half == LEAVES; }
+
     // Selects the slot. The collective's number is `done` plus `ordinal`, its index among the step's collectives.
     __device__ __forceinline__ void open(u32 done, i32 ordinal) {
-        offset = static_cast<i64>((done + ordinal) % SLOTS) * (RANKS - 1) * capacity;
+        offset = is_whole() ? static_cast<i64>((done + ordinal) % SLOTS) * (RANKS - 1) * capacity : 0;
 #pragma unroll
         for (i32 peer = 0; peer < KEPT; ++peer) to[peer] += offset;
         own += offset;
     }
 
-    // Sends a packet to all other ranks.
+    // Sends a packet to all other ranks, or leaves it for them.
     __device__ __forceinline__ void send(const Packet<T>& packet, i64 index) const {
+        if (!is_whole()) {
+            if (leaves()) packet.put_to(reinterpret_cast<uint4*>(own + rank * capacity) + index * Packet<T>::PARTS);
+            return;
+        }
 #pragma unroll
         for (i32 peer = 0; peer < RANKS; ++peer) {
             if (peer == rank) continue;
@@ -200,7 +218,8 @@ public:
     // Replaces `packet` by the one that `peer` sent, unless this rank is `peer`.
     __device__ __forceinline__ void take(Packet<T>& packet, i32 peer, i64 index, Patience& patience) const {
         if (peer == rank) return;
-        packet.take_from(reinterpret_cast<uint4*>(own + part_of(peer, rank)) + index * Packet<T>::PARTS, patience);
+        const i64 part = is_whole() ? part_of(peer, rank) : peer * capacity;
+        packet.take_from(reinterpret_cast<uint4*>(own + part) + index * Packet<T>::PARTS, patience);
     }
 
 private:
@@ -218,6 +237,7 @@ private:
     i64 offset;
     i64 capacity;
     i32 rank;
+    i32 half;
 };
 
 }  // namespace exchange

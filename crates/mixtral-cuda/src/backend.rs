@@ -72,6 +72,12 @@ impl CudaBackend {
         self.context.device()
     }
 
+    /// How this rank reaches the others, in words, if there are any.
+    #[must_use]
+    pub fn links(&self) -> Option<&str> {
+        self.exchange.as_ref().map(Exchange::links)
+    }
+
     /// Puts a step into the stream: its copies of blocks, its inputs, its launches, and the way back of what it draws.
     fn begin(&mut self, ops: &Range<usize>, inputs: &StepInputs<'_>) -> Result<Flight, BackendError> {
         if let Some(lost) = &self.lost {
@@ -139,7 +145,7 @@ impl CudaBackend {
     }
 
     fn wait_alone(&mut self, flight: &mut Flight) -> Result<(), BackendError> {
-        let waited = self.turns.wait(flight, &self.stream, self.exchange.as_mut());
+        let waited = self.turns.wait(flight, self.exchange.as_mut());
         Ok(waited.map_err(|error| self.failed(flight, error))?)
     }
 

@@ -129,6 +129,24 @@ pub enum CudaError {
         /// The code's name.
         name: String,
     },
+    /// NCCL is missing.
+    #[error(
+        "libnccl.so.2, which carries rows to ranks whose GPUs' memory cannot be mapped, was not found (looked in {places}); install it on every host with `pip install nvidia-nccl-cu13` (or -cu12) or your system's packages, or run all ranks on GPUs of one host that can access each other"
+    )]
+    NoNccl {
+        /// Where it was looked for.
+        places: String,
+    },
+    /// NCCL fails.
+    #[error(
+        "NCCL failed in {call}: {detail}; NCCL_DEBUG=WARN makes it say more, and NCCL_SOCKET_IFNAME names the network between the hosts"
+    )]
+    Nccl {
+        /// The function.
+        call: &'static str,
+        /// What it says.
+        detail: String,
+    },
     /// A launch that this backend cannot carry out.
     #[error("launch of `{symbol}`: {problem}; this is a bug, please report it")]
     Launch {
@@ -218,6 +236,13 @@ mod tests {
             status: 1,
             name: "CUBLAS_STATUS_NOT_INITIALIZED".to_owned(),
         };
+        let missing = CudaError::NoNccl { places: "the dynamic linker's path".to_owned() };
+        insta::assert_snapshot!(missing, @"libnccl.so.2, which carries rows to ranks whose GPUs' memory cannot be mapped, was not found (looked in the dynamic linker's path); install it on every host with `pip install nvidia-nccl-cu13` (or -cu12) or your system's packages, or run all ranks on GPUs of one host that can access each other");
+        let failed = CudaError::Nccl {
+            call: "ncclCommInitRank",
+            detail: "unhandled system error: no interface found".to_owned(),
+        };
+        insta::assert_snapshot!(failed, @"NCCL failed in ncclCommInitRank: unhandled system error: no interface found; NCCL_DEBUG=WARN makes it say more, and NCCL_SOCKET_IFNAME names the network between the hosts");
         insta::assert_snapshot!(refused, @"cuBLASLt does not start: cublasLtCreate failed with status 1 (CUBLAS_STATUS_NOT_INITIALIZED); build the engine with --gemm-plugin auto, which does without it");
     }
 

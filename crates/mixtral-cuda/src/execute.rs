@@ -20,6 +20,7 @@ use crate::driver::{
     Stream, encode,
 };
 use crate::exchange::Words;
+use crate::remote::{Transfer, What};
 
 /// Where everything lies on the device.
 #[derive(Clone, Debug)]
@@ -235,7 +236,12 @@ struct PreparedLaunch {
     multiprocessors: u32,
     config: Config,
     params: Box<[Param]>,
+    /// The parameter that holds the bytes of a rank's part, if NCCL carries the parts.
+    carried: Option<(usize, Arc<Transfer>)>,
 }
+
+/// The halves of a launch between which NCCL carries rows: `exchange::LEAVES` and `exchange::FINDS`.
+const HALVES: [u64; 2] = [1, 2];
 
 impl PreparedLaunch {
     fn new(launch: &Launch, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Self, CudaError> {
@@ -255,7 +261,29 @@ impl PreparedLaunch {
                 overlaps: launch.overlaps,
             },
             params: launch.args.iter().map(|named| addresses.param(symbol, &named.arg)).collect::<Result<_, _>>()?,
+            carried: None,
         })
+    }
+
+    /// One of the halves of a launch.
+    fn half(
+        launch: &Launch,
+        half: u64,
+        transfer: &Arc<Transfer>,
+        functions: &mut Functions<'_>,
+        addresses: &Addresses,
+    ) -> Result<Self, CudaError> {
+        let place = |name| launch.args.iter().position(|named| named.name == name);
+        let (Some(capacity), Some(at)) = (place("capacity"), place("half")) else {
+            return Err(CudaError::Unsupported(format!(
+                "kernel `{}` was built when ranks had to map each other's memory; build the engine's kernels again with `mixtral build --from-engine DIR`",
+                launch.kernel.symbol
+            )));
+        };
+        let mut prepared = PreparedLaunch::new(launch, functions, addresses)?;
+        prepared.params[at] = Param::Word(half);
+        prepared.carried = Some((capacity, Arc::clone(transfer)));
+        Ok(prepared)
     }
 
     /// Launches it for a step. Launches nothing and returns `false` if the step has nothing for it to do.
@@ -269,9 +297,15 @@ impl PreparedLaunch {
             return Err(launch_error(&self.symbol, problem));
         }
         let config = Config { grid, overlaps: overlaps && self.config.overlaps, ..self.config };
+        let mut own = None;
+        if let Some((capacity, transfer)) = &self.carried {
+            let params = own.insert(self.params.clone());
+            params[*capacity] = Param::Word(transfer.bytes(shape.tokens, shape.logits) as u64);
+        }
+        let params = own.as_ref().unwrap_or(&self.params);
         // SAFETY: the schedule was stored with the kernel and lists its parameters in its order. The schedule passed
         // its check, so they point into the backend's allocations. The backend frees those after the stream is idle.
-        unsafe { self.function.launch(stream, config, &self.params) }.map_err(|error| match error {
+        unsafe { self.function.launch(stream, config, params) }.map_err(|error| match error {
             CudaError::Call { code: 1, .. } => launch_error(
                 &self.symbol,
                 format!("the driver refuses {config:?} with {} parameters: {error}", self.params.len()),
@@ -329,14 +363,36 @@ impl PreparedProduct {
 enum Prepared {
     Launch(PreparedLaunch),
     Product(PreparedProduct),
+    /// NCCL reads or writes from this address on.
+    Transfer(Arc<Transfer>, u64),
 }
 
 impl Prepared {
-    fn new(work: &Work, functions: &mut Functions<'_>, addresses: &Addresses) -> Result<Self, CudaError> {
-        Ok(match work {
-            Work::Launch(launch) => Prepared::Launch(PreparedLaunch::new(launch, functions, addresses)?),
-            Work::Product(product) => Prepared::Product(PreparedProduct::new(product, functions, addresses)?),
-        })
+    /// What a piece of work is on this rank. `carried` says what NCCL carries of it.
+    fn all(
+        work: &Work,
+        functions: &mut Functions<'_>,
+        addresses: &Addresses,
+        carried: &dyn Fn(&Launch) -> Option<Transfer>,
+    ) -> Result<Vec<Self>, CudaError> {
+        let launch = match work {
+            Work::Product(product) => {
+                return Ok(vec![Prepared::Product(PreparedProduct::new(product, functions, addresses)?)]);
+            }
+            Work::Launch(launch) => launch,
+        };
+        let Some(transfer) = carried(launch).map(Arc::new) else {
+            return Ok(vec![Prepared::Launch(PreparedLaunch::new(launch, functions, addresses)?)]);
+        };
+        let start = match transfer.what {
+            What::Gather(inbox) => inbox,
+            What::Send(buffer) | What::Recv(buffer) => {
+                let at = addresses.known(&launch.kernel.symbol, &Arg::Buffer(buffer))?;
+                return Ok(vec![Prepared::Transfer(transfer, at)]);
+            }
+        };
+        let [leaves, finds] = HALVES.map(|half| PreparedLaunch::half(launch, half, &transfer, functions, addresses));
+        Ok(vec![Prepared::Launch(leaves?), Prepared::Transfer(transfer, start), Prepared::Launch(finds?)])
     }
 
     /// Does it for a step. Returns whether there was something to do.
@@ -344,17 +400,31 @@ impl Prepared {
         match self {
             Prepared::Launch(launch) => launch.launch(stream, shape, overlaps),
             Prepared::Product(product) => product.launch(stream, shape),
+            Prepared::Transfer(transfer, start) => {
+                let (by, bytes) = (&transfer.by, transfer.bytes(shape.tokens, shape.logits));
+                // SAFETY: an inbox has room for the parts of all ranks of a group, and a buffer for as many rows as a step may
+                // have. The backend frees neither before the stream is idle.
+                unsafe {
+                    match transfer.what {
+                        What::Gather(_) => by.all_gather(stream, *start, bytes),
+                        What::Send(_) => by.send(stream, *start, bytes),
+                        What::Recv(_) => by.recv(stream, *start, bytes),
+                    }
+                }?;
+                Ok(true)
+            }
         }
     }
 }
 
 /// The work of a step in its order, resolved.
 pub(crate) struct WorkList {
+    /// Dropped before the connections of its transfers, which live as long as a graph has them.
+    graph: Option<Graph>,
     /// Each launch with the first operation that it computes.
     launches: Vec<(usize, Prepared)>,
     /// Operations that cannot be computed without those before them.
     handed_over: Vec<Range<usize>>,
-    graph: Option<Graph>,
 }
 
 impl WorkList {
@@ -362,10 +432,14 @@ impl WorkList {
         work: &[Work],
         functions: &mut Functions<'_>,
         addresses: &Addresses,
+        carried: &dyn Fn(&Launch) -> Option<Transfer>,
     ) -> Result<WorkList, CudaError> {
-        let prepare = |work: &Work| Ok((work.op(), Prepared::new(work, functions, addresses)?));
-        let launches = work.iter().map(prepare).collect::<Result<_, CudaError>>()?;
-        Ok(WorkList { launches, handed_over: Schedule::handed_over(work), graph: None })
+        let mut launches = Vec::with_capacity(work.len());
+        for work in work {
+            let prepared = Prepared::all(work, functions, addresses, carried)?;
+            launches.extend(prepared.into_iter().map(|prepared| (work.op(), prepared)));
+        }
+        Ok(WorkList { graph: None, launches, handed_over: Schedule::handed_over(work) })
     }
 
     /// Whether an operation is the first that a launch computes, and needs nothing that is in no buffer.
@@ -375,8 +449,8 @@ impl WorkList {
     }
 
     /// Launches the work of `ops` one by one. The first launch waits for everything that is in the stream. So does a
-    /// launch behind a library's product: a kernel may only overlap a kernel that itself waits before it ends, and
-    /// nobody knows whether the library's kernels do. The product waits for its predecessor as well.
+    /// launch behind a library's product or transfer: a kernel may only overlap a kernel that itself waits before it ends,
+    /// and nobody knows whether the library's kernels do. What the library does waits for its predecessor as well.
     pub(crate) fn run(
         &self,
         stream: &Stream,

@@ -98,18 +98,13 @@ impl Turns {
     }
 
     /// Waits for a step, if nobody did. Steps are waited for in the order in which they were launched.
-    pub(crate) fn wait(
-        &mut self,
-        flight: &mut Flight,
-        stream: &Stream,
-        exchange: Option<&mut Exchange>,
-    ) -> Result<(), CudaError> {
+    pub(crate) fn wait(&mut self, flight: &mut Flight, exchange: Option<&mut Exchange>) -> Result<(), CudaError> {
         if flight.is_done {
             return Ok(());
         }
         let Turn { begin, end, .. } = &mut self.turns[flight.turn % MOST];
         match exchange {
-            Some(exchange) => exchange.wait(stream, end)?,
+            Some(exchange) => exchange.wait(end)?,
             None => end.synchronize()?,
         }
         // The first step has none before it.

@@ -36,12 +36,15 @@ pub struct CudaOptions {
     pub graphs: bool,
     /// Whether a kernel may start while its predecessor still runs. This needs a GPU and a kernel that allow it.
     pub overlap: bool,
+    /// Whether ranks map each other's memory where they can. Otherwise NCCL carries everything, as between hosts.
+    pub maps: bool,
 }
 
 impl Default for CudaOptions {
     /// GPU 0 for one rank alone, and everything that makes steps fast.
     fn default() -> Self {
-        CudaOptions { device: 0, sharing: 1, count_experts: false, time_ops: false, graphs: true, overlap: true }
+        let (graphs, overlap, maps) = (true, true, true);
+        CudaOptions { device: 0, sharing: 1, count_experts: false, time_ops: false, graphs, overlap, maps }
     }
 }
 
@@ -112,7 +115,7 @@ impl<'a> Loading<'a> {
         let memory = Memory::new(&context, &stream, &needs, &program, schedule, kv_blocks, options.count_experts)?;
         let exchange = match (&schedule.exchange, ranks) {
             (None, _) => None,
-            (Some(sizes), Some(ranks)) => Some(Exchange::new(&context, &program, sizes, ranks)?),
+            (Some(sizes), Some(ranks)) => Some(Exchange::new(&context, &program, sizes, ranks, options.maps)?),
             (Some(_), None) => {
                 let alone = format!("rank {} of {} was loaded without the others", program.rank, program.world_size);
                 return Err(BackendError::Other(alone));
@@ -124,7 +127,7 @@ impl<'a> Loading<'a> {
         // Runs launches one after another, and waits for them.
         let mut run = |launches: Vec<Launch>| -> Result<(), BackendError> {
             let works: Vec<Work> = launches.into_iter().map(Work::Launch).collect();
-            let list = WorkList::new(&works, &mut functions, &addresses)?;
+            let list = WorkList::new(&works, &mut functions, &addresses, &|_| None)?;
             list.run(&stream, Shape { tokens: 0, logits: 0 }, &(0..usize::MAX), false)?;
             Ok(stream.synchronize()?)
         };
@@ -163,8 +166,9 @@ impl<'a> Loading<'a> {
 
         let overlap = options.overlap && options.sharing <= 1 && context.device().capability >= OVERLAPS;
         let mut work = Vec::with_capacity(schedule.regimes.len());
+        let carried = |launch: &Launch| exchange.as_ref()?.transfer(&program, schedule, launch);
         for (regime, works) in &schedule.regimes {
-            let mut list = WorkList::new(works, &mut functions, &addresses)?;
+            let mut list = WorkList::new(works, &mut functions, &addresses, &carried)?;
             if regime.decodes && options.graphs && !options.time_ops {
                 list.capture(&stream, *regime, overlap)?;
             }

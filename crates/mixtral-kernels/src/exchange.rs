@@ -56,7 +56,8 @@ pub enum ExchangeArg {
 }
 
 /// Bytes of a row when it is sent: whole packets.
-fn row_bytes(buffer: &Buffer) -> usize {
+#[must_use]
+pub fn row_bytes(buffer: &Buffer) -> usize {
     buffer.cols.div_ceil(PACKET) * PACKET * buffer.dtype.size()
 }
 

@@ -1,4 +1,4 @@
-//! Where NVRTC and cuBLASLt may be. A CUDA toolkit or pip installs them, and neither puts them on the dynamic linker's
+//! Where NVRTC, cuBLASLt and NCCL may be. A CUDA toolkit or pip installs them, and neither puts them on the dynamic linker's
 //! path for certain.
 
 use std::collections::BTreeSet;
@@ -18,7 +18,7 @@ const NAMES: [&str; 3] = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"];
 const TOOLKIT_FOLDERS: [&str; 3] = ["lib64", "lib", "targets/x86_64-linux/lib"];
 
 /// The folders in which pip's packages of CUDA 13 and of CUDA 12 keep their libraries.
-const PIP_FOLDERS: [&str; 3] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cublas/lib"];
+const PIP_FOLDERS: [&str; 4] = ["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib", "nvidia/cublas/lib", "nvidia/nccl/lib"];
 
 /// A library that may exist.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -4,14 +4,13 @@
 use mixtral_model::ElemType;
 use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_int, c_void};
-use std::path::Path;
 use std::ptr;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use libloading::Library;
 use mixtral_kernels::Search;
 
-use super::{Context, Stream};
+use super::{Context, Stream, library};
 use crate::CudaError;
 
 /// The names that the dynamic linker is asked for, newest first.
@@ -50,26 +49,7 @@ struct Choice {
     reserved: [c_int; 4],
 }
 
-macro_rules! functions {
-    ($($field:ident = $name:literal: fn($($arg:ty),*) -> $result:ty;)*) => {
-        struct Api {
-            $($field: unsafe extern "C" fn($($arg),*) -> $result,)*
-            _library: Library,
-        }
-
-        impl Api {
-            /// `None` if the library lacks one of them.
-            fn of(library: Library) -> Option<Api> {
-                // SAFETY: the types are those of cublasLt.h.
-                unsafe {
-                    Some(Api { $($field: *library.get(concat!($name, "\0").as_bytes()).ok()?,)* _library: library })
-                }
-            }
-        }
-    };
-}
-
-functions! {
+functions_of_a_library! {
     status_name = "cublasLtGetStatusName": fn(c_int) -> *const c_char;
     create = "cublasLtCreate": fn(*mut Handle) -> c_int;
     destroy = "cublasLtDestroy": fn(Handle) -> c_int;
@@ -314,17 +294,10 @@ impl Api {
     }
 }
 
-/// The library. A process looks for it once: on the dynamic linker's path, then wherever NVRTC may be, because the two
-/// are installed together.
+/// The library. A process looks for it once.
 fn api() -> Result<&'static Api, CudaError> {
     static API: OnceLock<Option<Api>> = OnceLock::new();
     let search = Search::from_environment();
-    let found = API.get_or_init(|| {
-        // SAFETY: the library's initializers have no preconditions.
-        let open = |path: &Path| unsafe { Library::new(path) }.ok().and_then(Api::of);
-        let named = NAMES.iter().find_map(|name| open(Path::new(name)));
-        let in_folder = |folder: &Path| NAMES.iter().find_map(|name| open(&folder.join(name)));
-        named.or_else(|| search.folders().filter(|folder| folder.is_absolute()).find_map(|f| in_folder(&f)))
-    });
+    let found = API.get_or_init(|| library::find(&NAMES, &search, Api::of));
     found.as_ref().ok_or_else(|| CudaError::NoCublasLt { places: search.places() })
 }

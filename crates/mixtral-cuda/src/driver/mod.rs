@@ -3,12 +3,15 @@
 //! unsafe code. Handles own what they name and free it when dropped. Nobody can touch memory that a copy is reading or
 //! writing before the copy ends.
 
+#[macro_use]
+mod library;
 mod api;
 mod context;
 mod cublas;
 mod graph;
 mod memory;
 mod module;
+mod nccl;
 mod peer;
 mod stream;
 mod tensor_map;
@@ -22,6 +25,7 @@ pub(crate) use cublas::{CublasLt, ProductOperands, ProductShape};
 pub(crate) use graph::Graph;
 pub(crate) use memory::{DeviceMemory, Pinned};
 pub(crate) use module::{Config, Function, Module, Param};
+pub(crate) use nccl::{Communicator, ID_BYTES, UniqueId, version as nccl_version};
 pub(crate) use peer::{HANDLE_BYTES, OpenedMemory};
 pub(crate) use stream::{Event, Stream};
 pub(crate) use tensor_map::encode;

@@ -251,12 +251,25 @@ fn ranks_say_to_each_other_what_those_of_the_cpu_say() {
     ];
     for (layout, dtypes, widths) in layouts {
         for (dtype, cols) in dtypes.iter().flat_map(|dtype| widths.iter().map(move |cols| (*dtype, *cols))) {
-            say_the_same(&machine, layout, dtype, cols);
+            say_the_same(&machine, layout, dtype, cols, true);
         }
     }
 }
 
-fn say_the_same(machine: &Machine, layout: Layout, dtype: DType, cols: usize) {
+/// NCCL carries the rows of ranks that have a GPU each.
+#[test]
+fn ranks_without_mapped_memory_say_the_same() {
+    let Some(machine) = Machine::find() else { return };
+    let gpus = devices().unwrap().len();
+    let four = Layout { ranks: 4, tp_size: 4 };
+    for layout in [PAIR, STAGES, four].into_iter().filter(|layout| layout.ranks <= gpus) {
+        for (dtype, cols) in [(DType::F32, 20), (DType::Bf16, 1004), (DType::F16, 4096)] {
+            say_the_same(&machine, layout, dtype, cols, false);
+        }
+    }
+}
+
+fn say_the_same(machine: &Machine, layout: Layout, dtype: DType, cols: usize, maps: bool) {
     let Layout { ranks, tp_size } = layout;
     let count = devices().unwrap().len().min(ranks);
     let sharing = ranks.div_ceil(count);
@@ -274,9 +287,12 @@ fn say_the_same(machine: &Machine, layout: Layout, dtype: DType, cols: usize) {
     let found = on_threads(layout, |rank, ranks| {
         let (program, weights) = &programs[rank];
         let executable = library.executable(program).unwrap();
-        let options = CudaOptions { device: rank % count, sharing, ..CudaOptions::default() };
+        let options = CudaOptions { device: rank % count, sharing, maps, ..CudaOptions::default() };
         let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
         let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
+        if !maps {
+            println!("{}", gpu.links().unwrap());
+        }
         // No rank starts before all have loaded: allocating may wait for another rank's kernels, and those
         // would wait for this rank.
         ranks.all_gather(&[0], &mut vec![0; tp_size]).unwrap();
@@ -333,9 +349,22 @@ fn sums(sums: usize, tokens: usize, fused: bool, layout: Layout, rank: usize) ->
     (a.program, a.weights.into_weights())
 }
 
+/// How ranks sum.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum How {
+    /// As the number of rows says.
+    Chosen,
+    /// Every rank sums all rows.
+    Whole,
+    /// Every rank sums a share of them.
+    InShares,
+    /// NCCL gathers the rows, and every rank sums all of them.
+    Nccl,
+}
+
 /// Microseconds of an all-reduce of `tokens` rows by ranks with a GPU each: steps of many sums against steps of few, so that what
-/// a step costs anyway drops out. `shares_from` replaces the number of rows from which ranks sum in shares.
-fn us_of_a_sum(machine: &Machine, layout: Layout, tokens: usize, fused: bool, shares_from: Option<i32>) -> f64 {
+/// a step costs anyway drops out.
+fn us_of_a_sum(machine: &Machine, layout: Layout, tokens: usize, fused: bool, how: How) -> f64 {
     const FEW: usize = 8;
     let many = if tokens > 64 { 40 } else { 264 };
     let [less, more] = [FEW, many].map(|count| {
@@ -350,9 +379,13 @@ fn us_of_a_sum(machine: &Machine, layout: Layout, tokens: usize, fused: bool, sh
             for work in executable.schedule.regimes.iter_mut().flat_map(|(_, works)| works) {
                 let Work::Launch(launch) = work else { continue };
                 let from = launch.args.iter_mut().filter(|arg| arg.name == "shares_from");
-                from.for_each(|arg| arg.arg = shares_from.map_or(arg.arg.clone(), Arg::I32));
+                from.for_each(|arg| match how {
+                    How::Whole => arg.arg = Arg::I32(i32::MAX),
+                    How::InShares => arg.arg = Arg::I32(1),
+                    How::Chosen | How::Nccl => {}
+                });
             }
-            let options = CudaOptions { device: rank, ..CudaOptions::default() };
+            let options = CudaOptions { device: rank, maps: how != How::Nccl, ..CudaOptions::default() };
             let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
             let mut gpu = loading.finish(blocks, Some(ranks.clone())).unwrap();
             let limits = program.limits;
@@ -391,9 +424,9 @@ fn sums_of_two_gpus_take_a_few_microseconds() {
     for (tokens, fused, floor) in
         [(1, false, 3.0), (64, false, 5.0), (4096, false, 115.0), (1, true, 3.2), (64, true, 5.5)]
     {
-        let each = us_of_a_sum(&machine, PAIR, tokens, fused, None);
+        let [each, nccl] = [How::Chosen, How::Nccl].map(|how| us_of_a_sum(&machine, PAIR, tokens, fused, how));
         let what = if fused { "all-reduce, residual and norm" } else { "all-reduce" };
-        println!("{what} of {tokens} tokens ({} KB): {each:.2} us, floor {floor}", tokens * 8);
+        println!("{what} of {tokens} tokens ({} KB): {each:.2} us, floor {floor}; by NCCL {nccl:.2}", tokens * 8);
         assert!(each < 2.0 * floor, "{what} of {tokens} tokens took {each:.2} us");
     }
 }
@@ -409,11 +442,9 @@ fn long_sums_of_many_gpus_are_faster_in_shares() {
     }
     let layout = Layout { ranks, tp_size: ranks };
     for tokens in [1, 8, 16, 32, 64, 128, 512, 4096] {
-        let [whole, shares] = [i32::MAX, 1].map(|from| us_of_a_sum(&machine, layout, tokens, false, Some(from)));
-        println!(
-            "all-reduce of {ranks} ranks, {tokens} tokens ({} KB): {whole:.2} us, in shares {shares:.2}",
-            tokens * 8
-        );
+        let us = [How::Whole, How::InShares, How::Nccl].map(|how| us_of_a_sum(&machine, layout, tokens, false, how));
+        let [whole, shares, nccl] = us;
+        println!("{ranks} ranks, {} KB: {whole:.2} us, in shares {shares:.2}, by NCCL {nccl:.2}", tokens * 8);
         assert!(tokens < 4096 || shares < whole, "{shares} us in shares, {whole} us otherwise");
     }
 }

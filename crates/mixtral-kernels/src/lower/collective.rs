@@ -42,13 +42,15 @@ fn bytes(size: usize) -> Arg {
 }
 
 /// The arguments for the exchange that every kernel of a collective has, in the order of its parameters.
-fn exchanged(lowering: &Lowering<'_>, before: usize) -> [(&'static str, Arg); 7] {
+fn exchanged(lowering: &Lowering<'_>, before: usize) -> [(&'static str, Arg); 8] {
     let program = lowering.program;
     let exchange = Exchange::new(program).unwrap_or_default();
     [
         word("inboxes", ExchangeArg::Inboxes),
         ("capacity", bytes(exchange.part_bytes)),
         ("rank", int(program.rank % program.tp_size.max(1))),
+        // Whole, unless the loader finds ranks whose memory cannot be mapped.
+        ("half", int(0)),
         word("done", ExchangeArg::Done),
         ("ordinal", Arg::Ordinal(before)),
         word("stop", ExchangeArg::Stop),

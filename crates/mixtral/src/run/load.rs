@@ -15,6 +15,7 @@ use super::gpus::Share;
 use super::machine;
 use super::place::Place;
 use crate::args::place::PlaceArgs;
+use crate::say;
 
 /// Part of the GPU's free memory that the cache gets when no part is asked for.
 const DEFAULT_KV_CACHE_FRACTION: f32 = 0.9;
@@ -89,7 +90,11 @@ impl Part<'_> {
                 let kv_blocks = cache::agree(world, wanted, |Wanted { most: at_most, least: at_least }| {
                     loading.kv_blocks(KvBlocks::Fraction { of_free, at_least, at_most }).map_err(named)
                 })?;
-                Box::new(loading.finish(kv_blocks, ranks).map_err(named)?)
+                let backend = loading.finish(kv_blocks, ranks).map_err(named)?;
+                if let Some(links) = backend.links() {
+                    say::detail(links);
+                }
+                Box::new(backend)
             }
         };
         if let Some(world) = world {
