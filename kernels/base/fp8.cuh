@@ -15,6 +15,12 @@ namespace fp8 {
 // The largest number.
 inline constexpr float MAX = 448.0f;
 
+// The scale that makes `most` the largest number; 1 if it is 0.
+__device__ __forceinline__ float scale(float most) {
+    constexpr float SMALLEST_NORMAL = 1.17549435e-38f;
+    return most > 0.0f ? fmaxf(__fdiv_rn(most, MAX), SMALLEST_NORMAL) : 1.0f;
+}
+
 // The byte of x, nearest, ties to even. What is larger than MAX becomes MAX. Without the instruction, which GPUs have since
 // sm_89.
 __device__ __forceinline__ u32 round_by_integers(float x) {

@@ -9,8 +9,10 @@
 #pragma once
 
 #include "base/fp8.cuh"
+#include "base/reduce.cuh"
 #include "base/step.cuh"
 #include "base/vector.cuh"
+#include "norm/row.cuh"
 #include "ptx/pdl.cuh"
 
 namespace elementwise {
@@ -31,6 +33,23 @@ __global__ void __launch_bounds__(256)
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) x[i] = __fdiv_rn(x[i], divisor);
     store<true>(out + first, x, n);
+}
+
+// The same with a scale for each row, its largest magnitude / 448, which is stored too. A CTA has a row.
+template <typename T, int COLS, step::Rows ROWS>
+__global__ void __launch_bounds__(rms::threads(COLS))
+    round_tokens(const step::Header* header, i32 times, const T* input, float* scales, e4m3_t* out) {
+    pdl::launch_dependents();
+    __shared__ float shared[32];
+    const i64 row = blockIdx.x;
+    const bool idle = row >= step::num_rows<ROWS>(header, times);
+    pdl::wait();
+    if (idle) return;
+    rms::Row<COLS> x;
+    x.load(input + row * COLS);
+    const float scale = fp8::scale(block_max<rms::threads(COLS)>(x.largest(), shared));
+    if (threadIdx.x == 0) scales[row] = scale;
+    x.store_rounded(out + row * COLS, scale);
 }
 
 }  // namespace elementwise

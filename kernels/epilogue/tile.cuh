@@ -31,6 +31,19 @@ __device__ __forceinline__ void store_pair(float upper, float lower, int row, Ou
     }
 }
 
+// The rows of their matrix to which the two sums of `store_pair` belong. (Rows behind the last one are the last one here.)
+template <int KIND, int OUTPUTS>
+__device__ __forceinline__ int2 rows_of_pair(int row) {
+    const int upper = min(row, OUTPUTS - 1);
+    return make_int2(upper, KIND == SiluMul ? OUTPUTS + upper : min(row + 8, OUTPUTS - 1));
+}
+
+// A sum times the factor of its row, and the scale of its token if that is not 1.
+template <bool BY_TOKENS>
+__device__ __forceinline__ float scaled(float sum, float row_factor, float token_scale) {
+    return sum * (BY_TOKENS ? __fmul_rn(token_scale, row_factor) : row_factor);
+}
+
 // ROWS output features (32 or 64, 16 bits each) of COLS tokens.
 template <int ROWS, int COLS>
 struct Tile {

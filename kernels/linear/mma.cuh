@@ -73,7 +73,7 @@ __device__ __forceinline__ typename C::Stored find_row(typename C::Stored weight
 template <typename C, typename Out>
 __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
                                          typename C::Stored weight, const typename C::Token* tokens, Out* out,
-                                         const Out* residual) {
+                                         const Out* residual, const float* token_scales) {
     using T = typename C::T;
     using Operand = typename C::W::Operand;
     using W = typename C::W;
@@ -177,6 +177,13 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
                 }
             }
         }
+        const int row = tile.row * C::OUT_ROWS + block * (C::SILU ? 8 : 16) + lane / 4;
+        float factors[2] = {1.0f, 1.0f};
+        if constexpr (W::BY_ROWS) {
+            const int2 rows = epilogue::rows_of_pair<C::KIND, C::OUTPUTS>(row);
+            const i64 first = tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS);
+            factors[0] = W::row_factor(weight, first + rows.x), factors[1] = W::row_factor(weight, first + rows.y);
+        }
 #pragma unroll
         for (int c = 0; c < C::COLS / 8; c++) {
 #pragma unroll
@@ -184,19 +191,24 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
                 const int col = c * 8 + lane % 4 * 2 + half;
                 if (col >= tile.count || map[col] < 0) continue;
                 const i64 at = static_cast<i64>(map[col]) * C::OUTPUTS;
-                const int row = tile.row * C::OUT_ROWS + block * (C::SILU ? 8 : 16) + lane / 4;
-                epilogue::store_pair<T, C::KIND, C::OUTPUTS>(d[m][c][half], d[m][c][half + 2], row, out + at, residual + at);
+                float upper = d[m][c][half], lower = d[m][c][half + 2];
+                if constexpr (W::BY_ROWS) {
+                    const float token_scale = W::BY_TOKENS ? token_scales[sources[col]] : 1.0f;
+                    upper = epilogue::scaled<W::BY_TOKENS>(upper, factors[0], token_scale);
+                    lower = epilogue::scaled<W::BY_TOKENS>(lower, factors[1], token_scale);
+                }
+                epilogue::store_pair<T, C::KIND, C::OUTPUTS>(upper, lower, row, out + at, residual + at);
             }
         }
     }
     __syncthreads();
 }
 
-// Dense linear of weight [OUTPUTS][K] with tokens [·][K].
+// Dense linear of weight [OUTPUTS][K] with tokens [·][K]. `token_scales` is used by formats that have such.
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     mma_dense(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, Out* out,
-              const Out* residual) {
+              const Out* residual, const float* token_scales) {
     pdl::launch_dependents();
     extern __shared__ __align__(128) u8 dynamic_shared[];
     int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
@@ -210,7 +222,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        mma_tile<C>(dynamic_shared, tile, sources, map, weight, tokens, out, residual);
+        mma_tile<C>(dynamic_shared, tile, sources, map, weight, tokens, out, residual, token_scales);
     }
 }
 
@@ -220,7 +232,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     mma_grouped(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, const int* offsets,
-                const int* order, typename C::T* out) {
+                const int* order, typename C::T* out, const float* token_scales) {
     extern __shared__ __align__(128) u8 dynamic_shared[];
     int* map = reinterpret_cast<int*>(dynamic_shared + C::STAGES * C::STAGE);
     int* sources = map + C::COLS;
@@ -236,7 +248,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
         }
         __syncthreads();
         mma_tile<C>(dynamic_shared, tile, sources, map, weight, tokens, out,
-                    static_cast<const typename C::T*>(nullptr));
+                    static_cast<const typename C::T*>(nullptr), token_scales);
     }
 }
 

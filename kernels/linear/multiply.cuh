@@ -2,6 +2,7 @@
 // of packed weights through registers.
 #pragma once
 
+#include "epilogue/tile.cuh"
 #include "linear/ring.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared.cuh"
@@ -100,8 +101,18 @@ struct Rows {
 
     __device__ __forceinline__ void load(typename C::Stored stored, const sched::Tile& tile, int warpgroup) {
         if constexpr (W::FACTOR) factor = W::factor(stored, tile.expert);
+        const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
+        if constexpr (W::BY_ROWS) {
+            const i64 first = tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS);
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+                const int block = (warpgroup * C::BLOCKS + m) * 4 + warp;
+                const int2 own = epilogue::rows_of_pair<C::KIND, C::OUTPUTS>(tile.row * (C::SILU ? C::ROWS / 2 : C::ROWS) +
+                                                                             block * (C::SILU ? 8 : 16) + lane / 4);
+                scales[m][0] = W::row_factor(stored, first + own.x), scales[m][1] = W::row_factor(stored, first + own.y);
+            }
+        }
         if constexpr (W::ROW_VALUES > 0) {
-            const int warp = threadIdx.x % 128 / 32, lane = threadIdx.x % 32;
 #pragma unroll
             for (int m = 0; m < C::BLOCKS; m++) {
                 // Rows that the weight does not have are not stored.
@@ -114,8 +125,24 @@ struct Rows {
         }
     }
 
-    // Makes a linear's sums of a tile's products.
-    __device__ __forceinline__ void finish(float (&d)[C::BLOCKS][C::COLS / 2]) const {
+    // Makes a linear's sums of a tile's products. `source(column)` is the column's row of the tokens, or −1.
+    template <typename Source>
+    __device__ __forceinline__ void finish(float (&d)[C::BLOCKS][C::COLS / 2], const float* token_scales, Source source) const {
+        if constexpr (W::BY_ROWS) {
+#pragma unroll
+            for (int i = 0; i < C::COLS / 2; i += i % 2 == 0 ? 1 : 3) {
+                float token_scale = 1.0f;
+                if constexpr (W::BY_TOKENS) {
+                    const int row = source(i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2);
+                    token_scale = row < 0 ? 0.0f : token_scales[row];
+                }
+#pragma unroll
+                for (int m = 0; m < C::BLOCKS; m++) {
+                    d[m][i] = epilogue::scaled<W::BY_TOKENS>(d[m][i], scales[m][0], token_scale);
+                    d[m][i + 2] = epilogue::scaled<W::BY_TOKENS>(d[m][i + 2], scales[m][1], token_scale);
+                }
+            }
+        }
         if constexpr (W::PACKED) {
 #pragma unroll
             for (int m = 0; m < C::BLOCKS; m++) {

@@ -65,13 +65,23 @@ __device__ __forceinline__ typename C::W::Row simt_row(typename C::Stored weight
 // rows are the gates of the first two.
 template <typename C, typename Out>
 __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Tile& tile, typename C::Stored weight,
-                                          const typename C::Token* tokens, Out* out, const Out* residual) {
+                                          const typename C::Token* tokens, Out* out, const Out* residual,
+                                          const float* token_scales) {
     using T = typename C::T;
     using W = typename C::W;
     const int i = threadIdx.x % 16, j = threadIdx.x / 16;
     float d[4][4] = {}, sums[4][4] = {};
     float factor = 1.0f;
     if constexpr (W::FACTOR) factor = W::factor(weight, tile.expert);
+    float factors[4] = {factor, factor, factor, factor};
+    if constexpr (W::BY_ROWS) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int row = i + r * 16, at = min(tile.row * C::OUT_ROWS + row % C::OUT_ROWS, C::OUTPUTS - 1);
+            const i64 first = tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS);
+            factors[r] = W::row_factor(weight, first + (row < C::OUT_ROWS ? at : C::OUTPUTS + at));
+        }
+    }
     if constexpr (!C::W::PACKED) weight += tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS) * C::K;
     for (int k0 = 0; k0 < C::K; k0 += C::DEPTH) {
         for (int at = threadIdx.x; at < C::ROWS * C::DEPTH; at += C::THREADS) {
@@ -109,12 +119,15 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
             }
         }
     }
-    const auto sum = [&](int r, int c) { return W::CHAIN > 0 ? sums[r][c] * factor : d[r][c]; };
 #pragma unroll
     for (int c = 0; c < 4; c++) {
         const int col = j * 4 + c;
         if (col >= tile.count || shared.map[col] < 0) continue;
         const i64 base = static_cast<i64>(shared.map[col]) * C::OUTPUTS;
+        const float token_scale = W::BY_TOKENS ? token_scales[shared.sources[col]] : 1.0f;
+        const auto sum = [&](int r, int c) {
+            return W::CHAIN > 0 ? epilogue::scaled<W::BY_TOKENS>(sums[r][c], factors[r], token_scale) : d[r][c];
+        };
 #pragma unroll
         for (int r = 0; r < (C::SILU ? 2 : 4); r++) {
             const int row = tile.row * C::OUT_ROWS + i + r * 16;
@@ -132,7 +145,7 @@ __device__ __forceinline__ void simt_tile(SimtShared<C>& shared, const sched::Ti
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     simt_dense(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, Out* out,
-               const Out* residual) {
+               const Out* residual, const float* token_scales) {
     pdl::launch_dependents();
     __shared__ SimtShared<C> shared;
     pdl::wait();
@@ -145,7 +158,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             shared.sources[i] = i < tile.count ? tile.first + i : -1;
         }
         __syncthreads();
-        simt_tile<C>(shared, tile, weight, tokens, out, residual);
+        simt_tile<C>(shared, tile, weight, tokens, out, residual, token_scales);
     }
 }
 
@@ -153,7 +166,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
 template <typename C, int EXPERTS, int TOP_K, bool DOWN>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     simt_grouped(typename C::Stored weight, const typename C::Token* tokens, const step::Header* header, const int* offsets,
-                 const int* order, typename C::T* out) {
+                 const int* order, typename C::T* out, const float* token_scales) {
     __shared__ SimtShared<C> shared;
     pdl::wait();
     pdl::launch_dependents();  // after the wait, because expert_down relies on that (wgmma.cuh)
@@ -166,7 +179,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
             shared.sources[i] = i >= tile.count ? -1 : DOWN ? position : assignment / TOP_K;
         }
         __syncthreads();
-        simt_tile<C>(shared, tile, weight, tokens, out, static_cast<const typename C::T*>(nullptr));
+        simt_tile<C>(shared, tile, weight, tokens, out, static_cast<const typename C::T*>(nullptr), token_scales);
     }
 }
 

@@ -296,10 +296,11 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
 }
 
 // The consumers. `fetch(tile, column)` starts to read what determines the column's row of `out`. The products follow.
-// Then `place(map, tile, column, fetched)` writes that row to `map`.
-template <typename C, typename Out, bool ROUNDS, typename Tiles, typename Fetch, typename Place>
+// Then `place(map, tile, column, fetched)` writes that row to `map`. `source(tile, column)` is the column's row of the tokens.
+template <typename C, typename Out, bool ROUNDS, typename Tiles, typename Fetch, typename Place, typename Source>
 __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, typename C::Stored stored, Out* out,
-                                        const Out* residual, epilogue::Rounding<ROUNDS> rounding, Fetch fetch, Place place) {
+                                        const Out* residual, epilogue::Rounding<ROUNDS> rounding, const float* token_scales,
+                                        Fetch fetch, Place place, Source source) {
     const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
     u8* moved = shared + C::MOVED_AT + warpgroup * C::MOVED_BYTES;
     int* map = reinterpret_cast<int*>(shared + C::MAP_AT) + warpgroup * C::COLS;
@@ -316,7 +317,7 @@ __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, 
         Rows<C> rows;
         rows.load(stored, tile, warpgroup);
         multiply<C>(ring, warpgroup, rows, tile.count, d);
-        rows.finish(d);
+        rows.finish(d, token_scales, [&](int column) { return source(tile, column); });
         if constexpr (C::DYNAMIC) more = tile_at<C>(tiles, turns.template take<false>(), next);
         for (int i = thread; i < C::COLS; i += 128) map[i] = -1;
         ptx::sync_threads(1 + warpgroup, 128);
@@ -345,7 +346,7 @@ __device__ __forceinline__ void take_registers() {
 template <typename C, bool LOGITS, typename Out>
 __global__ void __launch_bounds__(C::THREADS, 1)
     dense(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, typename C::Stored stored,
-          const step::Header* header, Out* out, const Out* residual, u32* counter) {
+          const step::Header* header, Out* out, const Out* residual, u32* counter, const float* token_scales) {
     pdl::launch_dependents();
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
@@ -363,11 +364,12 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         take_registers<C>();
         pdl::wait();
         consume<C>(
-            ring, shared, tiles, stored, out, residual, epilogue::Rounding<false>{},
+            ring, shared, tiles, stored, out, residual, epilogue::Rounding<false>{}, token_scales,
             [](const sched::Tile&, int) { return 0; },
             [](int* map, const sched::Tile& tile, int column, int) {
                 if (column < tile.count) map[column] = tile.first + column;
-            });
+            },
+            [](const sched::Tile& tile, int column) { return column < tile.count ? tile.first + column : -1; });
     }
     end<C>();
 }
@@ -392,7 +394,7 @@ template <typename C, int EXPERTS, int TOP_K, int SOURCE, bool ROUNDS = false>
 __global__ void __launch_bounds__(C::THREADS, 1)
     grouped(const __grid_constant__ TensorMap weight, const __grid_constant__ TensorMap tokens, typename C::Stored stored,
             const step::Header* header, const int* offsets, const int* order, typename C::T* out, u32* counter,
-            const float* divisor, e4m3_t* rounded) {
+            const float* token_scales, const float* divisor, e4m3_t* rounded) {
     u8* shared = begin<C>();
     Ring<C> ring{ptx::shared_address(shared)};
     const sched::ByExpert<EXPERTS, C::ROW_TURNS, C::COLS, SOURCE == Every> tiles{offsets, header->num_tokens};
@@ -416,7 +418,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         };
         consume<C>(
             ring, shared, tiles, stored, out, static_cast<const typename C::T*>(nullptr),
-            epilogue::Rounding<ROUNDS>{rounded, divisor},
+            epilogue::Rounding<ROUNDS>{rounded, divisor}, token_scales,
             [&](const sched::Tile& tile, int column) {
                 int first, count;
                 span(tile, first, count);
@@ -431,6 +433,11 @@ __global__ void __launch_bounds__(C::THREADS, 1)
                 } else {
                     map[column] = SOURCE == Down ? assignment : first + column;
                 }
+            },
+            [&](const sched::Tile& tile, int column) {
+                if (column >= tile.count) return -1;
+                if constexpr (SOURCE == Permuted) return order[tile.first + column] / TOP_K;
+                return tile.first + column;
             });
     }
     end<C>();

@@ -49,6 +49,17 @@ struct Row {
         }
     }
 
+    // The largest magnitude of the thread's elements.
+    __device__ __forceinline__ float largest() const {
+        float most = 0.0f;
+#pragma unroll
+        for (int v = 0; v < VECTORS; ++v) {
+#pragma unroll
+            for (int i = 0; i < VECTOR; ++i) most = fmaxf(most, fabsf(at[v][i]));
+        }
+        return most;
+    }
+
     // Stores e4m3(x / divisor), which a linear with fp8 weights takes.
     __device__ __forceinline__ void store_rounded(e4m3_t* row, float divisor) const {
         Row quotient;

@@ -62,4 +62,21 @@ struct Fp8 : Plain<e4m3_t> {
     }
 };
 
+// The same with a scale for each row. The scale of the row that kernels are given lies SCALES_AT bytes behind it, and those of the
+// following rows behind that, of all matrices. INPUT_AT bytes behind the row lies the input's scale. If that is negative, each token
+// has a scale of its own, which the kernel that rounded it stored (elementwise::round_tokens).
+template <typename Element, i64 SCALES_AT, i64 INPUT_AT>
+struct Fp8Rows : Fp8<Element, 1, 0> {
+    using Stored = typename Fp8<Element, 1, 0>::Stored;
+    static constexpr bool FACTOR = false, BY_ROWS = true, BY_TOKENS = INPUT_AT < 0;
+
+    // What the sums of a row are multiplied by, beside the token's scale.
+    __device__ static __forceinline__ float row_factor(Stored weight, i64 row) {
+        const u8* base = reinterpret_cast<const u8*>(weight);
+        const float own = reinterpret_cast<const float*>(base + SCALES_AT)[row];
+        if constexpr (BY_TOKENS) return own;
+        return __fmul_rn(*reinterpret_cast<const float*>(base + INPUT_AT), own);
+    }
+};
+
 }  // namespace weight

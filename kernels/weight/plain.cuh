@@ -8,7 +8,8 @@
 //     `copy_rows`, `offset`;
 //   · how they become an A operand of mma.sync, and how one element becomes an f32: `load`, `fragment`, `at`;
 //   · whether sums begin at zero for each group of elements, to be scaled and added up: `SCALED`;
-//   · what a matrix's sums are multiplied by at the end: `UNIT`, `FACTOR`, `factor`;
+//   · what a matrix's sums are multiplied by at the end: `UNIT`, `FACTOR`, `factor`; and each row's: `BY_ROWS`, `row_factor`; and
+//     whether the token has a factor too: `BY_TOKENS`;
 //   · the type of the model, in which results are rounded, that of the tokens, and that in which both are multiplied: `T`,
 //     `Token`, `Operand`; and how many elements TMA writes into 128 bytes: `ATOM`.
 #pragma once
@@ -38,7 +39,7 @@ struct Plain {
     __device__ static constexpr int tile_bytes(int rows) { return rows * bytes(DEPTH); }
 
     // A sum is one chain over K, and is not scaled.
-    static constexpr bool SCALED = false, FACTOR = false;
+    static constexpr bool SCALED = false, FACTOR = false, BY_ROWS = false, BY_TOKENS = false;
     static constexpr int CHAINS = 1, ROW_VALUES = 0;
     static constexpr int CHAIN = 0;  // elements whose products `simt` sums from zero, before it adds them up; 0 is all
     static constexpr float UNIT = 1.0f;

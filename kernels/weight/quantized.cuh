@@ -84,7 +84,7 @@ struct Quantized {
     static constexpr int PARTS = BITS / 2, BLOCK = (END + PARTS * 16 - 1) / (PARTS * 16) * (PARTS * 16);
     static constexpr int ROW_VALUES = SCALED ? 0 : ZEROS ? 2 : 1;  // f32 values of a row behind the slabs
     static constexpr float UNIT = Conversion<T>::UNIT;
-    static constexpr bool FACTOR = false;
+    static constexpr bool FACTOR = false, BY_ROWS = false, BY_TOKENS = false;
     static constexpr int CHAIN = 0;  // `simt` reads scaled elements
     static_assert(BLOCK % 16 == 0 && BLOCK / PARTS <= 1024, "whole copies");
 

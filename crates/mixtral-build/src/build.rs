@@ -8,7 +8,7 @@ use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ReadError, TensorId};
 use mixtral_engine::dir::{RankRecord, WeightsKind};
 use mixtral_engine::program::FORMAT_VERSION;
 use mixtral_engine::{EngineConfig, EngineError, EngineWriter, KvScale, Limits, Program, ProgramError};
-use mixtral_model::{CacheFormat, DType, Rank, Recipe, WeightFormat};
+use mixtral_model::{CacheFormat, DType, Rank, Recipe};
 
 use crate::{KernelOptions, Kernels, lower};
 
@@ -93,11 +93,6 @@ pub enum BuildError {
         /// Kernel, architecture and defect.
         kernels: Vec<String>,
     },
-    /// A format that has no kernels.
-    #[error(
-        "a model in fp8 whose rows have scales of their own has no kernels in this version; build for the CPU (--backend cpu)"
-    )]
-    Fp8Rows,
     /// Attention in fp8 without a cache in fp8.
     #[error(
         "--use-fp8-context-fmha: attention in fp8 takes its keys and values from an fp8 cache, and this model has a {cache} one; convert it with --kv-cache-dtype fp8, or leave the flag out"
@@ -142,12 +137,7 @@ use crate::explain::bytes as human;
 /// # Errors
 /// If the model cannot be lowered, or does not fit into memory.
 pub fn plan(config: &CheckpointConfig, options: &BuildOptions) -> Result<Vec<Program>, BuildError> {
-    let (mapping, formats) = (config.mapping, config.model.formats);
-    if options.kernels.is_some()
-        && [formats.attention, formats.feed_forward].iter().any(|format| matches!(format, WeightFormat::Fp8Rows(_)))
-    {
-        return Err(BuildError::Fp8Rows);
-    }
+    let mapping = config.mapping;
     if options.fp8_context && config.model.cache != CacheFormat::Fp8 {
         return Err(BuildError::Fp8Context { cache: config.model.dtype });
     }

@@ -3,7 +3,6 @@
 use std::ops::AddAssign;
 
 use mixtral_engine::{Op, Program, Rows};
-use mixtral_model::WeightFormat;
 use serde::Serialize;
 
 /// What an operation moves and computes in one step.
@@ -113,7 +112,7 @@ pub fn cost(program: &Program, op: &Op, shape: StepShape) -> Cost {
         }
         _ => {}
     }
-    let is_fp8 = |name: &str| program.weight(name).is_some_and(|weight| weight.format == WeightFormat::Fp8);
+    let is_fp8 = |name: &str| program.weight(name).is_some_and(|weight| weight.format.is_fp8());
     if op.weights().into_iter().any(is_fp8) {
         cost.fp8_flops = cost.flops;
     }

@@ -4,7 +4,7 @@ use mixtral_cpu::{CpuBackend, CpuOptions, Isa};
 use mixtral_engine::{BackendError, Weights};
 use mixtral_model::DType;
 use mixtral_testkit::cases::{self, Case};
-use mixtral_testkit::{fp8, large};
+use mixtral_testkit::large;
 
 fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendError> {
     let options = CpuOptions { kv_blocks: case.kv_blocks, threads, isa: Some(isa), ..CpuOptions::default() };
@@ -14,7 +14,7 @@ fn load(case: &Case, isa: Isa, threads: usize) -> Result<CpuBackend, BackendErro
 /// Runs every case of a type on every instruction set.
 fn check_all(dtype: DType) {
     let registry = cases::all().into_iter().filter(|case| case.assembly.program.dtype == dtype);
-    check(registry.chain(fp8::by_rows(dtype)).collect());
+    check(registry.collect());
 }
 
 fn check(cases: Vec<Case>) {

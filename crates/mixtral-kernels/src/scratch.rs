@@ -3,7 +3,7 @@
 //! themselves.
 
 use mixtral_engine::Program;
-use mixtral_model::WeightFormat;
+use mixtral_model::{Fp8Input, WeightFormat};
 
 use crate::LinearPlan;
 use crate::lower::CHUNK;
@@ -25,6 +25,10 @@ pub struct Scratch {
     pub rounded: usize,
     /// The same of `expert_down`: e4m3 `[T · top_k, widest input]`.
     pub rounded_by_expert: usize,
+    /// The scales of the rows of `rounded` and of `rounded_by_expert`, if they have scales of their own: f32, one a row.
+    pub token_scales: usize,
+    /// As above.
+    pub token_scales_by_expert: usize,
     /// Products of cuBLASLt before a residual is added: `[T, widest such linear]` of the program's type. It shares its
     /// place with `permuted`, since neither is needed after its operation.
     pub product: usize,
@@ -86,24 +90,30 @@ impl Scratch {
         let product = products.clone().map(added_to).max().unwrap_or(0);
         let permuted = region(l.max_num_tokens * (program.top_k * hidden).max(product) * program.dtype.size());
         let workspace = region(if products.count() > 0 { PRODUCT_WORKSPACE } else { 0 });
-        let rounded = |by_expert: bool| {
+        // The most that `size` makes of rows and columns of an input that is rounded.
+        let rounded = |by_expert: bool, size: &dyn Fn(WeightFormat, usize, usize) -> usize| {
             let bytes = program.ops.iter().map(|op| match op {
                 Op::Linear { input, weight, .. }
                 | Op::ExpertGateUp { input, weight, .. }
                 | Op::ExpertDown { input, weight, .. }
-                    if matches!(op, Op::ExpertDown { .. }) == by_expert
-                        && program.weight(weight).is_some_and(|weight| weight.format == WeightFormat::Fp8) =>
+                    if matches!(op, Op::ExpertDown { .. }) == by_expert =>
                 {
                     let rows = |rows| program.num_rows(rows, l.max_num_tokens, l.max_num_logits);
-                    program.buffer(input).map_or(0, |buffer| rows(buffer.rows) * buffer.cols)
+                    match (program.weight(weight), program.buffer(input)) {
+                        (Some(weight), Some(buffer)) => size(weight.format, rows(buffer.rows), buffer.cols),
+                        _ => 0,
+                    }
                 }
                 _ => 0,
             });
             bytes.max().unwrap_or(0)
         };
-        let (of_tokens, by_expert) = (rounded(false), rounded(true));
-        let rounded = region(of_tokens);
-        let rounded_by_expert = region(by_expert);
+        let elements = |format: WeightFormat, rows, cols| if format.is_fp8() { rows * cols } else { 0 };
+        let scales = |format, rows, _| if format == WeightFormat::Fp8Rows(Fp8Input::Token) { 4 * rows } else { 0 };
+        let [of_tokens, by_expert] =
+            [false, true].map(|by_expert| [rounded(by_expert, &elements), rounded(by_expert, &scales)]);
+        let [rounded, token_scales] = of_tokens.map(&mut region);
+        let [rounded_by_expert, token_scales_by_expert] = by_expert.map(&mut region);
         let chunks = (l.max_num_tokens * program.top_k).div_ceil(CHUNK);
         let chunk_sizes = region(4 * chunks * program.num_experts);
         let angles = region(8 * l.max_num_tokens * (kv.head_dim / 2));
@@ -116,6 +126,8 @@ impl Scratch {
             permuted,
             rounded,
             rounded_by_expert,
+            token_scales,
+            token_scales_by_expert,
             product: permuted,
             workspace,
             chunk_sizes,

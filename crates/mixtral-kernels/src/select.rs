@@ -92,7 +92,7 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             WeightRows::Plain(_) => depth,
             WeightRows::Quantized(..) => 128,
             // The same bytes of a row.
-            WeightRows::Fp8(_) => 2 * depth,
+            WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => 2 * depth,
         };
         let stages = (RING / stage_bytes(shape.weight, rows, cols, depth)).clamp(3, 12);
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }

@@ -2,7 +2,7 @@
 //! variant of [`WeightRows`] has a header there.
 
 use mixtral_engine::{Op, Program, Weight};
-use mixtral_model::{Bits, DType, ElemType, Quantization, WeightFormat};
+use mixtral_model::{Bits, DType, ElemType, Fp8Input, Quantization, WeightFormat};
 
 use crate::lower::type_name;
 
@@ -15,6 +15,8 @@ pub enum WeightRows {
     Quantized(DType, Quantization),
     /// `weight::Fp8`: floats of 8 bits, in a model of this type. Tokens are rounded to 8 bits before the linear.
     Fp8(DType),
+    /// `weight::Fp8Rows`: the same with a scale for each row, and perhaps for each token.
+    Fp8Rows(DType, Fp8Input),
 }
 
 /// Rows of a slab.
@@ -30,7 +32,7 @@ impl WeightRows {
         match weight.format {
             WeightFormat::Plain => Some(WeightRows::Plain(weight.dtype)),
             WeightFormat::Fp8 => Some(WeightRows::Fp8(weight.dtype)),
-            WeightFormat::Fp8Rows(_) => None,
+            WeightFormat::Fp8Rows(input) => Some(WeightRows::Fp8Rows(weight.dtype, input)),
             WeightFormat::Quantized(quantization) => matches!(quantization.group, None | Some(32 | 64 | 128))
                 .then_some(WeightRows::Quantized(weight.dtype, quantization)),
         }
@@ -40,7 +42,10 @@ impl WeightRows {
     #[must_use]
     pub const fn dtype(self) -> DType {
         match self {
-            WeightRows::Plain(dtype) | WeightRows::Quantized(dtype, _) | WeightRows::Fp8(dtype) => dtype,
+            WeightRows::Plain(dtype)
+            | WeightRows::Quantized(dtype, _)
+            | WeightRows::Fp8(dtype)
+            | WeightRows::Fp8Rows(dtype, _) => dtype,
         }
     }
 
@@ -50,7 +55,7 @@ impl WeightRows {
         match self {
             WeightRows::Plain(dtype) => dtype.into(),
             WeightRows::Quantized(..) => ElemType::U8,
-            WeightRows::Fp8(_) => ElemType::F8E4M3,
+            WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => ElemType::F8E4M3,
         }
     }
 
@@ -63,7 +68,13 @@ impl WeightRows {
     /// Whether the linear's input is rounded to 8 bits.
     #[must_use]
     pub const fn is_fp8(self) -> bool {
-        matches!(self, WeightRows::Fp8(_))
+        matches!(self, WeightRows::Fp8(_) | WeightRows::Fp8Rows(..))
+    }
+
+    /// Whether each row of the input is rounded by a scale of its own.
+    #[must_use]
+    pub const fn scales_tokens(self) -> bool {
+        matches!(self, WeightRows::Fp8Rows(_, Fp8Input::Token))
     }
 
     /// Whether there are kernels that multiply a weight of this format with tokens of type `tokens` on tensor cores.
@@ -96,7 +107,7 @@ impl WeightRows {
     pub const fn stage_depth(self) -> usize {
         match self {
             WeightRows::Plain(_) => 64,
-            WeightRows::Quantized(..) | WeightRows::Fp8(_) => BLOCK,
+            WeightRows::Quantized(..) | WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => BLOCK,
         }
     }
 
@@ -104,7 +115,9 @@ impl WeightRows {
     #[must_use]
     pub fn stage_bytes(self, rows: usize) -> usize {
         match self {
-            WeightRows::Plain(_) | WeightRows::Fp8(_) => rows * self.stage_depth() * self.element().size(),
+            WeightRows::Plain(_) | WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => {
+                rows * self.stage_depth() * self.element().size()
+            }
             WeightRows::Quantized(..) => rows / SLAB * self.block_bytes(),
         }
     }
@@ -123,7 +136,7 @@ impl WeightRows {
     #[must_use]
     pub const fn parts(self) -> usize {
         match self {
-            WeightRows::Plain(_) | WeightRows::Fp8(_) => 1,
+            WeightRows::Plain(_) | WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => 1,
             WeightRows::Quantized(_, Quantization { bits: Bits::Four, .. }) => 2,
             WeightRows::Quantized(_, Quantization { bits: Bits::Eight, .. }) => 4,
         }
@@ -203,7 +216,9 @@ impl Packing {
         let elements = self.experts * self.rows * self.cols * self.format.element().size();
         match self.format {
             WeightRows::Plain(_) => elements,
-            WeightRows::Fp8(_) => elements.next_multiple_of(4) + 4 * (self.experts + 1),
+            WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => {
+                elements.next_multiple_of(4) + 4 * (self.scales() + usize::from(!self.format.scales_tokens()))
+            }
             WeightRows::Quantized(..) => {
                 let slabs = self.experts * self.slabs();
                 slabs * (self.slab_bytes() + SLAB * self.format.row_values())
@@ -215,14 +230,24 @@ impl Packing {
     #[must_use]
     pub fn offset(&self, row: usize) -> Option<usize> {
         match self.format {
-            WeightRows::Plain(_) | WeightRows::Fp8(_) => Some(row * self.cols * self.format.element().size()),
+            WeightRows::Plain(_) | WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => {
+                Some(row * self.cols * self.format.element().size())
+            }
             WeightRows::Quantized(..) => {
                 (row == 0 || !self.interleaved && row.is_multiple_of(SLAB)).then_some(row / SLAB * self.slab_bytes())
             }
         }
     }
 
-    /// Bytes before the scale of the input, of an fp8 weight. It lies behind the matrices' scales.
+    /// Scales of an fp8 weight, without the input's.
+    const fn scales(&self) -> usize {
+        match self.format {
+            WeightRows::Fp8Rows(..) => self.experts * self.rows,
+            _ => self.experts,
+        }
+    }
+
+    /// Bytes before the scale of the input, of an fp8 weight whose tokens have no scales of their own. It lies behind the weight's.
     #[must_use]
     pub fn input_scale(&self) -> usize {
         self.bytes() - 4
@@ -236,6 +261,15 @@ impl Packing {
             WeightRows::Fp8(dtype) => {
                 let scales = self.input_scale() - 4 * self.experts - row * self.cols;
                 return format!("weight::Fp8<{}, {}, {scales}>", type_name(dtype), self.experts);
+            }
+            WeightRows::Fp8Rows(dtype, input) => {
+                let behind = |at: usize| at - row * self.cols;
+                let scales = behind((self.experts * self.rows * self.cols).next_multiple_of(4) + 4 * row);
+                let input = match input {
+                    Fp8Input::Static => behind(self.input_scale()).to_string(),
+                    Fp8Input::Token => "-1".to_owned(),
+                };
+                return format!("weight::Fp8Rows<{}, {scales}, {input}>", type_name(dtype));
             }
             WeightRows::Quantized(dtype, quantization) => (dtype, quantization),
         };
@@ -294,6 +328,20 @@ mod tests {
         assert_eq!(part_offsets(&weight), (vec![0, 316, 328], 332));
         assert_eq!((format.tokens(ElemType::Bf16), format.element()), (ElemType::F8E4M3, ElemType::F8E4M3));
         assert!(format.suits_tensor_cores(ElemType::Bf16) && !format.suits_tensor_cores(ElemType::F32));
+    }
+
+    #[test]
+    fn rows_of_fp8_have_scales_behind_the_elements() {
+        let packing = |input| {
+            let format = WeightRows::Fp8Rows(DType::Bf16, input);
+            Packing { format, experts: 3, rows: 5, cols: 21, interleaved: false }
+        };
+        // 315 bytes of elements, fifteen scales and the input's, unless tokens have scales.
+        let (of_all, of_tokens) = (packing(Fp8Input::Static), packing(Fp8Input::Token));
+        assert_eq!((of_all.bytes(), of_all.input_scale(), of_tokens.bytes()), (380, 376, 376));
+        assert_eq!(of_all.symbol(0), "weight::Fp8Rows<bf16_t, 316, 376>");
+        assert_eq!(of_all.symbol(2), "weight::Fp8Rows<bf16_t, 282, 334>");
+        assert_eq!(of_tokens.symbol(1), "weight::Fp8Rows<bf16_t, 299, -1>");
     }
 
     #[test]

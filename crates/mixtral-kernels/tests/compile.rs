@@ -380,6 +380,11 @@ fn fp8_linears_spill_nothing_and_are_not_serialised() {
     let mut work = some(wgmma, &["128, 192", "64, 8", "32, 64"]);
     assert!(work.len() >= 3 * 2, "{} kernels", work.len());
     work.extend(some(linears_of(DType::F16, "fp8", "linear/mma.cuh", SM_80), &["64, 64"]));
+    for (word, tiles) in [("fp8:row:static", "128, 192"), ("fp8:row:token", "128, 192"), ("fp8:row:token", "64, 8")] {
+        work.extend(some(linears_of(DType::Bf16, word, "linear/wgmma.cuh", SM_90A), &[tiles]));
+        work.extend(some(linears_of(DType::F16, word, "linear/mma.cuh", SM_80), &["64, 64"]));
+    }
+    work.extend(linears_of(DType::F16, "fp8:row:token", "elementwise/round.cuh", SM_80).into_iter().take(1));
     work.extend(linears_of(DType::F32, "fp8", "linear/simt.cuh", SM_80).into_iter().take(1));
     // It rounds by an instruction, and by integers where there is none.
     for code in [SM_80, SM_90A] {

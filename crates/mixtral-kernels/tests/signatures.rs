@@ -10,7 +10,7 @@ use mixtral_kernels::step_block::{Array, DECODE_SPLIT, MAX_BEST, PREFILL_TILE, S
 use mixtral_kernels::{
     Arg, ExchangeArg, Family, Kernel, Launch, PackArg, PieceArg, ProbeArg, Schedule, Sources, Target, Work,
 };
-use mixtral_model::{DType, ElemType, MoeNormalization, WeightFormat};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::decoder::{self, Geometry};
 use serde_json::Value;
@@ -95,6 +95,9 @@ fn programs() -> Vec<Program> {
         ("int4:g64:f32", DType::F32),
         ("fp8", DType::Bf16),
         ("fp8", DType::F32),
+        ("fp8:row:static", DType::F16),
+        ("fp8:row:token", DType::Bf16),
+        ("fp8:row:token", DType::F32),
     ] {
         let mut program = decoder::program(&Geometry::round(dtype), true);
         decoder::quantize(&mut program, word.parse().expect("a format"));
@@ -279,7 +282,7 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
     let wrong = |what: &str| Some(format!("{what}: {arg:?}"));
     let base = if let Arg::TensorMap(map) = arg { &*map.base } else { arg };
     // An fp8 linear's input is rounded into scratch, and its tokens may be put into expert order there.
-    let is_fp8 = |name: &str| program.weight(name).is_some_and(|weight| weight.format == WeightFormat::Fp8);
+    let is_fp8 = |name: &str| program.weight(name).is_some_and(|weight| weight.format.is_fp8());
     let rounds = ops.iter().any(|op| op.weights().into_iter().any(is_fp8));
     match (kind, arg) {
         (Kind::TensorMap, Arg::TensorMap(_)) => {}
@@ -334,7 +337,8 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 "scale" => is_fp8(&weight.name),
                 // A norm that does not round passes its own weight, which the kernel does not read.
                 "divisor" => is_fp8(&weight.name) || !of("linear"),
-                "weight" | "stored" => true,
+                // A linear whose tokens have no scales of their own passes its weight, which the kernel does not read.
+                "weight" | "stored" | "token_scales" => true,
                 _ => false,
             };
             if fits { None } else { wrong("a weight") }
@@ -355,12 +359,22 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 .then(|| format!("buffer `{}` ({}) for {to}* {name}, written: {written}", buffer.name, buffer.dtype))
         }
         Arg::Scratch(_) => {
-            let of_kernels =
-                ["table", "partials", "tickets", "ticket", "counter", "sizes", "copies", "tokens", "rounded"];
+            let of_kernels = [
+                "table",
+                "partials",
+                "tickets",
+                "ticket",
+                "counter",
+                "sizes",
+                "copies",
+                "tokens",
+                "rounded",
+                "token_scales",
+            ];
             // The kernel that puts tokens into expert order writes to scratch; the next launch reads that.
             let gathered = name == "out" && ops.iter().any(|op| op.name() == "expert_gate_up");
             let product = name == "a" && ops.iter().any(|op| op.name() == "linear");
-            let to_bytes = rounds && matches!(name, "input" | "out");
+            let to_bytes = rounds && matches!(name, "input" | "out" | "scales");
             (!of_kernels.contains(&name) && !gathered && !product && !to_bytes).then(|| format!("scratch for {name}"))
         }
         Arg::Piece(PieceArg::Out) | Arg::Probe(ProbeArg::Out) => (name != "out").then(|| format!("out for {name}")),

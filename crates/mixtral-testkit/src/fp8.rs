@@ -94,19 +94,17 @@ pub fn linears(dtype: DType) -> Vec<Case> {
     // Rows of 16 bytes and more, which Hopper's tensor cores take, up to several tiles of tokens.
     let sizes = [(1, 144, 8), (17, 4096, 40), (65, 272, 136), (300, 400, 264), (520, 256, 136)];
     let whole = [quantized::linears(dtype, "fp8", &sizes), quantized::experts(dtype, "fp8", [144, 80])].concat();
-    [quantized::cases_of(dtype, "fp8"), whole, extremes(dtype)].concat()
-}
-
-/// Linears and experts whose weights have a scale for each row. They have no kernels for GPUs.
-#[must_use]
-pub fn by_rows(dtype: DType) -> Vec<Case> {
-    quantized::cases_of(dtype, if dtype == DType::F16 { "fp8:row:static" } else { "fp8:row:token" })
+    // With scales for each row, and in two types for each token.
+    let word = if dtype == DType::F16 { "fp8:row:static" } else { "fp8:row:token" };
+    let some = [quantized::linears(dtype, word, &sizes[2..4]), quantized::experts(dtype, word, [144, 80])].concat();
+    let rows = [quantized::cases_of(dtype, word), some, extremes(dtype, word)].concat();
+    [quantized::cases_of(dtype, "fp8"), whole, extremes(dtype, "fp8"), rows].concat()
 }
 
 /// Inputs that are too small or too large for e4m3, or not numbers.
-fn extremes(dtype: DType) -> Vec<Case> {
+fn extremes(dtype: DType, word: &str) -> Vec<Case> {
     let [small, large, odd] = ["small", "large", "odd"].map(|name| {
-        let case = quantized::linears(dtype, "fp8", &[(9, 272, 72)]).remove(0);
+        let case = quantized::linears(dtype, word, &[(9, 272, 72)]).remove(0);
         Case { name: format!("{} of {name} inputs", case.name), ..case }
     });
     // Divided by their scale, these are at most a few times e4m3's smallest number, and often 0.

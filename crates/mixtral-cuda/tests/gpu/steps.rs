@@ -8,7 +8,7 @@ use mixtral_engine::{
     Backend, Inspect as _, KvScale, Program, RandomKey, SampleRequest, SamplingParams, Weights, sampling,
 };
 use mixtral_kernels::Executable;
-use mixtral_model::{DType, TokenId, WeightFormat};
+use mixtral_model::{DType, TokenId};
 use mixtral_testkit::batch::{self, PagedTokens, Part};
 use mixtral_testkit::decoder::{self, Geometry};
 
@@ -27,11 +27,12 @@ fn geometries(dtype: DType) -> [Geometry; 2] {
 fn decoders(dtype: DType) -> Vec<(String, Program)> {
     let plain = geometries(dtype)
         .map(|geometry| (format!("{dtype} hidden {}", geometry.hidden_size), decoder::program(&geometry, true)));
-    let quantized = ["int4:g128:bf16", "int4:g32:f16:zeros", "int8:row:f32", "fp8"].map(|word| {
-        let mut program = decoder::program(&geometries(dtype)[1], true);
-        decoder::quantize(&mut program, word.parse().unwrap());
-        (format!("{dtype} {word}"), program)
-    });
+    let quantized = ["int4:g128:bf16", "int4:g32:f16:zeros", "int8:row:f32", "fp8", "fp8:row:static", "fp8:row:token"]
+        .map(|word| {
+            let mut program = decoder::program(&geometries(dtype)[1], true);
+            decoder::quantize(&mut program, word.parse().unwrap());
+            (format!("{dtype} {word}"), program)
+        });
     let mut cached = decoder::program(&geometries(dtype)[1], true);
     decoder::cache_in_fp8(&mut cached, KvScale { key: 0.01, value: 0.004 });
     let mut in_fp8 = cached.clone();
@@ -180,8 +181,7 @@ fn logits_are_those_of_the_cpu() {
         for ((name, program), (_, in_f32)) in decoders(dtype).into_iter().zip(decoders(DType::F32)) {
             let sequences = sequences(&program);
             let (cpu, expected) = of_cpu(&program);
-            let has_fp8 = !program.kv.format.is_plain()
-                || program.weights.iter().any(|weight| weight.format == WeightFormat::Fp8);
+            let has_fp8 = !program.kv.format.is_plain() || program.weights.iter().any(|weight| weight.format.is_fp8());
             // How far the definition in 16 bits is from the one in f32.
             let own = (has_fp8 && dtype != DType::F32).then(|| errors(&expected, &of_cpu(&in_f32).1));
             for code in machine.codes() {

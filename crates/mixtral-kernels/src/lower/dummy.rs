@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use mixtral_engine::{Program, Weight, dummy};
-use mixtral_model::{Bits, DType, Piece, Quantization, WeightFormat};
+use mixtral_model::{Bits, DType, PartKind, Piece, Quantization, WeightFormat};
 
 use super::{named, type_name};
 use crate::weight::part_offsets;
@@ -21,9 +21,7 @@ const fn number(bits: Bits) -> u8 {
 pub(crate) fn fills_of(weight: &Weight) -> Vec<Fill> {
     match weight.format {
         WeightFormat::Plain => vec![Fill::Elements(weight.dtype)],
-        WeightFormat::Fp8 => vec![Fill::Fp8, Fill::Elements(DType::F32)],
-        // No operation has kernels for it.
-        WeightFormat::Fp8Rows(_) => Vec::new(),
+        WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => vec![Fill::Fp8, Fill::Elements(DType::F32)],
         WeightFormat::Quantized(Quantization { bits, scale, zeros, .. }) => {
             let zeros = zeros.then_some(Fill::Zeros(number(bits)));
             [Fill::Integers(number(bits)), Fill::Scales(scale)].into_iter().chain(zeros).collect()
@@ -83,21 +81,22 @@ pub fn launches(program: &Program, fills: &[(Fill, Launch)], seed: u64) -> Resul
     for (index, weight) in program.weights.iter().enumerate() {
         let (fill, size) = match weight.format {
             WeightFormat::Plain => (Fill::Elements(weight.dtype), weight.dtype.size()),
-            WeightFormat::Fp8 => (Fill::Fp8, 1),
-            // Packed weights have launches of their own; fp8 with scales of rows has no kernels.
-            WeightFormat::Quantized(_) | WeightFormat::Fp8Rows(_) => continue,
+            WeightFormat::Fp8 | WeightFormat::Fp8Rows(_) => (Fill::Fp8, 1),
+            // Packed weights have launches of their own.
+            WeightFormat::Quantized(_) => continue,
         };
         for piece in &weight.pieces {
             let out = Arg::Weight { index, offset: piece.target_row * weight.cols() * size };
             launches.push(of_piece(fills, fill, &Target { weight, piece, rows: piece.rows.clone(), out, seed })?);
         }
-        if let (WeightFormat::Fp8, Some(piece)) = (weight.format, weight.pieces.first()) {
-            let (starts, end) = part_offsets(weight);
-            for (offset, behind, scale) in [
-                (starts[1], starts[2], dummy::scale_of_fp8(piece.source_cols)),
-                (starts[2], end, dummy::FP8_INPUT_SCALE),
-            ] {
-                launches.push(of_scales(fills, Arg::Weight { index, offset }, (behind - offset) / 4, scale)?);
+        if let (true, Some(piece)) = (weight.format.is_fp8(), weight.pieces.first()) {
+            let (starts, _) = part_offsets(weight);
+            for (part, offset) in weight.format.parts(weight.dtype, &weight.shape).iter().zip(starts).skip(1) {
+                let scale = match part.kind {
+                    PartKind::InputScale => dummy::FP8_INPUT_SCALE,
+                    _ => dummy::scale_of_fp8(piece.source_cols),
+                };
+                launches.push(of_scales(fills, Arg::Weight { index, offset }, part.num_bytes() / 4, scale)?);
             }
         }
     }

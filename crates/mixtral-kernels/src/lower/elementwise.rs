@@ -50,20 +50,33 @@ pub(super) fn add(lowering: &Lowering<'_>, buffer: &Buffer, [a, b, out]: [Arg; 3
     launch(portable("elementwise/elementwise.cuh", symbol, THREADS), grid, args)
 }
 
-/// Rounds the rows of buffer `input`, divided by the number at `scale`, to 8 bits.
-pub(super) fn round(lowering: &Lowering<'_>, input: usize, scale: Arg, out: Arg) -> Launch {
+/// By what rows are divided before they are rounded to 8 bits.
+pub(super) enum RoundedBy {
+    /// The number that is there.
+    One(Arg),
+    /// Their own scales, which are stored there.
+    Own(Arg),
+}
+
+/// Rounds the rows of buffer `input` to 8 bits.
+pub(super) fn round(lowering: &Lowering<'_>, input: usize, by: RoundedBy, out: Arg) -> Launch {
     let buffer = &lowering.program.buffers[input];
     let (kind, times) = rows(lowering, buffer);
-    let symbol = format!("elementwise::round_rows<{}, {}, {kind}>", type_name(buffer.dtype), buffer.cols);
-    let grid = grid(lowering, buffer, buffer.cols.div_ceil(VECTOR).div_ceil(THREADS));
+    let (name, scale, threads, ctas) = match by {
+        RoundedBy::One(scale) => {
+            ("round_rows", ("scale", scale), THREADS, buffer.cols.div_ceil(VECTOR).div_ceil(THREADS))
+        }
+        RoundedBy::Own(scales) => ("round_tokens", ("scales", scales), row_threads(buffer.cols), 1),
+    };
+    let symbol = format!("elementwise::{name}<{}, {}, {kind}>", type_name(buffer.dtype), buffer.cols);
     let args = named([
         ("header", Arg::Step(Array::Header)),
         ("times", int(times)),
         ("input", Arg::Buffer(input)),
-        ("scale", scale),
+        scale,
         ("out", out),
     ]);
-    launch(portable("elementwise/round.cuh", symbol, THREADS), grid, args)
+    launch(portable("elementwise/round.cuh", symbol, threads), grid(lowering, buffer, ctas), args)
 }
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {

@@ -80,6 +80,8 @@ pub(super) struct Linear<'a> {
     input: usize,
     /// The token rows that kernels read: the input, or what it is rounded to.
     tokens: Arg,
+    /// The scales of these rows, if they have scales of their own.
+    token_scales: Option<Arg>,
     out: usize,
     residual: usize,
     weight: usize,
@@ -141,6 +143,11 @@ impl<'a> Linear<'a> {
             Op::ExpertDown { .. } => Arg::Scratch(lowering.scratch.rounded_by_expert),
             _ => Arg::Scratch(lowering.scratch.rounded),
         };
+        let scales = match op {
+            Op::ExpertDown { .. } => lowering.scratch.token_scales_by_expert,
+            _ => lowering.scratch.token_scales,
+        };
+        let token_scales = packing.format.scales_tokens().then_some(Arg::Scratch(scales));
         let divided = || unsupported(format!("rows of a quantized weight from {first_row}, expected a multiple of 16"));
         let first_byte = packing.offset(first_row).ok_or_else(divided)?;
         Ok(Linear {
@@ -150,6 +157,7 @@ impl<'a> Linear<'a> {
             outputs: if shape.silu_mul { shape.rows / 2 } else { shape.rows },
             input: buffer(input)?,
             tokens,
+            token_scales,
             out: buffer(out)?,
             residual: buffer(residual)?,
             weight,
@@ -199,7 +207,10 @@ impl<'a> Linear<'a> {
         if !self.packing.format.is_fp8() || by_norm() || rounded::by_gate_up(self.lowering, self.op) {
             return None;
         }
-        let scale = Arg::Weight { index: self.weight, offset: self.packing.input_scale() };
+        let scale = match &self.token_scales {
+            Some(scales) => elementwise::RoundedBy::Own(scales.clone()),
+            None => elementwise::RoundedBy::One(Arg::Weight { index: self.weight, offset: self.packing.input_scale() }),
+        };
         Some(elementwise::round(self.lowering, self.input, scale, self.tokens.clone()))
     }
 
@@ -224,6 +235,11 @@ impl<'a> Linear<'a> {
         Arg::Weight { index: self.weight, offset: self.first_byte }
     }
 
+    /// The parameter for the scales of tokens. A kernel that has no use for it gets the weight.
+    fn scales_of_tokens(&self) -> (&'static str, Arg) {
+        ("token_scales", self.token_scales.clone().unwrap_or_else(|| self.weight_at_first_row()))
+    }
+
     /// Number of tiles of a dense linear in this regime; `None` for a grouped one, where it depends on the step.
     fn items(&self, out_rows: u32, cols: u32) -> Option<u32> {
         let tokens = LinearShape::columns(self.lowering.program, self.op, self.lowering.regime.max_tokens);
@@ -235,7 +251,7 @@ impl<'a> Linear<'a> {
         Launch { kernel, grid: Grid::Persistent { per_sm, items }, cluster: 1, args, op: 0, overlaps: true }
     }
 
-    /// A kernel that takes pointers to its operands, and its parameters.
+    /// A kernel that takes pointers to its operands, and its parameters without the scales of tokens.
     fn simple(&self, kernel: &'static str, header: &'static str, config: &str) -> (Kernel, Vec<NamedArg>) {
         let (symbol, args) = match self.lists {
             None => (
@@ -277,7 +293,8 @@ impl<'a> Linear<'a> {
         shared: u32,
         tile: [u32; 2],
     ) -> Launch {
-        let (kernel, args) = self.simple(kernel, header, config);
+        let (kernel, mut args) = self.simple(kernel, header, config);
+        args.extend(named([self.scales_of_tokens()]));
         let kernel = Kernel { shared_bytes: shared, ..kernel };
         // As many CTAs as 100 KB of shared memory, the least that an architecture has, hold. Eight suffice to hide the
         // memory's latency.
@@ -367,7 +384,8 @@ impl<'a> Linear<'a> {
             let symbol = format!("linear::dense<{config}, {}, {}>", self.logits, self.out_type());
             let tokens = self.token_map(self.tokens.clone(), self.lowering.program.buffers[self.input].rows, part);
             let residual = ("residual", Arg::Buffer(self.residual));
-            let args = named([weight, ("tokens", tokens), stored, header, out, residual, turns]);
+            let args =
+                named([weight, ("tokens", tokens), stored, header, out, residual, turns, self.scales_of_tokens()]);
             let launch = self.launch(kernel(symbol), 1, self.items(rows * cluster, cols).map(|n| n * cluster), args);
             return Ok(vec![Launch { cluster, ..launch }]);
         };
@@ -391,7 +409,7 @@ impl<'a> Linear<'a> {
         let symbol =
             format!("linear::grouped<{config}, {experts}, {top_k}, {source}{}>", if rounds { ", true" } else { "" });
         let (offsets, order) = (("offsets", Arg::Buffer(offsets)), ("order", Arg::Buffer(order)));
-        let own = [weight, ("tokens", tokens), stored, header, offsets, order, out, turns];
+        let own = [weight, ("tokens", tokens), stored, header, offsets, order, out, turns, self.scales_of_tokens()];
         let args = all_named(own.into_iter().chain(rest));
         launches.push(Launch { cluster, ..self.launch(kernel(symbol), 1, None, args) });
         Ok(launches)

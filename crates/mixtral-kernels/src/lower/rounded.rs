@@ -2,7 +2,7 @@
 //! tokens that of `expert_gate_up`, or one of its own.
 
 use mixtral_engine::{Op, Program};
-use mixtral_model::WeightFormat;
+use mixtral_model::{Fp8Input, WeightFormat};
 
 use super::Lowering;
 use super::linear::Linear;
@@ -12,14 +12,21 @@ use crate::{Arg, LinearPlan};
 /// Input and weight of an operation that reads what is rounded token by token.
 fn operands<'a>(program: &Program, op: &'a Op) -> Option<(&'a str, &'a str)> {
     let (Op::Linear { input, weight, .. } | Op::ExpertGateUp { input, weight, .. }) = op else { return None };
-    let is_fp8 = program.weight(weight).is_some_and(|found| found.format == WeightFormat::Fp8);
+    let is_fp8 = program.weight(weight).is_some_and(|found| found.format.is_fp8());
     is_fp8.then_some((input.as_str(), weight.as_str()))
 }
 
-/// The norm whose kernel rounds the input of operation `index`. There is none if something else wrote the input, or if the
-/// workspace was used for another one since.
+/// Whether a weight's input is rounded by one scale, so that the kernel that writes it can round it too. (A scale of a token is known only
+/// when its whole row is.)
+fn has_one_scale(program: &Program, weight: &str) -> bool {
+    let format = program.weight(weight).map(|found| found.format);
+    matches!(format, Some(WeightFormat::Fp8 | WeightFormat::Fp8Rows(Fp8Input::Static)))
+}
+
+/// The norm whose kernel rounds the input of operation `index`. There is none if something else wrote the input, if the
+/// workspace was used for another one since, or if tokens have scales of their own.
 pub(super) fn producer(program: &Program, index: usize) -> Option<usize> {
-    let wanted = operands(program, program.ops.get(index)?)?;
+    let wanted = operands(program, program.ops.get(index)?).filter(|(_, weight)| has_one_scale(program, weight))?;
     for (before, op) in program.ops[..index].iter().enumerate().rev() {
         let normalized = match op {
             Op::Norm { out, .. } => Some(out),
@@ -77,8 +84,7 @@ fn down<'a>(lowering: &Lowering<'a>, op: &Op) -> Option<&'a Op> {
     else {
         return None;
     };
-    let is_fp8 = program.weight(weight)?.format == WeightFormat::Fp8;
-    if !is_fp8 || input != out || lowering.regime.max_tokens > FEW {
+    if !has_one_scale(program, weight) || input != out || lowering.regime.max_tokens > FEW {
         return None;
     }
     let plan = Linear::new(lowering, op).ok()?.plan().ok()?;

@@ -112,10 +112,10 @@ fn a_layer_becomes_these_kernels() {
     insta::assert_snapshot!(format!("one decode\n{}\nprompts of 8192 tokens\n{}", lines(one), lines(many)));
 }
 
-#[test]
-fn an_fp8_model_becomes_these_kernels() {
+/// The launches of the linears of a model with weights of this format.
+fn fp8_linears(word: &str) -> String {
     let mut program = decoder::program(&Geometry::round(DType::Bf16), true);
-    decoder::quantize(&mut program, name("fp8").parse().expect("a format"));
+    decoder::quantize(&mut program, word.parse().expect("a format"));
     (program.limits.max_num_tokens, program.limits.max_num_logits) = (4096, 8);
     program.plan_arena();
     let of = |family| Schedule::new(&program, Target { family }).expect("kernels");
@@ -132,16 +132,27 @@ fn an_fp8_model_becomes_these_kernels() {
         };
         lines(&work.iter().filter(|work| ops(work)).cloned().collect::<Vec<_>>())
     };
-    insta::assert_snapshot!(format!(
+    let text = format!(
         "one decode\n{}\nprompts of 4096 tokens\n{}\none decode, anywhere\n{}",
         linears(&hopper, 1, true),
         linears(&hopper, 4096, false),
         linears(&portable, 1, true)
-    ));
+    );
     // Everything that is read from a file, written and read again.
     for schedule in [hopper, portable] {
         assert_eq!(Schedule::parse(&schedule.to_text(), &program).expect("its own text"), schedule);
     }
+    text
+}
+
+#[test]
+fn an_fp8_model_becomes_these_kernels() {
+    insta::assert_snapshot!(fp8_linears("fp8"));
+}
+
+#[test]
+fn fp8_rows_become_these_kernels() {
+    insta::assert_snapshot!(fp8_linears("fp8:row:token"));
 }
 
 #[test]
