@@ -64,7 +64,7 @@ pub struct BuildArgs {
     #[arg(help_heading = KERNELS, long)]
     pub gpt_attention_plugin: Option<String>,
     /// Attention of prompts with products in fp8, for a model with an fp8 cache. (Decoding stays as it is) [default: disable]
-    #[arg(help_heading = KERNELS, long)]
+    #[arg(help_heading = KERNELS, long, value_name = "enable|disable", hide_possible_values = true)]
     pub use_fp8_context_fmha: Option<Switch>,
     /// Ranks and kernels built at a time [default: one rank, and a kernel for each core]
     #[arg(help_heading = MODEL, long, value_parser = numbers::threads)]
