@@ -27,6 +27,10 @@ fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
 /// of the outputs' root mean square. An f16 is more precise than that. In a model of such sums, which keep 12 bits behind the
 /// largest product's first and cut the rest off, 49 to 58 % of the outputs of silu·mul are another f16 than the reference's, and
 /// the worst of 160 000 is off by 3.6 steps. Measured: 52 to 58 %, and more than 3 steps.
+///
+/// With scores of attention in fp8 that are such sums, 0.2 to 1 % of the probabilities become a neighbour of the e4m3 that they should
+/// be. In the same model, outputs then have a mean square error of up to 5e-5, the worst of 3 000 rows is off by 0.1 of its size, and in
+/// 16 bits most differ.
 fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tolerance {
     let is_fp8 = program.weights.iter().any(|weight| weight.format.is_fp8());
     if is_fp8 && code.family() == Family::Hopper && program.dtype != DType::F32 {
@@ -38,7 +42,7 @@ fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tolerance {
         return Tolerance { f32_error: 2e-7, f32_element: 2e-3, half_steps, half_unequal, ..usual };
     }
     if program.attends_in_fp8() && code.family() == Family::Hopper && program.dtype != DType::F32 {
-        return Tolerance { half_error: 3e-4, half_unequal: 1.0, ..usual };
+        return Tolerance { half_error: 1.5e-4, half_steps: 2.0 * usual.half_steps, half_unequal: 1.0, ..usual };
     }
     let attends = program.ops.iter().any(|op| matches!(op, Op::Attention { .. }));
     let half_unequal = if attends && program.dtype != DType::F32 { 0.5 } else { usual.half_unequal };
