@@ -16,24 +16,12 @@ namespace attention {
 // tile.
 inline constexpr int DECODE_WARPS = 4, DECODE_THREADS = 128;
 
-template <bool FP8, typename T>
-struct OperandOf {
-    using Type = T;
-};
-
-template <typename T>
-struct OperandOf<true, T> {
-    using Type = f16_t;
-};
-
-// T is the type of queries and outputs; Stored is the cache's. The tensor cores' operands have type T, or beside an fp8 cache
-// f16, which an e4m3 becomes by one instruction.
+// T is the type of queries, outputs and the tensor cores' operands; Stored is the cache's.
 template <typename Element, typename StoredElement, int COLS_, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_>
 struct Decode {
     using T = Element;
     using Stored = StoredElement;
     static constexpr bool FP8 = sizeof(Stored) == 1;
-    using Operand = typename OperandOf<FP8, Element>::Type;
     static constexpr int COLS = COLS_, HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_, BLOCK_SIZE = BLOCK_SIZE_, WINDOW = WINDOW_;
     static constexpr int GROUP = HEADS / KV_HEADS;
     // A group is computed in PARTS parts of at most ROWS heads. HALVES counts a part's heads in eights, since a tensor
@@ -49,6 +37,7 @@ struct Decode {
     struct alignas(16) Merge {
         float sums[DECODE_WARPS][ROWS][SUM_STRIDE];
         float maxima[DECODE_WARPS][16], totals[DECODE_WARPS][16];
+        alignas(16) int last_split;
     };
 };
 
@@ -80,53 +69,23 @@ struct DecodeWork {
 
 // How a lane's registers of queries, keys, values and sums map to elements of D, for each type of the cache. Matrices of
 // ldmatrix have rows of 16 bytes. A lane receives 4 bytes of a row: 2 elements of 16 bits, or 4 of e4m3. The contents of an
-// fp8 cache become the numbers that they stand for, in an order of D that saves moves. A sum over D does not depend
+// fp8 cache become the numbers of T that they stand for, in an order of D that saves moves. A sum over D does not depend
 // on that order as long as 16 elements stay together, and results are stored where they belong.
 template <typename C>
 struct Elements {
     using T = typename C::T;
-    using Operand = typename C::Operand;
 
     // A query's registers for 16 elements of D, for the lane's columns (the first and the other eight). Those of an fp8
-    // cache are columns 4 · (lane % 4) and up.
+    // cache are columns 4 · (lane % 4) and up: 0 and 2, then 1 and 3.
     static __device__ __forceinline__ void load_query(u32& low, u32& high, const T* from) {
         const int part = threadIdx.x % 4;
         if constexpr (C::FP8) {
             const uint2 four = *reinterpret_cast<const uint2*>(from + part * 4);
-            low = four.x;
-            high = four.y;
+            low = __byte_perm(four.x, four.y, 0x5410);
+            high = __byte_perm(four.x, four.y, 0x7632);
         } else {
             low = *reinterpret_cast<const u32*>(from + part * 2);
             high = *reinterpret_cast<const u32*>(from + part * 2 + 8);
-        }
-    }
-
-    // Makes operands of the queries that were loaded. bf16 has a greater range than f16, so each head is multiplied by a power
-    // of two that brings its largest element to 2^14 or above. That is exact but for elements below 2^-31 of the largest. Returns
-    // what undoes it, for the lane's head of each half.
-    template <int STEPS, int HALVES>
-    static __device__ __forceinline__ void prepare(u32 (&q)[STEPS][4], float (&undo)[HALVES]) {
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) {
-            undo[half] = 1.0f;
-            if constexpr (!same_type<T, Operand>) {
-                u32 largest = 0;
-#pragma unroll
-                for (int k = 0; k < STEPS; ++k) {
-                    largest = __vmaxu2(largest, __vmaxu2(q[k][half] & 0x7fff7fffu, q[k][half + 2] & 0x7fff7fffu));
-                }
-                largest = umax(largest & 0xffff, largest >> 16);
-                largest = umax(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
-                largest = umax(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
-                // The largest one's exponent is that of 2^(n - 127).
-                const int power = min(14 + 127 - static_cast<int>(largest >> 7), 100);
-                const float by = __uint_as_float(static_cast<u32>(127 + power) << 23);
-                undo[half] = __uint_as_float(static_cast<u32>(127 - power) << 23);
-#pragma unroll
-                for (int k = 0; k < STEPS; ++k) {
-                    for (u32* pair : {&q[k][half], &q[k][half + 2]}) *pair = pack<Operand>(low_of<T>(*pair) * by, high_of<T>(*pair) * by);
-                }
-            }
         }
     }
 
@@ -143,11 +102,11 @@ struct Elements {
                 if constexpr (C::FP8) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const fp8::Pairs pairs = fp8::neighbours<Operand>(b[2 * n + i]);
-                        ptx::mma<Operand>(s[n], q[2 * k + i], {pairs.first, pairs.second});
+                        const fp8::Pairs pairs = fp8::alternate<T>(b[2 * n + i]);
+                        ptx::mma<T>(s[n], q[2 * k + i], {pairs.first, pairs.second});
                     }
                 } else {
-                    ptx::mma<Operand>(s[n], q[k], {b[2 * n], b[2 * n + 1]});
+                    ptx::mma<T>(s[n], q[k], {b[2 * n], b[2 * n + 1]});
                 }
             }
         }
@@ -165,8 +124,8 @@ struct Elements {
             }
 #pragma unroll
             for (int half = 0; half < HALVES; ++half) {
-                ptx::mma<Operand>(sums[half], a, high[half]);
-                ptx::mma<Operand>(sums[half], a, low[half]);
+                ptx::mma<T>(sums[half], a, high[half]);
+                ptx::mma<T>(sums[half], a, low[half]);
             }
         };
         // Matrices, transposed: the first eight tokens' pieces 2 · k and 2 · k + 1, then those of the other eight.
@@ -178,7 +137,7 @@ struct Elements {
                 // A register has elements 2 · (lane / 4) and up of two tokens: of each, bytes 0 and 1, or 2 and 3.
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const fp8::Pairs first = fp8::alternate<Operand>(a[i]), other = fp8::alternate<Operand>(a[2 + i]);
+                    const fp8::Pairs first = fp8::alternate<T>(a[i]), other = fp8::alternate<T>(a[2 + i]);
                     u32 both[4] = {first.first, first.second, other.first, other.second};
                     add(o[2 * k + i], both);
                 }
@@ -210,7 +169,6 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
                                        float scale, float value_scale, typename C::T* out, float* partials, int max_splits,
                                        u32* tickets) {
     using T = typename C::T;
-    using Operand = typename C::Operand;
     using Layout = typename Tiles::Layout;
     constexpr int D = C::D, GROUP = C::GROUP, PARTS = C::PARTS, HALVES = C::HALVES, PER_ITEM = C::PER_ITEM, STEPS = D / 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -245,8 +203,6 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             continue;
         }
         const int heads = heads_of(work), first_head = first_head_of(work);
-        float undo[HALVES];
-        Elements<C>::prepare(q, undo);
         // Scores and probabilities have heads as rows, so they lie in registers as the second operand of the product
         // with the values does. Sums have heads as columns. Eight heads as columns take half of the products and
         // registers that they would take as rows.
@@ -283,18 +239,18 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             for (int half = 0; half < HALVES; ++half) {
                 float top = fmaxf(fmaxf(s[0][2 * half], s[0][2 * half + 1]), fmaxf(s[1][2 * half], s[1][2 * half + 1]));
                 top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 1));
-                top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)) * (scale * undo[half]);
+                top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, 2)) * scale;
                 top = fmaxf(top, max[half]);
                 keep[half] = math::exp2_approximate(max[half] - top);
                 same = same && keep[half] == 1.0f;
                 max[half] = top;
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
-                    const float p0 = math::exp2_approximate(__fmaf_rn(s[n][2 * half], scale * undo[half], -top));
-                    const float p1 = math::exp2_approximate(__fmaf_rn(s[n][2 * half + 1], scale * undo[half], -top));
+                    const float p0 = math::exp2_approximate(__fmaf_rn(s[n][2 * half], scale, -top));
+                    const float p1 = math::exp2_approximate(__fmaf_rn(s[n][2 * half + 1], scale, -top));
                     total[half] = __fmaf_rn(total[half], n == 0 ? keep[half] : 1.0f, p0 + p1);
-                    high[half][n] = pack<Operand>(p0, p1);
-                    low[half][n] = pack<Operand>(p0 - low_of<Operand>(high[half][n]), p1 - high_of<Operand>(high[half][n]));
+                    high[half][n] = pack<T>(p0, p1);
+                    low[half][n] = pack<T>(p0 - low_of<T>(high[half][n]), p1 - high_of<T>(high[half][n]));
                 }
             }
             // Most maxima are found early. Then all factors are 1, and this is skipped.
@@ -389,23 +345,22 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
         }
         if (num_splits - first_split == 1) continue;
-        // The first warp alone takes the ticket, and adds the splits if it is the last one. The others go on to the next work. Only
-        // thread 0 fences. Its fence is cumulative, so it covers the other threads' writes before the barrier and the warp's
-        // reads after the shuffle.
+        // Only thread 0 fences. Its fence is cumulative across the barriers, so it covers the other threads' writes
+        // before the first barrier and their reads after the second.
         sync();
-        if (warp > 0) continue;
-        bool last = false;
-        if (lane == 0) {
+        if (threadIdx.x == 0) {
             u32* ticket = tickets + c.seq * PER_ITEM + work % PER_ITEM;
             __threadfence();
-            last = atomicAdd(ticket, 1u) == static_cast<u32>(num_splits - first_split - 1);
+            const bool last = atomicAdd(ticket, 1u) == static_cast<u32>(num_splits - first_split - 1);
             if (last) {
                 *ticket = 0;
                 __threadfence();
             }
+            merge.last_split = last;
         }
-        if (!__any_sync(ALL_LANES, last)) continue;
-        for (int i = lane; i < quads; i += 32) {
+        sync();
+        if (!merge.last_split) continue;
+        for (int i = threadIdx.x; i < quads; i += DECODE_THREADS) {
             const int head = first_head + i / (D / 4), at = i % (D / 4) * 4;
             float top = math::minus_infinity();
 #pragma unroll 4

@@ -32,12 +32,6 @@ struct IfType<false, A, B> {
 template <bool CONDITION, typename A, typename B>
 using If = typename IfType<CONDITION, A, B>::Type;
 
-template <typename A, typename B>
-inline constexpr bool same_type = false;
-
-template <typename A>
-inline constexpr bool same_type<A, A> = true;
-
 __device__ __forceinline__ float to_float(float x) { return x; }
 
 __device__ __forceinline__ float to_float(f16_t x) {

@@ -320,9 +320,9 @@ fn decode_stages(kv: KvLayout) -> usize {
     if kv.format.is_plain() { DECODE_STAGES } else { FP8_DECODE_STAGES }
 }
 
-/// Bytes of `attention::Decode::Merge`, which holds the warps' sums, maxima and totals.
+/// Bytes of `attention::Decode::Merge`, which holds the warps' sums, maxima and totals, and a flag.
 fn merge_bytes(group: usize, head_dim: usize) -> usize {
-    4 * group.min(16) * (head_dim + 4) * 4 + 2 * 4 * 16 * 4
+    4 * group.min(16) * (head_dim + 4) * 4 + 2 * 4 * 16 * 4 + 16
 }
 
 /// How `attention::decode_tma` uses shared memory.
