@@ -40,6 +40,8 @@ python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 # Ranks that share a GPU as threads of one process each need launch queues of their own.
 export CUDA_DEVICE_MAX_CONNECTIONS=32
+# NCCL does without multicast over NVLink: a program that uses it can disturb others that share the host's GPUs.
+export NCCL_NVLS_ENABLE=0
 
 # Seconds that a section may take. The default sections take about six minutes together.
 declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560
@@ -247,7 +249,8 @@ ranks() {
         check "requests that are cancelled, $layout" last_line "$python" "$here/tests/python/soak.py" --mixtral "$mixtral" \
             --backend cuda --convert "--dtype bf16 $layout" --max-batch-size 16 --requests 1000 --leave 0.4 --connections 0
     done
-    check "layouts of ranks" last_line "$python" "$here/tests/python/gpu_ranks.py" --mixtral "$mixtral"
+    check "layouts of ranks" last_line "$python" "$here/tests/python/gpu_ranks.py" --mixtral "$mixtral" \
+        --launchers threads mpirun hosts
     check "same bits: 8x7b, two ranks" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
         --engine "$engines/8x7b-tp2" --backend cuda
     check "sessions: 8x7b, two ranks" last_line "$python" "$here/tests/python/sessions.py" --mixtral "$mixtral" \

@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
 """Checks engines of several ranks on GPUs: every layout gives the tokens of one rank on the CPU.
 
-    gpu_ranks.py --mixtral PATH [--launchers threads mpirun]
+    gpu_ranks.py --mixtral PATH [--launchers threads mpirun hosts] [--backend cpu]
 
 Two tiny f32 models with dummy weights, 20 prompts, tp {1, 2, 4} × pp {1, 2} × {experts in slices, whole experts, both}, as threads of one
 process and as processes under mpirun. Where there are fewer GPUs than ranks, ranks share them (--ranks-per-gpu). Engines are built here,
 so NVRTC is needed. No Python package is.
+
+`hosts`: ranks with a GPU each, on two hosts that are network namespaces of this machine. NCCL carries what goes from one to the other.
+The ranks of a host are next to each other, or every other one. One model, and layouts of as many ranks as there are GPUs at most. With
+`--backend cpu` all this runs without GPUs.
 """
 
 import argparse
@@ -16,6 +20,8 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from hosts import Hosts
 
 # An odd vocabulary, KV heads that are replicated over four ranks, experts that do not divide over the ranks; and one more regular.
 GEOMETRIES = [
@@ -54,14 +60,19 @@ def num_gpus():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", required=True)
-    parser.add_argument("--launchers", nargs="+", default=["threads", "mpirun"], choices=["threads", "mpirun"])
+    parser.add_argument("--launchers", nargs="+", default=["threads", "mpirun"], choices=["threads", "mpirun", "hosts"])
     parser.add_argument("--arch", default="sm_90")
+    parser.add_argument("--backend", default="cuda", choices=["cuda", "cpu"])
     args = parser.parse_args()
-    mixtral, gpus = str(Path(args.mixtral).resolve()), num_gpus()
+    on_gpus = args.backend == "cuda"
+    mixtral, gpus = str(Path(args.mixtral).resolve()), num_gpus() if on_gpus else 4
     with tempfile.TemporaryDirectory() as root:
         root = Path(root)
         (root / "ids.csv").write_text(PROMPTS)
         engines = [(g, layout, ranks, root / f"{g}-{n}") for g in range(2) for n, (layout, ranks) in enumerate(layouts())]
+        between_hosts = [engine for engine in engines if engine[0] == 0 and 1 < engine[2] <= gpus]
+        if args.launchers == ["hosts"]:
+            engines = [engine for engine in engines if engine[2] == 1 or engine in between_hosts]
 
         def build(job):
             geometry, layout, _, at = job
@@ -76,23 +87,43 @@ def main():
             list(pool.map(build, engines))
         print(f"{len(engines)} engines built in {time.time() - begun:.0f} s")
 
+        def generate(*flags):
+            return [mixtral, "run", "--engine_dir", "e", "--input_file", "../ids.csv", "--max_output_len", "12",
+                    "--output_csv", "out.csv", *flags]
+
         def tokens(at, ranks, launcher, *flags):
             launch = ["mpirun", "--oversubscribe", "-n", str(ranks)] if launcher == "mpirun" else []
-            run([*launch, mixtral, "run", "--engine_dir", "e", "--input_file", "../ids.csv", "--max_output_len", "12",
-                 "--output_csv", "out.csv", *flags], at)
+            run([*launch, *generate(*flags)], at)
             return (at / "out.csv").read_text()
 
         references = [tokens(engine[3], 1, "threads", "--backend", "cpu") for engine in engines if engine[2] == 1]
-        wrong = 0
+        wrong, compared = 0, 0
         for launcher in args.launchers:
+            if launcher == "hosts":
+                continue
             for geometry, layout, ranks, at in engines:
                 begun = time.time()
-                share = ["--backend", "cuda", "--ranks-per-gpu", str(-(-ranks // gpus))]
-                same = tokens(at, ranks, launcher, *share) == references[geometry]
-                wrong += not same
+                share = ["--ranks-per-gpu", str(-(-ranks // gpus))] if on_gpus else []
+                same = tokens(at, ranks, launcher, "--backend", args.backend, *share) == references[geometry]
+                wrong, compared = wrong + (not same), compared + 1
                 print(f"model {geometry}, {layout}, {launcher}: {'same' if same else 'OTHER TOKENS'}, {time.time() - begun:.1f} s")
-        verdict = f"{len(engines) * len(args.launchers) - wrong} of {len(engines) * len(args.launchers)} layouts give the CPU's tokens"
-        print(f"{verdict}, on {gpus} GPUs")
+        if "hosts" in args.launchers:
+            with Hosts() as hosts:
+                for _, layout, ranks, at in between_hosts:
+                    for places in sorted({tuple(2 * r // ranks for r in range(ranks)), tuple(r % 2 for r in range(ranks))}):
+                        begun = time.time()
+                        (at / "out.csv").unlink(missing_ok=True)
+                        command = generate("--backend", args.backend, "--verbose")
+                        said = hosts.run(command, places, at, 29700 + compared, ENVIRONMENT)
+                        same = (at / "out.csv").read_text() == references[0]
+                        # Each rank says how it reaches the others.
+                        by_nccl = sum("through NCCL" in text for text in said)
+                        good = same and (by_nccl > 0 or not on_gpus)
+                        wrong, compared = wrong + (not good), compared + 1
+                        verdict = "same" if same else "OTHER TOKENS"
+                        print(f"{layout}, hosts {places}: {verdict}, {by_nccl} ranks use NCCL, {time.time() - begun:.1f} s", flush=True)
+        verdict = f"{compared - wrong} of {compared} runs give the CPU's tokens"
+        print(f"{verdict}, on {gpus} GPUs" if on_gpus else f"{verdict}, on CPUs")
         sys.exit(wrong > 0)
 
 

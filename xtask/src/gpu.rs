@@ -33,6 +33,7 @@ const FILES: &[&str] = &[
     "tests/python/deaths.py",
     "tests/python/determinism.py",
     "tests/python/gpu_ranks.py",
+    "tests/python/hosts.py",
     "tests/python/load.py",
     "tests/python/parity.py",
     "tests/python/prefixes.py",

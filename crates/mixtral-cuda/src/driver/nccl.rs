@@ -254,3 +254,17 @@ impl Drop for Communicator {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Loading it finds all functions, without a GPU.
+    #[test]
+    fn the_library_is_there_with_all_its_functions_or_it_is_missed() {
+        match version() {
+            Ok(version) => assert!(version.starts_with("NCCL 2."), "{version}"),
+            Err(error) => assert!(matches!(error, CudaError::NoNccl { .. }), "{error}"),
+        }
+    }
+}

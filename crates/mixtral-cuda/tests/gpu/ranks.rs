@@ -452,13 +452,14 @@ fn long_sums_of_many_gpus_are_faster_in_shares() {
 /// Set in the process in which a rank's GPU is lost.
 const CHILD: &str = "MIXTRAL_LOST_RANK";
 
-/// Rank 1 goes away without a step, panics, or its kernel traps. All others end soon, and name it.
+/// Rank 1 goes away without a step, panics, or its kernel traps. All others end soon, and name it; also the one that waits for
+/// it in NCCL.
 #[test]
 fn a_rank_that_is_gone_ends_the_others() {
     if std::env::var_os(CHILD).is_none() {
         // Ranks that share one GPU share its context too, so all of them lose it: there is nothing to tell apart.
         let alone = devices().is_ok_and(|devices| devices.len() > 1);
-        for how in if alone { &["leaves", "panics", "traps"][..] } else { &["leaves", "panics"] } {
+        for how in if alone { &["leaves", "panics", "traps", "leaves NCCL"][..] } else { &["leaves", "panics"] } {
             let mut child = Command::new(std::env::current_exe().unwrap());
             child.args(["--exact", "ranks::a_rank_that_is_gone_ends_the_others", "--nocapture"]);
             child.env("CUDA_DEVICE_MAX_CONNECTIONS", "32");
@@ -470,20 +471,23 @@ fn a_rank_that_is_gone_ends_the_others() {
         return;
     }
     let Some(machine) = Machine::find() else { return };
-    let Layout { ranks: all, .. } = STAGES;
-    let count = devices().unwrap().len().min(all);
     let how = std::env::var(CHILD).unwrap();
+    let maps = how != "leaves NCCL";
+    let layout = if maps { STAGES } else { PAIR };
+    let Layout { ranks: all, .. } = layout;
+    let count = devices().unwrap().len().min(all);
     let traps = how == "traps";
-    let programs: Vec<_> = (0..all).map(|rank| program(DType::F32, 64, STAGES, rank)).collect();
+    let programs: Vec<_> = (0..all).map(|rank| program(DType::F32, 64, layout, rank)).collect();
     let code = machine.codes()[0];
     let (library, failures) = machine.compile(code, &programs.iter().map(|(p, _)| p).collect::<Vec<_>>());
     assert!(failures.is_empty(), "{failures:?}");
     let trapping = library.with("exchange::all_reduce", &machine.trap(code, &programs[1].0, "exchange::all_reduce"));
-    let ends = on_threads(STAGES, |rank, ranks| {
+    let ends = on_threads(layout, |rank, ranks| {
         let (program, weights) = &programs[rank];
         let library = if traps && rank == 1 { &trapping } else { &library };
         let executable = library.executable(program).unwrap();
-        let options = CudaOptions { device: rank % count, sharing: all.div_ceil(count), ..CudaOptions::default() };
+        let sharing = all.div_ceil(count);
+        let options = CudaOptions { device: rank % count, sharing, maps, ..CudaOptions::default() };
         let loading = Loading::new(program.clone(), weights, &executable, options).unwrap();
         let mut gpu = loading.finish(KV_BLOCKS, Some(ranks.clone())).unwrap();
         let begun = Instant::now();
