@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Kills or stops a rank in mid-generation, and checks what the other ranks do.
 
-    deaths.py --mixtral PATH [--kills 20] [--stops 20] [--mpirun 20] [--seed N] [--ranks 3] [--gpu sm_90]
+    deaths.py --mixtral PATH [--kills 20] [--stops 20] [--mpirun 20] [--seed N] [--ranks 3] [--gpu sm_90 [--apart]]
 
 Starts a few ranks as processes (RANK and WORLD_SIZE) on an engine with dummy weights that generates for long. While they
 generate, it kills (-9) or stops (-STOP) one of them, drawn at random. Every survivor must name the rank and end with exit
 code 1, within 10 s of a kill and 60 s of a stop, and nothing may be left behind. mpirun ends a job if one of its ranks is
 killed: the job must end within 10 s with a code other than 0. Prints the longest wait; exits 1 on a miss. With `--gpu`
-the ranks run on GPUs, one each, and no process may be left there either.
+the ranks run on GPUs, one each, and no process may be left there either. With `--apart` each of them calls itself a host, so
+that NCCL carries what they send each other.
 """
 
 import argparse
@@ -40,14 +41,16 @@ def on_gpus():
     return subprocess.run(query, capture_output=True, text=True).stdout.split()
 
 
-def one(binary, directory, ranks, how, rank, delay, job):
+def one(binary, directory, ranks, apart, how, rank, delay, job):
     """One run in which `rank` gets the signal `how` after `delay`. Returns (seconds of the slowest survivor, problems)."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}
     environment.update(WORLD_SIZE=str(ranks), MASTER_PORT=str(job), MASTER_ADDR="127.0.0.1", TMPDIR=str(directory / "tmp"),
                        MIXTRAL_SECRET="deaths")
     environment.pop("XDG_RUNTIME_DIR", None)
+    environment.update(NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1", NCCL_NVLS_ENABLE="0")
+    of_rank = lambda r: {"RANK": str(r)} | ({"NCCL_HOSTID": f"host-{r}"} if apart else {})
     command = [binary, *GENERATE, "--streaming-interval", "50"]
-    processes = [subprocess.Popen(command, cwd=directory, env=environment | {"RANK": str(r)}, text=True,
+    processes = [subprocess.Popen(command, cwd=directory, env=environment | of_rank(r), text=True,
                                   stdout=subprocess.DEVNULL if r else subprocess.PIPE, stderr=subprocess.PIPE)
                  for r in range(ranks)]
     # Rank 0 prints when tokens come, so after its first line the ranks are generating.
@@ -107,6 +110,7 @@ def main():
     parser.add_argument("--mpirun", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=3)
     parser.add_argument("--gpu", metavar="ARCH", help="run on GPUs of this architecture, e.g. sm_90")
+    parser.add_argument("--apart", action="store_true", help="each rank on a host of its own")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(1 << 30))
     args = parser.parse_args()
     print(f"seed {args.seed}")
@@ -121,7 +125,7 @@ def main():
         for how, count, at_once in (signal.SIGKILL, args.kills, 1), (signal.SIGSTOP, args.stops, 10 if args.gpu else 5):
             draws = [(rng.randrange(args.ranks), rng.uniform(0, 1), 29600 + i) for i in range(count)]
             with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-                results = list(pool.map(lambda d: one(binary, directory, args.ranks, how, *d), draws))
+                results = list(pool.map(lambda d: one(binary, directory, args.ranks, args.apart, how, *d), draws))
             problems = [p for _, found in results for p in found]
             left = sorted(path.name for path in (directory / "tmp").iterdir())
             if left:
