@@ -8,7 +8,7 @@
 //! Reading order: [`load`] (a program onto a GPU), [`backend`] (its steps), [`images`] (which compiled kernels a GPU
 //! runs), [`budget`] (memory, before any is allocated), `inputs` (a step as the device reads it), `weights` (onto the
 //! device), `moves` (blocks of the cache), `execute` (launches and graphs), `flight` (steps under way), `exchange` (memory between ranks),
-//! `remote` (ranks whose memory cannot be mapped), [`probe`] (a GPU's ceilings), and
+//! `peers` (whose memory that is), `remote` (ranks whose memory cannot be mapped), [`probe`] (a GPU's ceilings), and
 //! underneath `driver` (libcuda) and [`error`].
 #![deny(unsafe_code)]
 
@@ -23,6 +23,7 @@ pub mod images;
 mod inputs;
 pub mod load;
 mod moves;
+mod peers;
 pub mod probe;
 mod remote;
 mod staging;
