@@ -12,8 +12,8 @@
 # bench      Mixtral 8x7B's shape: decode, prefill, ceilings
 # fp8        operations on fp8 weights against the CPU backend, then Mixtral 8x7B's shape in fp8, built on this machine: bits that
 #            may not change, decode, prefill
-# cache      attention with an fp8 cache against the CPU backend, then Mixtral 8x7B's shape with a bf16 and an fp8 cache, built on
-#            this machine: bits that may not change, decode over long contexts, prefill
+# cache      attention with an fp8 cache against the CPU backend, then Mixtral 8x7B's shape with a bf16 and an fp8 cache, and
+#            with attention in fp8, built on this machine: bits that may not change, decode over long contexts, prefill
 # quantized  Mixtral 8x7B's shape in int8 and int4, built on this machine: decode, prefill, and how fast weights are loaded
 # twin       Mixtral 8x7B's shape against transformers with the same dummy weights
 # load       how fast weights get onto the GPU, and how fast its bus is; writes 25 GB, in memory if there is room
@@ -186,8 +186,15 @@ JSON
         bench_engine "8x7b, $kind cache, 8 prompts" "8x7b-cache-$kind" --batch-size 1 --steps 4 --prefill 2048 \
             --prefill-batch 8 --quick
     done
-    check "same bits: 8x7b, fp8 cache" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
-        --engine "$engines/8x7b-cache-fp8" --backend cuda
+    check "build: 8x7b, attention in fp8" last_line "$mixtral" build --model-config "$scratch/fp8/config.json" --backend cuda \
+        --max-batch-size 64 --max-num-tokens 16384 --max-seq-len 32800 --use-fp8-context-fmha enable \
+        --output-dir "$engines/8x7b-attention-fp8"
+    bench_engine "8x7b, attention in fp8, 8 prompts" 8x7b-attention-fp8 --batch-size 1 --steps 4 --prefill 2048 \
+        --prefill-batch 8 --quick
+    for kind in cache attention; do
+        check "same bits: 8x7b, fp8 $kind" last_line "$python" "$here/tests/python/determinism.py" --mixtral "$mixtral" \
+            --engine "$engines/8x7b-$kind-fp8" --backend cuda
+    done
 }
 
 quantized() {
