@@ -151,13 +151,27 @@ fn the_old_command_quantizes_to_fp8() {
     assert_eq!(shape("mlp.fc.weight"), ("F8_E4M3".to_owned(), vec![8, 192, 192]));
     assert_eq!(shape("mlp.fc.weights_scaling_factor"), ("F32".to_owned(), vec![8, 1]));
     mixtral_in(at, "verify ckpt", &[]).ok();
-    mixtral_in(at, "build --checkpoint_dir ckpt --output_dir engine --gemm_plugin float16 --workers 2", &[]).ok();
+    let build = "build --checkpoint_dir ckpt --output_dir engine --gemm_plugin float16 --strongly_typed --workers 2 --use_fp8_context_fmha enable";
+    mixtral_in(at, build, &[]).ok();
+    let config = fs::read_to_string(at.join("engine/config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["options"]["use_fp8_context_fmha"], "enable");
+    assert!(mixtral_in(at, "inspect engine", &[]).ok().contains("attention of prompts in fp8"));
     let text = mixtral_in(at, "run --engine_dir engine --max_output_len 16 --input_text", &["ROMEO:\n"]).ok();
     assert!(text.contains("ROMEO"), "{text}");
 
-    let for_gpu = "build --checkpoint_dir ckpt --output_dir gpu --arch sm_90a --dry-run --explain";
-    let explained = mixtral_in(at, for_gpu, &[]).ok();
-    assert!(explained.contains("[wgmma:") && !explained.contains("[mma:"), "{explained}");
+    let by_rows =
+        format!("quantize --model_dir {} --dtype float16 --qformat fp8_pc_pt --output_dir rows", model.display());
+    mixtral_in(at, &by_rows, &[]).ok();
+    for ckpt in ["ckpt", "rows"] {
+        let for_gpu = format!("build --checkpoint_dir {ckpt} --output_dir gpu --arch sm_90a --dry-run --explain");
+        let explained = mixtral_in(at, &for_gpu, &[]).ok();
+        assert!(explained.contains("[wgmma:") && !explained.contains("[mma:"), "{explained}");
+    }
+    let refused = mixtral_in(at, "build --checkpoint_dir rows --use_fp8_context_fmha enable", &[]);
+    assert_eq!(refused.code, 1);
+    let why = "attention in fp8 takes its keys and values from an fp8 cache, and this model's cache is f16";
+    assert!(refused.err.contains(why), "{}", refused.err);
     let to_int8 = mixtral_in(at, &quantize.replace("--kv_cache_dtype fp8", "--kv_cache_dtype int8"), &[]);
     assert_eq!(to_int8.code, 2);
     assert!(to_int8.err.contains("this version has no int8 cache; use fp8"), "{}", to_int8.err);

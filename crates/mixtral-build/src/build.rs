@@ -95,7 +95,7 @@ pub enum BuildError {
     },
     /// Attention in fp8 without a cache in fp8.
     #[error(
-        "--use-fp8-context-fmha: attention in fp8 takes its keys and values from an fp8 cache, and this model has a {cache} one; convert it with --kv-cache-dtype fp8, or leave the flag out"
+        "--use-fp8-context-fmha: attention in fp8 takes its keys and values from an fp8 cache, and this model's cache is {cache}; convert it with --kv-cache-dtype fp8, or leave the flag out"
     )]
     Fp8Context {
         /// What the cache stores.

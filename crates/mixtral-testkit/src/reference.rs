@@ -317,7 +317,6 @@ impl Reference<'_> {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a head's length")]
-    #[expect(clippy::too_many_arguments, reason = "the operation's fields")]
     fn attention(
         &self,
         state: &State,

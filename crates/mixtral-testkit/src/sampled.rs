@@ -333,7 +333,6 @@ impl Sampled<'_> {
     }
 
     #[expect(clippy::cast_precision_loss, reason = "a head's length")]
-    #[expect(clippy::too_many_arguments, reason = "the operation's fields")]
     fn attention(
         &self,
         query: &str,
