@@ -102,7 +102,7 @@ pub struct Schedule {
     host: HostPool,
     /// The sequences that wait, in order.
     pub queue: VecDeque<Sequence>,
-    /// The others, in the order in which they joined.
+    /// The others, in the order in which they joined: ascending by id, and a request's beams one behind the other.
     pub running: Vec<Sequence>,
     /// Copies of blocks that the next step begins with.
     moves: Vec<BlockMove>,
@@ -138,6 +138,12 @@ impl Schedule {
             sequence.contents = Content::of_prompt(&sequence.request.prompt, self.limits.block_size);
         }
         self.queue.push_back(sequence);
+    }
+
+    /// The index of a running sequence.
+    #[must_use]
+    pub fn find(&self, id: RequestId, beam: usize) -> Option<usize> {
+        self.running.binary_search_by_key(&(id, beam), |s| (s.id, s.beam)).ok()
     }
 
     /// Removes the cancelled sequences that no step under way computes.

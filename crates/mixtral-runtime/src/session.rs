@@ -266,18 +266,25 @@ impl Session {
     /// Ends a request. Returns whether it was still under way. Its blocks become free as soon as no step writes to
     /// them.
     pub fn cancel(&mut self, id: RequestId) -> bool {
+        let found = self.end(id);
+        self.schedule.remove_cancelled();
+        found
+    }
+
+    /// The same, but its sequences stay until [`Schedule::remove_cancelled`].
+    fn end(&mut self, id: RequestId) -> bool {
         self.searches.remove(&id);
-        let queue = &mut self.schedule.queue;
-        if let Some(at) = queue.iter().position(|s| s.id == id) {
+        let Schedule { queue, running, .. } = &mut self.schedule;
+        // Requests join in the order of their ids.
+        if let Ok(at) = queue.binary_search_by_key(&id, |s| s.id) {
             queue.remove(at);
             return true;
         }
         let mut found = false;
-        for sequence in self.schedule.running.iter_mut().filter(|s| s.id == id && !s.cancelled) {
+        for sequence in running.iter_mut().filter(|s| s.id == id && !s.cancelled) {
             sequence.cancelled = true;
             found = true;
         }
-        self.schedule.remove_cancelled();
         found
     }
 
@@ -366,7 +373,7 @@ impl Session {
         self.steps += 1;
         events.extend(self.advance_searches(now));
         for event in events.iter().filter(|e| e.is_last()) {
-            self.cancel(event.id);
+            self.end(event.id);
         }
         self.schedule.remove_cancelled();
         Ok(events)
@@ -403,7 +410,7 @@ impl Session {
         scores: &mut impl Iterator<Item = &'s Score>,
         now: Instant,
     ) -> Option<Event> {
-        let at = self.schedule.running.iter().position(|s| s.id == id && s.beam == beam)?;
+        let at = self.schedule.find(id, beam)?;
         let vocab_size = self.capabilities.vocab_size;
         let sequence = &mut self.schedule.running[at];
         sequence.in_flight -= 1;
