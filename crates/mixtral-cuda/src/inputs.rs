@@ -33,13 +33,15 @@ pub(crate) fn write(
     drawn: &[TokenId],
     bytes: &mut [u8],
 ) -> Result<Written, InputError> {
-    let mut put = |array: Array, what: &'static str, flag: &'static str, size: usize, values: &[u8]| {
+    let mut put = |array: Array, what: &'static str, flag: &'static str, size: usize, values: &[i32]| {
         let (start, room) = (block.offset(array), block.capacity(array));
-        if values.len() > room {
-            return Err(InputError::OverLimit { what, found: values.len() / size, limit: room / size, flag });
+        let len = size_of_val(values);
+        if len > room {
+            return Err(InputError::OverLimit { what, found: len / size, limit: room / size, flag });
         }
-        bytes[start..][..values.len()].copy_from_slice(values);
-        Ok(())
+        let words = bytes[start..][..len].as_chunks_mut().0;
+        words.iter_mut().zip(values).for_each(|(word, value)| *word = value.to_le_bytes());
+        Ok(len)
     };
     let decode_items = decode_items(inputs);
     let prefill_items = prefill_items(inputs);
@@ -56,28 +58,25 @@ pub(crate) fn write(
         num_scores: int(asked.len()),
         reserved: [0; 8],
     };
-    let sample_bytes: Vec<u8> = samples.iter().flat_map(bytes_of_sample).collect();
-    let adjustment_bytes = ints(adjustments.iter().flat_map(|a| [a.token, a.code]));
     let (tokens, seqs) = ("max-num-tokens", "max-batch-size");
-    put(Array::Header, "counts", tokens, 4, &bytes_of_header(&header))?;
-    put(Array::TokenIds, "tokens", tokens, 4, &ints(inputs.known_ids(drawn).iter().copied()))?;
-    put(Array::Positions, "positions", tokens, 4, &ints(inputs.positions.iter().copied()))?;
-    put(Array::SlotMapping, "slots", tokens, 4, &ints(inputs.slot_mapping.iter().copied()))?;
-    put(Array::CuQueryLens, "sequences", seqs, 4, &ints(inputs.cu_query_lens.iter().copied()))?;
-    put(Array::SeqLens, "sequences", seqs, 4, &ints(inputs.seq_lens.iter().copied()))?;
-    put(Array::LogitsIndices, "rows of logits", tokens, 4, &ints(inputs.logits_indices.iter().copied()))?;
-    put(Array::DecodeItems, "splits of decodes", seqs, 16, &ints(decode_items.into_iter().flatten()))?;
-    put(Array::PrefillItems, "tiles of prompts", tokens, 8, &ints(prefill_items.into_iter().flatten()))?;
-    put(Array::Samples, "draws", seqs, size_of::<Sample>(), &sample_bytes)?;
-    put(Array::BlockTable, "cache blocks", seqs, 4, &ints(inputs.block_table.iter().copied()))?;
-    put(Array::Adjustments, "penalized or banned tokens", "max-seq-len", size_of::<Adjustment>(), &adjustment_bytes)?;
-    let score_bytes = ints(asked.into_iter().flat_map(|a| [a.row, a.token, a.adjusted_by, a.best]));
-    put(Array::Scores, "scores", tokens, size_of::<Asked>(), &score_bytes)?;
-    Ok(Written {
-        scores: score_bytes.len(),
-        prefix: block.offset(Array::BlockTable) + 4 * inputs.block_table.len(),
-        adjustments: adjustment_bytes.len(),
-    })
+    put(Array::Header, "counts", tokens, 4, &words_of_header(&header))?;
+    put(Array::TokenIds, "tokens", tokens, 4, &inputs.known_ids(drawn))?;
+    put(Array::Positions, "positions", tokens, 4, &inputs.positions)?;
+    put(Array::SlotMapping, "slots", tokens, 4, &inputs.slot_mapping)?;
+    put(Array::CuQueryLens, "sequences", seqs, 4, &inputs.cu_query_lens)?;
+    put(Array::SeqLens, "sequences", seqs, 4, &inputs.seq_lens)?;
+    put(Array::LogitsIndices, "rows of logits", tokens, 4, &inputs.logits_indices)?;
+    put(Array::DecodeItems, "splits of decodes", seqs, 16, decode_items.as_flattened())?;
+    put(Array::PrefillItems, "tiles of prompts", tokens, 8, prefill_items.as_flattened())?;
+    let samples: Vec<_> = samples.iter().map(words_of_sample).collect();
+    put(Array::Samples, "draws", seqs, size_of::<Sample>(), samples.as_flattened())?;
+    let table = put(Array::BlockTable, "cache blocks", seqs, 4, &inputs.block_table)?;
+    let adjustments: Vec<_> = adjustments.iter().map(|a| [a.token, a.code]).collect();
+    let (what, flag) = ("penalized or banned tokens", "max-seq-len");
+    let adjustments = put(Array::Adjustments, what, flag, size_of::<Adjustment>(), adjustments.as_flattened())?;
+    let asked: Vec<_> = asked.iter().map(|a| [a.row, a.token, a.adjusted_by, a.best]).collect();
+    let scores = put(Array::Scores, "scores", tokens, size_of::<Asked>(), asked.as_flattened())?;
+    Ok(Written { prefix: block.offset(Array::BlockTable) + table, adjustments, scores })
 }
 
 /// Reads the draws out of `[samples]` of [`Drawn`].
@@ -269,7 +268,7 @@ fn adjust(vocab_size: usize, request: &SampleRequest<'_>, adjustments: &mut Vec<
     adjustments.extend(merged);
 }
 
-fn bytes_of_header(header: &Header) -> Vec<u8> {
+fn words_of_header(header: &Header) -> [i32; size_of::<Header>() / 4] {
     let Header {
         num_tokens,
         num_seqs,
@@ -283,25 +282,32 @@ fn bytes_of_header(header: &Header) -> Vec<u8> {
     } = *header;
     let counts =
         [num_tokens, num_seqs, num_decodes, num_logits, num_samples, num_decode_items, num_prefill_items, num_scores];
-    ints(counts.into_iter().chain(reserved))
+    let mut words = [0; size_of::<Header>() / 4];
+    words[..counts.len()].copy_from_slice(&counts);
+    words[counts.len()..].copy_from_slice(&reserved);
+    words
 }
 
-fn bytes_of_sample(sample: &Sample) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(size_of::<Sample>());
-    bytes.extend(sample.bits.to_le_bytes());
-    bytes.extend(sample.min_weight.to_le_bytes());
-    bytes.extend(sample.row.to_le_bytes());
-    bytes.extend(sample.top_k.to_le_bytes());
-    bytes.extend(sample.top_p.to_le_bytes());
-    for value in [sample.temperature, sample.repetition_penalty, sample.presence_penalty, sample.frequency_penalty] {
-        bytes.extend(value.to_le_bytes());
-    }
-    bytes.extend(ints([sample.first_adjustment, sample.num_adjustments, sample.reserved]));
-    bytes
-}
-
-fn ints(values: impl IntoIterator<Item = i32>) -> Vec<u8> {
-    values.into_iter().flat_map(i32::to_le_bytes).collect()
+fn words_of_sample(sample: &Sample) -> [i32; size_of::<Sample>() / 4] {
+    let halves = |value: u64| [0, 1].map(|i| i32::from_le_bytes(value.to_le_bytes().as_chunks().0[i]));
+    let real = |value: f32| value.to_bits().cast_signed();
+    let ([bits, high_bits], [min_weight, high_min_weight]) = (halves(sample.bits), halves(sample.min_weight));
+    [
+        bits,
+        high_bits,
+        min_weight,
+        high_min_weight,
+        sample.row,
+        sample.top_k,
+        sample.top_p.cast_signed(),
+        real(sample.temperature),
+        real(sample.repetition_penalty),
+        real(sample.presence_penalty),
+        real(sample.frequency_penalty),
+        sample.first_adjustment,
+        sample.num_adjustments,
+        sample.reserved,
+    ]
 }
 
 /// A count as the device reads it. Counts of a step that passed its check are below 2^31.

@@ -178,11 +178,12 @@ fn a_sample_has_the_layout_of_the_kernels() {
         num_adjustments: 11,
         reserved: 12,
     };
-    let bytes = bytes_of_sample(&sample);
-    assert_eq!(bytes.len(), size_of::<Sample>());
-    let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-    assert_eq!(u64::from_le_bytes(bytes[..8].try_into().unwrap()), sample.bits);
-    assert_eq!(u64::from_le_bytes(bytes[8..16].try_into().unwrap()), sample.min_weight);
+    let words = words_of_sample(&sample);
+    assert_eq!(size_of_val(&words), size_of::<Sample>());
+    let word = |at: usize| words[at / 4].cast_unsigned();
+    let long = |at: usize| u64::from(word(at)) | u64::from(word(at + 4)) << 32;
+    assert_eq!(long(offset_of!(Sample, bits)), sample.bits);
+    assert_eq!(long(offset_of!(Sample, min_weight)), sample.min_weight);
     assert_eq!(word(offset_of!(Sample, row)), 3);
     assert_eq!(word(offset_of!(Sample, top_k)), 4);
     assert_eq!(word(offset_of!(Sample, top_p)), 5);
@@ -267,10 +268,8 @@ fn more_draws_than_the_block_holds_are_refused() {
 
 #[test]
 fn draws_are_read_back() {
-    let mut bytes = ints([17, -1, 0, 0]);
-    bytes.extend(ints([0, 3]));
-    bytes.extend(f32::INFINITY.to_le_bytes());
-    bytes.extend(ints([0]));
+    let infinite = f32::INFINITY.to_bits().cast_signed();
+    let bytes = [17, -1, 0, 0, 0, 3, infinite, 0].map(i32::to_le_bytes).concat();
     let expected = [
         Drawn { token: 17, bad_token: -1, bad_value: 0.0, reserved: 0 },
         Drawn { token: 0, bad_token: 3, bad_value: f32::INFINITY, reserved: 0 },
