@@ -370,8 +370,19 @@ impl Schedule {
     pub fn inputs(&mut self, chunks: &[Chunk]) -> StepInputs<'_> {
         let limits = &self.limits;
         let width = limits.max_blocks_per_seq();
-        let moves = std::mem::take(&mut self.moves);
-        let mut step = StepInputs { cu_query_lens: vec![0], moves, ..StepInputs::default() };
+        let (seqs, tokens) = (chunks.len(), chunks.iter().map(|chunk| chunk.num_tokens).sum());
+        let mut step = StepInputs {
+            token_ids: Vec::with_capacity(tokens),
+            positions: Vec::with_capacity(tokens),
+            slot_mapping: Vec::with_capacity(tokens),
+            block_table: Vec::with_capacity(seqs * width),
+            seq_lens: Vec::with_capacity(seqs),
+            cu_query_lens: Vec::with_capacity(seqs + 1),
+            samples: Vec::with_capacity(seqs),
+            moves: std::mem::take(&mut self.moves),
+            ..StepInputs::default()
+        };
+        step.cu_query_lens.push(0);
         for chunk in chunks {
             let sequence = &self.running[chunk.sequence];
             step.num_decodes += usize::from(sequence.is_decode());

@@ -365,7 +365,7 @@ impl Session {
         let since = self.last_done.map_or(flight.started, |done| done.max(flight.started));
         self.last_step = StepStats { time: now - since, ..StepStats::default() };
         self.last_done = Some(now);
-        let mut events = Vec::new();
+        let mut events = Vec::with_capacity(flight.parts.len());
         let mut scores = outputs.scores.iter();
         for (id, beam, chunk) in &flight.parts {
             events.extend(self.land((*id, *beam), chunk, &outputs, &mut scores, now));
