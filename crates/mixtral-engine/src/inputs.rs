@@ -193,17 +193,18 @@ impl StepInputs<'_> {
                 return Err(InputError::Length { name, found, expected });
             }
         }
-        let within = |name, values: &[i32], low: i64, high: i64| match values
-            .iter()
-            .position(|&v| i64::from(v) < low || i64::from(v) >= high)
-        {
-            None => Ok(()),
-            Some(index) => Err(InputError::Value {
-                name,
-                index,
-                value: i64::from(values[index]),
-                expected: format!("{low} to {}", high - 1),
-            }),
+        let within = |name, values: &[i32], low: i64, high: i64| {
+            // No number is below −2^31 or above 2^31 − 1.
+            let least = i32::try_from(low).unwrap_or(i32::MIN);
+            let most = i32::try_from(high - 1).unwrap_or(i32::MAX);
+            let is_outside = |&v: &i32| v < least || v > most;
+            // All are looked at, without an early end: then the processor compares several at a time.
+            if !values.iter().fold(false, |any, v| any | is_outside(v)) {
+                return Ok(());
+            }
+            let index = values.iter().position(is_outside).unwrap_or(0);
+            let (value, expected) = (i64::from(values[index]), format!("{low} to {}", high - 1));
+            Err(InputError::Value { name, index, value, expected })
         };
         let int = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
         within("token_ids", &self.token_ids, -int(drawn), int(program.vocab_size))?;
