@@ -488,9 +488,20 @@ impl WorkList {
         Ok(())
     }
 
-    /// Captures all launches for a step of `regime`'s size.
-    pub(crate) fn capture(&mut self, stream: &Stream, regime: Regime, overlaps: bool) -> Result<(), CudaError> {
-        let shape = Shape { tokens: regime.max_tokens, logits: regime.max_tokens };
+    /// Whether no library has a part in it. A graph has a library's part in the size of the regime's fullest step.
+    pub(crate) fn is_of_kernels(&self) -> bool {
+        self.launches.iter().all(|(_, launch)| matches!(launch, Prepared::Launch(_)))
+    }
+
+    /// Captures all launches for a step of `regime`'s size. No step has more than `max_logits` rows of logits.
+    pub(crate) fn capture(
+        &mut self,
+        stream: &Stream,
+        regime: Regime,
+        max_logits: usize,
+        overlaps: bool,
+    ) -> Result<(), CudaError> {
+        let shape = Shape { tokens: regime.max_tokens, logits: regime.max_tokens.min(max_logits) };
         self.graph = Some(Graph::capture(stream, || self.run(stream, shape, &(0..usize::MAX), overlaps))?);
         Ok(())
     }

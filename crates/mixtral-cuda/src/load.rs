@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use mixtral_engine::{BackendError, Collectives, Program, Weights};
 use mixtral_kernels::lower::dummy;
+use mixtral_kernels::plan::LAST_RUNG;
 use mixtral_kernels::{Executable, Launch, Schedule, StepBlock, Work};
 
 use crate::CudaError;
@@ -32,7 +33,7 @@ pub struct CudaOptions {
     /// Whether to measure for [`op_times`](mixtral_engine::Backend::op_times). Launches are then neither captured nor
     /// overlapped.
     pub time_ops: bool,
-    /// Whether steps of decodes are captured as graphs.
+    /// Whether steps of few tokens are captured as graphs.
     pub graphs: bool,
     /// Whether a kernel may start while its predecessor still runs. This needs a GPU and a kernel that allow it.
     pub overlap: bool,
@@ -169,8 +170,10 @@ impl<'a> Loading<'a> {
         let carried = |launch: &Launch| exchange.as_ref()?.transfer(&program, schedule, launch);
         for (regime, works) in &schedule.regimes {
             let mut list = WorkList::new(works, &mut functions, &addresses, &carried)?;
-            if regime.decodes && options.graphs && !options.time_ops {
-                list.capture(&stream, *regime, overlap)?;
+            // For more tokens, the GPU takes longer than the host does for the launches.
+            let is_small = regime.max_tokens <= LAST_RUNG && list.is_of_kernels();
+            if (regime.decodes || is_small) && options.graphs && !options.time_ops {
+                list.capture(&stream, *regime, program.limits.max_num_logits, overlap)?;
             }
             work.push((*regime, list));
         }

@@ -7,7 +7,7 @@ use std::str::FromStr;
 /// Token counts at which kernels change.
 pub const RUNGS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
 
-/// The last rung. Steps of decodes of more sequences are not captured as graphs.
+/// The last rung. Steps of more tokens are not captured as graphs.
 pub const LAST_RUNG: usize = RUNGS[RUNGS.len() - 1];
 
 /// How a linear is computed for token counts up to a rung's.

@@ -22,14 +22,14 @@ use serde::{Deserialize, Serialize};
 use crate::weight::part_offsets;
 use crate::{Arg, Exchange, Family, Kernel, Launch, NamedArg, StepBlock, Work};
 
-/// A kind of step: what launches depend on.
+/// A kind of step: what launches depend on. A regime of few tokens is captured as a graph and replayed for up to
+/// `max_tokens` tokens. The graph's grids are those of `max_tokens`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Regime {
     /// The most tokens of such a step.
     pub max_tokens: usize,
-    /// Whether the step consists of decodes only, each with one token, one row of logits and one draw. Such a regime is
-    /// captured as a graph and replayed for up to `max_tokens` sequences. Its grids are those of `max_tokens`.
+    /// Whether the step consists of decodes only, each with one token, one row of logits and one draw.
     pub decodes: bool,
 }
 
