@@ -96,7 +96,7 @@ pub fn linears(dtype: DType) -> Vec<Case> {
     let whole = [quantized::linears(dtype, "fp8", &sizes), quantized::experts(dtype, "fp8", [144, 80])].concat();
     // With scales for each row, and in two types for each token.
     let word = if dtype == DType::F16 { "fp8:row:static" } else { "fp8:row:token" };
-    let some = [quantized::linears(dtype, word, &sizes[2..4]), quantized::experts(dtype, word, [144, 80])].concat();
+    let some = [quantized::linears(dtype, word, &sizes[2..3]), quantized::experts(dtype, word, [144, 80])].concat();
     let rows = [quantized::cases_of(dtype, word), some, extremes(dtype, word)].concat();
     [quantized::cases_of(dtype, "fp8"), whole, extremes(dtype, "fp8"), rows].concat()
 }
@@ -144,8 +144,12 @@ pub fn caches(dtype: DType) -> Vec<Case> {
 #[must_use]
 pub fn contexts(dtype: DType) -> Vec<Case> {
     let mut cases = [cases::attention(dtype), cases::attention_by_tiles(dtype)].concat();
-    cases.retain(|case| case.name.starts_with("attention ") && !case.name.contains(" Some(1000) "));
-    let like = |case: &&Case| case.name.contains("x128 ") && case.name.contains(" None ");
+    cases.retain(|case| {
+        let of_window = [" None ", " Some(21) "].iter().any(|window| case.name.contains(window));
+        case.name.starts_with("attention ") && of_window
+    });
+    let like =
+        |case: &&Case| case.name.contains("tiles 2x2x128 window None ") || case.name.contains("1x6x128 window None ");
     let with_queries = |scale: f32| {
         let of =
             move |case: &Case| Case { name: format!("{} of {scale}", case.name), ..case.clone() }.fill("qkv", scale);
