@@ -80,7 +80,7 @@ fn attention(c: &mut Criterion) {
         let mut a = assembly(new, past + new);
         let query = a.activation("q", Rows::Tokens, 32 * 128);
         let out = a.activation("o", Rows::Tokens, 32 * 128);
-        a.op(Op::Attention { query, num_heads: 32, window: None, layer: 0, out });
+        a.op(Op::Attention { query, num_heads: 32, window: None, layer: 0, fp8_context: false, out });
         a.place_apart();
         let (limits, blocks) = (a.program.limits, (past + new).div_ceil(BLOCK));
         let sequence = batch::sequences(1, &[past + new], &limits, a.program.vocab_size, blocks).remove(0);

@@ -259,6 +259,7 @@ fn small_program() -> &'static Program {
         let options = BuildOptions {
             limits: LIMITS,
             gather_context_logits: false,
+            fp8_context: false,
             recorded: BTreeMap::new(),
             workers: 1,
             memory_budget: None,
