@@ -100,7 +100,7 @@ pub struct Schedule {
     options: SessionOptions,
     pool: BlockPool,
     host: HostPool,
-    /// The sequences that wait, in order.
+    /// The sequences that wait, in order: ascending by id.
     pub queue: VecDeque<Sequence>,
     /// The others, in the order in which they joined: ascending by id, and a request's beams one behind the other.
     pub running: Vec<Sequence>,
@@ -143,6 +143,7 @@ impl Schedule {
     /// The index of a running sequence.
     #[must_use]
     pub fn find(&self, id: RequestId, beam: usize) -> Option<usize> {
+        debug_assert!(self.running.is_sorted_by_key(|s| (s.id, s.beam)), "as the field says");
         self.running.binary_search_by_key(&(id, beam), |s| (s.id, s.beam)).ok()
     }
 

@@ -275,7 +275,7 @@ impl Session {
     fn end(&mut self, id: RequestId) -> bool {
         self.searches.remove(&id);
         let Schedule { queue, running, .. } = &mut self.schedule;
-        // Requests join in the order of their ids.
+        debug_assert!(queue.iter().is_sorted_by_key(|s| s.id), "as the field says");
         if let Ok(at) = queue.binary_search_by_key(&id, |s| s.id) {
             queue.remove(at);
             return true;
