@@ -21,6 +21,7 @@ static unsigned __float_as_uint(float x) { return of_bits<unsigned>(x); }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
+static float __fdiv_rn(float a, float b) { return a / b; }
 static unsigned __byte_perm(unsigned, unsigned, unsigned) { return 0; }
 
 #include "base/fp8.cuh"
