@@ -6,7 +6,7 @@
 //   logits as they are. The most likely tokens are in the total order of f32 with ties by id.
 // Requires: as `draw`, which runs before and leaves the adjusted logits of draws in `copies`. At most step::MAX_BEST tokens.
 // Traffic: reads the logits twice, and about ten times, from L1, if the most likely tokens are wanted.
-// Measured: never run on a GPU.
+// Measured: not alone; the bits of its results are tested on GPUs.
 #pragma once
 
 #include "sample/draw.cuh"
