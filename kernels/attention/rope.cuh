@@ -9,6 +9,7 @@
 // Measured: H200, 16 384 tokens of 6144: 132 µs, 78 % of read.
 #pragma once
 
+#include "base/fp8.cuh"
 #include "base/step.cuh"
 #include "base/vector.cuh"
 #include "ptx/pdl.cuh"
@@ -102,7 +103,8 @@ template <typename T, bool ALIGNED, typename Stored>
 __device__ __forceinline__ void keep(Stored* to, float (&x)[VECTOR], float scale, int n) {
     if constexpr (sizeof(Stored) == 1) {
 #pragma unroll
-        for (int i = 0; i < VECTOR; ++i) x[i] = __fdiv_rn(rounded<T>(x[i]), scale);
+        for (int i = 0; i < VECTOR; ++i) x[i] = rounded<T>(x[i]);
+        fp8::Divisor(scale).divide(x);
     }
     store<ALIGNED>(to, x, n);
 }

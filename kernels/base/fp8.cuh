@@ -21,6 +21,33 @@ __device__ __forceinline__ float scale(float most) {
     return most > 0.0f ? fmaxf(__fdiv_rn(most, MAX), SMALLEST_NORMAL) : 1.0f;
 }
 
+// Divides numbers by one divisor before they become bytes. The bytes are those of a correctly rounded quotient, but
+// without __fdiv_rn's branches, one number after another: a reciprocal and two corrections give that quotient for all
+// magnitudes that do not become 0 or MAX anyway.
+struct Divisor {
+    float divisor, reciprocal;
+
+    __device__ __forceinline__ explicit Divisor(float divisor) : divisor(divisor), reciprocal(__fdiv_rn(1.0f, divisor)) {}
+
+    template <int COUNT>
+    __device__ __forceinline__ void divide(float (&x)[COUNT]) const {
+        // With divisors outside this range the corrections could lose bits among the smallest numbers.
+        if (divisor > 1e-20f && divisor < 1e20f) {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) {
+                const float first = __fmul_rn(x[i], reciprocal);
+                const float second = __fmaf_rn(__fmaf_rn(-first, divisor, x[i]), reciprocal, first);
+                const float third = __fmaf_rn(__fmaf_rn(-second, divisor, x[i]), reciprocal, second);
+                // (The corrections would make NaN of infinity, and 0 of -0.)
+                x[i] = fabsf(first) < 512.0f ? copysignf(third, first) : first;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < COUNT; ++i) x[i] = __fdiv_rn(x[i], divisor);
+        }
+    }
+};
+
 // The byte of x, nearest, ties to even. What is larger than MAX becomes MAX. Without the instruction, which GPUs have since
 // sm_89.
 __device__ __forceinline__ u32 round_by_integers(float x) {

@@ -22,7 +22,7 @@ template <typename T, int COLS, step::Rows ROWS>
 __global__ void __launch_bounds__(256)
     round_rows(const step::Header* header, i32 times, const T* input, const float* scale, e4m3_t* out) {
     pdl::launch_dependents();
-    const float divisor = *scale;
+    const fp8::Divisor divisor(*scale);
     pdl::wait();
     const i64 count = static_cast<i64>(step::num_rows<ROWS>(header, times)) * COLS;
     const i64 first = (static_cast<i64>(blockIdx.x) * 256 + threadIdx.x) * VECTOR;
@@ -30,8 +30,7 @@ __global__ void __launch_bounds__(256)
     const int n = count - first < VECTOR ? static_cast<int>(count - first) : VECTOR;
     float x[VECTOR];
     load<true>(x, input + first, n);
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) x[i] = __fdiv_rn(x[i], divisor);
+    divisor.divide(x);
     store<true>(out + first, x, n);
 }
 

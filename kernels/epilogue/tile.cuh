@@ -80,7 +80,7 @@ template <typename T, int ROWS, int COLS, bool RESIDUAL, int THREADS, bool ROUND
 __device__ __forceinline__ void store(const u8* tile, int thread, int cols, const int* destinations, int row0, int limit,
                                       T* out, const T* residual, i64 stride, Rounding<ROUNDS> rounding) {
     using Layout = Tile<ROWS, COLS>;
-    const float divisor = ROUNDS ? *rounding.divisor : 1.0f;
+    const fp8::Divisor divisor(ROUNDS ? *rounding.divisor : 1.0f);
     for (int i = thread; i < cols * Layout::PIECES; i += THREADS) {
         const int col = i / Layout::PIECES, piece = i % Layout::PIECES;
         const int destination = destinations[col];
@@ -98,8 +98,7 @@ __device__ __forceinline__ void store(const u8* tile, int thread, int cols, cons
         if constexpr (ROUNDS) {
             float x[VECTOR];
             unpack<T>(x, value);
-#pragma unroll
-            for (int i = 0; i < VECTOR; i++) x[i] = __fdiv_rn(x[i], divisor);
+            divisor.divide(x);
             store_aligned(rounding.rounded + at, x);
         }
     }

@@ -62,12 +62,10 @@ struct Row {
 
     // Stores e4m3(x / divisor), which a linear with fp8 weights takes.
     __device__ __forceinline__ void store_rounded(e4m3_t* row, float divisor) const {
-        Row quotient;
+        const fp8::Divisor by(divisor);
+        Row quotient = *this;
 #pragma unroll
-        for (int v = 0; v < VECTORS; ++v) {
-#pragma unroll
-            for (int i = 0; i < VECTOR; ++i) quotient.at[v][i] = __fdiv_rn(at[v][i], divisor);
-        }
+        for (int v = 0; v < VECTORS; ++v) by.divide(quotient.at[v]);
         quotient.store(row);
     }
 

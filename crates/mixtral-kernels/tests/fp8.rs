@@ -27,8 +27,10 @@ fn kernels_convert_as_the_definition_does() {
     let input: Vec<u8> = bits.iter().flat_map(|bits| bits.to_le_bytes()).collect();
     let mut stdin = child.stdin.take().expect("piped");
     let writer = std::thread::spawn(move || stdin.write_all(&input).expect("it reads"));
-    let output = child.wait_with_output().expect("it ends").stdout;
+    let ended = child.wait_with_output().expect("it ends");
     writer.join().expect("no panic");
+    assert!(ended.status.success(), "a quotient of `fp8::Divisor` became another byte than a correctly rounded one");
+    let output = ended.stdout;
     let (bytes, numbers) = output.split_at(bits.len());
 
     for (&bits, &byte) in bits.iter().zip(bytes) {

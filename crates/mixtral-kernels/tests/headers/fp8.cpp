@@ -1,9 +1,10 @@
 // Compiles kernels/base/fp8.cuh for the host. Reads f32 from standard input and writes the byte of each; then writes, for
 // every byte, what it becomes as f32, and what the kernels move of it for f16 and bf16, times the factor, as f32. The
-// product itself is an instruction of the GPU.
+// product itself is an instruction of the GPU. Ends with 1 if the byte of a quotient depends on how it was divided.
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 
 #define __device__
 #define __forceinline__ inline
@@ -22,6 +23,7 @@ static float __fadd_rn(float a, float b) { return a + b; }
 static float __fsub_rn(float a, float b) { return a - b; }
 static float __fmul_rn(float a, float b) { return a * b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
+static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 static unsigned __byte_perm(unsigned, unsigned, unsigned) { return 0; }
 
 #include "base/fp8.cuh"
@@ -44,13 +46,36 @@ static void write_moved(u32 byte) {
     }
 }
 
+// Whether x / by becomes the same byte if it is divided as the kernels do.
+static bool divides(float x, float by) {
+    float quotient[1] = {x};
+    fp8::Divisor(by).divide(quotient);
+    return from_float<e4m3_t>(quotient[0]).bits == from_float<e4m3_t>(x / by).bits;
+}
+
 int main() {
+    bool same = true;
     float x;
-    while (fread(&x, 4, 1, stdin) == 1) putchar(from_float<e4m3_t>(x).bits);
+    while (fread(&x, 4, 1, stdin) == 1) {
+        putchar(from_float<e4m3_t>(x).bits);
+        for (float by : {1.0f, 0.1f, 3.7e-3f, 448.0f, 1e-12f, 9.9e-21f, 1.1e-20f, 1.2e-38f, 9.9e19f, 1.1e20f, 3e38f}) {
+            same &= divides(x, by);
+        }
+    }
+    // Quotients at the borders between two bytes, and beside them.
+    for (u32 i = 1; i < 4000; i++) {
+        const float by = __uint_as_float(0x3f800000 + i * 2097) * ldexpf(1.0f, static_cast<int>(i % 60) - 30);
+        for (u32 byte = 0; byte < 0x7e; byte++) {
+            const float low = to_float(e4m3_t{static_cast<u8>(byte)}), high = to_float(e4m3_t{static_cast<u8>(byte + 1)});
+            const u32 bits = __float_as_uint((low + high) / 2 * by);
+            for (int step = -2; step <= 2; step++) same &= divides(__uint_as_float(bits + step), by);
+        }
+    }
     for (u32 byte = 0; byte < 256; byte++) {
         x = to_float(e4m3_t{static_cast<u8>(byte)});
         fwrite(&x, 4, 1, stdout);
         write_moved<f16_t>(byte);
         write_moved<bf16_t>(byte);
     }
+    return same ? 0 : 1;
 }
