@@ -1,12 +1,13 @@
-// What the kernels of decode attention share: work items, the arithmetic of the four warps that compute them, and the
-// merge of warps and of splits. The kernels differ only in how they bring tiles of keys and values to shared memory.
+// What the kernels of decode attention share: the arithmetic of the four warps that compute works, and the merge of
+// warps. The kernels differ only in how they bring tiles of keys and values to shared memory.
 #pragma once
 
+#include "attention/splits.cuh"
 #include "attention/tile.cuh"
+#include "attention/works.cuh"
 #include "base/fp8.cuh"
 #include "base/math.cuh"
 #include "base/reduce.cuh"
-#include "base/step.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 
@@ -31,40 +32,20 @@ struct Decode {
     static constexpr int PIECES = D * sizeof(Stored) / 16;  // pieces of 16 bytes of a row of keys or values
     static constexpr int SPLIT_TILES = step::DECODE_SPLIT / TILE;
 
+    // Four elements of a head each, that a thread adds up.
+    static constexpr int QUADS = ceil_div(ROWS * (D / 4), DECODE_THREADS);
+
     // What the warps merge: maxima, totals and sums. The stride puts the four values of D and eight heads that a warp
     // stores at once into different banks.
     static constexpr int SUM_STRIDE = D + 4;
     struct alignas(16) Merge {
         float sums[DECODE_WARPS][ROWS][SUM_STRIDE];
         float maxima[DECODE_WARPS][16], totals[DECODE_WARPS][16];
-        alignas(16) int last_split;
+        // The CTA's first and last work, each with its item in x, y and z, and whether the CTA adds the splits of their
+        // sequences. (Kept here, so that they take no registers.)
+        int4 ends[2];
+        alignas(16) int adds[2];
     };
-};
-
-// The step's works. Each is one split of a sequence for one part of a group. CTAs take them in turn.
-template <typename C>
-struct DecodeList {
-    const int4* items;
-    int num_works;
-
-    // The caller reads an item one turn before it needs it, so that no thread waits for the item.
-    __device__ __forceinline__ int4 at(int work) const { return work < num_works ? items[work / C::PER_ITEM] : int4{}; }
-};
-
-template <typename C>
-struct DecodeWork {
-    int seq, split, head;
-    // The sequence's visible tokens are [first, end). The split's tiles [tile, last) hold some of them; there may be no
-    // such tile.
-    int first, end, tile, last;
-
-    __device__ __forceinline__ DecodeWork(int work, const int4& item)
-        : seq(item.x), split(item.y), head(work % C::PER_ITEM / C::PARTS), end(item.z) {
-        first = first_visible<C::WINDOW>(end - 1);
-        const int begin = split * step::DECODE_SPLIT;
-        tile = max(first, begin) / TILE;
-        last = (min(begin + step::DECODE_SPLIT, end) + TILE - 1) / TILE;
-    }
 };
 
 // How a lane's registers of queries, keys, values and sums map to elements of D, for each type of the cache. Matrices of
@@ -159,18 +140,81 @@ struct Elements {
     }
 };
 
+// Calls f for each of the thread's quads of `heads` heads: which of its quads it is, the head and the first element.
+template <typename C, typename F>
+__device__ __forceinline__ void each_quad(int heads, F f) {
+#pragma unroll
+    for (int n = 0; n < C::QUADS; ++n) {
+        const int i = n * DECODE_THREADS + ptx::thread_anew();
+        if (i < heads * (C::D / 4)) f(n, i / (C::D / 4), i % (C::D / 4) * 4);
+    }
+}
+
+// Stores a result.
+template <typename C>
+__device__ __forceinline__ void store(typename C::T* out, int seq, int head, int at, const Quad& quad, float value_scale) {
+    using T = typename C::T;
+    const float4& sum = quad.sum;
+    *reinterpret_cast<uint2*>(out + (static_cast<i64>(seq) * C::HEADS + head) * C::D + at) =
+        make_uint2(pack<T>(sum.x / quad.total * value_scale, sum.y / quad.total * value_scale),
+                   pack<T>(sum.z / quad.total * value_scale, sum.w / quad.total * value_scale));
+}
+
+// A CTA's first sequence and part and its last one may have splits of other CTAs too. The CTA that comes last adds all
+// of them. (This is done behind all works, because a fence waits as long as the loads that are under way take.)
+template <typename C>
+__device__ __forceinline__ void add_shared(typename C::Merge& merge, const Partials<C>& partials, u32* tickets, typename C::T* out,
+                                           float value_scale) {
+    const int thread = ptx::thread_anew();
+    // Only two threads fence. Their fence is cumulative across the barriers, so it covers the other threads' writes
+    // before the first barrier and their reads after the second.
+    ptx::sync_threads(1, DECODE_THREADS);
+    if (thread < 2) {
+        const int4 end = merge.ends[thread];
+        const DecodeWork<C> c(end.w, end);
+        // How many of the splits this CTA has, if it has not all.
+        int own = 0;
+        if (thread == 0) {
+            if (c.split > c.first_split()) own = min(c.splits() - c.split, merge.ends[1].w + 1 - end.w);
+        } else if (c.split < c.splits() - 1 && end.w - (c.split - c.first_split()) >= merge.ends[0].w) {
+            own = max(c.split + 1 - c.first_split(), 0);
+        }
+        bool last = false;
+        if (own > 0) {
+            u32* ticket = tickets + c.seq * C::PER_ITEM + c.part;
+            __threadfence();
+            last = atomicAdd(ticket, static_cast<u32>(own)) + own == static_cast<u32>(c.splits() - c.first_split());
+            if (last) {
+                *ticket = 0;
+                __threadfence();
+            }
+        }
+        merge.adds[thread] = last;
+    }
+    ptx::sync_threads(1, DECODE_THREADS);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+        if (!merge.adds[i]) continue;
+        const DecodeWork<C> c(merge.ends[i].w, merge.ends[i]);
+        each_quad<C>(c.heads(), [&](int, int row, int at) {
+            const int head = c.first_head() + row;
+            store<C>(out, c.seq, head, at, partials.sum(c, head, at), value_scale);
+        });
+    }
+}
+
 // Computes the CTA's works. `tiles` gives each work's tiles in ascending order. All warps call `next()` to go on to a
 // tile. `keys()`, then `values()`, wait until these have arrived and return their place. `release()` ends a warp's
 // reading of either. A warp that needs neither calls `skip()`. A warp may see only some of its 16 tokens; the others
-// are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. Called by the first DECODE_THREADS threads,
+// are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. `kept(n)` is where a thread keeps four elements
+// of quad n from work to work. Called by the first DECODE_THREADS threads,
 // after the wait.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
-                                       float scale, float value_scale, typename C::T* out, float* partials, int max_splits,
-                                       u32* tickets) {
+                                       float scale, float value_scale, typename C::T* out, const Partials<C>& partials, u32* tickets) {
     using T = typename C::T;
     using Layout = typename Tiles::Layout;
-    constexpr int D = C::D, GROUP = C::GROUP, PARTS = C::PARTS, HALVES = C::HALVES, PER_ITEM = C::PER_ITEM, STEPS = D / 16;
+    constexpr int D = C::D, HALVES = C::HALVES, STEPS = D / 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = lane / 4, column = lane % 4 * 2;
     // Where a lane finds its row of the four matrices of 8 tokens × 16 bytes: two matrices of the first 8 tokens, then
@@ -181,28 +225,41 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
 
     // Rows of the product behind the part's heads repeat its last head. Their results are not used.
     u32 q[STEPS][4] = {};
-    const auto heads_of = [](int work) { return min(GROUP - work % PARTS * 16, 16); };
-    const auto first_head_of = [](int work) { return work % PER_ITEM / PARTS * GROUP + work % PARTS * 16; };
-    const auto load_queries = [&](int work, int seq) {
-        const T* queries = query + static_cast<i64>(seq) * C::COLS + static_cast<i64>(first_head_of(work)) * D;
+    const auto load_queries = [&](const DecodeWork<C>& c) {
+        const T* queries = query + static_cast<i64>(c.seq) * C::COLS + static_cast<i64>(c.first_head()) * D;
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
-            const T* from = queries + min(row + half * 8, heads_of(work) - 1) * D;
+            const T* from = queries + min(ptx::thread_anew() % 32 / 4 + half * 8, c.heads() - 1) * D;
 #pragma unroll
             for (int k = 0; k < STEPS; ++k) Elements<C>::load_query(q[k][half], q[k][half + 2], from + k * 16);
         }
     };
-    int4 item = list.at(blockIdx.x), next_item = item;
-    if (static_cast<int>(blockIdx.x) < list.num_works) load_queries(blockIdx.x, item.x);
-    for (int work = blockIdx.x; work < list.num_works; work += gridDim.x, item = next_item) {
-        DecodeWork<C> c(work, item);
-        const int next = work + gridDim.x;
-        next_item = list.at(next);
-        if (c.tile >= c.last) {
-            if (next < list.num_works) load_queries(next, next_item.x);
+    // Whether this CTA has all splits of the present sequence and part so far, and what their sum is. The rest of it is
+    // where `kept` says.
+    float tops[C::QUADS], totals[C::QUADS];
+    bool from_start = false;
+    if (list.begin == list.end) return;
+    if (threadIdx.x < 2) {
+        const int work = threadIdx.x == 0 ? list.begin : list.end - 1;
+        int4 item = list.at(work);
+        item.w = work;
+        merge.ends[threadIdx.x] = item;
+    }
+    DecodeWork<C> present(list.begin, list.at(list.begin));
+    load_queries(present);
+    for (int work = list.begin; work < list.end; ++work) {
+        const int first = present.first(), end = present.end, last = present.last();
+        int tile = present.tile();
+        const bool ends = work + 1 == list.end;
+        // To the next work. (Its item is read only now, because there are no registers for it beside the tiles.)
+        const auto go_on = [&] {
+            if (!present.advance()) present.begin(list.at(work + 1));
+            if (!ends) load_queries(present);
+        };
+        if (tile >= last) {
+            go_on();
             continue;
         }
-        const int heads = heads_of(work), first_head = first_head_of(work);
         // Scores and probabilities have heads as rows, so they lie in registers as the second operand of the product
         // with the values does. Sums have heads as columns. Eight heads as columns take half of the products and
         // registers that they would take as rows.
@@ -210,14 +267,14 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         float max[HALVES], total[HALVES] = {};
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) max[half] = math::minus_infinity();
-        for (; c.tile < c.last; ++c.tile) {
+        for (; tile < last; ++tile) {
             tiles.next();
-            const int token = c.tile * TILE + warp * 16;
-            if (token >= c.end || token + 16 <= c.first) {
+            const int token = tile * TILE + warp * 16;
+            if (token >= end || token + 16 <= first) {
                 tiles.skip();
                 continue;
             }
-            const bool edge = token < c.first || token + 16 > c.end;
+            const bool edge = token < first || token + 16 > end;
 
             float s[2][4] = {};
             Elements<C>::template score<Layout>(s, q, tiles.keys() + own);
@@ -228,7 +285,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
                         const int at = token + n * 8 + column + i % 2;
-                        if (at < c.first || at >= c.end) s[n][i] = math::minus_infinity();
+                        if (at < first || at >= end) s[n][i] = math::minus_infinity();
                     }
                 }
             }
@@ -275,8 +332,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
                     const int at = token + n * 8 + column;
-                    masks[n] = (at >= c.first && at < c.end ? 0x0000ffffu : 0) |
-                               (at + 1 >= c.first && at + 1 < c.end ? 0xffff0000u : 0);
+                    masks[n] = (at >= first && at < end ? 0x0000ffffu : 0) |
+                               (at + 1 >= first && at + 1 < end ? 0xffff0000u : 0);
                 }
                 Elements<C>::template add_values<Layout, true>(o, high, low, v_lane, masks);
             } else {
@@ -286,7 +343,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         }
 
         // The next work's queries arrive while the warps' parts are added.
-        if (next < list.num_works) load_queries(next, next_item.x);
+        const DecodeWork<C> c = present;
+        go_on();
         // Adds the warps' parts in ascending order. (The first barrier ensures that all threads have read the parts of
         // the last work.)
         sync();
@@ -301,83 +359,46 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int to = half * 8 + column + i;
-                if (to >= heads) continue;
+                if (to >= c.heads()) continue;
 #pragma unroll
                 for (int k = 0; k < STEPS; ++k) Elements<C>::store(merge.sums[warp][to], k, o[k][half][i], o[k][half][2 + i]);
             }
         }
         sync();
-        const int num_splits = ceil_div(c.end, step::DECODE_SPLIT), first_split = c.first / step::DECODE_SPLIT;
-        const auto partial = [&](int split, int head) {
-            return partials + ((static_cast<i64>(c.seq) * max_splits + split) * C::HEADS + head) * (D + 4);
-        };
-        const auto store = [&](int head, int at, const float4& sum, float by) {
-            *reinterpret_cast<uint2*>(out + (static_cast<i64>(c.seq) * C::HEADS + head) * D + at) =
-                make_uint2(pack<T>(sum.x / by * value_scale, sum.y / by * value_scale),
-                           pack<T>(sum.z / by * value_scale, sum.w / by * value_scale));
-        };
-        const auto add = [](float4& sum, float by, const float4& x) {
-            sum.x = __fmaf_rn(by, x.x, sum.x);
-            sum.y = __fmaf_rn(by, x.y, sum.y);
-            sum.z = __fmaf_rn(by, x.z, sum.z);
-            sum.w = __fmaf_rn(by, x.w, sum.w);
-        };
-        const int quads = heads * (D / 4);
-        for (int i = threadIdx.x; i < quads; i += DECODE_THREADS) {
-            const int from = i / (D / 4), at = i % (D / 4) * 4;
-            float top = merge.maxima[0][from];
+        const bool is_first = c.split == c.first_split();
+        from_start = from_start || is_first;
+        each_quad<C>(c.heads(), [&](int n, int row, int at) {
+            Quad split{merge.maxima[0][row], 0.0f, {}};
 #pragma unroll
-            for (int w = 1; w < DECODE_WARPS; ++w) top = fmaxf(top, merge.maxima[w][from]);
-            float4 sum = {};
-            float by = 0.0f;
+            for (int w = 1; w < DECODE_WARPS; ++w) split.top = fmaxf(split.top, merge.maxima[w][row]);
 #pragma unroll
             for (int w = 0; w < DECODE_WARPS; ++w) {
-                const float factor = math::exp2_approximate(merge.maxima[w][from] - top);
-                by = __fmaf_rn(factor, merge.totals[w][from], by);
-                add(sum, factor, *reinterpret_cast<const float4*>(&merge.sums[w][from][at]));
+                const float factor = math::exp2_approximate(merge.maxima[w][row] - split.top);
+                const Quad warp_sum{split.top, merge.totals[w][row], *reinterpret_cast<const float4*>(&merge.sums[w][row][at])};
+                split.scale_and_add(1.0f, factor, warp_sum);
             }
-            if (num_splits - first_split == 1) {
-                store(first_head + from, at, sum, by);
-            } else {
-                float* to = partial(c.split, first_head + from);
-                *reinterpret_cast<float4*>(to + at) = sum;
-                if (at == 0) *reinterpret_cast<float2*>(to + D) = make_float2(top, by);
+            const int head = c.first_head() + row;
+            if (!from_start) {
+                partials.store(c.seq, c.split, head, at, split, 1);
+                return;
             }
-        }
-        if (num_splits - first_split == 1) continue;
-        // Only thread 0 fences. Its fence is cumulative across the barriers, so it covers the other threads' writes
-        // before the first barrier and their reads after the second.
-        sync();
-        if (threadIdx.x == 0) {
-            u32* ticket = tickets + c.seq * PER_ITEM + work % PER_ITEM;
-            __threadfence();
-            const bool last = atomicAdd(ticket, 1u) == static_cast<u32>(num_splits - first_split - 1);
-            if (last) {
-                *ticket = 0;
-                __threadfence();
+            float4& kept = tiles.kept(n);
+            Quad sum = split;
+            if (!is_first) {
+                sum = {tops[n], totals[n], kept};
+                sum.add(split);
             }
-            merge.last_split = last;
-        }
-        sync();
-        if (!merge.last_split) continue;
-        for (int i = threadIdx.x; i < quads; i += DECODE_THREADS) {
-            const int head = first_head + i / (D / 4), at = i % (D / 4) * 4;
-            float top = math::minus_infinity();
-#pragma unroll 4
-            for (int split = first_split; split < num_splits; ++split) top = fmaxf(top, __ldcg(partial(split, head) + D));
-            float4 sum = {};
-            float by = 0.0f;
-#pragma unroll 4
-            for (int split = first_split; split < num_splits; ++split) {
-                const float* from = partial(split, head);
-                const float2 state = __ldcg(reinterpret_cast<const float2*>(from + D));
-                const float factor = math::exp2_approximate(state.x - top);
-                by = __fmaf_rn(factor, state.y, by);
-                add(sum, factor, __ldcg(reinterpret_cast<const float4*>(from + at)));
+            kept = sum.sum;
+            tops[n] = sum.top;
+            totals[n] = sum.total;
+            if (c.split == c.splits() - 1) {
+                store<C>(out, c.seq, head, at, sum, value_scale);
+            } else if (ends) {
+                partials.store(c.seq, c.first_split(), head, at, sum, c.split + 1 - c.first_split());
             }
-            store(head, at, sum, by);
-        }
+        });
     }
+    add_shared<C>(merge, partials, tickets, out, value_scale);
 }
 
 }  // namespace attention

@@ -2,8 +2,8 @@
 // Regime: any batch and context; 16-bit types. Where blocks and heads suit TMA, Hopper has decode_tma, whose bits are the same.
 // Tile: 64 tokens of one KV head. The heads of a group (16 at most) share the tensor cores' products. Each of four
 //   warps computes 16 of the tokens.
-// Grid: persistent over (sequence, split of 256 tokens, KV head). A ring of STAGES tiles is loaded ahead, across work
-//   items. The CTA that finishes the last split of a sequence merges the splits.
+// Grid: persistent; a CTA has a run of works (works.cuh). A ring of STAGES tiles is loaded ahead, across works. Splits
+//   of a sequence that several CTAs have are added by the one that finishes last.
 // Numerics: scores in f32 by tensor cores; online softmax in base 2. The product with the values takes a probability as
 //   the sum of two 16-bit parts, with a relative error of 2^-16 (bf16) or 2^-21 (f16). Warps and splits merge in
 //   ascending order. Splits begin at multiples of 256 and tiles at multiples of 64, so a sequence's bits depend only on
@@ -39,19 +39,22 @@ struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
         const i32 table_width;
         const u32 ring;
         // The next tile to copy, if there is one, and its block. Items and blocks are read one turn before they are
-        // needed: the item of the work after `work`, and the block of the tile after the one that is copied.
+        // needed: the item of the work after `ahead`, and the block of the tile after the one that is copied.
         int work;
-        int4 item, next_item;
+        int4 next_item;
         DecodeWork<Base> ahead;
+        int tile;
         i32 block = 0;
         int stage = 0;
         bool waited = false;
+        float4 sums[Base::QUADS];
+
+        __device__ __forceinline__ float4& kept(int n) { return sums[n]; }
 
         __device__ __forceinline__ Tiles(const DecodeList<Base>& list, const Kv& cache, const i32* block_table, i32 table_width, u32 ring)
-            : list(list), cache(cache), block_table(block_table), table_width(table_width), ring(ring), work(blockIdx.x),
-              item(list.at(work)), next_item(list.at(work + gridDim.x)), ahead(work, item) {
+            : list(list), cache(cache), block_table(block_table), table_width(table_width), ring(ring), work(list.begin),
+              next_item(list.at(work + 1)), ahead(work, list.at(work)) {
             seek();
-            look_up();
 #pragma unroll
             for (int i = 0; i < STAGES - 1; ++i) load_next(i);
             wait();
@@ -62,29 +65,30 @@ struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
             waited = true;
         }
         __device__ __forceinline__ void advance() {
-            work += gridDim.x;
-            item = next_item;
-            next_item = list.at(work + gridDim.x);
-            ahead = DecodeWork<Base>(work, item);
+            if (!ahead.advance()) ahead.begin(next_item);
+            next_item = list.at(++work + 1);
         }
         // Goes to the first work, from this one on, that has tiles.
         __device__ __forceinline__ void seek() {
-            while (work < list.num_works && ahead.tile >= ahead.last) advance();
+            while (work < list.end && ahead.tile() >= ahead.last()) advance();
+            tile = ahead.tile();
+            look_up();
         }
         __device__ __forceinline__ const i32* blocks() const { return block_table + static_cast<i64>(ahead.seq) * table_width; }
         __device__ __forceinline__ void look_up() {
-            if (work < list.num_works) block = Kv::entry(blocks(), ahead.tile);
+            if (work < list.end) block = Kv::entry(blocks(), tile);
         }
         __device__ __forceinline__ void load_next(int to) {
-            if (work < list.num_works) {
+            if (work < list.end) {
                 // The last token's key and value are written in this step, so wait for them.
-                if ((ahead.tile + 1) * TILE >= ahead.end) wait();
-                cache.template load<DECODE_THREADS>(ring + to * STAGE, blocks(), block, ahead.head, ahead.tile, ahead.first, ahead.end);
-                if (++ahead.tile == ahead.last) {
+                if ((tile + 1) * TILE >= ahead.end) wait();
+                cache.template load<DECODE_THREADS>(ring + to * STAGE, blocks(), block, ahead.head(), tile, ahead.first(), ahead.end);
+                if (++tile == ahead.last()) {
                     advance();
                     seek();
+                } else {
+                    look_up();
                 }
-                look_up();
             }
             ptx::cp_async_commit();
         }
@@ -111,13 +115,11 @@ __global__ void __launch_bounds__(DECODE_THREADS, HEADS / KV_HEADS > 8 ? 2 : 3)
     using C = DecodeCopies<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, STAGES>;
     using Base = typename C::Base;
     extern __shared__ __align__(128) unsigned char memory[];
-    const DecodeList<Base> list = {items, header->num_decode_items * Base::PER_ITEM};
-    // A CTA without work exits and makes room for the next kernel, which can then begin to load weights. (CTA 0 stays,
-    // because a grid in which no CTA waits could end before its predecessors.)
-    if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= list.num_works) return;
+    const DecodeList<Base> list(items, header->num_decode_items);
+    if (list.is_idle()) return;
     typename C::Tiles tiles(list, {keys, values}, block_table, table_width, ptx::shared_address(memory));
     attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(memory + STAGES * C::STAGE), list, query, scale, value_scale, out,
-                 partials, max_splits, tickets);
+                 {partials, max_splits}, tickets);
     ptx::cp_async_wait_group<0>();
 }
 

@@ -2,7 +2,7 @@
 // Regime: any batch and context; 16-bit types.
 // Tile: 64 tokens of one KV head, keys and values separately. Otherwise as decode_paged, with the same arithmetic
 //   (decode.cuh) and the same bits.
-// Grid: as decode_paged. A ring of SLOTS tiles of keys or values is loaded ahead, across work items.
+// Grid: as decode_paged. A ring of SLOTS tiles of keys or values is loaded ahead, across works.
 // Numerics: as decode_paged.
 // Requires: sm_90a; D of 64 or 128 (128 with an fp8 cache), blocks of a multiple of 64 tokens. Keys and values of earlier steps are read before
 //   the wait, since nothing in this step writes them.
@@ -33,8 +33,9 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
     // A tile is ATOMS atoms of 64 rows of 128 bytes, one for each WIDTH elements of D. A strip is a warp's 16 rows of an
     // atom.
     static constexpr int WIDTH = 128 / sizeof(Stored), ATOMS = D / WIDTH, ATOM = TILE * 128, STRIP = 16 * 128, SLOT = ATOMS * ATOM;
-    static constexpr int MERGE_AT = SLOTS * SLOT, BARRIERS_AT = MERGE_AT + sizeof(typename Base::Merge);
-    static constexpr int SHARED = BARRIERS_AT + SLOTS * 16 + 1024;  // 1024 to align
+    static constexpr int MERGE_AT = SLOTS * SLOT, KEPT_AT = MERGE_AT + sizeof(typename Base::Merge);
+    static constexpr int BARRIERS_AT = KEPT_AT + Base::ROWS * D * sizeof(float);
+    static constexpr int SHARED = BARRIERS_AT + SLOTS * 16;
     static_assert(SHARED == SHARED_, "what the launch asks for");
     static_assert(D <= 128 && D % WIDTH == 0 && BLOCK_SIZE % TILE == 0, "whole boxes");
 
@@ -56,7 +57,12 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
 
         u32 base;
         Buffers<SLOTS> ring;
+        u8* shared;
 
+        // (In registers, these would be spilled.)
+        __device__ __forceinline__ float4& kept(int n) const {
+            return reinterpret_cast<float4*>(shared + KEPT_AT)[n * DECODE_THREADS + threadIdx.x];
+        }
         __device__ __forceinline__ void next() const {}
         __device__ __forceinline__ u32 keys() const {
             ring.wait_full();
@@ -93,7 +99,7 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
     // Each tile is read once, unless several parts of a group read it.
     constexpr u64 POLICY = C::PARTS == 1 ? tma::EVICT_FIRST : tma::EVICT_NORMAL;
     const auto tile_of = [](const Work& work, int i) { return work.split * C::SPLIT_TILES + i; };
-    const auto has = [&](const Work& work, int i) { return tile_of(work, i) >= work.tile && tile_of(work, i) < work.last; };
+    const auto has = [&](const Work& work, int i) { return tile_of(work, i) >= work.tile() && tile_of(work, i) < work.last(); };
     // Where the rows of a work's tiles begin among the rows of all blocks, [blocks, KV_HEADS, BLOCK_SIZE].
     const auto locate = [&](const Work& work, int (&rows)[C::SPLIT_TILES]) {
         const i32* blocks = block_table + static_cast<i64>(work.seq) * table_width;
@@ -101,7 +107,7 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
         for (int i = 0; i < C::SPLIT_TILES; ++i) {
             if (!has(work, i)) continue;
             const int token = tile_of(work, i) * TILE;
-            rows[i] = (blocks[token / C::BLOCK_SIZE] * C::KV_HEADS + work.head) * C::BLOCK_SIZE + token % C::BLOCK_SIZE;
+            rows[i] = (blocks[token / C::BLOCK_SIZE] * C::KV_HEADS + work.head()) * C::BLOCK_SIZE + token % C::BLOCK_SIZE;
         }
     };
     // Strips [first, end) of a tile.
@@ -128,17 +134,16 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
 
     // Blocks and items are read before they are needed: the blocks of the next work, and the item of the work after
     // that.
-    int index = blockIdx.x;
-    const int stride = gridDim.x;
-    Work work(index, list.at(index));
-    int4 next_item = list.at(index + stride);
+    int index = list.begin;
+    Work work(index, list.at(index)), next = work;
+    int4 next_item = list.at(index + 1);
     int rows[C::SPLIT_TILES] = {}, next_rows[C::SPLIT_TILES] = {};
     locate(work, rows);
     bool waited = false;
-    for (; index < list.num_works; index += stride) {
-        const Work next(index + stride, next_item);
+    for (; index < list.end; ++index) {
+        if (!next.advance()) next.begin(next_item);
         locate(next, next_rows);
-        next_item = list.at(index + 2 * stride);
+        next_item = list.at(index + 2);
 #pragma unroll
         for (int i = 0; i < C::SPLIT_TILES; ++i) {
             if (!has(work, i)) continue;
@@ -148,7 +153,7 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
                 pdl::wait();
                 waited = true;
             }
-            const int first = max(work.first - token, 0) / 16, end = ceil_div(min(work.end - token, TILE), 16);
+            const int first = max(work.first() - token, 0) / 16, end = ceil_div(min(work.end - token, TILE), 16);
             load(keys, rows[i], first, end);
             load(values, rows[i], first, end);
         }
@@ -167,14 +172,11 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
                float value_scale, typename C::T* out, float* partials, i32 max_splits, u32* tickets) {
     pdl::launch_dependents();
     using Base = typename C::Base;
-    extern __shared__ u8 dynamic_shared[];
-    const DecodeList<Base> list = {items, header->num_decode_items * C::PER_ITEM};
-    // A CTA without work exits and makes room for the next kernel, which can then begin to load weights. (CTA 0 stays,
-    // because a grid in which no CTA waits could end before its predecessors.)
-    if (blockIdx.x > 0 && static_cast<int>(blockIdx.x) >= list.num_works) return;
-    u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
-    // (Taken from lane 0, so that the compiler knows it to be uniform.)
-    const u32 base = __shfl_sync(~0u, ptx::shared_address(shared), 0);
+    // (Nothing else lies in shared memory, so it begins at a multiple of 1024, as the swizzle needs it.)
+    extern __shared__ __align__(1024) u8 shared[];
+    const DecodeList<Base> list(items, header->num_decode_items);
+    if (list.is_idle()) return;
+    const u32 base = ptx::shared_address(shared);
     const Buffers<C::SLOTS> ring{base + C::BARRIERS_AT};
     if (threadIdx.x == DECODE_THREADS) {
         ring.init(DECODE_WARPS);
@@ -187,9 +189,9 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
         pdl::wait();
     } else {
         pdl::wait();
-        typename C::Tiles tiles{base, ring};
+        typename C::Tiles tiles{base, ring, shared};
         attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT), list, query, scale, value_scale, out,
-                     partials, max_splits, tickets);
+                     {partials, max_splits}, tickets);
     }
 }
 

@@ -320,9 +320,9 @@ fn decode_stages(kv: KvLayout) -> usize {
     if kv.format.is_plain() { DECODE_STAGES } else { FP8_DECODE_STAGES }
 }
 
-/// Bytes of `attention::Decode::Merge`, which holds the warps' sums, maxima and totals, and a flag.
+/// Bytes of `attention::Decode::Merge`, which holds the warps' sums, maxima and totals, two items and two flags.
 fn merge_bytes(group: usize, head_dim: usize) -> usize {
-    4 * group.min(16) * (head_dim + 4) * 4 + 2 * 4 * 16 * 4 + 16
+    4 * group.min(16) * (head_dim + 4) * 4 + 2 * 4 * 16 * 4 + 2 * 16 + 16
 }
 
 /// How `attention::decode_tma` uses shared memory.
@@ -353,9 +353,9 @@ impl DecodeRing {
 
     /// Bytes of shared memory. Equal to `attention::DecodeStream::SHARED`; the kernel asserts that.
     fn shared_bytes(self, kv: KvLayout, heads: usize) -> usize {
-        self.slots * (TILE * kv.elem().size() * kv.head_dim + 16)
-            + merge_bytes(heads / kv.num_kv_heads, kv.head_dim)
-            + 1024
+        let group = heads / kv.num_kv_heads;
+        let kept = 4 * group.min(16) * kv.head_dim;
+        self.slots * (TILE * kv.elem().size() * kv.head_dim + 16) + merge_bytes(group, kv.head_dim) + kept
     }
 }
 
@@ -485,7 +485,7 @@ mod tests {
         for (group, slots) in [(1, (3, 4)), (4, (3, 4)), (6, (2, 6)), (8, (2, 5)), (16, (2, 4)), (30, (2, 4))] {
             assert_eq!(of(128, group, 64, Family::Hopper), Some(slots), "groups of {group}");
         }
-        for (group, slots) in [(1, (3, 8)), (4, (3, 8)), (8, (3, 8)), (16, (3, 7))] {
+        for (group, slots) in [(1, (3, 8)), (4, (3, 8)), (8, (3, 7)), (16, (3, 6))] {
             assert_eq!(of(64, group, 128, Family::Hopper), Some(slots), "groups of {group}");
         }
         assert_eq!(of(128, 4, 64, Family::Portable), None);
