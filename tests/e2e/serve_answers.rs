@@ -180,6 +180,8 @@ fn chat_is_a_completion_of_the_templates_text() {
     let frames = served.post("/v1/chat/completions", &streamed).frames();
     let mut contents = [String::new(), String::new()];
     let (last, chunks) = frames.split_last().unwrap();
+    // One for each token, and one that says who speaks.
+    assert_eq!(chunks.len(), 2 * (20 + 1));
     for chunk in chunks {
         assert_eq!(chunk["object"], "chat.completion.chunk");
         let choice = &chunk["choices"][0];

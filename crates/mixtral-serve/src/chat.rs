@@ -254,7 +254,8 @@ impl Answers {
                 piece.delta.tool_calls = found;
             }
         }
-        piece.delta.content = (!text.is_empty()).then_some(text);
+        // Text that may belong to a call is held, and its tokens have no content.
+        piece.delta.content = (self.calls[index].is_none() || !text.is_empty()).then_some(text);
         piece
     }
 

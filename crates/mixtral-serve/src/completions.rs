@@ -215,10 +215,7 @@ impl Chunks for Answers {
 
     fn event(&mut self, index: usize, event: Event, frames: &mut Frames) {
         let piece = self.piece(index, event);
-        let says_something = !piece.text.is_empty() || piece.logprobs.is_some() || piece.finish_reason.is_some();
-        if says_something || self.envelope.tells_usage() {
-            frames.push(&self.envelope.chunk(OBJECT, piece));
-        }
+        frames.push(&self.envelope.chunk(OBJECT, piece));
     }
 
     fn end(&mut self, frames: &mut Frames) {

@@ -43,7 +43,8 @@ impl Frames {
     }
 }
 
-/// How one kind of answer is told in chunks.
+/// How one kind of answer is told in chunks. Every token has one, as in vLLM. Where the text is not certain yet, such as that of a
+/// part of a character, it is empty: programs that measure servers take the times between chunks for those between tokens.
 pub(crate) trait Chunks: Send + 'static {
     /// Before the first event.
     fn begin(&mut self, frames: &mut Frames);
