@@ -449,6 +449,9 @@ fn a_server_is_measured_by_bench() {
     for rate in ["output_tokens_per_s", "first_token_ms_median", "per_token_ms_p99"] {
         assert!(throughput[rate].as_f64().unwrap() > 0.0, "{rate}");
     }
+    assert!(throughput["between_tokens"]["p99_ms"].as_f64().unwrap() > 0.0);
+    // A chunk for each token, whatever its text.
+    assert_eq!(figures["tokens_per_chunk"], 1.0);
     assert!(figures["goodput_per_s"].as_f64().unwrap() > 0.0);
     let printed = bench("--sequential").ok();
     assert!(printed.starts_with(&format!("tiny at http://{}, at most 1 at a time", served.address)), "{printed}");

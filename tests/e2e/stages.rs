@@ -117,6 +117,7 @@ fn bench_measures_every_kind_of_step() {
         "/throughput/output_tokens_per_s",
         "/throughput/first_token_ms_p99",
         "/throughput/per_token_ms_median",
+        "/throughput/between_tokens/median_ms",
     ] {
         assert!(figure(path) > 0.0, "{path}");
     }

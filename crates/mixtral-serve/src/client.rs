@@ -78,17 +78,30 @@ pub struct Ask {
     pub max_tokens: usize,
 }
 
-/// When an answer came. All times are from the moment when the request was sent.
+/// When an answer came. All times are from the start of the measurement.
 #[derive(Clone, Debug, Default)]
 pub struct Answered {
-    /// When its first text came.
-    pub first_token: Duration,
-    /// The times between its chunks.
-    pub gaps: Vec<Duration>,
-    /// When it was complete.
-    pub total: Duration,
-    /// Its tokens, by the server's count.
+    /// When the request was sent.
+    pub sent: Duration,
+    /// When its tokens came, in order. Of a server, when each chunk came that brought one or more of them.
+    pub came: Vec<Duration>,
+    /// How many tokens it has, by the server's count.
     pub tokens: usize,
+}
+
+impl Answered {
+    /// The time from sending the request to the first token.
+    #[must_use]
+    pub fn first_token(&self) -> Duration {
+        self.came.first().map_or(Duration::ZERO, |&first| first - self.sent)
+    }
+
+    /// The mean time between its tokens; an answer of one token has none.
+    #[must_use]
+    pub fn per_token(&self) -> Option<Duration> {
+        let between = u32::try_from(self.tokens.checked_sub(1)?).ok().filter(|&n| n > 0)?;
+        Some((*self.came.last()? - *self.came.first()?) / between)
+    }
 }
 
 impl Target {
@@ -135,14 +148,14 @@ impl Target {
     ) -> Result<Vec<Result<Answered, ClientError>>, ClientError> {
         let places = Arc::new(Semaphore::new(concurrency.min(Semaphore::MAX_PERMITS)));
         runtime(self)?.block_on(async {
-            let start = tokio::time::Instant::now();
+            let start = Instant::now();
             let mut answers = Vec::with_capacity(asks.len());
             for ask in asks {
-                tokio::time::sleep_until(start + ask.at).await;
+                tokio::time::sleep_until((start + ask.at).into()).await;
                 let (target, model, places) = (self.clone(), model.to_owned(), places.clone());
                 answers.push(tokio::spawn(async move {
                     let _place = places.acquire().await;
-                    target.complete(&model, &ask).await
+                    target.complete(&model, &ask, start).await
                 }));
             }
             let mut all = Vec::with_capacity(answers.len());
@@ -153,21 +166,22 @@ impl Target {
         })
     }
 
-    /// Asks for one completion as a stream, and notes when its pieces come.
-    async fn complete(&self, model: &str, ask: &Ask) -> Result<Answered, ClientError> {
+    /// Asks for one completion as a stream, and notes when its tokens come. A chunk brings tokens if the server counts more
+    /// than before it, or if the server counts them only at the end and the chunk has text.
+    async fn complete(&self, model: &str, ask: &Ask, start: Instant) -> Result<Answered, ClientError> {
         let path = "/v1/completions";
         let body = json!({
             "model": model, "prompt": ask.prompt, "max_tokens": ask.max_tokens, "temperature": 0, "ignore_eos": true,
-            "stream": true, "stream_options": { "include_usage": true },
+            "stream": true, "stream_options": { "include_usage": true, "continuous_usage_stats": true },
         });
-        let start = Instant::now();
+        let sent = start.elapsed();
         let mut response = self.send(Method::POST, path, Some(body)).await?;
         if !response.status().is_success() {
             return Err(self.refused(path, response).await);
         }
         let wrong = |detail: String| ClientError::Answer { path: path.to_owned(), detail };
-        let (mut answered, mut rest, mut last) = (Answered::default(), Vec::new(), None);
-        let mut is_whole = false;
+        let mut answered = Answered { sent, ..Answered::default() };
+        let (mut rest, mut is_whole) = (Vec::new(), false);
         while let Some(frame) = response.body_mut().frame().await {
             let frame = frame.map_err(|error| self.broken(&error))?;
             let now = start.elapsed();
@@ -183,19 +197,18 @@ impl Target {
                 if let Some(error) = chunk.get("error") {
                     return Err(wrong(error["message"].as_str().unwrap_or("an error").to_owned()));
                 }
-                if chunk["choices"][0]["text"].as_str().is_some_and(|text| !text.is_empty()) {
-                    match last.replace(now) {
-                        None => answered.first_token = now,
-                        Some(before) => answered.gaps.push(now - before),
-                    }
+                let counted = chunk["usage"]["completion_tokens"].as_u64();
+                let counted = counted.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
+                let brings_tokens = chunk["choices"][0]["text"]
+                    .as_str()
+                    .is_some_and(|text| counted.map_or(!text.is_empty(), |tokens| tokens > answered.tokens));
+                if brings_tokens {
+                    answered.came.push(now);
                 }
-                if let Some(tokens) = chunk["usage"]["completion_tokens"].as_u64() {
-                    answered.tokens = usize::try_from(tokens).unwrap_or(usize::MAX);
-                }
+                answered.tokens = counted.unwrap_or(answered.tokens);
             }
         }
-        answered.total = start.elapsed();
-        if !is_whole || last.is_none() {
+        if !is_whole || answered.came.is_empty() {
             return Err(wrong("the stream ended before the answer was complete".to_owned()));
         }
         Ok(answered)
@@ -255,7 +268,43 @@ fn runtime(target: &Target) -> Result<tokio::runtime::Runtime, ClientError> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use super::*;
+
+    /// What is measured of a server that streams these chunks.
+    fn measured(chunks: &[Value]) -> Answered {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let target = Target::new(&format!("http://{}", listener.local_addr().unwrap()), None).unwrap();
+        let ask = Ask { at: Duration::ZERO, prompt: vec![1], max_tokens: 4 };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let (mut stream, _) = listener.accept().unwrap();
+                let (mut asked, mut some) = (String::new(), [0; 4096]);
+                while !asked.ends_with("}") {
+                    let read = stream.read(&mut some).unwrap();
+                    asked += std::str::from_utf8(&some[..read]).unwrap();
+                }
+                let mut answer = "HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n".to_owned();
+                chunks.iter().for_each(|chunk| answer += &format!("data: {chunk}\n\n"));
+                stream.write_all((answer + "data: [DONE]\n\n").as_bytes()).unwrap();
+            });
+            target.measure("m", vec![ask], 1).unwrap().remove(0).unwrap()
+        })
+    }
+
+    #[test]
+    fn what_brings_tokens_is_the_servers_count_or_else_text() {
+        let text = |text: &str, usage: Value| json!({"choices": [{"text": text}], "usage": usage});
+        let used = |tokens: usize| json!({"completion_tokens": tokens});
+        let counted =
+            [text("", used(0)), text("a", used(1)), text("", used(2)), text("bc", used(4)), text("", used(4))];
+        let answered = measured(&counted);
+        assert_eq!((answered.came.len(), answered.tokens), (3, 4));
+        let at_the_end = json!({"choices": [], "usage": used(3)});
+        let answered = measured(&[text("a", Value::Null), text("", Value::Null), text("b", Value::Null), at_the_end]);
+        assert_eq!((answered.came.len(), answered.tokens), (2, 3));
+    }
 
     #[test]
     fn addresses_are_read_and_others_refused() {

@@ -4,20 +4,10 @@ use std::io::Write;
 use std::time::Duration;
 
 use anyhow::Result;
+use mixtral_serve::client::Answered;
 use serde::Serialize;
 
 use super::report::{f, median, quantile, ratio};
-
-/// When a request was answered, from the moment when it was sent.
-#[derive(Clone, Copy, Debug)]
-pub struct Finished {
-    /// When its first token came.
-    pub first_token: Duration,
-    /// When its last token came.
-    pub total: Duration,
-    /// Tokens of its output.
-    pub tokens: usize,
-}
 
 /// The figures of many requests.
 #[derive(Debug, Serialize)]
@@ -31,8 +21,21 @@ pub struct Throughput {
     tokens_per_s: f64,
     first_token_ms_median: f64,
     first_token_ms_p99: f64,
+    /// The mean time between the tokens of a request.
     per_token_ms_median: f64,
     per_token_ms_p99: f64,
+    between_tokens: BetweenTokens,
+}
+
+/// The times between two tokens of a request that came one after the other.
+#[derive(Debug, Serialize)]
+struct BetweenTokens {
+    median_ms: f64,
+    p99_ms: f64,
+    /// In how many of them, in percent, the prompt of another request was computed.
+    with_prompts_percent: f64,
+    /// The 99th percentile of the others.
+    without_prompts_p99_ms: f64,
 }
 
 /// A time in milliseconds.
@@ -40,22 +43,41 @@ pub fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3
 }
 
-impl Finished {
-    /// The mean time between its tokens; an output of one token has none.
-    pub fn per_token(&self) -> Option<Duration> {
-        let between = u32::try_from(self.tokens.checked_sub(1)?).ok().filter(|&n| n > 0)?;
-        Some(self.total.saturating_sub(self.first_token) / between)
+impl BetweenTokens {
+    fn new(answers: &[Answered]) -> Self {
+        let mut firsts: Vec<Duration> = answers.iter().filter_map(|answer| answer.came.first().copied()).collect();
+        firsts.sort_unstable();
+        let begun = |by: Duration| firsts.partition_point(|&first| first <= by);
+        let (mut all, mut without_prompts) = (Vec::new(), Vec::new());
+        for Answered { came, .. } in answers {
+            for (at, two) in came.windows(2).enumerate() {
+                let time = two[1] - two[0];
+                // A prompt that is computed in a step gets its first token when others get their next, or shortly before or
+                // after that. So its step is that of the token that is nearest in time.
+                let until_next = came.get(at + 2).map_or(Duration::ZERO, |&next| next - two[1]);
+                if begun(two[1] - time / 2) == begun(two[1] + until_next / 2) {
+                    without_prompts.push(ms(time));
+                }
+                all.push(ms(time));
+            }
+        }
+        BetweenTokens {
+            median_ms: median(all.clone()),
+            with_prompts_percent: 100.0 * ratio(f(all.len() - without_prompts.len()), f(all.len())),
+            p99_ms: quantile(all, 0.99),
+            without_prompts_p99_ms: quantile(without_prompts, 0.99),
+        }
     }
 }
 
 impl Throughput {
-    /// The figures of requests with `prompt_tokens` tokens in all, which took `seconds`.
-    pub fn new(sequential: bool, seconds: f64, prompt_tokens: usize, finished: &[Finished]) -> Self {
-        let output_tokens: usize = finished.iter().map(|request| request.tokens).sum();
-        let first: Vec<f64> = finished.iter().map(|request| ms(request.first_token)).collect();
-        let between: Vec<f64> = finished.iter().filter_map(Finished::per_token).map(ms).collect();
+    /// The figures of requests with `prompt_tokens` tokens in all, whose answers took `seconds`.
+    pub fn new(sequential: bool, seconds: f64, prompt_tokens: usize, answers: &[Answered]) -> Self {
+        let output_tokens: usize = answers.iter().map(|answer| answer.tokens).sum();
+        let first: Vec<f64> = answers.iter().map(|answer| ms(answer.first_token())).collect();
+        let each: Vec<f64> = answers.iter().filter_map(Answered::per_token).map(ms).collect();
         Throughput {
-            requests: finished.len(),
+            requests: answers.len(),
             sequential,
             seconds,
             prompt_tokens,
@@ -64,8 +86,9 @@ impl Throughput {
             tokens_per_s: ratio(f(output_tokens + prompt_tokens), seconds),
             first_token_ms_median: median(first.clone()),
             first_token_ms_p99: quantile(first, 0.99),
-            per_token_ms_median: median(between.clone()),
-            per_token_ms_p99: quantile(between, 0.99),
+            per_token_ms_median: median(each.clone()),
+            per_token_ms_p99: quantile(each, 0.99),
+            between_tokens: BetweenTokens::new(answers),
         }
     }
 
@@ -86,9 +109,37 @@ impl Throughput {
             self.tokens_per_s
         )?;
         let [first, first_p99] = [self.first_token_ms_median, self.first_token_ms_p99];
-        writeln!(out, "first token  {first:.2} ms median, {first_p99:.2} ms p99")?;
+        writeln!(out, "first token  {first:.2} ms median, {first_p99:.2} ms p99 (TTFT)")?;
         let [each, each_p99] = [self.per_token_ms_median, self.per_token_ms_p99];
-        writeln!(out, "each token   {each:.3} ms median, {each_p99:.3} ms p99")?;
+        writeln!(out, "each token   {each:.3} ms median, {each_p99:.3} ms p99 (TPOT, a request's mean)")?;
+        let BetweenTokens { median_ms, p99_ms, with_prompts_percent, without_prompts_p99_ms } = self.between_tokens;
+        writeln!(
+            out,
+            "between two  {median_ms:.3} ms median, {p99_ms:.3} ms p99 (ITL); in {with_prompts_percent:.1} % a prompt was computed, without those {without_prompts_p99_ms:.3} ms p99"
+        )?;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prompt_was_computed_before_the_token_that_its_first_token_came_with() {
+        let answer = |sent, came: &[u64]| Answered {
+            sent: Duration::from_millis(sent),
+            came: came.iter().copied().map(Duration::from_millis).collect(),
+            tokens: came.len(),
+        };
+        // Two prompts took 30 ms. The first token of one came a little before the first request's fourth, that of the other a
+        // little after, and its second token with it.
+        let answers = [answer(0, &[10, 20, 30, 60, 71]), answer(25, &[59, 69]), answer(25, &[62, 62])];
+        let figures = Throughput::new(false, 0.071, 9, &answers);
+        assert_eq!((figures.requests, figures.output_tokens), (3, 9));
+        assert_eq!([figures.first_token_ms_median, figures.first_token_ms_p99].map(f64::round), [34.0, 37.0]);
+        let BetweenTokens { median_ms, p99_ms, with_prompts_percent, without_prompts_p99_ms } = figures.between_tokens;
+        assert_eq!([median_ms, p99_ms, without_prompts_p99_ms].map(f64::round), [10.0, 30.0, 11.0]);
+        assert_eq!(format!("{:.2} {with_prompts_percent:.2}", figures.per_token_ms_median), "10.00 16.67");
     }
 }

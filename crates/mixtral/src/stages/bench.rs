@@ -9,7 +9,8 @@ use mixtral_build::cost::{StepShape, cost};
 use mixtral_engine::{DeviceIdle, EngineDir, Limits, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
-use mixtral_runtime::{Request, Session, SessionOptions, Timing};
+use mixtral_runtime::{Request, Session, SessionOptions};
+use mixtral_serve::client::Answered;
 use serde::Serialize;
 
 use crate::args::bench::BenchArgs;
@@ -17,7 +18,7 @@ use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
 use crate::run::per_op::OpTable;
 use crate::run::report::{decode_weight_bytes, f, median, quantile, ratio};
-use crate::run::throughput::{Finished, Throughput};
+use crate::run::throughput::Throughput;
 
 /// From this rate on, in GFLOP/s, rates are printed in TFLOP/s.
 const TERA: f64 = 1e4;
@@ -398,30 +399,34 @@ fn throughput(
 ) -> Result<Throughput> {
     let arrivals = arrivals(numbers, args.arrival_rate, requests.len());
     let start = Instant::now();
-    let (mut next, mut first_id, mut finished) = (0, None, Vec::new());
-    while finished.len() < requests.len() {
-        let now = start.elapsed().as_secs_f64();
-        while next < requests.len() && arrivals[next] <= now && (!args.sequential || session.is_idle()) {
-            let id =
-                session.submit(requests[next].clone()).context("the engine does not take what is to be measured")?;
+    let (mut first_id, mut finished, mut answers) = (None, 0, Vec::with_capacity(requests.len()));
+    while finished < requests.len() {
+        let now = start.elapsed();
+        while let Some(request) = requests.get(answers.len())
+            && arrivals[answers.len()] <= now.as_secs_f64()
+            && (!args.sequential || session.is_idle())
+        {
+            let id = session.submit(request.clone()).context("the engine does not take what is to be measured")?;
             first_id.get_or_insert(id.0);
-            next += 1;
+            answers.push(Answered { sent: now, came: Vec::new(), tokens: request.max_output_len });
         }
         if session.is_idle() {
-            let wait = (arrivals[next] - start.elapsed().as_secs_f64()).max(0.0);
+            let wait = (arrivals[answers.len()] - start.elapsed().as_secs_f64()).max(0.0);
             std::thread::sleep(Duration::from_secs_f64(wait));
             continue;
         }
         let first_id = first_id.unwrap_or(0);
-        for event in session.step()? {
-            let index = event.id.0 - first_id;
-            let Some((_, Timing { first_token, total, .. })) = event.ok()?.finished else { continue };
-            finished.push(Finished { first_token, total, tokens: requests[index].max_output_len });
+        let events = session.step()?;
+        let now = start.elapsed();
+        for event in events {
+            let event = event.ok()?;
+            answers[event.id.0 - first_id].came.extend(event.token.map(|_| now));
+            finished += usize::from(event.finished.is_some());
         }
     }
     let seconds = start.elapsed().as_secs_f64();
     let prompt_tokens = requests.iter().map(|r| r.prompt.len()).sum();
-    Ok(Throughput::new(args.sequential, seconds, prompt_tokens, &finished))
+    Ok(Throughput::new(args.sequential, seconds, prompt_tokens, &answers))
 }
 
 fn print(out: &mut dyn Write, bench: &Bench) -> Result<()> {

@@ -4,13 +4,13 @@ use std::io::Write;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use mixtral_serve::client::{Answered, Ask, ClientError, Target};
+use mixtral_serve::client::{Answered, Ask, Target};
 use serde::Serialize;
 
 use super::bench::{Numbers, arrivals};
 use crate::args::bench::BenchArgs;
-use crate::run::report::{f, median, quantile, ratio};
-use crate::run::throughput::{Finished, Throughput, ms};
+use crate::run::report::{f, ratio};
+use crate::run::throughput::{Throughput, ms};
 use crate::say;
 
 /// The ids that prompts are drawn from. They are text in every vocabulary.
@@ -24,9 +24,8 @@ struct ServerBench {
     /// The most requests at a time; `None` if there was no limit.
     concurrency: Option<usize>,
     throughput: Throughput,
-    /// Times between two pieces of text of an answer.
-    between_chunks_ms_median: f64,
-    between_chunks_ms_p99: f64,
+    /// Above 1 if chunks bring several tokens. What is called the time between tokens is then that between chunks.
+    tokens_per_chunk: f64,
     /// Requests a second that were answered within the limits.
     goodput_per_s: Option<f64>,
     /// Requests that were not answered.
@@ -53,25 +52,31 @@ pub fn main(args: &BenchArgs, url: &str) -> Result<()> {
     let start = Instant::now();
     let answers = target.measure(&model, asks, concurrency.unwrap_or(usize::MAX))?;
     let seconds = start.elapsed().as_secs_f64();
-    let failed: Vec<&ClientError> = answers.iter().filter_map(|answer| answer.as_ref().err()).collect();
+    let (mut prompt_tokens, mut answered, mut failed) = (0, Vec::new(), Vec::new());
+    for (prompt, answer) in prompts.into_iter().zip(answers) {
+        match answer {
+            Ok(answer) => {
+                prompt_tokens += prompt;
+                answered.push(answer);
+            }
+            Err(error) => failed.push(error),
+        }
+    }
     if let Some(error) = failed.first() {
-        say::warning(format_args!("{} of {} requests were not answered: {error}", failed.len(), answers.len()));
-        if failed.len() == answers.len() {
+        say::warning(format_args!("{} of {} requests were not answered: {error}", failed.len(), args.requests));
+        if answered.is_empty() {
             bail!("no request was answered: {error}");
         }
     }
-    let answered =
-        || prompts.iter().zip(&answers).filter_map(|(prompt, answer)| Some((*prompt, answer.as_ref().ok()?)));
-    let finished: Vec<Finished> = answered().map(|(_, answer)| finished(answer)).collect();
-    let gaps: Vec<f64> = answered().flat_map(|(_, answer)| answer.gaps.iter().copied().map(ms)).collect();
+    let chunks: usize = answered.iter().map(|answer| answer.came.len()).sum();
+    let tokens: usize = answered.iter().map(|answer| answer.tokens).sum();
     let bench = ServerBench {
         url: url.to_owned(),
         model,
         concurrency,
-        throughput: Throughput::new(args.sequential, seconds, answered().map(|(prompt, _)| prompt).sum(), &finished),
-        between_chunks_ms_median: median(gaps.clone()),
-        between_chunks_ms_p99: quantile(gaps, 0.99),
-        goodput_per_s: goodput(args, &finished).map(|good| ratio(f(good), seconds)),
+        throughput: Throughput::new(args.sequential, seconds, prompt_tokens, &answered),
+        tokens_per_chunk: ratio(f(tokens), f(chunks)),
+        goodput_per_s: goodput(args, &answered).map(|good| ratio(f(good), seconds)),
         failed: failed.len(),
     };
     let mut out = std::io::stdout().lock();
@@ -82,26 +87,23 @@ pub fn main(args: &BenchArgs, url: &str) -> Result<()> {
     print(&mut out, &bench)
 }
 
-fn finished(answer: &Answered) -> Finished {
-    Finished { first_token: answer.first_token, total: answer.total, tokens: answer.tokens }
-}
-
 /// How many requests were answered within the limits, if there are any.
-fn goodput(args: &BenchArgs, finished: &[Finished]) -> Option<usize> {
+fn goodput(args: &BenchArgs, answered: &[Answered]) -> Option<usize> {
     let limit = |limit: Option<usize>| limit.map_or(f64::INFINITY, f);
     let (first, each) = (limit(args.first_token_limit), limit(args.per_token_limit));
-    let within = |request: &&Finished| {
-        ms(request.first_token) <= first && request.per_token().is_none_or(|time| ms(time) <= each)
+    let within = |answer: &&Answered| {
+        ms(answer.first_token()) <= first && answer.per_token().is_none_or(|time| ms(time) <= each)
     };
-    (first.is_finite() || each.is_finite()).then(|| finished.iter().filter(within).count())
+    (first.is_finite() || each.is_finite()).then(|| answered.iter().filter(within).count())
 }
 
 fn print(out: &mut dyn Write, bench: &ServerBench) -> Result<()> {
     let at_once = bench.concurrency.map_or_else(String::new, |n| format!(", at most {n} at a time"));
     write!(out, "{} at {}{at_once}", bench.model, bench.url)?;
     bench.throughput.print(out)?;
-    let [median, p99] = [bench.between_chunks_ms_median, bench.between_chunks_ms_p99];
-    writeln!(out, "between two  {median:.3} ms median, {p99:.3} ms p99")?;
+    if bench.tokens_per_chunk > 1.0 {
+        writeln!(out, "a chunk has  {:.3} tokens; times between two are those between chunks", bench.tokens_per_chunk)?;
+    }
     if let Some(goodput) = bench.goodput_per_s {
         writeln!(out, "within limits {goodput:.2} requests/s")?;
     }
