@@ -24,7 +24,8 @@
 # requests   Mixtral 8x7B's shape in fp8 and int8, built on this machine: many requests, all at once and one by one, with and without
 #            overlap; prompts that begin alike
 # long       the same with long outputs
-# serve      Mixtral 8x7B's shape in fp8, built on this machine: what a server adds to its engine; guidellm, if it is installed
+# serve      Mixtral 8x7B's shape in fp8, built on this machine: what a server adds to its engine; the same load by guidellm and
+#            aiperf, if they are installed
 #
 # Logs go to $OUT (default ./out), at most one for each section. The last thing printed is table.txt there, with one
 # line for each check.
@@ -45,7 +46,7 @@ export NCCL_NVLS_ENABLE=0
 
 # Seconds that a section may take. The default sections take about six minutes together.
 declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560
-    [sessions]=180 [requests]=360 [long]=420 [serve]=300)
+    [sessions]=180 [requests]=360 [long]=420 [serve]=420)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
