@@ -295,18 +295,23 @@ __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Row
     }
 }
 
-// One tile's products, with the narrowest of four widths that holds `count` columns.
+// One tile's products, with the fewest boxes that hold `count` columns.
 template <typename C>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Rows<C>& rows, int count,
                                          float (&d)[C::BLOCKS][C::COLS / 2]) {
-    if constexpr (C::BOX == C::COLS) {
+    if constexpr (C::BOXES == 1) {
         multiply<C, C::COLS>(ring, warpgroup, rows, d);
     } else {
         switch ((count + C::BOX - 1) / C::BOX) {
             case 1: multiply<C, C::BOX>(ring, warpgroup, rows, d); break;
             case 2: multiply<C, 2 * C::BOX>(ring, warpgroup, rows, d); break;
-            case 3: multiply<C, 3 * C::BOX>(ring, warpgroup, rows, d); break;
-            default: multiply<C, 4 * C::BOX>(ring, warpgroup, rows, d);
+            case 3:
+                if constexpr (C::BOXES > 3) {
+                    multiply<C, 3 * C::BOX>(ring, warpgroup, rows, d);
+                    break;
+                }
+                [[fallthrough]];
+            default: multiply<C, C::COLS>(ring, warpgroup, rows, d);
         }
     }
 }

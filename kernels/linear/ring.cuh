@@ -37,9 +37,9 @@ struct Config {
     static constexpr int ROW_TURNS = (ROW_TILES + CLUSTER - 1) / CLUSTER;
     static constexpr int K_BLOCKS = (K + DEPTH - 1) / DEPTH;
     static constexpr int ATOMS = DEPTH / Tokens::ATOM;  // swizzle atoms of 128 bytes along K
-    // Tokens are copied in boxes of BOX, as many boxes as a tile needs. A box is a whole tile or a quarter.
-    static constexpr int BOX = BOX_;
-    static_assert(BOX == COLS || BOX * 4 == COLS, "multiply() has these widths");
+    // Tokens are copied in boxes of BOX, as many boxes as a tile needs. A tile has one, three or four.
+    static constexpr int BOX = BOX_, BOXES = COLS / BOX;
+    static_assert(BOX * BOXES == COLS && (BOXES == 1 || BOXES == 3 || BOXES == 4), "multiply() has these widths");
 
     // Slabs of a tile, and of a matrix, if the weight is packed.
     static constexpr int SLABS = ROWS / 16, MATRIX_SLABS = ((SILU ? 2 : 1) * OUTPUTS + 15) / 16;

@@ -314,9 +314,12 @@ __device__ __forceinline__ void consume(Ring<C>& ring, u8* shared, Tiles tiles, 
 #pragma unroll
         for (int i = 0; i < EACH; i++) fetched[i] = fetch(tile, thread + i * 128);
         if constexpr (!C::DYNAMIC) more = tile_at<C>(tiles, turn += turns.count(), next);
+        // The largest tiles' products leave no registers for scales of rows.
+        constexpr bool LATE = C::W::BY_ROWS && C::BLOCKS > 1;
         Rows<C> rows;
-        rows.load(stored, tile, warpgroup);
+        if constexpr (!LATE) rows.load(stored, tile, warpgroup);
         multiply<C>(ring, warpgroup, rows, tile.count, d);
+        if constexpr (LATE) rows.load(stored, tile, warpgroup);
         rows.finish(d, token_scales, [&](int column) { return source(tile, column); });
         if constexpr (C::DYNAMIC) more = tile_at<C>(tiles, turns.template take<false>(), next);
         for (int i = thread; i < C::COLS; i += 128) map[i] = -1;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 /// Token counts at which kernels change.
-pub const RUNGS: [usize; 10] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512];
+pub const RUNGS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 704];
 
 /// The last rung. Steps of more tokens are not captured as graphs.
 pub const LAST_RUNG: usize = RUNGS[RUNGS.len() - 1];

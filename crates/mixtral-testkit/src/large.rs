@@ -109,7 +109,7 @@ const REPEATS: [usize; 2] = [100, 2];
 const LITTLE: usize = 1 << 20;
 
 /// Tokens of a step with a prompt: more than the last rung has.
-const PREFILL: usize = 600;
+const PREFILL: usize = 720;
 /// Tokens of the steps of linears and experts. The last step is repeated often.
 const TOKENS: [usize; 6] = [1, 8, 256, 300, PREFILL, 64];
 /// Tokens of the steps of routing. For the longest, several CTAs make the expert lists.

@@ -198,10 +198,15 @@ pub(crate) fn experts(dtype: DType, word: &str, widths: [usize; 2]) -> Vec<Case>
             cases.extend(by_expert(dtype, word, kind, widths, (experts, top_k, local), &ids));
         }
     }
-    // A long step: two experts have several tiles of tokens, others less than one, and the last has none.
-    let uneven: Vec<i32> = (0..600).flat_map(|t| [t / 300, 2 + t % 5]).collect();
-    cases.extend(by_expert(dtype, word, "uneven", widths, (8, 2, [0, 8]), &uneven));
+    cases.extend(long_step(dtype, word, widths, 600));
     cases
+}
+
+/// The experts' operations in a long step: two experts have several tiles of tokens, the last one has none, and the others share the
+/// rest.
+pub(crate) fn long_step(dtype: DType, word: &str, widths: [usize; 2], tokens: i32) -> Vec<Case> {
+    let ids: Vec<i32> = (0..tokens).flat_map(|t| [2 * t / tokens, 2 + t % 5]).collect();
+    by_expert(dtype, word, &format!("{tokens} uneven"), widths, (8, 2, [0, 8]), &ids)
 }
 
 /// The experts' operations on tokens that go to the experts `ids`.

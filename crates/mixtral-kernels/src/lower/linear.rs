@@ -355,11 +355,16 @@ impl<'a> Linear<'a> {
         // weight has fewer bytes.
         let packed = self.packing.format.is_packed();
         let every = !packed && !self.is_down() && cols <= 64 && self.lowering.regime.max_tokens <= cols as usize;
-        // An expert's tiles are seldom full, so each is loaded in quarters, as many as it needs. Full tiles are loaded
-        // in one box, which is the least work for the producer, unless the box is so large that other loads have to
-        // wait for it.
+        // An expert's tiles are seldom full, so each is loaded in quarters, as many as it needs, or in thirds where a quarter
+        // is not whole eights. Full tiles are loaded in one box, which is the least work for the producer, unless the box
+        // is so large that other loads have to wait for it.
         let full = self.lists.is_none() || every;
-        let part = if cols < 32 || full && cols <= 64 && cluster == 1 { cols } else { cols / 4 };
+        let part = match cols {
+            0..32 => cols,
+            _ if full && cols <= 64 && cluster == 1 => cols,
+            _ if cols.is_multiple_of(32) => cols / 4,
+            _ => cols / 3,
+        };
         let config = format!(
             "linear::Config<{}, {rows}, {cols}, {part}, {depth}, {stages}, {warpgroups}, {cluster}, {dynamic}, {}, {}, {}, {shared}>",
             self.packing.symbol(self.first_row),
