@@ -21,6 +21,15 @@ const UNDER_WAY: u32 = 128 << 10;
 /// Tokens of which an expert seldom gets more than eight.
 const FEW: usize = 16;
 
+/// Whether 16 warps that multiply, which leave a thread 96 registers, suffice without spills.
+fn has_registers_for_16(weight: WeightRows) -> bool {
+    match weight {
+        WeightRows::Quantized(_, Quantization { group: None, .. }) => true,
+        WeightRows::Quantized(_, Quantization { group: Some(128), zeros: false, scale, .. }) => scale.size() == 2,
+        _ => false,
+    }
+}
+
 impl Stream {
     /// The numbers for up to `tokens` tokens; `None` if K has no whole blocks.
     pub(crate) fn new(shape: &LinearShape, tokens: usize) -> Option<Stream> {
@@ -50,8 +59,10 @@ impl Stream {
         let warps = match slabs {
             _ if splits => split,
             0..=8 => slabs.max(4),
-            // Two rounds of eight slabs. (One more than 15 would be a round of its own.)
+            // Two rounds of eight slabs, or one of 16. (One more than there are warps would be a round of its own, in which
+            // one warp loads alone.)
             16 if tokens > 8 => 8,
+            16 if has_registers_for_16(shape.weight) => 16,
             _ => 15,
         };
         let part = of_k / split;
@@ -135,7 +146,9 @@ mod tests {
         assert_eq!(plan("int4:g128:bf16", 28672, 4096, true, 1), (1, 15, 1));
         assert_eq!(plan("int4:g128:bf16", 4096, 14336, true, 1), (1, 14, 14));
         assert_eq!(plan("int8:row:f32", 4096, 14336, true, 1), (1, 4, 1));
-        assert_eq!(plan("int4:g128:bf16", 4096, 14336, true, 8), (8, 15, 1));
+        assert_eq!(plan("int4:g128:bf16", 4096, 14336, true, 8), (8, 16, 1));
+        assert_eq!(plan("int4:g64:bf16", 4096, 14336, true, 8), (8, 15, 1));
+        assert_eq!(plan("int8:row:f32", 4096, 14336, true, 8), (8, 16, 1));
         assert_eq!(plan("int4:g128:bf16", 4096, 14336, true, 16), (8, 8, 1));
     }
 }

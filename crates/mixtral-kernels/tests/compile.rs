@@ -220,8 +220,13 @@ fn attention_over(
 
 /// The kernels of a header for a dense linear, gate/up and down of experts, with weights of one format.
 fn linears_of(dtype: DType, word: &str, header: &str, code: Code) -> Vec<(Kernel, Code)> {
+    linears_of_width(1024, dtype, word, header, code)
+}
+
+/// The same of hidden states of `hidden` elements.
+fn linears_of_width(hidden: usize, dtype: DType, word: &str, header: &str, code: Code) -> Vec<(Kernel, Code)> {
     let mut a = Assembly::new(dtype);
-    let (hidden, inter, name) = (1024, 512, str::to_owned);
+    let (inter, name) = (512, str::to_owned);
     (a.program.num_experts, a.program.top_k) = (8, 2);
     for (buffer, rows, cols) in [
         ("x", Rows::Tokens, hidden),
@@ -366,6 +371,15 @@ fn packed_linears_of_few_tokens_spill_nothing() {
         work.extend(linears_of(dtype, word, "linear/mma.cuh", SM_80));
     }
     assert!(work.len() >= 4 * 3 * 5, "{} kernels", work.len());
+    // Sixteen warps that multiply leave each the fewest registers.
+    for (dtype, word) in
+        [(DType::Bf16, "int8:row:f32"), (DType::F16, "int8:row:bf16:zeros"), (DType::Bf16, "int4:g128:bf16")]
+    {
+        let wide = linears_of_width(4096, dtype, word, "linear/stream.cuh", SM_90A);
+        let before = work.len();
+        work.extend(wide.into_iter().filter(|(kernel, _)| kernel.threads == 17 * 32));
+        assert!(work.len() > before, "{word} has no kernel of so many warps");
+    }
     assert_clean(&work);
 }
 
