@@ -51,14 +51,10 @@ __device__ __forceinline__ void multiply_plain(Ring<C>& ring, int warpgroup, flo
 }
 
 // The same for e4m3. The products of 128 elements and 64 rows are a chain that begins at zero. It is then added to the sums of
-// the chains before it. Meanwhile the tensor cores compute another warpgroup's products, if there is one. Left alone, both
-// warpgroups would begin a chain at the same time, end it at the same time, and add while the tensor cores have nothing
-// to do. So with wide tiles they take turns: one begins when half of the other's chain is done.
+// the chains before it. Meanwhile the tensor cores compute another warpgroup's products, if there is one.
 template <typename C, int N>
 __device__ __forceinline__ void multiply_fp8(Ring<C>& ring, int warpgroup, float (&d)[C::BLOCKS][C::COLS / 2]) {
-    constexpr bool TURNS = C::WARPGROUPS == 2 && C::COLS > 96;
-    constexpr int TURN = 1 + C::WARPGROUPS;  // the first one's barrier; those before it are the epilogue's
-    const int own = __shfl_sync(~0u, warpgroup, 0), first_row = own * C::BLOCKS * 64;
+    const int first_row = __shfl_sync(~0u, warpgroup, 0) * C::BLOCKS * 64;
 #pragma unroll
     for (int m = 0; m < C::BLOCKS; m++) {
 #pragma unroll
@@ -74,32 +70,20 @@ __device__ __forceinline__ void multiply_fp8(Ring<C>& ring, int warpgroup, float
             for (int m = 0; m < C::BLOCKS; m++) {
                 const u32 rows = a + ((atom * C::A_ATOM + m * 8192) >> 4), cols = b + ((atom * C::B_ATOM) >> 4);
                 float chain[N / 2];
-                // The first warpgroup's first chain waits for nobody.
-                if (TURNS && (own > 0 || k + atom + m > 0)) ptx::sync_threads(TURN + own, 256);
                 wgmma::fence();
                 wgmma::FirstProduct<e4m3_t, N>::run(chain, rows, cols);
-                wgmma::Product<e4m3_t, N>::run(chain, rows + 2, cols + 2);
-                if constexpr (TURNS) wgmma::commit();
-                wgmma::Product<e4m3_t, N>::run(chain, rows + 4, cols + 4);
-                wgmma::Product<e4m3_t, N>::run(chain, rows + 6, cols + 6);
+#pragma unroll
+                for (int i = 1; i < 4; i++) wgmma::Product<e4m3_t, N>::run(chain, rows + i * 2, cols + i * 2);
                 wgmma::commit();
-                if constexpr (TURNS) {
-                    wgmma::wait<1>();
-                    ptx::arrive_threads(TURN + 1 - own, 256);
-                }
                 wgmma::wait<0>();
                 if (atom == C::ATOMS - 1 && m == C::BLOCKS - 1) ring.release(ring.stage);
                 wgmma::pin(chain);
 #pragma unroll
                 for (int i = 0; i < N / 2; i++) d[m][i] = __fadd_rn(d[m][i], chain[i]);
-                // The sums are complete before the warpgroup waits for its next turn.
-                if constexpr (TURNS) wgmma::pin(d[m]);
             }
         }
         ring.advance();
     }
-    // The other warpgroup's last call. Without this wait, the next tile's first call might come before it.
-    if (TURNS && own == 0) ptx::sync_threads(TURN, 256);
 }
 
 // What a thread needs of the whole rows that it multiplies: scales and zeros, and the factor of their matrix, if the format

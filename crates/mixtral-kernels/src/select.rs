@@ -67,9 +67,15 @@ impl LinearShape {
 /// finish long after all others.
 const RING: u32 = 184 << 10;
 
-/// Experts of packed weights stream them in steps of up to this many tokens. An expert of 8x7B then gets about eight,
-/// which is the width of one product of mma.sync.
-const STREAMED: usize = 32;
+/// Experts of packed weights stream them in steps of up to this many tokens. Of 16 tokens an expert of 8x7B gets about four,
+/// and of 8 about two. With more, tiles of wgmma are faster: of int8 sooner, since it has twice the bytes for each
+/// product.
+const fn streamed(weight: WeightRows) -> usize {
+    match weight {
+        WeightRows::Quantized(_, Quantization { bits: Bits::Eight, .. }) => 8,
+        _ => 16,
+    }
+}
 
 /// The plan for up to `tokens` tokens.
 #[must_use]
@@ -78,7 +84,7 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         return LinearPlan::Simt;
     }
     let packed = shape.weight.is_packed();
-    let few = packed && family == Family::Hopper && tokens <= if shape.grouped { STREAMED } else { 8 };
+    let few = packed && family == Family::Hopper && tokens <= if shape.grouped { streamed(shape.weight) } else { 8 };
     if few && let Some(stream) = Stream::new(shape, tokens) {
         return LinearPlan::Stream(stream);
     }
@@ -98,13 +104,20 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }
     };
     match (tokens, shape.grouped) {
+        // A product with an operand from registers takes about 30 cycles more, however few columns it has. So tiles are
+        // tall, and no wider than an expert's share of the tokens usually is.
+        (0..=64, true) if packed => {
+            let cols = match tokens {
+                0..=16 => 8,
+                17..=32 => 16,
+                _ => 32,
+            };
+            ring(256, cols, 128, 2)
+        }
         (0..=16, grouped) => {
             let cols = if tokens <= 8 { 8 } else { 16 };
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
         }
-        // A product with an operand from registers takes about 30 cycles more, however few columns it has. So tiles are
-        // tall, and no wider than an expert's share of the tokens usually is.
-        (17..=64, true) if packed => ring(256, 32, 128, 2),
         (65..=256, true) if packed => ring(256, if tokens <= 128 { 64 } else { 96 }, 128, 2),
         (17..=32, true) => ring(64, 32, 128, 1),
         // Of 128 tokens an expert gets about 32, of 256 about 64 and seldom more than 96. Wider tiles would leave less
@@ -251,17 +264,21 @@ mod tests {
                 LinearShape { rows: 4096, depth: 14336, tokens: ElemType::Bf16, weight, silu_mul: false, grouped };
             tokens.iter().map(|&n| plan(&shape, n, Family::Hopper).to_string()).collect()
         };
-        let experts = plans("int4:g128:bf16", true, &[32, 64, 128, 256, 16384]);
+        let experts = plans("int4:g128:bf16", true, &[16, 32, 64, 128, 256, 16384]);
         assert!(experts[0].starts_with("stream:"), "{experts:?}");
         assert_eq!(
             experts[1..],
             [
+                "wgmma:256x16:k128:s8:w2:c1",
                 "wgmma:256x32:k128:s7:w2:c1",
                 "wgmma:256x64:k128:s5:w2:c1",
                 "wgmma:256x96:k128:s4:w2:c1",
                 "wgmma:128x192:k128:s3:w2:c2:dynamic"
             ]
         );
+        let experts = plans("int8:row:f32", true, &[8, 16]);
+        assert!(experts[0].starts_with("stream:"), "{experts:?}");
+        assert_eq!(experts[1], "wgmma:256x8:k128:s5:w2:c1");
         let dense = plans("int8:row:f32", false, &[8, 9, 128, 512, 2048]);
         assert!(dense[0].starts_with("stream:"), "{dense:?}");
         assert_eq!(
