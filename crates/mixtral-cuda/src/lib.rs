@@ -8,12 +8,13 @@
 //! Reading order: [`load`] (a program onto a GPU), [`backend`] (its steps), [`images`] (which compiled kernels a GPU
 //! runs), [`budget`] (memory, before any is allocated), `inputs` (a step as the device reads it), `weights` (onto the
 //! device), `moves` (blocks of the cache), `execute` (launches and graphs), `flight` (steps under way), `exchange` (memory between ranks),
-//! `peers` (whose memory that is), `remote` (ranks whose memory cannot be mapped), [`probe`] (a GPU's ceilings), and
+//! `peers` (whose memory that is), `remote` (ranks whose memory cannot be mapped), [`probe`] (a GPU's ceilings), `calibrate` (what calibration asks of a GPU), and
 //! underneath `driver` (libcuda) and [`error`].
 #![deny(unsafe_code)]
 
 pub mod backend;
 pub mod budget;
+mod calibrate;
 mod driver;
 pub mod error;
 mod exchange;

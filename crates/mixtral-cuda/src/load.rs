@@ -210,7 +210,7 @@ pub(crate) struct Memory {
     pub(crate) weights: DeviceMemory,
     pub(crate) arena: DeviceMemory,
     pub(crate) cache: DeviceMemory,
-    scratch: DeviceMemory,
+    pub(crate) scratch: DeviceMemory,
     pub(crate) step: DeviceMemory,
     pub(crate) counts: Option<DeviceMemory>,
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, KvScale, Op, Program, Rows};
+use mixtral_kernels::lower::observe::{Lists, Observation};
 use mixtral_kernels::step_block::{Array, DECODE_SPLIT, MAX_BEST, PREFILL_TILE, STRUCTURES};
 use mixtral_kernels::{
     Arg, ExchangeArg, Family, Kernel, Launch, PackArg, PieceArg, ProbeArg, Schedule, Sources, Target, Work,
@@ -209,9 +210,28 @@ fn exchanged(name: &str, to: &str) -> &'static [ExchangeArg] {
     }
 }
 
+/// Adds what calibration adds: launches that look at the inputs of linears.
+fn observe(schedule: &mut Schedule, program: &Program) {
+    for (op, operation) in program.ops.iter().enumerate() {
+        let lists = |offsets, order, in_order| Some(Lists { offsets, order, in_order });
+        let (input, lists) = match operation {
+            Op::Linear { input, .. } => (input, None),
+            Op::ExpertGateUp { input, offsets, order, .. } => (input, lists(offsets, order, false)),
+            Op::ExpertDown { input, offsets, order, .. } => (input, lists(offsets, order, true)),
+            _ => continue,
+        };
+        let observation = Observation { op, input, lists, products: program.dtype == DType::F16 };
+        schedule.observe(program, &observation).unwrap_or_else(|e| panic!("{e}"));
+    }
+    schedule.check(program).unwrap_or_else(|e| panic!("{e}"));
+}
+
 /// The launches of steps, of fills and of the probe, one for each kernel, each with the operations that it computes.
 fn launches(program: &Program, family: Family) -> Vec<(Launch, Vec<Op>)> {
-    let schedule = Schedule::new(program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
+    let mut schedule = Schedule::new(program, Target { family }).unwrap_or_else(|e| panic!("{e}"));
+    if family == Family::Portable && program.ops.iter().any(|op| matches!(op, Op::SiluMul { .. })) {
+        observe(&mut schedule, program);
+    }
     let fills = schedule.fills.into_iter().map(|(_, fill)| fill);
     let packs = schedule.packs.into_iter().map(|pack| pack.launch);
     let mut found: Vec<(Launch, Vec<Op>)> = fills.chain(packs).chain([schedule.probe]).map(|l| (l, vec![])).collect();
@@ -370,6 +390,9 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
                 "tokens",
                 "rounded",
                 "token_scales",
+                "count",
+                "amax",
+                "sums",
             ];
             // The kernel that puts tokens into expert order writes to scratch; the next launch reads that.
             let gathered = name == "out" && ops.iter().any(|op| op.name() == "expert_gate_up");

@@ -7,6 +7,7 @@ pub mod dummy;
 mod elementwise;
 mod linear;
 mod moe;
+pub mod observe;
 mod pack;
 mod probe;
 mod rounded;
