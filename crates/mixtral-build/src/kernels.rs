@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use mixtral_engine::{Op, Program};
 use mixtral_kernels::{
-    Arch, Cache, Code, Compiler, Defect, Family, Kernel, KernelImages, Nvrtc, Schedule, Search, Sources, batch, needed,
-    select,
+    Arch, Cache, Code, Compiled, Compiler, Defect, Executable, Family, Kernel, KernelImages, Nvrtc, Schedule, Search,
+    Sources, batch, needed, select,
 };
 use mixtral_model::Rank;
 
@@ -126,12 +126,34 @@ impl KernelOptions {
         let schedules = programs.iter().map(of_rank).collect::<Result<Vec<_>, _>>()?;
         let needs: Vec<_> = schedules.iter().map(|schedules| needed::kernels(schedules, &codes)).collect();
         let work: Vec<(Kernel, Code)> = needs.iter().flatten().collect::<BTreeSet<_>>().into_iter().cloned().collect();
+        let Batch { found, from_cache, warnings } = self.batch(&work, progress)?;
+        let images = |needed: &BTreeSet<(Kernel, Code)>, code: Code| {
+            let own = needed.iter().filter(|(_, of)| *of == code);
+            KernelImages::new(code, own.filter_map(|key| Some((&key.0, found.get(key)?))))
+        };
+        let ranks = needs.iter().map(|needed| codes.iter().map(|code| images(needed, *code)).collect()).collect();
+        let (compiled, took) = (work.len() - from_cache, begun.elapsed());
+        Ok(Kernels { codes, ranks, schedules, compiled, from_cache, took, warnings })
+    }
+
+    /// Compiles the kernels of a schedule for a GPU of this machine, which runs `code`.
+    ///
+    /// # Errors
+    /// If there is no compiler, or if a kernel is refused or has a fatal defect.
+    pub fn executable(&self, schedule: Schedule, code: Code) -> Result<Executable, BuildError> {
+        let work: Vec<(Kernel, Code)> = schedule.kernels().into_iter().map(|kernel| (kernel.clone(), code)).collect();
+        let Batch { found, .. } = self.batch(&work, &|_, _| ())?;
+        let images = KernelImages::new(code, found.iter().map(|((kernel, _), compiled)| (kernel, compiled)));
+        Ok(Executable { schedule, images })
+    }
+
+    /// Compiles kernels, or finds them in the cache.
+    fn batch(&self, work: &[(Kernel, Code)], progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Batch, BuildError> {
         let nvrtc = Nvrtc::load(&self.nvrtc).map_err(mixtral_kernels::CompileError::from)?;
         let compiler = Compiler::new(nvrtc, Sources::embedded());
         let cache = self.cache.clone().map(Cache::new);
         let batch =
-            batch::compile_all(&compiler, &work, self.workers, cache.as_ref(), &|done| progress(done, work.len()))?;
-
+            batch::compile_all(&compiler, work, self.workers, cache.as_ref(), &|done| progress(done, work.len()))?;
         let mut warnings: Vec<String> = batch.cache_warning.into_iter().collect();
         let mut unfit = Vec::new();
         let mut found = BTreeMap::new();
@@ -145,13 +167,13 @@ impl KernelOptions {
         if !unfit.is_empty() {
             return Err(BuildError::Unfit { kernels: unfit });
         }
-        let images = |needed: &BTreeSet<(Kernel, Code)>, code: Code| {
-            let own = needed.iter().filter(|(_, of)| *of == code);
-            KernelImages::new(code, own.filter_map(|key| Some((&key.0, found.get(key)?))))
-        };
-        let ranks = needs.iter().map(|needed| codes.iter().map(|code| images(needed, *code)).collect()).collect();
-        let compiled = work.len() - batch.from_cache;
-        let (from_cache, took) = (batch.from_cache, begun.elapsed());
-        Ok(Kernels { codes, ranks, schedules, compiled, from_cache, took, warnings })
+        Ok(Batch { found, from_cache: batch.from_cache, warnings })
     }
+}
+
+/// Compiled kernels, none of which has a fatal defect.
+struct Batch {
+    found: BTreeMap<(Kernel, Code), Compiled>,
+    from_cache: usize,
+    warnings: Vec<String>,
 }

@@ -1,12 +1,15 @@
 //! The whole of calibration: text, layers, statistics.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use mixtral_checkpoint::Progress;
 use mixtral_convert::{ConvertOptions, FloatModel, Statistics};
 use mixtral_model::Mapping;
 
 use crate::error::CalibrateError;
+use crate::layers::RunOptions;
+use crate::machine::Machine;
 use crate::text::{self, Text};
 use crate::{cache, generate, layers};
 
@@ -21,6 +24,10 @@ pub struct CalibrateOptions {
     pub batch_size: usize,
     /// A file that keeps the statistics. If it is there, they are read from it, and nothing is computed.
     pub cache: Option<PathBuf>,
+    /// Whether moments are wanted, beside the largest magnitudes: integers are rounded by them. A file always gets them.
+    pub moments: bool,
+    /// Where it is computed.
+    pub machine: Machine,
 }
 
 /// What calibration found, and how.
@@ -42,7 +49,7 @@ pub fn calibrate(
     options: &CalibrateOptions,
     [writing, running]: [&dyn Progress; 2],
 ) -> Result<Option<Calibration>, CalibrateError> {
-    let Some(model) = FloatModel::open(convert)? else { return Ok(None) };
+    let Some(model) = FloatModel::open(convert)?.map(Arc::new) else { return Ok(None) };
     let config = model.config(Mapping::single()).model;
     if let Some(path) = options.cache.as_ref().filter(|path| path.exists()) {
         return Ok(Some(Calibration { statistics: cache::read(path, &config)?, text: None }));
@@ -51,9 +58,15 @@ pub fn calibrate(
     let text = Text { max_seq_length, ..options.text };
     let sequences = match &options.data {
         Some(path) => text::read(path, model.dir(), config.vocab_size, text)?,
-        None => generate::generate(&model, text, convert.workers, writing)?,
+        None => generate::generate(&model, text, &options.machine, convert.workers, writing)?,
     };
-    let statistics = layers::run(&model, &sequences, options.batch_size, convert.workers, running)?;
+    let run = RunOptions {
+        machine: &options.machine,
+        threads: convert.workers,
+        batch_size: options.batch_size,
+        moments: options.moments || options.cache.is_some(),
+    };
+    let statistics = layers::run(&model, &sequences, run, running)?;
     if let Some(path) = &options.cache {
         cache::write(path, &config, &statistics)?;
     }

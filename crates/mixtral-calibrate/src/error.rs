@@ -2,9 +2,11 @@
 
 use std::path::PathBuf;
 
+use mixtral_build::BuildError;
 use mixtral_checkpoint::ReadError;
 use mixtral_convert::ConvertError;
 use mixtral_engine::BackendError;
+use mixtral_kernels::LowerError;
 use mixtral_tokenizer::TokenizerError;
 
 /// Why a model could not be calibrated.
@@ -16,6 +18,12 @@ pub enum CalibrateError {
     /// A step of the model.
     #[error("calibration: {0}")]
     Backend(#[from] BackendError),
+    /// Kernels for a GPU.
+    #[error("calibration: {0}")]
+    Kernels(#[from] BuildError),
+    /// A program that has no kernels.
+    #[error("calibration: {0}; run it with --backend cpu")]
+    Lower(#[from] LowerError),
     /// The tokenizer.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use mixtral_calibrate::{CalibrateError, CalibrateOptions, Text, calibrate};
+use mixtral_calibrate::{CalibrateError, CalibrateOptions, Machine, Text, calibrate};
 use mixtral_convert::{ConvertOptions, Input, LinearInput, Statistics};
 use mixtral_model::DType;
 use mixtral_testkit::{Layout, TinyModel};
@@ -31,7 +31,14 @@ impl Setup {
 
     fn options(&self) -> CalibrateOptions {
         let text = Text { size: 512, max_seq_length: 512, seed: 0 };
-        CalibrateOptions { data: Some(self.path("ids.csv")), text, batch_size: 3, cache: None }
+        CalibrateOptions {
+            data: Some(self.path("ids.csv")),
+            text,
+            batch_size: 3,
+            cache: None,
+            moments: true,
+            machine: Machine::Cpu,
+        }
     }
 
     fn run(&self, threads: usize, options: &CalibrateOptions) -> Result<Statistics, CalibrateError> {
@@ -145,7 +152,7 @@ fn text_json_lines_and_the_models_own_text() {
         let text = Text { size: 3, max_seq_length: 16, seed };
         let convert =
             ConvertOptions::new(Input::Directory(root.join("examples/tiny-mixtral")), dir.path().join("unused"));
-        let options = CalibrateOptions { data, text, batch_size: 2, cache: None };
+        let options = CalibrateOptions { data, text, batch_size: 2, cache: None, moments: true, machine: Machine::Cpu };
         let found = calibrate(&convert, &options, [&(), &()]).unwrap().unwrap();
         (found.text.unwrap(), found.statistics)
     };

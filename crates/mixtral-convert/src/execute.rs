@@ -158,16 +158,15 @@ fn write_tensor(
     Ok(writer.finish()?)
 }
 
-/// Reads all weights of `recipes`, which the source stores in the same formats. Each is returned as the bytes of its tensors.
+/// Reads `tensors` of weights that the source stores in the same formats.
 ///
 /// # Errors
-/// The first failure, in the order of the recipes.
-pub(crate) fn read_weights(
+/// The first failure, in the order of the tensors.
+pub(crate) fn read_tensors(
     source: &Source,
-    recipes: &[Recipe],
+    tensors: Vec<TensorRecipe>,
     workers: usize,
 ) -> Result<Vec<(TensorSpec, Vec<u8>)>, ConvertError> {
-    let tensors: Vec<TensorRecipe> = recipes.iter().flat_map(parts).collect();
     let read: Vec<Mutex<Vec<u8>>> = tensors.iter().map(|_| Mutex::default()).collect();
     in_parallel(tensors.len(), workers, |index, buffers: &mut Buffers| {
         let mut bytes = Vec::with_capacity(usize::try_from(tensors[index].spec.num_bytes()).unwrap_or(0));
@@ -199,6 +198,42 @@ fn read_tensor(
         row = piece.target_row + piece.rows.len();
     }
     zeros((rows - row) * row_bytes, &mut each)
+}
+
+/// Reads the bytes of a tensor from its byte `offset` on, as many as `into` has room for.
+///
+/// # Errors
+/// If they cannot be read, or hold numbers that the tensor's type does not have.
+pub(crate) fn read_bytes(
+    source: &Source,
+    recipe: &TensorRecipe,
+    offset: usize,
+    into: &mut [u8],
+) -> Result<(), ConvertError> {
+    let TensorSpec { elem, shape, .. } = &recipe.spec;
+    let row_bytes = (shape.last().copied().unwrap_or(1) * elem.size()).max(1);
+    let end = offset + into.len();
+    let mut buffers = Buffers::default();
+    into.fill(0);
+    for piece in &recipe.pieces {
+        let first = piece.target_row.max(offset / row_bytes);
+        let last = (piece.target_row + piece.rows.len()).min(end.div_ceil(row_bytes));
+        if first >= last {
+            continue;
+        }
+        let start = piece.rows.start + first - piece.target_row;
+        let part = Piece { rows: start..start + last - first, target_row: first, ..piece.clone() };
+        let mut at = first * row_bytes;
+        read_piece(source, &part, &part.cols, [*elem; 2], &mut buffers, |bytes| {
+            let (from, to) = (at.max(offset), (at + bytes.len()).min(end));
+            if from < to {
+                into[from - offset..to - offset].copy_from_slice(&bytes[from - at..to - at]);
+            }
+            at += bytes.len();
+            Ok(())
+        })?;
+    }
+    Ok(())
 }
 
 /// Quantizes a weight that its pieces cover. Returns what was lost of each source tensor.

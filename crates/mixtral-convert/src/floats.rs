@@ -1,13 +1,14 @@
-//! A model's weights as floats, read into memory: what calibration runs.
+//! A model's weights as floats, whole or in parts: what calibration runs.
 
 use std::path::Path;
 
-use mixtral_checkpoint::{CheckpointConfig, TensorSpec};
-use mixtral_model::{CacheFormat, Mapping, Rank};
+use mixtral_checkpoint::{CheckpointConfig, TensorId, TensorSpec};
+use mixtral_model::{CacheFormat, Mapping, ModelConfig, Rank};
 
 use crate::convert::{ConvertOptions, Prepared, prepare};
 use crate::error::ConvertError;
-use crate::execute::read_weights;
+use crate::execute::{read_bytes, read_tensors};
+use crate::plan::{TensorRecipe, parts};
 use crate::source::Source;
 
 /// A model as `convert` would write it without quantizing it.
@@ -48,19 +49,48 @@ impl FloatModel {
         CheckpointConfig { mapping, ..self.config.clone() }
     }
 
-    /// The weights `names` of a rank, as the tensors that a checkpoint of `config` has.
+    /// The checkpoint of a model that has only one of its layers.
+    #[must_use]
+    pub fn one_layer(&self) -> CheckpointConfig {
+        let model = ModelConfig { num_layers: 1, ..self.config.model.clone() };
+        CheckpointConfig { model, ..self.config(Mapping::single()) }
+    }
+
+    /// The tensors of the whole model, as a checkpoint of one rank has them.
+    #[must_use]
+    pub fn tensors(&self) -> Vec<TensorRecipe> {
+        crate::recipes(&self.config(Mapping::single()), Rank(0), self.tied).iter().flat_map(parts).collect()
+    }
+
+    /// The embedding and the tensors of layer `layer`, as the checkpoint [`FloatModel::one_layer`] has them.
+    #[must_use]
+    pub fn tensors_of_layer(&self, layer: usize) -> Vec<TensorRecipe> {
+        let stages = self.config(Mapping { pp_size: self.config.model.num_layers, ..Mapping::single() });
+        let embedding = TensorId::Embedding.to_string();
+        let mut recipes = crate::recipes(&stages, Rank(layer), self.tied);
+        recipes.retain(|recipe| recipe.name != embedding);
+        let first = crate::recipes(&stages, Rank(0), self.tied);
+        recipes.extend(first.into_iter().filter(|recipe| recipe.name == embedding));
+        recipes.iter().flat_map(parts).collect()
+    }
+
+    /// Reads whole tensors.
     ///
     /// # Errors
     /// If they cannot be read, or hold numbers that the model's type does not have.
-    pub fn weights(
+    pub fn read_all(
         &self,
-        config: &CheckpointConfig,
-        rank: Rank,
-        names: &[&str],
+        tensors: Vec<TensorRecipe>,
         workers: usize,
     ) -> Result<Vec<(TensorSpec, Vec<u8>)>, ConvertError> {
-        let mut recipes = crate::recipes(config, rank, self.tied);
-        recipes.retain(|recipe| names.contains(&recipe.name.as_str()));
-        read_weights(&self.source, &recipes, workers)
+        read_tensors(&self.source, tensors, workers)
+    }
+
+    /// Reads the bytes of a tensor from its byte `offset` on.
+    ///
+    /// # Errors
+    /// As [`FloatModel::read_all`].
+    pub fn read(&self, tensor: &TensorRecipe, offset: usize, into: &mut [u8]) -> Result<(), ConvertError> {
+        read_bytes(&self.source, tensor, offset, into)
     }
 }

@@ -37,6 +37,8 @@ const CRATES: &[(&str, &[&str])] = &[
             "mixtral-engine",
             "mixtral-build",
             "mixtral-cpu",
+            "mixtral-kernels",
+            "mixtral-cuda",
         ],
     ),
     ("mixtral-comm", &[]),

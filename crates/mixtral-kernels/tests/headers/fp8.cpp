@@ -1,31 +1,10 @@
 // Compiles kernels/base/fp8.cuh for the host. Reads f32 from standard input and writes the byte of each; then writes, for
 // every byte, what it becomes as f32, and what the kernels move of it for f16 and bf16, times the factor, as f32. The
 // product itself is an instruction of the GPU. Ends with 1 if the byte of a quotient depends on how it was divided.
-#include <cmath>
 #include <cstdio>
-#include <cstring>
 #include <initializer_list>
 
-#define __device__
-#define __forceinline__ inline
-#define __CUDA_ARCH__ 800
-#define asm(...)
-
-template <typename To, typename From>
-static To of_bits(From from) {
-    To to;
-    memcpy(&to, &from, 4);
-    return to;
-}
-static float __uint_as_float(unsigned bits) { return of_bits<float>(bits); }
-static unsigned __float_as_uint(float x) { return of_bits<unsigned>(x); }
-static float __fadd_rn(float a, float b) { return a + b; }
-static float __fsub_rn(float a, float b) { return a - b; }
-static float __fmul_rn(float a, float b) { return a * b; }
-static float __fdiv_rn(float a, float b) { return a / b; }
-static float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
-static unsigned __byte_perm(unsigned, unsigned, unsigned) { return 0; }
-
+#include "host.h"
 #include "base/fp8.cuh"
 
 static float widened(f16_t x) {

@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use mixtral_calibrate::{CalibrateOptions, Text};
+use mixtral_calibrate::{CalibrateOptions, Machine, Text};
 
+use super::build::BackendChoice;
 use super::numbers;
 use crate::say;
 
@@ -30,6 +31,9 @@ pub struct CalibrationArgs {
     /// Seed of the choice of sequences, and of text that the model writes [default: 0]
     #[arg(long)]
     pub seed: Option<u64>,
+    /// Where the model runs over the text; auto is a GPU if there is one, else the CPU [default: auto]
+    #[arg(long)]
+    pub backend: Option<BackendChoice>,
     /// Where statistics are kept. If the file is there, it is used, and nothing is run
     #[arg(long, value_name = "FILE")]
     pub calib_cache: Option<PathBuf>,
@@ -39,7 +43,10 @@ pub struct CalibrationArgs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Calibration {
     /// They have no scales without it.
-    Needed,
+    Needed {
+        /// Whether there are integers too, which it makes better.
+        integers: bool,
+    },
     /// It makes them better.
     OfUse,
     /// It changes nothing.
@@ -47,14 +54,14 @@ pub enum Calibration {
 }
 
 impl CalibrationArgs {
-    /// What the flags ask for, and the formats need.
+    /// What the flags ask for, and the formats need. The machine is chosen later.
     pub fn options(self, calibration: Calibration) -> Option<CalibrateOptions> {
         let is_asked_for = self.calib_data.is_some() || self.calib_cache.is_some();
         if is_asked_for && calibration == Calibration::OfNoUse {
             say::warning("--calib-data and --calib-cache change nothing, because nothing is quantized to int4 or fp8");
         }
         let runs = match calibration {
-            Calibration::Needed => true,
+            Calibration::Needed { .. } => true,
             Calibration::OfUse => is_asked_for,
             Calibration::OfNoUse => false,
         };
@@ -67,6 +74,8 @@ impl CalibrationArgs {
             },
             batch_size: self.batch_size.unwrap_or(8),
             cache: self.calib_cache,
+            moments: calibration != (Calibration::Needed { integers: false }),
+            machine: Machine::Cpu,
         })
     }
 }

@@ -6,6 +6,7 @@ use mixtral_calibrate::CalibrateOptions;
 use mixtral_convert::Input;
 use mixtral_model::{CacheFormat, DType, MoeNormalization, Precision};
 
+use super::build::BackendChoice;
 use super::calibration::{Calibration, CalibrationArgs};
 use super::geometry::GeometryArgs;
 use super::numbers::positive;
@@ -121,6 +122,8 @@ pub struct ConvertOptions {
     pub convert: mixtral_convert::ConvertOptions,
     /// How to calibrate the model first, if it is to be.
     pub calibrate: Option<CalibrateOptions>,
+    /// Where it is calibrated.
+    pub backend: BackendChoice,
     /// Whether to print the plan only.
     pub dry_run: bool,
     /// Whether to print the report as JSON.
@@ -178,13 +181,21 @@ impl ConvertArgs {
         let has =
             |precision| convert.weight_only.is_some_and(|to| [to.attention, to.feed_forward].contains(&precision));
         let calibration = if has(Precision::Fp8) || has_small_cache && self.kv_scale.is_none() {
-            Calibration::Needed
+            Calibration::Needed { integers: has(Precision::Int4) }
         } else if has(Precision::Int4) {
             Calibration::OfUse
         } else {
             Calibration::OfNoUse
         };
+        let backend = self.calibration.backend.unwrap_or(BackendChoice::Auto);
         let calibrate = self.calibration.options(calibration);
-        Ok(ConvertOptions { convert, calibrate, dry_run: self.dry_run, json: self.json, geometry: self.geometry })
+        Ok(ConvertOptions {
+            convert,
+            calibrate,
+            backend,
+            dry_run: self.dry_run,
+            json: self.json,
+            geometry: self.geometry,
+        })
     }
 }

@@ -156,7 +156,7 @@ fn quantize(floats: &Checkpoint, weight_only: WeightOnly, options: &BuildOptions
 }
 
 /// What the plugin flags of a build ask for. Only values that make a difference on a GPU are kept.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Plugins {
     /// Whether cuBLASLt computes the dense linears of steps of many tokens.
     cublaslt: bool,

@@ -3,22 +3,27 @@
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use mixtral_build::explain::bytes;
-use mixtral_calibrate::{CalibrateOptions, Calibration};
+use mixtral_calibrate::{CalibrateOptions, Calibration, Gpu, Machine};
 use mixtral_checkpoint::Progress;
 use mixtral_convert::Input;
 use mixtral_convert::report::QuantizedTensor;
+use mixtral_kernels::{Arch, Nvrtc};
 use mixtral_model::{DType, ModelConfig};
 
+use crate::args::build::BackendChoice;
 use crate::args::convert::ConvertOptions;
 use crate::progress::{Bytes, Tokens};
+use crate::run::gpus::{self, Share};
 use crate::say;
+use crate::stages::build::{Plugins, kernel_options};
 
 /// Runs the stage.
 pub fn main(options: &ConvertOptions) -> Result<()> {
-    let ConvertOptions { convert, calibrate, dry_run, json, geometry } = options;
+    let ConvertOptions { convert, calibrate, backend, dry_run, json, geometry } = options;
     if let (Input::Directory(dir), true) = (&convert.input, geometry.is_given()) {
         let place = format!("the configuration in {}", dir.display());
         geometry.beside(&geometry_of(dir)?, &place)?.into_iter().for_each(say::warning);
@@ -33,7 +38,7 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
         return Ok(());
     }
     say::detail(format_args!("{} threads, {} ranks", convert.workers, convert.mapping.world_size()));
-    let convert = &calibrated(convert, calibrate.as_ref())?;
+    let convert = &calibrated(convert, calibrate.as_ref(), *backend)?;
     let progress = Bytes::new();
     let report = mixtral_convert::convert(convert, &progress);
     progress.finish();
@@ -59,19 +64,29 @@ pub fn main(options: &ConvertOptions) -> Result<()> {
 fn calibrated(
     convert: &mixtral_convert::ConvertOptions,
     calibrate: Option<&CalibrateOptions>,
+    backend: BackendChoice,
 ) -> Result<mixtral_convert::ConvertOptions> {
     const SHOWN: usize = 5;
     let mut convert = convert.clone();
     let Some(options) = calibrate else { return Ok(convert) };
+    let options = CalibrateOptions { machine: machine_for(backend)?, ..options.clone() };
+    let begun = Instant::now();
     let progress = [Tokens::new("tokens written"), Tokens::new("tokens of all layers")];
-    let found = mixtral_calibrate::calibrate(&convert, options, progress.each_ref().map(|p| p as &dyn Progress));
+    let found = mixtral_calibrate::calibrate(&convert, &options, progress.each_ref().map(|p| p as &dyn Progress));
     progress.iter().for_each(Tokens::finish);
     let Some(Calibration { statistics, text }) = found? else { return Ok(convert) };
     let cache = options.cache.as_deref().map(Path::display);
     match (text, cache) {
         (Some((sequences, tokens)), cache) => {
             let kept = cache.map(|cache| format!("; statistics kept in {cache}")).unwrap_or_default();
-            say::note(format_args!("calibrated with {sequences} sequences, {tokens} tokens{kept}"));
+            let place = match &options.machine {
+                Machine::Cpu => "the CPU",
+                Machine::Cuda(gpu) => &gpu.device.name,
+            };
+            say::note(format_args!(
+                "calibrated with {sequences} sequences, {tokens} tokens on {place} in {:.1} s{kept}",
+                begun.elapsed().as_secs_f64()
+            ));
         }
         (None, Some(cache)) => say::note(format_args!("calibrated by the statistics in {cache}")),
         (None, None) => {}
@@ -87,6 +102,23 @@ fn calibrated(
     }
     convert.statistics = Some(Arc::new(statistics));
     Ok(convert)
+}
+
+/// Where a model is calibrated. A GPU is of use only with NVRTC, which compiles the kernels.
+fn machine_for(backend: BackendChoice) -> Result<Machine> {
+    let gpu = || -> Result<Machine> {
+        let Share { device, .. } = gpus::choose(None, 1)?;
+        let arch = Arch::native(device.capability);
+        let arch = arch.ok_or_else(|| anyhow!("{} is older than {}, which kernels need", device.name, Arch::BASE))?;
+        let kernels = kernel_options(vec![arch], Plugins::default(), None);
+        Nvrtc::load(&kernels.nvrtc)?;
+        Ok(Machine::Cuda(Box::new(Gpu { device, kernels })))
+    };
+    match backend {
+        BackendChoice::Cpu => Ok(Machine::Cpu),
+        BackendChoice::Auto => Ok(gpu().unwrap_or(Machine::Cpu)),
+        BackendChoice::Cuda => gpu(),
+    }
 }
 
 /// Says what quantizing lost: the tensors that lost most, and the middle one.
