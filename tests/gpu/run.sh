@@ -4,7 +4,7 @@
 # uses compute-sanitizer if there is one.
 #
 #     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), fp8, cache, quantized, twin, load,
-#                              peers, ranks, sessions, requests, long, serve
+#                              peers, ranks, sessions, requests, long, serve, calib
 #
 # parity     operations and decoder steps against the CPU backend, bits that may not change, and an engine of another build
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
@@ -26,6 +26,7 @@
 # long       the same with long outputs
 # serve      Mixtral 8x7B's shape in fp8, built on this machine: what a server adds to its engine; the same load by guidellm and
 #            aiperf, if they are installed
+# calib      calibration of Mixtral 8x7B's shape by layers and by its own text: time, memory; and that the GPU finds what the CPU finds
 #
 # Logs go to $OUT (default ./out), at most one for each section. The last thing printed is table.txt there, with one
 # line for each check.
@@ -46,7 +47,7 @@ export NCCL_NVLS_ENABLE=0
 
 # Seconds that a section may take. The default sections take about six minutes together.
 declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560
-    [sessions]=180 [requests]=360 [long]=420 [serve]=420)
+    [sessions]=180 [requests]=360 [long]=420 [serve]=420 [calib]=240)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -316,6 +317,10 @@ serve() {
         --backend cuda
     check "server: requests that are cancelled" last_line "$python" "$here/tests/python/soak.py" --mixtral "$mixtral" --backend cuda \
         --convert "--dtype bf16" --max-batch-size 16 --requests 2000 --leave 0.3 --connections 0
+}
+
+calib() {
+    check "calibration" last_line "$python" "$here/tests/python/calib_gpu.py" --mixtral "$mixtral"
 }
 
 peers() {

@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""What calibration of Mixtral 8x7B's shape takes on a GPU, and that it finds what the CPU finds.
+
+    calib_gpu.py --mixtral PATH [--backend cuda] [--layers 2] [--small]
+
+Writes a model of that shape with a few layers in bf16 (2 layers are 6.3 GB) and 512 lines of 512 token ids, and converts it to fp8
+with an fp8 cache: by that text, again with kernels that are compiled already, with moments (which integers need), and by the model's own text. Says how
+long calibration took and how much memory it had. 32 layers are extrapolated: the time for each layer is the same, and so is the memory.
+Then examples/tiny-mixtral is calibrated on the CPU and on the GPU. Reruns and other batches must give the same bits, and the two
+backends nearly the same statistics. `--small` is a shape that a CPU can calibrate in seconds.
+"""
+
+import argparse
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+import load
+from perplexity import MODEL, TEXT
+
+SMALL = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Of a model's memory, what calibration may use: on the device, on the host.
+LIMITS = (6.0, 4.0)
+# How far CPU and GPU may be apart in f32: largest magnitudes and moments as parts of their values, tokens of an input as a part of
+# all. (Where two experts are nearly tied, a token may go to the other one.) In bf16 they may be as far apart as the two types.
+APART = (1e-4, 1e-4, 1e-3)
+
+
+def watched(process, free):
+    """Waits for a process. Returns the most GB that it had on the device, where `free` bytes were free before, and on the host."""
+    device = host = 0
+    while process.poll() is None:
+        if free is not None:
+            device = max(device, free - torch.cuda.mem_get_info()[0])
+        # What the system tells of a process that has ended includes the memory of the one that started it.
+        status = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+        host = max(host, int(status[1]) * 1024 if status else 0)
+        time.sleep(0.01)
+    return device / 1e9, host / 1e9
+
+
+def convert(args, model, output, *flags, backend=None):
+    """Converts to fp8. Returns the seconds of calibration, of everything, and the GB on the device and the host."""
+    command = [args.mixtral, "convert", "--model-dir", model, "--output-dir", output, "--qformat", "fp8", "--kv-cache-dtype", "fp8",
+               "--backend", backend or args.backend, *flags]
+    free = None
+    if args.backend == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+    begun = time.monotonic()
+    with open(output.with_suffix(".said"), "w+") as said:
+        process = subprocess.Popen(list(map(str, command)), stderr=said)
+        device, host = watched(process, free)
+        seconds = time.monotonic() - begun
+        said.seek(0)
+        text = said.read()
+    found = re.search(r"calibrated with .* in ([0-9.]+) s", text)
+    if process.returncode != 0 or not found:
+        sys.exit(f"{' '.join(map(str, command))}\n{text}")
+    shutil.rmtree(output)
+    return float(found[1]), seconds, device, host
+
+
+def measure(args, scratch):
+    """Calibrates a few layers of the large shape. Returns whether the limits hold."""
+    if args.small:
+        load.GEOMETRY.update(SMALL)
+    size, length = (16, 64) if args.small else (512, 512)
+    model = scratch / "model"
+    model.mkdir()
+    load.write_model(model, args.layers, args.backend)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, model)
+    bytes_of_model = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    draw, ids = random.Random(1), scratch / "ids.csv"
+    ids.write_text("".join(",".join(str(draw.randrange(3, 1000)) for _ in range(length)) + "\n" for _ in range(size)))
+    text = ["--calib-size", size, "--calib-max-seq-length", length, "--dtype", "bfloat16"]
+    runs = {
+        "text, kernels compiled": [*text, "--calib-data", ids],
+        "text": [*text, "--calib-data", ids],
+        "text, with moments": [*text, "--calib-data", ids, "--calib-cache", scratch / "kept"],
+        "own text, kernels compiled": text,
+        "own text": text,
+    }
+    holds, times = True, 32 / args.layers
+    for name, flags in runs.items():
+        calibrated, seconds, device, host = convert(args, model, scratch / "checkpoint", *flags)
+        whole = calibrated * times
+        if "compiled" not in name:
+            holds = holds and ("own" in name and whole < 180 or "own" not in name and device < LIMITS[0] and host < LIMITS[1])
+        print(f"{name}: {args.layers} layers calibrated in {calibrated:.1f} s (all {seconds:.1f} s), device {device:.2f} GB, host {host:.2f} GB; "
+              f"32 layers at most {whole:.0f} s if files are in memory", flush=True)
+    print(f"a disk is read twice for own text and once for a text: {bytes_of_model * times / 1e9:.0f} GB each time for 32 layers")
+    return holds
+
+
+def apart(a, b):
+    """How far two files of statistics are apart: amax, moments, tokens."""
+    amax = moments = tokens = 0.0
+    most = max(int(value.view(np.uint64)[0]) for name, value in a.items() if name.endswith(".tokens"))
+    for name in a:
+        if name.endswith("amax"):
+            amax = max(amax, float(np.max(np.abs(a[name] / b[name] - 1))))
+        elif name.endswith(".moments"):
+            x, y = (f[name].astype(np.float64) for f in (a, b))
+            moments = max(moments, float(np.sqrt(((x - y) ** 2).sum() / (y**2).sum())))
+        elif name.endswith(".tokens"):
+            counts = [int(f[name].view(np.uint64)[0]) for f in (a, b)]
+            tokens = max(tokens, abs(counts[0] - counts[1]) / most)
+    return amax, moments, tokens
+
+
+def compare(args, scratch):
+    """Calibrates the example on both backends. Returns whether they agree."""
+    (scratch / "text").write_text(TEXT * 40)
+    agree, of_types = True, []
+    for dtype in ("float32", "bfloat16"):
+        files = {}
+        for name, backend, batch in [("cpu", "cpu", 8), ("gpu", args.backend, 8), ("again", args.backend, 8), ("batch", args.backend, 3)]:
+            files[name] = scratch / f"{dtype}-{name}"
+            convert(args, MODEL, scratch / "example", "--dtype", dtype, "--calib-data", scratch / "text", "--calib-size", 64,
+                    "--calib-max-seq-length", 200, "--batch-size", batch, "--calib-cache", files[name], backend=backend)
+        bits = {name: file.read_bytes() for name, file in files.items()}
+        same = bits["gpu"] == bits["again"] == bits["batch"]
+        of_types.append(load_file(files["cpu"]))
+        limits = apart(*of_types) if len(of_types) == 2 else APART
+        found = apart(load_file(files["gpu"]), of_types[-1])
+        agree = agree and same and all(f <= limit for f, limit in zip(found, limits))
+        print(f"{dtype}: CPU and {args.backend} differ by {found[0]:.1e} in the largest magnitudes, {found[1]:.1e} in moments, {found[2]:.1e} of the "
+              f"tokens (at most {limits[0]:.1e}, {limits[1]:.1e}, {limits[2]:.1e}); a rerun and other batches give {'the same bits' if same else 'OTHER BITS'}", flush=True)
+    return agree
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mixtral", required=True, help="the tool's binary")
+    parser.add_argument("--backend", choices=["cpu", "cuda"], default="cuda")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    memory = Path("/dev/shm")
+    has_room = memory.is_dir() and shutil.disk_usage(memory).free > (1 + args.layers) * 6_000_000_000
+    with tempfile.TemporaryDirectory(prefix="calib-", dir=memory if has_room else None) as scratch:
+        print(f"in {scratch}", flush=True)
+        agree = compare(args, Path(scratch))
+        holds = measure(args, Path(scratch))
+    print(f"CPU and GPU {'agree' if agree else 'DIFFER'}; time and memory {'are within' if holds else 'EXCEED'} the limits")
+    sys.exit(0 if agree and holds else 1)
+
+
+if __name__ == "__main__":
+    main()
