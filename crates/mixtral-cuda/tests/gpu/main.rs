@@ -1,5 +1,5 @@
 //! Tests that need a GPU. They compile kernels themselves, so they need NVRTC too. On a machine without a GPU or NVRTC
-//! they say so and pass. They need nothing of the source tree.
+//! they say so and pass. They need nothing of the source tree. (`last_bits` needs no GPU: it says why others have their limits.)
 //!
 //! `MIXTRAL_CASES=attention` runs only the operation cases whose names contain `attention`. `MIXTRAL_CODE=sm_90` runs
 //! only kernels compiled to `sm_90`.
@@ -9,6 +9,7 @@ mod cases;
 mod cublaslt;
 mod faults;
 mod kernels;
+mod last_bits;
 mod other_build;
 mod ranks;
 mod steps;
