@@ -1,5 +1,5 @@
-//! The kernels that sum up rows give the bits of [`Observed`]. They are compiled for the host, so this needs no GPU but a C++
-//! compiler; without one the test says so and passes.
+//! The kernels that sum up rows give the bits of [`Observed`], and compile well. The first test compiles them for the host, so it needs
+//! no GPU but a C++ compiler, and the second needs NVRTC. Without them they say so and pass.
 #![allow(missing_docs)]
 
 use std::io::Write;
@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use mixtral_calibrate::observe::Observed;
 use mixtral_engine::dummy;
+use mixtral_kernels::{Arch, Code, Compiler, Family, Kernel, Nvrtc, Search, Sources};
 use mixtral_model::DType;
 
 const EXPERTS: usize = 4;
@@ -141,5 +142,20 @@ fn kernels_sum_up_as_the_definition_does() {
             assert!(found[expert].statistics() == expected.statistics(), "expert {expert}");
             assert_eq!(expected.statistics().tokens, 2 * list.len() as u64);
         }
+    }
+}
+
+#[test]
+fn kernels_compile_without_defects() {
+    let nvrtc = match Nvrtc::load(&Search::from_environment()) {
+        Ok(nvrtc) => nvrtc,
+        Err(error) => return println!("skipped: {error}"),
+    };
+    let compiler = Compiler::new(nvrtc, Sources::embedded());
+    for symbol in ["observe::experts<f16_t, 200, 2, false, true>", "observe::tokens<bf16_t, 1024, false>"] {
+        let (header, symbol) = ("observe/rows.cuh".into(), symbol.to_owned());
+        let kernel = Kernel { header, symbol, threads: 160, shared_bytes: 0, family: Family::Portable };
+        let compiled = compiler.compile(&kernel, Code::Sass(Arch::SM_90A)).unwrap();
+        assert_eq!(compiled.defects, [], "{}\n{}", kernel.symbol, compiled.log);
     }
 }
