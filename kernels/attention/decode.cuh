@@ -246,6 +246,9 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         merge.ends[threadIdx.x] = item;
     }
     DecodeWork<C> present(list.begin, list.at(list.begin));
+    // Whether the first and the last sequence may have splits of other CTAs.
+    const bool shares_first = present.split > present.first_split();
+    bool shares_last = false;
     load_queries(present);
     for (int work = list.begin; work < list.end; ++work) {
         const int first = present.first(), end = present.end, last = present.last();
@@ -367,6 +370,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         sync();
         const bool is_first = c.split == c.first_split();
         from_start = from_start || is_first;
+        shares_last = c.split < c.splits() - 1;
         each_quad<C>(c.heads(), [&](int n, int row, int at) {
             Quad split{merge.maxima[0][row], 0.0f, {}};
 #pragma unroll
@@ -398,7 +402,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
         });
     }
-    add_shared<C>(merge, partials, tickets, out, value_scale);
+    if (shares_first || shares_last) add_shared<C>(merge, partials, tickets, out, value_scale);
 }
 
 }  // namespace attention
