@@ -1,5 +1,5 @@
-// What the kernels of decode attention share: the arithmetic of the four warps that compute works, and the merge of
-// warps. The kernels differ only in how they bring tiles of keys and values to shared memory.
+// What the kernels of decode attention share: the arithmetic of the four warps that compute works, the merge of warps,
+// and the merge of splits. The kernels differ only in how they bring tiles of keys and values to shared memory.
 #pragma once
 
 #include "attention/splits.cuh"
@@ -140,7 +140,8 @@ struct Elements {
     }
 };
 
-// Calls f for each of the thread's quads of `heads` heads: which of its quads it is, the head and the first element.
+// Calls f for each quad of `heads` heads that is this thread's: which of its quads it is, the head, and the first of its
+// four elements.
 template <typename C, typename F>
 __device__ __forceinline__ void each_quad(int heads, F f) {
 #pragma unroll
@@ -206,9 +207,8 @@ __device__ __forceinline__ void add_shared(typename C::Merge& merge, const Parti
 // Computes the CTA's works. `tiles` gives each work's tiles in ascending order. All warps call `next()` to go on to a
 // tile. `keys()`, then `values()`, wait until these have arrived and return their place. `release()` ends a warp's
 // reading of either. A warp that needs neither calls `skip()`. A warp may see only some of its 16 tokens; the others
-// are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. `kept(n)` is where a thread keeps four elements
-// of quad n from work to work. Called by the first DECODE_THREADS threads,
-// after the wait.
+// are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. `kept(n)` is where a thread keeps the sum of its
+// quad n from work to work. Called by the first DECODE_THREADS threads, after the wait.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
                                        float scale, float value_scale, typename C::T* out, const Partials<C>& partials, u32* tickets) {
@@ -234,8 +234,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             for (int k = 0; k < STEPS; ++k) Elements<C>::load_query(q[k][half], q[k][half + 2], from + k * 16);
         }
     };
-    // Whether this CTA has all splits of the present sequence and part so far, and what their sum is. The rest of it is
-    // where `kept` says.
+    // Whether this CTA has all splits of the present sequence and part so far, and their greatest scores and totals. Their
+    // sums are where `kept` says.
     float tops[C::QUADS], totals[C::QUADS];
     bool from_start = false;
     if (list.begin == list.end) return;

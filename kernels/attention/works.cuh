@@ -25,7 +25,7 @@ struct DecodeList {
     // because a grid in which no CTA waits could end before its predecessors.)
     __device__ __forceinline__ bool is_idle() const { return begin == end && blockIdx.x > 0; }
 
-    // An item of the work's sequence. The caller reads it one turn before it needs it, so that no thread waits for it.
+    // An item of the work's sequence.
     __device__ __forceinline__ int4 at(int work) const { return work < end ? items[work / C::PER_ITEM] : int4{}; }
 };
 
