@@ -23,7 +23,7 @@
 # sessions   overlap, reuse, swapping and chunks change no bit in any format; 40 000 short requests to examples/tiny-mixtral
 # requests   Mixtral 8x7B's shape in fp8 and int8, built on this machine: many requests, all at once and one by one, with and without
 #            overlap; prompts that begin alike
-# long       the same with long outputs
+# long       the same with long outputs, in fp8 with an fp8 cache, all at once and at fixed rates; and what fills the cache
 # serve      Mixtral 8x7B's shape in fp8, built on this machine: what a server adds to its engine; the same load by guidellm and
 #            aiperf, if they are installed
 # calib      calibration of Mixtral 8x7B's shape by layers and by its own text: time, memory; and that the GPU finds what the CPU finds
@@ -47,7 +47,7 @@ export NCCL_NVLS_ENABLE=0
 
 # Seconds that a section may take. The default sections take about six minutes together.
 declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560
-    [sessions]=180 [requests]=360 [long]=420 [serve]=420 [calib]=240)
+    [sessions]=180 [requests]=360 [long]=540 [serve]=420 [calib]=240)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -210,21 +210,26 @@ quantized() {
     done
 }
 
-# build_8x7b FORMAT: Mixtral 8x7B's shape in fp8, int8 or int4, unless an earlier section has built it.
+# build_8x7b FORMAT: Mixtral 8x7B's shape in fp8, int8 or int4, unless an earlier section has built it. fp8-cache is fp8 with an
+# fp8 cache, attention of prompts in fp8, and room for 2 048 sequences.
 build_8x7b() {
-    local what=(--model-config mixtral-8x7b --dtype bfloat16 --weight-only-precision "$1")
+    local what=(--model-config mixtral-8x7b --dtype bfloat16 --weight-only-precision "$1") batch=512 cache=null
     [ -d "$engines/8x7b-$1" ] && return
-    if [ "$1" = fp8 ]; then
-        what=(--model-config "$scratch/8x7b-fp8/config.json")
-        mkdir -p "$scratch/8x7b-fp8"
-        cat >"$scratch/8x7b-fp8/config.json" <<'JSON'
+    if [ "$1" = fp8-cache ]; then
+        batch=2048 cache='"FP8"'
+    fi
+    if [[ $1 = fp8* ]]; then
+        what=(--model-config "$scratch/8x7b-$1/config.json")
+        [ "$1" = fp8-cache ] && what+=(--use-fp8-context-fmha enable)
+        mkdir -p "$scratch/8x7b-$1"
+        cat >"$scratch/8x7b-$1/config.json" <<JSON
 {"architecture": "MixtralForCausalLM", "dtype": "bfloat16", "vocab_size": 32000, "hidden_size": 4096,
  "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
  "max_position_embeddings": 32768, "norm_epsilon": 1e-5, "rotary_base": 1e6, "moe_num_experts": 8, "moe_top_k": 2,
- "quantization": {"quant_algo": "FP8"}}
+ "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": $cache}}
 JSON
     fi
-    check "build: 8x7b $1" last_line "$mixtral" build "${what[@]}" --backend cuda --max-batch-size 512 --max-num-tokens 16384 \
+    check "build: 8x7b $1" last_line "$mixtral" build "${what[@]}" --backend cuda --max-batch-size $batch --max-num-tokens 16384 \
         --max-seq-len 4608 --output-dir "$engines/8x7b-$1"
 }
 
@@ -306,9 +311,13 @@ requests() {
 long() {
     local overlap
     rm -f "$out/bench.json"
-    build_8x7b fp8
-    for overlap in "" --no-overlap; do requests_of fp8 512 1000 1000 $overlap; done
-    for overlap in "" --no-overlap; do requests_of fp8 256 128 2048 $overlap; done
+    build_8x7b fp8-cache
+    for overlap in "" --no-overlap; do requests_of fp8-cache 512 1000 1000 $overlap; done
+    for overlap in "" --no-overlap; do requests_of fp8-cache 40 1000 1000 --arrival-rate 5 $overlap; done
+    for overlap in "" --no-overlap; do requests_of fp8-cache 256 128 2048 $overlap; done
+    for overlap in "" --no-overlap; do requests_of fp8-cache 20 128 2048 --arrival-rate 4 $overlap; done
+    requests_of fp8-cache 560 128 2048
+    requests_of fp8-cache 4096 128 128
 }
 
 serve() {
