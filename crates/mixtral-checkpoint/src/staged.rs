@@ -12,6 +12,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
 use std::time::Duration;
 
 use crate::disk::{self, Lack};
@@ -329,8 +330,13 @@ impl State {
             let _ = remove(&dir.join(CONFIG_FILE)).and_then(|()| remove_owned(dir, self.ownership));
             let _ = remove(&dir.join(MOVING));
         }
-        // Tries again, in case another thread was just making a file.
-        let _ = (0..3).find(|_| fs::remove_dir_all(dir.join(NEW)).is_ok());
+        // Tries again, because other threads may still be making files there.
+        for _ in 0..100 {
+            match fs::remove_dir_all(dir.join(NEW)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => thread::sleep(Duration::from_millis(1)),
+                _ => break,
+            }
+        }
         let lock = dir.join(LOCK_FILE);
         if self.replaces {
             let _ = fs::write(lock, why);
