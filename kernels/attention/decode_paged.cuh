@@ -11,9 +11,7 @@
 // Requires: D a multiple of 16 (32 with an fp8 cache), 128 at most. Keys and values of earlier steps are read before the wait, since nothing
 //   in this step writes them.
 // Traffic: keys and values are read once for 16 heads of a group.
-// Measured: H200, 32 query heads over 8 KV heads of 128, with heads still the rows of both products: 8.5 µs with its
-//   launch at batch 1 and context 128; 50 µs at batch 256 and context 128 (roof: 33 µs); 136 µs at batch 64 and context
-//   1500 (roof: 88 µs).
+// Measured: not since a CTA has a run of works.
 #pragma once
 
 #include "attention/decode.cuh"
@@ -26,7 +24,6 @@ struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
     using Base = Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
     using Kv = Cache<Stored, KV_HEADS, D, BLOCK_SIZE>;
     static constexpr int STAGE = 2 * Kv::BYTES;
-    static constexpr int SHARED_BYTES = STAGES * STAGE + sizeof(typename Base::Merge);
 
     // Tiles that the warps copy themselves. All warps together copy each tile.
     struct Tiles {

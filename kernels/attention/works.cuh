@@ -25,7 +25,7 @@ struct DecodeList {
     // because a grid in which no CTA waits could end before its predecessors.)
     __device__ __forceinline__ bool is_idle() const { return begin == end && blockIdx.x > 0; }
 
-    // An item of the work's sequence.
+    // An item of the work's sequence: the first PER_ITEM works of a sequence have its first item, and so on.
     __device__ __forceinline__ int4 at(int work) const { return work < end ? items[work / C::PER_ITEM] : int4{}; }
 };
 
@@ -34,7 +34,7 @@ struct DecodeWork {
     // `end` counts the sequence's tokens, `part` its parts of heads.
     int seq, end, part, split;
 
-    // `item` is any item of the sequence that `work` belongs to, of which `DecodeList::at` gives one.
+    // `item` is the list's `at(work)`. The items of a sequence lie together, and count all splits from 0, visible or not.
     __device__ __forceinline__ DecodeWork(int work, const int4& item) : seq(item.x), end(item.z) {
         const int at = work - (work / C::PER_ITEM - item.y) * C::PER_ITEM;
         part = at / splits();
@@ -48,6 +48,7 @@ struct DecodeWork {
         return ++part < C::PER_ITEM;
     }
 
+    // `item` is any of that sequence.
     __device__ __forceinline__ void begin(const int4& item) {
         seq = item.x;
         end = item.z;

@@ -1,5 +1,5 @@
 // Op: linear, expert_gate_up, expert_down · CPU twin: mixtral-cpu/src/kernels/{linear,experts}.rs
-// Regime: up to 64 tokens, quantized weights · Tile: 16 output features (a slab) × COLS tokens for a warp or a team of
+// Regime: up to 16 tokens, quantized weights · Tile: 16 output features (a slab) × COLS tokens for a warp or a team of
 // warps · Grid: persistent, each CTA a run of slabs
 // Numerics: as `mma`: each 16 elements of K one product, chains in ascending K, one rounding; bits do not depend on the
 // Config or on other tokens · Requires: sm_90, 16-bit types, K a multiple of 128

@@ -140,7 +140,7 @@ fn asked(inputs: &StepInputs<'_>) -> Vec<Asked> {
 }
 
 /// The work items of decode attention, one for every split of every decode's sequence: sequence, split, tokens of the
-/// sequence, 0.
+/// sequence, 0. A sequence's lie together and ascend, with those that no window sees: the kernels count on that.
 fn decode_items(inputs: &StepInputs<'_>) -> Vec<[i32; 4]> {
     let decodes = inputs.seq_lens.iter().take(inputs.num_decodes).enumerate();
     let splits = |len: i32| 0..index(len).div_ceil(DECODE_SPLIT);

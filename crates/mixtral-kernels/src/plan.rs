@@ -4,7 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Token counts at which kernels change.
+/// Token counts at which kernels change. At 704 fp8's experts go from one tile of 192 tokens to two of 144.
 pub const RUNGS: [usize; 11] = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 704];
 
 /// The last rung. Steps of more tokens are not captured as graphs.

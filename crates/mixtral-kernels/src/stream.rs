@@ -18,9 +18,6 @@ const ALONE: u32 = 114 << 10;
 /// Bytes of weights that the warps of a CTA have under way together. More gain nothing.
 const UNDER_WAY: u32 = 128 << 10;
 
-/// Tokens of which an expert seldom gets more than eight.
-const FEW: usize = 16;
-
 /// Whether 16 warps that multiply, which leave a thread 96 registers, suffice without spills.
 fn has_registers_for_16(weight: WeightRows) -> bool {
     match weight {
@@ -47,9 +44,7 @@ impl Stream {
         let cols = match tokens {
             0..=1 => 1,
             2 if !shape.grouped => 2,
-            2..=FEW => 8,
-            // Of 32 tokens an expert gets about 8 and seldom more than 16. Wider tiles would take longer.
-            _ => 16,
+            _ => 8,
         };
         // Slabs of a CTA. A token goes to two experts or more. Several tokens share some of theirs.
         let matrices = if shape.grouped { (2 * tokens).clamp(2, 8) } else { 1 };
@@ -75,7 +70,7 @@ impl Stream {
         let some = [4, 2, 1].into_iter().find(|&n| part.is_multiple_of(n) && n.is_multiple_of(blocks));
         let (token_blocks, token_stages) = match resident {
             true => (part, 1),
-            false => (some.unwrap_or(blocks), if cols > 16 { 2 } else { 3 }),
+            false => (some.unwrap_or(blocks), 3),
         };
         let plan = |stages| Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages };
         let wanted = (UNDER_WAY / (warps * blocks * block)).clamp(2, 8);
@@ -121,7 +116,7 @@ mod tests {
             for (rows, depth) in [(28672, 4096), (4096, 14336), (6144, 4096), (6144, 16384), (4096, 1792), (64, 128)] {
                 for grouped in [false, true] {
                     let shape = shape(word, rows, depth, grouped);
-                    for tokens in [1, 2, 4, 8, 16, 32, 64] {
+                    for tokens in [1, 2, 4, 8, 16] {
                         let stream = Stream::new(&shape, tokens).unwrap_or_else(|| panic!("{shape:?} {tokens}"));
                         let bytes = stream.shared_bytes(&shape);
                         assert!((ALONE..=MOST).contains(&bytes), "{stream:?} has {bytes}");

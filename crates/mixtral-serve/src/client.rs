@@ -181,7 +181,7 @@ impl Target {
         }
         let wrong = |detail: String| ClientError::Answer { path: path.to_owned(), detail };
         let mut answered = Answered { sent, ..Answered::default() };
-        let (mut rest, mut is_whole) = (Vec::new(), false);
+        let (mut rest, mut is_whole, mut counts) = (Vec::new(), false, false);
         while let Some(frame) = response.body_mut().frame().await {
             let frame = frame.map_err(|error| self.broken(&error))?;
             let now = start.elapsed();
@@ -199,9 +199,13 @@ impl Target {
                 }
                 let counted = chunk["usage"]["completion_tokens"].as_u64();
                 let counted = counted.map(|tokens| usize::try_from(tokens).unwrap_or(usize::MAX));
-                let brings_tokens = chunk["choices"][0]["text"]
-                    .as_str()
-                    .is_some_and(|text| counted.map_or(!text.is_empty(), |tokens| tokens > answered.tokens));
+                // A first count in the last chunk is of the whole answer, not of what came with it.
+                let is_last = chunk["choices"][0]["finish_reason"].is_string();
+                counts |= counted.is_some() && !is_last;
+                let brings_tokens = chunk["choices"][0]["text"].as_str().is_some_and(|text| match counted {
+                    Some(tokens) if counts || answered.came.is_empty() => tokens > answered.tokens,
+                    _ => !text.is_empty(),
+                });
                 if brings_tokens {
                     answered.came.push(now);
                 }
@@ -304,6 +308,9 @@ mod tests {
         let at_the_end = json!({"choices": [], "usage": used(3)});
         let answered = measured(&[text("a", Value::Null), text("", Value::Null), text("b", Value::Null), at_the_end]);
         assert_eq!((answered.came.len(), answered.tokens), (2, 3));
+        let last = json!({"choices": [{"text": "", "finish_reason": "stop"}], "usage": used(2)});
+        let answered = measured(&[text("a", Value::Null), text("b", Value::Null), last]);
+        assert_eq!((answered.came.len(), answered.tokens), (2, 2));
     }
 
     #[test]

@@ -369,7 +369,7 @@ pub fn all() -> Vec<Case> {
             let quantized = [quantized::cases(dtype), fp8::linears(dtype)].concat();
             [dense(dtype), long_linears(dtype), attention, caches, routing(dtype), experts(dtype), quantized].concat()
         })
-        .chain([many_decodes()])
+        .chain(many_decodes())
         .collect()
 }
 
@@ -601,12 +601,16 @@ pub(crate) fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
     shapes.into_iter().flat_map(of).collect()
 }
 
-/// More decodes of a head than a GPU has CTAs, so that some CTAs compute several.
-fn many_decodes() -> Case {
-    let mut base = Assembly::new(DType::Bf16);
-    (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (9, 64);
-    let lengths: Vec<usize> = (0..base.program.limits.max_batch_size).map(|i| i * 29 % 150 + 1).collect();
-    decodes("many decodes", base, &lengths, 2, &[None]).remove(0)
+/// More splits of decodes than a GPU has CTAs. So a CTA computes several that follow each other, shares its first and its last
+/// sequence with others, and meets splits that no window sees.
+fn many_decodes() -> Vec<Case> {
+    let of = |(kv_heads, group, d)| {
+        let mut base = Assembly::new(DType::Bf16);
+        (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (kv_heads, d);
+        let lengths: Vec<usize> = (0..base.program.limits.max_batch_size).map(|i| i * 211 % 1000 + 1).collect();
+        decodes("many decodes", base, &lengths, group, &[None, Some(300)])
+    };
+    [(9, 2, 64), (4, 4, 128), (3, 30, 64)].into_iter().flat_map(of).collect()
 }
 
 /// Buffers of the routing operations.

@@ -32,10 +32,10 @@ pub struct Throughput {
 struct BetweenTokens {
     median_ms: f64,
     p99_ms: f64,
-    /// In how many of them, in percent, the prompt of another request was computed.
+    /// In how many of them, in percent, the prompt of another request, or its last part, was computed.
     with_prompts_percent: f64,
-    /// The 99th percentile of the others.
-    without_prompts_p99_ms: f64,
+    /// The 99th percentile of the others, if there are any.
+    without_prompts_p99_ms: Option<f64>,
 }
 
 /// A time in milliseconds.
@@ -65,7 +65,7 @@ impl BetweenTokens {
             median_ms: median(all.clone()),
             with_prompts_percent: 100.0 * ratio(f(all.len() - without_prompts.len()), f(all.len())),
             p99_ms: quantile(all, 0.99),
-            without_prompts_p99_ms: quantile(without_prompts, 0.99),
+            without_prompts_p99_ms: (!without_prompts.is_empty()).then(|| quantile(without_prompts, 0.99)),
         }
     }
 }
@@ -113,10 +113,14 @@ impl Throughput {
         let [each, each_p99] = [self.per_token_ms_median, self.per_token_ms_p99];
         writeln!(out, "each token   {each:.3} ms median, {each_p99:.3} ms p99 (TPOT, a request's mean)")?;
         let BetweenTokens { median_ms, p99_ms, with_prompts_percent, without_prompts_p99_ms } = self.between_tokens;
-        writeln!(
+        write!(
             out,
-            "between two  {median_ms:.3} ms median, {p99_ms:.3} ms p99 (ITL); in {with_prompts_percent:.1} % a prompt was computed, without those {without_prompts_p99_ms:.3} ms p99"
+            "between two  {median_ms:.3} ms median, {p99_ms:.3} ms p99 (ITL); in {with_prompts_percent:.1} % a prompt was computed"
         )?;
+        match without_prompts_p99_ms {
+            Some(others) => writeln!(out, ", without those {others:.3} ms p99")?,
+            None => writeln!(out)?,
+        }
         Ok(())
     }
 }
@@ -139,7 +143,7 @@ mod tests {
         assert_eq!((figures.requests, figures.output_tokens), (3, 9));
         assert_eq!([figures.first_token_ms_median, figures.first_token_ms_p99].map(f64::round), [34.0, 37.0]);
         let BetweenTokens { median_ms, p99_ms, with_prompts_percent, without_prompts_p99_ms } = figures.between_tokens;
-        assert_eq!([median_ms, p99_ms, without_prompts_p99_ms].map(f64::round), [10.0, 30.0, 11.0]);
+        assert_eq!([median_ms, p99_ms, without_prompts_p99_ms.unwrap_or(0.0)].map(f64::round), [10.0, 30.0, 11.0]);
         assert_eq!(format!("{:.2} {with_prompts_percent:.2}", figures.per_token_ms_median), "10.00 16.67");
     }
 }

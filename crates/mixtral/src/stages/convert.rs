@@ -69,7 +69,10 @@ fn calibrated(
     const SHOWN: usize = 5;
     let mut convert = convert.clone();
     let Some(options) = calibrate else { return Ok(convert) };
-    let options = CalibrateOptions { machine: machine_for(backend)?, ..options.clone() };
+    // Statistics that were kept need no machine.
+    let is_kept = options.cache.as_ref().is_some_and(|cache| cache.exists());
+    let machine = if is_kept { Machine::Cpu } else { machine_for(backend)? };
+    let options = CalibrateOptions { machine, ..options.clone() };
     let begun = Instant::now();
     let progress = [Tokens::new("tokens written"), Tokens::new("tokens of all layers")];
     let found = mixtral_calibrate::calibrate(&convert, &options, progress.each_ref().map(|p| p as &dyn Progress));
@@ -116,7 +119,10 @@ fn machine_for(backend: BackendChoice) -> Result<Machine> {
     };
     match backend {
         BackendChoice::Cpu => Ok(Machine::Cpu),
-        BackendChoice::Auto => Ok(gpu().unwrap_or(Machine::Cpu)),
+        BackendChoice::Auto => Ok(gpu().unwrap_or_else(|why| {
+            say::detail(format_args!("calibrating on the CPU: {why:#}"));
+            Machine::Cpu
+        })),
         BackendChoice::Cuda => gpu(),
     }
 }
