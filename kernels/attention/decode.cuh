@@ -234,10 +234,9 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             for (int k = 0; k < STEPS; ++k) Elements<C>::load_query(q[k][half], q[k][half + 2], from + k * 16);
         }
     };
-    // Whether this CTA has all splits of the present sequence and part so far, and their greatest scores and totals. Their
-    // sums are where `kept` says.
+    // The greatest scores and totals of the splits of the present sequence and part so far, if this CTA has all of these.
+    // Their sums are where `kept` says.
     float tops[C::QUADS], totals[C::QUADS];
-    bool from_start = false;
     if (list.begin == list.end) return;
     if (threadIdx.x < 2) {
         const int work = threadIdx.x == 0 ? list.begin : list.end - 1;
@@ -246,9 +245,10 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         merge.ends[threadIdx.x] = item;
     }
     DecodeWork<C> present(list.begin, list.at(list.begin));
-    // Whether the first and the last sequence may have splits of other CTAs.
-    const bool shares_first = present.split > present.first_split();
-    bool shares_last = false;
+    // Whether this CTA has all splits so far, and whether others have some of its first and of its last sequence. (Bits of one
+    // register.)
+    constexpr u32 FROM_START = 1, SHARES_FIRST = 2, SHARES_LAST = 4;
+    u32 state = present.split > present.first_split() ? SHARES_FIRST : 0;
     load_queries(present);
     for (int work = list.begin; work < list.end; ++work) {
         const int first = present.first(), end = present.end, last = present.last();
@@ -369,8 +369,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         }
         sync();
         const bool is_first = c.split == c.first_split();
-        from_start = from_start || is_first;
-        shares_last = c.split < c.splits() - 1;
+        if (is_first) state |= FROM_START;
+        state = c.split < c.splits() - 1 ? state | SHARES_LAST : state & ~SHARES_LAST;
         each_quad<C>(c.heads(), [&](int n, int row, int at) {
             Quad split{merge.maxima[0][row], 0.0f, {}};
 #pragma unroll
@@ -382,7 +382,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
                 split.scale_and_add(1.0f, factor, warp_sum);
             }
             const int head = c.first_head() + row;
-            if (!from_start) {
+            if (!(state & FROM_START)) {
                 partials.store(c.seq, c.split, head, at, split, 1);
                 return;
             }
@@ -402,7 +402,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
         });
     }
-    if (shares_first || shares_last) add_shared<C>(merge, partials, tickets, out, value_scale);
+    if (state & (SHARES_FIRST | SHARES_LAST)) add_shared<C>(merge, partials, tickets, out, value_scale);
 }
 
 }  // namespace attention
