@@ -6,7 +6,7 @@
 KERNELS are folders like kernels/ (the default); several are variants to compare. To learn what a part costs, leave it out in a copy.
 Each line has the time of a launch in a graph of launches, with dependent launch and without, in per cent of how fast the probe kernel
 reads, and the error of the outputs against PyTorch. Launches go over the caches of as many layers as fit into --memory, so that
-none is in L2. Eight seconds for sixty lines. Needs PyTorch and NVRTC.
+none is in L2. Needs PyTorch and NVRTC.
 """
 
 import argparse
