@@ -43,7 +43,7 @@ struct Decode {
         float maxima[DECODE_WARPS][16], totals[DECODE_WARPS][16];
         // The CTA's first and last work, each with its item in x, y and z, and whether the CTA adds the splits of their
         // sequences. (Kept here, so that they take no registers.)
-        int4 ends[2];
+        int4 outermost[2];
         alignas(16) int adds[2];
     };
 };
@@ -171,13 +171,14 @@ __device__ __forceinline__ void add_shared(typename C::Merge& merge, const Parti
     // before the first barrier and their reads after the second.
     ptx::sync_threads(1, DECODE_THREADS);
     if (thread < 2) {
-        const int4 end = merge.ends[thread];
-        const DecodeWork<C> c(end.w, end);
+        const int4 item = merge.outermost[thread];
+        const int work = item.w;
+        const DecodeWork<C> c(work, item);
         // How many of the splits this CTA has, if it has not all.
         int own = 0;
         if (thread == 0) {
-            if (c.split > c.first_split()) own = min(c.splits() - c.split, merge.ends[1].w + 1 - end.w);
-        } else if (c.split < c.splits() - 1 && end.w - (c.split - c.first_split()) >= merge.ends[0].w) {
+            if (c.split > c.first_split()) own = min(c.splits() - c.split, merge.outermost[1].w + 1 - work);
+        } else if (c.split < c.splits() - 1 && work - (c.split - c.first_split()) >= merge.outermost[0].w) {
             own = max(c.split + 1 - c.first_split(), 0);
         }
         bool last = false;
@@ -196,7 +197,7 @@ __device__ __forceinline__ void add_shared(typename C::Merge& merge, const Parti
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
         if (!merge.adds[i]) continue;
-        const DecodeWork<C> c(merge.ends[i].w, merge.ends[i]);
+        const DecodeWork<C> c(merge.outermost[i].w, merge.outermost[i]);
         each_quad<C>(c.heads(), [&](int, int row, int at) {
             const int head = c.first_head() + row;
             store<C>(out, c.seq, head, at, partials.sum(c, head, at), value_scale);
@@ -242,7 +243,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
         const int work = threadIdx.x == 0 ? list.begin : list.end - 1;
         int4 item = list.at(work);
         item.w = work;
-        merge.ends[threadIdx.x] = item;
+        merge.outermost[threadIdx.x] = item;
     }
     DecodeWork<C> present(list.begin, list.at(list.begin));
     // Whether this CTA has all splits so far, and whether others have some of its first and of its last sequence. (Bits of one
@@ -253,11 +254,11 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
     for (int work = list.begin; work < list.end; ++work) {
         const int first = present.first(), end = present.end, last = present.last();
         int tile = present.tile();
-        const bool ends = work + 1 == list.end;
+        const bool is_last_work = work + 1 == list.end;
         // To the next work. (Its item is read only now, because there are no registers for it beside the tiles.)
         const auto go_on = [&] {
             if (!present.advance()) present.begin(list.at(work + 1));
-            if (!ends) load_queries(present);
+            if (!is_last_work) load_queries(present);
         };
         if (tile >= last) {
             go_on();
@@ -368,8 +369,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
         }
         sync();
-        const bool is_first = c.split == c.first_split();
-        if (is_first) state |= FROM_START;
+        const bool is_first_split = c.split == c.first_split();
+        if (is_first_split) state |= FROM_START;
         state = c.split < c.splits() - 1 ? state | SHARES_LAST : state & ~SHARES_LAST;
         each_quad<C>(c.heads(), [&](int n, int row, int at) {
             Quad split{merge.maxima[0][row], 0.0f, {}};
@@ -388,7 +389,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             }
             float4& kept = tiles.kept(n);
             Quad sum = split;
-            if (!is_first) {
+            if (!is_first_split) {
                 sum = {tops[n], totals[n], kept};
                 sum.add(split);
             }
@@ -397,7 +398,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             totals[n] = sum.total;
             if (c.split == c.splits() - 1) {
                 store<C>(out, c.seq, head, at, sum, value_scale);
-            } else if (ends) {
+            } else if (is_last_work) {
                 partials.store(c.seq, c.first_split(), head, at, sum, c.split + 1 - c.first_split());
             }
         });

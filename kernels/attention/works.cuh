@@ -31,7 +31,7 @@ struct DecodeList {
 
 template <typename C>
 struct DecodeWork {
-    // `end` counts the sequence's tokens, `part` its parts of heads.
+    // The sequence's tokens end before `end`, and `part` counts its parts of heads.
     int seq, end, part, split;
 
     // `item` is the list's `at(work)`. The items of a sequence lie together, and count all splits from 0, visible or not.
