@@ -30,14 +30,15 @@ struct Quad {
 };
 
 // Adds what several CTAs stored of one quad: its sums, its states and how many splits there are, STRIDE floats one from
-// the next. The first may already hold several of them.
+// the next. The first may already hold the first `merged` of them. What else was stored of these is skipped, except in the
+// first batch, whose loads begin before `merged` is known.
 template <int STRIDE>
 __device__ __forceinline__ Quad add_splits(const float* sums, const float* states, int splits) {
     constexpr int BATCH = 8;  // loads that are under way together
     const int merged = __float_as_int(__ldcg(states + 2));
     Quad sum{math::minus_infinity(), 0.0f, {}};
 #pragma unroll 1
-    for (int begin = 0; begin < splits; begin += BATCH) {
+    for (int begin = 0; begin < splits;) {
         float4 from[BATCH];
         float2 state[BATCH];
 #pragma unroll
@@ -56,8 +57,10 @@ __device__ __forceinline__ Quad add_splits(const float* sums, const float* state
                 sum.add({state[i].x, state[i].y, from[i]});
             }
         }
-        sums += BATCH * STRIDE;
-        states += BATCH * STRIDE;
+        const int next = max(begin + BATCH, merged);
+        sums += (next - begin) * STRIDE;
+        states += (next - begin) * STRIDE;
+        begin = next;
     }
     return sum;
 }
