@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use mixtral_build::KernelOptions;
-use mixtral_convert::FloatModel;
+use mixtral_convert::{FloatModel, statistics};
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks, Loading};
 use mixtral_engine::{Inspect, StepInputs};
 use mixtral_kernels::lower::observe::{BLOCK, Lists, Observation, Sums};
@@ -17,6 +17,9 @@ use crate::machine::{Gpu, schedule};
 use crate::observe::Observed;
 use crate::step;
 use crate::weights::Tensors;
+
+// Kernels sum up the products that statistics are made of. Their crates do not know each other.
+const _: () = assert!(BLOCK == statistics::BLOCK);
 
 pub(crate) struct OnGpu {
     model: Arc<FloatModel>,

@@ -8,6 +8,7 @@ use std::process::{Command, Stdio};
 
 use mixtral_calibrate::observe::Observed;
 use mixtral_engine::dummy;
+use mixtral_kernels::lower::observe::BLOCK;
 use mixtral_kernels::{Arch, Code, Compiler, Family, Kernel, Nvrtc, Search, Sources};
 use mixtral_model::DType;
 
@@ -15,7 +16,6 @@ const EXPERTS: usize = 4;
 const TOP_K: usize = 2;
 /// Elements of a token's row, in two blocks, and of a row in the order of the lists, in a part of one.
 const WIDTHS: [usize; 2] = [200, 70];
-const BLOCK: usize = 128;
 /// Tokens of each sequence: more than a tile of rows, one, none of some expert.
 const LENGTHS: [usize; 4] = [75, 1, 33, 64];
 

@@ -8,7 +8,8 @@ use super::{LowerError, all_named, count, launch, portable, type_name};
 use crate::step_block::Array;
 use crate::{Arg, Grid, Regime, Schedule, Work};
 
-/// Neighbouring elements whose products are kept, each with each: `observe::BLOCK`.
+/// Neighbouring elements whose products are kept, each with each: `observe::BLOCK` of the kernels. mixtral-calibrate, which makes
+/// statistics of them, compares it with the statistics' own.
 pub const BLOCK: usize = 128;
 /// `observe::THREADS`.
 const THREADS: usize = 160;
