@@ -119,7 +119,7 @@ mod tests {
 
     /// What a layer of Mixtral 8x7B takes on a GPU, with steps of 8 sequences of 512 tokens: the default of the tool.
     #[test]
-    fn a_layer_of_mixtral_8x7b_takes_little_memory() {
+    fn a_layer_of_mixtral_8x7b_takes_the_memory_that_the_documents_say() {
         let model = ModelConfig { num_layers: 1, ..ModelConfig::mixtral_8x7b(DType::Bf16) };
         let mut layer = Layer::new(&CheckpointConfig::new(model, Mapping::single()), step::limits(8, 512, 512));
         let kernels = KernelOptions {
@@ -139,8 +139,7 @@ mod tests {
         let program = &layer.program;
         let cache = step::blocks(&program.limits) * program.kv.block_bytes(program.limits.block_size);
         let bytes = [program.weight_bytes(), program.arena_bytes, schedule.scratch_bytes, cache];
-        // The driver's context and the kernels take about half a gigabyte more.
-        assert!(bytes.iter().sum::<usize>() < 5_500_000_000, "{bytes:?}");
-        println!("{bytes:?}");
+        // docs/accuracy.md says 4.2 GB. The driver's context and the kernels come on top; nothing here knows their size.
+        assert_eq!(bytes.iter().sum::<usize>().div_ceil(100_000_000), 42, "{bytes:?}");
     }
 }
