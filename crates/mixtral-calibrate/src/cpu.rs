@@ -10,7 +10,7 @@ use mixtral_model::{DType, ElemType};
 
 use crate::error::CalibrateError;
 use crate::layer::{Layer, Place};
-use crate::layers::Stage;
+use crate::layers::{self, Stage};
 use crate::observe::Observed;
 use crate::step;
 use crate::weights::Tensors;
@@ -21,7 +21,12 @@ pub(crate) struct OnCpu {
     threads: usize,
     moments: bool,
     pool: rayon::ThreadPool,
-    backend: Option<CpuBackend>,
+}
+
+struct Loaded<'a> {
+    layer: &'a Layer,
+    pool: &'a rayon::ThreadPool,
+    backend: CpuBackend,
     seen: Vec<Vec<Observed>>,
 }
 
@@ -34,12 +39,14 @@ impl OnCpu {
     ) -> Result<OnCpu, CalibrateError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
         let pool = pool.map_err(|error| BackendError::Other(format!("could not start {threads} threads: {error}")))?;
-        Ok(OnCpu { model: Arc::clone(model), layer, threads, moments, pool, backend: None, seen: Vec::new() })
+        Ok(OnCpu { model: Arc::clone(model), layer, threads, moments, pool })
     }
+}
 
+impl Loaded<'_> {
     /// Looks at the rows of a place.
     fn look(&mut self, place: usize, inputs: &StepInputs<'_>) -> Result<(), CalibrateError> {
-        let Some(backend) = &self.backend else { return Ok(()) };
+        let backend = &self.backend;
         let Place { rows, lists, in_order, .. } = &self.layer.places[place];
         let rows = floats(backend, rows, inputs)?;
         let lists: Vec<Vec<Vec<&[f32]>>> = match lists {
@@ -65,26 +72,27 @@ impl OnCpu {
 }
 
 impl Stage for OnCpu {
-    fn load(&mut self, layer: usize) -> Result<(), CalibrateError> {
-        self.backend = None;
+    fn load(&mut self, layer: usize) -> Result<Box<dyn layers::Loaded + '_>, CalibrateError> {
         let Layer { program, places, .. } = &self.layer;
         let tensors = Tensors::of(program, &self.model, self.model.tensors_of_layer(layer));
         let kv_blocks = step::blocks(&program.limits);
         let options = CpuOptions { kv_blocks, threads: self.threads, ..CpuOptions::default() };
-        self.backend = Some(CpuBackend::load(program.clone(), tensors.in_memory(self.threads)?, options)?);
+        let backend = CpuBackend::load(program.clone(), tensors.in_memory(self.threads)?, options)?;
         let seen = |place: &Place| {
             let lists = if place.lists.is_some() { program.num_experts } else { 1 };
             let width = program.buffer(&place.rows).map_or(0, |buffer| buffer.cols);
             vec![Observed::new(width, self.moments && place.what.input(layer, 0).is_some()); lists]
         };
-        self.seen = places.iter().map(seen).collect();
-        Ok(())
+        let seen = places.iter().map(seen).collect();
+        Ok(Box::new(Loaded { layer: &self.layer, pool: &self.pool, backend, seen }))
     }
+}
 
+impl layers::Loaded for Loaded<'_> {
     fn step(&mut self, inputs: &StepInputs<'_>, rows: &mut Vec<u8>) -> Result<(), CalibrateError> {
         let first = usize::from(!rows.is_empty());
-        if let (Some(backend), 1) = (&mut self.backend, first) {
-            backend.write_buffer(&self.layer.input, rows)?;
+        if first == 1 {
+            self.backend.write_buffer(&self.layer.input, rows)?;
         }
         for op in first..self.layer.program.ops.len() {
             for place in 0..self.layer.places.len() {
@@ -92,18 +100,14 @@ impl Stage for OnCpu {
                     self.look(place, inputs)?;
                 }
             }
-            if let Some(backend) = &mut self.backend {
-                backend.run_ops(op..op + 1, inputs)?;
-            }
+            self.backend.run_ops(op..op + 1, inputs)?;
         }
-        if let Some(backend) = &self.backend {
-            *rows = bytes(backend, &self.layer.output, inputs)?.1;
-        }
+        *rows = bytes(&self.backend, &self.layer.output, inputs)?.1;
         Ok(())
     }
 
-    fn seen(&mut self) -> Result<Vec<Vec<Observed>>, CalibrateError> {
-        Ok(std::mem::take(&mut self.seen))
+    fn seen(self: Box<Self>) -> Result<Vec<Vec<Observed>>, CalibrateError> {
+        Ok(self.seen)
     }
 }
 

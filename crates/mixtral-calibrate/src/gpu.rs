@@ -12,7 +12,7 @@ use mixtral_kernels::{Code, Executable, Schedule};
 use crate::cpu::bytes;
 use crate::error::CalibrateError;
 use crate::layer::{Layer, Place};
-use crate::layers::Stage;
+use crate::layers::{self, Stage};
 use crate::machine::{Gpu, schedule};
 use crate::observe::Observed;
 use crate::step;
@@ -28,7 +28,12 @@ pub(crate) struct OnGpu {
     executable: Executable,
     /// Where the sums of each place lie.
     sums: Vec<Sums>,
-    backend: Option<CudaBackend>,
+}
+
+struct Loaded<'a> {
+    layer: &'a Layer,
+    sums: &'a [Sums],
+    backend: CudaBackend,
 }
 
 impl OnGpu {
@@ -43,7 +48,7 @@ impl OnGpu {
         let executable = gpu.kernels.executable(schedule, code)?;
         // A layer runs a few dozen steps, so it is not worth a graph.
         let options = CudaOptions { graphs: false, ..gpu.options() };
-        Ok(OnGpu { model: Arc::clone(model), layer, options, executable, sums, backend: None })
+        Ok(OnGpu { model: Arc::clone(model), layer, options, executable, sums })
     }
 }
 
@@ -66,33 +71,31 @@ fn observed(
 }
 
 impl Stage for OnGpu {
-    fn load(&mut self, layer: usize) -> Result<(), CalibrateError> {
+    fn load(&mut self, layer: usize) -> Result<Box<dyn layers::Loaded + '_>, CalibrateError> {
         let program = &self.layer.program;
         let weights = Tensors::of(program, &self.model, self.model.tensors_of_layer(layer)).streamed();
         let loading = Loading::new(program.clone(), &weights, &self.executable, self.options)?;
-        // The memory of the layer before is free before this one takes any.
-        self.backend = None;
         let kv_blocks = loading.kv_blocks(KvBlocks::Exactly(step::blocks(&program.limits)))?;
-        self.backend = Some(loading.finish(kv_blocks, None)?);
-        Ok(())
+        let backend = loading.finish(kv_blocks, None)?;
+        Ok(Box::new(Loaded { layer: &self.layer, sums: &self.sums, backend }))
     }
+}
 
+impl layers::Loaded for Loaded<'_> {
     fn step(&mut self, inputs: &StepInputs<'_>, rows: &mut Vec<u8>) -> Result<(), CalibrateError> {
-        let Some(backend) = &mut self.backend else { return Ok(()) };
         let first = usize::from(!rows.is_empty());
         if first == 1 {
-            backend.write_buffer(&self.layer.input, rows)?;
+            self.backend.write_buffer(&self.layer.input, rows)?;
         }
-        backend.run_ops(first..self.layer.program.ops.len(), inputs)?;
-        *rows = bytes(backend, &self.layer.output, inputs)?.1;
+        self.backend.run_ops(first..self.layer.program.ops.len(), inputs)?;
+        *rows = bytes(&self.backend, &self.layer.output, inputs)?.1;
         Ok(())
     }
 
-    fn seen(&mut self) -> Result<Vec<Vec<Observed>>, CalibrateError> {
-        let Some(backend) = &mut self.backend else { return Ok(Vec::new()) };
+    fn seen(mut self: Box<Self>) -> Result<Vec<Vec<Observed>>, CalibrateError> {
         let mut seen = Vec::with_capacity(self.sums.len());
         for Sums { width, lists, counts, amax, products } in self.sums.iter().copied() {
-            let mut words = |start: usize, bytes: usize| backend.take_workspace(start..start + bytes);
+            let mut words = |start: usize, bytes: usize| self.backend.take_workspace(start..start + bytes);
             let counts = words(counts, 8 * lists)?;
             let amax = words(amax, 4 * lists)?;
             let products = products.map(|start| words(start, 8 * lists * width * BLOCK)).transpose()?;

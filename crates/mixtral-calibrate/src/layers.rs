@@ -29,17 +29,20 @@ pub struct RunOptions<'a> {
     pub moments: bool,
 }
 
-/// A machine with one layer's weights.
+/// A machine that runs layers, one at a time.
 pub(crate) trait Stage {
-    /// Takes the weights of a layer in place of those that it has. Nothing has come to the layer yet.
-    fn load(&mut self, layer: usize) -> Result<(), CalibrateError>;
+    /// Takes the weights of a layer. The machine is borrowed until the layer is dropped, so the next one finds its memory free.
+    fn load(&mut self, layer: usize) -> Result<Box<dyn Loaded + '_>, CalibrateError>;
+}
 
+/// A layer on a machine.
+pub(crate) trait Loaded {
     /// Runs a step. `rows` are those that the layer before made in this step, or none for the first layer; they become the rows that
     /// this layer makes.
     fn step(&mut self, inputs: &StepInputs<'_>, rows: &mut Vec<u8>) -> Result<(), CalibrateError>;
 
-    /// What came to each place of the layer: of all tokens, or of each expert.
-    fn seen(&mut self) -> Result<Vec<Vec<Observed>>, CalibrateError>;
+    /// What came to each place of the layer in all steps: of all tokens, or of each expert.
+    fn seen(self: Box<Self>) -> Result<Vec<Vec<Observed>>, CalibrateError>;
 }
 
 /// Runs `model` over `sequences` and returns what its linears saw. Progress is in tokens, each of which goes through all layers.
@@ -70,14 +73,14 @@ pub fn run(
     let mut rows: Vec<Vec<u8>> = vec![Vec::new(); batches.len()];
     let mut statistics = Statistics::default();
     for index in 0..config.num_layers {
-        stage.load(index)?;
+        let mut loaded = stage.load(index)?;
         for (batch, rows) in batches.iter().zip(&mut rows) {
             let inputs = step::inputs(batch, 0, &limits);
-            stage.step(&inputs, rows)?;
+            loaded.step(&inputs, rows)?;
             progress.advance(inputs.num_tokens() as u64);
         }
         let (mut inputs, mut cache) = (BTreeMap::new(), [0.0; 2]);
-        for (what, seen) in places.iter().zip(stage.seen()?) {
+        for (what, seen) in places.iter().zip(loaded.seen()?) {
             for (expert, seen) in seen.iter().enumerate() {
                 let input = what.input(index, expert);
                 if !seen.amax().is_finite() {
