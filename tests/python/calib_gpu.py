@@ -98,6 +98,8 @@ def measure(args, scratch):
     draw, ids = random.Random(1), scratch / "ids.csv"
     ids.write_text("".join(",".join(str(draw.randrange(3, 1000)) for _ in range(length)) + "\n" for _ in range(size)))
     text = ["--calib-size", size, "--calib-max-seq-length", length, "--dtype", "bfloat16"]
+    # A layer's weights are on the device and the text's rows on the host. Where less memory was seen, it was measured wrongly.
+    least = (sizes[1] - sizes[0] if args.backend == "cuda" else 0) / 1e9, 2 * size * length * load.GEOMETRY["hidden_size"] / 1e9
     runs = {"text": ["--calib-data", ids], "text with moments": ["--calib-data", ids, "--calib-cache"], "own text": []}
     holds, summary = True, []
     for name, flags in runs.items():
@@ -110,6 +112,7 @@ def measure(args, scratch):
                   f"host {found[-1][3]:.2f} GB", flush=True)
         (compiling, *_), (one, *_), (two, _, device, host) = found
         whole = max(compiling - one, 0) + two + 30 * (two - one)
+        holds = holds and device >= least[0] and host >= least[1]
         holds = holds and (whole < 180 if name == "own text" else device < LIMITS[0] and host < LIMITS[1])
         memory = "" if name == "own text" else f", device {device:.1f} GB, host {host:.1f} GB"
         summary.append(f"{name} {two:.1f} s, 32 layers {whole:.0f} s{memory}")
@@ -168,7 +171,7 @@ def main():
         print(f"in {scratch}", flush=True)
         agree = compare(args, Path(scratch))
         summary, holds = measure(args, Path(scratch))
-    print(f"{summary}; CPU and GPU {'agree' if agree else 'DIFFER'}{'' if holds else '; LIMITS EXCEEDED'}")
+    print(f"{summary}; CPU and GPU {'agree' if agree else 'DIFFER'}{'' if holds else '; OUTSIDE OF LIMITS'}")
     sys.exit(0 if agree and holds else 1)
 
 
