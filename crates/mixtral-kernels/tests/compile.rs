@@ -394,7 +394,8 @@ fn fp8_linears_spill_nothing_and_are_not_serialised() {
     let mut work = some(wgmma, &["256, 144", "128, 192", "64, 8", "32, 64"]);
     assert!(work.len() >= 4 * 2, "{} kernels", work.len());
     work.extend(some(linears_of(DType::F16, "fp8", "linear/mma.cuh", SM_80), &["64, 64"]));
-    for (word, tiles) in [("fp8:row:static", &["128, 192"][..]), ("fp8:row:token", &["256, 144", "128, 192", "64, 8"])]
+    for (word, tiles) in
+        [("fp8:row:static", &["256, 144", "128, 192"][..]), ("fp8:row:token", &["256, 144", "128, 192", "64, 8"])]
     {
         work.extend(some(linears_of(DType::Bf16, word, "linear/wgmma.cuh", SM_90A), tiles));
         work.extend(some(linears_of(DType::F16, word, "linear/mma.cuh", SM_80), &["64, 64"]));
