@@ -316,7 +316,7 @@ impl Case {
 
 /// Compares values with the reference's. They must be NaN exactly where those are NaN. The others must be within the
 /// tolerance, both on average and each on its own, since a few wrong elements of a large buffer hardly change its mean.
-pub(crate) fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: Tolerance) -> Result<(), String> {
+pub fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: Tolerance) -> Result<(), String> {
     let rounded = from_bytes(dtype, &to_bytes(dtype, expected));
     let (mut error, mut size, mut unequal) = (0.0, 0.0, 0);
     for (i, ((found, expected), rounded)) in found.iter().zip(expected).zip(&rounded).enumerate() {
