@@ -368,13 +368,15 @@ impl Session {
         let mut events = Vec::with_capacity(flight.parts.len());
         let mut scores = outputs.scores.iter();
         for (id, beam, chunk) in &flight.parts {
-            events.extend(self.land((*id, *beam), chunk, &outputs, &mut scores, now));
+            let Some(event) = self.land((*id, *beam), chunk, &outputs, &mut scores, now) else { continue };
+            // Of several beams that fail, the first ends the request.
+            if event.is_last() {
+                self.end(event.id);
+            }
+            events.push(event);
         }
         self.steps += 1;
         events.extend(self.advance_searches(now));
-        for event in events.iter().filter(|e| e.is_last()) {
-            self.end(event.id);
-        }
         self.schedule.remove_cancelled();
         Ok(events)
     }
@@ -495,6 +497,7 @@ impl Session {
             return None;
         }
         let answers = self.searches.remove(&id)?.into_answers();
+        self.end(id);
         let tokenizer = self.tokenizer.as_deref();
         let answer = |Answer { score, output }: Answer<Hypothesis>| {
             let text = tokenizer.map(|tokenizer| text_of(&output, tokenizer)).unwrap_or_default();

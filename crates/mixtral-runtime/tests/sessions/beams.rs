@@ -2,7 +2,7 @@
 
 use mixtral_engine::SamplingParams;
 use mixtral_model::TokenId;
-use mixtral_runtime::{Beams, EarlyStopping, FinishReason, Hypothesis, Refusal, Request};
+use mixtral_runtime::{Beams, EarlyStopping, Event, FinishReason, Hypothesis, Local, Refusal, Request};
 
 use crate::harness::{Setup, alone, expected as expected_outcome, finish, next_logprobs, request, submit};
 
@@ -150,4 +150,20 @@ fn what_a_beam_search_does_not_give_is_refused() {
         assert_eq!(session.submit(request), Err(refusal));
     }
     assert!(session.submit(asks(0, 9, 4, beams(4))).is_ok());
+}
+
+#[test]
+fn a_search_whose_beams_fail_ends_once() {
+    let setup = Setup::default();
+    let mut mock = setup.mock();
+    // The prompt is computed in the first step, and all beams in the second.
+    mock.non_finite_at = Some(1);
+    let mut session = setup.over(Box::new(Local::new(Box::new(mock))));
+    let id = submit(&mut session, &asks(1, 5, 6, Beams { width: 3, ..Beams::default() }));
+    let mut last = Vec::new();
+    while !session.is_idle() {
+        last.extend(session.step().unwrap().into_iter().filter(Event::is_last));
+    }
+    assert!(matches!(&*last, [event] if event.id == id && event.failed.is_some()), "{last:?}");
+    assert_eq!(session.free_blocks(), setup.kv_blocks);
 }

@@ -13,8 +13,8 @@ use std::time::Duration;
 use mixtral_engine::sampling::sample;
 use mixtral_engine::score::score;
 use mixtral_engine::{
-    Backend, BackendError, BlockMove, BlockPlace, DeviceIdle, KvLayout, Launched, Limits, Op, Program, RandomKey,
-    StepInputs, StepOutputs,
+    Backend, BackendError, BlockMove, BlockPlace, DeviceIdle, KvLayout, Launched, Limits, NonFinite, Op, Program,
+    RandomKey, StepInputs, StepOutputs,
 };
 use mixtral_model::{BlockId, DType, TokenId};
 use mixtral_runtime::Executor;
@@ -36,6 +36,8 @@ pub struct Mock {
     pub steps: Steps,
     /// The step that fails.
     pub fails_at: Option<usize>,
+    /// The step whose logits are not finite.
+    pub non_finite_at: Option<usize>,
     /// Whether it pretends to compute beside the host.
     pub ahead: bool,
     /// The steps that it pretends to compute.
@@ -82,6 +84,7 @@ impl Mock {
             host: HashMap::new(),
             steps: Steps::default(),
             fails_at: None,
+            non_finite_at: None,
             ahead: false,
             under_way: VecDeque::new(),
             drawn: Vec::new(),
@@ -161,7 +164,10 @@ impl Backend for Mock {
         let scores = inputs.scores.iter().map(scored).collect();
         let logits = if inputs.return_logits { all.concat() } else { Vec::new() };
         self.drawn.clone_from(&tokens);
-        Ok(StepOutputs { tokens, scores, logits, ..StepOutputs::default() })
+        let wrong = |row| NonFinite { row, token: 0, value: f32::NAN, dtype: DType::F32 };
+        let non_finite =
+            if self.non_finite_at == Some(step) { (0..all.len()).map(wrong).collect() } else { Vec::new() };
+        Ok(StepOutputs { tokens, scores, logits, non_finite })
     }
 
     fn runs_ahead(&self) -> bool {
