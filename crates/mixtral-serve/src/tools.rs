@@ -43,7 +43,7 @@ impl ToolCalls {
         let calls = ToolCalls { special, ..ToolCalls::default() };
         match choice {
             ToolChoice::Auto | ToolChoice::None => calls,
-            ToolChoice::Required => ToolCalls { begun: true, held: MISTRAL.to_owned(), ..calls },
+            ToolChoice::Required => ToolCalls { begun: true, ..calls },
             ToolChoice::Function(name) => ToolCalls { begun: true, named: Some(name.clone()), ..calls },
         }
     }
@@ -115,7 +115,7 @@ fn call_id() -> String {
     (0..NAME_LENGTH).map(letter).collect()
 }
 
-/// The calls of a text that begins with one; `None` if the text is something else.
+/// The calls of a text that consists of them; `None` if the text is something else.
 fn parse(text: &str) -> Option<Vec<ToolCall>> {
     if text.starts_with(OPEN) {
         let mut calls = Vec::new();
@@ -126,7 +126,8 @@ fn parse(text: &str) -> Option<Vec<ToolCall>> {
         return Some(calls);
     }
     let mut calls = Vec::new();
-    for part in text.split(MISTRAL).skip(1).map(str::trim) {
+    // A model that must call writes the list alone.
+    for part in text.strip_prefix(MISTRAL).unwrap_or(text).split(MISTRAL).map(str::trim) {
         if let Some((name, arguments)) = part.split_once(ARGUMENTS) {
             let arguments: Value = serde_json::from_str(arguments.trim()).ok()?;
             calls.push(call(name.trim().to_owned(), arguments.to_string()));
@@ -181,6 +182,20 @@ mod tests {
                 assert_eq!(read(text, size), (content.to_owned(), calls.clone()), "{text} in {size}");
             }
         }
+    }
+
+    #[test]
+    fn calls_that_the_model_must_write_are_a_list() {
+        let read = |text: &str| {
+            let mut calls = ToolCalls { begun: true, ..ToolCalls::default() };
+            assert_eq!(calls.push(None, text), "");
+            let (rest, calls) = calls.finish();
+            (rest, calls.into_iter().map(|call| call.function.name).collect::<Vec<_>>())
+        };
+        let f = r#"{"name": "f", "arguments": {}}"#;
+        assert_eq!(read(&format!("[{f}, {f}]")), (String::new(), vec!["f".to_owned(), "f".to_owned()]));
+        // One that is not complete is what the model wrote, and nothing else.
+        assert_eq!(read(&format!("[{f}, ")), (format!("[{f}, "), vec![]));
     }
 
     #[test]
