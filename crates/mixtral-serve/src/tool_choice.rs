@@ -100,7 +100,7 @@ impl ToolChoice {
     /// `several` says whether the list may have more than one.
     ///
     /// # Errors
-    /// If there is no such tool.
+    /// If there is no such tool, or two of them give one name to two definitions.
     pub(crate) fn form(&self, tools: &[Tool], several: bool) -> Result<Option<Form>, ApiError> {
         let schema = match self {
             ToolChoice::Auto | ToolChoice::None => return Ok(None),
@@ -114,22 +114,24 @@ impl ToolChoice {
             }
             ToolChoice::Required => {
                 // References in a schema are from its root, so definitions move there.
-                let mut definitions = Map::new();
-                let calls: Vec<Value> = tools
-                    .iter()
-                    .map(|tool| {
-                        let mut parameters = parameters(tool);
-                        if let Some(Value::Object(own)) = parameters.remove("$defs") {
-                            definitions.extend(own);
+                let (mut calls, mut definitions) = (Vec::new(), Map::new());
+                for tool in tools {
+                    let mut parameters = parameters(tool);
+                    if let Some(Value::Object(own)) = parameters.remove("$defs") {
+                        let differs = |name: &String| definitions.get(name).is_some_and(|other| *other != own[name]);
+                        if let Some(name) = own.keys().find(|name| differs(name)) {
+                            let message = format!("two of `tools` define `{name}` differently; rename one");
+                            return Err(ApiError::field("tools", message));
                         }
-                        json!({
-                            "type": "object",
-                            "properties": { "name": { "const": tool.function.name }, "arguments": parameters },
-                            "required": ["name", "arguments"],
-                            "additionalProperties": false,
-                        })
-                    })
-                    .collect();
+                        definitions.extend(own);
+                    }
+                    calls.push(json!({
+                        "type": "object",
+                        "properties": { "name": { "const": tool.function.name }, "arguments": parameters },
+                        "required": ["name", "arguments"],
+                        "additionalProperties": false,
+                    }));
+                }
                 let mut list = json!({ "type": "array", "items": { "anyOf": calls }, "minItems": 1 });
                 if !several {
                     list["maxItems"] = json!(1);
@@ -153,4 +155,28 @@ fn parameters(tool: &Tool) -> Map<String, Value> {
         schema.insert("additionalProperties".to_owned(), json!(false));
     }
     schema
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_has_one_definition_in_all_tools() {
+        let form = |definitions: [Value; 2]| {
+            let tool = |(name, definition)| {
+                let parameters = json!({ "type": "object", "$defs": { "Item": definition } });
+                json!({ "type": "function", "function": { "name": name, "parameters": parameters } })
+            };
+            let tools: Vec<Value> = ["f", "g"].into_iter().zip(definitions).map(tool).collect();
+            let tools: Vec<Tool> = serde_json::from_value(Value::Array(tools)).unwrap();
+            ToolChoice::Required.form(&tools, true)
+        };
+        let (text, number) = (json!({ "type": "string" }), json!({ "type": "number" }));
+        let Ok(Some(Form::Json(schema))) = form([text.clone(), text.clone()]) else { panic!("it is a form") };
+        assert_eq!(schema["$defs"], json!({ "Item": text }));
+        let error = form([text, number]).unwrap_err();
+        assert_eq!(error.param.as_deref(), Some("tools"));
+        insta::assert_snapshot!(error.message, @"two of `tools` define `Item` differently; rename one");
+    }
 }
