@@ -52,7 +52,7 @@ pub struct Sampling {
     pub stop: Option<Stop>,
     /// Whether the model's end tokens do not end the answer.
     pub ignore_eos: Option<bool>,
-    /// Tokens before which nothing ends the answer but its greatest length.
+    /// As long as the answer has fewer tokens, the model's end tokens cannot be drawn.
     pub min_tokens: Option<usize>,
     /// Whether the answer is sent as it grows, by server-sent events.
     pub stream: Option<bool>,
