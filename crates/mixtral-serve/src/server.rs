@@ -121,7 +121,7 @@ impl Server {
             }
             was_loading
         });
-        let ended = worker::run(&mut session, &self.commands, &self.shared.metrics, &mut check);
+        let ended = worker::run(&mut session, self.commands, &self.shared.metrics, &mut check);
         if let Err(why) = &ended {
             self.shared.phase.send_replace(Phase::Failed(why.as_str().into()));
             std::thread::sleep(LAST_WORDS);

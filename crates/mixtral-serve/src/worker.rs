@@ -116,18 +116,19 @@ impl Live {
     }
 }
 
-/// Runs the session until it is told to stop. `check` says whether all of the engine's ranks are alive.
+/// Runs the session until it is told to stop. `check` says whether all of the engine's ranks are alive. Nobody takes commands
+/// afterwards, so their channel is closed.
 ///
 /// # Errors
 /// Why the session cannot be used any more. All sequences were told.
 pub(crate) fn run(
     session: &mut Session,
-    commands: &Receiver<Command>,
+    commands: Receiver<Command>,
     metrics: &Metrics,
     check: &mut dyn FnMut() -> Result<(), String>,
 ) -> Result<(), String> {
     let mut live = HashMap::new();
-    let ended = work(session, commands, metrics, check, &mut live);
+    let ended = work(session, &commands, metrics, check, &mut live);
     let why = match &ended {
         Ok(()) => ApiError::unavailable("the server was stopped before the answer was complete"),
         Err(error) => ApiError::internal(format!("the engine failed: {error}")),
@@ -215,5 +216,90 @@ fn submit(session: &mut Session, ask: Ask, metrics: &Metrics, live: &mut HashMap
         Ok(id) if sequence.tell(Update::Accepted) => drop(live.insert(id, sequence)),
         Ok(id) => drop(session.cancel(id)),
         Err(refusal) => drop(sequence.tell(Update::Refused(refusal))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use mixtral_engine::{BackendError, DeviceIdle, Limits, StepInputs, StepOutputs};
+    use mixtral_model::TokenId;
+    use mixtral_runtime::Executor;
+    use mixtral_runtime::session::Capabilities;
+    use tokio::sync::Semaphore;
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    use super::*;
+
+    /// Computes nothing, and draws the same token always.
+    struct Always {
+        draws: usize,
+    }
+
+    impl Executor for Always {
+        fn depth(&self) -> usize {
+            1
+        }
+
+        fn runs_ahead(&self) -> bool {
+            false
+        }
+
+        fn launch(&mut self, inputs: &StepInputs<'_>) -> Result<(), BackendError> {
+            self.draws = inputs.samples.len();
+            Ok(())
+        }
+
+        fn collect(&mut self) -> Result<StepOutputs, BackendError> {
+            Ok(StepOutputs { tokens: vec![TokenId(0); self.draws], ..StepOutputs::default() })
+        }
+
+        fn kv_blocks(&self) -> usize {
+            4
+        }
+
+        fn expert_counts(&mut self) -> Result<Vec<Vec<u64>>, BackendError> {
+            Ok(Vec::new())
+        }
+
+        fn op_times(&self) -> Vec<Duration> {
+            Vec::new()
+        }
+
+        fn device_idle(&self) -> Option<DeviceIdle> {
+            None
+        }
+    }
+
+    /// A session for sequences of up to 8 tokens.
+    fn session() -> Session {
+        let limits = Limits { max_batch_size: 2, max_num_tokens: 8, max_seq_len: 8, max_num_logits: 8, block_size: 4 };
+        let capabilities = Capabilities { limits, vocab_size: 8, gather_context_logits: false };
+        Session::new(Box::new(Always { draws: 0 }), capabilities, None)
+    }
+
+    /// A client that wants two tokens behind a prompt of so many.
+    fn ask(places: &Arc<Semaphore>, prompt: u32) -> (Ask, UnboundedReceiver<(usize, Update)>) {
+        let (to, updates) = unbounded_channel();
+        let (name, asked) = (Arc::from("test"), Instant::now());
+        let deadline = asked + Duration::from_secs(60);
+        let request = Request { prompt: (0..prompt).map(TokenId).collect(), max_output_len: 2, ..Request::default() };
+        let place = places.clone().try_acquire_owned().unwrap();
+        (Ask { request, index: 0, to, name, asked, deadline, place }, updates)
+    }
+
+    #[test]
+    fn nobody_waits_for_a_session_that_has_ended() {
+        let (to_session, commands) = channel();
+        let places = Arc::new(Semaphore::new(1));
+        let (asked, mut updates) = ask(&places, 3);
+        to_session.send(Command::Stop).unwrap();
+        to_session.send(Command::Submit(vec![asked])).unwrap();
+        run(&mut session(), commands, &Metrics::new("m"), &mut || Ok(())).unwrap();
+        assert!(matches!(updates.try_recv(), Ok((0, Update::Failed(_)))));
+        let (late, mut updates) = ask(&places, 3);
+        assert!(to_session.send(Command::Submit(vec![late])).is_err());
+        assert!(updates.blocking_recv().is_none());
     }
 }
