@@ -127,6 +127,11 @@ impl Metrics {
         self.prefix_hits.absolute(stats.counters.cached_tokens);
     }
 
+    /// What Prometheus reads.
+    pub(crate) fn text(&self) -> String {
+        self.handle.render()
+    }
+
     /// Sorts what was measured into buckets.
     pub(crate) fn upkeep(&self) {
         self.handle.run_upkeep();
@@ -177,5 +182,5 @@ impl Make<'_> {
 /// `/metrics`.
 pub(crate) async fn render(State(shared): State<Arc<Shared>>) -> impl IntoResponse {
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, kind)], shared.metrics.handle.render())
+    ([(header::CONTENT_TYPE, kind)], shared.metrics.text())
 }

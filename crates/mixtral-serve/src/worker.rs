@@ -210,12 +210,18 @@ fn work(
 }
 
 fn submit(session: &mut Session, ask: Ask, metrics: &Metrics, live: &mut HashMap<RequestId, Live>) {
-    let (request, sequence) = ask.split();
-    metrics.prompt_tokens.increment(sequence.prompt_tokens as u64);
+    let (request, mut sequence) = ask.split();
     match session.submit(request) {
-        Ok(id) if sequence.tell(Update::Accepted) => drop(live.insert(id, sequence)),
-        Ok(id) => drop(session.cancel(id)),
-        Err(refusal) => drop(sequence.tell(Update::Refused(refusal))),
+        Ok(id) => {
+            metrics.prompt_tokens.increment(sequence.prompt_tokens as u64);
+            // A client that is gone is noticed before the next step.
+            sequence.tell(Update::Accepted);
+            live.insert(id, sequence);
+        }
+        Err(refusal) => {
+            sequence.place = None;
+            sequence.tell(Update::Refused(refusal));
+        }
     }
 }
 
@@ -287,6 +293,36 @@ mod tests {
         let request = Request { prompt: (0..prompt).map(TokenId).collect(), max_output_len: 2, ..Request::default() };
         let place = places.clone().try_acquire_owned().unwrap();
         (Ask { request, index: 0, to, name, asked, deadline, place }, updates)
+    }
+
+    /// Runs a session until nothing is left to do. Returns what it counted.
+    fn finish(mut session: Session, asks: Vec<Ask>) -> String {
+        let ((to_session, commands), metrics) = (channel(), Metrics::new("m"));
+        to_session.send(Command::Submit(asks)).unwrap();
+        drop(to_session);
+        run(&mut session, commands, &metrics, &mut || Ok(())).unwrap();
+        assert_eq!((session.is_idle(), session.free_blocks()), (true, 4));
+        metrics.text()
+    }
+
+    fn counted(text: &str, name: &str, labels: &str) -> f64 {
+        let line = format!("vllm:{name}{{model_name=\"m\"{labels}}} ");
+        text.lines().find_map(|text| text.strip_prefix(&line)).unwrap().parse().unwrap()
+    }
+
+    #[test]
+    fn what_is_refused_was_not_taken_and_who_left_is_counted() {
+        let places = Arc::new(Semaphore::new(3));
+        let ((taken, mut taken_updates), (refused, mut refused_updates)) = (ask(&places, 3), ask(&places, 7));
+        let (left, left_updates) = ask(&places, 2);
+        drop(left_updates);
+        let text = finish(session(), vec![taken, refused, left]);
+        assert!(matches!(taken_updates.try_recv(), Ok((0, Update::Accepted))));
+        assert!(matches!(refused_updates.try_recv(), Ok((0, Update::Refused(_)))));
+        assert_eq!(places.available_permits(), 3);
+        assert_eq!(counted(&text, "prompt_tokens_total", ""), 5.0);
+        let ended = |why| counted(&text, "request_success_total", &format!(",finished_reason=\"{why}\""));
+        assert_eq!(["length", "abort", "error", "stop"].map(ended), [1.0, 1.0, 0.0, 0.0]);
     }
 
     #[test]
