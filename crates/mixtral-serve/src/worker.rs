@@ -191,6 +191,10 @@ fn work(
             sequence.measure(&event, now, metrics);
             let (id, finished) = (event.id, event.finished);
             let (update, end) = match event.ok() {
+                Ok(Event { text_failed: Some(error), .. }) => {
+                    session.cancel(id);
+                    (Update::Failed(ApiError::internal(error.to_string())), Some(End::Error))
+                }
                 Ok(event) => {
                     let end = |(reason, _)| if reason == FinishReason::Length { End::Length } else { End::Stop };
                     (Update::Event(Box::new(event)), finished.map(end))
@@ -227,12 +231,14 @@ fn submit(session: &mut Session, ask: Ask, metrics: &Metrics, live: &mut HashMap
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::sync::mpsc::channel;
 
     use mixtral_engine::{BackendError, DeviceIdle, Limits, StepInputs, StepOutputs};
     use mixtral_model::TokenId;
-    use mixtral_runtime::Executor;
     use mixtral_runtime::session::Capabilities;
+    use mixtral_runtime::{Executor, Tokenizer};
+    use serde_json::json;
     use tokio::sync::Semaphore;
     use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -240,6 +246,7 @@ mod tests {
 
     /// Computes nothing, and draws the same token always.
     struct Always {
+        token: TokenId,
         draws: usize,
     }
 
@@ -258,7 +265,7 @@ mod tests {
         }
 
         fn collect(&mut self) -> Result<StepOutputs, BackendError> {
-            Ok(StepOutputs { tokens: vec![TokenId(0); self.draws], ..StepOutputs::default() })
+            Ok(StepOutputs { tokens: vec![self.token; self.draws], ..StepOutputs::default() })
         }
 
         fn kv_blocks(&self) -> usize {
@@ -278,11 +285,24 @@ mod tests {
         }
     }
 
-    /// A session for sequences of up to 8 tokens.
-    fn session() -> Session {
+    const DECODABLE: u32 = 0;
+    const UNDECODABLE: u32 = 1;
+
+    /// A session that always draws `token`, for sequences of up to 8.
+    fn session(token: u32) -> Session {
         let limits = Limits { max_batch_size: 2, max_num_tokens: 8, max_seq_len: 8, max_num_logits: 8, block_size: 4 };
         let capabilities = Capabilities { limits, vocab_size: 8, gather_context_logits: false };
-        Session::new(Box::new(Always { draws: 0 }), capabilities, None)
+        let json = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "added_tokens": [],
+            // The library panics where it would strip more characters than a token has.
+            "decoder": { "type": "Strip", "content": "!", "start": 0, "stop": 2 },
+            "model": { "type": "WordLevel", "vocab": { "a": DECODABLE, "!": UNDECODABLE }, "unk_token": "a" },
+        });
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let tokenizer = Arc::new(Tokenizer::load(dir.path()).unwrap());
+        Session::new(Box::new(Always { token: TokenId(token), draws: 0 }), capabilities, Some(tokenizer))
     }
 
     /// A client that wants two tokens behind a prompt of so many.
@@ -316,7 +336,7 @@ mod tests {
         let ((taken, mut taken_updates), (refused, mut refused_updates)) = (ask(&places, 3), ask(&places, 7));
         let (left, left_updates) = ask(&places, 2);
         drop(left_updates);
-        let text = finish(session(), vec![taken, refused, left]);
+        let text = finish(session(DECODABLE), vec![taken, refused, left]);
         assert!(matches!(taken_updates.try_recv(), Ok((0, Update::Accepted))));
         assert!(matches!(refused_updates.try_recv(), Ok((0, Update::Refused(_)))));
         assert_eq!(places.available_permits(), 3);
@@ -326,13 +346,24 @@ mod tests {
     }
 
     #[test]
+    fn a_text_that_the_tokenizer_cannot_make_fails() {
+        let places = Arc::new(Semaphore::new(1));
+        let (asked, mut updates) = ask(&places, 3);
+        let text = finish(session(UNDECODABLE), vec![asked]);
+        assert!(matches!(updates.try_recv(), Ok((0, Update::Accepted))));
+        assert!(matches!(updates.try_recv(), Ok((0, Update::Failed(_)))));
+        assert!(updates.try_recv().is_err());
+        assert_eq!(counted(&text, "request_success_total", ",finished_reason=\"error\""), 1.0);
+    }
+
+    #[test]
     fn nobody_waits_for_a_session_that_has_ended() {
         let (to_session, commands) = channel();
         let places = Arc::new(Semaphore::new(1));
         let (asked, mut updates) = ask(&places, 3);
         to_session.send(Command::Stop).unwrap();
         to_session.send(Command::Submit(vec![asked])).unwrap();
-        run(&mut session(), commands, &Metrics::new("m"), &mut || Ok(())).unwrap();
+        run(&mut session(DECODABLE), commands, &Metrics::new("m"), &mut || Ok(())).unwrap();
         assert!(matches!(updates.try_recv(), Ok((0, Update::Failed(_)))));
         let (late, mut updates) = ask(&places, 3);
         assert!(to_session.send(Command::Submit(vec![late])).is_err());
