@@ -24,9 +24,9 @@ fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
 /// stay within the type's limit.
 ///
 /// Hopper's tensor cores sum products of e4m3 with fewer bits than an f32 has. Over 128 elements this makes an error of 2e-4
-/// of the outputs' root mean square. An f16 is more precise than that. In a model of such sums (`short_sums`), 54 to 57 % of the outputs
-/// of silu·mul are another f16 than the reference's, and the worst of 200 000 is off by 2.6 steps. Measured on an H200: 52 to 58 %, and
-/// more than 3 steps.
+/// of the outputs' root mean square. An f16 is more precise than that. In a model of such sums (`short_sums`), 40 % of the outputs are
+/// another f16 than the reference's, and the worst of 600 000 is off by 2.15 steps, as on an H200. Of silu·mul's it is 54 to 57 %, and
+/// 2.7 steps. Measured on an H200: 52 to 58 %, and more than 3 steps.
 ///
 /// With scores of attention in fp8 that are such sums, 0.2 to 1 % of the probabilities become a neighbour of the e4m3 that they should
 /// be. If sums keep 12 bits, outputs then have a mean square error of up to 5e-5, the worst of 3 000 rows is off by 0.1 of its size, and
@@ -37,6 +37,7 @@ pub(crate) fn tolerance(program: &Program, code: Code, usual: Tolerance) -> Tole
         let multiplies_sums = program.ops.iter().any(|op| matches!(op, Op::ExpertGateUp { silu_mul: true, .. }));
         let (half_steps, half_unequal) = match program.dtype {
             DType::F16 if multiplies_sums => (4.0, 0.65),
+            DType::F16 => (2.5, 0.5),
             _ => (usual.half_steps, 0.5),
         };
         return Tolerance { f32_error: 2e-7, f32_element: 2e-3, half_steps, half_unequal, ..usual };

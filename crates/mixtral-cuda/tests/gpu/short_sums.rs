@@ -1,4 +1,4 @@
-//! What short sums of e4m3 do to the outputs of silu·mul in f16: why these have limits of their own. This runs on the CPU alone.
+//! What short sums of e4m3 do to the outputs of experts in f16: why these have limits of their own. This runs on the CPU alone.
 
 use mixtral_engine::{Op, WeightSource};
 use mixtral_kernels::{Arch, Code};
@@ -29,7 +29,9 @@ fn short_sum(x: &[f64], w: &[f64]) -> f32 {
 /// What the gate and up projections of a case give with such sums, and by the reference.
 fn outputs(case: &Case) -> [Vec<f64>; 2] {
     let (program, source) = (&case.assembly.program, &case.assembly.weights);
-    let Op::ExpertGateUp { input, weight, offsets, order, out, .. } = &program.ops[0] else { panic!("{}", case.name) };
+    let Op::ExpertGateUp { input, weight, offsets, order, out, silu_mul, .. } = &program.ops[0] else {
+        panic!("{}", case.name)
+    };
     let floats = |state: &State, name: &str| match &state.buffers[name] {
         Values::Floats(values) => values.clone(),
         Values::Ints(_) => panic!("`{name}` holds integers"),
@@ -64,10 +66,12 @@ fn outputs(case: &Case) -> [Vec<f64>; 2] {
                 let factor = input_scale * scales[row / (weights.len() / scales.len())];
                 f64::from(short_sum(x, &weights[row]) * factor)
             });
-            let sums = f16(&sums.collect::<Vec<_>>());
-            let (up, gate) = sums.split_at(rows / 2);
-            let row: Vec<f64> = up.iter().zip(gate).map(|(up, gate)| gate / (1.0 + (-gate).exp()) * up).collect();
-            found[p * row.len()..][..row.len()].copy_from_slice(&f16(&row));
+            let mut row = f16(&sums.collect::<Vec<_>>());
+            if *silu_mul {
+                let (up, gate) = row.split_at(rows / 2);
+                row = f16(&up.iter().zip(gate).map(|(up, gate)| gate / (1.0 + (-gate).exp()) * up).collect::<Vec<_>>());
+            }
+            found[p * row.len()..][..row.len()].copy_from_slice(&row);
         }
     }
     let mut expected = case.initial.clone();
@@ -75,22 +79,55 @@ fn outputs(case: &Case) -> [Vec<f64>; 2] {
     [found, floats(&expected, out)]
 }
 
-#[test]
-fn short_sums_make_other_f16s_of_most_outputs_of_silu_mul() {
-    let is_one = |op: &Op| matches!(op, Op::ExpertGateUp { silu_mul: true, .. });
-    let mut cases = fp8::linears(DType::F16);
-    // The longest steps would take most of the time.
-    cases.retain(|case| case.assembly.program.ops.iter().any(is_one) && !case.name.contains(" 600 "));
-    assert_eq!(cases.len(), 18);
-    let (mut over_usual_steps, mut over_half) = (0, 0);
-    for case in &cases {
+/// How many of the cases are beyond limits that are changed, by these sums. None is beyond its own.
+fn beyond(cases: &[Case], changes: [fn(Tolerance, Tolerance) -> Tolerance; 2]) -> [usize; 2] {
+    let mut count = [0, 0];
+    for case in cases {
         let usual = case.tolerance();
         let limits = tolerance(&case.assembly.program, Code::Sass(Arch::SM_90A), usual);
         let [found, expected] = outputs(case);
         let check = |limits| close(&found, &expected, DType::F16, limits);
         assert_eq!(check(limits), Ok(()), "{}", case.name);
-        over_usual_steps += usize::from(check(Tolerance { half_steps: usual.half_steps, ..limits }).is_err());
-        over_half += usize::from(check(Tolerance { half_unequal: 0.5, ..limits }).is_err());
+        for (count, change) in count.iter_mut().zip(changes) {
+            *count += usize::from(check(change(limits, usual)).is_err());
+        }
     }
+    count
+}
+
+/// The gate and up projections in f16, with silu·mul or without it.
+fn projections(with_silu_mul: bool) -> Vec<Case> {
+    let is_one = |op: &Op| matches!(op, Op::ExpertGateUp { silu_mul, .. } if *silu_mul == with_silu_mul);
+    let mut cases = fp8::linears(DType::F16);
+    cases.retain(|case| case.assembly.program.ops.iter().any(is_one));
+    cases
+}
+
+#[test]
+fn short_sums_make_other_f16s_of_most_outputs_of_silu_mul() {
+    let mut cases = projections(true);
+    // The longest steps would take most of the time.
+    cases.retain(|case| !case.name.contains(" 600 "));
+    assert_eq!(cases.len(), 18);
+    let [over_usual_steps, over_half] = beyond(
+        &cases,
+        [
+            |limits, usual| Tolerance { half_steps: usual.half_steps, ..limits },
+            |limits, _| Tolerance { half_unequal: 0.5, ..limits },
+        ],
+    );
     assert!(over_usual_steps > 0 && over_half > 0, "{over_usual_steps} and {over_half}");
+}
+
+/// In the largest case without silu·mul, one sum of 160 products whose magnitudes add up to 15 is 0.27. An H200 made of it the very
+/// f16 that the model makes, more than two steps from the reference.
+#[test]
+fn a_short_sum_may_be_two_steps_of_an_f16_off() {
+    let mut cases = projections(false);
+    cases.retain(|case| case.name.contains("fp8:row:static 160x72") && case.name.contains(" 600 "));
+    assert_eq!(cases.len(), 1);
+    let usual = |limits, usual: Tolerance| Tolerance { half_steps: usual.half_steps, ..limits };
+    assert_eq!(beyond(&cases, [usual, |limits, _| limits]), [1, 0]);
+    let [found, expected] = outputs(&cases[0]);
+    assert_eq!((found[118_471], expected[118_471]), (0.266_845_703_125, 0.271_184_156_098_850_16));
 }
