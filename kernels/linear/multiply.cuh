@@ -1,10 +1,11 @@
 // The products of a tile of `dense` and `grouped` along K (linear/wgmma.cuh): of plain and fp8 weights from shared memory,
-// of packed weights through registers.
+// of packed weights through registers, by warpgroups or by warps.
 #pragma once
 
 #include "epilogue/tile.cuh"
 #include "linear/ring.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/wgmma.cuh"
 #include "sched/tiles.cuh"
@@ -266,11 +267,121 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
     }
 }
 
+// The same by products of a single warp (mma.sync), of up to 16 columns. A warpgroup's product takes about 30 cycles beside those of its
+// columns, a warp's takes none; of more columns a warpgroup's products are faster. A warp has the slabs that it has there. The
+// bits are the same.
+//
+// A pair is two steps of 16 elements. While one pair's products run, the next pair's tokens are loaded, and behind the last pair the
+// next stage's integers.
+template <typename C, int N>
+__device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
+                                                  float (&d)[C::BLOCKS][C::COLS / 2]) {
+    using W = typename C::W;
+    using T = typename C::T;
+    static_assert(C::DEPTH == W::DEPTH, "a stage is a block of each slab");
+    constexpr int PAIRS = C::DEPTH / 32, WIDTH = N / 8;
+    constexpr int CHAIN = PAIRS / W::CHAINS;  // pairs of a chain
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
+    const int first = min(warpgroup * C::BLOCKS * 4 + warp, C::SLABS - 1) * W::BLOCK;
+    // Where a lane's row of eight elements lies in a matrix of eight tokens. The swizzle depends on the row.
+    const u32 even = lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16, odd = even ^ 64;
+
+    typename W::Lane integers[C::BLOCKS];
+    u32 tokens[2][WIDTH][4];
+    const auto block = [&](int m) {
+        return static_cast<const u8*>(__cvta_shared_to_generic(ring.a() + first + m * 4 * W::BLOCK));
+    };
+    const auto load_integers = [&] {
+#pragma unroll
+        for (int m = 0; m < C::BLOCKS; m++) W::load(integers[m], block(m), lane);
+    };
+    const auto load_tokens = [&](int pair) {
+        const u32 at = ring.b() + pair / 2 * C::B_ATOM + (pair % 2 == 0 ? even : odd);
+#pragma unroll
+        for (int c = 0; c < WIDTH; c++) ptx::ldmatrix_x4(tokens[pair % 2][c], at + c * 1024);
+    };
+
+    float sums[C::BLOCKS][WIDTH][4] = {}, chain[C::BLOCKS][WIDTH][4];
+    mbarrier::wait(ring.full(), ring.phase);
+    load_integers();
+    load_tokens(0);
+#pragma unroll 1
+    for (int k = 0; k < C::K_BLOCKS; k++) {
+        typename W::Zero zeros[C::BLOCKS][W::CHAINS];
+        typename W::Scales scales[C::BLOCKS][W::CHAINS];
+#pragma unroll
+        for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+            for (int i = 0; i < W::CHAINS; i++) {
+                if constexpr (W::SCALED) {
+                    zeros[m][i] = W::group_zero(block(m), i, lane);
+                    scales[m][i] = W::scales(block(m), i, lane);
+                } else {
+                    zeros[m][i] = rows.zeros[m];
+                }
+            }
+        }
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; pair++) {
+            if (pair < PAIRS - 1) load_tokens(pair + 1);
+            u32 a[C::BLOCKS][2][4];
+#pragma unroll
+            for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+                for (int step = 0; step < 2; step++) {
+                    W::fragment(a[m][step], integers[m], pair * 2 + step, zeros[m][pair / CHAIN]);
+                }
+                if (W::SCALED && pair % CHAIN == 0) {
+#pragma unroll
+                    for (int i = 0; i < WIDTH * 4; i++) chain[m][i / 4][i % 4] = 0.0f;
+                }
+            }
+            if (pair == PAIRS - 1) {
+                // All of the stage is in registers.
+                __syncwarp();
+                ring.release(ring.stage);
+                ring.advance();
+                if (k + 1 < C::K_BLOCKS) {
+                    mbarrier::wait(ring.full(), ring.phase);
+                    load_integers();
+                    load_tokens(0);
+                }
+            }
+#pragma unroll
+            for (int step = 0; step < 2; step++) {
+#pragma unroll
+                for (int c = 0; c < WIDTH; c++) {
+                    const u32(&pair_of)[4] = tokens[pair % 2][c];
+                    const u32 b[2] = {pair_of[step * 2], pair_of[step * 2 + 1]};
+#pragma unroll
+                    for (int m = 0; m < C::BLOCKS; m++) ptx::mma<T>(W::SCALED ? chain[m][c] : sums[m][c], a[m][step], b);
+                }
+            }
+            if constexpr (W::SCALED) {
+                if (pair % CHAIN == CHAIN - 1) {
+#pragma unroll
+                    for (int i = 0; i < C::BLOCKS * WIDTH; i++) {
+                        const int m = i / WIDTH, c = i % WIDTH;
+                        W::add(sums[m][c], chain[m][c], scales[m][pair / CHAIN]);
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) {
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) d[m][i] = sums[m][i / 4][i % 4];
+    }
+}
+
 // One tile's products, with instructions of N columns.
 template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
                                          float (&d)[C::BLOCKS][C::COLS / 2]) {
-    if constexpr (C::W::PACKED) {
+    if constexpr (C::W::PACKED && N <= 16) {
+        multiply_by_warps<C, N>(ring, warpgroup, rows, d);
+    } else if constexpr (C::W::PACKED) {
         multiply_packed<C, N>(ring, warpgroup, rows, d);
     } else if constexpr (C::W::SCALED) {
         multiply_fp8<C, N>(ring, warpgroup, d);

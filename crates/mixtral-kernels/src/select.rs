@@ -68,8 +68,7 @@ impl LinearShape {
 const RING: u32 = 184 << 10;
 
 /// Experts of packed weights stream them in steps of up to this many tokens. Of 16 tokens an expert of 8x7B gets about four,
-/// and of 8 about two. With more, tiles of wgmma are faster: of int8 sooner, since it has twice the bytes for each
-/// product.
+/// and of 8 about two. With more, tiles are faster: of int8 sooner, since it has twice the bytes for each product.
 const fn streamed(weight: WeightRows) -> usize {
     match weight {
         WeightRows::Quantized(_, Quantization { bits: Bits::Eight, .. }) => 8,
@@ -104,16 +103,10 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }
     };
     match (tokens, shape.grouped) {
-        // A product with an operand from registers takes about 30 cycles more, however few columns it has. So tiles are
-        // tall, and no wider than an expert's share of the tokens usually is.
-        (0..=64, true) if packed => {
-            let cols = match tokens {
-                0..=16 => 8,
-                17..=32 => 16,
-                _ => 32,
-            };
-            ring(256, cols, 128, 2)
-        }
+        // Tiles are tall, because a warpgroup's product with an operand from registers takes about 30 cycles more, however few
+        // columns it has. They are no wider than an expert's share of the tokens usually is, and loaded and multiplied in
+        // eights.
+        (0..=64, true) if packed => ring(256, 32, 128, 2),
         (0..=16, grouped) => {
             let cols = if tokens <= 8 { 8 } else { 16 };
             ring(if grouped { 64 } else { few_rows(shape.rows) }, cols, 128, 1)
@@ -269,7 +262,7 @@ mod tests {
         assert_eq!(
             experts[1..],
             [
-                "wgmma:256x16:k128:s8:w2:c1",
+                "wgmma:256x32:k128:s7:w2:c1",
                 "wgmma:256x32:k128:s7:w2:c1",
                 "wgmma:256x64:k128:s5:w2:c1",
                 "wgmma:256x96:k128:s4:w2:c1",
@@ -278,7 +271,7 @@ mod tests {
         );
         let experts = plans("int8:row:f32", true, &[8, 16]);
         assert!(experts[0].starts_with("stream:"), "{experts:?}");
-        assert_eq!(experts[1], "wgmma:256x8:k128:s5:w2:c1");
+        assert_eq!(experts[1], "wgmma:256x32:k128:s4:w2:c1");
         let dense = plans("int8:row:f32", false, &[8, 9, 128, 512, 2048]);
         assert!(dense[0].starts_with("stream:"), "{dense:?}");
         assert_eq!(
