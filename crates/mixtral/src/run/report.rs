@@ -92,11 +92,19 @@ pub fn median(values: Vec<f64>) -> f64 {
 }
 
 /// The value that this fraction of the values lies below; 0 if there are no values.
+pub fn quantile(values: Vec<f64>, fraction: f64) -> f64 {
+    let [value] = quantiles(values, [fraction]);
+    value
+}
+
+/// The values that these fractions of the values lie below; 0 if there are no values.
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "an index")]
-pub fn quantile(mut values: Vec<f64>, fraction: f64) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let index = (values.len() as f64 * fraction) as usize;
-    values.get(index.min(values.len().saturating_sub(1))).copied().unwrap_or(0.0)
+pub fn quantiles<const N: usize>(mut values: Vec<f64>, fractions: [f64; N]) -> [f64; N] {
+    values.sort_unstable_by(f64::total_cmp);
+    fractions.map(|fraction| {
+        let index = (values.len() as f64 * fraction) as usize;
+        values.get(index.min(values.len().saturating_sub(1))).copied().unwrap_or(0.0)
+    })
 }
 
 /// a / b; 0 where there is nothing to divide by.

@@ -7,7 +7,7 @@ use anyhow::Result;
 use mixtral_serve::client::Answered;
 use serde::Serialize;
 
-use super::report::{f, median, quantile, ratio};
+use super::report::{f, quantile, quantiles, ratio};
 
 /// The figures of many requests.
 #[derive(Debug, Serialize)]
@@ -45,11 +45,12 @@ pub fn ms(time: Duration) -> f64 {
 
 impl BetweenTokens {
     fn new(answers: &[Answered]) -> Self {
-        let mut firsts: Vec<Duration> = answers.iter().filter_map(|answer| answer.came.first().copied()).collect();
+        let mut firsts: Vec<Duration> = answers.iter().filter_map(|answer| answer.came.first()).collect();
         firsts.sort_unstable();
         let begun = |by: Duration| firsts.partition_point(|&first| first <= by);
         let (mut all, mut without_prompts) = (Vec::new(), Vec::new());
         for Answered { came, .. } in answers {
+            let came: Vec<Duration> = came.iter().collect();
             for (at, two) in came.windows(2).enumerate() {
                 let time = two[1] - two[0];
                 // A prompt that is computed in a step gets its first token when others get their next, or shortly before or
@@ -61,10 +62,12 @@ impl BetweenTokens {
                 all.push(ms(time));
             }
         }
+        let with_prompts_percent = 100.0 * ratio(f(all.len() - without_prompts.len()), f(all.len()));
+        let [median_ms, p99_ms] = quantiles(all, [0.5, 0.99]);
         BetweenTokens {
-            median_ms: median(all.clone()),
-            with_prompts_percent: 100.0 * ratio(f(all.len() - without_prompts.len()), f(all.len())),
-            p99_ms: quantile(all, 0.99),
+            median_ms,
+            p99_ms,
+            with_prompts_percent,
             without_prompts_p99_ms: (!without_prompts.is_empty()).then(|| quantile(without_prompts, 0.99)),
         }
     }
@@ -74,8 +77,10 @@ impl Throughput {
     /// The figures of requests with `prompt_tokens` tokens in all, whose answers took `seconds`.
     pub fn new(sequential: bool, seconds: f64, prompt_tokens: usize, answers: &[Answered]) -> Self {
         let output_tokens: usize = answers.iter().map(|answer| answer.tokens).sum();
-        let first: Vec<f64> = answers.iter().map(|answer| ms(answer.first_token())).collect();
-        let each: Vec<f64> = answers.iter().filter_map(Answered::per_token).map(ms).collect();
+        let first = answers.iter().map(|answer| ms(answer.first_token())).collect();
+        let each = answers.iter().filter_map(Answered::per_token).map(ms).collect();
+        let [first_token_ms_median, first_token_ms_p99] = quantiles(first, [0.5, 0.99]);
+        let [per_token_ms_median, per_token_ms_p99] = quantiles(each, [0.5, 0.99]);
         Throughput {
             requests: answers.len(),
             sequential,
@@ -84,10 +89,10 @@ impl Throughput {
             output_tokens,
             output_tokens_per_s: ratio(f(output_tokens), seconds),
             tokens_per_s: ratio(f(output_tokens + prompt_tokens), seconds),
-            first_token_ms_median: median(first.clone()),
-            first_token_ms_p99: quantile(first, 0.99),
-            per_token_ms_median: median(each.clone()),
-            per_token_ms_p99: quantile(each, 0.99),
+            first_token_ms_median,
+            first_token_ms_p99,
+            per_token_ms_median,
+            per_token_ms_p99,
             between_tokens: BetweenTokens::new(answers),
         }
     }

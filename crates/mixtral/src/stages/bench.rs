@@ -10,7 +10,7 @@ use mixtral_engine::{DeviceIdle, EngineDir, Limits, Program, RandomKey, Sampling
 use mixtral_model::TokenId;
 use mixtral_runtime::session::StepStats;
 use mixtral_runtime::{Request, Session, SessionOptions};
-use mixtral_serve::client::Answered;
+use mixtral_serve::client::{Answered, Times};
 use serde::Serialize;
 
 use crate::args::bench::BenchArgs;
@@ -408,7 +408,7 @@ fn throughput(
         {
             let id = session.submit(request.clone()).context("the engine does not take what is to be measured")?;
             first_id.get_or_insert(id.0);
-            answers.push(Answered { sent: now, came: Vec::new(), tokens: request.max_output_len });
+            answers.push(Answered { sent: now, came: Times::default(), tokens: request.max_output_len });
         }
         if session.is_idle() {
             let wait = (arrivals[answers.len()] - start.elapsed().as_secs_f64()).max(0.0);
@@ -420,7 +420,9 @@ fn throughput(
         let now = start.elapsed();
         for event in events {
             let event = event.ok()?;
-            answers[event.id.0 - first_id].came.extend(event.token.map(|_| now));
+            if event.token.is_some() {
+                answers[event.id.0 - first_id].came.push(now);
+            }
             finished += usize::from(event.finished.is_some());
         }
     }
