@@ -138,6 +138,22 @@ fn stages_of_fp8_engines_give_the_tokens_of_one_rank() {
     }
 }
 
+/// In a pipeline no step has all sequences. `bench` takes a round of steps for one.
+#[test]
+fn batches_are_measured_in_pipelines_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let at = dir.path();
+    let (geometry, seed) = GEOMETRIES[0];
+    for layout in ["--pp_size 3", "--tp_size 2 --pp_size 2"] {
+        write_prompts(&at.join("ids.csv"), 101);
+        tokens(at, geometry, seed, layout);
+        let line = "bench --engine_dir e --json --quick --batch-size 1,8 --steps 6 --warmup 1 --context 5 --prefill 4";
+        let bench: serde_json::Value = serde_json::from_str(&mixtral_in(at, line, &[]).ok()).unwrap();
+        assert_eq!(bench["left_out"], serde_json::json!([]), "{layout}");
+        assert_eq!(bench["decode"].as_array().unwrap().len(), 2, "{layout}");
+    }
+}
+
 /// Sixteen sequences of 64 tokens.
 fn calibration_text() -> String {
     let line = |n: u32| (0..64).map(|i| (300 + (i * i * 7 + n * 131) % 1700).to_string()).collect::<Vec<_>>().join(",");

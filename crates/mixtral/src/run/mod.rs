@@ -2,7 +2,8 @@
 //!
 //! Reading order: [`job`] (all of it, as rank 0 leads it), [`ranks`] (starting them), [`place`] and [`gpus`] (where
 //! each runs), [`load`] and [`cache`] (its backend, and how large the cache is), [`machine`] (what the host has and can
-//! do); [`tokenizer`], [`prompts`] and [`chat`] (what goes in), [`outputs`] and [`report`] (what comes out).
+//! do); [`tokenizer`], [`prompts`] and [`chat`] (what goes in), [`outputs`] and [`report`] (what comes out);
+//! [`measured`], [`throughput`] and [`per_op`] (how fast).
 
 pub mod cache;
 pub mod chat;
@@ -11,6 +12,7 @@ pub mod job;
 pub mod lines;
 pub mod load;
 pub mod machine;
+pub mod measured;
 pub mod outputs;
 pub mod per_op;
 pub mod place;

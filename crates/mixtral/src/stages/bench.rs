@@ -6,9 +6,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use mixtral_build::Roof;
 use mixtral_build::cost::{StepShape, cost};
-use mixtral_engine::{DeviceIdle, EngineDir, Limits, Program, RandomKey, SamplingParams};
+use mixtral_engine::{EngineDir, Limits, Program, RandomKey, SamplingParams};
 use mixtral_model::TokenId;
-use mixtral_runtime::session::StepStats;
 use mixtral_runtime::{Request, Session, SessionOptions};
 use mixtral_serve::client::{Answered, Times};
 use serde::Serialize;
@@ -16,6 +15,7 @@ use serde::Serialize;
 use crate::args::bench::BenchArgs;
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
+use crate::run::measured::{MeasuredStep, decodes, idle_between, run_batch};
 use crate::run::per_op::OpTable;
 use crate::run::report::{decode_weight_bytes, f, median, quantile, ratio};
 use crate::run::throughput::Throughput;
@@ -201,10 +201,10 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
             let prompts = steps.iter().take_while(|s| s.stats.prefill_tokens > 0);
             load_s + prompts.map(|s| s.stats.time.as_secs_f64()).sum::<f64>()
         });
-        let decodes = |s: &MeasuredStep| s.stats.prefill_tokens == 0 && s.stats.decode_tokens == batch_size;
-        let decodes: Vec<MeasuredStep> = steps.into_iter().filter(decodes).skip(args.warmup).collect();
+        let stages = engine.config().mapping.pp_size;
+        let decodes: Vec<MeasuredStep> = decodes(steps, batch_size, stages).into_iter().skip(args.warmup).collect();
         if decodes.is_empty() {
-            let why = "its sequences never decoded in one step: prompts took too long to compute; more --steps, or a larger --max-num-tokens of the engine, let them".to_owned();
+            let why = "its sequences never decoded together: prompts took too long to compute; more --steps, or a larger --max-num-tokens of the engine, let them".to_owned();
             left_out.push(LeftOut { batch_size, why });
             continue;
         }
@@ -343,39 +343,6 @@ impl Prefill {
             compute_percent: (roof.flops_per_s > 0.0).then(|| 100.0 * ratio(rate, roof.flops_per_s)),
         }
     }
-}
-
-/// A step, and the time of each of its operations if operations are timed.
-struct MeasuredStep {
-    stats: StepStats,
-    ops: Vec<Duration>,
-    /// How long the device had nothing to do before it, if the backend can tell.
-    idle: Option<Duration>,
-}
-
-/// How long a device had nothing to do between two looks at it.
-fn idle_between(before: Option<DeviceIdle>, after: Option<DeviceIdle>) -> Option<Duration> {
-    Some(after?.time.saturating_sub(before?.time))
-}
-
-/// Answers requests together, and returns the steps that this took.
-fn run_batch(session: &mut Session, requests: &[Request]) -> Result<Vec<MeasuredStep>> {
-    for request in requests {
-        session.submit(request.clone()).context("the engine does not take what is to be measured")?;
-    }
-    let mut steps = Vec::new();
-    let mut before = (session.op_times(), session.device_idle());
-    while !session.is_idle() {
-        for event in session.step()? {
-            event.ok()?;
-        }
-        let after = (session.op_times(), session.device_idle());
-        let ops = after.0.iter().zip(&before.0).map(|(after, before)| after.saturating_sub(*before)).collect();
-        let idle = idle_between(before.1, after.1);
-        steps.push(MeasuredStep { stats: session.last_step(), ops, idle });
-        before = after;
-    }
-    Ok(steps)
 }
 
 /// When requests arrive, in seconds from the start: all at once, or at random with `rate` a second.
