@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::iter::Peekable;
+use std::sync::LazyLock;
 
 use clap::CommandFactory;
 
@@ -134,9 +135,13 @@ fn values(takes: Takes, args: &mut Peekable<impl Iterator<Item = OsString>>) -> 
 
 /// All flags that a subcommand knows: `--long`, `-s`, and their aliases.
 fn flags_of(program: &str) -> BTreeSet<String> {
-    let mut cli = Cli::command();
-    cli.build();
-    let Some(command) = cli.find_subcommand(program) else { return BTreeSet::new() };
+    // Tests read many lines, and building all commands takes a millisecond.
+    static BUILT: LazyLock<clap::Command> = LazyLock::new(|| {
+        let mut cli = Cli::command();
+        cli.build();
+        cli
+    });
+    let Some(command) = BUILT.find_subcommand(program) else { return BTreeSet::new() };
     let of = |arg: &clap::Arg| {
         let long = arg.get_long_and_visible_aliases().unwrap_or_default().into_iter();
         let aliases = arg.get_all_aliases().unwrap_or_default();
