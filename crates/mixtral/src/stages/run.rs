@@ -292,9 +292,11 @@ fn generate(
             for (output, answer) in outputs[index..][..width].iter_mut().zip(&event.beams) {
                 output.answer(answer, event.finished);
             }
+            if let Some(error) = &event.failed {
+                outputs[index..][..width].iter_mut().for_each(|output| output.failed = Some(error.clone()));
+            }
             let output = &mut outputs[index];
             output.add(&event);
-            output.failed = event.failed;
             output.context_logits.extend(event.context_logits);
             if args.logits_hash {
                 output.logits_hash.update(bytemuck::cast_slice(&event.generation_logits));
