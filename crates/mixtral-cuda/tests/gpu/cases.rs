@@ -1,10 +1,11 @@
 //! Runs every case of the registry, and operations at real models' sizes, with the portable kernels and with those of
 //! the GPU's own family.
 
+use std::fmt::Display;
 use std::time::Instant;
 
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
-use mixtral_engine::{BackendError, Op, Program};
+use mixtral_engine::{BackendError, Op, Program, Weights};
 use mixtral_kernels::{Code, Family};
 use mixtral_model::DType;
 use mixtral_testkit::cases::{self, Case, Tolerance};
@@ -12,11 +13,23 @@ use mixtral_testkit::large::{self, Large};
 
 use crate::kernels::{Library, Machine};
 
-fn load(case: &Case, library: &Library) -> Result<CudaBackend, BackendError> {
-    let (kv_blocks, options) = (KvBlocks::Exactly(case.kv_blocks), CudaOptions::default());
-    let program = case.assembly.program.clone();
-    let executable = library.executable(&program).map_err(BackendError::Other)?;
-    CudaBackend::load(program, &case.weights(), &executable, kv_blocks, options)
+fn load(
+    program: &Program,
+    weights: &Weights,
+    kv_blocks: usize,
+    library: &Library,
+) -> Result<CudaBackend, BackendError> {
+    let executable = library.executable(program).map_err(BackendError::Other)?;
+    CudaBackend::load(program.clone(), weights, &executable, KvBlocks::Exactly(kv_blocks), CudaOptions::default())
+}
+
+/// Notes that a case failed. If the device is lost, the test ends here: every later case would fail because of this one.
+fn note(failures: &mut Vec<String>, code: Code, failure: &impl Display) {
+    let text = format!("{code}: {failure}");
+    println!("{text}");
+    let lost = text.contains("context is lost");
+    failures.push(text);
+    assert!(!lost, "{} failures:\n{}", failures.len(), failures.join("\n"));
 }
 
 /// Prefill rounds probabilities to 16 bits before it multiplies them with values, because its tensor cores take 16-bit
@@ -66,18 +79,11 @@ fn all_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         let mut passed = 0;
         for case in &cases {
-            match case
-                .check_within(tolerance(&case.assembly.program, code, case.tolerance()), |case| load(case, &library))
-            {
+            let program = &case.assembly.program;
+            let load = |case: &Case| load(program, &case.weights(), case.kv_blocks, &library);
+            match case.check_within(tolerance(program, code, case.tolerance()), load) {
                 Ok(()) => passed += 1,
-                Err(failure) => {
-                    let text = format!("{code}: {failure}");
-                    println!("{text}");
-                    let lost = text.contains("context is lost");
-                    failures.push(text);
-                    // The device is lost, so every later case would fail because of this one.
-                    assert!(!lost, "{} failures:\n{}", failures.len(), failures.join("\n"));
-                }
+                Err(failure) => note(&mut failures, code, &failure),
             }
         }
         println!("{code} on {}: {passed} of {} cases", machine.device.name, cases.len());
@@ -98,22 +104,13 @@ fn large_cases_are_within_their_limits() {
         failures.extend(uncompiled);
         println!("compiled in {:?}", start.elapsed());
         let mut passed = 0;
-        // Each backend is kept until the next one exists. A device whose context nobody holds would be set up anew,
-        // which takes time.
-        let mut kept = None;
         for case in &cases {
             let start = Instant::now();
-            let (kv_blocks, options) = (KvBlocks::Exactly(case.kv_blocks), CudaOptions::default());
-            let executable = library.executable(&case.program).map_err(BackendError::Other);
-            let load =
-                |executable| CudaBackend::load(case.program.clone(), &case.weights(), &executable, kv_blocks, options);
-            let backend = executable.and_then(load);
-            let checked = match backend {
+            let checked = match load(&case.program, &case.weights(), case.kv_blocks, &library) {
                 Err(error) => Err(format!("{}: {error}", case.name)),
-                Ok(backend) => {
-                    let backend = kept.insert(backend);
-                    case.check(tolerance(&case.program, code, case.tolerance()), backend)
-                        .map_err(|failure| failure.to_string())
+                Ok(mut backend) => {
+                    let limits = tolerance(&case.program, code, case.tolerance());
+                    case.check(limits, &mut backend).map_err(|failure| failure.to_string())
                 }
             };
             match checked {
@@ -121,13 +118,7 @@ fn large_cases_are_within_their_limits() {
                     passed += 1;
                     println!("{code}: {}: {:?}", case.name, start.elapsed());
                 }
-                Err(failure) => {
-                    let text = format!("{code}: {failure}");
-                    println!("{text}");
-                    let lost = text.contains("context is lost");
-                    failures.push(text);
-                    assert!(!lost, "{} failures:\n{}", failures.len(), failures.join("\n"));
-                }
+                Err(failure) => note(&mut failures, code, &failure),
             }
         }
         println!("{code} on {}: {passed} of {} large cases", machine.device.name, cases.len());
