@@ -8,7 +8,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use crate::error::ApiError;
 use crate::shared::Shared;
-use crate::worker::{Ask, Command, Update};
+use crate::worker::{Command, Submission, Update};
 
 tokio::task_local! {
     /// The name of the HTTP request that a handler answers.
@@ -43,12 +43,12 @@ impl Generation {
         let name = NAME.try_with(Clone::clone).unwrap_or_default();
         let asked = Instant::now();
         let deadline = asked + shared.options.bounds.answer;
-        let asks = requests.into_iter().enumerate().filter_map(|(index, request)| {
+        let submissions = requests.into_iter().enumerate().filter_map(|(index, request)| {
             let place = places.split(1)?;
-            Some(Ask { request, index, name: name.clone(), to: to.clone(), asked, deadline, place })
+            Some(Submission { request, index, name: name.clone(), to: to.clone(), asked, deadline, place })
         });
         // It fails only after the session's thread has ended. The channel is then closed, which is noticed below.
-        let _ = shared.commands.send(Command::Submit(asks.collect()));
+        let _ = shared.commands.send(Command::Submit(submissions.collect()));
         drop(to);
         let mut generation = Generation { updates, running: count };
         for _ in 0..count {

@@ -22,14 +22,14 @@ const PULSE: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Generate the sequences of one HTTP request. All are taken before the next step.
-    Submit(Vec<Ask>),
+    Submit(Vec<Submission>),
     /// End now; what still runs is given up.
     Stop,
 }
 
 /// A sequence that a client wants.
 #[derive(Debug)]
-pub(crate) struct Ask {
+pub(crate) struct Submission {
     /// What to generate.
     pub(crate) request: Request,
     /// Its number among the sequences of one HTTP request.
@@ -59,9 +59,9 @@ pub(crate) enum Update {
     Failed(ApiError),
 }
 
-impl Ask {
+impl Submission {
     fn split(self) -> (Request, Live) {
-        let Ask { request, index, name, to, asked, deadline, place } = self;
+        let Submission { request, index, name, to, asked, deadline, place } = self;
         let prompt_tokens = request.prompt.len();
         let last_token = None;
         (request, Live { index, name, to, deadline, asked, last_token, prompt_tokens, tokens: 0, place: Some(place) })
@@ -134,10 +134,10 @@ pub(crate) fn run(
         Err(error) => ApiError::internal(format!("the engine failed: {error}")),
     };
     let untaken = commands.try_iter().flat_map(|command| match command {
-        Command::Submit(asks) => asks,
+        Command::Submit(submissions) => submissions,
         Command::Stop => Vec::new(),
     });
-    for mut sequence in live.into_values().chain(untaken.map(|ask| ask.split().1)) {
+    for mut sequence in live.into_values().chain(untaken.map(|submission| submission.split().1)) {
         sequence.end(End::Error, Instant::now(), metrics);
         sequence.tell(Update::Failed(why.clone()));
     }
@@ -166,7 +166,9 @@ fn work(
         }
         while let Some(command) = next {
             match command {
-                Command::Submit(asks) => asks.into_iter().for_each(|ask| submit(session, ask, metrics, live)),
+                Command::Submit(submissions) => {
+                    submissions.into_iter().for_each(|submission| submit(session, submission, metrics, live))
+                }
                 Command::Stop => return Ok(()),
             }
             next = commands.try_recv().ok();
@@ -213,8 +215,8 @@ fn work(
     }
 }
 
-fn submit(session: &mut Session, ask: Ask, metrics: &Metrics, live: &mut HashMap<RequestId, Live>) {
-    let (request, mut sequence) = ask.split();
+fn submit(session: &mut Session, submission: Submission, metrics: &Metrics, live: &mut HashMap<RequestId, Live>) {
+    let (request, mut sequence) = submission.split();
     match session.submit(request) {
         Ok(id) => {
             metrics.prompt_tokens.increment(sequence.prompt_tokens as u64);
@@ -306,19 +308,19 @@ mod tests {
     }
 
     /// A client that wants two tokens behind a prompt of so many.
-    fn ask(places: &Arc<Semaphore>, prompt: u32) -> (Ask, UnboundedReceiver<(usize, Update)>) {
+    fn ask(places: &Arc<Semaphore>, prompt: u32) -> (Submission, UnboundedReceiver<(usize, Update)>) {
         let (to, updates) = unbounded_channel();
         let (name, asked) = (Arc::from("test"), Instant::now());
         let deadline = asked + Duration::from_secs(60);
         let request = Request { prompt: (0..prompt).map(TokenId).collect(), max_output_len: 2, ..Request::default() };
         let place = places.clone().try_acquire_owned().unwrap();
-        (Ask { request, index: 0, to, name, asked, deadline, place }, updates)
+        (Submission { request, index: 0, to, name, asked, deadline, place }, updates)
     }
 
     /// Runs a session until nothing is left to do. Returns what it counted.
-    fn finish(mut session: Session, asks: Vec<Ask>) -> String {
+    fn finish(mut session: Session, submissions: Vec<Submission>) -> String {
         let ((to_session, commands), metrics) = (channel(), Metrics::new("m"));
-        to_session.send(Command::Submit(asks)).unwrap();
+        to_session.send(Command::Submit(submissions)).unwrap();
         drop(to_session);
         run(&mut session, commands, &metrics, &mut || Ok(())).unwrap();
         assert_eq!((session.is_idle(), session.free_blocks()), (true, 4));
