@@ -142,6 +142,8 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::messages::Tool;
+    use crate::tool_choice::ToolChoice;
 
     const VOCAB: u32 = 2048;
     const END: TokenId = TokenId(2);
@@ -188,6 +190,28 @@ mod tests {
             assert!((2..=4).contains(&sizes.len()), "{text}");
             assert!(sizes.iter().all(|size| (1..=99).contains(&size.as_u64().unwrap())), "{text}");
             assert!(value["dead"].is_boolean() || value["dead"].is_null(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_call_of_one_of_several_tools_fits_that_tools_schema() {
+        let of = |definitions: &str, leaf: Value| {
+            let child = json!({ "anyOf": [{ "$ref": "#" }, { "$ref": format!("#/{definitions}/leaf") }] });
+            json!({ definitions: { "leaf": leaf }, "type": "object", "properties": { "child": child }, "required": ["child"] })
+        };
+        let schemas = [of("$defs", json!({ "const": "f" })), of("definitions", json!({ "const": "g" }))];
+        let tool = |(name, parameters): (&str, &Value)| json!({ "type": "function", "function": { "name": name, "parameters": parameters } });
+        let tools =
+            serde_json::from_value::<Vec<Tool>>(["f", "g"].into_iter().zip(&schemas).map(tool).collect()).unwrap();
+        let form = ToolChoice::Required.form(&tools, false).unwrap().unwrap();
+        for seed in 0..20 {
+            let text = write(form.clone(), seed);
+            let mut call: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+            let mut arguments = call[0]["arguments"].take();
+            while let Some(child) = arguments.get_mut("child") {
+                arguments = child.take();
+            }
+            assert_eq!(arguments, call[0]["name"], "{text}");
         }
     }
 

@@ -100,7 +100,7 @@ impl ToolChoice {
     /// `several` says whether the list may have more than one.
     ///
     /// # Errors
-    /// If there is no such tool, or two of them give one name to two definitions.
+    /// If there is no such tool, or none at all.
     pub(crate) fn form(&self, tools: &[Tool], several: bool) -> Result<Option<Form>, ApiError> {
         let schema = match self {
             ToolChoice::Auto | ToolChoice::None => return Ok(None),
@@ -113,30 +113,21 @@ impl ToolChoice {
                 return Err(ApiError::field("tool_choice", "`required` needs `tools`"));
             }
             ToolChoice::Required => {
-                // References in a schema are from its root, so definitions move there.
-                let (mut calls, mut definitions) = (Vec::new(), Map::new());
-                for tool in tools {
-                    let mut parameters = parameters(tool);
-                    if let Some(Value::Object(own)) = parameters.remove("$defs") {
-                        let differs = |name: &String| definitions.get(name).is_some_and(|other| *other != own[name]);
-                        if let Some(name) = own.keys().find(|name| differs(name)) {
-                            let message = format!("two of `tools` define `{name}` differently; rename one");
-                            return Err(ApiError::field("tools", message));
-                        }
-                        definitions.extend(own);
-                    }
-                    calls.push(json!({
+                let call = |(index, tool): (usize, &Tool)| {
+                    let mut arguments = Value::Object(parameters(tool));
+                    move_references(&mut arguments, &format!("#/items/anyOf/{index}/properties/arguments"));
+                    json!({
                         "type": "object",
-                        "properties": { "name": { "const": tool.function.name }, "arguments": parameters },
+                        "properties": { "name": { "const": tool.function.name }, "arguments": arguments },
                         "required": ["name", "arguments"],
                         "additionalProperties": false,
-                    }));
-                }
+                    })
+                };
+                let calls: Vec<Value> = tools.iter().enumerate().map(call).collect();
                 let mut list = json!({ "type": "array", "items": { "anyOf": calls }, "minItems": 1 });
                 if !several {
                     list["maxItems"] = json!(1);
                 }
-                list["$defs"] = Value::Object(definitions);
                 list
             }
         };
@@ -157,26 +148,67 @@ fn parameters(tool: &Tool) -> Map<String, Value> {
     schema
 }
 
+/// Moves the references of a schema that becomes a part of another one. References are from the root of the whole, and
+/// `root` is where this schema's own root lies there.
+fn move_references(schema: &mut Value, root: &str) {
+    let keys = match schema {
+        Value::Object(keys) => keys,
+        Value::Array(schemas) => return schemas.iter_mut().for_each(|schema| move_references(schema, root)),
+        _ => return,
+    };
+    for (key, value) in keys {
+        match (key.as_str(), value) {
+            ("$ref", Value::String(reference)) => {
+                if let Some(path) = reference.strip_prefix('#').filter(|path| path.is_empty() || path.starts_with('/'))
+                {
+                    *reference = format!("{root}{}", path.trim_end_matches('/'));
+                }
+            }
+            // Values, which are no schemas whatever they look like.
+            ("const" | "enum" | "default" | "examples", _) => {}
+            // Schemas by names, which are no keywords whatever they look like.
+            (
+                "properties" | "patternProperties" | "dependentSchemas" | "$defs" | "definitions",
+                Value::Object(named),
+            ) => {
+                named.values_mut().for_each(|schema| move_references(schema, root));
+            }
+            (_, value) => move_references(value, root),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_name_has_one_definition_in_all_tools() {
-        let form = |definitions: [Value; 2]| {
-            let tool = |(name, definition)| {
-                let parameters = json!({ "type": "object", "$defs": { "Item": definition } });
-                json!({ "type": "function", "function": { "name": name, "parameters": parameters } })
-            };
-            let tools: Vec<Value> = ["f", "g"].into_iter().zip(definitions).map(tool).collect();
-            let tools: Vec<Tool> = serde_json::from_value(Value::Array(tools)).unwrap();
-            ToolChoice::Required.form(&tools, true)
+    fn references_lead_to_what_they_did_in_the_tool() {
+        let of = |size: &str| {
+            json!({
+                "type": "object",
+                "$defs": { "size": { "type": size }, "const": { "items": { "$ref": "#/definitions/leaf" } } },
+                "definitions": { "leaf": { "enum": ["a", "b"] } },
+                "properties": {
+                    "default": { "$ref": "#/$defs/size" },
+                    "leaves": { "anyOf": [{ "$ref": "#/$defs/const" }, { "$ref": "#/properties/leaves/anyOf/0" }] },
+                    "child": { "$ref": "#" },
+                    "value": { "const": { "$ref": "#" }, "enum": [{ "$ref": "#" }] },
+                    "far": { "$ref": "https://example.com/#/$defs/size" },
+                },
+                "additionalProperties": false,
+            })
         };
-        let (text, number) = (json!({ "type": "string" }), json!({ "type": "number" }));
-        let Ok(Some(Form::Json(schema))) = form([text.clone(), text.clone()]) else { panic!("it is a form") };
-        assert_eq!(schema["$defs"], json!({ "Item": text }));
-        let error = form([text, number]).unwrap_err();
-        assert_eq!(error.param.as_deref(), Some("tools"));
-        insta::assert_snapshot!(error.message, @"two of `tools` define `Item` differently; rename one");
+        let schemas = [of("integer"), of("string")];
+        let tool = |schema: &Value| json!({ "type": "function", "function": { "name": "f", "parameters": schema } });
+        let tools: Vec<Tool> = serde_json::from_value(schemas.iter().map(tool).collect()).unwrap();
+        let Ok(Some(Form::Json(list))) = ToolChoice::Required.form(&tools, true) else { panic!("it is a form") };
+        for (index, schema) in schemas.iter().enumerate() {
+            let root = format!("/items/anyOf/{index}/properties/arguments");
+            let moved = list.pointer(&root).unwrap().to_string();
+            let (there, back) = (format!(r##""$ref":"#{root}"##), r##""$ref":"#"##);
+            assert_eq!(moved.matches(&there).count(), 5, "{moved}");
+            assert_eq!(moved.replace(&there, back), schema.to_string());
+        }
     }
 }
