@@ -177,9 +177,10 @@ impl Sequence {
     /// The tokens that may not come next, behind an output of so many.
     fn banned(&self, output_len: usize) -> Vec<TokenId> {
         let Request { bad_words, constraint, end_ids, min_output_len, no_repeat_ngram_size, .. } = &self.request;
-        let mut banned = bad_words.banned(&self.tokens);
+        // A constraint bans nearly the whole vocabulary, so its list is the one that the others are added to.
+        let mut banned = constraint.as_ref().map_or_else(Vec::new, |constraint| constraint.banned(self.output()));
+        banned.extend(bad_words.banned(&self.tokens));
         banned.extend(ngrams::repeating(&self.tokens, *no_repeat_ngram_size));
-        banned.extend(constraint.iter().flat_map(|constraint| constraint.banned(self.output())));
         if output_len < *min_output_len {
             banned.extend(end_ids);
         }
