@@ -24,7 +24,7 @@ pub struct CalibrateOptions {
     pub batch_size: usize,
     /// A file that keeps the statistics. If it is there, they are read from it, and nothing is computed.
     pub cache: Option<PathBuf>,
-    /// Whether moments are wanted, beside the largest magnitudes: integers are rounded by them. A file always gets them.
+    /// Whether moments are wanted, beside the largest magnitudes: integers of 4 bits are rounded by them. A file always gets them.
     pub moments: bool,
     /// Where it is computed.
     pub machine: Machine,

@@ -3,10 +3,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use mixtral_calibrate::{CalibrateError, CalibrateOptions, Machine, Text, calibrate};
+use mixtral_checkpoint::Checkpoint;
 use mixtral_convert::{ConvertOptions, Input, LinearInput, Statistics};
-use mixtral_model::DType;
+use mixtral_model::{CacheFormat, DType, Precision, Rank, WeightOnly};
 use mixtral_testkit::{Layout, TinyModel};
 use tempfile::TempDir;
 
@@ -119,6 +121,29 @@ fn kept_statistics_are_used_again() {
     assert!(said.to_string().contains("holds the statistics of another model (2 layers, "), "{said}");
     fs::write(setup.path("kept"), "damaged").unwrap();
     assert!(setup.run(1, &options).is_err());
+}
+
+/// A cache in fp8 needs the largest magnitudes, and no moments. Integers of 8 bits beside it use neither.
+#[test]
+fn a_small_cache_changes_no_integers_of_8_bits() {
+    let mut model = TinyModel::mixtral(DType::F32, 3);
+    // More than one block of moments.
+    model.config.intermediate_size = 160;
+    let setup = Setup::new(model);
+    let statistics = setup.run(2, &CalibrateOptions { moments: false, ..setup.options() }).unwrap();
+    let weight_only = WeightOnly { attention: Precision::Int8, feed_forward: Precision::Int8, group: None };
+    let bytes = |name: &str, statistics: Option<Statistics>| {
+        let options = ConvertOptions {
+            weight_only: Some(weight_only),
+            cache: statistics.is_some().then_some(CacheFormat::Fp8),
+            statistics: statistics.map(Arc::new),
+            ..ConvertOptions::new(Input::Directory(setup.path("model")), setup.path(name))
+        };
+        mixtral_convert::convert(&options, &()).unwrap();
+        let rank = Checkpoint::open(&setup.path(name)).unwrap().rank(Rank(0)).unwrap();
+        rank.tensor("transformer.layers.1.mlp.proj.weight").unwrap().bytes.to_vec()
+    };
+    assert!(bytes("calibrated", Some(statistics)) == bytes("plain", None));
 }
 
 fn refusal(setup: &Setup, data: &str) -> String {

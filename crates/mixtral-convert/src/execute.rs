@@ -11,7 +11,7 @@ use std::sync::{Mutex, PoisonError};
 use mixtral_checkpoint::scan::{count_from, infinity_bits, max_magnitude};
 use mixtral_checkpoint::{Progress, RankWriter, TensorSpec};
 use mixtral_model::fp8::NAN;
-use mixtral_model::{DType, ElemType, Piece, Quantization, Recipe, WeightFormat};
+use mixtral_model::{Bits, DType, ElemType, Piece, Quantization, Recipe, WeightFormat};
 
 use crate::error::ConvertError;
 use crate::feedback::Feedback;
@@ -250,6 +250,8 @@ fn write_quantized(
     let mut losses = Vec::with_capacity(recipe.pieces.len());
     for piece in &recipe.pieces {
         let mut loss = Loss::default();
+        // Only elements of 4 bits make up for each other. For 8 bits, calibration may have kept no moments.
+        let statistics = statistics.filter(|_| quantization.bits == Bits::Four);
         let seen = statistics.and_then(|statistics| statistics.of(&piece.source));
         let feedback = seen.map(|seen| Feedback::new(seen, piece.source_cols));
         let cols = match (quantization.group, &feedback) {

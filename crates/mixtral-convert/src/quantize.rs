@@ -174,10 +174,8 @@ pub fn quantize_row(
     pulp::Arch::new().dispatch(
         #[inline(always)]
         || match feedback {
-            Some(blocks) if quantization.bits == Bits::Four => {
-                quantize_blocks(values, taken, quantization, blocks, integers, scales)
-            }
-            _ => quantize_groups(values, taken, quantization, integers, scales),
+            Some(blocks) => quantize_blocks(values, taken, quantization, blocks, integers, scales),
+            None => quantize_groups(values, taken, quantization, integers, scales),
         },
     )
 }
