@@ -27,20 +27,22 @@ pub struct Text {
 pub fn read(path: &Path, model_dir: &Path, vocab_size: usize, text: Text) -> Result<Vec<Vec<TokenId>>, CalibrateError> {
     let io = |source| CalibrateError::Io { path: path.to_owned(), source };
     let data = std::fs::read_to_string(path).map_err(io)?;
+    // Editors of Windows begin a file with a byte order mark.
+    let data = data.strip_prefix('\u{FEFF}').unwrap_or(&data);
     let is_ids = |line: &str| line.chars().all(|c| c.is_ascii_digit() || matches!(c, ',' | ' ' | '\t' | '\r'));
     let first = data.lines().find(|line| !line.trim().is_empty());
     let first = first.ok_or_else(|| CalibrateError::Empty { path: path.to_owned() })?;
     let lines = Lines { path, vocab_size, length: text.max_seq_length };
     let mut sequences = if is_ids(first) {
-        lines.ids(&data)?
+        lines.ids(data)?
     } else {
         let no_tokenizer = || CalibrateError::NoTokenizer { path: path.to_owned(), dir: model_dir.to_owned() };
         load::find(model_dir).ok_or_else(no_tokenizer)?;
         let tokenizer = Tokenizer::load(model_dir)?;
         if first.trim_start().starts_with('{') {
-            lines.json(&data, &tokenizer)?
+            lines.json(data, &tokenizer)?
         } else {
-            lines.text(&data, &tokenizer)?
+            lines.text(data, &tokenizer)?
         }
     };
     sequences.retain(|sequence| !sequence.is_empty());

@@ -184,8 +184,9 @@ fn text_json_lines_and_the_models_own_text() {
     let text = "First Citizen:\nBefore we proceed any further, hear me speak.\n".repeat(40);
     assert_eq!(tokens(Some(&text), 0).0, (3, 48));
     let lines = "{\"text\": \"Speak, speak.\"}\n\n{\"id\": 2, \"text\": \"You are all resolved rather to die than to famish?\"}\n";
-    let (sequences, _) = tokens(Some(lines), 0).0;
-    assert_eq!(sequences, 2);
+    let found = tokens(Some(lines), 0);
+    assert_eq!(found.0.0, 2);
+    assert!(tokens(Some(&format!("\u{FEFF}{lines}")), 0) == found, "a byte order mark is no text");
     let (own, again, other) = (tokens(None, 1), tokens(None, 1), tokens(None, 2));
     assert_eq!(own.0, (3, 48));
     assert!(own.1 == again.1 && own.1 != other.1);
