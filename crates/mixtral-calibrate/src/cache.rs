@@ -1,5 +1,6 @@
-//! The file that keeps statistics: a safetensors file with two tensors for each input, and one for the cache.
+//! The file that keeps statistics: a safetensors file with three tensors for each input, and one for the cache.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -39,25 +40,32 @@ fn name(model: &ModelConfig) -> String {
     ModelConfig { formats: Formats::default(), dtype: DType::F32, ..model.clone() }.to_string()
 }
 
+/// Checks that there is a folder for the file, so that an error comes before the work and not after it.
+///
+/// # Errors
+/// If there is none.
+pub fn check_folder(path: &Path) -> Result<(), CalibrateError> {
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty() && !dir.is_dir());
+    dir.map_or(Ok(()), |dir| Err(CalibrateError::NoFolder { path: path.to_owned(), dir: dir.to_owned() }))
+}
+
 /// Writes the statistics of a model.
 ///
 /// # Errors
 /// If the file cannot be written.
 pub fn write(path: &Path, model: &ModelConfig, statistics: &Statistics) -> Result<(), CalibrateError> {
     let io = |source| CalibrateError::Io { path: path.to_owned(), source };
-    let mut tensors: Vec<(TensorSpec, Vec<u8>)> = Vec::new();
+    let mut tensors: Vec<(TensorSpec, Cow<'_, [u8]>)> = Vec::new();
     for (input, InputStatistics { tokens, amax, moments: seen }) in statistics.iter() {
-        tensors.push((counts(input), tokens.to_le_bytes().to_vec()));
-        tensors.push((largest(input), amax.to_le_bytes().to_vec()));
-        tensors.push((moments(input, model), bytemuck::cast_slice(seen).to_vec()));
+        tensors.push((counts(input), tokens.to_le_bytes().to_vec().into()));
+        tensors.push((largest(input), amax.to_le_bytes().to_vec().into()));
+        tensors.push((moments(input, model), bytemuck::cast_slice(seen).into()));
     }
     let cache: Vec<f32> = statistics.cache_amax.iter().flatten().copied().collect();
-    tensors.push((
-        spec(CACHE.to_owned(), ElemType::F32, vec![model.num_layers, 2]),
-        bytemuck::cast_slice(&cache).to_vec(),
-    ));
+    tensors
+        .push((spec(CACHE.to_owned(), ElemType::F32, vec![model.num_layers, 2]), bytemuck::cast_slice(&cache).into()));
     let model = name(model).into_bytes();
-    tensors.push((spec(MODEL.to_owned(), ElemType::U8, vec![model.len()]), model));
+    tensors.push((spec(MODEL.to_owned(), ElemType::U8, vec![model.len()]), model.into()));
     let dtype = |elem| match elem {
         ElemType::I32 => Dtype::I32,
         ElemType::U8 => Dtype::U8,
@@ -89,7 +97,10 @@ pub fn read(path: &Path, model: &ModelConfig) -> Result<Statistics, CalibrateErr
     }
     file.check(&specs, None)?;
     let floats = |spec: TensorSpec| -> Result<Vec<f32>, CalibrateError> {
-        Ok(file.tensor(&spec.name)?.bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect())
+        let bytes = file.tensor(&spec.name)?.bytes;
+        let values: Vec<f32> = bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        let damaged = || CalibrateError::Damaged { path: path.to_owned(), tensor: spec.name };
+        if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(damaged()) }
     };
     let cache = floats(specs[0].clone())?;
     let mut statistics = Statistics::default();

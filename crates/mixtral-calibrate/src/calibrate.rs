@@ -54,6 +54,7 @@ pub fn calibrate(
     if let Some(path) = options.cache.as_ref().filter(|path| path.exists()) {
         return Ok(Some(Calibration { statistics: cache::read(path, &config)?, text: None }));
     }
+    options.cache.as_deref().map_or(Ok(()), cache::check_folder)?;
     let max_seq_length = options.text.max_seq_length.min(config.max_position_embeddings);
     let text = Text { max_seq_length, ..options.text };
     let sequences = match &options.data {

@@ -35,6 +35,24 @@ pub enum CalibrateError {
         /// What the system said.
         source: std::io::Error,
     },
+    /// A file of statistics that would be written to a folder which is not there.
+    #[error("cannot write {path}: there is no directory {dir}; create it first")]
+    NoFolder {
+        /// The file.
+        path: PathBuf,
+        /// The folder.
+        dir: PathBuf,
+    },
+    /// A file of statistics with numbers that calibration does not write.
+    #[error(
+        "{path}: `{tensor}` has numbers that are not finite, so the file is damaged; remove it, and calibrate again"
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
     /// A line of calibration data that cannot be used.
     #[error("{path}, line {line}: {problem}")]
     Line {

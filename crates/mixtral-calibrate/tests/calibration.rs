@@ -119,8 +119,14 @@ fn kept_statistics_are_used_again() {
     let other = Setup::new(TinyModel::mistral(DType::F32, 3));
     let said = other.run(1, &CalibrateOptions { cache: Some(setup.path("kept")), ..other.options() }).unwrap_err();
     assert!(said.to_string().contains("holds the statistics of another model (2 layers, "), "{said}");
-    fs::write(setup.path("kept"), "damaged").unwrap();
-    assert!(setup.run(1, &options).is_err());
+    let mut bytes = fs::read(setup.path("kept")).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..][..64].fill(0xff);
+    for (bytes, expected) in [(&bytes[..], "has numbers that are not finite"), (b"damaged", "kept")] {
+        fs::write(setup.path("kept"), bytes).unwrap();
+        let said = setup.run(1, &options).unwrap_err().to_string();
+        assert!(said.contains(expected), "{said}");
+    }
 }
 
 /// A cache in fp8 needs the largest magnitudes, and no moments. Integers of 8 bits beside it use neither.
@@ -159,8 +165,10 @@ fn data_that_cannot_be_used_is_refused() {
     let said = ["", " \n\n", "1,2\n3,97\n", "1 2\nthree\n", "some text"].map(|data| refusal(&setup, data));
     let no_text = CalibrateOptions { data: None, ..setup.options() };
     let no_start = setup.run(1, &no_text).unwrap_err().to_string();
-    let no_start = no_start.replace(&setup.dir.path().display().to_string(), "DIR");
-    insta::assert_snapshot!(said.into_iter().chain([no_start]).collect::<Vec<_>>().join("\n"));
+    let no_folder = CalibrateOptions { cache: Some(setup.path("missing/kept")), ..setup.options() };
+    let no_folder = setup.run(1, &no_folder).unwrap_err().to_string();
+    let others = [no_start, no_folder].map(|said| said.replace(&setup.dir.path().display().to_string(), "DIR"));
+    insta::assert_snapshot!(said.into_iter().chain(others).collect::<Vec<_>>().join("\n"));
 }
 
 /// The example model has a tokenizer, so it reads text and writes its own.
