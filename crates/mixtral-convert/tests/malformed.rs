@@ -345,6 +345,10 @@ fn diagnoses() {
         tensors.retain(|t| t.name != "lm_head.weight");
         tensors.push(Tensor::new("score.weight", DType::F32, &[1, 32], &[1.0; 32]));
     });
+    m.tensors("a layer with the largest number", None, |tensors| {
+        let name = format!("model.layers.{}.input_layernorm.weight", usize::MAX);
+        tensors.push(Tensor::new(name, DType::F32, &[32], &[1.0; 32]));
+    });
     m.config("fewer layers than the weights have", "num_hidden_layers", json!(1));
     m.config("more layers than the weights have", "num_hidden_layers", json!(5));
     m.config("fewer experts than the weights have", "num_local_experts", json!(2));

@@ -325,7 +325,7 @@ fn size(
     }
     let layer = |name: &str| -> Option<usize> { name.split_once("layers.")?.1.split('.').next()?.parse().ok() };
     let names = || misfits.missing.iter().map(String::as_str).chain(misfits.extra.iter().copied());
-    let found = stored.keys().filter_map(|name| layer(name)).max().map_or(0, |last| last + 1);
+    let found = stored.keys().filter_map(|name| layer(name)?.checked_add(1)).max().unwrap_or(0);
     let expected = model.num_layers;
     if found > 0
         && found != expected
