@@ -147,6 +147,26 @@ impl KernelOptions {
         Ok(Executable { schedule, images })
     }
 
+    /// What a GPU runs of a program that is not quite the one in its engine, whose executable is `held`. The schedule is made
+    /// anew. Kernels that the engine does not hold are compiled; returns how many these are.
+    ///
+    /// # Errors
+    /// As [`KernelOptions::executable`], and if an operation has no kernel.
+    pub fn adapt(&self, program: &Program, held: &Executable) -> Result<(Executable, usize), BuildError> {
+        let code = held.images.code;
+        let lowered = needed::schedules(program, &BTreeSet::from([code]));
+        let mut schedules = lowered.map_err(|source| BuildError::Lower { rank: Rank(program.rank), source })?;
+        let schedule = schedules.remove(&code.family()).unwrap_or_else(|| held.schedule.clone());
+        let missing = schedule.kernels().into_iter().filter(|kernel| held.images.find(kernel).is_none());
+        let work: Vec<(Kernel, Code)> = missing.map(|kernel| (kernel.clone(), code)).collect();
+        let mut images = held.images.clone();
+        if !work.is_empty() {
+            let Batch { found, .. } = self.batch(&work, &|_, _| ())?;
+            images.add(KernelImages::new(code, found.iter().map(|((kernel, _), compiled)| (kernel, compiled))));
+        }
+        Ok((Executable { schedule, images }, work.len()))
+    }
+
     /// Compiles kernels, or finds them in the cache.
     fn batch(&self, work: &[(Kernel, Code)], progress: &(dyn Fn(usize, usize) + Sync)) -> Result<Batch, BuildError> {
         let nvrtc = Nvrtc::load(&self.nvrtc).map_err(mixtral_kernels::CompileError::from)?;

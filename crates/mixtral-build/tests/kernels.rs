@@ -8,7 +8,8 @@ use mixtral_checkpoint::CheckpointConfig;
 use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Program};
 use mixtral_kernels::{
-    Arch, Cache, Code, CompileError, Compiler, Family, Kernel, Nvrtc, Schedule, Search, Sources, compile_all, needed,
+    Arch, Cache, Code, CompileError, Compiler, Executable, Family, Kernel, Nvrtc, Schedule, Search, Sources,
+    compile_all, needed,
 };
 use mixtral_model::{DType, Mapping, ModelConfig, Rank};
 
@@ -149,4 +150,34 @@ fn ladders_follow_the_plugins_and_the_architectures() {
     let names = |options: &KernelOptions| options.codes().iter().map(ToString::to_string).collect::<Vec<_>>();
     assert_eq!(names(&neither), ["sm_80", "sm_90", "compute_80"], "without Hopper's own instructions");
     assert_eq!(plans(&kernel_options(vec![Arch::BASE])), (portable, portable));
+}
+
+#[test]
+fn a_program_with_another_window_gets_what_a_build_would_give_it() {
+    let options = kernel_options(vec![Arch::BASE, Arch::SM_90A]);
+    if let Err(error) = Nvrtc::load(&options.nvrtc) {
+        return println!("skipped: {error} (cargo xtask test installs it)");
+    }
+    let of = |sliding_window| {
+        let model = ModelConfig { sliding_window, ..tiny(DType::Bf16) };
+        let program = programs(model, Mapping::single(), &options).remove(0);
+        let kernels = options.compile(std::slice::from_ref(&program), &|_, _| ()).unwrap();
+        let executables = kernels.ranks[0].iter().map(|images| {
+            let schedule = kernels.schedules[0][&images.code.family()].clone();
+            Executable { schedule, images: images.clone() }
+        });
+        (program, executables.collect::<Vec<_>>())
+    };
+    let ((mut program, held), (expected, built)) = (of(None), of(Some(100)));
+    program.narrow_attention(0, &[100]);
+    assert_eq!(program, expected);
+    for (held, built) in held.iter().zip(&built) {
+        let (adapted, compiled) = options.adapt(&program, held).unwrap();
+        assert_eq!(adapted.schedule, built.schedule);
+        let kernels = adapted.schedule.kernels();
+        assert!(kernels.iter().all(|kernel| adapted.images.find(kernel) == built.images.find(kernel)));
+        // Those of attention; all others are the engine's.
+        assert!((1..=6).contains(&compiled) && compiled < kernels.len() / 4, "{compiled} of {}", kernels.len());
+        assert_eq!(options.adapt(&program, &adapted).unwrap(), (adapted, 0));
+    }
 }

@@ -195,14 +195,16 @@ pub struct Program {
 
 impl Program {
     /// Lets attention see no more than a window of tokens. Layer n of the model has window n of `windows`, which begin again
-    /// after the last. Where attention sees less than that already, nothing changes. This program's first layer is the
+    /// after the last. Where attention sees no more than that already, nothing changes. This program's first layer is the
     /// model's layer `first_layer`.
     pub fn narrow_attention(&mut self, first_layer: usize, windows: &[usize]) {
+        let most = self.limits.max_seq_len;
         for op in &mut self.ops {
             if let Op::Attention { window, layer, .. } = op
                 && let Some(&asked) = windows.get((first_layer + *layer) % windows.len().max(1))
+                && asked < window.unwrap_or(most)
             {
-                *window = Some(window.map_or(asked, |window| window.min(asked)));
+                *window = Some(asked);
             }
         }
     }

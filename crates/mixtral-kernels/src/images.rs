@@ -114,6 +114,12 @@ impl KernelImages {
         KernelImages { code, kernels: images.map(|image| (image.symbol.clone(), image)).collect() }
     }
 
+    /// Adds kernels that are compiled to the same kind of code. They take the place of those with the same symbol.
+    pub fn add(&mut self, more: KernelImages) {
+        debug_assert_eq!(self.code, more.code, "one kind of code");
+        self.kernels.extend(more.kernels);
+    }
+
     /// The image of a kernel; `None` if the engine does not hold this kernel.
     #[must_use]
     pub fn find(&self, kernel: &Kernel) -> Option<&KernelImage> {

@@ -9,6 +9,7 @@ mod args;
 mod diff;
 mod eval;
 mod interrupt;
+mod kernels;
 mod progress;
 mod run;
 mod say;

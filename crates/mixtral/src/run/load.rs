@@ -1,12 +1,14 @@
 //! Loads one rank's part of an engine, on any backend.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use mixtral_comm::World;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaOptions, KvBlocks, Loading};
 use mixtral_engine::{BackendError, Collectives, EngineDir, Inspect, MappedWeights, Program, Weights, WeightsKind};
+use mixtral_kernels::Executable;
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::RankCollectives;
 
@@ -15,6 +17,7 @@ use super::gpus::Share;
 use super::machine;
 use super::place::Place;
 use crate::args::place::PlaceArgs;
+use crate::kernels::{Plugins, kernel_options};
 use crate::say;
 
 /// Part of the GPU's free memory that the cache gets when no part is asked for.
@@ -31,7 +34,7 @@ pub struct LoadOptions<'a> {
     pub time_ops: bool,
     /// Whether a GPU captures steps of decodes as graphs.
     pub graphs: bool,
-    /// On a CPU, the most tokens that attention sees, by layer and over again; as many as the engine says if it is empty.
+    /// The most tokens that attention sees, by layer and over again; as many as the engine says if it is empty.
     pub windows: &'a [usize],
 }
 
@@ -57,10 +60,9 @@ impl Part<'_> {
         let ranks = ranks.map(|ranks| Arc::new(ranks) as Arc<dyn Collectives>);
         let LoadOptions { place: args, count_experts, time_ops, graphs, windows } = self.options;
         let mut program = self.program.clone();
+        program.narrow_attention(mapping.layers(&self.engine.config().model, Rank(program.rank)).start, windows);
         let backend: Box<dyn Inspect> = match self.place {
             Place::Cpu(_) => {
-                let layers = mapping.layers(&self.engine.config().model, Rank(program.rank));
-                program.narrow_attention(layers.start, windows);
                 let kv_blocks = cache::agree(world, wanted, |wanted| self.room_on_host(world, wanted))?;
                 let local_ranks = world.map_or(1, World::local_size);
                 let threads = args.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
@@ -85,7 +87,8 @@ impl Part<'_> {
                     sharing: *sharing,
                     ..CudaOptions::default()
                 };
-                let loading = Loading::new(program, &weights, executable, cuda).map_err(named)?;
+                let executable = self.executable(&program, executable)?;
+                let loading = Loading::new(program, &weights, &executable, cuda).map_err(named)?;
                 let of_free = args.kv_cache_free_gpu_mem_fraction.unwrap_or(DEFAULT_KV_CACHE_FRACTION);
                 let kv_blocks = cache::agree(world, wanted, |Wanted { most: at_most, least: at_least }| {
                     loading.kv_blocks(KvBlocks::Fraction { of_free, at_least, at_most }).map_err(named)
@@ -102,6 +105,19 @@ impl Part<'_> {
             world.everyone()?.barrier()?;
         }
         Ok(backend)
+    }
+
+    /// What a GPU runs of `program`: what the engine holds, or with kernels that are compiled now, if its attention was narrowed.
+    fn executable<'e>(&self, program: &Program, held: &'e Executable) -> Result<Cow<'e, Executable>> {
+        if *program == self.program {
+            return Ok(Cow::Borrowed(held));
+        }
+        let kernels = kernel_options(Vec::new(), Plugins::of(&self.engine.config().options), None);
+        let (executable, compiled) = kernels
+            .adapt(program, held)
+            .context("--max-attention-window-size: a GPU needs kernels that see no more, and this engine holds none")?;
+        say::detail(format_args!("rank {}: {compiled} kernels compiled for a narrower attention", program.rank));
+        Ok(Cow::Owned(executable))
     }
 
     /// Where the weights come from.

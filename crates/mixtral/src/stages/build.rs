@@ -1,23 +1,24 @@
 //! `mixtral build`: a checkpoint, or a geometry and dummy weights → an engine.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use mixtral_build::explain::{bytes, explain};
-use mixtral_build::{Built, DenseLinears, Gpu, Job, KernelOptions, Kernels, Roof, WeightsFrom, dot, fold};
+use mixtral_build::{Built, Gpu, Job, Kernels, Roof, WeightsFrom, dot, fold};
 use mixtral_checkpoint::names::CONFIG_FILE;
 use mixtral_checkpoint::{Checkpoint, CheckpointConfig, ConfigFileError, ReadError};
 use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Op, Program};
 use mixtral_kernels::select::CUBLASLT_ABOVE;
-use mixtral_kernels::{Arch, Cache, Code, Family, KernelImages, LinearPlan, Search};
+use mixtral_kernels::{Arch, Code, Family, KernelImages, LinearPlan};
 use mixtral_model::{DType, Formats, Mapping, ModelConfig, WeightOnly};
 use tempfile::TempDir;
 
 use crate::args::build::{BuildFor, BuildOptions, Model};
+use crate::kernels::{Plugins, kernel_options};
 use crate::progress::{Bytes, Kernels as Progress};
 use crate::run::machine;
 use crate::say;
@@ -155,27 +156,6 @@ fn quantize(floats: &Checkpoint, weight_only: WeightOnly, options: &BuildOptions
     Ok(folder)
 }
 
-/// What the plugin flags of a build ask for. Only values that make a difference on a GPU are kept.
-#[derive(Clone, Debug, Default)]
-pub struct Plugins {
-    /// Whether cuBLASLt computes the dense linears of steps of many tokens.
-    cublaslt: bool,
-    /// The flags that ask for portable kernels.
-    portable: Vec<&'static str>,
-}
-
-impl Plugins {
-    /// Reads them from the options that an engine records.
-    pub fn of(recorded: &BTreeMap<String, String>) -> Self {
-        let is = |name: &str, value: &str| recorded.get(name).is_some_and(|found| found == value);
-        let tunable = [("gemm_plugin", "--gemm-plugin"), ("moe_plugin", "--moe-plugin")];
-        Plugins {
-            cublaslt: is("gemm_plugin", "cublaslt"),
-            portable: tunable.into_iter().filter(|(name, _)| is(name, "disable")).map(|(_, flag)| flag).collect(),
-        }
-    }
-}
-
 /// Shows what was built.
 pub fn show_built(built: &Built, explains: bool, graph: Option<&Path>) -> Result<()> {
     let kernels = built.kernels.as_ref().map_or(&[][..], |kernels| &kernels.ranks);
@@ -277,22 +257,6 @@ fn archs(build_for: &BuildFor) -> Result<Option<Vec<Arch>>> {
             machine::gpu_archs().context(hint).map(Some)
         }
         BuildFor::Visible => Ok(machine::gpu_archs().ok()),
-    }
-}
-
-/// The kernels to build.
-pub fn kernel_options(archs: Vec<Arch>, plugins: Plugins, workers: Option<usize>) -> KernelOptions {
-    KernelOptions {
-        archs,
-        dense_linears: match plugins.portable.contains(&"--gemm-plugin") {
-            true => DenseLinears::Portable,
-            false if plugins.cublaslt => DenseLinears::CublasLt,
-            false => DenseLinears::Tuned,
-        },
-        tuned_experts: !plugins.portable.contains(&"--moe-plugin"),
-        workers: workers.unwrap_or_else(machine::cores),
-        nvrtc: Search::from_environment(),
-        cache: Cache::folder_from_environment(),
     }
 }
 

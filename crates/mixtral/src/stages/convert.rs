@@ -16,10 +16,10 @@ use mixtral_model::{DType, ModelConfig};
 
 use crate::args::build::BackendChoice;
 use crate::args::convert::ConvertOptions;
+use crate::kernels::{Plugins, kernel_options};
 use crate::progress::{Bytes, Tokens};
 use crate::run::gpus::{self, Share};
 use crate::say;
-use crate::stages::build::{Plugins, kernel_options};
 
 /// Runs the stage.
 pub fn main(options: &ConvertOptions) -> Result<()> {

@@ -5,8 +5,9 @@ use mixtral_build::rebuild::rebuild;
 use mixtral_engine::EngineDir;
 use mixtral_kernels::Arch;
 
-use super::build::{Plugins, kernel_options, report, show_built};
+use super::build::{report, show_built};
 use crate::args::rebuild::RebuildOptions;
+use crate::kernels::{Plugins, kernel_options};
 use crate::progress::Kernels as Progress;
 use crate::run::machine;
 use crate::say;

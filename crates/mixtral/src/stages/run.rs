@@ -17,7 +17,6 @@ use crate::run::chat::Chat;
 use crate::run::job::{self, Job};
 use crate::run::load::LoadOptions;
 use crate::run::outputs::{Output, Printed, Streaming, ids_text, logits_path, write_csv, write_f32, write_npy};
-use crate::run::place::Place;
 use crate::run::prompts::{self, Encoder, Prompt};
 use crate::run::report::{Profile, Stats, expert_table, logits_hash};
 use crate::run::tokenizer::{end_ids, tokenizer};
@@ -58,7 +57,7 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let capabilities = job.capabilities();
     let asked = asked(args, &prompts)?;
     check_against_engine(&asked, engine)?;
-    check_windows(args, &asked, job, engine, &prompts)?;
+    check_windows(args, &asked, engine, &prompts);
     let requests = requests(options, &asked, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
     let session_options = args.step.of(SessionOptions {
         policy: args.scheduler_policy.into(),
@@ -163,14 +162,8 @@ fn check_against_engine(asked: &[RequestArgs], engine: &EngineDir) -> Result<()>
     Ok(())
 }
 
-/// Checks that attention can be narrowed to the windows that were asked for, and says which change nothing.
-fn check_windows(
-    args: &RunArgs,
-    asked: &[RequestArgs],
-    job: &Job<'_>,
-    engine: &EngineDir,
-    prompts: &[Prompt],
-) -> Result<()> {
+/// Says which of the windows of attention that were asked for change nothing.
+fn check_windows(args: &RunArgs, asked: &[RequestArgs], engine: &EngineDir, prompts: &[Prompt]) {
     let window = engine.config().model.sliding_window;
     let longest =
         prompts.iter().zip(asked).map(|(p, asked)| p.ids.len().saturating_add(asked.max_output_len)).max().unwrap_or(0);
@@ -179,14 +172,8 @@ fn check_windows(
             say::warning(format_args!(
                 "--max-attention-window-size {asked} changes nothing: attention sees no more than that anyway"
             ));
-        } else if let Place::Cuda(..) = job.place() {
-            bail!(
-                "--max-attention-window-size {asked}: the kernels of this engine were compiled for attention that sees {}, as the model says, and the longest sequence of this run may have {longest} tokens; change sliding_window in the model's config.json, and convert and build again; or run with --backend cpu",
-                window.map_or("all of a sequence".to_owned(), |window| format!("the last {window} tokens"))
-            );
         }
     }
-    Ok(())
 }
 
 /// Checks that the outputs can be written, so that an error comes before the work and not after it.
