@@ -6,8 +6,8 @@ use std::path::Path;
 
 use mixtral_checkpoint::{RankFile, TensorSpec};
 use mixtral_convert::statistics::num_moments;
-use mixtral_convert::{InputStatistics, LinearInput, Statistics};
-use mixtral_model::{DType, ElemType, Formats, ModelConfig};
+use mixtral_convert::{FloatModel, InputStatistics, LinearInput, Statistics};
+use mixtral_model::{DType, ElemType, Formats, Mapping, ModelConfig};
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::error::CalibrateError;
@@ -35,9 +35,14 @@ fn moments(input: LinearInput, model: &ModelConfig) -> TensorSpec {
     spec(format!("{input}.moments"), ElemType::F32, vec![num_moments(input.width(model))])
 }
 
-/// The model in words. Types of weights and activations make no difference.
-fn name(model: &ModelConfig) -> String {
-    ModelConfig { formats: Formats::default(), dtype: DType::F32, ..model.clone() }.to_string()
+/// A model in words, by which its statistics are known. Types of weights and activations make no difference.
+///
+/// # Errors
+/// If its weights cannot be read.
+pub fn name(model: &FloatModel) -> Result<String, CalibrateError> {
+    let config = model.config(Mapping::single()).model;
+    let config = ModelConfig { formats: Formats::default(), dtype: DType::F32, ..config };
+    Ok(format!("{config}, weights {}", model.fingerprint()?))
 }
 
 /// Checks that there is a folder for the file, so that an error comes before the work and not after it.
@@ -49,11 +54,11 @@ pub fn check_folder(path: &Path) -> Result<(), CalibrateError> {
     dir.map_or(Ok(()), |dir| Err(CalibrateError::NoFolder { path: path.to_owned(), dir: dir.to_owned() }))
 }
 
-/// Writes the statistics of a model.
+/// Writes the statistics of the model with this name.
 ///
 /// # Errors
 /// If the file cannot be written.
-pub fn write(path: &Path, model: &ModelConfig, statistics: &Statistics) -> Result<(), CalibrateError> {
+pub fn write(path: &Path, name: &str, model: &ModelConfig, statistics: &Statistics) -> Result<(), CalibrateError> {
     let io = |source| CalibrateError::Io { path: path.to_owned(), source };
     let mut tensors: Vec<(TensorSpec, Cow<'_, [u8]>)> = Vec::new();
     for (input, InputStatistics { tokens, amax, moments: seen }) in statistics.iter() {
@@ -64,8 +69,7 @@ pub fn write(path: &Path, model: &ModelConfig, statistics: &Statistics) -> Resul
     let cache: Vec<f32> = statistics.cache_amax.iter().flatten().copied().collect();
     tensors
         .push((spec(CACHE.to_owned(), ElemType::F32, vec![model.num_layers, 2]), bytemuck::cast_slice(&cache).into()));
-    let model = name(model).into_bytes();
-    tensors.push((spec(MODEL.to_owned(), ElemType::U8, vec![model.len()]), model.into()));
+    tensors.push((spec(MODEL.to_owned(), ElemType::U8, vec![name.len()]), name.as_bytes().into()));
     let dtype = |elem| match elem {
         ElemType::I32 => Dtype::I32,
         ElemType::U8 => Dtype::U8,
@@ -81,15 +85,15 @@ pub fn write(path: &Path, model: &ModelConfig, statistics: &Statistics) -> Resul
     std::fs::write(&unfinished, bytes).and_then(|()| std::fs::rename(&unfinished, path)).map_err(io)
 }
 
-/// Reads the statistics of a model.
+/// Reads the statistics of the model with this name.
 ///
 /// # Errors
 /// If the file is damaged, or of another model.
-pub fn read(path: &Path, model: &ModelConfig) -> Result<Statistics, CalibrateError> {
+pub fn read(path: &Path, name: &str, model: &ModelConfig) -> Result<Statistics, CalibrateError> {
     let file = RankFile::open(path)?;
     let found = String::from_utf8_lossy(file.tensor(MODEL)?.bytes).into_owned();
-    if found != name(model) {
-        return Err(CalibrateError::OtherModel { path: path.to_owned(), found });
+    if found != name {
+        return Err(CalibrateError::OtherModel { path: path.to_owned(), found, this: name.to_owned() });
     }
     let mut specs = vec![spec(CACHE.to_owned(), ElemType::F32, vec![model.num_layers, 2])];
     for input in (0..model.num_layers).flat_map(|layer| LinearInput::of_layer(model, layer)) {

@@ -52,7 +52,7 @@ pub fn calibrate(
     let Some(model) = FloatModel::open(convert)?.map(Arc::new) else { return Ok(None) };
     let config = model.config(Mapping::single()).model;
     if let Some(path) = options.cache.as_ref().filter(|path| path.exists()) {
-        return Ok(Some(Calibration { statistics: cache::read(path, &config)?, text: None }));
+        return Ok(Some(Calibration { statistics: cache::read(path, &cache::name(&model)?, &config)?, text: None }));
     }
     options.cache.as_deref().map_or(Ok(()), cache::check_folder)?;
     let max_seq_length = options.text.max_seq_length.min(config.max_position_embeddings);
@@ -69,7 +69,7 @@ pub fn calibrate(
     };
     let statistics = layers::run(&model, &sequences, run, running)?;
     if let Some(path) = &options.cache {
-        cache::write(path, &config, &statistics)?;
+        cache::write(path, &cache::name(&model)?, &config, &statistics)?;
     }
     let tokens = sequences.iter().map(Vec::len).sum();
     Ok(Some(Calibration { statistics, text: Some((sequences.len(), tokens)) }))

@@ -100,12 +100,14 @@ pub enum CalibrateError {
     Cache(#[from] ReadError),
     /// A file of statistics of another model.
     #[error(
-        "{path} holds the statistics of another model ({found}); name another file with --calib-cache, or remove it"
+        "{path} holds the statistics of another model ({found}); this one has {this}; name another file with --calib-cache, or remove it"
     )]
     OtherModel {
         /// The file.
         path: PathBuf,
         /// That model.
         found: String,
+        /// The one that is calibrated.
+        this: String,
     },
 }

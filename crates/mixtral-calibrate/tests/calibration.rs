@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use mixtral_calibrate::{CalibrateError, CalibrateOptions, Machine, Text, calibrate};
 use mixtral_checkpoint::Checkpoint;
-use mixtral_convert::{ConvertOptions, Input, LinearInput, Statistics};
+use mixtral_convert::{ConvertOptions, FloatModel, Input, LinearInput, Statistics};
 use mixtral_model::{CacheFormat, DType, Precision, Rank, WeightOnly};
 use mixtral_testkit::{Layout, TinyModel};
 use tempfile::TempDir;
@@ -119,6 +119,17 @@ fn kept_statistics_are_used_again() {
     let other = Setup::new(TinyModel::mistral(DType::F32, 3));
     let said = other.run(1, &CalibrateOptions { cache: Some(setup.path("kept")), ..other.options() }).unwrap_err();
     assert!(said.to_string().contains("holds the statistics of another model (2 layers, "), "{said}");
+    // A model of the same shape has other weights. Another type does not make another model of it.
+    let twin = Setup::new(TinyModel::mixtral(DType::F32, 4));
+    let said = twin.run(1, &CalibrateOptions { cache: Some(setup.path("kept")), ..twin.options() }).unwrap_err();
+    assert!(said.to_string().contains("holds the statistics of another model (2 layers, "), "{said}");
+    let open = |setup: &Setup, dtype| {
+        let input = Input::Directory(setup.path("model"));
+        let options = ConvertOptions { dtype: Some(dtype), ..ConvertOptions::new(input, setup.path("out")) };
+        FloatModel::open(&options).unwrap().unwrap().fingerprint().unwrap()
+    };
+    assert_eq!(open(&setup, DType::F32), open(&setup, DType::Bf16));
+    assert_ne!(open(&setup, DType::F32), open(&twin, DType::F32));
     let mut bytes = fs::read(setup.path("kept")).unwrap();
     let middle = bytes.len() / 2;
     bytes[middle..][..64].fill(0xff);

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mixtral_checkpoint::{CheckpointConfig, TensorId, TensorSpec};
-use mixtral_model::{CacheFormat, Mapping, ModelConfig, Rank};
+use mixtral_model::{CacheFormat, DType, Mapping, ModelConfig, Rank};
 
 use crate::convert::{ConvertOptions, Prepared, prepare};
 use crate::error::ConvertError;
@@ -72,6 +72,25 @@ impl FloatModel {
         let first = crate::recipes(&stages, Rank(0), self.tied);
         recipes.extend(first.into_iter().filter(|recipe| recipe.name == embedding));
         recipes.iter().flat_map(parts).collect()
+    }
+
+    /// A digest of how each of its tensors begins, as f32. It tells models of one shape apart, and does not depend on how they are
+    /// stored or to what type they are converted.
+    ///
+    /// # Errors
+    /// As [`FloatModel::read_all`].
+    pub fn fingerprint(&self) -> Result<String, ConvertError> {
+        const BEGINNING: u64 = 4096;
+        let mut config = self.config(Mapping::single());
+        config.model.dtype = DType::F32;
+        let mut hasher = blake3::Hasher::new();
+        for tensor in crate::recipes(&config, Rank(0), self.tied).iter().flat_map(parts) {
+            let beginning = usize::try_from(tensor.spec.num_bytes().min(BEGINNING)).unwrap_or(0);
+            let mut bytes = vec![0; beginning];
+            self.read(&tensor, 0, &mut bytes)?;
+            hasher.update(tensor.spec.name.as_bytes()).update(&bytes);
+        }
+        Ok(hasher.finalize().to_hex()[..16].to_owned())
     }
 
     /// Reads whole tensors.
