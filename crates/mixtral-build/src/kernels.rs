@@ -136,35 +136,19 @@ impl KernelOptions {
         Ok(Kernels { codes, ranks, schedules, compiled, from_cache, took, warnings })
     }
 
-    /// Compiles the kernels of a schedule for a GPU of this machine, which runs `code`.
+    /// What a GPU of this machine runs by a schedule: kernels that it has already, and those of the schedule that are missing,
+    /// which are compiled to the same kind of code.
     ///
     /// # Errors
     /// If there is no compiler, or if a kernel is refused or has a fatal defect.
-    pub fn executable(&self, schedule: Schedule, code: Code) -> Result<Executable, BuildError> {
-        let work: Vec<(Kernel, Code)> = schedule.kernels().into_iter().map(|kernel| (kernel.clone(), code)).collect();
-        let Batch { found, .. } = self.batch(&work, &|_, _| ())?;
-        let images = KernelImages::new(code, found.iter().map(|((kernel, _), compiled)| (kernel, compiled)));
-        Ok(Executable { schedule, images })
-    }
-
-    /// What a GPU runs of a program that is not quite the one in its engine, whose executable is `held`. The schedule is made
-    /// anew. Kernels that the engine does not hold are compiled; returns how many these are.
-    ///
-    /// # Errors
-    /// As [`KernelOptions::executable`], and if an operation has no kernel.
-    pub fn adapt(&self, program: &Program, held: &Executable) -> Result<(Executable, usize), BuildError> {
-        let code = held.images.code;
-        let lowered = needed::schedules(program, &BTreeSet::from([code]));
-        let mut schedules = lowered.map_err(|source| BuildError::Lower { rank: Rank(program.rank), source })?;
-        let schedule = schedules.remove(&code.family()).unwrap_or_else(|| held.schedule.clone());
-        let missing = schedule.kernels().into_iter().filter(|kernel| held.images.find(kernel).is_none());
-        let work: Vec<(Kernel, Code)> = missing.map(|kernel| (kernel.clone(), code)).collect();
-        let mut images = held.images.clone();
+    pub fn executable(&self, schedule: Schedule, mut images: KernelImages) -> Result<Executable, BuildError> {
+        let missing = schedule.kernels().into_iter().filter(|kernel| images.find(kernel).is_none());
+        let work: Vec<(Kernel, Code)> = missing.map(|kernel| (kernel.clone(), images.code)).collect();
         if !work.is_empty() {
             let Batch { found, .. } = self.batch(&work, &|_, _| ())?;
-            images.add(KernelImages::new(code, found.iter().map(|((kernel, _), compiled)| (kernel, compiled))));
+            images.add(KernelImages::new(images.code, found.iter().map(|((kernel, _), compiled)| (kernel, compiled))));
         }
-        Ok((Executable { schedule, images }, work.len()))
+        Ok(Executable { schedule, images })
     }
 
     /// Compiles kernels, or finds them in the cache.

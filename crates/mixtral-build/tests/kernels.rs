@@ -8,7 +8,7 @@ use mixtral_checkpoint::CheckpointConfig;
 use mixtral_convert::recipes;
 use mixtral_engine::{Limits, Program};
 use mixtral_kernels::{
-    Arch, Cache, Code, CompileError, Compiler, Executable, Family, Kernel, Nvrtc, Schedule, Search, Sources,
+    Arch, Cache, Code, CompileError, Compiler, Executable, Family, Kernel, Nvrtc, Schedule, Search, Sources, Target,
     compile_all, needed,
 };
 use mixtral_model::{DType, Mapping, ModelConfig, Rank};
@@ -172,12 +172,17 @@ fn a_program_with_another_window_gets_what_a_build_would_give_it() {
     program.narrow_attention(0, &[100]);
     assert_eq!(program, expected);
     for (held, built) in held.iter().zip(&built) {
-        let (adapted, compiled) = options.adapt(&program, held).unwrap();
-        assert_eq!(adapted.schedule, built.schedule);
+        let schedule = Schedule::new(&program, Target { family: held.images.code.family() }).unwrap();
+        assert_eq!(schedule, built.schedule);
+        let adapted = options.executable(schedule, held.images.clone()).unwrap();
         let kernels = adapted.schedule.kernels();
         assert!(kernels.iter().all(|kernel| adapted.images.find(kernel) == built.images.find(kernel)));
         // Those of attention; all others are the engine's.
+        let compiled = adapted.images.iter().count() - held.images.iter().count();
         assert!((1..=6).contains(&compiled) && compiled < kernels.len() / 4, "{compiled} of {}", kernels.len());
-        assert_eq!(options.adapt(&program, &adapted).unwrap(), (adapted, 0));
+        // Nothing is missing then, and no compiler is asked for.
+        let nvrtc = Search { only: Some("/nowhere".into()), ..Search::default() };
+        let without = KernelOptions { nvrtc, ..options.clone() };
+        assert_eq!(without.executable(adapted.schedule.clone(), adapted.images.clone()).unwrap(), adapted);
     }
 }

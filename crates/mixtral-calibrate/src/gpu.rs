@@ -7,7 +7,7 @@ use mixtral_convert::{FloatModel, statistics};
 use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks, Loading};
 use mixtral_engine::{Inspect, StepInputs};
 use mixtral_kernels::lower::observe::{BLOCK, Lists, Observation, Sums};
-use mixtral_kernels::{Code, Executable, Schedule};
+use mixtral_kernels::{Code, Executable, KernelImages, Schedule};
 
 use crate::cpu::bytes;
 use crate::error::CalibrateError;
@@ -45,7 +45,7 @@ impl OnGpu {
     ) -> Result<OnGpu, CalibrateError> {
         let code = gpu.code()?;
         let (schedule, sums) = observed(&mut layer, &gpu.kernels, code, moments)?;
-        let executable = gpu.kernels.executable(schedule, code)?;
+        let executable = gpu.kernels.executable(schedule, KernelImages::new(code, None))?;
         // A layer runs a few dozen steps, so it is not worth a graph.
         let options = CudaOptions { graphs: false, ..gpu.options() };
         Ok(OnGpu { model: Arc::clone(model), layer, options, executable, sums })

@@ -4,7 +4,7 @@ use mixtral_build::KernelOptions;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaBackend, CudaOptions, Device, KvBlocks, choose};
 use mixtral_engine::{Backend, BackendError, Program};
-use mixtral_kernels::{Code, Schedule, Target};
+use mixtral_kernels::{Code, KernelImages, Schedule, Target};
 
 use crate::error::CalibrateError;
 use crate::step;
@@ -46,7 +46,7 @@ impl Machine {
                 let code = gpu.code()?;
                 let mut schedule = schedule(&mut program, &gpu.kernels, code)?;
                 schedule.keep_largest(true);
-                let executable = gpu.kernels.executable(schedule, code)?;
+                let executable = gpu.kernels.executable(schedule, KernelImages::new(code, None))?;
                 let kv_blocks = KvBlocks::Exactly(kv_blocks);
                 Box::new(CudaBackend::load(program, &tensors.streamed(), &executable, kv_blocks, gpu.options())?)
             }

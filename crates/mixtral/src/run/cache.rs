@@ -7,13 +7,15 @@ use mixtral_engine::memory::MemoryPlan;
 use mixtral_engine::{Limits, WeightsKind};
 use mixtral_runtime::Request;
 
-/// Blocks of the cache that requests ask for.
+/// What requests ask of the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wanted {
     /// Enough for as many requests at a time as the engine's batch allows.
     pub most: usize,
     /// Enough for the longest request.
     pub least: usize,
+    /// The most tokens that a sequence may have.
+    pub longest: usize,
 }
 
 impl Wanted {
@@ -28,33 +30,35 @@ impl Wanted {
         let mut needs: Vec<usize> = requests.iter().map(blocks).collect();
         needs.sort_unstable_by(|a, b| b.cmp(a));
         let least = needs.first().copied().unwrap_or(1).max(1);
-        Wanted { most: needs.iter().take(limits.max_batch_size).sum::<usize>().max(least), least }
+        let tokens = |r: &Request| r.prompt.len().saturating_add(r.max_output_len).min(limits.max_seq_len);
+        let longest = requests.iter().map(tokens).max().unwrap_or(0);
+        Wanted { most: needs.iter().take(limits.max_batch_size).sum::<usize>().max(least), least, longest }
     }
 
     /// What an engine with these limits can use at most.
     pub fn any(limits: &Limits) -> Wanted {
         let least = limits.max_blocks_per_seq();
-        Wanted { most: least.saturating_mul(limits.max_batch_size), least }
+        Wanted { most: least.saturating_mul(limits.max_batch_size), least, longest: limits.max_seq_len }
     }
 
-    /// These blocks, no more and no fewer.
-    pub fn exactly(blocks: usize) -> Wanted {
-        Wanted { most: blocks, least: blocks }
+    /// What rank 0 wants, which alone knows. Every rank calls this.
+    pub fn of_leader(self, world: Option<&World>) -> Result<Wanted> {
+        let Some(world) = world else { return Ok(self) };
+        let mut message = [self.most, self.least, self.longest].map(|n| (n as u64).to_le_bytes()).concat();
+        world.everyone()?.broadcast(0, &mut message)?;
+        let [most, least, longest] = numbers(&message)?[..] else { bail!("rank 0 did not say what it wants") };
+        Ok(Wanted { most, least, longest })
     }
 }
 
 /// The blocks that all ranks allocate: the smallest number for which a rank has `room`. Every rank calls this when it
-/// has everything but weights, buffers and cache, and allocates those afterwards. Rank 0 decides how many blocks are
-/// wanted, and tells the others.
-pub fn agree(world: Option<&World>, wanted: Wanted, room: impl FnOnce(Wanted) -> Result<usize>) -> Result<usize> {
-    let Some(world) = world else { return room(wanted) };
+/// has everything but weights, buffers and cache, and allocates those afterwards.
+pub fn agree(world: Option<&World>, room: impl FnOnce() -> Result<usize>) -> Result<usize> {
+    let Some(world) = world else { return room() };
     let everyone = world.everyone()?;
-    let mut message = [wanted.most, wanted.least].map(|n| (n as u64).to_le_bytes()).concat();
-    everyone.broadcast(0, &mut message)?;
-    let [most, least] = numbers(&message)?[..] else { bail!("rank 0 did not say how large the cache is to be") };
     // Ranks may share a GPU or a host, so all measure what is free before any of them takes some.
     everyone.barrier()?;
-    let mine = room(Wanted { most, least })? as u64;
+    let mine = room()? as u64;
     let mut all = vec![0; size_of::<u64>() * world.world_size()];
     everyone.all_gather(&mine.to_le_bytes(), &mut all)?;
     numbers(&all)?.into_iter().min().ok_or_else(|| anyhow!("no rank said what it has room for"))
@@ -72,7 +76,7 @@ pub fn room_on_host(
     plans: &[MemoryPlan],
     weights: WeightsKind,
     limits: &Limits,
-    Wanted { most, least }: Wanted,
+    Wanted { most, least, .. }: Wanted,
 ) -> Result<usize> {
     let is_file = weights == WeightsKind::File;
     let (mut fixed, mut block, mut dummies) = (0usize, 0usize, 0usize);
@@ -122,19 +126,22 @@ mod tests {
             ..Request::default()
         };
         let wanted = |requests: &[Request]| Wanted::by(&LIMITS, requests);
-        assert_eq!(wanted(&[]), Wanted::exactly(1));
-        assert_eq!(wanted(&[request(1, 1), request(20, 20), request(16, 1)]), Wanted { most: 5, least: 3 });
+        assert_eq!(wanted(&[]), Wanted { most: 1, least: 1, longest: 0 });
+        let requests = [request(1, 1), request(20, 20), request(16, 1)];
+        assert_eq!(wanted(&requests), Wanted { most: 5, least: 3, longest: 40 });
         // No request has more than the engine's sequences.
-        assert_eq!(wanted(&[request(1000, usize::MAX)]), Wanted::exactly(8));
+        assert_eq!(wanted(&[request(1000, usize::MAX)]), Wanted { most: 8, least: 8, longest: 128 });
     }
 
     /// Rank 0 alone knows what is wanted, and the rank with the least room decides.
     #[test]
     fn all_ranks_take_what_the_fullest_has_room_for() {
         let loaded = threads::run(3, |world| {
-            let wanted = if world.rank() == 0 { Wanted { most: 90, least: 5 } } else { Wanted::default() };
-            let room = |Wanted { most, least }| Ok(if world.rank() == 2 { least + 7 } else { most });
-            agree(Some(world), wanted, room).map_err(|error| error.to_string())
+            let wanted = if world.rank() == 0 { Wanted { most: 90, least: 5, longest: 70 } } else { Wanted::default() };
+            let of_leader = wanted.of_leader(Some(world)).map_err(|error| error.to_string())?;
+            assert_eq!(of_leader, Wanted { most: 90, least: 5, longest: 70 });
+            let room = || Ok(if world.rank() == 2 { of_leader.least + 7 } else { of_leader.most });
+            agree(Some(world), room).map_err(|error| error.to_string())
         });
         assert_eq!(loaded.unwrap(), [12, 12, 12]);
     }
@@ -142,8 +149,8 @@ mod tests {
     #[test]
     fn a_rank_without_room_ends_the_others() {
         let loaded = threads::run(3, |world| {
-            let room = |_| if world.rank() == 1 { bail!("the GPU is full") } else { Ok(9) };
-            agree(Some(world), Wanted::exactly(9), room).map_err(|error| error.to_string())
+            let room = || if world.rank() == 1 { bail!("the GPU is full") } else { Ok(9) };
+            agree(Some(world), room).map_err(|error| error.to_string())
         });
         let failure = loaded.unwrap_err();
         assert_eq!((failure.rank, failure.cause.to_string().as_str()), (1, "the GPU is full"));
@@ -154,7 +161,7 @@ mod tests {
         const MB: usize = 1_000_000;
         let plan = MemoryPlan { weights: 100 * MB, arena: 2 * MB, kv_block: MB, kv_blocks_at_limits: 8, inputs: MB };
         let (two, dummy, file) = ([plan; 2], WeightsKind::Dummy { seed: 0 }, WeightsKind::File);
-        let wanted = Wanted { most: 30, least: 10 };
+        let wanted = Wanted { most: 30, least: 10, longest: 0 };
         let room = |available: usize, weights| room_on_host(available * MB, &two, weights, &LIMITS, wanted);
         // Both ranks' buffers and inputs, and a block of each: mapped weights take nothing.
         assert_eq!(room(6 + 2 * 40, file).unwrap(), 30);

@@ -8,7 +8,7 @@ use mixtral_comm::World;
 use mixtral_cpu::{CpuBackend, CpuOptions};
 use mixtral_cuda::{CudaOptions, KvBlocks, Loading};
 use mixtral_engine::{BackendError, Collectives, EngineDir, Inspect, MappedWeights, Program, Weights, WeightsKind};
-use mixtral_kernels::Executable;
+use mixtral_kernels::{Executable, Schedule, Target};
 use mixtral_model::Rank;
 use mixtral_runtime::ranks::RankCollectives;
 
@@ -59,11 +59,14 @@ impl Part<'_> {
         let ranks = world.map(|world| RankCollectives::new(world, mapping)).transpose()?;
         let ranks = ranks.map(|ranks| Arc::new(ranks) as Arc<dyn Collectives>);
         let LoadOptions { place: args, count_experts, time_ops, graphs, windows } = self.options;
+        let wanted = wanted.of_leader(world)?;
+        // A window that holds the longest sequence changes nothing.
+        let windows: Vec<_> = windows.iter().map(|&n| if n < wanted.longest { n } else { usize::MAX }).collect();
         let mut program = self.program.clone();
-        program.narrow_attention(mapping.layers(&self.engine.config().model, Rank(program.rank)).start, windows);
+        program.narrow_attention(mapping.layers(&self.engine.config().model, Rank(program.rank)).start, &windows);
         let backend: Box<dyn Inspect> = match self.place {
             Place::Cpu(_) => {
-                let kv_blocks = cache::agree(world, wanted, |wanted| self.room_on_host(world, wanted))?;
+                let kv_blocks = cache::agree(world, || self.room_on_host(world, wanted))?;
                 let local_ranks = world.map_or(1, World::local_size);
                 let threads = args.threads.unwrap_or_else(|| (machine::cores() / local_ranks).max(1));
                 let cpu = CpuOptions { kv_blocks, threads, count_experts, time_ops, isa: None };
@@ -90,7 +93,8 @@ impl Part<'_> {
                 let executable = self.executable(&program, executable)?;
                 let loading = Loading::new(program, &weights, &executable, cuda).map_err(named)?;
                 let of_free = args.kv_cache_free_gpu_mem_fraction.unwrap_or(DEFAULT_KV_CACHE_FRACTION);
-                let kv_blocks = cache::agree(world, wanted, |Wanted { most: at_most, least: at_least }| {
+                let Wanted { most: at_most, least: at_least, .. } = wanted;
+                let kv_blocks = cache::agree(world, || {
                     loading.kv_blocks(KvBlocks::Fraction { of_free, at_least, at_most }).map_err(named)
                 })?;
                 let backend = loading.finish(kv_blocks, ranks).map_err(named)?;
@@ -107,16 +111,18 @@ impl Part<'_> {
         Ok(backend)
     }
 
-    /// What a GPU runs of `program`: what the engine holds, or with kernels that are compiled now, if its attention was narrowed.
+    /// What a GPU runs of `program`: what the engine holds, or with kernels that are compiled now if its attention was narrowed.
     fn executable<'e>(&self, program: &Program, held: &'e Executable) -> Result<Cow<'e, Executable>> {
         if *program == self.program {
             return Ok(Cow::Borrowed(held));
         }
+        let schedule = Schedule::new(program, Target { family: held.images.code.family() })?;
         let kernels = kernel_options(Vec::new(), Plugins::of(&self.engine.config().options), None);
-        let (executable, compiled) = kernels
-            .adapt(program, held)
-            .context("--max-attention-window-size: a GPU needs kernels that see no more, and this engine holds none")?;
-        say::detail(format_args!("rank {}: {compiled} kernels compiled for a narrower attention", program.rank));
+        let executable = say::timed("kernels for a narrower attention", || {
+            kernels.executable(schedule, held.images.clone()).context(
+                "--max-attention-window-size: a GPU needs kernels for it, which this engine does not hold; install NVRTC, leave the flag out, or run with --backend cpu",
+            )
+        })?;
         Ok(Cow::Owned(executable))
     }
 

@@ -42,7 +42,11 @@ fn lead(options: &ChatOptions, job: &Job<'_>) -> Result<()> {
     let blocks = limits.max_blocks_per_seq();
     // The blocks of the conversation so far stay in the cache, so that a turn computes only what is new.
     let options = args.step.of(SessionOptions { block_reuse: true, ..SessionOptions::default() });
-    let session = job.session_with(Wanted { most: blocks, least: 1 }, options, Some(tokenizer.clone()))?;
+    let session = job.session_with(
+        Wanted { most: blocks, least: 1, longest: limits.max_seq_len },
+        options,
+        Some(tokenizer.clone()),
+    )?;
     let mut lines = Lines::open()?;
     let on_terminal = matches!(lines, Lines::Terminal(_));
     let interrupts = Interrupts::watch(!on_terminal)?;

@@ -61,7 +61,8 @@ impl Side {
     fn load(&self, kv_blocks: usize) -> Result<Box<dyn Inspect>> {
         let part = Part { engine: &self.engine, program: self.program.clone(), place: &self.place, options: self.load };
         let layers = self.program.num_layers;
-        part.load(None, Wanted::exactly(kv_blocks))
+        let wanted = Wanted { most: kv_blocks, least: kv_blocks, longest: self.program.limits.max_seq_len };
+        part.load(None, wanted)
             .with_context(|| format!("{} ({layers} layers; --layers compares fewer)", self.describe()))
     }
 

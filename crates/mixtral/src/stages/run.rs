@@ -57,7 +57,7 @@ fn lead(options: &RunOptions, engine: &EngineDir, job: &Job<'_>) -> Result<()> {
     let capabilities = job.capabilities();
     let asked = asked(args, &prompts)?;
     check_against_engine(&asked, engine)?;
-    check_windows(args, &asked, engine, &prompts);
+    warn_of_windows(args, &asked, engine, &prompts);
     let requests = requests(options, &asked, &prompts, tokenizer.as_deref(), capabilities.gather_context_logits)?;
     let session_options = args.step.of(SessionOptions {
         policy: args.scheduler_policy.into(),
@@ -163,7 +163,7 @@ fn check_against_engine(asked: &[RequestArgs], engine: &EngineDir) -> Result<()>
 }
 
 /// Says which of the windows of attention that were asked for change nothing.
-fn check_windows(args: &RunArgs, asked: &[RequestArgs], engine: &EngineDir, prompts: &[Prompt]) {
+fn warn_of_windows(args: &RunArgs, asked: &[RequestArgs], engine: &EngineDir, prompts: &[Prompt]) {
     let window = engine.config().model.sliding_window;
     let longest =
         prompts.iter().zip(asked).map(|(p, asked)| p.ids.len().saturating_add(asked.max_output_len)).max().unwrap_or(0);
