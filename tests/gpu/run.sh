@@ -4,7 +4,7 @@
 # uses compute-sanitizer if there is one.
 #
 #     run.sh [SECTION...]      parity tiny sanitizer bench (these by default, in about six minutes), fp8, cache, quantized, twin, load,
-#                              peers, ranks, sessions, requests, long, serve, calib
+#                              peers, ranks, sessions, requests, long, rates, serve, calib
 #
 # parity     operations and decoder steps against the CPU backend, bits that may not change, and an engine of another build
 # tiny       examples/tiny-mixtral and random tiny models against transformers and the CPU backend
@@ -23,7 +23,8 @@
 # sessions   overlap, reuse, swapping and chunks change no bit in any format; 40 000 short requests to examples/tiny-mixtral
 # requests   Mixtral 8x7B's shape in fp8 and int8, built on this machine: many requests, all at once and one by one, with and without
 #            overlap; prompts that begin alike
-# long       the same with long outputs, in fp8 with an fp8 cache, all at once and at fixed rates; and what fills the cache
+# long       the same with long outputs, in fp8 with an fp8 cache, all at once; and what fills the cache
+# rates      the same engine, requests at fixed rates
 # serve      Mixtral 8x7B's shape in fp8, built on this machine: what a server adds to its engine; the same load by guidellm and
 #            aiperf, if they are installed
 # calib      calibration of Mixtral 8x7B's shape by layers and by its own text: time, memory; and that the GPU finds what the CPU finds
@@ -47,7 +48,7 @@ export NCCL_NVLS_ENABLE=0
 
 # Seconds that a section may take. The default sections take about six minutes together.
 declare -A limit=([parity]=260 [tiny]=120 [sanitizer]=90 [bench]=90 [fp8]=240 [cache]=300 [quantized]=240 [twin]=150 [load]=150 [peers]=420 [ranks]=560
-    [sessions]=180 [requests]=360 [long]=540 [serve]=420 [calib]=240)
+    [sessions]=180 [requests]=360 [long]=420 [rates]=480 [serve]=420 [calib]=240)
 
 row() { printf '%-44.44s %-5s %s\n' "$1" "$2" "$3" >>"$table"; }
 
@@ -314,11 +315,18 @@ long() {
     rm -f "$out/bench.json"
     build_8x7b fp8-cache
     for overlap in "" --no-overlap; do requests_of fp8-cache 512 1000 1000 $overlap; done
-    for overlap in "" --no-overlap; do requests_of fp8-cache 40 1000 1000 --arrival-rate 5 $overlap; done
     for overlap in "" --no-overlap; do requests_of fp8-cache 256 128 2048 $overlap; done
-    for overlap in "" --no-overlap; do requests_of fp8-cache 20 128 2048 --arrival-rate 4 $overlap; done
     requests_of fp8-cache 560 128 2048
     requests_of fp8-cache 4096 128 128
+}
+
+rates() {
+    local overlap
+    rm -f "$out/bench.json"
+    build_8x7b fp8-cache
+    for overlap in "" --no-overlap; do requests_of fp8-cache 512 128 128 --arrival-rate 40 $overlap; done
+    for overlap in "" --no-overlap; do requests_of fp8-cache 512 1000 1000 --arrival-rate 10 $overlap; done
+    for overlap in "" --no-overlap; do requests_of fp8-cache 256 128 2048 --arrival-rate 6 $overlap; done
 }
 
 serve() {
