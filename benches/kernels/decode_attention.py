@@ -158,7 +158,7 @@ def main():
     for cache in args.cache:
         slots, shared = shared_bytes({"bf16": 2, "fp8": 1}[cache])
         stored = {"bf16": "bf16_t", "fp8": "e4m3_t"}[cache]
-        shape = f"bf16_t, {stored}, {COLS}, {HEADS}, {KV_HEADS}, {DIM}, {BLOCK}, 0, {slots}, {PER_SM}, {shared}"
+        shape = f"bf16_t, {stored}, {COLS}, {HEADS}, {KV_HEADS}, {DIM}, {BLOCK}, 0, false, {slots}, {PER_SM}, {shared}"
         for folder in args.kernels:
             symbol = f"attention::decode_tma<attention::DecodeStream<{shape}>>"
             code[cache, folder] = compiled(compiler, folder, "attention/decode_tma.cuh", symbol), shared
@@ -211,7 +211,7 @@ def main():
                     maps = [tensor_map(at, blocks * KV_HEADS * BLOCK, size, box) for at in (keys, keys + layer) for box in (TILE, 16)]
                     step = [C.c_void_p(x.data_ptr()) for x in (header, items, table)] + [C.c_int(per_seq), C.c_void_p(query.data_ptr())]
                     rest = [C.c_void_p(out.data_ptr()), C.c_void_p(partials.data_ptr()), C.c_int(splits), C.c_void_p(tickets.data_ptr())]
-                    runs.append(maps + step + [C.c_float(scale), C.c_float(1.0)] + rest)
+                    runs.append(maps + step + [C.c_float(scale), C.c_float(1.0)] + rest + [C.c_void_p(0), C.c_void_p(0)])
                 grid = PER_SM * multiprocessors
                 tickets.zero_()
                 launch(kernel, grid, THREADS, shared, None, runs[0], False)

@@ -8,6 +8,7 @@
 #include "base/fp8.cuh"
 #include "base/math.cuh"
 #include "base/reduce.cuh"
+#include "epilogue/rounding.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 
@@ -17,12 +18,18 @@ namespace attention {
 // tile.
 inline constexpr int DECODE_WARPS = 4, DECODE_THREADS = 128;
 
-// T is the type of queries, outputs and the tensor cores' operands; Stored is the cache's.
-template <typename Element, typename StoredElement, int COLS_, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_>
+// T is the type of queries and outputs, Stored the cache's.
+template <typename Element, typename StoredElement, int COLS_, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, bool ROUNDS_>
 struct Decode {
     using T = Element;
     using Stored = StoredElement;
-    static constexpr bool FP8 = sizeof(Stored) == 1;
+    static constexpr bool FP8 = sizeof(Stored) == 1, ROUNDS = ROUNDS_;
+    // The type of the tensor cores' operands. Two numbers of an fp8 cache become f16 by one instruction, and bf16 by five. So queries of
+    // bf16 become f16 too, divided by 2^8: then they may have magnitudes up to 2^24, and what is lost of small ones is below 2^-17.
+    // Probabilities are multiplied by 2^12, so that f16 has bits for those that are small.
+    using Operand = If<FP8, f16_t, T>;
+    static constexpr bool CONVERTS = !SAME<T, Operand>;
+    static constexpr float QUERY_SCALE = CONVERTS ? 256.0f : 1.0f, PROBABILITY_EXPONENT = FP8 ? 12.0f : 0.0f;
     static constexpr int COLS = COLS_, HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_, BLOCK_SIZE = BLOCK_SIZE_, WINDOW = WINDOW_;
     static constexpr int GROUP = HEADS / KV_HEADS;
     // A group is computed in PARTS parts of at most ROWS heads. HALVES counts a part's heads in eights, since a tensor
@@ -45,29 +52,45 @@ struct Decode {
         // sequences. (Kept here, so that they take no registers.)
         int4 outermost[2];
         alignas(16) int adds[2];
+        // With ROUNDS: by what outputs are divided for the linear behind.
+        fp8::Divisor divisor;
+    };
+
+    // Where results go.
+    struct Output {
+        T* out;
+        epilogue::Rounding<ROUNDS> rounding;
     };
 };
 
 // How a lane's registers of queries, keys, values and sums map to elements of D, for each type of the cache. Matrices of
 // ldmatrix have rows of 16 bytes. A lane receives 4 bytes of a row: 2 elements of 16 bits, or 4 of e4m3. The contents of an
-// fp8 cache become the numbers of T that they stand for, in an order of D that saves moves. A sum over D does not depend
+// fp8 cache become the numbers of f16 that they stand for, in an order of D that saves moves. A sum over D does not depend
 // on that order as long as 16 elements stay together, and results are stored where they belong.
 template <typename C>
 struct Elements {
     using T = typename C::T;
+    using Operand = typename C::Operand;
 
     // A query's registers for 16 elements of D, for the lane's columns (the first and the other eight). Those of an fp8
-    // cache are columns 4 · (lane % 4) and up: 0 and 2, then 1 and 3.
+    // cache are columns 4 · (lane % 4) and up.
     static __device__ __forceinline__ void load_query(u32& low, u32& high, const T* from) {
         const int part = threadIdx.x % 4;
         if constexpr (C::FP8) {
             const uint2 four = *reinterpret_cast<const uint2*>(from + part * 4);
-            low = __byte_perm(four.x, four.y, 0x5410);
-            high = __byte_perm(four.x, four.y, 0x7632);
+            low = operand(four.x);
+            high = operand(four.y);
         } else {
             low = *reinterpret_cast<const u32*>(from + part * 2);
             high = *reinterpret_cast<const u32*>(from + part * 2 + 8);
         }
+    }
+
+    // Two elements of a query.
+    static __device__ __forceinline__ u32 operand(u32 pair) {
+        if constexpr (!C::CONVERTS) return pair;
+        constexpr float BY = 1.0f / C::QUERY_SCALE;
+        return pack<Operand>(low_of<T>(pair) * BY, high_of<T>(pair) * BY);
     }
 
     // Adds the products of queries and the 16 keys of a warp, eight in each s[n].
@@ -83,11 +106,11 @@ struct Elements {
                 if constexpr (C::FP8) {
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const fp8::Pairs pairs = fp8::alternate<T>(b[2 * n + i]);
-                        ptx::mma<T>(s[n], q[2 * k + i], {pairs.first, pairs.second});
+                        const fp8::Pairs pairs = fp8::neighbours<Operand>(b[2 * n + i]);
+                        ptx::mma<Operand>(s[n], q[2 * k + i], {pairs.first, pairs.second});
                     }
                 } else {
-                    ptx::mma<T>(s[n], q[k], {b[2 * n], b[2 * n + 1]});
+                    ptx::mma<Operand>(s[n], q[k], {b[2 * n], b[2 * n + 1]});
                 }
             }
         }
@@ -105,8 +128,8 @@ struct Elements {
             }
 #pragma unroll
             for (int half = 0; half < HALVES; ++half) {
-                ptx::mma<T>(sums[half], a, high[half]);
-                ptx::mma<T>(sums[half], a, low[half]);
+                ptx::mma<Operand>(sums[half], a, high[half]);
+                ptx::mma<Operand>(sums[half], a, low[half]);
             }
         };
         // Matrices, transposed: the first eight tokens' pieces 2 · k and 2 · k + 1, then those of the other eight.
@@ -118,7 +141,7 @@ struct Elements {
                 // A register has elements 2 · (lane / 4) and up of two tokens: of each, bytes 0 and 1, or 2 and 3.
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const fp8::Pairs first = fp8::alternate<T>(a[i]), other = fp8::alternate<T>(a[2 + i]);
+                    const fp8::Pairs first = fp8::alternate<Operand>(a[i]), other = fp8::alternate<Operand>(a[2 + i]);
                     u32 both[4] = {first.first, first.second, other.first, other.second};
                     add(o[2 * k + i], both);
                 }
@@ -151,21 +174,28 @@ __device__ __forceinline__ void each_quad(int heads, F f) {
     }
 }
 
+// Called by one of the threads that compute, before the wait: what is read here takes long, and no kernel of the step writes it.
+template <typename C>
+__device__ __forceinline__ void prepare(typename C::Merge& merge, const typename C::Output& output) {
+    if constexpr (C::ROUNDS) merge.divisor = output.rounding.prepare();
+}
+
 // Stores a result.
 template <typename C>
-__device__ __forceinline__ void store(typename C::T* out, int seq, int head, int at, const Quad& quad, float value_scale) {
+__device__ __forceinline__ void store(const typename C::Output& output, const typename C::Merge& merge, int seq, int head, int at,
+                                      const Quad& quad, float value_scale) {
     using T = typename C::T;
     const float4& sum = quad.sum;
-    *reinterpret_cast<uint2*>(out + (static_cast<i64>(seq) * C::HEADS + head) * C::D + at) =
-        make_uint2(pack<T>(sum.x / quad.total * value_scale, sum.y / quad.total * value_scale),
-                   pack<T>(sum.z / quad.total * value_scale, sum.w / quad.total * value_scale));
+    const uint2 four = make_uint2(pack<T>(sum.x / quad.total * value_scale, sum.y / quad.total * value_scale),
+                                  pack<T>(sum.z / quad.total * value_scale, sum.w / quad.total * value_scale));
+    epilogue::store_words(output.out, (static_cast<i64>(seq) * C::HEADS + head) * C::D + at, four, output.rounding, merge.divisor);
 }
 
 // A CTA's first sequence and part and its last one may have splits of other CTAs too. The CTA that comes last adds all
 // of them. (This is done behind all works, because a fence waits as long as the loads that are under way take.)
 template <typename C>
-__device__ __forceinline__ void add_shared(typename C::Merge& merge, const Partials<C>& partials, u32* tickets, typename C::T* out,
-                                           float value_scale) {
+__device__ __forceinline__ void add_shared(typename C::Merge& merge, const Partials<C>& partials, u32* tickets,
+                                           const typename C::Output& output, float value_scale) {
     const int thread = ptx::thread_anew();
     // Only two threads fence. Their fence is cumulative across the barriers, so it covers the other threads' writes
     // before the first barrier and their reads after the second.
@@ -200,7 +230,7 @@ __device__ __forceinline__ void add_shared(typename C::Merge& merge, const Parti
         const DecodeWork<C> c(merge.outermost[i].w, merge.outermost[i]);
         each_quad<C>(c.heads(), [&](int, int row, int at) {
             const int head = c.first_head() + row;
-            store<C>(out, c.seq, head, at, partials.sum(c, head, at), value_scale);
+            store<C>(output, merge, c.seq, head, at, partials.sum(c, head, at), value_scale);
         });
     }
 }
@@ -209,12 +239,15 @@ __device__ __forceinline__ void add_shared(typename C::Merge& merge, const Parti
 // tile. `keys()`, then `values()`, wait until these have arrived and return their place. `release()` ends a warp's
 // reading of either. A warp that needs neither calls `skip()`. A warp may see only some of its 16 tokens; the others
 // are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. `kept(n)` is where a thread keeps the sum of its
-// quad n from work to work. Called by the first DECODE_THREADS threads, after the wait.
+// quad n from work to work. Called by the first DECODE_THREADS threads, after the wait and `prepare`.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
-                                       float scale, float value_scale, typename C::T* out, const Partials<C>& partials, u32* tickets) {
+                                       float scale, float value_scale, const typename C::Output& output, const Partials<C>& partials,
+                                       u32* tickets) {
     using T = typename C::T;
+    using Operand = typename C::Operand;
     using Layout = typename Tiles::Layout;
+    scale *= C::QUERY_SCALE;
     constexpr int D = C::D, HALVES = C::HALVES, STEPS = D / 16;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int row = lane / 4, column = lane % 4 * 2;
@@ -305,13 +338,14 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
                 keep[half] = math::exp2_approximate(max[half] - top);
                 same = same && keep[half] == 1.0f;
                 max[half] = top;
+                const float minus_top = C::FP8 ? C::PROBABILITY_EXPONENT - top : -top;
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
-                    const float p0 = math::exp2_approximate(__fmaf_rn(s[n][2 * half], scale, -top));
-                    const float p1 = math::exp2_approximate(__fmaf_rn(s[n][2 * half + 1], scale, -top));
+                    const float p0 = math::exp2_approximate(__fmaf_rn(s[n][2 * half], scale, minus_top));
+                    const float p1 = math::exp2_approximate(__fmaf_rn(s[n][2 * half + 1], scale, minus_top));
                     total[half] = __fmaf_rn(total[half], n == 0 ? keep[half] : 1.0f, p0 + p1);
-                    high[half][n] = pack<T>(p0, p1);
-                    low[half][n] = pack<T>(p0 - low_of<T>(high[half][n]), p1 - high_of<T>(high[half][n]));
+                    high[half][n] = pack<Operand>(p0, p1);
+                    low[half][n] = pack<Operand>(p0 - low_of<Operand>(high[half][n]), p1 - high_of<Operand>(high[half][n]));
                 }
             }
             // Most maxima are found early. Then all factors are 1, and this is skipped.
@@ -397,13 +431,13 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             tops[n] = sum.top;
             totals[n] = sum.total;
             if (c.split == c.splits() - 1) {
-                store<C>(out, c.seq, head, at, sum, value_scale);
+                store<C>(output, merge, c.seq, head, at, sum, value_scale);
             } else if (is_last_work) {
                 partials.store(c.seq, c.first_split(), head, at, sum, c.split + 1 - c.first_split());
             }
         });
     }
-    if (state & (SHARES_FIRST | SHARES_LAST)) add_shared<C>(merge, partials, tickets, out, value_scale);
+    if (state & (SHARES_FIRST | SHARES_LAST)) add_shared<C>(merge, partials, tickets, output, value_scale);
 }
 
 }  // namespace attention

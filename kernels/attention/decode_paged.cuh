@@ -19,9 +19,9 @@
 
 namespace attention {
 
-template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
-struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
-    using Base = Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool ROUNDS, int STAGES>
+struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, ROUNDS> {
+    using Base = Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, ROUNDS>;
     using Kv = Cache<Stored, KV_HEADS, D, BLOCK_SIZE>;
     static constexpr int STAGE = 2 * Kv::BYTES;
 
@@ -103,20 +103,22 @@ struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
     };
 };
 
-template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int STAGES>
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool ROUNDS, int STAGES>
 __global__ void __launch_bounds__(DECODE_THREADS, HEADS / KV_HEADS > 8 ? 2 : 3)
     decode_paged(const step::Header* header, const int4* items, const i32* block_table, i32 table_width, const T* query,
                  const Stored* keys, const Stored* values, float scale, float value_scale, T* out, float* partials, i32 max_splits,
-                 u32* tickets) {
+                 u32* tickets, const float* divisor, e4m3_t* rounded) {
     pdl::launch_dependents();
-    using C = DecodeCopies<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, STAGES>;
+    using C = DecodeCopies<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, ROUNDS, STAGES>;
     using Base = typename C::Base;
     extern __shared__ __align__(128) unsigned char memory[];
     const DecodeList<Base> list(items, header->num_decode_items);
     if (list.is_idle()) return;
+    auto& merge = *reinterpret_cast<typename Base::Merge*>(memory + STAGES * C::STAGE);
+    const typename Base::Output output{out, {rounded, divisor}};
+    if (threadIdx.x == 0) prepare<Base>(merge, output);
     typename C::Tiles tiles(list, {keys, values}, block_table, table_width, ptx::shared_address(memory));
-    attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(memory + STAGES * C::STAGE), list, query, scale, value_scale, out,
-                 {partials, max_splits}, tickets);
+    attend<Base>(tiles, merge, list, query, scale, value_scale, output, {partials, max_splits}, tickets);
     ptx::cp_async_wait_group<0>();
 }
 

@@ -22,10 +22,10 @@
 
 namespace attention {
 
-template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, int SLOTS_, int PER_SM_,
-          int SHARED_>
-struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW> {
-    using Base = Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW>;
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool ROUNDS,
+          int SLOTS_, int PER_SM_, int SHARED_>
+struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, ROUNDS> {
+    using Base = Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WINDOW, ROUNDS>;
     static constexpr int SLOTS = SLOTS_;    // tiles of keys or values in shared memory
     static constexpr int PER_SM = PER_SM_;  // CTAs of a multiprocessor
     static constexpr int THREADS = DECODE_THREADS + 32;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     decode_tma(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap key_strips,
                const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap value_strips, const step::Header* header,
                const int4* items, const i32* block_table, i32 table_width, const typename C::T* query, float scale,
-               float value_scale, typename C::T* out, float* partials, i32 max_splits, u32* tickets) {
+               float value_scale, typename C::T* out, float* partials, i32 max_splits, u32* tickets, const float* divisor, e4m3_t* rounded) {
     pdl::launch_dependents();
     using Base = typename C::Base;
     // (Nothing else lies in shared memory, so it begins at a multiple of 1024, as the swizzle needs it.)
@@ -188,10 +188,12 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
         if (ptx::elect()) produce<C>(base, ring, list, {keys, key_strips}, {values, value_strips}, block_table, table_width);
         pdl::wait();
     } else {
+        auto& merge = *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT);
+        const typename Base::Output output{out, {rounded, divisor}};
+        if (threadIdx.x == 0) prepare<Base>(merge, output);
         pdl::wait();
         typename C::Tiles tiles{base, ring, shared};
-        attend<Base>(tiles, *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT), list, query, scale, value_scale, out,
-                     {partials, max_splits}, tickets);
+        attend<Base>(tiles, merge, list, query, scale, value_scale, output, {partials, max_splits}, tickets);
     }
 }
 

@@ -26,12 +26,13 @@
 
 namespace attention {
 
-template <typename Element, typename StoredElement, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, int STAGES_,
+template <typename Element, typename StoredElement, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, bool ROUNDS_, int STAGES_,
           int SHARED_>
 struct Fp8Prefill {
     using T = Element;
     using Stored = StoredElement;
     static constexpr bool IN_FP8 = true;
+    static constexpr bool ROUNDS = ROUNDS_;
     static constexpr int HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_;
     static constexpr int BLOCK_SIZE = BLOCK_SIZE_;
     static constexpr int WINDOW = WINDOW_;
@@ -249,7 +250,7 @@ __device__ __forceinline__ void add_tile(float (&o)[C::D / 2], Seen& seen, const
 // own, so the tensor cores compute it before the next tile's scores: after it, the registers suffice for the probabilities.
 template <typename C, typename WorkAt>
 __device__ __forceinline__ void consume_fp8(Fp8Rings<C> rings, u8* shared, int num_works, WorkAt work_at, float scale,
-                                            float value_scale, typename C::T* out) {
+                                            float value_scale, typename C::T* out, epilogue::Rounding<C::ROUNDS> rounding) {
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0), barrier = 1 + warpgroup;
     constexpr int TURN = 4;
     const auto take_turn = [&] { ptx::sync_threads(TURN + warpgroup, 256); };
@@ -316,7 +317,7 @@ __device__ __forceinline__ void consume_fp8(Fp8Rings<C> rings, u8* shared, int n
         add_tile<C>(o, seen, of_tile);
         // No warp's products read the rounded queries any more.
         ptx::sync_threads(barrier, 128);
-        finish<C>(queries, work, work.head + warpgroup, o, seen, value_scale, out);
+        finish<C>(queries, work, work.head + warpgroup, o, seen, value_scale, out, rounding);
         tma::fence_shared();
         __syncwarp();
         rings.queries.release();
@@ -330,7 +331,8 @@ template <typename C>
 __global__ void __launch_bounds__(C::THREADS, 1)
     prefill_e4m3(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
                  const __grid_constant__ TensorMap value, const step::Header* header, const int2* items, const i32* cu_query_lens,
-                 const i32* seq_lens, const i32* block_table, i32 table_width, float scale, float value_scale, typename C::T* out) {
+                 const i32* seq_lens, const i32* block_table, i32 table_width, float scale, float value_scale, typename C::T* out,
+                 const float* divisor, e4m3_t* rounded) {
     pdl::launch_dependents();
     extern __shared__ u8 dynamic_shared[];
     u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
@@ -363,7 +365,7 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::CONSUMER_REGISTERS));
         pdl::wait();
-        consume_fp8<C>(rings, shared, num_works, work_at, scale, value_scale, out);
+        consume_fp8<C>(rings, shared, num_works, work_at, scale, value_scale, out, {rounded, divisor});
     }
 }
 

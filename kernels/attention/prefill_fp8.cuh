@@ -166,7 +166,8 @@ template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     prefill_fp8(const __grid_constant__ TensorMap query, const step::Header* header, const int2* items, const i32* cu_query_lens,
                 const i32* seq_lens, const i32* block_table, i32 table_width, const typename C::Stored* keys,
-                const typename C::Stored* values, float scale, float value_scale, typename C::T* out) {
+                const typename C::Stored* values, float scale, float value_scale, typename C::T* out, const float* divisor,
+                e4m3_t* rounded) {
     pdl::launch_dependents();
     extern __shared__ u8 dynamic_shared[];
     u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
@@ -189,7 +190,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::CONSUMER_REGISTERS));
         pdl::wait();
-        consume<C>(rings, shared, num_works, work_at, scale, value_scale, out);
+        consume<C>(rings, shared, num_works, work_at, scale, value_scale, out, {rounded, divisor});
     }
 }
 

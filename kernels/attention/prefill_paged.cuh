@@ -20,6 +20,7 @@
 #include "base/math.cuh"
 #include "base/reduce.cuh"
 #include "base/step.cuh"
+#include "epilogue/rounding.cuh"
 #include "ptx/mma.cuh"
 #include "ptx/pdl.cuh"
 
@@ -61,11 +62,11 @@ __device__ __forceinline__ void round_queries(unsigned char* queries) {
     });
 }
 
-template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool IN_FP8, int PACK, bool EXACT>
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool ROUNDS, bool IN_FP8, int PACK, bool EXACT>
 __global__ void __launch_bounds__(PREFILL_THREADS, 2)
     prefill_paged(const step::Header* header, const int2* items, const i32* cu_query_lens, const i32* seq_lens,
                   const i32* block_table, i32 table_width, const T* query, const Stored* keys, const Stored* values,
-                  float scale, float value_scale, T* out) {
+                  float scale, float value_scale, T* out, const float* divisor, e4m3_t* rounded) {
     pdl::launch_dependents();
     static_assert(step::PREFILL_TILE == 64 && (PACK == 1 || PACK == 2) && HEADS / KV_HEADS % PACK == 0, "rows of four warps");
     using Kv = Cache<Stored, KV_HEADS, D, BLOCK_SIZE>;
@@ -278,11 +279,13 @@ __global__ void __launch_bounds__(PREFILL_THREADS, 2)
             }
         }
         __syncwarp();
+        const epilogue::Rounding<ROUNDS> rounding{rounded, divisor};
+        const fp8::Divisor by = rounding.prepare();
         for (int i = lane; i < 16 * PACK * PIECES; i += 32) {
             const int row = first_row + i / PIECES, piece = i % PIECES, token = row % step::PREFILL_TILE;
             if (token >= end - position) continue;
-            T* to = out + static_cast<i64>(place.first_query + token) * (HEADS * D) + (place.head + row / step::PREFILL_TILE) * D + piece * VECTOR;
-            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(memory + Rows::at(row, piece));
+            const i64 at = static_cast<i64>(place.first_query + token) * (HEADS * D) + (place.head + row / step::PREFILL_TILE) * D + piece * VECTOR;
+            epilogue::store_words(out, at, *reinterpret_cast<const uint4*>(memory + Rows::at(row, piece)), rounding, by);
         }
     }
 }

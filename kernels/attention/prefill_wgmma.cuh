@@ -21,6 +21,7 @@
 #include "base/math.cuh"
 #include "base/reduce.cuh"
 #include "base/step.cuh"
+#include "epilogue/rounding.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/pdl.cuh"
 #include "ptx/shared.cuh"
@@ -29,13 +30,14 @@
 
 namespace attention {
 
-template <typename Element, typename StoredElement, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, int WARPGROUPS_,
-          int KEYS_, int STAGES_, int SHARED_>
+template <typename Element, typename StoredElement, int HEADS_, int KV_HEADS_, int D_, int BLOCK_SIZE_, int WINDOW_, bool ROUNDS_,
+          int WARPGROUPS_, int KEYS_, int STAGES_, int SHARED_>
 struct Prefill {
     using T = Element;
     using Stored = StoredElement;
     static constexpr bool FP8 = sizeof(Stored) == 1;
     static constexpr bool IN_FP8 = false;  // the products
+    static constexpr bool ROUNDS = ROUNDS_;
     static constexpr int HEADS = HEADS_, KV_HEADS = KV_HEADS_, D = D_;
     static constexpr int BLOCK_SIZE = BLOCK_SIZE_;
     static constexpr int WINDOW = WINDOW_;
@@ -281,8 +283,9 @@ __device__ __forceinline__ void clear_past(u8* value_tile, int count, int barrie
 // the shared memory of the warpgroup's queries, which are no longer needed.
 template <typename C>
 __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, int head, const float (&o)[C::D / 2], const Seen& seen,
-                                       float value_scale, typename C::T* out) {
+                                       float value_scale, typename C::T* out, epilogue::Rounding<C::ROUNDS> rounding) {
     using T = typename C::T;
+    const fp8::Divisor divisor = rounding.prepare();
     const int lane = threadIdx.x % 32, first_row = threadIdx.x % 128 / 32 * 16;
     const auto place = [&](int row, int piece) {
         return queries + piece / 8 * C::BOX + row * 128 + (piece % 8 ^ row % 8) * 16;
@@ -307,15 +310,15 @@ __device__ __forceinline__ void finish(u8* queries, const PrefillWork<C>& work, 
     for (int i = 0; i < 16 * PIECES / 32; i++) {
         const int row = first_row + (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
         if (row >= work.end - work.position) continue;
-        T* to = out + (static_cast<i64>(work.first_query + row) * C::HEADS + head) * C::D + piece * VECTOR;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(place(row, piece));
+        const i64 at = (static_cast<i64>(work.first_query + row) * C::HEADS + head) * C::D + piece * VECTOR;
+        epilogue::store_words(out, at, *reinterpret_cast<const uint4*>(place(row, piece)), rounding, divisor);
     }
 }
 
 // A consumer: one warpgroup.
 template <typename C, typename WorkAt>
 __device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_works, WorkAt work_at, float scale, float value_scale,
-                                        typename C::T* out) {
+                                        typename C::T* out, epilogue::Rounding<C::ROUNDS> rounding) {
     // (Taken from lane 0, so that the compiler knows it to be uniform, as descriptors have to be.)
     const int warpgroup = C::WARPGROUPS == 1 ? 0 : __shfl_sync(~0u, threadIdx.x / 128, 0), barrier = 1 + warpgroup;
     // While one of two warpgroups multiplies, the other computes probabilities. Each gives the turn to the other once
@@ -386,7 +389,7 @@ __device__ __forceinline__ void consume(Rings<C> rings, u8* shared, int num_work
         rings.values.release();
         // No warp's products read the queries any more.
         ptx::sync_threads(barrier, 128);
-        finish<C>(queries, work, work.head + warpgroup, o, seen, value_scale, out);
+        finish<C>(queries, work, work.head + warpgroup, o, seen, value_scale, out, rounding);
         tma::fence_shared();
         __syncwarp();
         rings.queries.release();
@@ -400,7 +403,8 @@ template <typename C>
 __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     prefill_wgmma(const __grid_constant__ TensorMap query, const __grid_constant__ TensorMap key,
                   const __grid_constant__ TensorMap value, const step::Header* header, const int2* items, const i32* cu_query_lens,
-                  const i32* seq_lens, const i32* block_table, i32 table_width, float scale, float value_scale, typename C::T* out) {
+                  const i32* seq_lens, const i32* block_table, i32 table_width, float scale, float value_scale, typename C::T* out,
+                  const float* divisor, e4m3_t* rounded) {
     pdl::launch_dependents();
     extern __shared__ u8 dynamic_shared[];
     u8* shared = dynamic_shared + (1024 - ptx::shared_address(dynamic_shared) % 1024) % 1024;
@@ -427,7 +431,7 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     } else {
         if constexpr (C::WARPGROUPS > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(C::CONSUMER_REGISTERS));
         pdl::wait();
-        consume<C>(rings, shared, num_works, work_at, scale, value_scale, out);
+        consume<C>(rings, shared, num_works, work_at, scale, value_scale, out, {rounded, divisor});
     }
 }
 

@@ -20,11 +20,12 @@ namespace attention {
 
 inline constexpr int SIMT_THREADS = 128;
 
-template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool IN_FP8>
+template <typename T, typename Stored, int COLS, int HEADS, int KV_HEADS, int D, int BLOCK_SIZE, int WINDOW, bool ROUNDS, bool IN_FP8>
 // Without the minimum of one CTA, ptxas spills on sm_80 to fit a few more CTAs.
 __global__ void __launch_bounds__(SIMT_THREADS, 1)
     simt(const step::Header* header, const i32* positions, const i32* cu_query_lens, const i32* block_table, i32 table_width,
-         const T* query, const Stored* keys, const Stored* values, float scale, float value_scale, T* out) {
+         const T* query, const Stored* keys, const Stored* values, float scale, float value_scale, T* out,
+         const float* divisor, e4m3_t* rounded) {
     pdl::launch_dependents();
     constexpr int WARPS = SIMT_THREADS / 32, OWN = ceil_div(D, 32);
     __shared__ float q[D], sums[WARPS][D], maxima[WARPS], totals[WARPS];
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
     const int position = positions[token], first = first_visible<WINDOW>(position);
     for (int i = threadIdx.x; i < D; i += SIMT_THREADS) {
         const float x = to_float(query[token * COLS + head * D + i]);
-        q[i] = in_fp8 ? rounded<e4m3_t>(x) : x;
+        q[i] = in_fp8 ? ::rounded<e4m3_t>(x) : x;
     }
     __syncthreads();
 
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
         if (in_fp8) top = ceilf(top * 1.44269504f) * 0.693147181f;
         const float keep = math::exp(max - top);
         float p = math::exp(s - top);
-        if (in_fp8) p = rounded<e4m3_t>(p * 256.0f) / 256.0f;
+        if (in_fp8) p = ::rounded<e4m3_t>(p * 256.0f) / 256.0f;
         max = top;
         total = __fmaf_rn(total, keep, p);
 #pragma unroll
@@ -119,7 +120,10 @@ __global__ void __launch_bounds__(SIMT_THREADS, 1)
             sum = __fmaf_rn(factor, sums[w][i], sum);
             by = __fmaf_rn(factor, totals[w], by);
         }
-        out[token * (HEADS * D) + head * D + i] = from_float<T>(sum / by * value_scale);
+        const i64 at = token * (HEADS * D) + head * D + i;
+        const T result = from_float<T>(sum / by * value_scale);
+        out[at] = result;
+        if constexpr (ROUNDS) rounded[at] = from_float<e4m3_t>(__fdiv_rn(to_float(result), *divisor));
     }
 }
 

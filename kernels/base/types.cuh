@@ -32,6 +32,12 @@ struct IfType<false, A, B> {
 template <bool CONDITION, typename A, typename B>
 using If = typename IfType<CONDITION, A, B>::Type;
 
+// Whether two types are one.
+template <typename A, typename B>
+inline constexpr bool SAME = false;
+template <typename A>
+inline constexpr bool SAME<A, A> = true;
+
 __device__ __forceinline__ float to_float(float x) { return x; }
 
 __device__ __forceinline__ float to_float(f16_t x) {

@@ -2,10 +2,9 @@
 // a token are swizzled, so that neither the transposing writes nor the reads have bank conflicts.
 #pragma once
 
-#include "base/fp8.cuh"
 #include "base/math.cuh"
 #include "base/types.cuh"
-#include "base/vector.cuh"
+#include "epilogue/rounding.cuh"
 
 namespace epilogue {
 
@@ -65,14 +64,6 @@ __device__ __forceinline__ u32 sum(u32 a, u32 b) {
     return pack<T>(low, high);
 }
 
-// What a linear's outputs are as the input of the next linear, if that has fp8 weights (`ON`): e4m3(out[i] / *divisor) is
-// stored to rounded[i].
-template <bool ON>
-struct Rounding {
-    e4m3_t* rounded;
-    const float* divisor;
-};
-
 // Stores the tile's first `cols` tokens. Token `col` goes to row `destinations[col]` of `out` (nowhere if that is
 // negative), to columns `row0` to `row0 + ROWS` that are below `limit`. `THREADS` threads call it. A row of `out` has
 // `stride` elements, a multiple of 8.
@@ -80,7 +71,7 @@ template <typename T, int ROWS, int COLS, bool RESIDUAL, int THREADS, bool ROUND
 __device__ __forceinline__ void store(const u8* tile, int thread, int cols, const int* destinations, int row0, int limit,
                                       T* out, const T* residual, i64 stride, Rounding<ROUNDS> rounding) {
     using Layout = Tile<ROWS, COLS>;
-    const fp8::Divisor divisor(ROUNDS ? *rounding.divisor : 1.0f);
+    const fp8::Divisor divisor = rounding.prepare();
     for (int i = thread; i < cols * Layout::PIECES; i += THREADS) {
         const int col = i / Layout::PIECES, piece = i % Layout::PIECES;
         const int destination = destinations[col];
@@ -94,13 +85,7 @@ __device__ __forceinline__ void store(const u8* tile, int thread, int cols, cons
             value.z = sum<T>(value.z, added.z);
             value.w = sum<T>(value.w, added.w);
         }
-        *reinterpret_cast<uint4*>(out + at) = value;
-        if constexpr (ROUNDS) {
-            float x[VECTOR];
-            unpack<T>(x, value);
-            divisor.divide(x);
-            store_aligned(rounding.rounded + at, x);
-        }
+        store_words(out, at, value, rounding, divisor);
     }
 }
 

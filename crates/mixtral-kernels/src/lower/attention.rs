@@ -4,7 +4,7 @@ use mixtral_engine::{KvLayout, Op};
 use mixtral_model::{CacheFormat, ElemType};
 
 use super::elementwise::{VECTOR, threads_for};
-use super::{LowerError, Lowering, count, int, is_16_bit, launch, named, portable, type_name};
+use super::{LowerError, Lowering, count, int, is_16_bit, launch, named, portable, rounded, type_name};
 use crate::step_block::{Array, DECODE_SPLIT, PREFILL_TILE};
 use crate::{Arg, Family, Grid, Kernel, Launch, NamedArg, TensorMap};
 
@@ -166,8 +166,11 @@ fn attention(
     let (kv, limits) = (lowering.program.kv, lowering.program.limits);
     let (_, buffer) = lowering.buffer(op, query)?;
     let KvLayout { num_kv_heads: kv_heads, head_dim, .. } = kv;
+    let (query, out) = (("query", lowering.at(op, query)?), ("out", lowering.at(op, out)?));
+    let (rounds, rounding) = rounded::of_producer(lowering, op, [out.1.clone(), out.1.clone()]);
+    let rounding = named(rounding);
     let shape = format!(
-        "{}, {}, {heads}, {kv_heads}, {head_dim}, {}, {}",
+        "{}, {}, {heads}, {kv_heads}, {head_dim}, {}, {}, {rounds}",
         types(kv),
         buffer.cols,
         limits.block_size,
@@ -176,7 +179,6 @@ fn attention(
     let table =
         named([("block_table", Arg::Step(Array::BlockTable)), ("table_width", int(limits.max_blocks_per_seq()))]);
     let scale = 1.0 / (head_dim as f64).sqrt();
-    let (query, out) = (("query", lowering.at(op, query)?), ("out", lowering.at(op, out)?));
     let (keys, values) = (("keys", Arg::Keys(layer)), ("values", Arg::Values(layer)));
     let scales = |scale: f64| [("scale", key_scale(kv, layer, scale as f32)), ("value_scale", value_scale(kv, layer))];
     let operands = |scale: f64| {
@@ -189,7 +191,7 @@ fn attention(
     {
         let steps =
             steps([("header", Array::Header), ("positions", Array::Positions), ("cu_query_lens", Array::CuQueryLens)]);
-        let args = [steps, table, operands(scale)].concat();
+        let args = [steps, table, operands(scale), rounding].concat();
         let kernel = portable("attention/simt.cuh", format!("attention::simt<{shape}, {fp8_context}>"), THREADS);
         return Ok(vec![launch(kernel, Grid::Tokens { per: 1, times: count(heads) }, args)]);
     }
@@ -219,7 +221,7 @@ fn attention(
         ]);
         let [scale, value_scale] = scales(scale);
         let rest = named([query.clone(), scale, value_scale, out.clone()]);
-        let args = [maps, decodes, table.clone(), rest, scratch].concat();
+        let args = [maps, decodes, table.clone(), rest, scratch, rounding.clone()].concat();
         let shared = ring.shared_bytes(kv, heads);
         let DecodeRing { per_sm, slots } = ring;
         let kernel = Kernel {
@@ -235,7 +237,7 @@ fn attention(
         let symbol = format!("attention::decode_paged<{shape}, {stages}>");
         let shared = stages * 2 * TILE * stored_row + merge_bytes(group, head_dim);
         let kernel = Kernel { shared_bytes: count(shared), ..portable("attention/decode_paged.cuh", symbol, THREADS) };
-        let args = [decodes, table.clone(), operands(scale), scratch].concat();
+        let args = [decodes, table.clone(), operands(scale), scratch, rounding.clone()].concat();
         // With 128 elements a head, three CTAs fit on a Hopper multiprocessor and two on an older one.
         let hopper = lowering.target.family == Family::Hopper;
         let per_sm = if hopper { count(HOPPER_SHARED / (shared + 1024)).min(3) } else { 2 };
@@ -252,10 +254,11 @@ fn attention(
         ("seq_lens", Array::SeqLens),
     ]);
     let family = lowering.target.family;
-    let in_fp8 = fp8_context.then(|| e4m3_kernel(kv, heads, limits.block_size, window, family)).flatten();
+    let in_fp8 = fp8_context.then(|| e4m3_kernel(kv, heads, limits.block_size, window, rounds, family)).flatten();
     let tiling = PrefillTiling::new(kv, heads, limits.block_size, family).filter(|_| !fp8_context);
     let hopper = in_fp8.map(|kernel| (kernel, 1));
-    let hopper = hopper.or(tiling.map(|tiling| (tiling.kernel(kv, heads, limits.block_size, window), tiling.per_sm())));
+    let hopper =
+        hopper.or(tiling.map(|tiling| (tiling.kernel(kv, heads, limits.block_size, window, rounds), tiling.per_sm())));
     if let Some((kernel, per_sm)) = hopper {
         let tokens = limits.max_num_tokens as u64;
         let query = named([("query", map(query.1, kv.dtype.into(), [buffer.cols as u64, tokens], TILE))]);
@@ -264,9 +267,9 @@ fn attention(
         let args = if kv.format.is_plain() || fp8_context {
             let map_of = |base| map(base, kv.elem(), [head_dim as u64, ANY_ROWS], TILE);
             let maps = named([("key", map_of(keys.1)), ("value", map_of(values.1))]);
-            [query, maps, prompts, table, rest].concat()
+            [query, maps, prompts, table, rest, rounding].concat()
         } else {
-            [query, prompts, table, named([keys, values]), rest].concat()
+            [query, prompts, table, named([keys, values]), rest, rounding].concat()
         };
         launches.push(launch(kernel, Grid::Persistent { per_sm, items: None }, args));
     } else {
@@ -282,7 +285,7 @@ fn attention(
                 THREADS,
             )
         };
-        let args = [prompts, table, operands(scale)].concat();
+        let args = [prompts, table, operands(scale), rounding].concat();
         launches.push(launch(kernel, grid, args));
     }
     Ok(launches)
@@ -407,12 +410,12 @@ impl PrefillTiling {
         queries + 2 * self.stages * self.keys * row + stored + (2 + 2 * self.stages) * 16 + 1024
     }
 
-    fn kernel(self, kv: KvLayout, heads: usize, block_size: usize, window: Option<usize>) -> Kernel {
+    fn kernel(self, kv: KvLayout, heads: usize, block_size: usize, window: Option<usize>, rounds: bool) -> Kernel {
         let PrefillTiling { warpgroups, keys, stages } = self;
         let shared = self.shared_bytes(kv);
         let name = if kv.format.is_plain() { "prefill_wgmma" } else { "prefill_fp8" };
         let symbol = format!(
-            "attention::{name}<attention::Prefill<{}, {heads}, {}, {}, {block_size}, {}, {warpgroups}, {keys}, {stages}, {shared}>>",
+            "attention::{name}<attention::Prefill<{}, {heads}, {}, {}, {block_size}, {}, {rounds}, {warpgroups}, {keys}, {stages}, {shared}>>",
             types(kv),
             kv.num_kv_heads,
             kv.head_dim,
@@ -430,7 +433,14 @@ impl PrefillTiling {
 
 /// `attention::prefill_e4m3`, where it can be used: `None` where prefill in fp8 uses the portable kernel. As with
 /// [`PrefillTiling::new`], nothing that differs between steps decides.
-fn e4m3_kernel(kv: KvLayout, heads: usize, block_size: usize, window: Option<usize>, family: Family) -> Option<Kernel> {
+fn e4m3_kernel(
+    kv: KvLayout,
+    heads: usize,
+    block_size: usize,
+    window: Option<usize>,
+    rounds: bool,
+    family: Family,
+) -> Option<Kernel> {
     const WARPGROUPS: usize = 2;
     const KEYS: usize = 128;
     const STAGES: usize = 3;
@@ -442,7 +452,7 @@ fn e4m3_kernel(kv: KvLayout, heads: usize, block_size: usize, window: Option<usi
     // Beside the values of a tile lie eight rows of ones.
     let shared = queries + ((2 * STAGES + 2) * kv.head_dim + STAGES * 8) * KEYS + (4 + 2 * STAGES) * 16 + 1024;
     let symbol = format!(
-        "attention::prefill_e4m3<attention::Fp8Prefill<{}, {heads}, {}, {}, {block_size}, {}, {STAGES}, {shared}>>",
+        "attention::prefill_e4m3<attention::Fp8Prefill<{}, {heads}, {}, {}, {block_size}, {}, {rounds}, {STAGES}, {shared}>>",
         types(kv),
         kv.num_kv_heads,
         kv.head_dim,
@@ -519,7 +529,7 @@ mod tests {
         assert_eq!((fp8(4), fp8(3), fp8(1)), (Some((2, 230_496)), None, None));
         let in_fp8 = |head_dim, group: usize, family| {
             let kv = KvLayout { format: CacheFormat::Fp8, ..kv(head_dim, DType::Bf16) };
-            e4m3_kernel(kv, 8 * group, 64, None, family).map(|kernel| kernel.shared_bytes)
+            e4m3_kernel(kv, 8 * group, 64, None, false, family).map(|kernel| kernel.shared_bytes)
         };
         assert_eq!(in_fp8(128, 4, Family::Hopper), Some(217_248));
         assert_eq!(

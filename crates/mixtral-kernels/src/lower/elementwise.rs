@@ -117,7 +117,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             let (_, buffer) = lowering.buffer(op, out)?;
             let (kind, times) = rows(lowering, buffer);
             let (weight, out) = (Arg::Weight { index, offset: 0 }, lowering.at(op, out)?);
-            let (rounds, rest) = rounded::of_norm(lowering, op, [weight.clone(), out.clone()]);
+            let (rounds, rest) = rounded::of_producer(lowering, op, [weight.clone(), out.clone()]);
             let symbol = format!(
                 "rms::norm<{dtype}, {}, {}, {kind}{}>",
                 type_name(scale.dtype),

@@ -203,8 +203,8 @@ impl<'a> Linear<'a> {
     fn rounding(&self) -> Option<Launch> {
         let program = self.lowering.program;
         let index = program.ops.iter().position(|op| std::ptr::eq(op, self.op));
-        let by_norm = || index.is_some_and(|index| rounded::producer(program, index).is_some());
-        if !self.packing.format.is_fp8() || by_norm() || rounded::by_gate_up(self.lowering, self.op) {
+        let by_producer = || index.is_some_and(|index| rounded::producer(program, index).is_some());
+        if !self.packing.format.is_fp8() || by_producer() || rounded::by_gate_up(self.lowering, self.op) {
             return None;
         }
         let scale = match &self.token_scales {

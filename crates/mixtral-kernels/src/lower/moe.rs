@@ -122,7 +122,7 @@ fn combine(lowering: &Lowering<'_>, op: &Op) -> Result<Launch, LowerError> {
         // Without a norm, the kernel does not read these.
         None => (dtype, lowering.at(op, out)?, Arg::F32(0.0), lowering.at(op, out)?),
     };
-    let (rounds, rest) = rounded::of_norm(lowering, op, [scale.clone(), normalized.clone()]);
+    let (rounds, rest) = rounded::of_producer(lowering, op, [scale.clone(), normalized.clone()]);
     let symbol = format!(
         "moe::combine<{dtype}, {scale_type}, {cols}, {k}, {first}, {last}, {all}, {}, {}{}>",
         residual.is_some(),
@@ -166,7 +166,7 @@ pub(super) fn norm_router_route(lowering: &Lowering<'_>, ops: &[Op]) -> Result<O
     let (cols, num_experts, k) = (normalized.cols, router.rows(), lowering.program.top_k);
     let chooses = lowering.regime.max_tokens <= CHOOSE;
     let (weight, normalized) = (Arg::Weight { index: scale_index, offset: 0 }, lowering.at(norm, out)?);
-    let (rounds, rest) = rounded::of_norm(lowering, norm, [weight.clone(), normalized.clone()]);
+    let (rounds, rest) = rounded::of_producer(lowering, norm, [weight.clone(), normalized.clone()]);
     let symbol = format!(
         "moe::router<{}, {}, {cols}, {num_experts}, {chooses}, {k}, {}, {}, {}{}>",
         type_name(lowering.program.dtype),

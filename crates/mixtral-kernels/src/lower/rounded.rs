@@ -1,5 +1,5 @@
-//! Which kernel rounds the input of a linear with fp8 weights: that of the norm before it, for `expert_down` in steps of few
-//! tokens that of `expert_gate_up`, or one of its own.
+//! Which kernel rounds the input of a linear with fp8 weights: that of the norm or of the attention before it, for `expert_down`
+//! in steps of few tokens that of `expert_gate_up`, or one of its own.
 
 use mixtral_engine::{Op, Program};
 use mixtral_model::{Fp8Input, WeightFormat};
@@ -23,17 +23,17 @@ fn has_one_scale(program: &Program, weight: &str) -> bool {
     matches!(format, Some(WeightFormat::Fp8 | WeightFormat::Fp8Rows(Fp8Input::Static)))
 }
 
-/// The norm whose kernel rounds the input of operation `index`. There is none if something else wrote the input, if the
+/// The norm or attention whose kernel rounds the input of operation `index`. There is none if something else wrote the input, if the
 /// workspace was used for another one since, or if tokens have scales of their own.
 pub(super) fn producer(program: &Program, index: usize) -> Option<usize> {
     let wanted = operands(program, program.ops.get(index)?).filter(|(_, weight)| has_one_scale(program, weight))?;
     for (before, op) in program.ops[..index].iter().enumerate().rev() {
-        let normalized = match op {
-            Op::Norm { out, .. } => Some(out),
+        let made = match op {
+            Op::Norm { out, .. } | Op::Attention { out, .. } => Some(out),
             Op::Combine { norm: Some(norm), .. } => Some(&norm.out),
             _ => None,
         };
-        if normalized.is_some_and(|out| out == wanted.0) {
+        if made.is_some_and(|out| out == wanted.0) {
             return Some(before);
         }
         let is_used_otherwise = operands(program, op).is_some_and(|other| other != wanted);
@@ -44,9 +44,9 @@ pub(super) fn producer(program: &Program, index: usize) -> Option<usize> {
     None
 }
 
-/// Whether the kernel of `op`, a norm, rounds, and what it takes beside its own operands: the scale of a linear's input, and
-/// the place for the rounded rows. A kernel that does not round takes `unused`.
-pub(super) fn of_norm(lowering: &Lowering<'_>, op: &Op, unused: [Arg; 2]) -> (bool, [(&'static str, Arg); 2]) {
+/// Whether the kernels of `op`, a norm or attention, round, and what they take beside their own operands: the scale of a linear's
+/// input, and the place for the rounded rows. A kernel that does not round takes `unused`.
+pub(super) fn of_producer(lowering: &Lowering<'_>, op: &Op, unused: [Arg; 2]) -> (bool, [(&'static str, Arg); 2]) {
     let program = lowering.program;
     // An operation that is no part of the program was put together for a kernel of several.
     let index = program.ops.iter().position(|found| std::ptr::eq(found, op));
@@ -91,7 +91,7 @@ fn down<'a>(lowering: &Lowering<'a>, op: &Op) -> Option<&'a Op> {
     matches!(plan, LinearPlan::Wgmma { .. }).then_some(behind)
 }
 
-/// Whether the kernel of `op` rounds for `expert_down`, as [`of_norm`].
+/// Whether the kernel of `op` rounds for `expert_down`, as [`of_producer`].
 pub(super) fn of_gate_up(lowering: &Lowering<'_>, op: &Op, unused: [Arg; 2]) -> (bool, [(&'static str, Arg); 2]) {
     let scale = match down(lowering, op) {
         Some(Op::ExpertDown { weight, .. }) => input_scale(lowering.program, weight),

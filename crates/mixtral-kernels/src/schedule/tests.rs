@@ -235,9 +235,9 @@ fn no_launch_is_asked_for_that_no_driver_takes() {
     insta::assert_snapshot!(said.join("\n"));
 }
 
-/// The norm's kernel rounds for the linear behind it. So nothing may begin between them.
+/// A norm's kernel and attention's round for the linear behind them. So nothing may begin between them.
 #[test]
-fn what_a_norm_rounds_is_handed_over() {
+fn what_is_rounded_for_a_linear_is_handed_over() {
     let mut program = decoder::program(&Geometry::round(DType::Bf16), true);
     let handed_over = |program: &Program| -> Vec<Vec<String>> {
         let [schedule, _] = schedules(program);
@@ -251,9 +251,13 @@ fn what_a_norm_rounds_is_handed_over() {
     };
     assert!(handed_over(&program).iter().all(Vec::is_empty));
     decoder::quantize(&mut program, "fp8".parse().expect("a format"));
-    let experts = "norm linear route expert_gate_up";
+    let (attention, experts) = ("attention linear", "norm linear route expert_gate_up");
     for regime in handed_over(&program) {
-        assert_eq!(regime, ["norm linear", experts, "combine linear", experts]);
+        // Decodes and prompts each have a kernel of attention.
+        let kinds: Vec<&str> = regime.iter().map(String::as_str).collect();
+        let mut once = kinds.clone();
+        once.dedup();
+        assert_eq!(once, ["norm linear", attention, experts, "combine linear", attention, experts]);
     }
     // Cut short, the last norm still rounds, for nobody.
     let short = program.first_layers(1).expect("layers alike");
