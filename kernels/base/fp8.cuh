@@ -151,6 +151,11 @@ __device__ __forceinline__ Pairs alternate<f16_t>(u32 bytes) {
 // Four numbers, the first in the lowest byte, as two registers of f16: each number divided by 256, exactly. An f16 has the
 // exponent's lowest bit three places higher, and its exponents begin eight lower. Both NaNs become NaN.
 __device__ __forceinline__ void to_f16(u32 (&pairs)[2], u32 four) {
+#if __CUDA_ARCH__ >= 890
+    constexpr u32 BY_256 = 0x1c001c00;  // 2^-8, twice
+    pairs[0] = multiply_add<f16_t>(convert(static_cast<u16>(four)), BY_256, 0x80008000);
+    pairs[1] = multiply_add<f16_t>(convert(static_cast<u16>(four >> 16)), BY_256, 0x80008000);
+#else
     // The bit behind the largest magnitude: set where a byte is NaN.
     const u32 nan = ((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
 #pragma unroll
@@ -160,6 +165,7 @@ __device__ __forceinline__ void to_f16(u32 (&pairs)[2], u32 four) {
         const u32 wide = __byte_perm(four, 0, order);
         pairs[i] = (wide & 0x80008000u) | (wide >> 1 & 0x3f803f80u) | __byte_perm(nan, 0, order) >> 1;
     }
+#endif
 }
 
 }  // namespace fp8

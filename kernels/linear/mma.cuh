@@ -69,6 +69,75 @@ __device__ __forceinline__ typename C::Stored find_row(typename C::Stored weight
     }
 }
 
+// Of a warp's blocks of 16 rows, which begin with the tile's block `first`: the scales and zeros of the lane's two rows of each,
+// if a row has them.
+template <typename C>
+__device__ __forceinline__ void load_row_values(float (&scales)[C::BLOCKS][2], typename C::W::Zero (&zeros)[C::BLOCKS],
+                                                typename C::Stored weight, const sched::Tile& tile, int first) {
+    using W = typename C::W;
+    if constexpr (W::ROW_VALUES > 0) {
+        constexpr int SLABS = W::slabs(C::OUTPUTS, C::SILU);
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int m = 0; m < C::BLOCKS; m++) {
+            const int slab = min(tile.row * (C::ROWS / 16) + first + m, SLABS - 1);
+            const float* of_row = W::row_values(weight, static_cast<i64>(tile.expert) * SLABS + slab) + lane / 4 * W::ROW_VALUES;
+            scales[m][0] = of_row[0], scales[m][1] = of_row[8 * W::ROW_VALUES];
+            zeros[m] = W::row_zero(of_row[W::ROW_VALUES - 1], of_row[9 * W::ROW_VALUES - 1]);
+        }
+    }
+}
+
+// Scales the sums of a warp's blocks and stores them. Of a column of the tile, `map_of` is the row of its results, or negative, and
+// `scale_of` its token's scale. All lanes of the warp call both.
+template <typename C, typename Out, typename MapOf, typename ScaleOf>
+__device__ __forceinline__ void finish(float (&d)[C::BLOCKS][C::COLS / 8][4], const float (&scales)[C::BLOCKS][2],
+                                       const sched::Tile& tile, int first, typename C::Stored weight, Out* out, const Out* residual,
+                                       MapOf map_of, ScaleOf scale_of) {
+    using T = typename C::T;
+    using W = typename C::W;
+    const int lane = threadIdx.x % 32;
+    float factor = 1.0f;
+    if constexpr (W::FACTOR) factor = W::factor(weight, tile.expert);
+#pragma unroll
+    for (int m = 0; m < C::BLOCKS; m++) {
+        if constexpr (W::UNIT != 1.0f) {
+#pragma unroll
+            for (int c = 0; c < C::COLS / 8; c++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    d[m][c][i] *= W::UNIT;
+                    if constexpr (W::ROW_VALUES > 0) d[m][c][i] *= scales[m][i / 2];
+                    if constexpr (W::FACTOR) d[m][c][i] *= factor;
+                }
+            }
+        }
+        const int row = tile.row * C::OUT_ROWS + (first + m) * (C::SILU ? 8 : 16) + lane / 4;
+        float factors[2] = {1.0f, 1.0f};
+        if constexpr (W::BY_ROWS) {
+            const int2 rows = epilogue::rows_of_pair<C::KIND, C::OUTPUTS>(row);
+            const i64 of_expert = tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS);
+            factors[0] = W::row_factor(weight, of_expert + rows.x), factors[1] = W::row_factor(weight, of_expert + rows.y);
+        }
+#pragma unroll
+        for (int c = 0; c < C::COLS / 8; c++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int col = c * 8 + lane % 4 * 2 + half, to = map_of(col);
+                float upper = d[m][c][half], lower = d[m][c][half + 2];
+                if constexpr (W::BY_ROWS) {
+                    const float token_scale = scale_of(col);
+                    upper = epilogue::scaled<W::BY_TOKENS>(upper, factors[0], token_scale);
+                    lower = epilogue::scaled<W::BY_TOKENS>(lower, factors[1], token_scale);
+                }
+                if (to < 0) continue;
+                const i64 at = static_cast<i64>(to) * C::OUTPUTS;
+                epilogue::store_pair<T, C::KIND, C::OUTPUTS>(upper, lower, row, out + at, residual + at);
+            }
+        }
+    }
+}
+
 // Computes the products of a tile, and its epilogue.
 template <typename C, typename Out>
 __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, const int* sources, const int* map,
@@ -97,19 +166,9 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
         }
         ptx::cp_async_commit();
     };
-    // Slab by slab, the scales and zeros of the lane's two rows, if a row has them.
     float scales[C::BLOCKS][2];
     typename W::Zero zeros[C::BLOCKS];
-    if constexpr (W::ROW_VALUES > 0) {
-        constexpr int SLABS = W::slabs(C::OUTPUTS, C::SILU);
-#pragma unroll
-        for (int m = 0; m < C::BLOCKS; m++) {
-            const int slab = min(tile.row * (C::ROWS / 16) + warp * C::BLOCKS + m, SLABS - 1);
-            const float* of_row = W::row_values(weight, static_cast<i64>(tile.expert) * SLABS + slab) + lane / 4 * W::ROW_VALUES;
-            scales[m][0] = of_row[0], scales[m][1] = of_row[8 * W::ROW_VALUES];
-            zeros[m] = W::row_zero(of_row[W::ROW_VALUES - 1], of_row[9 * W::ROW_VALUES - 1]);
-        }
-    }
+    load_row_values<C>(scales, zeros, weight, tile, warp * C::BLOCKS);
     for (int s = 0; s < C::STAGES - 1; s++) copy(s);
     for (int k = 0; k < C::K_BLOCKS; k++) {
         ptx::cp_async_wait_group<C::STAGES - 2>();
@@ -161,46 +220,8 @@ __device__ __forceinline__ void mma_tile(u8* shared, const sched::Tile& tile, co
         }
     }
     ptx::cp_async_wait_group<0>();
-    float factor = 1.0f;
-    if constexpr (W::FACTOR) factor = W::factor(weight, tile.expert);
-#pragma unroll
-    for (int m = 0; m < C::BLOCKS; m++) {
-        const int block = warp * C::BLOCKS + m;
-        if constexpr (W::UNIT != 1.0f) {
-#pragma unroll
-            for (int c = 0; c < C::COLS / 8; c++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    d[m][c][i] *= W::UNIT;
-                    if constexpr (W::ROW_VALUES > 0) d[m][c][i] *= scales[m][i / 2];
-                    if constexpr (W::FACTOR) d[m][c][i] *= factor;
-                }
-            }
-        }
-        const int row = tile.row * C::OUT_ROWS + block * (C::SILU ? 8 : 16) + lane / 4;
-        float factors[2] = {1.0f, 1.0f};
-        if constexpr (W::BY_ROWS) {
-            const int2 rows = epilogue::rows_of_pair<C::KIND, C::OUTPUTS>(row);
-            const i64 first = tile.expert * static_cast<i64>(C::SILU ? 2 * C::OUTPUTS : C::OUTPUTS);
-            factors[0] = W::row_factor(weight, first + rows.x), factors[1] = W::row_factor(weight, first + rows.y);
-        }
-#pragma unroll
-        for (int c = 0; c < C::COLS / 8; c++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int col = c * 8 + lane % 4 * 2 + half;
-                if (col >= tile.count || map[col] < 0) continue;
-                const i64 at = static_cast<i64>(map[col]) * C::OUTPUTS;
-                float upper = d[m][c][half], lower = d[m][c][half + 2];
-                if constexpr (W::BY_ROWS) {
-                    const float token_scale = W::BY_TOKENS ? token_scales[sources[col]] : 1.0f;
-                    upper = epilogue::scaled<W::BY_TOKENS>(upper, factors[0], token_scale);
-                    lower = epilogue::scaled<W::BY_TOKENS>(lower, factors[1], token_scale);
-                }
-                epilogue::store_pair<T, C::KIND, C::OUTPUTS>(upper, lower, row, out + at, residual + at);
-            }
-        }
-    }
+    finish<C>(d, scales, tile, warp * C::BLOCKS, weight, out, residual, [&](int col) { return col < tile.count ? map[col] : -1; },
+              [&](int col) { return W::BY_TOKENS && col < tile.count ? token_scales[sources[col]] : 1.0f; });
     __syncthreads();
 }
 

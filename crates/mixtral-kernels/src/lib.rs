@@ -32,6 +32,7 @@ pub mod select;
 pub mod source;
 pub mod step_block;
 mod stream;
+mod strip;
 pub mod weight;
 
 pub use arch::{Arch, Family};

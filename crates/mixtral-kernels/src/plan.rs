@@ -41,9 +41,22 @@ pub enum LinearPlan {
     },
     /// Bulk copies and mma.sync, for few tokens and packed weights: each warp streams weights through a ring of its own.
     Stream(Stream),
+    /// cp.async and mma.sync, for few tokens: each warp streams strips of 16 rows through a ring of its own.
+    Strip(Strip),
     /// cuBLASLt's product, with the algorithm that cuBLASLt chooses at run time. Used only where the user asked for it,
     /// because with it a row's bits depend on the other rows.
     CublasLt,
+}
+
+/// The numbers of [`LinearPlan::Strip`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Strip {
+    /// Warps of a CTA.
+    pub warps: u32,
+    /// The most columns of a tile.
+    pub cols: u32,
+    /// Stages of a warp's ring.
+    pub stages: u32,
 }
 
 /// The numbers of [`LinearPlan::Stream`].
@@ -84,6 +97,7 @@ impl fmt::Display for LinearPlan {
             LinearPlan::Stream(Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages }) => {
                 write!(f, "stream:{rows}x{cols}:w{warps}:p{split}:b{blocks}:s{stages}:t{token_blocks}x{token_stages}")
             }
+            LinearPlan::Strip(Strip { warps, cols, stages }) => write!(f, "strip:16x{cols}:w{warps}:s{stages}"),
             LinearPlan::CublasLt => write!(f, "cublaslt"),
         }
     }
@@ -126,6 +140,11 @@ impl FromStr for LinearPlan {
                 let (token_blocks, token_stages) = tile(words.next().and_then(|w| w.strip_prefix('t')))?;
                 LinearPlan::Stream(Stream { cols, rows, warps, split, blocks, stages, token_blocks, token_stages })
             }
+            "strip" => {
+                let (16, cols) = tile(words.next())? else { return Err(error()) };
+                let (warps, stages) = (number(words.next(), 'w')?, number(words.next(), 's')?);
+                LinearPlan::Strip(Strip { warps, cols, stages })
+            }
             "cublaslt" => LinearPlan::CublasLt,
             _ => return Err(error()),
         };
@@ -142,6 +161,7 @@ mod tests {
         let plans = [
             LinearPlan::Simt,
             LinearPlan::Mma { rows: 64, cols: 32 },
+            LinearPlan::Strip(Strip { warps: 3, cols: 8, stages: 10 }),
             LinearPlan::Wgmma { rows: 48, cols: 8, depth: 128, stages: 5, warpgroups: 1, cluster: 1, dynamic: false },
             LinearPlan::Wgmma { rows: 128, cols: 256, depth: 64, stages: 4, warpgroups: 2, cluster: 2, dynamic: true },
             LinearPlan::Stream(Stream {

@@ -5,7 +5,7 @@ use mixtral_engine::{Op, Program, Rows, Rung};
 use mixtral_model::{Bits, ElemType, Quantization};
 
 use crate::lower::count;
-use crate::plan::{RUNGS, Stream};
+use crate::plan::{RUNGS, Stream, Strip};
 use crate::{Family, LinearPlan, WeightRows};
 
 /// A linear as its kernels see it.
@@ -88,6 +88,9 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         return LinearPlan::Stream(stream);
     }
     if family == Family::Portable || !shape.is_aligned() {
+        if let Some(strip) = Strip::new(shape, tokens) {
+            return LinearPlan::Strip(strip);
+        }
         // With two sets of sums, wider tiles would not fit into the registers.
         let cols = portable_cols(tokens).min(if shape.weight.has_two_sums() { 64 } else { 128 });
         return LinearPlan::Mma { rows: if cols > 64 { 128 } else { 64 }, cols };
@@ -302,10 +305,11 @@ mod tests {
             [1, 32, 64, 128, 256, 512, 704, 16384].map(|tokens| plan(shape, tokens, family).to_string()).to_vec()
         };
         insta::assert_debug_snapshot!([false, true].map(|grouped| plans(&shape(14336, grouped), Family::Hopper)));
-        // mma.sync's sums have other bits than wgmma's. So the kernel is chosen by the shape alone.
+        // mma.sync's sums, in tiles or strips, have other bits than wgmma's. So the kernel is chosen by the shape alone.
         for (depth, family) in [(14336, Family::Portable), (14344, Family::Hopper)] {
             for grouped in [false, true] {
-                assert!(plans(&shape(depth, grouped), family).iter().all(|plan| plan.starts_with("mma:")));
+                let by_mma = |plan: &String| plan.starts_with("mma:") || plan.starts_with("strip:");
+                assert!(plans(&shape(depth, grouped), family).iter().all(by_mma));
             }
         }
     }
@@ -321,13 +325,12 @@ mod tests {
             grouped: false,
         };
         assert_eq!(plan(&shape, 1, Family::Hopper), LinearPlan::Mma { rows: 64, cols: 8 });
+        let is_portable =
+            |shape: LinearShape| matches!(plan(&shape, 1, Family::Hopper), LinearPlan::Strip(Strip { cols: 1, .. }));
         let even = LinearShape { depth: 104, ..shape };
         assert!(matches!(plan(&even, 1, Family::Hopper), LinearPlan::Wgmma { .. }));
-        assert!(matches!(plan(&LinearShape { rows: 65, ..even }, 1, Family::Hopper), LinearPlan::Mma { .. }));
-        assert!(matches!(
-            plan(&LinearShape { rows: 72, silu_mul: true, ..even }, 1, Family::Hopper),
-            LinearPlan::Mma { .. }
-        ));
+        assert!(is_portable(LinearShape { rows: 65, ..even }));
+        assert!(is_portable(LinearShape { rows: 72, silu_mul: true, ..even }));
         assert_eq!(
             plan(&LinearShape { weight: WeightRows::Plain(DType::F32), ..even }, 1, Family::Hopper),
             LinearPlan::Simt

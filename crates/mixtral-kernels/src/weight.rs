@@ -95,10 +95,19 @@ impl WeightRows {
         !matches!(self, WeightRows::Plain(_))
     }
 
+    /// Elements along K that share a scale, if not all of a row do. Their sums are scaled and added up.
+    #[must_use]
+    pub const fn group(self) -> Option<usize> {
+        match self {
+            WeightRows::Quantized(_, Quantization { group, .. }) => group,
+            _ => None,
+        }
+    }
+
     /// Whether sums are scaled and added up group by group.
     #[must_use]
     pub const fn has_groups(self) -> bool {
-        matches!(self, WeightRows::Quantized(_, Quantization { group: Some(_), .. }))
+        self.group().is_some()
     }
 
     /// Elements of K in a block of a packed weight, and in a row of a plain one that TMA swizzles: the least that a stage

@@ -4,7 +4,7 @@ use mixtral_engine::{Epilogue, Op, Rows};
 use mixtral_model::ElemType;
 
 use super::{LowerError, Lowering, all_named, count, elementwise, moe, named, of_launches, rounded, type_name};
-use crate::plan::Stream;
+use crate::plan::{Stream, Strip};
 use crate::scratch::PRODUCT_WORKSPACE;
 use crate::select::{self, LinearShape};
 use crate::step_block::Array;
@@ -21,6 +21,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Work>, Lower
             linear.wgmma(&Tiling { rows, cols, depth, stages, warpgroups, cluster, dynamic })
         }
         LinearPlan::Stream(stream) => linear.stream(&stream),
+        LinearPlan::Strip(strip) => linear.strip(strip),
         LinearPlan::CublasLt => return Ok(linear.cublaslt()),
     };
     Ok(of_launches(rounding.into_iter().chain(launches?).collect()))
@@ -284,18 +285,18 @@ impl<'a> Linear<'a> {
         (Kernel { header: header.into(), symbol, threads: 128, shared_bytes: 0, family: Family::Portable }, args)
     }
 
-    /// A launch of the mma kernel or the simt kernel, both of which take any shape.
+    /// A launch of a kernel that runs on any architecture, with its threads and bytes of shared memory.
     fn portable(
         &self,
         kernel: &'static str,
         header: &'static str,
         config: &str,
-        shared: u32,
+        [threads, shared]: [u32; 2],
         tile: [u32; 2],
     ) -> Launch {
         let (kernel, mut args) = self.simple(kernel, header, config);
         args.extend(named([self.scales_of_tokens()]));
-        let kernel = Kernel { shared_bytes: shared, ..kernel };
+        let kernel = Kernel { threads, shared_bytes: shared, ..kernel };
         // As many CTAs as 100 KB of shared memory, the least that an architecture has, hold. Eight suffice to hide the
         // memory's latency.
         let per_sm = ((100 << 10) / (shared + 1024)).clamp(1, 8);
@@ -315,7 +316,7 @@ impl<'a> Linear<'a> {
             self.shape.depth,
             self.kind as u32
         );
-        Ok(vec![self.portable("simt", "linear/simt.cuh", &config, 0, [64, 32])])
+        Ok(vec![self.portable("simt", "linear/simt.cuh", &config, [128, 0], [64, 32])])
     }
 
     fn mma(&self, rows: u32, cols: u32) -> Result<Vec<Launch>, LowerError> {
@@ -330,7 +331,20 @@ impl<'a> Linear<'a> {
             self.shape.depth,
             self.kind as u32
         );
-        Ok(vec![self.portable("mma", "linear/mma.cuh", &config, shared, [rows, cols])])
+        Ok(vec![self.portable("mma", "linear/mma.cuh", &config, [128, shared], [rows, cols])])
+    }
+
+    fn strip(&self, strip: Strip) -> Result<Vec<Launch>, LowerError> {
+        let Strip { warps, cols, stages } = strip;
+        let shared = strip.shared_bytes(&self.shape);
+        let config = format!(
+            "linear::StripConfig<{}, {warps}, {cols}, {stages}, {}, {}, {}, {shared}>",
+            self.packing.symbol(self.first_row),
+            self.outputs,
+            self.shape.depth,
+            self.kind as u32
+        );
+        Ok(vec![self.portable("strip", "linear/strip.cuh", &config, [32 * warps, shared], [16, cols])])
     }
 
     fn stream(&self, stream: &Stream) -> Result<Vec<Launch>, LowerError> {
