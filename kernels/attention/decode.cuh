@@ -51,7 +51,7 @@ struct Decode {
         // The CTA's first and last work, each with its item in x, y and z, and whether the CTA adds the splits of their
         // sequences. (Kept here, so that they take no registers.)
         int4 outermost[2];
-        alignas(16) int adds[2];
+        alignas(16) u16 adds[2];
         // With ROUNDS: by what outputs are divided for the linear behind.
         fp8::Divisor divisor;
     };

@@ -98,38 +98,15 @@ __device__ __forceinline__ i64 cache_offset(i32 slot, int head) {
     return ((static_cast<i64>(slot / BLOCK_SIZE) * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
 }
 
-// Stores the first n of eight numbers of type T in the cache: as they are, or e4m3(x / scale) in an fp8 cache.
+// Stores the first n of eight numbers of type T in the cache: as they are, or e4m3(x / divisor) in an fp8 cache.
 template <typename T, bool ALIGNED, typename Stored>
-__device__ __forceinline__ void keep(Stored* to, float (&x)[VECTOR], float scale, int n) {
+__device__ __forceinline__ void keep(Stored* to, float (&x)[VECTOR], const fp8::Divisor& divisor, int n) {
     if constexpr (sizeof(Stored) == 1) {
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) x[i] = rounded<T>(x[i]);
-        fp8::Divisor(scale).divide(x);
+        divisor.divide(x);
     }
     store<ALIGNED>(to, x, n);
-}
-
-// The same for numbers that lie in memory, as they are in a plain cache.
-template <typename T, bool ALIGNED, typename Stored>
-__device__ __forceinline__ void keep_copy(Stored* to, const T* from, float scale, int n) {
-    if constexpr (sizeof(Stored) == 1) {
-        float x[VECTOR];
-        load<ALIGNED>(x, from, n);
-        keep<T, ALIGNED>(to, x, scale, n);
-    } else {
-        copy<ALIGNED>(to, from, n);
-    }
-}
-
-// Rotates the first n of eight pairs at `from`, whose second elements lie HALF behind, and stores them to `to`.
-template <int HALF, bool ALIGNED, typename Stored, typename T>
-__device__ __forceinline__ void rotate_to(Stored* to, const T* from, const float2* angles, int n, float scale) {
-    float x[VECTOR], y[VECTOR];
-    load<ALIGNED>(x, from, n);
-    load<ALIGNED>(y, from + HALF, n);
-    rotate<ALIGNED>(x, y, angles, n);
-    keep<T, ALIGNED>(to, x, scale, n);
-    keep<T, ALIGNED>(to + HALF, y, scale, n);
 }
 
 // Rotates the first NUM_HEADS heads of rows of COLS, in place.
@@ -145,7 +122,12 @@ __global__ void __launch_bounds__(THREADS) rope(const step::Header* header, cons
     for (int index = threadIdx.x; index < NUM_HEADS * PER_HEAD; index += THREADS) {
         const int i = index % PER_HEAD * VECTOR, n = HALF - i;
         T* at = data + token * COLS + index / PER_HEAD * HEAD_DIM + i;
-        rotate_to<HALF, ALIGNED>(at, at, table + token * HALF + i, n, 1.0f);
+        float x[VECTOR], y[VECTOR];
+        load<ALIGNED>(x, at, n);
+        load<ALIGNED>(y, at + HALF, n);
+        rotate<ALIGNED>(x, y, table + token * HALF + i, n);
+        store<ALIGNED>(at, x, n);
+        store<ALIGNED>(at + HALF, y, n);
     }
 }
 
@@ -156,6 +138,7 @@ __global__ void __launch_bounds__(THREADS)
     write_kv(const step::Header* header, const i32* slots, const T* key, const T* value, float key_scale, float value_scale,
              Stored* keys, Stored* values) {
     pdl::launch_dependents();
+    const fp8::Divisor by_key(key_scale), by_value(value_scale);
     const i64 token = blockIdx.x;
     const bool idle = token >= header->num_tokens;
     pdl::wait();
@@ -163,21 +146,24 @@ __global__ void __launch_bounds__(THREADS)
     const i32 slot = slots[token];
     if (slot < 0) return;
     constexpr int PER_HEAD = ceil_div(HEAD_DIM, VECTOR);
-    for (int index = threadIdx.x; index < NUM_HEADS * PER_HEAD; index += THREADS) {
-        const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR;
+    constexpr bool ALIGNED = whole_vectors(HEAD_DIM);
+    for (int index = threadIdx.x; index < 2 * NUM_HEADS * PER_HEAD; index += THREADS) {
+        const bool is_key = index < NUM_HEADS * PER_HEAD;
+        const int head = index / PER_HEAD % NUM_HEADS, i = index % PER_HEAD * VECTOR;
         const i64 to = cache_offset<NUM_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head) + i;
-        const i64 from = (token * NUM_HEADS + head) * HEAD_DIM + i;
-        keep_copy<T, whole_vectors(HEAD_DIM)>(keys + to, key + from, key_scale, HEAD_DIM - i);
-        keep_copy<T, whole_vectors(HEAD_DIM)>(values + to, value + from, value_scale, HEAD_DIM - i);
+        float x[VECTOR];
+        load<ALIGNED>(x, (is_key ? key : value) + (token * NUM_HEADS + head) * HEAD_DIM + i, HEAD_DIM - i);
+        keep<T, ALIGNED>((is_key ? keys : values) + to, x, is_key ? by_key : by_value, HEAD_DIM - i);
     }
 }
 
 // Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache.
 template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 1536 / THREADS)
     rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, float key_scale, float value_scale,
                   Stored* keys, Stored* values) {
     pdl::launch_dependents();
+    const fp8::Divisor by_key(key_scale), by_value(value_scale);
     const i64 token = blockIdx.x;
     const bool idle = token >= header->num_tokens;
     pdl::wait();
@@ -190,16 +176,22 @@ __global__ void __launch_bounds__(THREADS)
     for (int index = threadIdx.x; index < ALL; index += THREADS) {
         const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR, n = HALF - i;
         T* at = row + head * HEAD_DIM + i;
-        const float2* angles = table + token * HALF + i;
+        if (head >= NUM_HEADS && slot < 0) continue;
+        float x[VECTOR], y[VECTOR];
+        load<ALIGNED>(x, at, n);
+        load<ALIGNED>(y, at + HALF, n);
+        if (index < ROTATED) rotate<ALIGNED>(x, y, table + token * HALF + i, n);
         if (head < NUM_HEADS) {
-            rotate_to<HALF, ALIGNED>(at, at, angles, n, 1.0f);
-        } else if (slot >= 0 && head < NUM_HEADS + KV_HEADS) {
-            Stored* to = keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS) + i;
-            rotate_to<HALF, ALIGNED>(to, at, angles, n, key_scale);
-        } else if (slot >= 0) {
-            Stored* to = values + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head - NUM_HEADS - KV_HEADS) + i;
-            keep_copy<T, ALIGNED>(to, at, value_scale, n);
-            keep_copy<T, ALIGNED>(to + HALF, at + HALF, value_scale, n);
+            store<ALIGNED>(at, x, n);
+            store<ALIGNED>(at + HALF, y, n);
+        } else {
+            // (One piece of code for keys and values: at one token, what takes time is to fetch code that runs only once.)
+            const bool is_key = index < ROTATED;
+            const int own = head - NUM_HEADS - (is_key ? 0 : KV_HEADS);
+            Stored* to = (is_key ? keys : values) + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, own) + i;
+            const fp8::Divisor& divisor = is_key ? by_key : by_value;
+            keep<T, ALIGNED>(to, x, divisor, n);
+            keep<T, ALIGNED>(to + HALF, y, divisor, n);
         }
     }
 }

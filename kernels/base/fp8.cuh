@@ -25,25 +25,23 @@ __device__ __forceinline__ float scale(float most) {
 // without __fdiv_rn's branches, one number after another: a reciprocal and two corrections give that quotient for all
 // magnitudes that do not become 0 or MAX anyway.
 struct Divisor {
-    float divisor, reciprocal;
+    // With divisors far from 1, the corrections could lose bits among the smallest numbers. So numbers and divisor are multiplied by a
+    // power of two first. What that takes out of an f32's range becomes 0 or MAX in any case.
+    float factor, divisor, reciprocal;
 
-    __device__ __forceinline__ explicit Divisor(float divisor) : divisor(divisor), reciprocal(__fdiv_rn(1.0f, divisor)) {}
+    __device__ __forceinline__ explicit Divisor(float by)
+        : factor(by < 1e-20f ? 0x1p64f : by > 1e20f ? 0x1p-64f : 1.0f), divisor(by * factor), reciprocal(__fdiv_rn(1.0f, divisor)) {}
 
     template <int COUNT>
     __device__ __forceinline__ void divide(float (&x)[COUNT]) const {
-        // With divisors outside this range the corrections could lose bits among the smallest numbers.
-        if (divisor > 1e-20f && divisor < 1e20f) {
 #pragma unroll
-            for (int i = 0; i < COUNT; ++i) {
-                const float first = __fmul_rn(x[i], reciprocal);
-                const float second = __fmaf_rn(__fmaf_rn(-first, divisor, x[i]), reciprocal, first);
-                const float third = __fmaf_rn(__fmaf_rn(-second, divisor, x[i]), reciprocal, second);
-                // (The corrections would make NaN of infinity, and 0 of -0.)
-                x[i] = fabsf(first) < 512.0f ? copysignf(third, first) : first;
-            }
-        } else {
-#pragma unroll
-            for (int i = 0; i < COUNT; ++i) x[i] = __fdiv_rn(x[i], divisor);
+        for (int i = 0; i < COUNT; ++i) {
+            const float number = __fmul_rn(x[i], factor);
+            const float first = __fmul_rn(number, reciprocal);
+            const float second = __fmaf_rn(__fmaf_rn(-first, divisor, number), reciprocal, first);
+            const float third = __fmaf_rn(__fmaf_rn(-second, divisor, number), reciprocal, second);
+            // (The corrections would make NaN of infinity, and 0 of -0.)
+            x[i] = fabsf(first) < 512.0f ? copysignf(third, first) : first;
         }
     }
 };

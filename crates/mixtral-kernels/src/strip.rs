@@ -24,8 +24,8 @@ impl Strip {
         let matrices = if shape.grouped { (2 * tokens).clamp(2, 8) } else { 1 };
         let of_multiprocessor = count((shape.rows.div_ceil(16) * matrices).div_ceil(MULTIPROCESSORS));
         let stage = Strip { warps: 1, cols, stages: 1 }.shared_bytes(shape);
-        // More than eight warps gain nothing, and rings of fewer than four stages do not hide the memory's latency.
-        let warps = of_multiprocessor.clamp(2, 8).min(RINGS / (4 * stage)).max(1);
+        // Rings of fewer than four stages do not hide the memory's latency.
+        let warps = warps(of_multiprocessor).min(RINGS / (4 * stage)).max(1);
         let stages = (RINGS / (warps * stage)).min(12);
         (stages >= 3).then_some(Strip { warps, cols, stages })
     }
@@ -38,6 +38,15 @@ impl Strip {
         let block = count(format.stage_bytes(16)) + token_bytes(format, self.cols, count(format.stage_depth()));
         self.warps * self.stages * blocks * block
     }
+}
+
+/// How many warps share a multiprocessor's strips. More than eight gain nothing. Of five to eight it is the most with which hardly any
+/// warp is idle while others compute their last strip.
+fn warps(strips: u32) -> u32 {
+    let turns = |warps: u32| strips.div_ceil(warps) * warps;
+    let least = (5..=8).map(turns).min().unwrap_or(strips);
+    let balanced = (5..=8).rev().find(|&warps| 20 * turns(warps) <= 21 * least);
+    if strips <= 8 { strips.max(2) } else { balanced.unwrap_or(8) }
 }
 
 #[cfg(test)]
@@ -53,14 +62,15 @@ mod tests {
     }
 
     #[test]
-    fn a_multiprocessor_has_as_many_warps_as_strips_up_to_eight() {
+    fn a_multiprocessor_has_as_many_warps_as_its_strips_take() {
         let numbers = |rows, grouped, tokens| {
             Strip::new(&shape(rows, 4096, grouped), tokens).map(|strip| (strip.warps, strip.cols, strip.stages))
         };
         assert_eq!(numbers(4096, false, 1), Some((2, 1, 12)));
         assert_eq!(numbers(6144, false, 1), Some((3, 1, 12)));
         assert_eq!(numbers(4096, true, 1), Some((4, 1, 11)));
-        assert_eq!(numbers(28672, true, 1), Some((8, 1, 5)));
+        // 28 strips are four rounds of seven.
+        assert_eq!(numbers(28672, true, 1), Some((7, 1, 6)));
         assert_eq!(numbers(28672, true, 8), Some((8, 4, 4)));
         assert_eq!(numbers(28672, true, 16), Some((8, 8, 4)));
         assert_eq!(numbers(28672, true, 32), None);
