@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(THREADS)
 
 // Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache.
 template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
-__global__ void __launch_bounds__(THREADS, 1536 / THREADS)
+__global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1536 / THREADS)
     rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, float key_scale, float value_scale,
                   Stored* keys, Stored* values) {
     pdl::launch_dependents();
