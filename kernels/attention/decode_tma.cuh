@@ -48,9 +48,8 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
         static __device__ __forceinline__ u32 step(u32 address, int k) { return (address ^ k % 4 * 32) + k / 4 * ATOM; }
     };
 
-    // The tiles as the computing warps see them. A warp arrives at the slot's barrier after its reads; the __syncwarp
-    // ensures that all lanes have read. The producer's copies into the slot follow that barrier. No warp writes to a
-    // slot, so no fence is needed between its accesses and TMA's.
+    // The tiles as the computing warps see them. A warp fences after its reads and arrives at the slot's barrier; the
+    // __syncwarp ensures that all lanes have read. The producer's copies into the slot follow that barrier.
     struct Tiles {
         using Layout = DecodeStream::Layout;
         static constexpr bool ZEROED = false;
@@ -70,6 +69,7 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
         }
         __device__ __forceinline__ u32 values() const { return keys(); }
         __device__ __forceinline__ void release() {
+            tma::fence_shared();
             __syncwarp();
             ring.release();
         }

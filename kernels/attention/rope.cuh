@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(THREADS) rope(const step::Header* header, cons
     constexpr int HALF = HEAD_DIM / 2, PER_HEAD = ceil_div(HALF, VECTOR);
     constexpr bool ALIGNED = whole_vectors(HALF) && whole_vectors(COLS);
     for (int index = threadIdx.x; index < NUM_HEADS * PER_HEAD; index += THREADS) {
-        const int i = index % PER_HEAD * VECTOR, n = HALF - i;
+        const int i = index % PER_HEAD * VECTOR, n = ALIGNED ? VECTOR : HALF - i;
         T* at = data + token * COLS + index / PER_HEAD * HEAD_DIM + i;
         float x[VECTOR], y[VECTOR];
         load<ALIGNED>(x, at, n);
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1536 / THREADS)
     const i32 slot = slots[token];
     T* row = qkv + token * (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM;
     for (int index = threadIdx.x; index < ALL; index += THREADS) {
-        const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR, n = HALF - i;
+        const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR, n = ALIGNED ? VECTOR : HALF - i;
         T* at = row + head * HEAD_DIM + i;
         if (head >= NUM_HEADS && slot < 0) continue;
         float x[VECTOR], y[VECTOR];

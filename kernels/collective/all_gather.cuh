@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(THREADS, per_sm(THREADS))
     Patience patience(stop, report);
     Slot<T, RANKS> slot(inboxes, capacity, rank, half);
     pdl::wait();
-    slot.open(*done, ordinal);
+    slot.open(glance(done) + ordinal);
     for (i64 tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
         const i64 row = tile / TILES;
         const int in_row = static_cast<int>(tile % TILES) * THREADS + threadIdx.x;

@@ -106,8 +106,9 @@ struct Sums {
         return base;
     }
 
-    __device__ __forceinline__ void write(Row& x, const Row& base, i64 row) const {
-        __shared__ float shared[32];
+    // `turn` counts the CTA's rows: with two places for what warps add up, a row need not wait for the one before.
+    __device__ __forceinline__ void write(Row& x, const Row& base, i64 row, int turn) const {
+        __shared__ float shared[2][32];
         if constexpr (RESIDUAL) {
 #pragma unroll
             for (int v = 0; v < Row::VECTORS; ++v) {
@@ -117,10 +118,8 @@ struct Sums {
         }
         x.store(out + row * COLS);
         if constexpr (NORM) {
-            x.template normalize<T>(scale, eps, shared);
+            x.template normalize<T>(scale, eps, shared[turn % 2]);
             x.store(normalized + row * COLS);
-            // The next row's sums are written where this one's were read.
-            __syncthreads();
         }
     }
 };
@@ -128,8 +127,9 @@ struct Sums {
 // Sums rows of which every rank has a part: this rank's is `part(row)`. In shares, rank r sums the rows whose number modulo
 // RANKS is r. A part goes to the rank that sums the row, and the sum comes back to the same place in the inbox. No CTA waits
 // before it has sent all its parts, nor for a sum before it has sent all of its own; so no circle of waiting is possible.
-template <typename T, int COLS, int RANKS, bool RESIDUAL, bool NORM, typename Part>
-__device__ __forceinline__ void reduce(i64 rows, bool in_shares, i32 rank, const Part& part, const Slot<T, RANKS>& slot,
+// `number` loads the collective's number. (That is called after the first row was asked for, so both take one way to memory.)
+template <typename T, int COLS, int RANKS, bool RESIDUAL, bool NORM, typename Part, typename Number>
+__device__ __forceinline__ void reduce(i64 rows, bool in_shares, i32 rank, const Part& part, Slot<T, RANKS>& slot, const Number& number,
                                        Patience& patience, const Sums<T, COLS, RESIDUAL, NORM>& sums) {
     using Row = rms::Row<COLS>;
     // The i-th row that another rank sums, and that rank.
@@ -138,28 +138,41 @@ __device__ __forceinline__ void reduce(i64 rows, bool in_shares, i32 rank, const
         peer += peer >= rank ? 1 : 0;
         return i / (RANKS - 1) * RANKS + peer;
     };
+    const i64 first = in_shares ? rank : 0, next = in_shares ? RANKS : 1;
+    i64 row = first + blockIdx.x * next;
+    Row base = {}, own = {};
+    const auto load = [&] {
+        if (row >= rows) return;
+        base = sums.base(row);
+        own = part(row);
+    };
+    if (!in_shares && row >= rows) return;
+    load();
+    slot.open(number());
+    int turn = 0;
     i32 peer;
-    i64 row;
     if (in_shares) {
-        for (i64 i = blockIdx.x; (row = of_another(i, peer)) < rows; i += gridDim.x) {
-            Packed<T, COLS>(part(row)).send_to(peer, row, slot);
+        i64 other;
+        for (i64 i = blockIdx.x; (other = of_another(i, peer)) < rows; i += gridDim.x) {
+            Packed<T, COLS>(part(other)).send_to(peer, other, slot);
         }
     }
-    const i64 first = in_shares ? rank : 0, next = in_shares ? RANKS : 1;
-    for (row = first + blockIdx.x * next; row < rows; row += gridDim.x * next) {
-        const Row base = sums.base(row);
-        const Packed<T, COLS> mine(part(row));
+    while (row < rows) {
+        const Packed<T, COLS> mine(own);
         if (!in_shares) mine.send(row, slot);
-        if (slot.leaves()) continue;
-        Row x = mine.sum(row, slot, patience);
-        if (in_shares) Packed<T, COLS>(x).send(row, slot);
-        sums.write(x, base, row);
+        if (!slot.leaves()) {
+            Row x = mine.sum(row, slot, patience);
+            if (in_shares) Packed<T, COLS>(x).send(row, slot);
+            sums.write(x, base, row, turn++);
+        }
+        row += gridDim.x * next;
+        load();
     }
     if (in_shares) {
         for (i64 i = blockIdx.x; (row = of_another(i, peer)) < rows; i += gridDim.x) {
             const Row base = sums.base(row);
             Row x = Packed<T, COLS>::take(peer, row, slot, patience);
-            sums.write(x, base, row);
+            sums.write(x, base, row, turn++);
         }
     }
 }
@@ -176,14 +189,16 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     const i64 rows = step::num_rows<ROWS>(header, times);
     Patience patience(stop, report);
     Slot<T, RANKS> slot(inboxes, capacity, rank, half);
+    // (CTA 0 stays, because a grid in which no CTA waits could end before its predecessors.)
+    if (blockIdx.x >= rows && blockIdx.x > 0) return;
     pdl::wait();
-    slot.open(*done, ordinal);
+    const auto number = [=] { return glance(done) + ordinal; };
     const auto part = [input](i64 row) {
         rms::Row<COLS> x;
         x.load(input + row * COLS);
         return x;
     };
-    reduce(rows, RANKS > 2 && slot.is_whole() && rows >= shares_from, rank, part, slot, patience, sums);
+    reduce(rows, RANKS > 2 && slot.is_whole() && rows >= shares_from, rank, part, slot, number, patience, sums);
 }
 
 // All-reduce of the sums of the local experts, [FIRST, LAST): each token's TOP_K rows of `input`, added as moe::combine
@@ -200,14 +215,16 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     const i64 rows = header->num_tokens;
     Patience patience(stop, report);
     Slot<T, RANKS> slot(inboxes, capacity, rank, half);
+    // (CTA 0 stays, because a grid in which no CTA waits could end before its predecessors.)
+    if (blockIdx.x >= rows && blockIdx.x > 0) return;
     pdl::wait();
-    slot.open(*done, ordinal);
+    const auto number = [=] { return glance(done) + ordinal; };
     const auto part = [=](i64 row) {
         rms::Row<COLS> x = moe::combined<T, COLS, TOP_K, FIRST, LAST, ALL>(row, input, expert_ids, expert_weights);
         x.template round<T>();
         return x;
     };
-    reduce(rows, RANKS > 2 && slot.is_whole() && rows >= shares_from, rank, part, slot, patience, sums);
+    reduce(rows, RANKS > 2 && slot.is_whole() && rows >= shares_from, rank, part, slot, number, patience, sums);
 }
 
 }  // namespace exchange

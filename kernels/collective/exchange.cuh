@@ -185,9 +185,9 @@ public:
     // Whether this launch takes no rows.
     __device__ __forceinline__ bool leaves() const { return half == LEAVES; }
 
-    // Selects the slot. The collective's number is `done` plus `ordinal`, its index among the step's collectives.
-    __device__ __forceinline__ void open(u32 done, i32 ordinal) {
-        offset = is_whole() ? static_cast<i64>((done + ordinal) % SLOTS) * (RANKS - 1) * capacity : 0;
+    // Selects the slot. `number` is the collective's: `done` plus its index among the step's collectives.
+    __device__ __forceinline__ void open(u32 number) {
+        offset = is_whole() ? static_cast<i64>(number % SLOTS) * (RANKS - 1) * capacity : 0;
 #pragma unroll
         for (i32 peer = 0; peer < KEPT; ++peer) to[peer] += offset;
         own += offset;

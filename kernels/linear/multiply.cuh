@@ -338,7 +338,6 @@ __device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, 
             }
             if (pair == PAIRS - 1) {
                 // All of the stage is in registers.
-                __syncwarp();
                 ring.release(ring.stage);
                 ring.advance();
                 if (k + 1 < C::K_BLOCKS) {

@@ -5,6 +5,7 @@
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
 #include "ptx/mbarrier.cuh"
+#include "ptx/tma.cuh"
 #include "weight/fp8.cuh"
 #include "weight/plain.cuh"
 #include "weight/quantized.cuh"
@@ -84,9 +85,14 @@ struct Ring {
     __device__ __forceinline__ u32 a() const { return base + stage * C::STAGE; }
     __device__ __forceinline__ u32 b() const { return a() + C::A_BYTES; }
 
-    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free.
+    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free. (Packed weights, and tokens for
+    // products of a warp, are read by ordinary loads; all else by wgmma.)
     __device__ __forceinline__ void release(int s) const {
         const int lane = threadIdx.x % 32;
+        if constexpr (C::W::PACKED) {
+            tma::fence_shared();
+            __syncwarp();
+        }
         if constexpr (C::CLUSTER == 1) {
             if (lane == 0) mbarrier::arrive(empty(s));
         } else {

@@ -386,6 +386,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                 const u8* stage = shared + (warp * C::STAGES + turn.stage) * C::STAGE;
                 Block<W> blocks[C::AHEAD ? C::BLOCKS : 1];
                 const auto refill = [&] {
+                    tma::fence_shared();
                     __syncwarp();
                     loader.load(base + (warp * C::STAGES + turn.stage) * C::STAGE, barriers.full(warp, turn.stage));
                 };
@@ -430,6 +431,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
             }
             if (index % C::TOKEN_CHUNKS == C::TOKEN_CHUNKS - 1) {
                 if (!C::RESIDENT || is_last<C>(group, round)) {
+                    tma::fence_shared();
                     __syncwarp();
                     if (lane == 0) mbarrier::arrive(barriers.tokens_empty(token_turn.stage));
                 }

@@ -1,5 +1,6 @@
 //! The way of quantized weights: each matrix waits in staging memory, as its parts lie in the weight file, until it is
-//! packed into its place. Staging memory holds a few matrices. A matrix takes the place of one that has been packed.
+//! packed into its place. Staging memory is a ring: matrices lie in it one behind the other, and a matrix takes the place of
+//! those that have been packed.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -10,8 +11,9 @@ use mixtral_kernels::Schedule;
 /// Alignment of parts, in bytes.
 const ALIGN: usize = 256;
 
-/// Matrices that staging memory holds at most: some are copied while one is packed.
-const SLOTS: usize = 4;
+/// How many times the largest matrix staging memory holds: some matrices are copied while one is packed. Of int4 experts of Mixtral
+/// 8x7B that is 240 MB, and the threads that copy have up to 128 MB under way.
+const LARGEST: usize = 4;
 
 /// A matrix of a quantized weight.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,12 +74,33 @@ fn matrices(program: &Program, schedule: &Schedule) -> Vec<Matrix> {
     matrices
 }
 
+/// A matrix's place in staging memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Place {
+    start: usize,
+    end: usize,
+    /// How many matrices must have been packed before the place is free.
+    after: usize,
+}
+
+/// Places for matrices of so many bytes in a ring.
+fn places(sizes: &[usize], ring: usize) -> Vec<Place> {
+    let mut places: Vec<Place> = Vec::with_capacity(sizes.len());
+    for size in sizes {
+        let behind = places.last().map_or(0, |place| place.end);
+        let start = if behind + size > ring { 0 } else { behind };
+        let end = start + size;
+        let after = places.iter().rposition(|other| start < other.end && other.start < end).map_or(0, |last| last + 1);
+        places.push(Place { start, end, after });
+    }
+    places
+}
+
 /// The matrices that are to be packed, in their order.
 pub(crate) struct Queue {
     matrices: Vec<Matrix>,
-    /// Bytes of staging memory for each matrix.
-    slot: usize,
-    slots: usize,
+    /// The place of each.
+    places: Vec<Place>,
     progress: Mutex<Progress>,
     changed: Condvar,
 }
@@ -93,9 +116,10 @@ impl Queue {
     pub(crate) fn new(program: &Program, schedule: &Schedule) -> Queue {
         let matrices = matrices(program, schedule);
         let missing = matrices.iter().map(|matrix| matrix.parts.iter().map(|part| part.bytes).sum()).collect();
+        let sizes: Vec<usize> = matrices.iter().map(Matrix::bytes).collect();
+        let ring = LARGEST * sizes.iter().max().unwrap_or(&0);
         Queue {
-            slot: matrices.iter().map(Matrix::bytes).max().unwrap_or(0),
-            slots: SLOTS.min(matrices.len()),
+            places: places(&sizes, ring),
             matrices,
             progress: Mutex::new(Progress { missing, packed: 0, failed: false }),
             changed: Condvar::new(),
@@ -104,7 +128,7 @@ impl Queue {
 
     /// Bytes of staging memory.
     pub(crate) fn bytes(&self) -> usize {
-        self.slot * self.slots
+        self.places.iter().map(|place| place.end).max().unwrap_or(0)
     }
 
     pub(crate) fn matrices(&self) -> &[Matrix] {
@@ -113,21 +137,21 @@ impl Queue {
 
     /// Where the matrix's part of the staging memory begins.
     pub(crate) fn start(&self, matrix: usize) -> usize {
-        matrix % self.slots.max(1) * self.slot
+        self.places[matrix].start
     }
 
     fn lock(&self) -> MutexGuard<'_, Progress> {
         self.progress.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the matrix whose place it takes has been packed.
+    /// Whether the matrices whose place it takes have been packed.
     pub(crate) fn has_room(&self, matrix: usize) -> bool {
-        matrix < self.lock().packed + self.slots
+        self.places[matrix].after <= self.lock().packed
     }
 
     /// Waits for that. Returns `false` if loading has failed meanwhile.
     pub(crate) fn wait_for_room(&self, matrix: usize) -> bool {
-        let full = |progress: &mut Progress| !progress.failed && matrix >= progress.packed + self.slots;
+        let full = |progress: &mut Progress| !progress.failed && self.places[matrix].after > progress.packed;
         let progress = self.changed.wait_while(self.lock(), full).unwrap_or_else(PoisonError::into_inner);
         !progress.failed
     }
@@ -198,17 +222,25 @@ mod tests {
         assert_eq!(of(0), (1, 0, 0..10, vec![(0, 320, 0), (0, 40, 512), (0, 20, 768)]));
         assert_eq!(of(2), (1, 2, 20..30, vec![(640, 320, 0), (80, 40, 512), (40, 20, 768)]));
         assert_eq!(of(3), (2, 0, 0..20, vec![(0, 1280, 0), (0, 80, 1280)]));
-        assert_eq!((queue.bytes(), queue.start(3)), (4 * 1536, 3 * 1536));
+        // Matrices of 1024 bytes three times, and one of 1536.
+        assert_eq!((queue.bytes(), queue.start(3)), (3 * 1024 + 1536, 3 * 1024));
         assert_eq!(queue.matrices()[2].at(1024), [1024, 1536, 1792]);
         // Without zeros, the launch passes the scales in their place.
         assert_eq!(queue.matrices()[3].at(0), [0, 1280, 1280]);
     }
 
     #[test]
+    fn small_matrices_share_the_place_of_a_large_one() {
+        let all = places(&[4, 4, 4, 4, 2, 2, 1, 4, 4], 16);
+        let found: Vec<_> = all.iter().map(|place| (place.start, place.after)).collect();
+        assert_eq!(found, [(0, 0), (4, 0), (8, 0), (12, 0), (0, 1), (2, 1), (4, 2), (5, 3), (9, 4)]);
+    }
+
+    #[test]
     fn a_matrix_waits_until_its_place_is_free() {
         let queue = queue(&[("int8:row:f32", &[9, 16, 64])]);
         let bytes = 16 * 64 + 16 * 4;
-        assert!(queue.has_room(SLOTS - 1) && !queue.has_room(SLOTS));
+        assert!(queue.has_room(LARGEST - 1) && !queue.has_room(LARGEST));
         let mut packed = Vec::new();
         thread::scope(|scope| {
             scope.spawn(|| {
@@ -219,19 +251,19 @@ mod tests {
                 }
             });
             let mut pack = |matrix: &Matrix, start: usize| {
-                packed.push((matrix.expert, start / queue.slot));
+                packed.push((matrix.expert, start / 1280));
                 Ok(())
             };
             queue.drain(&mut pack).expect("no failure");
         });
-        assert_eq!(packed, (0..9).map(|i| (i, i % SLOTS)).collect::<Vec<_>>());
+        assert_eq!(packed, (0..9).map(|i| (i, i % LARGEST)).collect::<Vec<_>>());
     }
 
     #[test]
     fn a_failure_ends_all_waiting() {
         let queue = queue(&[("int8:row:f32", &[9, 16, 64])]);
         thread::scope(|scope| {
-            let waiting = scope.spawn(|| queue.wait_for_room(SLOTS));
+            let waiting = scope.spawn(|| queue.wait_for_room(LARGEST));
             let packing = scope.spawn(|| queue.drain(&mut |_, _| Ok(())));
             queue.fail();
             assert!(!waiting.join().expect("no panic"));
