@@ -48,8 +48,8 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
         static __device__ __forceinline__ u32 step(u32 address, int k) { return (address ^ k % 4 * 32) + k / 4 * ATOM; }
     };
 
-    // The tiles as the computing warps see them. A warp fences after its reads and arrives at the slot's barrier; the
-    // __syncwarp ensures that all lanes have read. The producer's copies into the slot follow that barrier.
+    // The tiles as the computing warps see them. A warp arrives at the slot's barrier after its reads; the __syncwarp ensures
+    // that all lanes have read. The producer waits for that barrier, and fences before it copies into the slot again.
     struct Tiles {
         using Layout = DecodeStream::Layout;
         static constexpr bool ZEROED = false;
@@ -69,7 +69,6 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
         }
         __device__ __forceinline__ u32 values() const { return keys(); }
         __device__ __forceinline__ void release() {
-            tma::fence_shared();
             __syncwarp();
             ring.release();
         }
@@ -113,6 +112,7 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
     // Strips [first, end) of a tile.
     const auto load = [&](const DecodeMaps& maps, int row, int first, int end) {
         ring.wait_empty();
+        tma::fence_shared();
         mbarrier::arrive_expect(ring.full(), (end - first) * C::ATOMS * C::STRIP);
         const u32 to = base + ring.stage * C::SLOT;
         if (end - first == TILE / 16) {

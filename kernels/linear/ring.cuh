@@ -85,12 +85,22 @@ struct Ring {
     __device__ __forceinline__ u32 a() const { return base + stage * C::STAGE; }
     __device__ __forceinline__ u32 b() const { return a() + C::A_BYTES; }
 
-    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free. (Packed weights, and tokens for
-    // products of a warp, are read by ordinary loads; all else by wgmma.)
+    // Whether warps read stages by ordinary loads too: packed weights, and tokens for products of a warp. Then a fence must come between
+    // these reads and the copies that overwrite them. Alone, the producer has it, which costs the warps nothing. In a cluster the
+    // warps have it, since others' producers copy too.
+    static constexpr bool FENCED = C::W::PACKED;
+
+    // The producer waits until a stage is free.
+    __device__ __forceinline__ void wait_empty() const {
+        mbarrier::wait(empty(stage), phase ^ 1);
+        if constexpr (FENCED && C::CLUSTER == 1) tma::fence_shared();
+    }
+
+    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free.
     __device__ __forceinline__ void release(int s) const {
         const int lane = threadIdx.x % 32;
-        if constexpr (C::W::PACKED) {
-            tma::fence_shared();
+        if constexpr (FENCED) {
+            if constexpr (C::CLUSTER > 1) tma::fence_shared();
             __syncwarp();
         }
         if constexpr (C::CLUSTER == 1) {

@@ -73,7 +73,7 @@ struct StreamConfig {
     // Whether all of a group's tokens are in shared memory at once. Else they are copied again for each round of slabs.
     static constexpr bool RESIDENT = TOKEN_STAGES * TOKEN_BLOCKS == PART;
     static constexpr int TOKEN_CHUNKS = TOKEN_BLOCKS / BLOCKS;  // chunks of weights that a stage of tokens serves
-    // Whether a warp moves a whole chunk to registers before it multiplies. Then it refills the stage earlier.
+    // Whether a warp moves a whole chunk to registers before it multiplies.
     static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * sizeof(Block<W>) <= (WARPS < 8 ? 400 : 192);
     // Blocks whose chains are computed at the same time, so that none waits for its last product.
     static constexpr int AT_ONCE = AHEAD && W::SCALED && W::CHAINS == 1 && BLOCKS % 2 == 0 ? 2 : 1;
@@ -205,6 +205,7 @@ __device__ __forceinline__ void copy_tokens(u32 base, Turn<C::TOKEN_STAGES>& tur
     for (int block = 0; block < C::PART; block += C::TOKEN_BLOCKS) {
         const u32 full = barriers.tokens_full(turn.stage), to = base + C::TOKENS_AT + turn.stage * C::TOKEN_STAGE;
         mbarrier::wait(barriers.tokens_empty(turn.stage), turn.phase ^ 1);
+        tma::fence_shared();
         if (lane == 0) mbarrier::arrive_expect(full, group.count * C::SPLIT * C::TOKEN_BLOCKS * 256);
         __syncwarp();
         for (int i = lane; i < group.count * C::SPLIT; i += 32) {
@@ -346,6 +347,7 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
     Turn<C::TOKEN_STAGES> token_turn;
     Turn<C::SLOTS> slot_turn;
     Cursor<Spans> cursor{spans};
+    int used = -1;  // the stage that the warp has read last
     for_rounds<C>(spans, [&](const sched::Group& group, int round) {
         const int slab = round * C::TEAMS + team;
         const bool active = slab >= group.begin && slab < group.end;
@@ -382,25 +384,24 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                 for (int c = 0; c < C::WIDTH; c++) {
                     tokens[c] = token_rows[c] + token_turn.stage * C::TOKEN_STAGE + index % C::TOKEN_CHUNKS * C::BLOCKS * 256;
                 }
+                // The chunk before this one is multiplied, so its stage is free. (The fence is for the reads of that chunk. It would
+                // take longer right behind them.)
+                if (used >= 0) {
+                    tma::fence_shared();
+                    __syncwarp();
+                    loader.load(base + (warp * C::STAGES + used) * C::STAGE, barriers.full(warp, used));
+                }
+                used = turn.stage;
                 mbarrier::wait(barriers.full(warp, turn.stage), turn.phase);
                 const u8* stage = shared + (warp * C::STAGES + turn.stage) * C::STAGE;
                 Block<W> blocks[C::AHEAD ? C::BLOCKS : 1];
-                const auto refill = [&] {
-                    tma::fence_shared();
-                    __syncwarp();
-                    loader.load(base + (warp * C::STAGES + turn.stage) * C::STAGE, barriers.full(warp, turn.stage));
-                };
                 if constexpr (C::AHEAD) {
 #pragma unroll
                     for (int b = 0; b < C::BLOCKS; b++) blocks[b].load(stage + b * W::BLOCK, lane, row_zeros);
-                    refill();
                 }
 #pragma unroll C::AHEAD ? C::BLOCKS : 1
                 for (int b = 0; b < C::BLOCKS; b += C::AT_ONCE) {
-                    if constexpr (!C::AHEAD) {
-                        blocks[0].load(stage + b * W::BLOCK, lane, row_zeros);
-                        if (b == C::BLOCKS - 1) refill();
-                    }
+                    if constexpr (!C::AHEAD) blocks[0].load(stage + b * W::BLOCK, lane, row_zeros);
                     const Block<W>* here = blocks + (C::AHEAD ? b : 0);
                     TokenPair<C> next[C::AT_ONCE];
 #pragma unroll
@@ -431,7 +432,6 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
             }
             if (index % C::TOKEN_CHUNKS == C::TOKEN_CHUNKS - 1) {
                 if (!C::RESIDENT || is_last<C>(group, round)) {
-                    tma::fence_shared();
                     __syncwarp();
                     if (lane == 0) mbarrier::arrive(barriers.tokens_empty(token_turn.stage));
                 }

@@ -19,9 +19,9 @@ __device__ __forceinline__ void prefetch(const TensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Orders this thread's ordinary accesses to shared memory, reads too, before TMA copies and products (wgmma) that follow a
-// barrier. The barrier alone does not: copies were seen to overwrite what an ldmatrix before the barrier had yet to read
-// (docs/perf/cuda.md).
+// Orders ordinary accesses to shared memory before TMA copies and products (wgmma): those of this thread, reads too, and those of
+// others of the CTA that it has waited for. A barrier alone does not: copies were seen to overwrite what an ldmatrix before
+// the barrier had yet to read (docs/perf/cuda.md).
 __device__ __forceinline__ void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Copies `bytes` bytes that lie one after another. Addresses and the number are multiples of 16.
