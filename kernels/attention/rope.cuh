@@ -1,8 +1,8 @@
 // Op: rope, write_kv, rope_write_kv, and the table of angles that they share. CPU twin: kernels/rope.rs, kernels/kv.rs.
 // Regime: any number of tokens.
-// Tile: a token.
+// Tile: a token; of keys that are rounded by directions, a head for a warp.
 // Grid: one CTA for each token; `angles`: one thread for each token and frequency.
-// Numerics: the contract's, to the bit (also of an fp8 cache), except that sine and cosine in f64 may differ from the CPU's by a unit in the
+// Numerics: the contract's, to the bit (also of an fp8 cache, by directions too), except that sine and cosine in f64 may differ from the CPU's by a unit in the
 //   last place of f64. That changes the rounded f32 only rarely.
 // Requires: 2^20 positions at most.
 // Traffic: each row read and written once; the table is 4 · head_dim bytes a token, shared by the layers of a step.
@@ -10,6 +10,7 @@
 #pragma once
 
 #include "base/fp8.cuh"
+#include "base/reduce.cuh"
 #include "base/step.cuh"
 #include "base/vector.cuh"
 #include "ptx/pdl.cuh"
@@ -157,11 +158,107 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache.
-template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS>
-__global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1536 / THREADS)
+// Rotates a key, and stores it in an fp8 cache, rounded by its head's direction as `mixtral_engine::KeyDirections` says. Called
+// by a warp.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void keep_directed(const T* key, const float2* angles, const float* direction, const fp8::Divisor& divisor,
+                                              e4m3_t* to) {
+    constexpr int HALF = HEAD_DIM / 2, LANES = HALF < 32 ? HALF : 32;
+    constexpr int PAIRS = HALF / LANES;  // of a lane: elements first + i and HALF + first + i
+    static_assert((HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 512, "what KeyDirections::suit says");
+    const int lane = threadIdx.x % 32, first = lane * PAIRS;
+    const bool used = lane < LANES;
+    float x[2][PAIRS] = {}, u[2][PAIRS] = {};
+    if (used) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            const float2 angle = angles[first + i];
+            const auto turned = [&](float a, float b, float& upper, float& lower) {
+                upper = __fsub_rn(__fmul_rn(a, angle.x), __fmul_rn(b, angle.y));
+                lower = __fadd_rn(__fmul_rn(b, angle.x), __fmul_rn(a, angle.y));
+            };
+            turned(to_float(key[first + i]), to_float(key[HALF + first + i]), x[0][i], x[1][i]);
+            turned(direction[first + i], direction[HALF + first + i], u[0][i], u[1][i]);
+        }
+    }
+    u32 bytes[2][PAIRS], others[2][PAIRS];
+    float error[2][PAIRS], step[2][PAIRS], pairs[PAIRS];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) x[half][i] = rounded<T>(x[half][i]);
+        divisor.divide(x[half]);
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            const u32 byte = from_float<e4m3_t>(x[half][i]).bits;
+            const float number = fp8::number(byte);
+            const u32 other = fabsf(number) > fabsf(x[half][i]) ? byte - 1 : byte + 1;
+            bytes[half][i] = byte;
+            // The largest number has no neighbour behind it, and NaN none at all.
+            others[half][i] = (byte & 0x7f) == 0x7f || (other & 0x7f) == 0x7f ? byte : other;
+            error[half][i] = __fsub_rn(x[half][i], number);
+            step[half][i] = __fsub_rn(number, fp8::number(others[half][i]));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < PAIRS; ++i) pairs[i] = __fmaf_rn(u[1][i], error[1][i], __fmul_rn(u[0][i], error[0][i]));
+#pragma unroll
+    for (int distance = 1; distance < PAIRS; distance *= 2) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; i += 2 * distance) pairs[i] = __fadd_rn(pairs[i], pairs[i + distance]);
+    }
+    float along = pairs[0];
+#pragma unroll
+    for (int distance = 1; distance < LANES; distance *= 2) along = __fadd_rn(along, __shfl_xor_sync(ALL_LANES, along, distance));
+#pragma unroll
+    for (int time = 0; time < 2; ++time) {
+        // The least cost, and where it is. Bits of negative numbers ascend as the numbers descend; 0 stands for no such number.
+        u32 least = 0, at = HEAD_DIM;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) {
+                const float slope = __fmaf_rn(along, u[half][i], error[half][i]);
+                const float curve = __fmaf_rn(u[half][i], u[half][i], 1.0f);
+                const float cost = __fmul_rn(step[half][i], __fmaf_rn(curve, step[half][i], __fadd_rn(slope, slope)));
+                const u32 bits = cost < 0.0f ? __float_as_uint(cost) : 0;
+                if (bits > least) least = bits, at = half * HALF + first + i;
+            }
+        }
+        const u32 best = __reduce_max_sync(ALL_LANES, least);
+        if (best == 0) break;
+        at = __reduce_min_sync(ALL_LANES, least == best ? at : HEAD_DIM);
+        float moved = 0.0f, weight = 0.0f;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) {
+                if (at != half * HALF + first + i) continue;
+                moved = step[half][i], weight = u[half][i];
+                error[half][i] = __fadd_rn(error[half][i], moved);
+                step[half][i] = -moved;
+                const u32 byte = bytes[half][i];
+                bytes[half][i] = others[half][i];
+                others[half][i] = byte;
+            }
+        }
+        const int owner = at % HALF / PAIRS;
+        along = __fmaf_rn(__shfl_sync(ALL_LANES, weight, owner), __shfl_sync(ALL_LANES, moved, owner), along);
+    }
+    if (!used) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) to[half * HALF + first + i].bits = static_cast<u8>(bytes[half][i]);
+    }
+}
+
+// Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache. DIRECTED warps
+// round keys by `directions` [KV_HEADS][HEAD_DIM], each one after another; they are the last ones. Without them, keys are rounded to nearest.
+template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS, int DIRECTED>
+__global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : DIRECTED > 0 ? ceil_div(1024, THREADS) : 1536 / THREADS)
     rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, float key_scale, float value_scale,
-                  Stored* keys, Stored* values) {
+                  Stored* keys, Stored* values, const float* directions) {
     pdl::launch_dependents();
     const fp8::Divisor by_key(key_scale), by_value(value_scale);
     const i64 token = blockIdx.x;
@@ -170,10 +267,24 @@ __global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1536 / THREADS)
     if (idle) return;
     constexpr int HALF = HEAD_DIM / 2, PER_HEAD = ceil_div(HALF, VECTOR);
     constexpr int ROTATED = (NUM_HEADS + KV_HEADS) * PER_HEAD, ALL = ROTATED + KV_HEADS * PER_HEAD;
+    constexpr int PLAIN = THREADS - 32 * DIRECTED;  // threads that do everything else
     constexpr bool ALIGNED = whole_vectors(HALF);
     const i32 slot = slots[token];
     T* row = qkv + token * (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM;
-    for (int index = threadIdx.x; index < ALL; index += THREADS) {
+    if constexpr (DIRECTED > 0) {
+        if (threadIdx.x >= PLAIN) {
+            if (slot < 0) return;
+            for (int head = (threadIdx.x - PLAIN) / 32; head < KV_HEADS; head += DIRECTED) {
+                keep_directed<T, HEAD_DIM>(row + (NUM_HEADS + head) * HEAD_DIM, table + token * HALF, directions + head * HEAD_DIM, by_key,
+                                           keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head));
+            }
+            return;
+        }
+    }
+    constexpr int LEFT = DIRECTED > 0 ? ALL - KV_HEADS * PER_HEAD : ALL;
+    for (int own = threadIdx.x; own < LEFT; own += PLAIN) {
+        // (Behind the queries come the values, if others have the keys.)
+        const int index = DIRECTED > 0 && own >= NUM_HEADS * PER_HEAD ? own + KV_HEADS * PER_HEAD : own;
         const int head = index / PER_HEAD, i = index % PER_HEAD * VECTOR, n = ALIGNED ? VECTOR : HALF - i;
         T* at = row + head * HEAD_DIM + i;
         if (head >= NUM_HEADS && slot < 0) continue;
@@ -186,7 +297,7 @@ __global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1536 / THREADS)
             store<ALIGNED>(at + HALF, y, n);
         } else {
             // (One piece of code for keys and values: at one token, what takes time is to fetch code that runs only once.)
-            const bool is_key = index < ROTATED;
+            const bool is_key = DIRECTED == 0 && index < ROTATED;
             const int own = head - NUM_HEADS - (is_key ? 0 : KV_HEADS);
             Stored* to = (is_key ? keys : values) + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, own) + i;
             const fp8::Divisor& divisor = is_key ? by_key : by_value;

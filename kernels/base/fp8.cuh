@@ -61,6 +61,12 @@ __device__ __forceinline__ u32 round_by_integers(float x) {
     return x == x ? (bits >> 24 & 0x80) | magnitude : 0x7f;
 }
 
+// The number of a byte. NaN's gives 480.
+__device__ __forceinline__ float number(u32 byte) {
+    // Exponent and mantissa at the place of an f32's, whose exponents begin 120 lower.
+    return __fmul_rn(__uint_as_float((byte & 0x80) << 24 | (byte & 0x7f) << 20), 0x1p120f);
+}
+
 // Two bytes, of `low` in the lower half.
 __device__ __forceinline__ u32 pack(float low, float high) {
 #if __CUDA_ARCH__ >= 890

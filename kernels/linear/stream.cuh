@@ -45,6 +45,13 @@ struct Block {
             }
         }
     }
+
+    // A word of what was loaded last.
+    __device__ __forceinline__ u32 last() const {
+        const u32 word = lane.pieces[W::PIECES - 1].w;
+        if constexpr (!W::SCALED) return word;
+        return word ^ __float_as_uint(to_float(scales[W::CHAINS - 1].lower));
+    }
 };
 
 template <typename Weight, int COLS_, int ROWS_, int WARPS_, int SPLIT_, int BLOCKS_, int STAGES_, int TOKEN_BLOCKS_,
@@ -73,7 +80,7 @@ struct StreamConfig {
     // Whether all of a group's tokens are in shared memory at once. Else they are copied again for each round of slabs.
     static constexpr bool RESIDENT = TOKEN_STAGES * TOKEN_BLOCKS == PART;
     static constexpr int TOKEN_CHUNKS = TOKEN_BLOCKS / BLOCKS;  // chunks of weights that a stage of tokens serves
-    // Whether a warp moves a whole chunk to registers before it multiplies.
+    // Whether a warp moves a whole chunk to registers before it multiplies. Then it refills the stage at once, else a chunk later.
     static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * sizeof(Block<W>) <= (WARPS < 8 ? 400 : 192);
     // Blocks whose chains are computed at the same time, so that none waits for its last product.
     static constexpr int AT_ONCE = AHEAD && W::SCALED && W::CHAINS == 1 && BLOCKS % 2 == 0 ? 2 : 1;
@@ -122,11 +129,13 @@ template <int STAGES>
 struct Turn {
     int stage = 0;
     u32 phase = 0;
+    bool again = false;  // whether the stage has been filled before
 
     __device__ __forceinline__ void advance() {
         if (++stage == STAGES) {
             stage = 0;
             phase ^= 1;
+            again = true;
         }
     }
 };
@@ -156,7 +165,9 @@ struct Loader {
     __device__ __forceinline__ Loader(const Spans& spans, const u8* weight, int team, int part)
         : cursor{spans}, weight(weight), slab(team), part(part) {}
 
-    __device__ __forceinline__ void load(u32 to, u32 barrier) {
+    // `after` is a word that must have been read before the copy begins. (The copy waits for it, because how L2 treats the lines
+    // depends on it, which else makes no difference.)
+    __device__ __forceinline__ void load(u32 to, u32 barrier, u32 after = 0) {
         if (slab >= cursor.spans.count()) return;
         if (chunk == 0) {
             const sched::Span& span = cursor.at(slab);
@@ -165,7 +176,7 @@ struct Loader {
         }
         if (ptx::elect()) {
             mbarrier::arrive_expect(barrier, C::STAGE);
-            tma::load_bytes(to, from, C::STAGE, barrier, tma::EVICT_FIRST);
+            tma::load_bytes(to, from, C::STAGE, barrier, after == 0x9e3779b9u ? tma::EVICT_NORMAL : tma::EVICT_FIRST);
         }
         __syncwarp();
         from += C::STAGE;
@@ -205,7 +216,7 @@ __device__ __forceinline__ void copy_tokens(u32 base, Turn<C::TOKEN_STAGES>& tur
     for (int block = 0; block < C::PART; block += C::TOKEN_BLOCKS) {
         const u32 full = barriers.tokens_full(turn.stage), to = base + C::TOKENS_AT + turn.stage * C::TOKEN_STAGE;
         mbarrier::wait(barriers.tokens_empty(turn.stage), turn.phase ^ 1);
-        tma::fence_shared();
+        if (turn.again) tma::fence_shared();
         if (lane == 0) mbarrier::arrive_expect(full, group.count * C::SPLIT * C::TOKEN_BLOCKS * 256);
         __syncwarp();
         for (int i = lane; i < group.count * C::SPLIT; i += 32) {
@@ -384,12 +395,15 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                 for (int c = 0; c < C::WIDTH; c++) {
                     tokens[c] = token_rows[c] + token_turn.stage * C::TOKEN_STAGE + index % C::TOKEN_CHUNKS * C::BLOCKS * 256;
                 }
+                const auto refill = [&](int stage, u32 after) {
+                    __syncwarp();
+                    loader.load(base + (warp * C::STAGES + stage) * C::STAGE, barriers.full(warp, stage), after);
+                };
                 // The chunk before this one is multiplied, so its stage is free. (The fence is for the reads of that chunk. It would
                 // take longer right behind them.)
-                if (used >= 0) {
+                if (!C::AHEAD && used >= 0) {
                     tma::fence_shared();
-                    __syncwarp();
-                    loader.load(base + (warp * C::STAGES + used) * C::STAGE, barriers.full(warp, used));
+                    refill(used, 0);
                 }
                 used = turn.stage;
                 mbarrier::wait(barriers.full(warp, turn.stage), turn.phase);
@@ -398,6 +412,8 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                 if constexpr (C::AHEAD) {
 #pragma unroll
                     for (int b = 0; b < C::BLOCKS; b++) blocks[b].load(stage + b * W::BLOCK, lane, row_zeros);
+                    // (That the chunk has arrived in registers does what a fence would, and takes less time.)
+                    refill(turn.stage, blocks[C::BLOCKS - 1].last());
                 }
 #pragma unroll C::AHEAD ? C::BLOCKS : 1
                 for (int b = 0; b < C::BLOCKS; b += C::AT_ONCE) {

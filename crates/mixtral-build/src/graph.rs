@@ -9,7 +9,7 @@
 //! can be planned and run. Tests use that to show that fused programs equal unfused ones.
 
 use mixtral_checkpoint::{CheckpointConfig, TensorId, rank_weights};
-use mixtral_engine::{Buffer, Epilogue, KvLayout, KvScale, Limits, Op, Program, Rows, Weight};
+use mixtral_engine::{Buffer, Epilogue, KeyDirections, KvLayout, KvScale, Limits, Op, Program, Rows, Weight};
 use mixtral_model::{CacheFormat, ElemType, Mapping, ModelConfig, Rank};
 
 /// Builds the naive graph of `rank`.
@@ -161,7 +161,11 @@ impl Graph<'_> {
         let theta = self.model.rope_theta;
         self.push(Op::Rope { data: query.clone(), num_heads: self.num_heads, theta });
         self.push(Op::Rope { data: key.clone(), num_heads: kv.num_kv_heads, theta });
-        self.push(Op::WriteKv { key, value, layer });
+        let directions = self.model.key_directions.then(|| KeyDirections {
+            weight: TensorId::KeyDirections(layer).to_string(),
+            theta,
+        });
+        self.push(Op::WriteKv { key, value, layer, directions });
         let attended = self.activation(at("attended"), Rows::Tokens, q);
         self.push(Op::Attention {
             query,

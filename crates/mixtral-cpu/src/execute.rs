@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use mixtral_engine::{BackendError, Collectives, Program, StepInputs, StepOutputs};
-use mixtral_model::MoeNormalization;
+use mixtral_model::{DType, MoeNormalization};
 
 use crate::cache::KvCache;
 use crate::kernels::experts::ExpertLists;
@@ -15,7 +15,7 @@ use crate::kernels::workers::{Workers, index};
 use crate::kernels::{
     attention, collective, combine, elementwise, embed, experts, kv, linear, norm, rope, routing, sample,
 };
-use crate::resolve::{BufferId, Chosen, Finish, Norm, Residual, ResolvedOp};
+use crate::resolve::{BufferId, Chosen, Directions, Finish, Norm, Residual, ResolvedOp};
 use crate::weights::Matrix;
 
 /// Everything that the operations of one step read or write.
@@ -104,28 +104,36 @@ impl<'a> Machine<'a> {
                 self.linear(*input, *weight, *rows, *finish, *out)?
             }
             ResolvedOp::Rope { data, num_heads, theta } => self.rope(*data, *num_heads, *theta)?,
-            ResolvedOp::WriteKv { key, value, layer } => {
+            ResolvedOp::WriteKv { key, value, layer, directions } => {
+                let floats = self.floats_of(*directions);
                 let spans = [self.span(*key), self.span(*value)];
                 let shape = self.cache.shape();
                 let stride = workers.row_bytes(shape.num_kv_heads * shape.head_dim);
                 let [key, value] = carve(self.arena, spans)?;
                 let scale = self.cache.scale(*layer);
                 let (keys, values) = self.cache.layer_mut(*layer);
-                for (bytes, scale, cache) in [(key, scale.key, keys), (value, scale.value, values)] {
+                let directions = floats.as_ref().map(|(of_heads, theta)| kv::Directions { of_heads, table: &self.rope[*theta] });
+                for (bytes, scale, directions, cache) in
+                    [(key, scale.key, directions, keys), (value, scale.value, None, values)]
+                {
                     let heads = Heads { bytes, start: 0, stride };
-                    kv::write_kv(&workers, heads, &inputs.slot_mapping, shape, scale, cache);
+                    kv::write_kv(&workers, heads, &inputs.slot_mapping, shape, scale, directions, cache);
                 }
             }
-            ResolvedOp::RopeWriteKv { qkv, num_heads, theta, layer } => {
+            ResolvedOp::RopeWriteKv { qkv, num_heads, theta, layer, directions } => {
+                let floats = self.floats_of(*directions);
                 let (shape, span) = (self.cache.shape(), self.span(*qkv));
                 self.rope(*qkv, num_heads + shape.num_kv_heads, *theta)?;
                 let stride = workers.row_bytes(self.cols(*qkv));
                 let bytes = &self.arena[span];
                 let (first_value, scale) = (num_heads + shape.num_kv_heads, self.cache.scale(*layer));
                 let (keys, values) = self.cache.layer_mut(*layer);
-                for (head, scale, cache) in [(*num_heads, scale.key, keys), (first_value, scale.value, values)] {
+                let directions = floats.as_ref().map(|(of_heads, theta)| kv::Directions { of_heads, table: &self.rope[*theta] });
+                for (head, scale, directions, cache) in
+                    [(*num_heads, scale.key, directions, keys), (first_value, scale.value, None, values)]
+                {
                     let heads = Heads { bytes, start: workers.row_bytes(head * shape.head_dim), stride };
-                    kv::write_kv(&workers, heads, &inputs.slot_mapping, shape, scale, cache);
+                    kv::write_kv(&workers, heads, &inputs.slot_mapping, shape, scale, directions, cache);
                 }
             }
             ResolvedOp::Attention { query, num_heads, window, fp8_context, layer, out } => {
@@ -277,6 +285,11 @@ impl<'a> Machine<'a> {
             (self.workers, self.cols(data), self.program.kv.head_dim, self.span(data));
         rope::rope(&workers, &self.rope[theta], num_heads, head_dim, cols, &mut self.arena[span]);
         Ok(())
+    }
+
+    /// Directions of keys as floats, and which table of angles turns them.
+    fn floats_of(&self, directions: Option<Directions>) -> Option<(Vec<f32>, usize)> {
+        directions.map(|found| (DType::F32.widen(self.weights[found.weight].bytes), found.theta))
     }
 
     /// Top-k of probabilities, or of the softmax of logits.

@@ -12,6 +12,14 @@ pub(crate) type BufferId = usize;
 /// Index of a weight in the program.
 pub(crate) type WeightId = usize;
 
+/// The directions by which keys are rounded.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Directions {
+    pub(crate) weight: WeightId,
+    /// Index of the base of the frequencies.
+    pub(crate) theta: usize,
+}
+
 /// An [`Op`] with indices for names. Its fields mean the same. An operand that may be in place is `None` if it is in
 /// place.
 #[derive(Clone, Debug)]
@@ -43,12 +51,14 @@ pub(crate) enum ResolvedOp {
         key: BufferId,
         value: BufferId,
         layer: usize,
+        directions: Option<Directions>,
     },
     RopeWriteKv {
         qkv: BufferId,
         num_heads: usize,
         theta: usize,
         layer: usize,
+        directions: Option<Directions>,
     },
     Attention {
         query: BufferId,
@@ -251,6 +261,11 @@ impl Resolver<'_> {
         self.weights.get(name).copied().ok_or_else(missing)
     }
 
+    fn directions(&mut self, of: Option<(&str, f64)>) -> Result<Option<Directions>, BackendError> {
+        let Some((weight, theta)) = of else { return Ok(None) };
+        Ok(Some(Directions { weight: self.weight(weight)?, theta: self.theta(theta) }))
+    }
+
     fn theta(&mut self, theta: f64) -> usize {
         let known = self.thetas.iter().position(|t| t.to_bits() == theta.to_bits());
         known.unwrap_or_else(|| {
@@ -320,14 +335,18 @@ impl Resolver<'_> {
             Op::Rope { data, num_heads, theta } => {
                 ResolvedOp::Rope { data: self.buffer(data)?, num_heads: *num_heads, theta: self.theta(*theta) }
             }
-            Op::WriteKv { key, value, layer } => {
-                ResolvedOp::WriteKv { key: self.buffer(key)?, value: self.buffer(value)?, layer: *layer }
-            }
-            Op::RopeWriteKv { qkv, num_heads, theta, layer } => ResolvedOp::RopeWriteKv {
+            Op::WriteKv { key, value, layer, directions } => ResolvedOp::WriteKv {
+                key: self.buffer(key)?,
+                value: self.buffer(value)?,
+                layer: *layer,
+                directions: self.directions(directions.as_ref().map(|found| (found.weight.as_str(), found.theta)))?,
+            },
+            Op::RopeWriteKv { qkv, num_heads, theta, layer, directions } => ResolvedOp::RopeWriteKv {
                 qkv: self.buffer(qkv)?,
                 num_heads: *num_heads,
                 theta: self.theta(*theta),
                 layer: *layer,
+                directions: self.directions(directions.as_ref().map(|weight| (weight.as_str(), *theta)))?,
             },
             Op::Attention { query, num_heads, window, fp8_context, layer, out } => ResolvedOp::Attention {
                 query: self.buffer(query)?,

@@ -1,12 +1,12 @@
 //! Defines what a well-formed program is. Every program that was read from a file passes through [`Program::check`]
 //! before a backend sees it, so backends can index by its numbers.
 
-use mixtral_model::{CacheFormat, ElemType, WeightFormat};
+use mixtral_model::{CacheFormat, DType, ElemType, WeightFormat};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::memory::ALIGN;
 use crate::op::FusedNorm;
-use crate::{Buffer, Epilogue, Limits, Op, Program, Rows, Weight};
+use crate::{Buffer, Epilogue, KeyDirections, Limits, Op, Program, Rows, Weight};
 
 /// A program that cannot run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -244,6 +244,21 @@ impl<'a> Scope<'a> {
         Ok(weight)
     }
 
+    /// The weight by which keys are rounded.
+    fn directions(&self, name: Option<&String>) -> Result<(), String> {
+        let (Some(name), kv) = (name, self.program.kv) else { return Ok(()) };
+        let weight = self.weight(name)?;
+        same(&format!("the shape of `{name}`"), weight.shape.clone(), vec![kv.num_kv_heads, kv.head_dim])?;
+        same(&format!("the type of `{name}`"), weight.dtype, DType::F32)?;
+        if kv.format != CacheFormat::Fp8 {
+            return Err("directions round keys for a cache in fp8".to_owned());
+        }
+        match KeyDirections::suit(kv.head_dim) {
+            true => Ok(()),
+            false => Err(format!("directions round keys of 16, 32, … 512 elements, and these have {}", kv.head_dim)),
+        }
+    }
+
     /// A buffer in the model's data type.
     fn activation(&self, name: &str) -> Result<&'a Buffer, String> {
         self.typed(name, self.program.dtype.into())
@@ -388,8 +403,9 @@ impl<'a> Scope<'a> {
                 }
                 Ok(())
             }
-            Op::WriteKv { key, value, layer } => {
+            Op::WriteKv { key, value, layer, directions } => {
                 self.kv_layer(*layer)?;
+                self.directions(directions.as_ref().map(|directions| &directions.weight))?;
                 for name in [key, value] {
                     let buffer = self.activation(name)?;
                     same("rows", buffer.rows, Rows::Tokens)?;
@@ -397,8 +413,9 @@ impl<'a> Scope<'a> {
                 }
                 Ok(())
             }
-            Op::RopeWriteKv { qkv, num_heads, layer, .. } => {
+            Op::RopeWriteKv { qkv, num_heads, layer, directions, .. } => {
                 self.kv_layer(*layer)?;
+                self.directions(directions.as_ref())?;
                 let qkv = self.activation(qkv)?;
                 same("rows", qkv.rows, Rows::Tokens)?;
                 self.heads(*num_heads, qkv.cols, false)?;

@@ -40,7 +40,7 @@ pub use inputs::{InputError, SampleRequest, StepInputs, TokenSource};
 pub use inspect::Inspect;
 pub use mixtral_checkpoint::TensorSpec;
 pub use moves::{BlockMove, BlockPlace};
-pub use op::{Epilogue, Op, Rung};
+pub use op::{Epilogue, KeyDirections, Op, Rung};
 pub use program::{Buffer, KvLayout, KvScale, Limits, Program, Rows, Weight};
 pub use sampling::{RandomKey, SamplingParams};
 pub use score::{Score, ScoreRequest, Scored};

@@ -107,7 +107,8 @@ pub enum Op {
         theta: f64,
     },
     /// `cache[layer].k[slot_mapping[t]] = key[t]`, likewise the values; a slot of −1 writes nothing. An fp8 cache gets
-    /// `e4m3(key / scale)`, with the layer's scale of keys or of values.
+    /// `e4m3(key / scale)`, with the layer's scale of keys or of values; with `directions`, keys are rounded as
+    /// [`KeyDirections`] says.
     WriteKv {
         /// Buffer `[T, kv_heads · d]`.
         key: String,
@@ -115,6 +116,9 @@ pub enum Op {
         value: String,
         /// Layer of the cache, counted over this rank's.
         layer: usize,
+        /// How keys are rounded; absent is to nearest.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        directions: Option<KeyDirections>,
     },
     /// [`Op::Rope`] of the query and key heads, then [`Op::WriteKv`], on rows of `Q ‖ K ‖ V`. Only the query part
     /// of `qkv` is defined afterwards.
@@ -127,6 +131,9 @@ pub enum Op {
         theta: f64,
         /// Layer of the cache, counted over this rank's.
         layer: usize,
+        /// The weight of [`KeyDirections`], if keys are rounded by it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        directions: Option<String>,
     },
     /// Causal attention of each token over its sequence's cache. The query at position i sees the keys
     /// `i − window < j ≤ i`, in ascending order: `s[j] = dot(q, k[j]) · (1/√d)`, `p[j] = exp(s[j] − max s)`,
@@ -336,6 +343,36 @@ pub struct FusedNorm {
     pub out: String,
 }
 
+/// Rounding of keys for an fp8 cache, so that the products with queries keep more than the keys themselves do. Most queries of a
+/// head lie in one direction. Each KV head has that direction u, as keys are before their rotation; it is turned to the
+/// key's position like a key, but stays in f32.
+///
+/// With t the key over the scale, each element is first rounded to the nearest number v of e4m3. What it loses is
+/// e = t − v. Its alternative is v's neighbour on t's other side: one step away from zero if |v| ≤ |t|, else one towards zero; what
+/// would be beyond the largest number, and NaN, has none. Δ is v minus the alternative. Then, twice, the element whose alternative
+/// lowers `(Σ u·e)² + Σ e²` most takes it, if one does: with `ρ = Σ u·e`, the element with the least
+/// `c = Δ · fma(fma(u, u, 1), Δ, 2 · fma(ρ, u, e))`, of equals the first, if c is below 0. For it e becomes e + Δ, ρ becomes
+/// `fma(u, Δ, ρ)`, and Δ becomes −Δ.
+///
+/// All in f32. ρ begins as the sum of all `fma(u[i + d/2], e[i + d/2], u[i] · e[i])`, neighbours first, then neighbouring sums of
+/// two, of four, and so on; so d is a power of two.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyDirections {
+    /// Weight f32 `[kv_heads, d]`.
+    pub weight: String,
+    /// Base of the frequencies of the rotation.
+    pub theta: f64,
+}
+
+impl KeyDirections {
+    /// Whether keys of this many elements can be rounded so.
+    #[must_use]
+    pub const fn suit(head_dim: usize) -> bool {
+        head_dim.is_power_of_two() && 16 <= head_dim && head_dim <= 512
+    }
+}
+
 impl Op {
     /// The operation's name in the program's text.
     #[must_use]
@@ -442,6 +479,8 @@ impl Op {
             | Op::ExpertGateUp { weight, .. }
             | Op::ExpertDown { weight, .. } => vec![weight],
             Op::Combine { norm, .. } | Op::AllReduce { norm, .. } => norm.iter().map(|n| n.weight.as_str()).collect(),
+            Op::WriteKv { directions, .. } => directions.iter().map(|d| d.weight.as_str()).collect(),
+            Op::RopeWriteKv { directions, .. } => directions.iter().map(String::as_str).collect(),
             _ => vec![],
         }
     }

@@ -52,6 +52,21 @@ pub fn to_bits(x: f32) -> u8 {
     if x.is_nan() { NAN } else { byte.to_le_bytes()[0] }
 }
 
+/// The neighbour of `byte` on the other side of `x`, if `byte` is `x` rounded: towards zero if it is farther from zero than `x`, else away
+/// from zero. Beyond the largest number there is none, and none for NaN.
+#[must_use]
+#[inline(always)]
+pub fn other_side(byte: u8, x: f32) -> Option<u8> {
+    let magnitude = byte & 0x7f;
+    if magnitude == NAN {
+        None
+    } else if from_bits(magnitude) > x.abs() {
+        Some(byte - 1)
+    } else {
+        (magnitude < NAN - 1).then_some(byte + 1)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -158,6 +158,21 @@ impl Case {
         self
     }
 
+    /// The same case with directions by which keys are rounded.
+    pub(crate) fn with_directions(mut self) -> Self {
+        let kv = self.assembly.program.kv;
+        let shape = [kv.num_kv_heads, kv.head_dim];
+        let own = values(&format!("{} directions", self.name), shape.iter().product(), 1.0);
+        let weight = self.assembly.weight("directions", DType::F32, &shape, &own);
+        for op in &mut self.assembly.program.ops {
+            if let Op::RopeWriteKv { directions, .. } = op {
+                *directions = Some(weight.clone());
+            }
+        }
+        self.name += " by directions";
+        self
+    }
+
     /// The bytes of the cache's contents.
     fn cache_bytes(&self, values: &[f64]) -> Vec<u8> {
         let kv = self.assembly.program.kv;
@@ -524,7 +539,7 @@ pub(crate) fn attention(dtype: DType) -> Vec<Case> {
         inputs.slot_mapping[5] = -1;
         let mut a = base.clone();
         let qkv = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * d);
-        a.op(Op::RopeWriteKv { qkv, num_heads: heads, theta: 1e4, layer: 0 });
+        a.op(Op::RopeWriteKv { qkv, num_heads: heads, theta: 1e4, layer: 0, directions: None });
         cases.push(Case::new(format!("rope_write_kv {kv_heads}x{group}x{d}"), a, inputs.clone()).fill("qkv", 1.0));
         let mut a = base.clone();
         let data = a.activation("q", Rows::Tokens, (heads + 1) * d);
@@ -533,7 +548,7 @@ pub(crate) fn attention(dtype: DType) -> Vec<Case> {
         let mut a = base;
         let key = a.activation("k", Rows::Tokens, kv_heads * d);
         let value = a.activation("v", Rows::Tokens, kv_heads * d);
-        a.op(Op::WriteKv { key, value, layer: 0 });
+        a.op(Op::WriteKv { key, value, layer: 0, directions: None });
         cases.push(Case::new(format!("write_kv {kv_heads}x{d}"), a, inputs).fill("k", 1.0).fill("v", 1.0));
     }
     cases

@@ -94,7 +94,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
         let heads = if fused {
             let out = a.activation(&named("qkv"), Rows::Tokens, q + 2 * kv);
             a.op(linear(&y, &qkv, None, Epilogue::Store, None, &out));
-            a.op(Op::RopeWriteKv { qkv: out.clone(), num_heads: g.num_heads, theta: 1e4, layer });
+            a.op(Op::RopeWriteKv { qkv: out.clone(), num_heads: g.num_heads, theta: 1e4, layer, directions: None });
             out
         } else {
             let (query, key) =
@@ -105,7 +105,7 @@ pub fn program(g: &Geometry, fused: bool) -> Program {
             }
             a.op(Op::Rope { data: query.clone(), num_heads: g.num_heads, theta: 1e4 });
             a.op(Op::Rope { data: key.clone(), num_heads: g.num_kv_heads, theta: 1e4 });
-            a.op(Op::WriteKv { key, value, layer });
+            a.op(Op::WriteKv { key, value, layer, directions: None });
             query
         };
         let attended = a.activation(&named("attended"), Rows::Tokens, q);

@@ -467,7 +467,7 @@ fn rope_write_kv(model: &Model, dtype: DType) -> Large {
     let (mut a, steps) = over_contexts(model, dtype);
     let heads = model.num_heads;
     let qkv = a.activation("qkv", Rows::Tokens, (heads + 2 * model.num_kv_heads) * model.head_dim);
-    a.op(Op::RopeWriteKv { qkv, num_heads: heads, theta: 1e6, layer: 0 });
+    a.op(Op::RopeWriteKv { qkv, num_heads: heads, theta: 1e6, layer: 0, directions: None });
     Large::new("rope_write_kv", model, a, steps)
 }
 

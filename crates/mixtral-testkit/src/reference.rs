@@ -159,21 +159,25 @@ impl Reference<'_> {
                 self.rope(&mut values, self.cols(data), *num_heads, *theta);
                 state.set(data, values);
             }
-            Op::WriteKv { key, value, layer } => {
+            Op::WriteKv { key, value, layer, directions } => {
+                let directions = directions.as_ref().map(|found| self.turned(&found.weight, found.theta));
                 for (half, name) in [key, value].into_iter().enumerate() {
                     let rows = state.floats(name).to_vec();
                     let scale = self.cache_scales(*layer).map(|scales| scales[half]);
-                    self.write_kv(&rows, self.cols(name), 0, scale, &mut state.cache[*layer][half]);
+                    let directions = directions.as_ref().filter(|_| half == 0);
+                    self.write_kv(&rows, self.cols(name), 0, scale, directions, &mut state.cache[*layer][half]);
                 }
             }
-            Op::RopeWriteKv { qkv, num_heads, theta, layer } => {
+            Op::RopeWriteKv { qkv, num_heads, theta, layer, directions } => {
+                let directions = directions.as_ref().map(|weight| self.turned(weight, *theta));
                 let (kv, cols) = (self.program.kv, self.cols(qkv));
                 let mut values = state.floats(qkv).to_vec();
                 self.rope(&mut values, cols, num_heads + kv.num_kv_heads, *theta);
                 for half in 0..2 {
                     let start = (num_heads + half * kv.num_kv_heads) * kv.head_dim;
                     let scale = self.cache_scales(*layer).map(|scales| scales[half]);
-                    self.write_kv(&values, cols, start, scale, &mut state.cache[*layer][half]);
+                    let directions = directions.as_ref().filter(|_| half == 0);
+                    self.write_kv(&values, cols, start, scale, directions, &mut state.cache[*layer][half]);
                 }
                 state.set(qkv, values);
             }
@@ -301,15 +305,39 @@ impl Reference<'_> {
         ((slot / size * kv.num_kv_heads + head) * size + slot % size) * kv.head_dim
     }
 
-    fn write_kv(&self, data: &[f64], cols: usize, start: usize, scale: Option<f32>, cache: &mut [f64]) {
+    /// Directions of keys, turned to each token's position: a row of all heads for each token.
+    fn turned(&self, weight: &str, theta: f64) -> Vec<f64> {
+        let (kv, own) = (self.program.kv, self.weight(weight));
+        let mut rows = own.repeat(self.inputs.positions.len());
+        self.rope(&mut rows, own.len(), kv.num_kv_heads, theta);
+        rows
+    }
+
+    #[expect(clippy::cast_possible_truncation, reason = "it was an f32")]
+    fn write_kv(
+        &self,
+        data: &[f64],
+        cols: usize,
+        start: usize,
+        scale: Option<f32>,
+        directions: Option<&Vec<f64>>,
+        cache: &mut [f64],
+    ) {
         let kv = self.program.kv;
-        for (row, &slot) in data.chunks(cols).zip(&self.inputs.slot_mapping).filter(|(_, slot)| **slot >= 0) {
+        let rows = data.chunks(cols).zip(&self.inputs.slot_mapping).enumerate();
+        for (token, (row, &slot)) in rows.filter(|(_, (_, slot))| **slot >= 0) {
             for head in 0..kv.num_kv_heads {
                 let vector = &row[start + head * kv.head_dim..][..kv.head_dim];
                 // Keys are rounded to the model's type by their rotation, before they are rounded again.
-                let vector = match scale {
-                    Some(scale) => round(kv.dtype, vector).into_iter().map(|x| fp8::round(x, scale)).collect(),
-                    None => vector.to_vec(),
+                let rounded = || round(kv.dtype, vector).into_iter();
+                let vector = match (scale, directions) {
+                    (Some(scale), Some(directions)) => {
+                        let scaled: Vec<f64> = rounded().map(|x| f64::from(x as f32 / scale)).collect();
+                        let direction = &directions[(token * kv.num_kv_heads + head) * kv.head_dim..][..kv.head_dim];
+                        fp8::by_direction(&scaled, direction).into_iter().map(fp8::from_bits).collect()
+                    }
+                    (Some(scale), None) => rounded().map(|x| fp8::round(x, scale)).collect(),
+                    (None, _) => vector.to_vec(),
                 };
                 cache[self.offset(at(slot), head)..][..kv.head_dim].copy_from_slice(&vector);
             }

@@ -27,7 +27,7 @@ fn fuse(program: &Program, ops: &[Op]) -> Option<Fused> {
         v,
         Op::Rope { data: rope_q, num_heads, theta },
         Op::Rope { data: rope_k, num_heads: kv_heads, theta: theta_k },
-        Op::WriteKv { key, value, layer },
+        Op::WriteKv { key, value, layer, directions },
         Op::Attention {
             query: attention_query,
             num_heads: attention_heads,
@@ -48,6 +48,7 @@ fn fuse(program: &Program, ops: &[Op]) -> Option<Fused> {
     let wired = rope_q == query && rope_k == k.3 && key == k.3 && value == v.3 && attention_query == query;
     let alone = num_readers(program, query) == 2 && num_readers(program, key) == 2 && num_readers(program, value) == 1;
     let same_rope = theta == theta_k && *kv_heads == program.kv.num_kv_heads && num_heads == attention_heads;
+    let same_rope = same_rope && directions.iter().all(|directions| directions.theta == *theta);
     if !(consecutive && one_weight && wired && alone && same_rope && layer == attention_layer) {
         return None;
     }
@@ -64,7 +65,13 @@ fn fuse(program: &Program, ops: &[Op]) -> Option<Fused> {
             out: qkv.clone(),
             ladder: Vec::new(),
         },
-        Op::RopeWriteKv { qkv: qkv.clone(), num_heads: *num_heads, theta: *theta, layer: *layer },
+        Op::RopeWriteKv {
+            qkv: qkv.clone(),
+            num_heads: *num_heads,
+            theta: *theta,
+            layer: *layer,
+            directions: directions.as_ref().map(|directions| directions.weight.clone()),
+        },
         Op::Attention {
             query: qkv,
             num_heads: *num_heads,

@@ -29,6 +29,20 @@ impl RopeTable {
         }
         table
     }
+
+    /// Cosines and sines of a token.
+    pub(crate) fn at(&self, token: usize, head_dim: usize) -> [&[f32]; 2] {
+        let half = head_dim / 2;
+        [&self.cos, &self.sin].map(|all| &all[token * half..][..half])
+    }
+}
+
+/// Rotates a head.
+pub(crate) fn rotate(head: &mut [f32], [cos, sin]: [&[f32]; 2]) {
+    let (a, b) = head.split_at_mut(cos.len());
+    for i in 0..cos.len() {
+        (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
+    }
 }
 
 /// Rotates the first `num_heads` heads of each row of `cols` elements.
@@ -40,20 +54,14 @@ pub(crate) fn rope(
     cols: usize,
     data: &mut [u8],
 ) {
-    let half = head_dim / 2;
     let work = data.len() * 2;
     workers.for_chunks(data, workers.row_bytes(cols), work, |t, row| {
         let row = &mut row[..workers.row_bytes(num_heads * head_dim)];
-        let (cos, sin) = (&table.cos[t * half..][..half], &table.sin[t * half..][..half]);
+        let angles = table.at(t, head_dim);
         workers.with_scratch(|mut scratch| {
             let x = take(&mut scratch, num_heads * head_dim);
             workers.simd.widen(workers.dtype, row, x);
-            for head in x.chunks_exact_mut(head_dim) {
-                let (a, b) = head.split_at_mut(half);
-                for i in 0..half {
-                    (a[i], b[i]) = (a[i] * cos[i] - b[i] * sin[i], b[i] * cos[i] + a[i] * sin[i]);
-                }
-            }
+            x.chunks_exact_mut(head_dim).for_each(|head| rotate(head, angles));
             workers.simd.narrow(workers.dtype, x, row);
         });
     });

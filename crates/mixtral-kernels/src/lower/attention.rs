@@ -29,6 +29,9 @@ const EXACT_PREFILL: bool = false;
 /// The most threads of a rope kernel. A large model has this many vectors to rotate in a token.
 const ROPE_THREADS: usize = 512;
 
+/// The most warps of a CTA that round keys by directions.
+const DIRECTED: usize = 8;
+
 const ROPE: &str = "attention/rope.cuh";
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
@@ -54,7 +57,11 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             ]);
             Ok(with_angles(lowering, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
         }
-        Op::WriteKv { key, value, layer } => {
+        Op::WriteKv { directions: Some(_), .. } => {
+            let reason = "keys are rounded by directions only where they are rotated".to_owned();
+            Err(LowerError::Unsupported { op: op.name(), reason })
+        }
+        Op::WriteKv { key, value, layer, directions: None } => {
             let threads = threads_for(kv.num_kv_heads * kv.head_dim.div_ceil(VECTOR), ROPE_THREADS);
             let symbol = format!(
                 "attention::write_kv<{}, {}, {}, {}, {threads}>",
@@ -75,11 +82,21 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             ]);
             Ok(vec![launch(portable(ROPE, symbol, threads), TOKEN, args)])
         }
-        Op::RopeWriteKv { qkv, num_heads, theta, layer } => {
-            let pieces = (num_heads + 2 * kv.num_kv_heads) * (kv.head_dim / 2).div_ceil(VECTOR);
-            let threads = threads_for(pieces, ROPE_THREADS);
+        Op::RopeWriteKv { qkv, num_heads, theta, layer, directions } => {
+            // Keys that are rounded by directions have warps of their own.
+            let (directed, directions) = match directions {
+                Some(name) => {
+                    let (index, _) = lowering.weight(op, name)?;
+                    (kv.num_kv_heads.min(DIRECTED), Arg::Weight { index, offset: 0 })
+                }
+                // Not read.
+                None => (0, Arg::Scratch(lowering.scratch.angles)),
+            };
+            let heads = num_heads + if directed > 0 { 1 } else { 2 } * kv.num_kv_heads;
+            let pieces = heads * (kv.head_dim / 2).div_ceil(VECTOR);
+            let threads = threads_for(pieces, ROPE_THREADS) + 32 * count(directed);
             let symbol = format!(
-                "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}>",
+                "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}, {directed}>",
                 types(kv),
                 kv.num_kv_heads,
                 kv.head_dim,
@@ -94,6 +111,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
                 ("value_scale", value_scale(kv, *layer)),
                 ("keys", Arg::Keys(*layer)),
                 ("values", Arg::Values(*layer)),
+                ("directions", directions),
             ]);
             Ok(with_angles(lowering, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
         }

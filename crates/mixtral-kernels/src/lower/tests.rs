@@ -44,7 +44,7 @@ fn layer(dtype: DType) -> Program {
     a.buffer("logits", ElemType::F32, Rows::Logits, 32_000);
     a.op(Op::Embed { table, vocab_start: 0, out: name("x") });
     for layer in 0..2 {
-        a.op(Op::RopeWriteKv { qkv: name("qkv"), num_heads: heads, theta: 1e6, layer });
+        a.op(Op::RopeWriteKv { qkv: name("qkv"), num_heads: heads, theta: 1e6, layer, directions: None });
         a.op(Op::Attention {
             query: name("qkv"),
             num_heads: heads,
