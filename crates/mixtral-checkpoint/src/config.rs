@@ -222,7 +222,7 @@ impl CheckpointConfig {
             "moe_ep_size": mapping.moe_ep_size,
             "gpus_per_node": 8,
         });
-        root["quantization"] = quantization(&model.formats, model.cache);
+        root["quantization"] = quantization(model);
         root["mixtral"] = json!({
             "format_version": FORMAT_VERSION,
             "tool_version": self.tool_version,
@@ -275,11 +275,15 @@ fn seal_of(map: &Map<String, Value>) -> Option<&str> {
 /// TensorRT-LLM's word for weights, activations or a cache in e4m3.
 const FP8: &str = "FP8";
 
+/// Our key beside those of TensorRT-LLM, written only if it is true: whether a cache in e4m3 has directions for the rounding of keys.
+const KEY_DIRECTIONS: &str = "kv_cache_key_directions";
+
 /// Modules of the model that are never quantized, by TensorRT-LLM's names.
 const NEVER_QUANTIZED: &[&str] = &["lm_head", "router", "vocab_embedding", "input_layernorm", "post_layernorm", "ln_f"];
 
 /// TensorRT-LLM's description of quantized weights. It has no words for all that [`Formats`] says, so that is written too.
-fn quantization(formats: &Formats, cache: CacheFormat) -> Value {
+fn quantization(model: &ModelConfig) -> Value {
+    let ModelConfig { formats, cache, key_directions, .. } = model;
     let algorithm = |format| match format {
         WeightFormat::Plain => None,
         WeightFormat::Fp8 | WeightFormat::Fp8Rows(Fp8Input::Static) => Some(FP8),
@@ -292,7 +296,7 @@ fn quantization(formats: &Formats, cache: CacheFormat) -> Value {
     let is_mixed = formats.attention != formats.feed_forward;
     let quantized = |format| if let WeightFormat::Quantized(quantization) = format { Some(quantization) } else { None };
     let of = quantized(formats.feed_forward).or(quantized(formats.attention));
-    json!({
+    let mut keys = json!({
         "quant_algo": if is_mixed { Some("MIXED_PRECISION") } else { algorithm(formats.feed_forward) },
         "kv_cache_quant_algo": (!cache.is_plain()).then_some(FP8),
         "group_size": of.and_then(|of| of.group).unwrap_or(128),
@@ -300,7 +304,11 @@ fn quantization(formats: &Formats, cache: CacheFormat) -> Value {
         "has_zero_point": of.is_some_and(|of| of.zeros),
         "pre_quant_scale": false,
         "exclude_modules": (*formats != Formats::default()).then_some(["lm_head", "router", "vocab_embedding"]),
-    })
+    });
+    if !cache.is_plain() && *key_directions {
+        keys[KEY_DIRECTIONS] = json!(true);
+    }
+    keys
 }
 
 /// The formats of the weights. A checkpoint that does not name them has plain weights, or TensorRT-LLM's fp8.
@@ -320,6 +328,10 @@ fn read_formats(ours: Keys<'_>, quantization: Keys<'_>) -> Result<Formats, KeyEr
 fn refuse_unsupported(root: Keys<'_>) -> Result<(), KeyError> {
     let quantization = root.object("quantization", "quantization.")?;
     quantization.one_of("kv_cache_quant_algo", &[FP8], "null, FP8; convert the original model again")?;
+    if quantization.flag(KEY_DIRECTIONS)? && quantization.text("kv_cache_quant_algo")?.is_none() {
+        let supported = "false without kv_cache_quant_algo FP8: only keys in e4m3 are rounded by directions";
+        return Err(quantization.unsupported(KEY_DIRECTIONS, supported, true));
+    }
     let ours = root.object("mixtral", "mixtral.")?;
     // TensorRT-LLM stores integers in the order in which one kind of GPU reads them.
     let is_theirs = |algo: &&Value| !ours.contains("formats") && *algo != FP8;
@@ -437,6 +449,7 @@ fn read_config(root: Keys<'_>) -> Result<CheckpointConfig, KeyError> {
             Some(_) => CacheFormat::Fp8,
             None => CacheFormat::Plain,
         },
+        key_directions: root.object("quantization", "quantization.")?.flag(KEY_DIRECTIONS)?,
     };
     if let Some(version) = ours.size("format_version")?
         && version as u64 > FORMAT_VERSION
@@ -492,6 +505,10 @@ mod tests {
         dense.model.family = ModelFamily::Mistral;
         dense.model.moe = MoeConfig { num_experts: 1, top_k: 1, normalization: MoeNormalization::Renorm };
         assert!(!dense.to_json().contains("moe_num_experts"));
+        assert!(!dense.to_json().contains("kv_cache_key_directions"), "as TensorRT-LLM's");
+        assert_eq!(parse(&dense.to_json()).unwrap(), dense);
+        dense.model.key_directions = true;
+        assert!(dense.to_json().contains(r#""kv_cache_key_directions": true"#));
         assert_eq!(parse(&dense.to_json()).unwrap(), dense);
     }
 
@@ -521,6 +538,7 @@ mod tests {
         let config = parse(&minimal(&format!(r#", "moe_num_experts": 8, "quantization": {quantization}"#))).unwrap();
         assert_eq!(config.model.formats, Formats { attention: WeightFormat::Fp8, feed_forward: WeightFormat::Fp8 });
         assert_eq!(config.model.cache, CacheFormat::Fp8);
+        assert!(!config.model.key_directions);
     }
 
     #[test]
@@ -535,6 +553,10 @@ mod tests {
             minimal(r#", "moe_num_experts": 8, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "INT8"}"#),
             minimal(
                 r#", "moe_num_experts": 8, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head", "transformer.layers.0.mlp"]}"#,
+            ),
+            minimal(r#", "moe_num_experts": 8, "quantization": {"kv_cache_key_directions": true}"#),
+            minimal(
+                r#", "moe_num_experts": 8, "quantization": {"kv_cache_quant_algo": "FP8", "kv_cache_key_directions": "all"}"#,
             ),
             minimal(r#", "moe_num_experts": 8, "rotary_scaling": {"type": "linear"}"#),
             minimal(r#", "moe_num_experts": 8, "attn_bias": true"#),

@@ -12,8 +12,8 @@ pub struct WeightSpec {
     pub id: TensorId,
     /// Its name: `id` written out.
     pub name: String,
-    /// Type of its elements, or of what they stand for: the model's, except for the router and the cache's scales, which are
-    /// f32.
+    /// Type of its elements, or of what they stand for: the model's, except for the router and the cache's scales and
+    /// directions, which are f32.
     pub dtype: DType,
     /// How it is stored.
     pub format: WeightFormat,
@@ -108,6 +108,9 @@ pub fn rank_weights(config: &CheckpointConfig, rank: Rank) -> Vec<WeightSpec> {
         if model.cache == CacheFormat::Fp8 {
             // In other tools' files one scale is for keys and values.
             add(TensorId::CacheScales(layer), DType::F32, &[if config.tool_version.is_some() { 2 } else { 1 }]);
+            if model.key_directions {
+                add(TensorId::KeyDirections(layer), DType::F32, &[kv_heads, model.head_dim]);
+            }
         }
         add(TensorId::PostNorm(layer), model.dtype, &[hidden]);
         if model.has_router() {
@@ -158,6 +161,27 @@ mod tests {
         let ep: Vec<_> = shapes(Mapping::expert_parallel(2, 1), 1).into_iter().map(|(_, s)| s).collect();
         assert_eq!(ep[4], [4, 28672, 4096]);
         assert_eq!(ep[5], [4, 4096, 14336]);
+    }
+
+    #[test]
+    fn only_an_fp8_cache_has_directions_and_a_rank_those_of_its_kv_heads() {
+        let directions = |edit: fn(&mut ModelConfig), tp_size| -> Vec<(String, DType, Vec<usize>)> {
+            let mut model = ModelConfig { num_layers: 2, ..ModelConfig::mixtral_8x7b(DType::F16) };
+            edit(&mut model);
+            let config = CheckpointConfig::new(model, Mapping::tensor_parallel(tp_size, 1));
+            config.validate().unwrap();
+            let weights = rank_weights(&config, Rank(1)).into_iter();
+            let of_cache = weights.filter(|weight| weight.name.contains("kv_cache_key_directions"));
+            of_cache.map(|weight| (weight.name, weight.dtype, weight.shape)).collect()
+        };
+        let both: fn(&mut ModelConfig) = |model| (model.cache, model.key_directions) = (CacheFormat::Fp8, true);
+        // 16 ranks have copies of 8 KV heads.
+        for (tp_size, kv_heads) in [(2, 4), (16, 1)] {
+            let names = [0, 1].map(|layer| format!("transformer.layers.{layer}.attention.kv_cache_key_directions"));
+            assert_eq!(directions(both, tp_size), names.map(|name| (name, DType::F32, vec![kv_heads, 128])));
+        }
+        assert_eq!(directions(|model| model.cache = CacheFormat::Fp8, 2), []);
+        assert_eq!(directions(|model| model.key_directions = true, 2), []);
     }
 
     #[test]

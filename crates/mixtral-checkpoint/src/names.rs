@@ -23,6 +23,11 @@ pub enum TensorId {
     Dense(usize),
     /// Scales of the keys and of the values in an 8-bit cache, always f32: `[2]`; or `[1]`, one for both, in another tool's files.
     CacheScales(usize),
+    /// For each of the rank's KV heads, the direction in which its queries mostly lie, before rope, in the order of the
+    /// elements of a key, always f32: `[kv, d]`. The writer of an 8-bit cache rounds a key k to k' so that u · (k − k') is
+    /// small. u is as long as the queries are longer along it than along others: λ being the largest eigenvalue of their
+    /// second moment and μ the mean of the others, |u|² = λ / μ − 1. A direction of zeros leaves keys rounded to nearest.
+    KeyDirections(usize),
     /// RMSNorm weight before the feed-forward, `[H]`.
     PostNorm(usize),
     /// Router, all experts on every rank, always f32: `[experts, H]`.
@@ -47,6 +52,7 @@ impl TensorId {
             | TensorId::Qkv(layer)
             | TensorId::Dense(layer)
             | TensorId::CacheScales(layer)
+            | TensorId::KeyDirections(layer)
             | TensorId::PostNorm(layer)
             | TensorId::Router(layer)
             | TensorId::Fc(layer)
@@ -66,6 +72,9 @@ impl fmt::Display for TensorId {
             TensorId::Dense(layer) => (layer, "attention.dense"),
             TensorId::CacheScales(layer) => {
                 return write!(f, "transformer.layers.{layer}.attention.kv_cache_scaling_factor");
+            }
+            TensorId::KeyDirections(layer) => {
+                return write!(f, "transformer.layers.{layer}.attention.kv_cache_key_directions");
             }
             TensorId::PostNorm(layer) => (layer, "post_layernorm"),
             TensorId::Router(layer) => (layer, "mlp.router"),

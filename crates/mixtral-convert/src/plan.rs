@@ -120,7 +120,7 @@ fn pieces(config: &CheckpointConfig, rank: Rank, tied: bool, id: TensorId) -> Ve
             take(HfTensor::Value(layer), Some(keys), None, after_keys);
         }
         // They are not cut from tensors.
-        TensorId::CacheScales(_) => {}
+        TensorId::CacheScales(_) | TensorId::KeyDirections(_) => {}
         TensorId::Dense(l) => {
             take(HfTensor::Output(first_layer + l), None, Some(head_rows(mapping.heads(model, rank))), 0);
         }

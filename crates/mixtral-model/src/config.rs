@@ -95,6 +95,9 @@ pub struct ModelConfig {
     /// How keys and values are stored.
     #[serde(default, skip_serializing_if = "CacheFormat::is_plain")]
     pub cache: CacheFormat,
+    /// Whether an fp8 cache has a direction for the rounding of each KV head's keys.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub key_directions: bool,
 }
 
 /// A geometry that no model can have.
@@ -172,6 +175,7 @@ impl ModelConfig {
             sliding_window: None,
             formats: Formats::default(),
             cache: CacheFormat::Plain,
+            key_directions: false,
         }
     }
 

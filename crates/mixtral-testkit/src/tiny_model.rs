@@ -121,6 +121,7 @@ impl TinyModel {
             sliding_window: None,
             formats: Formats::default(),
             cache: CacheFormat::Plain,
+            key_directions: false,
         };
         TinyModel { config, tied: false, seed }
     }

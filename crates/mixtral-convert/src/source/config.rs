@@ -112,6 +112,7 @@ fn read_hugging_face(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool
         sliding_window: keys.size("sliding_window")?,
         formats: Formats::default(),
         cache: CacheFormat::Plain,
+        key_directions: false,
     };
     Ok((model, dtype, keys.flag("tie_word_embeddings")?))
 }
@@ -178,6 +179,7 @@ fn read_params(keys: Keys<'_>) -> Result<(ModelConfig, Option<DType>, bool), Key
         sliding_window: read_window(keys)?,
         formats: Formats::default(),
         cache: CacheFormat::Plain,
+        key_directions: false,
     };
     Ok((model, dtype, keys.flag("tied_embeddings")?))
 }

@@ -79,6 +79,7 @@ impl GeometryArgs {
             sliding_window: None,
             formats: Formats::default(),
             cache: mixtral_model::CacheFormat::Plain,
+            key_directions: false,
         })
     }
 
