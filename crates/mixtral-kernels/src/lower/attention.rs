@@ -94,7 +94,7 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             };
             let heads = num_heads + if directed > 0 { 1 } else { 2 } * kv.num_kv_heads;
             let pieces = heads * (kv.head_dim / 2).div_ceil(VECTOR);
-            let threads = threads_for(pieces, ROPE_THREADS) + 32 * count(directed);
+            let threads = threads_for(pieces, ROPE_THREADS) + 32 * directed;
             let symbol = format!(
                 "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}, {directed}>",
                 types(kv),
