@@ -8,6 +8,7 @@ use mixtral_checkpoint::disk::free_bytes;
 use mixtral_checkpoint::{CheckpointConfig, CheckpointWriter, Progress};
 use mixtral_model::{CacheFormat, DType, Mapping, ModelConfig, MoeNormalization, Recipe, WeightFormat, WeightOnly};
 
+use crate::directions;
 use crate::error::ConvertError;
 use crate::execute::{Losses, buffer_bytes, execute};
 use crate::fp8;
@@ -129,6 +130,9 @@ pub(crate) fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError
     let has_scales = source.as_ref().is_some_and(|source| source.cache_scales.is_some());
     let own = if has_scales { CacheFormat::Fp8 } else { CacheFormat::Plain };
     model.cache = options.cache.unwrap_or(own);
+    if let Some(source) = &source {
+        model.key_directions = model.cache == CacheFormat::Fp8 && directions::are_readable(source);
+    }
     if let Some(weight_only) = options.weight_only {
         if let Some(source) = source.as_ref().filter(|source| source.is_quantized()) {
             return Err(ConvertError::Quantized { dir: source.dir.clone(), layout: source.layout.clone() });
@@ -167,6 +171,8 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
         })
         .collect();
     let workers = options.workers.max(1);
+    let buffers = source.as_ref().map_or(0, buffer_bytes);
+    let of_directions = if config.model.key_directions { directions::bytes(&config.model) } else { 0 };
     Ok(ConvertPlan {
         model_dir: match &options.input {
             Input::Directory(dir) => Some(dir.clone()),
@@ -184,7 +190,7 @@ pub fn plan(options: &ConvertOptions) -> Result<ConvertPlan, ConvertError> {
         warnings: tokenizer.warnings,
         free_bytes: free_bytes(&options.output_dir),
         workers,
-        peak_memory_bytes: source.as_ref().map_or(0, buffer_bytes) * workers as u64 + BASE_MEMORY,
+        peak_memory_bytes: (buffers + of_directions) * workers as u64 + BASE_MEMORY,
     })
 }
 
@@ -206,10 +212,16 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
             return Err(ConvertError::NotCalibrated { what: format!("the input of {}", recipe.name) });
         }
     }
-    let mut writer = CheckpointWriter::create(&options.output_dir, config, source.is_none())?;
+    let mut writer = CheckpointWriter::create(&options.output_dir, config.clone(), source.is_none())?;
     tokenizer.write(&mut writer)?;
     let mut losses = Losses::new();
     if let Some(source) = &source {
+        if config.model.key_directions {
+            let found = directions::of_model(source, options.workers)?;
+            for (rank, made) in config.mapping.ranks().zip(&mut made) {
+                made.extend(directions::tensors(&config, rank, &found));
+            }
+        }
         losses = execute(source, &recipes, &made, writer.ranks(), statistics, options.workers, progress)?;
     }
     let tensors = recipes.iter().flatten();

@@ -5,11 +5,12 @@
 //!
 //! Reading order: [`names`] (transformers' names of tensors), [`source`] (finds the tensors in each layout),
 //! [`mod@plan`] (which rectangles of them make a rank's tensors), [`execute`] (streams those through the conversions of
-//! [`number`], [`mod@quantize`] and [`fp8`]), [`statistics`] and [`feedback`] (what calibration adds to quantizing), [`floats`] (what
+//! [`number`], [`mod@quantize`] and [`fp8`]), `directions` (what an fp8 cache rounds keys by), [`statistics`] and [`feedback`] (what calibration adds to quantizing), [`floats`] (what
 //! calibration reads), [`mod@tokenizer`] (the tokenizer's files), and [`mod@convert`] (the whole stage).
 #![forbid(unsafe_code)]
 
 pub mod convert;
+mod directions;
 pub mod error;
 pub mod execute;
 pub mod feedback;

@@ -165,13 +165,15 @@ impl Merge {
             let norm = part(&ours("post_layernorm"));
             self.place(&theirs("post_attention_layernorm"), [1, h], &norm, 0..1, 0, 0);
 
+            let (kv_heads, kv_first) = if kv >= tp { (kv / tp, t * (kv / tp)) } else { (1, t * kv / tp) };
             if !self.model.cache.is_plain() {
                 let scales = part(&format!("transformer.layers.{local}.attention.kv_cache_scaling_factor"));
                 self.place(&format!("cache {layer}"), [1, 2], &scales, 0..1, 0, 0);
+                let directions = part(&format!("transformer.layers.{local}.attention.kv_cache_key_directions"));
+                self.place(&format!("cache directions {layer}"), [kv, d], &directions, 0..kv_heads, kv_first, 0);
             }
             let qkv = part(&ours("attention.qkv"));
             let heads = nh / tp;
-            let (kv_heads, kv_first) = if kv >= tp { (kv / tp, t * (kv / tp)) } else { (1, t * kv / tp) };
             assert_eq!(qkv.rows(), (heads + 2 * kv_heads) * d);
             let (q, k) = (heads * d, kv_heads * d);
             self.place(&theirs("self_attn.q_proj"), [nh * d, h], &qkv, 0..q, t * q, 0);
@@ -414,6 +416,6 @@ proptest! {
         if statistics.is_none() {
             prop_assert_eq!(&elements("again"), &expected);
         }
-        prop_assert_eq!(expected.len(), model.weights().len() + if small_cache { model.config.num_layers } else { 0 });
+        prop_assert_eq!(expected.len(), model.weights().len() + if small_cache { 2 * model.config.num_layers } else { 0 });
     }
 }
