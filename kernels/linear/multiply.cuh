@@ -216,6 +216,7 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
     for (int k = 0; k < C::K_BLOCKS; k++) {
         const int stage = ring.stage;
         const u32 tile = ring.a(), b = wgmma::descriptor(ring.b());
+        u32 loaded = 0;  // (The integers are in products that have ended by then.)
 #pragma unroll
         for (int unit = 0; unit < STAGE; unit++) {
             const int m = unit / UNITS, first_step = unit % UNITS * STEPS;
@@ -251,6 +252,7 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
                 if ((first_step + STEPS) % CHAIN == 0) {
                     const auto scales = W::scales(block(tile, unit), first_step % 8 / CHAIN, lane);
                     const float scale[2] = {to_float(scales.upper), to_float(scales.lower)};
+                    loaded = __float_as_uint(scale[1]);
                     wgmma::wait<0>();
                     wgmma::pin(chain);
 #pragma unroll
@@ -259,7 +261,7 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
             }
         }
         wgmma::wait<0>();
-        ring.release(stage);
+        ring.release(stage, loaded);
     }
     if constexpr (!W::SCALED) {
 #pragma unroll
@@ -337,8 +339,9 @@ __device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, 
                 }
             }
             if (pair == PAIRS - 1) {
-                // All of the stage is in registers.
-                ring.release(ring.stage);
+                // All of the stage is in registers, when the last tokens are there.
+                __syncwarp();
+                ring.release(ring.stage, tokens[pair % 2][0][3] | tokens[pair % 2][WIDTH - 1][3]);
                 ring.advance();
                 if (k + 1 < C::K_BLOCKS) {
                     mbarrier::wait(ring.full(), ring.phase);

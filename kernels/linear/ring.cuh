@@ -5,7 +5,7 @@
 #include "base/types.cuh"
 #include "epilogue/tile.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/tma.cuh"
+#include "ptx/shared.cuh"
 #include "weight/fp8.cuh"
 #include "weight/plain.cuh"
 #include "weight/quantized.cuh"
@@ -85,28 +85,15 @@ struct Ring {
     __device__ __forceinline__ u32 a() const { return base + stage * C::STAGE; }
     __device__ __forceinline__ u32 b() const { return a() + C::A_BYTES; }
 
-    // Whether warps read stages by ordinary loads too: packed weights, and tokens for products of a warp. Then a fence must come between
-    // these reads and the copies that overwrite them. Alone, the producer has it, which costs the warps nothing. In a cluster the
-    // warps have it, since others' producers copy too.
-    static constexpr bool FENCED = C::W::PACKED;
-
-    // The producer waits until a stage is free.
-    __device__ __forceinline__ void wait_empty() const {
-        mbarrier::wait(empty(stage), phase ^ 1);
-        if constexpr (FENCED && C::CLUSTER == 1) tma::fence_shared();
-    }
-
-    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free.
-    __device__ __forceinline__ void release(int s) const {
+    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free. `loaded` is what the warp has
+    // loaded from it last, if it reads stages by ordinary loads (packed weights, and tokens for products of a warp).
+    __device__ __forceinline__ void release(int s, u32 loaded = 0) const {
         const int lane = threadIdx.x % 32;
-        if constexpr (FENCED) {
-            if constexpr (C::CLUSTER > 1) tma::fence_shared();
-            __syncwarp();
-        }
+        const u32 barrier = empty(s) + ptx::zero_after(loaded);
         if constexpr (C::CLUSTER == 1) {
-            if (lane == 0) mbarrier::arrive(empty(s));
+            if (lane == 0) mbarrier::arrive(barrier);
         } else {
-            if (lane < C::CLUSTER) mbarrier::arrive(empty(s), lane);
+            if (lane < C::CLUSTER) mbarrier::arrive(barrier, lane);
         }
     }
 

@@ -80,7 +80,7 @@ struct StreamConfig {
     // Whether all of a group's tokens are in shared memory at once. Else they are copied again for each round of slabs.
     static constexpr bool RESIDENT = TOKEN_STAGES * TOKEN_BLOCKS == PART;
     static constexpr int TOKEN_CHUNKS = TOKEN_BLOCKS / BLOCKS;  // chunks of weights that a stage of tokens serves
-    // Whether a warp moves a whole chunk to registers before it multiplies. Then it refills the stage at once, else a chunk later.
+    // Whether a warp moves a whole chunk to registers before it multiplies. Then it refills the stage earlier.
     static constexpr bool AHEAD = WIDTH == 1 && BLOCKS * sizeof(Block<W>) <= (WARPS < 8 ? 400 : 192);
     // Blocks whose chains are computed at the same time, so that none waits for its last product.
     static constexpr int AT_ONCE = AHEAD && W::SCALED && W::CHAINS == 1 && BLOCKS % 2 == 0 ? 2 : 1;
@@ -165,9 +165,7 @@ struct Loader {
     __device__ __forceinline__ Loader(const Spans& spans, const u8* weight, int team, int part)
         : cursor{spans}, weight(weight), slab(team), part(part) {}
 
-    // `after` is a word that must have been read before the copy begins. (The copy waits for it, because how L2 treats the lines
-    // depends on it, which else makes no difference.)
-    __device__ __forceinline__ void load(u32 to, u32 barrier, u32 after = 0) {
+    __device__ __forceinline__ void load(u32 to, u32 barrier) {
         if (slab >= cursor.spans.count()) return;
         if (chunk == 0) {
             const sched::Span& span = cursor.at(slab);
@@ -176,7 +174,7 @@ struct Loader {
         }
         if (ptx::elect()) {
             mbarrier::arrive_expect(barrier, C::STAGE);
-            tma::load_bytes(to, from, C::STAGE, barrier, after == 0x9e3779b9u ? tma::EVICT_NORMAL : tma::EVICT_FIRST);
+            tma::load_bytes(to, from, C::STAGE, barrier, tma::EVICT_FIRST);
         }
         __syncwarp();
         from += C::STAGE;
@@ -358,7 +356,6 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
     Turn<C::TOKEN_STAGES> token_turn;
     Turn<C::SLOTS> slot_turn;
     Cursor<Spans> cursor{spans};
-    int used = -1;  // the stage that the warp has read last
     for_rounds<C>(spans, [&](const sched::Group& group, int round) {
         const int slab = round * C::TEAMS + team;
         const bool active = slab >= group.begin && slab < group.end;
@@ -395,29 +392,26 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                 for (int c = 0; c < C::WIDTH; c++) {
                     tokens[c] = token_rows[c] + token_turn.stage * C::TOKEN_STAGE + index % C::TOKEN_CHUNKS * C::BLOCKS * 256;
                 }
-                const auto refill = [&](int stage, u32 after) {
-                    __syncwarp();
-                    loader.load(base + (warp * C::STAGES + stage) * C::STAGE, barriers.full(warp, stage), after);
-                };
-                // The chunk before this one is multiplied, so its stage is free. (The fence is for the reads of that chunk. It would
-                // take longer right behind them.)
-                if (!C::AHEAD && used >= 0) {
-                    tma::fence_shared();
-                    refill(used, 0);
-                }
-                used = turn.stage;
                 mbarrier::wait(barriers.full(warp, turn.stage), turn.phase);
                 const u8* stage = shared + (warp * C::STAGES + turn.stage) * C::STAGE;
                 Block<W> blocks[C::AHEAD ? C::BLOCKS : 1];
+                // `block` is what was loaded last.
+                const auto refill = [&](const Block<W>& block) {
+                    __syncwarp();
+                    const u32 to = base + (warp * C::STAGES + turn.stage) * C::STAGE + ptx::zero_after(block.last());
+                    loader.load(to, barriers.full(warp, turn.stage));
+                };
                 if constexpr (C::AHEAD) {
 #pragma unroll
                     for (int b = 0; b < C::BLOCKS; b++) blocks[b].load(stage + b * W::BLOCK, lane, row_zeros);
-                    // (That the chunk has arrived in registers does what a fence would, and takes less time.)
-                    refill(turn.stage, blocks[C::BLOCKS - 1].last());
+                    refill(blocks[C::BLOCKS - 1]);
                 }
 #pragma unroll C::AHEAD ? C::BLOCKS : 1
                 for (int b = 0; b < C::BLOCKS; b += C::AT_ONCE) {
-                    if constexpr (!C::AHEAD) blocks[0].load(stage + b * W::BLOCK, lane, row_zeros);
+                    if constexpr (!C::AHEAD) {
+                        blocks[0].load(stage + b * W::BLOCK, lane, row_zeros);
+                        if (b == C::BLOCKS - 1) refill(blocks[0]);
+                    }
                     const Block<W>* here = blocks + (C::AHEAD ? b : 0);
                     TokenPair<C> next[C::AT_ONCE];
 #pragma unroll

@@ -262,7 +262,7 @@ __device__ __forceinline__ void produce(Ring<C>& ring, Tiles tiles, const Tensor
             if (early > 0) {
                 early--;
             } else {
-                ring.wait_empty();
+                mbarrier::wait(ring.empty(ring.stage), ring.phase ^ 1);
                 begin_stage(ring.a(), ring.full(), k, tile);
             }
 #pragma unroll

@@ -26,6 +26,10 @@ __device__ __forceinline__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// 0, once `loaded` is there: what adds it to an address waits for that load. (Grids have one dimension, so blockIdx.y is 0, but the
+// compiler does not know it.) A copy by TMA may overwrite what was loaded from shared memory as soon as the load has ended.
+__device__ __forceinline__ u32 zero_after(u32 loaded) { return loaded & blockIdx.y; }
+
 // Counts towards barrier `id` without waiting for it.
 __device__ __forceinline__ void arrive_threads(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
