@@ -19,8 +19,9 @@ use crate::execute::{Buffers, in_parallel, read_piece};
 use crate::names::HfTensor;
 use crate::source::Source;
 
-/// Wider heads than any GPU kernel takes. There are no directions for them, because S grows with the square.
-const MAX_HEAD_DIM: usize = 1024;
+/// The widest heads that have directions. Mixtral's and Mistral's have 128 elements. The time for an eigenvector grows with the cube, and a
+/// small file may describe many wide heads.
+const MAX_HEAD_DIM: usize = 256;
 
 /// Inputs whose products are summed at a time: as many as a core's nearest caches hold of a head.
 const BLOCK: usize = 64;
