@@ -6,6 +6,11 @@
 //! the run id. The `mixtral` key of `config.json` holds the hashes of the rank files' headers, of the tokenizer's files
 //! and of `config.json` itself, and the same run id.
 //!
+//! A checkpoint with an fp8 cache may also say by which directions keys are rounded. Then `quantization` in `config.json` has
+//! `"kv_cache_key_directions": true`, and each layer has a tensor `attention.kv_cache_key_directions`, f32, with a row for each of
+//! the rank's KV heads ([`TensorId::KeyDirections`]). TensorRT-LLM's and ModelOpt's checkpoints have neither, and their keys are rounded to
+//! nearest.
+//!
 //! Reading order: [`names`], [`keys`], [`config`], [`layout`] say what a checkpoint holds; [`header`], [`map`],
 //! [`scan`] and [`reader`] read it; [`mod@verify`] reads and checks all of it; [`staged`] and [`writer`] write it so
 //! that a directory is either whole or does not load; all use [`mod@seal`], [`disk`] and [`progress`].

@@ -19,11 +19,12 @@ use crate::execute::{Buffers, in_parallel, read_piece};
 use crate::names::HfTensor;
 use crate::source::Source;
 
-/// Wider heads than any GPU kernel takes. There are no directions for them, because S grows with the square.
-const MAX_HEAD_DIM: usize = 1024;
+/// The widest heads that have directions. Mixtral's and Mistral's have 128 elements. The time for an eigenvector grows with the cube, and a
+/// small file may describe many wide heads.
+const MAX_HEAD_DIM: usize = 256;
 
-/// Inputs whose products are summed at a time.
-const BLOCK: usize = 256;
+/// Inputs whose products are summed at a time: as many as a core's nearest caches hold of a head.
+const BLOCK: usize = 64;
 
 /// Rows and columns of S that are summed together.
 const TILE: [usize; 2] = [4, 8];
@@ -119,6 +120,7 @@ fn moment(source: &Source, layer: usize, kv_head: usize, state: &mut State) -> R
             add_products(block, width, &mut sums);
         }
     }
+    mirror(&mut sums, width);
     Ok(sums)
 }
 
@@ -159,7 +161,7 @@ fn read(
 }
 
 /// Adds to `sums` `[width, width]` the products of all pairs of rows of `columns`, which lie one column after another. Only tiles that
-/// have an element on or above the diagonal are summed; the rest is copied from them.
+/// have an element on or above the diagonal are summed.
 fn add_products(columns: &[f64], width: usize, sums: &mut [f64]) {
     // Compiled for the widest vectors of this machine. Each operation rounds as it does without them.
     pulp::Arch::new().dispatch(
@@ -172,6 +174,10 @@ fn add_products(columns: &[f64], width: usize, sums: &mut [f64]) {
             }
         },
     );
+}
+
+/// Copies what is above the diagonal below it.
+fn mirror(sums: &mut [f64], width: usize) {
     for i in 0..width {
         for j in 0..i {
             sums[i * width + j] = sums[j * width + i];
@@ -184,16 +190,9 @@ fn add_products(columns: &[f64], width: usize, sums: &mut [f64]) {
 fn add_tile(columns: &[f64], width: usize, [i, j]: [usize; 2], sums: &mut [f64]) {
     let mut tile = [[0f64; TILE[1]]; TILE[0]];
     for column in columns.chunks_exact(width) {
-        let (Some(left), Some(right)) =
-            (column[i..].first_chunk::<{ TILE[0] }>(), column[j..].first_chunk::<{ TILE[1] }>())
-        else {
-            return;
-        };
-        for (row, x) in tile.iter_mut().zip(left) {
-            for (sum, y) in row.iter_mut().zip(right) {
-                *sum += x * y;
-            }
-        }
+        let left: [f64; TILE[0]] = std::array::from_fn(|r| column[i + r]);
+        let right: [f64; TILE[1]] = std::array::from_fn(|c| column[j + c]);
+        tile = std::array::from_fn(|r| std::array::from_fn(|c| tile[r][c] + left[r] * right[c]));
     }
     for (r, row) in tile.iter().enumerate() {
         for (sum, x) in sums[(i + r) * width + j..].iter_mut().zip(row) {
@@ -223,6 +222,7 @@ fn direction(moment: &[f64], head_dim: usize) -> Vec<f32> {
     for _ in 0..SQUARINGS {
         let mut square = vec![0.0; width * width];
         add_products(&power, width, &mut square);
+        mirror(&mut square, width);
         // The sum of the squares of eigenvalues whose sum is one.
         let purity = trace(&square);
         power = scaled(square);
@@ -329,6 +329,7 @@ mod tests {
             let columns: Vec<f64> = (0..19).flat_map(|k| (0..width).map(move |i| element(k, i))).collect();
             let mut sums = vec![1.0; width * width];
             add_products(&columns, width, &mut sums);
+            mirror(&mut sums, width);
             for (at, sum) in sums.iter().enumerate() {
                 let (i, j) = (at / width, at % width);
                 let expected = 1.0 + (0..19).map(|k| element(k, i) * element(k, j)).sum::<f64>();

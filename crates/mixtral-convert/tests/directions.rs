@@ -173,6 +173,14 @@ fn only_an_fp8_cache_of_a_model_with_weights_has_them() {
     assert!(small.model.key_directions && !large.model.key_directions && !config_only.model.key_directions);
     let named = |plan: &ConvertPlan| plan.ranks[0].tensors.iter().filter(|tensor| tensor.name.ends_with(NAME)).count();
     assert_eq!([named(&small), named(&large)], [3, 0]);
+    // Heads may be too wide.
+    for (head_dim, has) in [(256, true), (258, false)] {
+        let mut wide = model();
+        (wide.config.head_dim, wide.config.hidden_size) = (head_dim, 8);
+        wide.write(&at(&format!("wide {head_dim}")), Layout::V4, 1);
+        let wide = plan(&options(&at(&format!("wide {head_dim}")), at("checkpoint"))).unwrap();
+        assert_eq!(wide.model.key_directions, has);
+    }
     // A worker reads a head's rows as floats.
     let rows = 2 * 12 * 600 * 4;
     assert!(small.peak_memory_bytes >= large.peak_memory_bytes + rows);
