@@ -175,7 +175,7 @@ cache() {
     MIXTRAL_CASES="fp8 cache" check "fp8 cache: long contexts" gpu_figure gpu_test cases::large_cases_are_within_their_limits
     for kind in bf16 fp8; do
         algo=null
-        [ $kind = fp8 ] && algo='"FP8"'
+        [ $kind = fp8 ] && algo='"FP8", "kv_cache_key_directions": true'
         mkdir "$scratch/$kind"
         cat >"$scratch/$kind/config.json" <<JSON
 {"architecture": "MixtralForCausalLM", "dtype": "bfloat16", "vocab_size": 32000, "hidden_size": 4096,
@@ -218,7 +218,7 @@ build_8x7b() {
     local what=(--model-config mixtral-8x7b --dtype bfloat16 --weight-only-precision "$1") batch=512 cache=null
     [ -d "$engines/8x7b-$1" ] && return
     if [ "$1" = fp8-cache ]; then
-        batch=2048 cache='"FP8"'
+        batch=2048 cache='"FP8", "kv_cache_key_directions": true'
     fi
     if [[ $1 = fp8* ]]; then
         what=(--model-config "$scratch/8x7b-$1/config.json")

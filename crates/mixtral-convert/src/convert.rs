@@ -131,7 +131,8 @@ pub(crate) fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError
     let own = if has_scales { CacheFormat::Fp8 } else { CacheFormat::Plain };
     model.cache = options.cache.unwrap_or(own);
     if let Some(source) = &source {
-        model.key_directions = model.cache == CacheFormat::Fp8 && directions::are_readable(source);
+        // (Where scales of a cache come with a model, keys are rounded as its library rounds them: to nearest.)
+        model.key_directions = model.cache == CacheFormat::Fp8 && !has_scales && directions::are_readable(source);
     }
     if let Some(weight_only) = options.weight_only {
         if let Some(source) = source.as_ref().filter(|source| source.is_quantized()) {

@@ -1,12 +1,12 @@
 //! Defines what a well-formed program is. Every program that was read from a file passes through [`Program::check`]
 //! before a backend sees it, so backends can index by its numbers.
 
-use mixtral_model::{CacheFormat, DType, ElemType, WeightFormat};
+use mixtral_model::{CacheFormat, DType, ElemType, WeightFormat, fp8};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use crate::memory::ALIGN;
 use crate::op::FusedNorm;
-use crate::{Buffer, Epilogue, KeyDirections, Limits, Op, Program, Rows, Weight};
+use crate::{Buffer, Epilogue, Limits, Op, Program, Rows, Weight};
 
 /// A program that cannot run.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -253,7 +253,7 @@ impl<'a> Scope<'a> {
         if kv.format != CacheFormat::Fp8 {
             return Err("directions round keys for a cache in fp8".to_owned());
         }
-        match KeyDirections::suit(kv.head_dim) {
+        match fp8::suits_directions(kv.head_dim) {
             true => Ok(()),
             false => Err(format!("directions round keys of 16, 32, … 512 elements, and these have {}", kv.head_dim)),
         }

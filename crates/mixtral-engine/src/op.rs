@@ -355,7 +355,8 @@ pub struct FusedNorm {
 /// `fma(u, Δ, ρ)`, and Δ becomes −Δ.
 ///
 /// All in f32. ρ begins as the sum of all `fma(u[i + d/2], e[i + d/2], u[i] · e[i])`, neighbours first, then neighbouring sums of
-/// two, of four, and so on; so d is a power of two.
+/// two, of four, and so on; so d is a power of two
+/// ([`suits_directions`](mixtral_model::fp8::suits_directions)).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct KeyDirections {
@@ -363,14 +364,6 @@ pub struct KeyDirections {
     pub weight: String,
     /// Base of the frequencies of the rotation.
     pub theta: f64,
-}
-
-impl KeyDirections {
-    /// Whether keys of this many elements can be rounded so.
-    #[must_use]
-    pub const fn suit(head_dim: usize) -> bool {
-        head_dim.is_power_of_two() && 16 <= head_dim && head_dim <= 512
-    }
 }
 
 impl Op {

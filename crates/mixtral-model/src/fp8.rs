@@ -52,6 +52,12 @@ pub fn to_bits(x: f32) -> u8 {
     if x.is_nan() { NAN } else { byte.to_le_bytes()[0] }
 }
 
+/// Whether keys of this many elements can be rounded by directions: their errors are summed in pairs, pairs of pairs and so on.
+#[must_use]
+pub const fn suits_directions(head_dim: usize) -> bool {
+    head_dim.is_power_of_two() && 16 <= head_dim && head_dim <= 512
+}
+
 /// The neighbour of `byte` on the other side of `x`, if `byte` is `x` rounded: towards zero if it is farther from zero than `x`, else away
 /// from zero. Beyond the largest number there is none, and none for NaN.
 #[must_use]
