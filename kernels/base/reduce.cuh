@@ -5,11 +5,10 @@
 
 inline constexpr u32 ALL_LANES = 0xffffffffu;
 
-// The sum over a warp, or over each LANES lanes of it. Every lane gets the same bits.
-template <int LANES = 32>
+// The sum over a warp. Every lane gets the same bits.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
-    for (int distance = LANES / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
     return x;
 }
 
@@ -24,8 +23,7 @@ __device__ __forceinline__ float block_sum(float x, float* shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (lane == 0) shared[warp] = x;
     __syncthreads();
-    constexpr int LANES = WARPS <= 16 ? 16 : 32;
-    return warp_sum<LANES>(lane % LANES < WARPS ? shared[lane % LANES] : 0.0f);
+    return warp_sum(lane < WARPS ? shared[lane] : 0.0f);
 }
 
 // The largest x of a CTA, as `block_sum`; no x is negative.

@@ -116,11 +116,15 @@ struct Sums {
                 for (int i = 0; i < VECTOR; ++i) x.at[v][i] = rounded<T>(__fadd_rn(x.at[v][i], base.at[v][i]));
             }
         }
-        x.store(out + row * COLS);
+        // Before the norm, the stores would delay what the warps tell each other. (Of f32 there are no registers to keep sums in.)
+        constexpr bool LAST = NORM && sizeof(T) < 4;
+        const Row sum = x;
+        if constexpr (!LAST) sum.store(out + row * COLS);
         if constexpr (NORM) {
             x.template normalize<T>(scale, eps, shared[turn % 2]);
             x.store(normalized + row * COLS);
         }
+        if constexpr (LAST) sum.store(out + row * COLS);
     }
 };
 
@@ -189,8 +193,6 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     const i64 rows = step::num_rows<ROWS>(header, times);
     Patience patience(stop, report);
     Slot<T, RANKS> slot(inboxes, capacity, rank, half);
-    // (CTA 0 stays, because a grid in which no CTA waits could end before its predecessors.)
-    if (blockIdx.x >= rows && blockIdx.x > 0) return;
     pdl::wait();
     const auto number = [=] { return glance(done) + ordinal; };
     const auto part = [input](i64 row) {
@@ -215,8 +217,6 @@ __global__ void __launch_bounds__(rms::threads(COLS), per_sm(COLS))
     const i64 rows = header->num_tokens;
     Patience patience(stop, report);
     Slot<T, RANKS> slot(inboxes, capacity, rank, half);
-    // (CTA 0 stays, because a grid in which no CTA waits could end before its predecessors.)
-    if (blockIdx.x >= rows && blockIdx.x > 0) return;
     pdl::wait();
     const auto number = [=] { return glance(done) + ordinal; };
     const auto part = [=](i64 row) {
