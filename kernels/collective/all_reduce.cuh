@@ -116,15 +116,13 @@ struct Sums {
                 for (int i = 0; i < VECTOR; ++i) x.at[v][i] = rounded<T>(__fadd_rn(x.at[v][i], base.at[v][i]));
             }
         }
-        // Before the norm, the stores would delay what the warps tell each other. (Of f32 there are no registers to keep sums in.)
-        constexpr bool LAST = NORM && sizeof(T) < 4;
+        // (The sums are stored last: before the norm, the stores would delay what the warps tell each other.)
         const Row sum = x;
-        if constexpr (!LAST) sum.store(out + row * COLS);
         if constexpr (NORM) {
             x.template normalize<T>(scale, eps, shared[turn % 2]);
             x.store(normalized + row * COLS);
         }
-        if constexpr (LAST) sum.store(out + row * COLS);
+        sum.store(out + row * COLS);
     }
 };
 

@@ -16,7 +16,7 @@ namespace exchange {
 // Slots of an inbox; `exchange::SLOTS` in lowering.
 inline constexpr int SLOTS = 3;
 // CTAs on a multiprocessor, for a collective over rows of `cols` elements; `per_sm` in lowering. (With this number the
-// compiler spills no registers.)
+// compiler spills no registers, but of f32.)
 __device__ constexpr int per_sm(int cols) { return cols <= 512 * VECTOR ? 2 : 1; }
 // Slots of the inbox of a pipeline stage; `exchange::STAGE_SLOTS` in lowering.
 inline constexpr int STAGE_SLOTS = 2;

@@ -35,11 +35,12 @@ const SQUARINGS: usize = 24;
 /// If the mean of the other eigenvalues is a smaller part of the first, rounding made it, and the direction has no length.
 const LEAST_REST: f64 = 1e-9;
 
-/// Whether `source` has the weights of queries in a form that [`of_model`] reads.
+/// Whether `source` has the weights of queries in a form that [`of_model`] reads, and of a size that keys can be rounded with.
 pub(crate) fn are_readable(source: &Source) -> bool {
     let format = source.config.model.formats.attention;
     let is_readable = matches!(format, WeightFormat::Plain | WeightFormat::Fp8 | WeightFormat::Fp8Rows(_));
-    is_readable && source.config.model.head_dim <= MAX_HEAD_DIM
+    let head_dim = source.config.model.head_dim;
+    is_readable && head_dim <= MAX_HEAD_DIM && fp8::suits_directions(head_dim)
 }
 
 /// The most bytes that a worker of [`of_model`] holds beside its buffers.
