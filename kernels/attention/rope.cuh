@@ -256,7 +256,7 @@ __device__ __forceinline__ void keep_directed(const T* key, const float2* angles
 // Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache. DIRECTED warps
 // round keys by `directions` [KV_HEADS][HEAD_DIM], each one after another; they are the last ones. Without them, keys are rounded to nearest.
 template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS, int DIRECTED>
-__global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : DIRECTED > 0 ? ceil_div(1024, THREADS) : 1536 / THREADS)
+__global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1024 / THREADS)
     rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, float key_scale, float value_scale,
                   Stored* keys, Stored* values, const float* directions) {
     pdl::launch_dependents();

@@ -161,10 +161,10 @@ impl Graph<'_> {
         let theta = self.model.rope_theta;
         self.push(Op::Rope { data: query.clone(), num_heads: self.num_heads, theta });
         self.push(Op::Rope { data: key.clone(), num_heads: kv.num_kv_heads, theta });
-        let directions = self.model.key_directions.then(|| KeyDirections {
-            weight: TensorId::KeyDirections(layer).to_string(),
-            theta,
-        });
+        let directions = self
+            .model
+            .key_directions
+            .then(|| KeyDirections { weight: TensorId::KeyDirections(layer).to_string(), theta });
         self.push(Op::WriteKv { key, value, layer, directions });
         let attended = self.activation(at("attended"), Rows::Tokens, q);
         self.push(Op::Attention {

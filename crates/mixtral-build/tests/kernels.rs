@@ -11,7 +11,7 @@ use mixtral_kernels::{
     Arch, Cache, Code, CompileError, Compiler, Executable, Family, Kernel, Nvrtc, Schedule, Search, Sources, Target,
     compile_all, needed,
 };
-use mixtral_model::{DType, Mapping, ModelConfig, Rank};
+use mixtral_model::{CacheFormat, DType, Mapping, ModelConfig, Rank};
 
 fn kernel_options(archs: Vec<Arch>) -> KernelOptions {
     KernelOptions {
@@ -102,6 +102,9 @@ fn every_kernel_compiles_without_a_defect() {
     let (large, small) = ([DType::Bf16, DType::F16], [DType::F32, DType::Bf16]);
     let models = large.iter().flat_map(|d| [ModelConfig::mixtral_8x7b(*d), ModelConfig::mixtral_8x22b(*d)]);
     let models = models.chain(small.iter().flat_map(|d| [odd(*d), tiny(*d)]));
+    let with_cache = |model| ModelConfig { cache: CacheFormat::Fp8, key_directions: true, ..model };
+    let models =
+        models.chain([ModelConfig::mixtral_8x7b, ModelConfig::mixtral_8x22b].map(|of| with_cache(of(DType::Bf16))));
     let programs: Vec<_> = models.flat_map(|model| programs(model, Mapping::single(), &options)).collect();
     let needed = programs.iter().map(|program| needed::kernels(&needed::schedules(program, &sass).unwrap(), &sass));
     let work: Vec<(Kernel, Code)> = needed.flatten().collect::<BTreeSet<_>>().into_iter().collect();

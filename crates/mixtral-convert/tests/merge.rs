@@ -169,6 +169,8 @@ impl Merge {
             if !self.model.cache.is_plain() {
                 let scales = part(&format!("transformer.layers.{local}.attention.kv_cache_scaling_factor"));
                 self.place(&format!("cache {layer}"), [1, 2], &scales, 0..1, 0, 0);
+            }
+            if self.model.key_directions {
                 let directions = part(&format!("transformer.layers.{local}.attention.kv_cache_key_directions"));
                 self.place(&format!("cache directions {layer}"), [kv, d], &directions, 0..kv_heads, kv_first, 0);
             }

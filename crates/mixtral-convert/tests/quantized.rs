@@ -166,7 +166,6 @@ fn both_agree(name: &str, formats: [&str; 2], mappings: &[Mapping]) {
         let mut plain = options(&plain, theirs.clone(), mapping);
         plain.dtype = Some(DType::F32);
         let ours = Checkpoint::open(&ours).unwrap();
-        // Then both have directions for the rounding of keys.
         if ours.config().model.cache == CacheFormat::Fp8 {
             (plain.cache, plain.kv_scale) = (Some(CacheFormat::Fp8), Some(1.0));
         }

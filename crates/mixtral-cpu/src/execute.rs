@@ -112,7 +112,8 @@ impl<'a> Machine<'a> {
                 let [key, value] = carve(self.arena, spans)?;
                 let scale = self.cache.scale(*layer);
                 let (keys, values) = self.cache.layer_mut(*layer);
-                let directions = floats.as_ref().map(|(of_heads, theta)| kv::Directions { of_heads, table: &self.rope[*theta] });
+                let directions =
+                    floats.as_ref().map(|(of_heads, theta)| kv::Directions { of_heads, table: &self.rope[*theta] });
                 for (bytes, scale, directions, cache) in
                     [(key, scale.key, directions, keys), (value, scale.value, None, values)]
                 {
@@ -128,7 +129,8 @@ impl<'a> Machine<'a> {
                 let bytes = &self.arena[span];
                 let (first_value, scale) = (num_heads + shape.num_kv_heads, self.cache.scale(*layer));
                 let (keys, values) = self.cache.layer_mut(*layer);
-                let directions = floats.as_ref().map(|(of_heads, theta)| kv::Directions { of_heads, table: &self.rope[*theta] });
+                let directions =
+                    floats.as_ref().map(|(of_heads, theta)| kv::Directions { of_heads, table: &self.rope[*theta] });
                 for (head, scale, directions, cache) in
                     [(*num_heads, scale.key, directions, keys), (first_value, scale.value, None, values)]
                 {

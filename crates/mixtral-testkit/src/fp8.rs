@@ -141,7 +141,8 @@ pub fn caches(dtype: DType) -> Vec<Case> {
         cases.into_iter().map(move |case| case.with_cache(CacheFormat::Fp8, KvScale { key, value }))
     };
     let suits = |case: &&Case| {
-        case.name.starts_with("rope_write_kv") && mixtral_model::fp8::suits_directions(case.assembly.program.kv.head_dim)
+        case.name.starts_with("rope_write_kv")
+            && mixtral_model::fp8::suits_directions(case.assembly.program.kv.head_dim)
     };
     let directed: Vec<Case> = cases.iter().filter(suits).cloned().collect();
     // Nearly no value saturates, so that nearly all have alternatives.
