@@ -398,7 +398,10 @@ fn problem(program: &Program, ops: &[Op], name: &str, kind: &Kind, arg: &Arg) ->
             let gathered = name == "out" && ops.iter().any(|op| op.name() == "expert_gate_up");
             let product = name == "a" && ops.iter().any(|op| op.name() == "linear");
             let to_bytes = rounds && matches!(name, "input" | "out" | "scales");
-            (!of_kernels.contains(&name) && !gathered && !product && !to_bytes).then(|| format!("scratch for {name}"))
+            // Where keys are rounded to nearest, the angles stand in place of directions, which are not read.
+            let unread = name == "directions" && ops.iter().all(|op| op.weights().is_empty());
+            let known = of_kernels.contains(&name) || gathered || product || to_bytes || unread;
+            (!known).then(|| format!("scratch for {name}"))
         }
         Arg::Piece(PieceArg::Out) | Arg::Probe(ProbeArg::Out) => (name != "out").then(|| format!("out for {name}")),
         // A pointer to a part of a matrix has the name of its parameter.
