@@ -165,7 +165,7 @@ __device__ __forceinline__ void keep_directed(const T* key, const float2* angles
                                               e4m3_t* to) {
     constexpr int HALF = HEAD_DIM / 2, LANES = HALF < 32 ? HALF : 32;
     constexpr int PAIRS = HALF / LANES;  // of a lane: elements first + i and HALF + first + i
-    static_assert((HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 512, "what KeyDirections::suit says");
+    static_assert((HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 512, "what fp8::suits_directions says");
     const int lane = threadIdx.x % 32, first = lane * PAIRS;
     const bool used = lane < LANES;
     float x[2][PAIRS] = {}, u[2][PAIRS] = {};
