@@ -239,7 +239,8 @@ __device__ __forceinline__ void add_shared(typename C::Merge& merge, const Parti
 // tile. `keys()`, then `values()`, wait until these have arrived and return their place. `release()` ends a warp's
 // reading of either. A warp that needs neither calls `skip()`. A warp may see only some of its 16 tokens; the others
 // are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. `kept(n)` is where a thread keeps the sum of its
-// quad n from work to work. Called by the first DECODE_THREADS threads, after the wait and `prepare`.
+// quad n from work to work. `wait()` returns when the kernels before this one have completed. Called by the first DECODE_THREADS threads,
+// after `prepare`.
 template <typename C, typename Tiles>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
                                        float scale, float value_scale, const typename C::Output& output, const Partials<C>& partials,
@@ -271,7 +272,7 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
     // The greatest scores and totals of the splits of the present sequence and part so far, if this CTA has all of these.
     // Their sums are where `kept` says.
     float tops[C::QUADS], totals[C::QUADS];
-    if (list.begin == list.end) return;
+    if (list.begin == list.end) return tiles.wait();
     if (threadIdx.x < 2) {
         const int work = threadIdx.x == 0 ? list.begin : list.end - 1;
         int4 item = list.at(work);
@@ -283,6 +284,8 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
     // register.)
     constexpr u32 FROM_START = 1, SHARES_FIRST = 2, SHARES_LAST = 4;
     u32 state = present.split > present.first_split() ? SHARES_FIRST : 0;
+    // (Works are known before the step, but queries only now.)
+    tiles.wait();
     load_queries(present);
     for (int work = list.begin; work < list.end; ++work) {
         const int first = present.first(), end = present.end, last = present.last();

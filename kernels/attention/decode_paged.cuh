@@ -54,7 +54,6 @@ struct DecodeCopies : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
             seek();
 #pragma unroll
             for (int i = 0; i < STAGES - 1; ++i) load_next(i);
-            wait();
         }
 
         __device__ __forceinline__ void wait() {

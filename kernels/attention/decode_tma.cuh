@@ -62,6 +62,7 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
         __device__ __forceinline__ float4& kept(int n) const {
             return reinterpret_cast<float4*>(shared + KEPT_AT)[n * DECODE_THREADS + threadIdx.x];
         }
+        __device__ __forceinline__ void wait() const { pdl::wait(); }
         __device__ __forceinline__ void next() const {}
         __device__ __forceinline__ u32 keys() const {
             ring.wait_full();
@@ -191,7 +192,6 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
         auto& merge = *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT);
         const typename Base::Output output{out, {rounded, divisor}};
         if (threadIdx.x == 0) prepare<Base>(merge, output);
-        pdl::wait();
         typename C::Tiles tiles{base, ring, shared};
         attend<Base>(tiles, merge, list, query, scale, value_scale, output, {partials, max_splits}, tickets);
     }

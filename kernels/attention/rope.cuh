@@ -69,6 +69,13 @@ __global__ void __launch_bounds__(256) angles(const step::Header* header, const 
     table[index] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
 }
 
+// Rotates a pair of elements.
+__device__ __forceinline__ void turn(float& x, float& y, float cosine, float sine) {
+    const float a = x, b = y;
+    x = __fsub_rn(__fmul_rn(a, cosine), __fmul_rn(b, sine));
+    y = __fadd_rn(__fmul_rn(b, cosine), __fmul_rn(a, sine));
+}
+
 // Rotates the first n of eight pairs. x holds elements i, i + 1 … of a head, and y the elements HEAD_DIM / 2 behind
 // them.
 template <bool ALIGNED>
@@ -83,13 +90,8 @@ __device__ __forceinline__ void rotate(float (&x)[VECTOR], float (&y)[VECTOR], c
             const float2 second = i + 1 < n ? angles[i + 1] : make_float2(1.0f, 0.0f);
             angle = make_float4(first.x, first.y, second.x, second.y);
         }
-        const float cosine[2] = {angle.x, angle.z}, sine[2] = {angle.y, angle.w};
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const float a = x[i + j], b = y[i + j];
-            x[i + j] = __fsub_rn(__fmul_rn(a, cosine[j]), __fmul_rn(b, sine[j]));
-            y[i + j] = __fadd_rn(__fmul_rn(b, cosine[j]), __fmul_rn(a, sine[j]));
-        }
+        turn(x[i], y[i], angle.x, angle.y);
+        turn(x[i + 1], y[i + 1], angle.z, angle.w);
     }
 }
 
@@ -158,29 +160,44 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// Rotates a key, and stores it in an fp8 cache, rounded by its head's direction as `mixtral_engine::KeyDirections` says. Called
-// by a warp.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void keep_directed(const T* key, const float2* angles, const float* direction, const fp8::Divisor& divisor,
-                                              e4m3_t* to) {
-    constexpr int HALF = HEAD_DIM / 2, LANES = HALF < 32 ? HALF : 32;
-    constexpr int PAIRS = HALF / LANES;  // of a lane: elements first + i and HALF + first + i
+// A lane's elements of a head: PAIRS of each half.
+template <int HEAD_DIM>
+struct Share {
+    static constexpr int HALF = HEAD_DIM / 2, LANES = HALF < 32 ? HALF : 32, PAIRS = HALF / LANES;
     static_assert((HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 512, "what fp8::suits_directions says");
-    const int lane = threadIdx.x % 32, first = lane * PAIRS;
-    const bool used = lane < LANES;
-    float x[2][PAIRS] = {}, u[2][PAIRS] = {};
-    if (used) {
+
+    float at[2][PAIRS] = {};
+
+    static __device__ __forceinline__ int first() { return threadIdx.x % 32 * PAIRS; }
+    static __device__ __forceinline__ bool is_used() { return threadIdx.x % 32 < LANES; }
+
+    template <typename T>
+    __device__ __forceinline__ void load(const T* head) {
+        if (!is_used()) return;
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) {
-            const float2 angle = angles[first + i];
-            const auto turned = [&](float a, float b, float& upper, float& lower) {
-                upper = __fsub_rn(__fmul_rn(a, angle.x), __fmul_rn(b, angle.y));
-                lower = __fadd_rn(__fmul_rn(b, angle.x), __fmul_rn(a, angle.y));
-            };
-            turned(to_float(key[first + i]), to_float(key[HALF + first + i]), x[0][i], x[1][i]);
-            turned(direction[first + i], direction[HALF + first + i], u[0][i], u[1][i]);
-        }
+        for (int i = 0; i < PAIRS; ++i) at[0][i] = to_float(head[first() + i]), at[1][i] = to_float(head[HALF + first() + i]);
     }
+
+    // `angles` are a token's.
+    __device__ __forceinline__ void rotate(const float2* angles) {
+        if (!is_used()) return;
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) turn(at[0][i], at[1][i], angles[first() + i].x, angles[first() + i].y);
+    }
+};
+
+// Rotates a key, and rounds it by its head's direction, as `mixtral_engine::KeyDirections` says. If it `stores`, the bytes go to an fp8
+// cache. Called by a warp.
+template <typename T, int HEAD_DIM>
+__device__ __forceinline__ void keep_directed(Share<HEAD_DIM> key, Share<HEAD_DIM> direction, const float2* angles,
+                                              const fp8::Divisor& divisor, bool stores, e4m3_t* to) {
+    using Own = Share<HEAD_DIM>;
+    constexpr int HALF = Own::HALF, LANES = Own::LANES, PAIRS = Own::PAIRS;
+    const int first = Own::first();
+    key.rotate(angles);
+    direction.rotate(angles);
+    float(&x)[2][PAIRS] = key.at;
+    const float(&u)[2][PAIRS] = direction.at;
     u32 bytes[2][PAIRS], others[2][PAIRS];
     float error[2][PAIRS], step[2][PAIRS], pairs[PAIRS];
 #pragma unroll
@@ -226,7 +243,7 @@ __device__ __forceinline__ void keep_directed(const T* key, const float2* angles
             }
         }
         const u32 best = __reduce_max_sync(ALL_LANES, least);
-        if (best == 0) break;
+        if (best == 0 && stores) break;  // (A rehearsal goes on to the end; without such a number, nothing moves.)
         at = __reduce_min_sync(ALL_LANES, least == best ? at : HEAD_DIM);
         float moved = 0.0f, weight = 0.0f;
 #pragma unroll
@@ -245,7 +262,7 @@ __device__ __forceinline__ void keep_directed(const T* key, const float2* angles
         const int owner = at % HALF / PAIRS;
         along = __fmaf_rn(__shfl_sync(ALL_LANES, weight, owner), __shfl_sync(ALL_LANES, moved, owner), along);
     }
-    if (!used) return;
+    if (!stores || !Own::is_used()) return;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -255,32 +272,48 @@ __device__ __forceinline__ void keep_directed(const T* key, const float2* angles
 
 // Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache. DIRECTED warps
 // round keys by `directions` [KV_HEADS][HEAD_DIM], each one after another; they are the last ones. Without them, keys are rounded to nearest.
-template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS, int DIRECTED>
-__global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1024 / THREADS)
+//
+// With few tokens, what takes time is to fetch code that runs only once. So with REHEARSES, directed warps rehearse while they wait: they
+// round once without storing anything, a direction in place of the key and of the angles. (What the kernels before this one write must not
+// be read yet.) The CTA then is alone on its multiprocessor, and may have all registers that help.
+template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS, int DIRECTED, bool REHEARSES>
+__global__ void __launch_bounds__(THREADS, REHEARSES || HEAD_DIM > 128 ? 1 : THREADS < 96 ? 16 : 1152 / THREADS)
     rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, float key_scale, float value_scale,
                   Stored* keys, Stored* values, const float* directions) {
     pdl::launch_dependents();
     const fp8::Divisor by_key(key_scale), by_value(value_scale);
     const i64 token = blockIdx.x;
-    const bool idle = token >= header->num_tokens;
-    pdl::wait();
-    if (idle) return;
+    if (token >= header->num_tokens) return pdl::wait();
     constexpr int HALF = HEAD_DIM / 2, PER_HEAD = ceil_div(HALF, VECTOR);
     constexpr int ROTATED = (NUM_HEADS + KV_HEADS) * PER_HEAD, ALL = ROTATED + KV_HEADS * PER_HEAD;
     constexpr int PLAIN = THREADS - 32 * DIRECTED;  // threads that do everything else
     constexpr bool ALIGNED = whole_vectors(HALF);
     const i32 slot = slots[token];
     T* row = qkv + token * (NUM_HEADS + 2 * KV_HEADS) * HEAD_DIM;
+    const float2* angles = table + token * HALF;
     if constexpr (DIRECTED > 0) {
         if (threadIdx.x >= PLAIN) {
-            if (slot < 0) return;
-            for (int head = (threadIdx.x - PLAIN) / 32; head < KV_HEADS; head += DIRECTED) {
-                keep_directed<T, HEAD_DIM>(row + (NUM_HEADS + head) * HEAD_DIM, table + token * HALF, directions + head * HEAD_DIM, by_key,
-                                           keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head));
+            if (slot < 0) return pdl::wait();
+            const int first = (threadIdx.x - PLAIN) / 32;
+            Share<HEAD_DIM> first_direction;
+            first_direction.load(directions + first * HEAD_DIM);
+#pragma unroll 1
+            for (int pass = REHEARSES && pdl::WAITS ? 0 : 1; pass < 2; ++pass) {
+                const bool stores = pass == 1;
+                if (stores) pdl::wait();
+                for (int head = first; head < KV_HEADS; head += DIRECTED) {
+                    Share<HEAD_DIM> direction = first_direction, key;
+                    if (head != first) direction.load(directions + head * HEAD_DIM);
+                    const float* instead = directions + head * HEAD_DIM;
+                    key.load(stores ? row + (NUM_HEADS + head) * HEAD_DIM : reinterpret_cast<const T*>(instead));
+                    keep_directed<T>(key, direction, stores ? angles : reinterpret_cast<const float2*>(instead), by_key, stores,
+                                     keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head));
+                }
             }
             return;
         }
     }
+    pdl::wait();
     constexpr int LEFT = DIRECTED > 0 ? ALL - KV_HEADS * PER_HEAD : ALL;
     for (int own = threadIdx.x; own < LEFT; own += PLAIN) {
         // (Behind the queries come the values, if others have the keys.)
@@ -291,7 +324,7 @@ __global__ void __launch_bounds__(THREADS, THREADS < 96 ? 16 : 1024 / THREADS)
         float x[VECTOR], y[VECTOR];
         load<ALIGNED>(x, at, n);
         load<ALIGNED>(y, at + HALF, n);
-        if (index < ROTATED) rotate<ALIGNED>(x, y, table + token * HALF + i, n);
+        if (index < ROTATED) rotate<ALIGNED>(x, y, angles + i, n);
         if (head < NUM_HEADS) {
             store<ALIGNED>(at, x, n);
             store<ALIGNED>(at + HALF, y, n);

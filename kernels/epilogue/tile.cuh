@@ -12,10 +12,18 @@ namespace epilogue {
 // + 7 as up and the next eight as gate.
 enum Kind { Store = 0, Residual = 1, F32 = 2, SiluMul = 3 };
 
+// What `store_pair` adds: elements `row` and `row` + 8 of a token's row of the residual, if there is one. Loaded early, they are there when
+// the sums are.
+template <int KIND, int OUTPUTS, typename Out>
+__device__ __forceinline__ float2 load_pair(const Out* residual, int row) {
+    if constexpr (KIND != Residual) return {};
+    return {row < OUTPUTS ? to_float(residual[row]) : 0.0f, row + 8 < OUTPUTS ? to_float(residual[row + 8]) : 0.0f};
+}
+
 // Stores one token's sums of two rows of a fragment, which a thread has: rows `row` and `row` + 8, or with silu·mul the up
-// and the gate of output `row`. `to` and `residual` are the token's rows, of OUTPUTS elements.
+// and the gate of output `row`. `to` is the token's row, of OUTPUTS elements.
 template <typename T, int KIND, int OUTPUTS, typename Out>
-__device__ __forceinline__ void store_pair(float upper, float lower, int row, Out* to, const Out* residual) {
+__device__ __forceinline__ void store_pair(float upper, float lower, int row, Out* to, const float2& added) {
     if constexpr (KIND == SiluMul) {
         if (row < OUTPUTS) to[row] = from_float<Out>(math::silu_approximate(rounded<T>(lower)) * rounded<T>(upper));
     } else {
@@ -24,7 +32,7 @@ __device__ __forceinline__ void store_pair(float upper, float lower, int row, Ou
             const int at = row + i * 8;
             if (at >= OUTPUTS) continue;
             float value = i == 0 ? upper : lower;
-            if constexpr (KIND == Residual) value = rounded<T>(value) + to_float(residual[at]);
+            if constexpr (KIND == Residual) value = rounded<T>(value) + (i == 0 ? added.x : added.y);
             to[at] = from_float<Out>(value);
         }
     }

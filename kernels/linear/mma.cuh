@@ -132,7 +132,8 @@ __device__ __forceinline__ void finish(float (&d)[C::BLOCKS][C::COLS / 8][4], co
                 }
                 if (to < 0) continue;
                 const i64 at = static_cast<i64>(to) * C::OUTPUTS;
-                epilogue::store_pair<T, C::KIND, C::OUTPUTS>(upper, lower, row, out + at, residual + at);
+                const float2 added = epilogue::load_pair<C::KIND, C::OUTPUTS>(residual + at, row);
+                epilogue::store_pair<T, C::KIND, C::OUTPUTS>(upper, lower, row, out + at, added);
             }
         }
     }

@@ -273,8 +273,8 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
 // columns, a warp's takes none; of more columns a warpgroup's products are faster. A warp has the slabs that it has there. The
 // bits are the same.
 //
-// A pair is two steps of 16 elements. While one pair's products run, the next pair's tokens are loaded, and behind the last pair the
-// next stage's integers.
+// A pair is two steps of 16 elements. While one pair's products run, the next pair's tokens are loaded. A piece of the next stage's
+// integers is loaded as soon as this stage's is converted, so the warp asks early whether the next stage is there, and seldom waits.
 template <typename C, int N>
 __device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
                                                   float (&d)[C::BLOCKS][C::COLS / 2]) {
@@ -283,6 +283,7 @@ __device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, 
     static_assert(C::DEPTH == W::DEPTH, "a stage is a block of each slab");
     constexpr int PAIRS = C::DEPTH / 32, WIDTH = N / 8;
     constexpr int CHAIN = PAIRS / W::CHAINS;  // pairs of a chain
+    constexpr int PIECE = PAIRS / W::PIECES;  // pairs of a piece
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
     const int first = min(warpgroup * C::BLOCKS * 4 + warp, C::SLABS - 1) * W::BLOCK;
     // Where a lane's row of eight elements lies in a matrix of eight tokens. The swizzle depends on the row.
@@ -290,42 +291,50 @@ __device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, 
 
     typename W::Lane integers[C::BLOCKS];
     u32 tokens[2][WIDTH][4];
-    const auto block = [&](int m) {
-        return static_cast<const u8*>(__cvta_shared_to_generic(ring.a() + first + m * 4 * W::BLOCK));
-    };
-    const auto load_integers = [&] {
+    // The m-th slab of the stage at `tile`.
+    const auto slab = [&](u32 tile, int m) { return tile + first + m * 4 * W::BLOCK; };
+    const auto load_piece = [&](u32 tile, int piece) {
 #pragma unroll
-        for (int m = 0; m < C::BLOCKS; m++) W::load(integers[m], block(m), lane);
+        for (int m = 0; m < C::BLOCKS; m++) W::load_piece(integers[m], piece, slab(tile, m), lane);
     };
-    const auto load_tokens = [&](int pair) {
-        const u32 at = ring.b() + pair / 2 * C::B_ATOM + (pair % 2 == 0 ? even : odd);
+    const auto load_tokens = [&](u32 tile, int pair) {
+        const u32 at = tile + C::A_BYTES + pair / 2 * C::B_ATOM + (pair % 2 == 0 ? even : odd);
 #pragma unroll
         for (int c = 0; c < WIDTH; c++) ptx::ldmatrix_x4(tokens[pair % 2][c], at + c * 1024);
     };
 
     float sums[C::BLOCKS][WIDTH][4] = {}, chain[C::BLOCKS][WIDTH][4];
     mbarrier::wait(ring.full(), ring.phase);
-    load_integers();
-    load_tokens(0);
+#pragma unroll
+    for (int piece = 0; piece < W::PIECES; piece++) load_piece(ring.a(), piece);
+    load_tokens(ring.a(), 0);
 #pragma unroll 1
     for (int k = 0; k < C::K_BLOCKS; k++) {
+        const int stage = ring.stage;
+        const u32 tile = ring.a();
+        ring.advance();
+        const bool more = k + 1 < C::K_BLOCKS, is_there = mbarrier::is_over(ring.full(), ring.phase);
         typename W::Zero zeros[C::BLOCKS][W::CHAINS];
         typename W::Scales scales[C::BLOCKS][W::CHAINS];
+        u32 loaded = 0;  // words of what is loaded last
 #pragma unroll
         for (int m = 0; m < C::BLOCKS; m++) {
+            const u8* block = static_cast<const u8*>(__cvta_shared_to_generic(slab(tile, m)));
 #pragma unroll
             for (int i = 0; i < W::CHAINS; i++) {
                 if constexpr (W::SCALED) {
-                    zeros[m][i] = W::group_zero(block(m), i, lane);
-                    scales[m][i] = W::scales(block(m), i, lane);
+                    zeros[m][i] = W::group_zero(block, i, lane);
+                    scales[m][i] = W::scales(block, i, lane);
+                    loaded |= scales[m][i].word();
                 } else {
                     zeros[m][i] = rows.zeros[m];
                 }
             }
+            loaded |= integers[m].pieces[W::PIECES - 1].w;
         }
 #pragma unroll
         for (int pair = 0; pair < PAIRS; pair++) {
-            if (pair < PAIRS - 1) load_tokens(pair + 1);
+            if (pair < PAIRS - 1) load_tokens(tile, pair + 1);
             u32 a[C::BLOCKS][2][4];
 #pragma unroll
             for (int m = 0; m < C::BLOCKS; m++) {
@@ -338,16 +347,17 @@ __device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, 
                     for (int i = 0; i < WIDTH * 4; i++) chain[m][i / 4][i % 4] = 0.0f;
                 }
             }
+            if (pair == PIECE - 1 && more) {
+                if (!is_there) mbarrier::wait(ring.full(), ring.phase);
+                load_piece(ring.a(), 0);
+            }
+            // Behind a tile's last stage, these loads bring what nobody uses.
+            if (pair % PIECE == PIECE - 1 && pair >= PIECE) load_piece(ring.a(), pair / PIECE);
             if (pair == PAIRS - 1) {
-                // All of the stage is in registers, when the last tokens are there.
+                // All of the stage is in registers, when the last words are there.
                 __syncwarp();
-                ring.release(ring.stage, tokens[pair % 2][0][3] | tokens[pair % 2][WIDTH - 1][3]);
-                ring.advance();
-                if (k + 1 < C::K_BLOCKS) {
-                    mbarrier::wait(ring.full(), ring.phase);
-                    load_integers();
-                    load_tokens(0);
-                }
+                ring.release(stage, loaded | tokens[pair % 2][0][3] | tokens[pair % 2][WIDTH - 1][3]);
+                load_tokens(ring.a(), 0);
             }
 #pragma unroll
             for (int step = 0; step < 2; step++) {

@@ -319,11 +319,14 @@ __device__ __forceinline__ void add_sums(u8* shared, Cursor<Spans>& cursor, cons
         const int slab = round * C::TEAMS + team, at = round % C::SLOTS;
         if (slab < group.begin || slab >= group.end) continue;
         const sched::Span span = cursor.at(slab);
+        const int at_row = (span.slab + slab - span.begin) * (C::SILU ? 8 : 16) + row;
         i64 to[EACH];
+        float2 added[EACH];
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             const int column = i * 2 + lane / 16;
             to[i] = column < span.count ? static_cast<i64>(destination(span.first + column)) * C::OUTPUTS : -1;
+            if (row < 8 && to[i] >= 0) added[i] = epilogue::load_pair<C::KIND, C::OUTPUTS>(residual + to[i], at_row);
         }
         mbarrier::wait(barriers.summed(team, at), round / C::SLOTS & 1);
         const Slot<C>& slot = Slot<C>::of(shared, team, at);
@@ -334,11 +337,10 @@ __device__ __forceinline__ void add_sums(u8* shared, Cursor<Spans>& cursor, cons
             lower[i] = __shfl_xor_sync(~0u, upper[i], 8);
         }
         if (lane == 0) mbarrier::arrive(barriers.added(team, at));
-        const int at_row = (span.slab + slab - span.begin) * (C::SILU ? 8 : 16) + row;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
             if (row >= 8 || to[i] < 0) continue;
-            epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper[i], lower[i], at_row, out + to[i], residual + to[i]);
+            epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper[i], lower[i], at_row, out + to[i], added[i]);
         }
     }
 }
@@ -380,6 +382,18 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
         }
         Slot<C>& slot = Slot<C>::of(shared, team, slot_turn.stage);
         if (C::SPLIT > 1 && active) mbarrier::wait(barriers.added(team, slot_turn.stage), slot_turn.phase ^ 1);
+        // Where what belongs to a column's sums lies in `out` and in the residual.
+        const auto begin = [&](int column) { return static_cast<i64>(destination(span.first + column)) * C::OUTPUTS; };
+        const auto first_row = [&] { return matrix_slab * (C::SILU ? 8 : 16) + lane / 4; };
+        [[maybe_unused]] float2 added[C::WIDTH][2];
+        if constexpr (C::SPLIT == 1 && C::KIND == epilogue::Residual) {
+#pragma unroll
+            for (int i = 0; i < 2 * C::WIDTH; i++) {
+                const int column = i / 2 * 8 + lane % 4 * 2 + i % 2;
+                if (!active || column >= span.count) continue;
+                added[i / 2][i % 2] = epilogue::load_pair<C::KIND, C::OUTPUTS>(residual + begin(column), first_row());
+            }
+        }
         float total[1][C::WIDTH][4] = {};
 #pragma unroll 1
         for (int index = 0; index < C::CHUNKS; index++) {
@@ -462,11 +476,9 @@ __device__ __forceinline__ void multiply_slabs(u8* shared, Loader<C, Spans>& loa
                 for (int half = 0; half < 2; half++) {
                     const int column = c * 8 + lane % 4 * 2 + half;
                     if (column >= span.count) continue;
-                    const i64 to = static_cast<i64>(destination(span.first + column)) * C::OUTPUTS;
                     float upper = total[0][c][half] * W::UNIT, lower = total[0][c][half + 2] * W::UNIT;
                     if constexpr (W::ROW_VALUES > 0) upper *= row_scales[0], lower *= row_scales[1];
-                    const int row = matrix_slab * (C::SILU ? 8 : 16) + lane / 4;
-                    epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper, lower, row, out + to, residual + to);
+                    epilogue::store_pair<typename C::T, C::KIND, C::OUTPUTS>(upper, lower, first_row(), out + begin(column), added[c][half]);
                 }
             }
         }
@@ -539,7 +551,9 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     stream_grouped(const u8* weight, const typename C::T* tokens, const step::Header* header, const int* offsets,
                    const int* order, typename C::T* out) {
     const auto spans = [&] { return sched::Spans<EXPERTS, C::MATRIX_SLABS, C::COLS>(offsets, header->num_tokens); };
-    const auto source = [&](int position) { return DOWN ? position : order[position] / TOP_K; };
+    // (A single token's is the only row.)
+    const bool single = header->num_tokens == 1;
+    const auto source = [&](int position) { return DOWN ? position : single ? 0 : order[position] / TOP_K; };
     const auto destination = [&](int position) { return DOWN ? order[position] : position; };
     const auto wait = [] {
         pdl::wait();

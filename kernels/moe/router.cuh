@@ -62,9 +62,11 @@ __global__ void __launch_bounds__(rms::threads(COLS))
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int num_tokens = header->num_tokens;
     Row scale, x, next;
+    i32 slot = -1, next_slot = -1;
     Row w[RESIDENT ? EXPERTS : 1];
     if (static_cast<int>(blockIdx.x) < num_tokens) {
         scale.load(weight);
+        if constexpr (CHOOSE) next_slot = slots[blockIdx.x];
         if constexpr (RESIDENT) {
 #pragma unroll
             for (int e = 0; e < EXPERTS; ++e) w[e].load(router_weight + e * COLS);
@@ -75,8 +77,11 @@ __global__ void __launch_bounds__(rms::threads(COLS))
     pdl::wait();
     if (static_cast<int>(blockIdx.x) < num_tokens) next.load(input + static_cast<i64>(blockIdx.x) * COLS);
     for (i64 token = blockIdx.x; token < num_tokens; token += gridDim.x) {
-        x = next;
-        if (token + gridDim.x < num_tokens) next.load(input + (token + gridDim.x) * COLS);
+        x = next, slot = next_slot;
+        if (token + gridDim.x < num_tokens) {
+            next.load(input + (token + gridDim.x) * COLS);
+            if constexpr (CHOOSE) next_slot = slots[token + gridDim.x];
+        }
         x.template normalize<T>(scale, eps, shared);
         x.store(normalized + token * COLS);
         if constexpr (ROUNDS) x.store_rounded(rounded + token * COLS, *divisor);
@@ -118,7 +123,7 @@ __global__ void __launch_bounds__(rms::threads(COLS))
                 float weights[K];
                 softmax_by_warp(values);
                 top_k_by_warp<EXPERTS, K, RENORM>(values, ids, weights);
-                store_choice(token, ids, weights, expert_ids, expert_weights, slots[token] >= 0 ? counts : nullptr);
+                store_choice(token, ids, weights, expert_ids, expert_weights, slot >= 0 ? counts : nullptr);
                 if (num_tokens == 1) {
                     i32 local = -1;
 #pragma unroll

@@ -78,4 +78,19 @@ __device__ __forceinline__ void wait(u32 barrier, u32 parity) {
         : "memory");
 }
 
+// Whether the phase of this parity is over. A thread that learns so need not wait.
+__device__ __forceinline__ bool is_over(u32 barrier, u32 parity) {
+    u32 over;
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n"
+        "}\n"
+        : "=r"(over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return over != 0;
+}
+
 }  // namespace mbarrier

@@ -17,6 +17,13 @@ __device__ __forceinline__ int load_shared(u32 address) {
     return value;
 }
 
+// Loads four words, and not later than here. (An ordinary load may be moved to where its words are used.)
+__device__ __forceinline__ uint4 load_shared_x4(u32 address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ void store_shared(u32 address, int value) {
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }

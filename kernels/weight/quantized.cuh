@@ -147,6 +147,9 @@ struct Quantized {
     // The scales of a lane's rows g and g + 8, from a block.
     struct alignas(2 * sizeof(Scale)) Scales {
         Scale upper, lower;
+
+        // Any word of them.
+        __device__ __forceinline__ u32 word() const { return reinterpret_cast<const u32&>(*this); }
     };
 
     __device__ static __forceinline__ Scales scales(const u8* block, int chain, int lane) {
@@ -167,6 +170,11 @@ struct Quantized {
     __device__ static __forceinline__ void load(Lane& to, const u8* block, int lane) {
 #pragma unroll
         for (int p = 0; p < PIECES; p++) to.pieces[p] = *reinterpret_cast<const uint4*>(block + p * 512 + lane * 16);
+    }
+
+    // One piece, from shared memory.
+    __device__ static __forceinline__ void load_piece(Lane& to, int p, u32 block, int lane) {
+        to.pieces[p] = ptx::load_shared_x4(block + p * 512 + lane * 16);
     }
 
     // A lane's part of the A operand of the `step`-th 16 elements of a block, divided by UNIT. `step` is known to the

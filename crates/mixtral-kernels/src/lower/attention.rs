@@ -32,6 +32,9 @@ const ROPE_THREADS: usize = 512;
 /// The most warps of a CTA that round keys by directions.
 const DIRECTED: usize = 8;
 
+/// With up to this many tokens, CTAs that round keys by directions rehearse: each is alone on a multiprocessor.
+const REHEARSED: usize = 128;
+
 const ROPE: &str = "attention/rope.cuh";
 
 pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, LowerError> {
@@ -95,8 +98,9 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
             let heads = num_heads + if directed > 0 { 1 } else { 2 } * kv.num_kv_heads;
             let pieces = heads * (kv.head_dim / 2).div_ceil(VECTOR);
             let threads = threads_for(pieces, ROPE_THREADS) + 32 * directed;
+            let rehearses = directed > 0 && lowering.regime.max_tokens <= REHEARSED;
             let symbol = format!(
-                "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}, {directed}>",
+                "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}, {directed}, {rehearses}>",
                 types(kv),
                 kv.num_kv_heads,
                 kv.head_dim,
