@@ -217,17 +217,19 @@ pub fn convert(options: &ConvertOptions, progress: &dyn Progress) -> Result<Repo
     let mut writer = CheckpointWriter::create(&options.output_dir, config.clone(), source.is_none())?;
     tokenizer.write(&mut writer)?;
     let mut losses = Losses::new();
+    let tensors = recipes.iter().flatten();
+    let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());
     if let Some(source) = &source {
+        let of_directions = if config.model.key_directions { directions::progress_bytes(&config.model) } else { 0 };
+        progress.start(bytes + of_directions);
         if config.model.key_directions {
-            let found = directions::of_model(source, options.workers)?;
+            let found = directions::of_model(source, options.workers, progress)?;
             for (rank, made) in config.mapping.ranks().zip(&mut made) {
                 made.extend(directions::tensors(&config, rank, &found));
             }
         }
         losses = execute(source, &recipes, &made, writer.ranks(), statistics, options.workers, progress)?;
     }
-    let tensors = recipes.iter().flatten();
-    let (count, bytes) = (tensors.clone().count(), tensors.map(|r| r.num_bytes() as u64).sum());
     let run_id = writer.finish()?;
     let seconds = start.elapsed().as_secs_f64();
     let quantized = QuantizedTensor::list(losses);

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use mixtral_checkpoint::names::part_name;
-use mixtral_checkpoint::{CheckpointConfig, TensorId};
+use mixtral_checkpoint::{CheckpointConfig, Progress, TensorId};
 use mixtral_model::{DType, ElemType, ModelConfig, PartKind, Piece, Rank, WeightFormat, fp8};
 
 use crate::error::ConvertError;
@@ -51,11 +51,25 @@ pub(crate) fn bytes(model: &ModelConfig) -> u64 {
     (floats * size_of::<f32>() + doubles * size_of::<f64>()) as u64
 }
 
+/// Bytes of the weights that a KV head's direction is made of, in the model's type.
+fn bytes_of_head(model: &ModelConfig) -> u64 {
+    (model.group_size() * model.head_dim * model.hidden_size * model.dtype.size()) as u64
+}
+
+/// The bytes that [`of_model`] advances its progress by.
+pub(crate) fn progress_bytes(model: &ModelConfig) -> u64 {
+    (model.num_layers * model.num_kv_heads) as u64 * bytes_of_head(model)
+}
+
 /// The directions of each layer: `[num_kv_heads, head_dim]`.
 ///
 /// # Errors
 /// If weights cannot be read, or are not finite.
-pub(crate) fn of_model(source: &Source, workers: usize) -> Result<Vec<Vec<f32>>, ConvertError> {
+pub(crate) fn of_model(
+    source: &Source,
+    workers: usize,
+    progress: &dyn Progress,
+) -> Result<Vec<Vec<f32>>, ConvertError> {
     let model = &source.config.model;
     let (head_dim, kv_heads) = (model.head_dim, model.num_kv_heads);
     let found = vec![vec![0f32; kv_heads * head_dim]; model.num_layers];
@@ -66,6 +80,7 @@ pub(crate) fn of_model(source: &Source, workers: usize) -> Result<Vec<Vec<f32>>,
         let direction = direction(&moment, head_dim);
         let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);
         found[layer][kv_head * head_dim..][..head_dim].copy_from_slice(&direction);
+        progress.advance(bytes_of_head(model));
         Ok::<_, ConvertError>(())
     })?;
     Ok(found.into_inner().unwrap_or_else(PoisonError::into_inner))

@@ -58,7 +58,6 @@ pub fn execute(
     progress: &dyn Progress,
 ) -> Result<Losses, ConvertError> {
     let jobs = jobs(recipes);
-    progress.start(recipes.iter().flatten().map(|r| r.num_bytes() as u64).sum());
     let losses: Mutex<Losses> = Mutex::default();
     let largest = fp8::largest(source, recipes, workers)?;
     in_parallel(jobs.len(), workers, |index, buffers: &mut Buffers| {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mixtral_checkpoint::names::is_tokenizer_file;
 use mixtral_checkpoint::{Checkpoint, Progress};
 use mixtral_convert::{ConvertOptions, Input, convert, plan};
-use mixtral_model::{DType, Mapping, ModelConfig, Rank};
+use mixtral_model::{CacheFormat, DType, Mapping, ModelConfig, Rank};
 use mixtral_testkit::{Layout, Tensor, TinyModel, write_safetensors};
 
 const LAYOUTS: [Layout; 4] = [Layout::V4, Layout::V5, Layout::Consolidated, Layout::ConsolidatedStacked];
@@ -216,6 +216,27 @@ fn progress_ends_at_its_total_and_a_second_writer_is_refused_meanwhile() {
     assert_eq!(watch.done.into_inner(), report.bytes);
     assert_eq!(watch.total.into_inner(), report.bytes);
     assert_eq!(Checkpoint::open(&to).unwrap().verify(2, &()).unwrap().problems, []);
+}
+
+#[test]
+fn directions_of_keys_are_part_of_the_progress() {
+    let root = tempfile::tempdir().unwrap();
+    let from = root.path().join("model");
+    let mut model = TinyModel::mixtral(DType::Bf16, 7);
+    model.config.head_dim = 16;
+    model.write(&from, Layout::V4, 1);
+    let options = ConvertOptions {
+        cache: Some(CacheFormat::Fp8),
+        kv_scale: Some(1.0),
+        ..options(&from, root.path().join("ckpt"))
+    };
+    let watch = Watch { total: AtomicU64::new(0), done: AtomicU64::new(0), once: Mutex::new(Some(|| ())) };
+    let report = convert(&options, &watch).unwrap();
+    let config = Checkpoint::open(&options.output_dir).unwrap().config().model.clone();
+    assert!(config.key_directions);
+    let queries = config.num_layers * config.num_heads * config.head_dim * config.hidden_size * 2;
+    assert_eq!(watch.total.into_inner(), report.bytes + queries as u64);
+    assert_eq!(watch.done.into_inner(), report.bytes + queries as u64);
 }
 
 #[test]
