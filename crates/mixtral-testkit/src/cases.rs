@@ -241,15 +241,35 @@ impl Case {
         tolerance: Tolerance,
         load: impl FnOnce(&Case) -> Result<B, BackendError>,
     ) -> Result<(), Failure> {
+        self.check_against(&self.expected(), tolerance, load)
+    }
+
+    /// What the reference makes of the initial contents. It takes longer than the backends.
+    #[must_use]
+    pub fn expected(&self) -> State {
+        let mut expected = self.initial.clone();
+        let Assembly { program, weights, .. } = &self.assembly;
+        Reference { program, weights, inputs: &self.inputs }.run(&mut expected);
+        expected
+    }
+
+    /// The same as [`Case::check_within`], where the caller has what [`Case::expected`] gives.
+    ///
+    /// # Errors
+    /// As [`Case::check`].
+    pub fn check_against<B: Inspect>(
+        &self,
+        expected: &State,
+        tolerance: Tolerance,
+        load: impl FnOnce(&Case) -> Result<B, BackendError>,
+    ) -> Result<(), Failure> {
         let refused = |error| Failure::Backend { case: self.name.clone(), error };
         let wrong =
             |what: &str, problem: String| Failure::Wrong { case: self.name.clone(), what: what.to_owned(), problem };
         let mut backend = load(self).map_err(refused)?;
         let first = self.run_on(&mut backend).map_err(refused)?;
         let again = self.run_on(&mut backend).map_err(refused)?;
-        let mut expected = self.initial.clone();
         let program = &self.assembly.program;
-        Reference { program, weights: &self.assembly.weights, inputs: &self.inputs }.run(&mut expected);
         for ((name, found), (_, again)) in first.iter().zip(&again) {
             if found != again {
                 return Err(wrong(name, "the second run gave other bits".to_owned()));
