@@ -24,7 +24,7 @@ fn check(cases: Vec<Case>) {
         let expected = case.expected();
         for isa in Isa::available() {
             let threads = if isa == Isa::Portable { 1 } else { 3 };
-            if let Err(failure) = case.check_against(&expected, case.tolerance(), |case| load(case, isa, threads)) {
+            if let Err(failure) = case.check_within(&expected, case.tolerance(), |case| load(case, isa, threads)) {
                 failures.push(format!("{isa:?}: {failure}"));
             }
         }

@@ -2,7 +2,7 @@
 //! case on a backend and compares the result with the f64 reference.
 
 use mixtral_engine::op::FusedNorm;
-use mixtral_engine::{BackendError, Epilogue, Inspect, KvScale, Op, Program, Rows, StepInputs, Weights};
+use mixtral_engine::{BackendError, Epilogue, Inspect, KvScale, Op, Rows, StepInputs, Weights};
 use mixtral_model::{CacheFormat, DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
@@ -12,6 +12,7 @@ use crate::fp8;
 use crate::poison::{poison, sentinel};
 use crate::quantized;
 use crate::reference::{Reference, State, Values};
+use crate::tolerance::Tolerance;
 
 /// One operation (or a few) on given operands.
 #[derive(Clone, Debug)]
@@ -49,34 +50,6 @@ pub enum Failure {
         /// What is wrong.
         problem: String,
     },
-}
-
-/// How far from the reference a backend's values may be.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Tolerance {
-    /// Largest normalized mean square error, `Σ (x − ref)² / Σ ref²`, of an f32 buffer.
-    pub f32_error: f64,
-    /// The same of a 16-bit buffer.
-    pub half_error: f64,
-    /// How far any single element of an f32 buffer may be off, as a part of its own size plus the buffer's root mean square.
-    pub f32_element: f64,
-    /// The same of a 16-bit buffer, in units of the type's precision: 2^-10 for f16, 2^-7 for bf16.
-    pub half_steps: f64,
-    /// The part of a 16-bit buffer's elements that may differ from the rounded reference; two elements more are
-    /// allowed. If an operation had a rounding too many or too few inside, most elements would differ.
-    pub half_unequal: f64,
-}
-
-impl Default for Tolerance {
-    /// The limits for a backend that rounds where the contract does, and nowhere else.
-    fn default() -> Self {
-        Tolerance { f32_error: 1e-10, half_error: 1e-5, f32_element: 1e-4, half_steps: 2.0, half_unequal: 0.01 }
-    }
-}
-
-/// How far from the reference a backend may be that rounds where the contract does.
-pub(crate) fn tolerance(program: &Program) -> Tolerance {
-    if program.attends_in_fp8() { fp8::context(program.dtype) } else { Tolerance::default() }
 }
 
 impl Case {
@@ -187,7 +160,7 @@ impl Case {
     fn compare_cache(&self, found: &[u8], expected: &[f64], tolerance: Tolerance) -> Result<(), String> {
         let kv = self.assembly.program.kv;
         if kv.format == CacheFormat::Plain {
-            return close(&from_bytes(kv.dtype, found), expected, kv.dtype, tolerance);
+            return tolerance.close(&from_bytes(kv.dtype, found), expected, kv.dtype);
         }
         let expected: Vec<u8> = expected.iter().map(|&x| fp8::to_bits(x)).collect();
         let unequal: Vec<usize> = (0..found.len()).filter(|&i| found[i] != expected[i]).collect();
@@ -216,13 +189,13 @@ impl Case {
     /// # Errors
     /// What the backend refused, or the first value out of its limits.
     pub fn check<B: Inspect>(&self, load: impl FnOnce(&Case) -> Result<B, BackendError>) -> Result<(), Failure> {
-        self.check_within(self.tolerance(), load)
+        self.check_within(&self.expected(), self.tolerance(), load)
     }
 
     /// How far from the reference a backend may be that rounds where the contract does.
     #[must_use]
     pub fn tolerance(&self) -> Tolerance {
-        tolerance(&self.assembly.program)
+        Tolerance::of(&self.assembly.program)
     }
 
     /// The same case, with the attention of prompts in fp8.
@@ -232,19 +205,7 @@ impl Case {
         self
     }
 
-    /// The same as [`Case::check`], with limits for a backend that has a reason to be further from the reference.
-    ///
-    /// # Errors
-    /// As [`Case::check`].
-    pub fn check_within<B: Inspect>(
-        &self,
-        tolerance: Tolerance,
-        load: impl FnOnce(&Case) -> Result<B, BackendError>,
-    ) -> Result<(), Failure> {
-        self.check_against(&self.expected(), tolerance, load)
-    }
-
-    /// What the reference makes of the initial contents. It takes longer than the backends.
+    /// What the reference makes of the initial contents. That takes longer than the backends do.
     #[must_use]
     pub fn expected(&self) -> State {
         let mut expected = self.initial.clone();
@@ -253,11 +214,11 @@ impl Case {
         expected
     }
 
-    /// The same as [`Case::check_within`], where the caller has what [`Case::expected`] gives.
+    /// The same as [`Case::check`], for a caller that has [`Case::expected`], and limits of its own.
     ///
     /// # Errors
     /// As [`Case::check`].
-    pub fn check_against<B: Inspect>(
+    pub fn check_within<B: Inspect>(
         &self,
         expected: &State,
         tolerance: Tolerance,
@@ -295,7 +256,7 @@ impl Case {
                         all.chunks(buffer.cols).flat_map(|row| row[..defined].to_vec()).collect()
                     };
                     let found = part(&from_bytes(dtype, found));
-                    close(&found, &part(expected), dtype, tolerance).map_err(|p| wrong(name, p))?;
+                    tolerance.close(&found, &part(expected), dtype).map_err(|p| wrong(name, p))?;
                 }
             }
         }
@@ -347,45 +308,6 @@ impl Case {
         }
         Ok(found)
     }
-}
-
-/// Compares values with the reference's. They must be NaN exactly where those are NaN. The others must be within the
-/// tolerance, both on average and each on its own, since a few wrong elements of a large buffer hardly change its mean.
-pub fn close(found: &[f64], expected: &[f64], dtype: DType, tolerance: Tolerance) -> Result<(), String> {
-    let rounded = from_bytes(dtype, &to_bytes(dtype, expected));
-    let (mut error, mut size, mut unequal) = (0.0, 0.0, 0);
-    for (i, ((found, expected), rounded)) in found.iter().zip(expected).zip(&rounded).enumerate() {
-        if found.is_nan() != expected.is_nan() {
-            return Err(format!("element {i} is {found}, expected {expected}"));
-        }
-        if !expected.is_nan() {
-            error += (found - expected) * (found - expected);
-            size += expected * expected;
-            unequal += usize::from(found != rounded);
-        }
-    }
-    let is_f32 = dtype == DType::F32;
-    let limit = if is_f32 { tolerance.f32_error } else { tolerance.half_error };
-    if error > limit * size {
-        return Err(format!("NMSE {:e}, limit {limit:e}", error / size));
-    }
-    #[expect(clippy::cast_precision_loss, reason = "counts are small")]
-    let typical = (size / found.len().max(1) as f64).sqrt();
-    let element = match dtype {
-        DType::F32 => tolerance.f32_element,
-        DType::F16 => tolerance.half_steps / 1024.0,
-        DType::Bf16 => tolerance.half_steps / 128.0,
-    };
-    let is_off = |(found, expected): (&f64, &f64)| (found - expected).abs() > element * (expected.abs() + typical);
-    if let Some(i) = found.iter().zip(expected).position(is_off) {
-        return Err(format!("element {i} is {}, expected {}", found[i], expected[i]));
-    }
-    #[expect(clippy::cast_precision_loss, reason = "counts are small")]
-    let (count, most) = (unequal as f64, 2.0 + found.len() as f64 * tolerance.half_unequal);
-    if !is_f32 && count > most {
-        return Err(format!("{unequal} of {} elements are not the rounded reference", found.len()));
-    }
-    Ok(())
 }
 
 /// Blocks of a case's cache.
@@ -797,23 +719,5 @@ impl Case {
     #[must_use]
     pub fn weights(&self) -> Weights {
         self.assembly.weights.clone().into_weights()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn one_wrong_element_among_many_is_found() {
-        let expected = vec![1.0; 1 << 20];
-        let mut found = expected.clone();
-        for (dtype, off) in [(DType::F32, 1.0005), (DType::F16, 1.01), (DType::Bf16, 1.0625)] {
-            assert_eq!(close(&found, &expected, dtype, Tolerance::default()), Ok(()));
-            found[77] = off;
-            let problem = format!("element 77 is {off}, expected 1");
-            assert_eq!(close(&found, &expected, dtype, Tolerance::default()), Err(problem));
-            found[77] = 1.0;
-        }
     }
 }

@@ -5,8 +5,9 @@ use std::sync::LazyLock;
 use mixtral_engine::{KvScale, Weight, WeightSource};
 use mixtral_model::{CacheFormat, DType, Fp8Input, WeightFormat};
 
-use crate::cases::{self, Case, Tolerance};
+use crate::cases::{self, Case};
 use crate::quantized;
+use crate::tolerance::Tolerance;
 
 /// The scale of the inputs of fp8 weights in cases. Inputs of standard deviation 1 are often too large for it.
 pub(crate) const INPUT_SCALE: f32 = 1.0 / 256.0;

@@ -7,11 +7,12 @@ use mixtral_model::{CacheFormat, DType, ElemType, MoeNormalization};
 
 use crate::assembly::{Assembly, GUARD_BYTES};
 use crate::batch::{self, Part};
-use crate::cases::{self, Failure, Tolerance, close, lists};
+use crate::cases::{Failure, lists};
 use crate::decoder::weight;
 use crate::elements::{from_bytes, ints_from_bytes, ints_to_bytes};
 use crate::poison::{poison, sentinel};
 use crate::sampled::{Contents, SEED, Sampled, Views, seeded};
+use crate::tolerance::Tolerance;
 
 /// A model's sizes.
 #[derive(Clone, Copy, Debug)]
@@ -187,7 +188,7 @@ impl Large {
     /// result to the neighbouring value. An f16 is eight times as fine as a bf16, so this happens eight times as often.
     #[must_use]
     pub fn tolerance(&self) -> Tolerance {
-        let usual = cases::tolerance(&self.program);
+        let usual = Tolerance::of(&self.program);
         let half_unequal: f64 = if self.program.dtype == DType::F16 { 0.08 } else { 0.01 };
         Tolerance { half_unequal: half_unequal.max(usual.half_unequal), ..usual }
     }
@@ -331,7 +332,7 @@ impl Large {
                 };
                 let size = dtype.size();
                 let values: Vec<u8> = indices.iter().flat_map(|&i| &bytes[i * size..][..size]).copied().collect();
-                close(&from_bytes(dtype, &values), &expected, dtype, tolerance).map_err(fails)?;
+                tolerance.close(&from_bytes(dtype, &values), &expected, dtype).map_err(fails)?;
                 // Elements that are not compared must at least have been written.
                 let unwritten = bytes.chunks_exact(size).position(|element| element.iter().all(|&b| b == 0xff));
                 if let Some(element) = unwritten {

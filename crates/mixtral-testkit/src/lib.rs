@@ -19,5 +19,6 @@ pub mod quantized;
 pub mod reference;
 mod sampled;
 pub mod tiny_model;
+pub mod tolerance;
 
 pub use tiny_model::{Layout, Tensor, TinyModel, write_safetensors};

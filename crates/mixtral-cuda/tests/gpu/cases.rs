@@ -8,8 +8,9 @@ use mixtral_cuda::{CudaBackend, CudaOptions, KvBlocks};
 use mixtral_engine::{BackendError, Op, Program, Weights};
 use mixtral_kernels::{Code, Family};
 use mixtral_model::DType;
-use mixtral_testkit::cases::{self, Case, Tolerance};
+use mixtral_testkit::cases::{self, Case};
 use mixtral_testkit::large::{self, Large};
+use mixtral_testkit::tolerance::Tolerance;
 
 use crate::kernels::{Library, Machine};
 
@@ -70,6 +71,7 @@ fn all_cases_are_within_their_limits() {
     let cases: Vec<Case> = cases::all().into_iter().filter(|case| case.name.contains(&only)).collect();
     assert!(!cases.is_empty(), "no case's name contains `{only}`");
     let programs: Vec<_> = cases.iter().map(|case| &case.assembly.program).collect();
+    let expected: Vec<_> = cases.iter().map(Case::expected).collect();
     let only = std::env::var("MIXTRAL_CODE").unwrap_or_default();
     let codes: Vec<_> = machine.codes().into_iter().filter(|c| only.is_empty() || c.to_string() == only).collect();
     assert!(!codes.is_empty(), "{} runs no `{only}`", machine.device.name);
@@ -78,10 +80,10 @@ fn all_cases_are_within_their_limits() {
         let (library, uncompiled) = machine.compile(code, &programs);
         failures.extend(uncompiled);
         let mut passed = 0;
-        for case in &cases {
+        for (case, expected) in cases.iter().zip(&expected) {
             let program = &case.assembly.program;
             let load = |case: &Case| load(program, &case.weights(), case.kv_blocks, &library);
-            match case.check_within(tolerance(program, code, case.tolerance()), load) {
+            match case.check_within(expected, tolerance(program, code, case.tolerance()), load) {
                 Ok(()) => passed += 1,
                 Err(failure) => note(&mut failures, code, &failure),
             }

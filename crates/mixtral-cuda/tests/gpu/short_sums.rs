@@ -3,10 +3,11 @@
 use mixtral_engine::{Op, WeightSource};
 use mixtral_kernels::{Arch, Code};
 use mixtral_model::{DType, ElemType};
-use mixtral_testkit::cases::{Case, Tolerance, close};
+use mixtral_testkit::cases::Case;
 use mixtral_testkit::elements::{from_bytes, to_bytes};
 use mixtral_testkit::fp8;
 use mixtral_testkit::reference::{Reference, State, Values};
+use mixtral_testkit::tolerance::Tolerance;
 
 use crate::cases::tolerance;
 
@@ -86,7 +87,7 @@ fn beyond(cases: &[Case], changes: [fn(Tolerance, Tolerance) -> Tolerance; 2]) -
         let usual = case.tolerance();
         let limits = tolerance(&case.assembly.program, Code::Sass(Arch::SM_90A), usual);
         let [found, expected] = outputs(case);
-        let check = |limits| close(&found, &expected, DType::F16, limits);
+        let check = |limits: Tolerance| limits.close(&found, &expected, DType::F16);
         assert_eq!(check(limits), Ok(()), "{}", case.name);
         for (count, change) in count.iter_mut().zip(changes) {
             *count += usize::from(check(change(limits, usual)).is_err());
