@@ -205,7 +205,7 @@ impl Case {
         self
     }
 
-    /// What the reference makes of the initial contents. That takes longer than the backends do.
+    /// What the reference makes of the initial contents.
     #[must_use]
     pub fn expected(&self) -> State {
         let mut expected = self.initial.clone();
