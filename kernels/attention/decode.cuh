@@ -2,6 +2,7 @@
 // and the merge of splits. The kernels differ only in how they bring tiles of keys and values to shared memory.
 #pragma once
 
+#include "attention/newest.cuh"
 #include "attention/splits.cuh"
 #include "attention/tile.cuh"
 #include "attention/works.cuh"
@@ -83,6 +84,26 @@ struct Elements {
         } else {
             low = *reinterpret_cast<const u32*>(from + part * 2);
             high = *reinterpret_cast<const u32*>(from + part * 2 + 8);
+        }
+    }
+
+    // A query's registers for all of D, of a query that is not rotated yet. `half` counts its heads in eights.
+    template <int STEPS>
+    static __device__ __forceinline__ void load_rotated(u32 (&q)[STEPS][4], int half, const T* from, const float2* angles) {
+        const int part = threadIdx.x % 4;
+#pragma unroll
+        for (int k = 0; k < STEPS / 2; ++k) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int at = k * 16 + (C::FP8 ? part * 4 + i * 2 : part * 2 + i * 8);
+                const u32 x = *reinterpret_cast<const u32*>(from + at), y = *reinterpret_cast<const u32*>(from + at + C::D / 2);
+                const float4 angle = *reinterpret_cast<const float4*>(angles + at);
+                float xs[2] = {low_of<T>(x), high_of<T>(x)}, ys[2] = {low_of<T>(y), high_of<T>(y)};
+                turn(xs[0], ys[0], angle.x, angle.y);
+                turn(xs[1], ys[1], angle.z, angle.w);
+                q[k][half + 2 * i] = operand(pack<T>(xs[0], xs[1]));
+                q[k + STEPS / 2][half + 2 * i] = operand(pack<T>(ys[0], ys[1]));
+            }
         }
     }
 
@@ -239,12 +260,12 @@ __device__ __forceinline__ void add_shared(typename C::Merge& merge, const Parti
 // tile. `keys()`, then `values()`, wait until these have arrived and return their place. `release()` ends a warp's
 // reading of either. A warp that needs neither calls `skip()`. A warp may see only some of its 16 tokens; the others
 // are in shared memory too, as zeros if Tiles::ZEROED, else as any bits. `kept(n)` is where a thread keeps the sum of its
-// quad n from work to work. `wait()` returns when the kernels before this one have completed. Called by the first DECODE_THREADS threads,
-// after `prepare`.
-template <typename C, typename Tiles>
+// quad n from work to work. `wait()` returns when the kernels before this one have completed. `newest` is IsWritten or Writes. Called by
+// the first DECODE_THREADS threads, after `prepare`.
+template <typename C, typename Tiles, typename Newest = IsWritten>
 __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, const DecodeList<C>& list, const typename C::T* query,
                                        float scale, float value_scale, const typename C::Output& output, const Partials<C>& partials,
-                                       u32* tickets) {
+                                       u32* tickets, const Newest& newest = {}) {
     using T = typename C::T;
     using Operand = typename C::Operand;
     using Layout = typename Tiles::Layout;
@@ -260,13 +281,24 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
 
     // Rows of the product behind the part's heads repeat its last head. Their results are not used.
     u32 q[STEPS][4] = {};
+    typename Newest::Token fresh;
+    // Whether the work's newest token is one of this warp's.
+    const auto has_newest = [&](const DecodeWork<C>& c) { return c.split == c.splits() - 1 && (c.end - 1) % TILE / 16 == ptx::thread_anew() / 32; };
     const auto load_queries = [&](const DecodeWork<C>& c) {
         const T* queries = query + static_cast<i64>(c.seq) * C::COLS + static_cast<i64>(c.first_head()) * D;
+        if constexpr (Newest::WRITES) newest.load(fresh, c);
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             const T* from = queries + min(ptx::thread_anew() % 32 / 4 + half * 8, c.heads() - 1) * D;
+            if constexpr (Newest::WRITES) {
+                Elements<C>::load_rotated(q, half, from, newest.angles(c.seq));
+            } else {
 #pragma unroll
-            for (int k = 0; k < STEPS; ++k) Elements<C>::load_query(q[k][half], q[k][half + 2], from + k * 16);
+                for (int k = 0; k < STEPS; ++k) Elements<C>::load_query(q[k][half], q[k][half + 2], from + k * 16);
+            }
+        }
+        if constexpr (Newest::WRITES) {
+            if (has_newest(c)) newest.round(fresh, c);
         }
     };
     // The greatest scores and totals of the splits of the present sequence and part so far, if this CTA has all of these.
@@ -284,6 +316,9 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
     // register.)
     constexpr u32 FROM_START = 1, SHARES_FIRST = 2, SHARES_LAST = 4;
     u32 state = present.split > present.first_split() ? SHARES_FIRST : 0;
+    if constexpr (Newest::WRITES) {
+        if (has_newest(present)) newest.prefetch(present);
+    }
     // (Works are known before the step, but queries only now.)
     tiles.wait();
     load_queries(present);
@@ -317,7 +352,11 @@ __device__ __forceinline__ void attend(Tiles& tiles, typename C::Merge& merge, c
             const bool edge = token < first || token + 16 > end;
 
             float s[2][4] = {};
-            Elements<C>::template score<Layout>(s, q, tiles.keys() + own);
+            const u32 keys = tiles.keys();
+            if constexpr (Newest::WRITES) {
+                if (end <= token + 16) newest.template put<Layout>(fresh, present, keys, tiles.values_ahead());
+            }
+            Elements<C>::template score<Layout>(s, q, keys + own);
             tiles.release();
             if (edge) {
 #pragma unroll

@@ -1,11 +1,13 @@
-// Op: attention of decodes (the first `num_decodes` sequences, one query each). CPU twin: kernels/attention.rs.
-// Regime: any batch and context; 16-bit types.
+// Op: attention of decodes (the first `num_decodes` sequences, one query each); by `rope_decode_tma` with the rope_write_kv before it. CPU
+//   twins: kernels/attention.rs, kernels/rope.rs, kernels/kv.rs.
+// Regime: any batch and context; 16-bit types. `rope_decode_tma`: steps of few decodes and nothing else, groups of up to eight heads.
 // Tile: 64 tokens of one KV head, keys and values separately. Otherwise as decode_paged, with the same arithmetic
 //   (decode.cuh) and the same bits.
 // Grid: as decode_paged. A ring of SLOTS tiles of keys or values is loaded ahead, across works.
 // Numerics: as decode_paged.
 // Requires: sm_90a; D of 64 or 128 (128 with an fp8 cache), blocks of a multiple of 64 tokens. Keys and values of earlier steps are read before
 //   the wait, since nothing in this step writes them.
+//   `rope_decode_tma` leaves the queries as they are.
 // Traffic: keys and values are read once for 16 heads of a group. Of a tile, only strips of 16 tokens with a visible
 //   token are read.
 // Measured: H200, 32 query heads over 8 KV heads of 128, per cent of read: 64 contexts of 4096 95 (fp8 cache 84), 128 of 1500 96
@@ -69,6 +71,12 @@ struct DecodeStream : Decode<T, Stored, COLS, HEADS, KV_HEADS, D, BLOCK_SIZE, WI
             return base + ring.stage * SLOT;
         }
         __device__ __forceinline__ u32 values() const { return keys(); }
+        // The place of the values behind the present keys.
+        __device__ __forceinline__ u32 values_ahead() const {
+            Tiles ahead = *this;
+            ahead.ring.advance();
+            return ahead.values();
+        }
         __device__ __forceinline__ void release() {
             __syncwarp();
             ring.release();
@@ -91,8 +99,8 @@ struct DecodeMaps {
     const TensorMap &tile, &strip;
 };
 
-// The producer: one thread.
-template <typename C>
+// The producer: one thread. It waits for the kernels before this one only if they write newest tokens.
+template <typename C, bool WAITS>
 __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const DecodeList<typename C::Base>& list,
                                         const DecodeMaps& keys, const DecodeMaps& values, const i32* block_table, i32 table_width) {
     using Work = DecodeWork<typename C::Base>;
@@ -140,7 +148,7 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
     int4 next_item = list.at(index + 1);
     int rows[C::SPLIT_TILES] = {}, next_rows[C::SPLIT_TILES] = {};
     locate(work, rows);
-    bool waited = false;
+    bool waited = !WAITS;
     for (; index < list.end; ++index) {
         if (!next.advance()) next.begin(next_item);
         locate(next, next_rows);
@@ -164,14 +172,11 @@ __device__ __forceinline__ void produce(u32 base, Buffers<C::SLOTS> ring, const 
     }
 }
 
-// Maps: keys and values [blocks · KV_HEADS · BLOCK_SIZE][D], in boxes of WIDTH elements of 64 rows, and of 16 rows.
-template <typename C>
-__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
-    decode_tma(const __grid_constant__ TensorMap keys, const __grid_constant__ TensorMap key_strips,
-               const __grid_constant__ TensorMap values, const __grid_constant__ TensorMap value_strips, const step::Header* header,
-               const int4* items, const i32* block_table, i32 table_width, const typename C::T* query, float scale,
-               float value_scale, typename C::T* out, float* partials, i32 max_splits, u32* tickets, const float* divisor, e4m3_t* rounded) {
-    pdl::launch_dependents();
+template <typename C, typename Newest>
+__device__ __forceinline__ void decode(const DecodeMaps& keys, const DecodeMaps& values, const step::Header* header, const int4* items,
+                                       const i32* block_table, i32 table_width, const typename C::T* query, float scale, float value_scale,
+                                       const typename C::Base::Output& output, float* partials, i32 max_splits, u32* tickets,
+                                       const Newest& newest) {
     using Base = typename C::Base;
     // (Nothing else lies in shared memory, so it begins at a multiple of 1024, as the swizzle needs it.)
     extern __shared__ __align__(1024) u8 shared[];
@@ -182,19 +187,45 @@ __global__ void __launch_bounds__(C::THREADS, C::PER_SM)
     if (threadIdx.x == DECODE_THREADS) {
         ring.init(DECODE_WARPS);
         mbarrier::fence_init();
-        for (const TensorMap* map : {&keys, &key_strips, &values, &value_strips}) tma::prefetch(*map);
+        for (const DecodeMaps* maps : {&keys, &values}) tma::prefetch(maps->tile), tma::prefetch(maps->strip);
     }
     __syncthreads();
     if (threadIdx.x >= DECODE_THREADS) {
-        if (ptx::elect()) produce<C>(base, ring, list, {keys, key_strips}, {values, value_strips}, block_table, table_width);
+        if (ptx::elect()) produce<C, !Newest::WRITES>(base, ring, list, keys, values, block_table, table_width);
         pdl::wait();
     } else {
         auto& merge = *reinterpret_cast<typename Base::Merge*>(shared + C::MERGE_AT);
-        const typename Base::Output output{out, {rounded, divisor}};
         if (threadIdx.x == 0) prepare<Base>(merge, output);
         typename C::Tiles tiles{base, ring, shared};
-        attend<Base>(tiles, merge, list, query, scale, value_scale, output, {partials, max_splits}, tickets);
+        attend<Base>(tiles, merge, list, query, scale, value_scale, output, {partials, max_splits}, tickets, newest);
     }
+}
+
+// Maps: keys and values [blocks · KV_HEADS · BLOCK_SIZE][D], in boxes of WIDTH elements of 64 rows, and of 16 rows.
+template <typename C>
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+    decode_tma(const __grid_constant__ TensorMap key_tiles, const __grid_constant__ TensorMap key_strips,
+               const __grid_constant__ TensorMap value_tiles, const __grid_constant__ TensorMap value_strips, const step::Header* header,
+               const int4* items, const i32* block_table, i32 table_width, const typename C::T* query, float scale,
+               float value_scale, typename C::T* out, float* partials, i32 max_splits, u32* tickets, const float* divisor, e4m3_t* rounded) {
+    pdl::launch_dependents();
+    decode<C>({key_tiles, key_strips}, {value_tiles, value_strips}, header, items, block_table, table_width, query, scale, value_scale,
+              {out, {rounded, divisor}}, partials, max_splits, tickets, IsWritten{});
+}
+
+// rope_write_kv and attention of a step that has only decodes. `query` are rows Q ‖ K ‖ V, which stay as they are.
+template <typename C, bool DIRECTED>
+__global__ void __launch_bounds__(C::THREADS, C::PER_SM)
+    rope_decode_tma(const __grid_constant__ TensorMap key_tiles, const __grid_constant__ TensorMap key_strips,
+                    const __grid_constant__ TensorMap value_tiles, const __grid_constant__ TensorMap value_strips, const step::Header* header,
+                    const int4* items, const i32* block_table, i32 table_width, const typename C::T* query, float scale,
+                    float value_scale, typename C::T* out, float* partials, i32 max_splits, u32* tickets, const float* divisor,
+                    e4m3_t* rounded, const i32* slots, const float2* table, float key_scale, typename C::Stored* keys,
+                    typename C::Stored* values, const float* directions) {
+    pdl::launch_dependents();
+    const Writes<typename C::Base, DIRECTED> newest{slots, table, query, key_scale, value_scale, keys, values, directions};
+    decode<C>({key_tiles, key_strips}, {value_tiles, value_strips}, header, items, block_table, table_width, query, scale, value_scale,
+              {out, {rounded, divisor}}, partials, max_splits, tickets, newest);
 }
 
 }  // namespace attention

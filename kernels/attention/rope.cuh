@@ -9,10 +9,8 @@
 // Measured: H200, 16 384 tokens of 6144: 132 µs, 78 % of read.
 #pragma once
 
-#include "base/fp8.cuh"
-#include "base/reduce.cuh"
+#include "attention/rotation.cuh"
 #include "base/step.cuh"
-#include "base/vector.cuh"
 #include "ptx/pdl.cuh"
 
 namespace attention {
@@ -69,49 +67,6 @@ __global__ void __launch_bounds__(256) angles(const step::Header* header, const 
     table[index] = make_float2(static_cast<float>(cosine), static_cast<float>(sine));
 }
 
-// Rotates a pair of elements.
-__device__ __forceinline__ void turn(float& x, float& y, float cosine, float sine) {
-    const float a = x, b = y;
-    x = __fsub_rn(__fmul_rn(a, cosine), __fmul_rn(b, sine));
-    y = __fadd_rn(__fmul_rn(b, cosine), __fmul_rn(a, sine));
-}
-
-// Rotates the first n of eight pairs. x holds elements i, i + 1 … of a head, and y the elements HEAD_DIM / 2 behind
-// them.
-template <bool ALIGNED>
-__device__ __forceinline__ void rotate(float (&x)[VECTOR], float (&y)[VECTOR], const float2* angles, int n) {
-#pragma unroll
-    for (int i = 0; i < VECTOR; i += 2) {
-        float4 angle;
-        if constexpr (ALIGNED) {
-            angle = reinterpret_cast<const float4*>(angles)[i / 2];
-        } else {
-            const float2 first = i < n ? angles[i] : make_float2(1.0f, 0.0f);
-            const float2 second = i + 1 < n ? angles[i + 1] : make_float2(1.0f, 0.0f);
-            angle = make_float4(first.x, first.y, second.x, second.y);
-        }
-        turn(x[i], y[i], angle.x, angle.y);
-        turn(x[i + 1], y[i + 1], angle.z, angle.w);
-    }
-}
-
-// Where the vector of a slot and head begins in keys or values [blocks, heads, block, HEAD_DIM].
-template <int NUM_HEADS, int BLOCK_SIZE, int HEAD_DIM>
-__device__ __forceinline__ i64 cache_offset(i32 slot, int head) {
-    return ((static_cast<i64>(slot / BLOCK_SIZE) * NUM_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE) * HEAD_DIM;
-}
-
-// Stores the first n of eight numbers of type T in the cache: as they are, or e4m3(x / divisor) in an fp8 cache.
-template <typename T, bool ALIGNED, typename Stored>
-__device__ __forceinline__ void keep(Stored* to, float (&x)[VECTOR], const fp8::Divisor& divisor, int n) {
-    if constexpr (sizeof(Stored) == 1) {
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) x[i] = rounded<T>(x[i]);
-        divisor.divide(x);
-    }
-    store<ALIGNED>(to, x, n);
-}
-
 // Rotates the first NUM_HEADS heads of rows of COLS, in place.
 template <typename T, int COLS, int NUM_HEADS, int HEAD_DIM, int THREADS>
 __global__ void __launch_bounds__(THREADS) rope(const step::Header* header, const float2* table, T* data) {
@@ -160,124 +115,10 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-// A lane's elements of a head: PAIRS of each half.
-template <int HEAD_DIM>
-struct Share {
-    static constexpr int HALF = HEAD_DIM / 2, LANES = HALF < 32 ? HALF : 32, PAIRS = HALF / LANES;
-    static_assert((HEAD_DIM & (HEAD_DIM - 1)) == 0 && HEAD_DIM >= 16 && HEAD_DIM <= 512, "what fp8::suits_directions says");
-
-    float at[2][PAIRS] = {};
-
-    static __device__ __forceinline__ int first() { return threadIdx.x % 32 * PAIRS; }
-    static __device__ __forceinline__ bool is_used() { return threadIdx.x % 32 < LANES; }
-
-    template <typename T>
-    __device__ __forceinline__ void load(const T* head) {
-        if (!is_used()) return;
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i) at[0][i] = to_float(head[first() + i]), at[1][i] = to_float(head[HALF + first() + i]);
-    }
-
-    // `angles` are a token's.
-    __device__ __forceinline__ void rotate(const float2* angles) {
-        if (!is_used()) return;
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i) turn(at[0][i], at[1][i], angles[first() + i].x, angles[first() + i].y);
-    }
-};
-
-// Rotates a key, and rounds it by its head's direction, as `mixtral_engine::KeyDirections` says. If it `stores`, the bytes go to an fp8
-// cache. Called by a warp.
-template <typename T, int HEAD_DIM>
-__device__ __forceinline__ void keep_directed(Share<HEAD_DIM> key, Share<HEAD_DIM> direction, const float2* angles,
-                                              const fp8::Divisor& divisor, bool stores, e4m3_t* to) {
-    using Own = Share<HEAD_DIM>;
-    constexpr int HALF = Own::HALF, LANES = Own::LANES, PAIRS = Own::PAIRS;
-    const int first = Own::first();
-    key.rotate(angles);
-    direction.rotate(angles);
-    float(&x)[2][PAIRS] = key.at;
-    const float(&u)[2][PAIRS] = direction.at;
-    u32 bytes[2][PAIRS], others[2][PAIRS];
-    float error[2][PAIRS], step[2][PAIRS], pairs[PAIRS];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i) x[half][i] = rounded<T>(x[half][i]);
-        divisor.divide(x[half]);
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i) {
-            const u32 byte = from_float<e4m3_t>(x[half][i]).bits;
-            const float number = fp8::number(byte);
-            const u32 other = fabsf(number) > fabsf(x[half][i]) ? byte - 1 : byte + 1;
-            bytes[half][i] = byte;
-            // The largest number has no neighbour behind it, and NaN none at all.
-            others[half][i] = (byte & 0x7f) == 0x7f || (other & 0x7f) == 0x7f ? byte : other;
-            error[half][i] = __fsub_rn(x[half][i], number);
-            step[half][i] = __fsub_rn(number, fp8::number(others[half][i]));
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < PAIRS; ++i) pairs[i] = __fmaf_rn(u[1][i], error[1][i], __fmul_rn(u[0][i], error[0][i]));
-#pragma unroll
-    for (int distance = 1; distance < PAIRS; distance *= 2) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; i += 2 * distance) pairs[i] = __fadd_rn(pairs[i], pairs[i + distance]);
-    }
-    float along = pairs[0];
-#pragma unroll
-    for (int distance = 1; distance < LANES; distance *= 2) along = __fadd_rn(along, __shfl_xor_sync(ALL_LANES, along, distance));
-#pragma unroll
-    for (int time = 0; time < 2; ++time) {
-        // The least cost, and where it is. Bits of negative numbers ascend as the numbers descend; 0 stands for no such number.
-        u32 least = 0, at = HEAD_DIM;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int i = 0; i < PAIRS; ++i) {
-                const float slope = __fmaf_rn(along, u[half][i], error[half][i]);
-                const float curve = __fmaf_rn(u[half][i], u[half][i], 1.0f);
-                const float cost = __fmul_rn(step[half][i], __fmaf_rn(curve, step[half][i], __fadd_rn(slope, slope)));
-                const u32 bits = cost < 0.0f ? __float_as_uint(cost) : 0;
-                if (bits > least) least = bits, at = half * HALF + first + i;
-            }
-        }
-        const u32 best = __reduce_max_sync(ALL_LANES, least);
-        if (best == 0 && stores) break;  // (A rehearsal goes on to the end; without such a number, nothing moves.)
-        at = __reduce_min_sync(ALL_LANES, least == best ? at : HEAD_DIM);
-        float moved = 0.0f, weight = 0.0f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int i = 0; i < PAIRS; ++i) {
-                if (at != half * HALF + first + i) continue;
-                moved = step[half][i], weight = u[half][i];
-                error[half][i] = __fadd_rn(error[half][i], moved);
-                step[half][i] = -moved;
-                const u32 byte = bytes[half][i];
-                bytes[half][i] = others[half][i];
-                others[half][i] = byte;
-            }
-        }
-        const int owner = at % HALF / PAIRS;
-        along = __fmaf_rn(__shfl_sync(ALL_LANES, weight, owner), __shfl_sync(ALL_LANES, moved, owner), along);
-    }
-    if (!stores || !Own::is_used()) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < PAIRS; ++i) to[half * HALF + first + i].bits = static_cast<u8>(bytes[half][i]);
-    }
-}
-
 // Rows Q ‖ K ‖ V: rotates the queries in place and writes the rotated keys and the values to the cache. DIRECTED warps
 // round keys by `directions` [KV_HEADS][HEAD_DIM], each one after another; they are the last ones. Without them, keys are rounded to nearest.
-//
-// With few tokens, what takes time is to fetch code that runs only once. So with REHEARSES, directed warps rehearse while they wait: they
-// round once without storing anything, a direction in place of the key and of the angles. (What the kernels before this one write must not
-// be read yet.) The CTA then is alone on its multiprocessor, and may have all registers that help.
-template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS, int DIRECTED, bool REHEARSES>
-__global__ void __launch_bounds__(THREADS, REHEARSES || HEAD_DIM > 128 ? 1 : THREADS < 96 ? 16 : 1152 / THREADS)
+template <typename T, typename Stored, int NUM_HEADS, int KV_HEADS, int HEAD_DIM, int BLOCK_SIZE, int THREADS, int DIRECTED>
+__global__ void __launch_bounds__(THREADS, HEAD_DIM > 128 ? 1 : THREADS < 96 ? 16 : 1152 / THREADS)
     rope_write_kv(const step::Header* header, const i32* slots, const float2* table, T* qkv, float key_scale, float value_scale,
                   Stored* keys, Stored* values, const float* directions) {
     pdl::launch_dependents();
@@ -294,20 +135,25 @@ __global__ void __launch_bounds__(THREADS, REHEARSES || HEAD_DIM > 128 ? 1 : THR
     if constexpr (DIRECTED > 0) {
         if (threadIdx.x >= PLAIN) {
             if (slot < 0) return pdl::wait();
+            using Own = Share<HEAD_DIM>;
             const int first = (threadIdx.x - PLAIN) / 32;
-            Share<HEAD_DIM> first_direction;
+            Own first_direction;
             first_direction.load(directions + first * HEAD_DIM);
-#pragma unroll 1
-            for (int pass = REHEARSES && pdl::WAITS ? 0 : 1; pass < 2; ++pass) {
-                const bool stores = pass == 1;
-                if (stores) pdl::wait();
-                for (int head = first; head < KV_HEADS; head += DIRECTED) {
-                    Share<HEAD_DIM> direction = first_direction, key;
-                    if (head != first) direction.load(directions + head * HEAD_DIM);
-                    const float* instead = directions + head * HEAD_DIM;
-                    key.load(stores ? row + (NUM_HEADS + head) * HEAD_DIM : reinterpret_cast<const T*>(instead));
-                    keep_directed<T>(key, direction, stores ? angles : reinterpret_cast<const float2*>(instead), by_key, stores,
-                                     keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head));
+            pdl::wait();
+            for (int head = first; head < KV_HEADS; head += DIRECTED) {
+                Own direction = first_direction, key;
+                if (head != first) direction.load(directions + head * HEAD_DIM);
+                key.load(row + (NUM_HEADS + head) * HEAD_DIM);
+                key.rotate(angles);
+                direction.rotate(angles);
+                u32 bytes[2][Own::PAIRS];
+                round_directed<T>(bytes, key, direction, by_key);
+                if (!Own::is_used()) continue;
+                Stored* to = keys + cache_offset<KV_HEADS, BLOCK_SIZE, HEAD_DIM>(slot, head) + Own::first();
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+#pragma unroll
+                    for (int i = 0; i < Own::PAIRS; ++i) to[half * HALF + i].bits = static_cast<u8>(bytes[half][i]);
                 }
             }
             return;

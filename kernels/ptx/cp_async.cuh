@@ -27,6 +27,11 @@ __device__ __forceinline__ void prefetch_l2(const void* global) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(global)));
 }
 
+// Prefetches the line of an address into L1.
+__device__ __forceinline__ void prefetch_l1(const void* global) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(__cvta_generic_to_global(global)));
+}
+
 // threadIdx.x, read again at each call. So the compiler does not keep values in registers that it computes from it.
 __device__ __forceinline__ int thread_anew() {
     int thread;

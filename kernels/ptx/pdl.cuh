@@ -4,13 +4,6 @@
 
 namespace pdl {
 
-// Whether a kernel may wait for its predecessor at all.
-#if __CUDA_ARCH__ >= 900
-inline constexpr bool WAITS = true;
-#else
-inline constexpr bool WAITS = false;
-#endif
-
 // Allows the next kernel to start. It may start once every CTA of this kernel has called this or has exited.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

@@ -28,6 +28,12 @@ __device__ __forceinline__ void store_shared(u32 address, int value) {
     asm volatile("st.shared.s32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
 }
 
+__device__ __forceinline__ void store_shared(u32 address, u32 value) { store_shared(address, static_cast<int>(value)); }
+
+__device__ __forceinline__ void store_shared(u32 address, u16 value) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(value) : "memory");
+}
+
 // Barrier `id` (1 to 15; 0 is __syncthreads) among `threads` threads.
 __device__ __forceinline__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");

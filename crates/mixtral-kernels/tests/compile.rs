@@ -211,6 +211,11 @@ fn attention_over(
     (a.program.kv.num_kv_heads, a.program.kv.head_dim, a.program.limits.block_size) = (kv_heads, head_dim, 64);
     let query = a.activation("qkv", Rows::Tokens, (heads + 2 * kv_heads) * head_dim);
     let out = a.activation("out", Rows::Tokens, heads * head_dim);
+    if name.starts_with("rope") {
+        let directions = (format == CacheFormat::Fp8).then(|| "directions".to_owned());
+        a.declare("directions", DType::F32, &[kv_heads, head_dim]);
+        a.op(Op::RopeWriteKv { qkv: query.clone(), num_heads: heads, theta: 1e6, layer: 0, directions });
+    }
     a.op(Op::Attention { query, num_heads: heads, window, fp8_context, layer: 0, out });
     a.program.kv.format = format;
     let schedule = Schedule::new(&a.program, Target { family }).expect("kernels");
@@ -312,6 +317,9 @@ fn decode_attention_spills_nothing() {
             (30, DType::F16, Some(100)),
         ] {
             work.push((attention("decode_tma", dtype, head_dim, group, window, Family::Hopper), SM_90A));
+            if group <= 8 {
+                work.push((attention("rope_decode_tma", dtype, head_dim, group, window, Family::Hopper), SM_90A));
+            }
             let portable = attention("decode_paged", dtype, head_dim, group, window, Family::Portable);
             work.extend([(portable.clone(), SM_80), (portable, SM_90A)]);
         }
@@ -326,7 +334,7 @@ fn attention_over_an_fp8_cache_spills_nothing_and_is_not_serialised() {
     };
     let mut work = Vec::new();
     for (dtype, group, window) in [(DType::Bf16, 4, None), (DType::F16, 6, Some(4096))] {
-        for name in ["decode_tma", "prefill_fp8", "prefill_e4m3"] {
+        for name in ["decode_tma", "rope_decode_tma", "prefill_fp8", "prefill_e4m3"] {
             work.push((of(name, dtype, 128, group, window, Family::Hopper), SM_90A));
         }
         for name in ["decode_paged", "prefill_paged"] {

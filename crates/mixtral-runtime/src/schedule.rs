@@ -20,6 +20,11 @@ use crate::prefix::Content;
 use crate::request::{Request, RequestId};
 use crate::sequence::Sequence;
 
+/// The most tokens of prompts in a step of a pipeline. While the first of several steps is in one stage, the others have nothing to
+/// do. With steps of 16 384 tokens, two H200 computed a prefill of as many at 33 300 tokens a second, with 4096 at 37 600, and with 1024 at 33 200, because
+/// experts then have too few tokens (Mixtral 8x7B, bf16; `docs/perf/ranks.md`).
+const PIPELINE_PROMPT_TOKENS: usize = 4096;
+
 /// When a sequence may join, by the blocks of the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Policy {
@@ -177,8 +182,8 @@ impl Schedule {
     }
 
     /// Distributes the next step's tokens among the sequences that have any to compute, and gives them blocks. In the
-    /// result decodes come first. With `depth` steps under way at a time, a step takes only its share of the sequences, so
-    /// that the other steps have some too.
+    /// result decodes come first. With `depth` steps under way at a time, a step takes only its share of the sequences, and
+    /// of prompts no more than [`PIPELINE_PROMPT_TOKENS`], so that the other steps have some too.
     #[must_use]
     pub fn plan(&mut self, depth: usize) -> Vec<Chunk> {
         self.swap_in();
@@ -195,8 +200,10 @@ impl Schedule {
             }
             let state = &self.running[sequence];
             let is_prompt = !state.is_decode();
-            if is_prompt && chunks.last().is_some_and(|last| !last.is_prompt) {
-                tokens = tokens.min(self.options.max_prefill_tokens.unwrap_or(tokens));
+            if is_prompt && chunks.last().is_none_or(|last| !last.is_prompt) {
+                let beside_decodes = if chunks.is_empty() { None } else { self.options.max_prefill_tokens };
+                let in_pipeline = (depth > 1).then_some(PIPELINE_PROMPT_TOKENS);
+                tokens = [beside_decodes, in_pipeline].into_iter().flatten().fold(tokens, usize::min);
             }
             let mut num_tokens = state.num_pending().min(tokens);
             // One row of logits for the last token; or one for each token, if all of the prompt's are wanted.

@@ -118,6 +118,20 @@ impl Case {
         self
     }
 
+    /// The same case before the step's own tokens are in the cache.
+    fn without_newest(mut self) -> Self {
+        let program = &self.assembly.program;
+        let (kv, size) = (program.kv, program.limits.block_size);
+        for &slot in &self.inputs.slot_mapping {
+            let slot = usize::try_from(slot).expect("a slot");
+            for head in 0..kv.num_kv_heads {
+                let at = ((slot / size * kv.num_kv_heads + head) * size + slot % size) * kv.head_dim;
+                self.initial.cache[0].iter_mut().for_each(|half| half[at..at + kv.head_dim].fill(f64::NAN));
+            }
+        }
+        self
+    }
+
     /// The same case with another cache. What is in it becomes the nearest that the cache can hold.
     pub(crate) fn with_cache(mut self, format: CacheFormat, scale: KvScale) -> Self {
         let program = &mut self.assembly.program;
@@ -268,9 +282,12 @@ impl Case {
         Ok(())
     }
 
-    /// Columns of a buffer that are defined after the program has run.
+    /// Columns of a buffer that are defined after the program has run. Behind attention, queries need not be rotated: a kernel may rotate
+    /// them for itself.
     fn defined_cols(&self, name: &str, cols: usize) -> usize {
+        let attends = |op: &Op| matches!(op, Op::Attention { query, .. } if query == name);
         let qkv = self.assembly.program.ops.iter().find_map(|op| match op {
+            Op::RopeWriteKv { qkv, .. } if qkv == name && self.assembly.program.ops.iter().any(attends) => Some(0),
             Op::RopeWriteKv { qkv, num_heads, .. } if qkv == name => {
                 Some(num_heads * self.assembly.program.kv.head_dim)
             }
@@ -526,6 +543,7 @@ pub(crate) fn attention_by_tiles(dtype: DType) -> Vec<Case> {
 }
 
 /// Decodes alone. Their sequences fill the last tile of keys or hardly begin it, and have one split or several.
+/// With "rope" in the name, attention is behind `rope_write_kv`.
 fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, windows: &[Option<usize>]) -> Vec<Case> {
     let program = &mut base.program;
     (program.limits.block_size, program.limits.max_seq_len) = (64, 1024);
@@ -539,23 +557,31 @@ fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, wind
     let case = |&window: &Option<usize>| {
         let mut a = base.clone();
         let query = a.activation("qkv", Rows::Tokens, (group + 2) * kv_heads * d);
-        let out = a.activation("out", Rows::Tokens, group * kv_heads * d);
-        a.op(Op::Attention { query, num_heads: group * kv_heads, window, fp8_context: false, layer: 0, out });
+        let (out, num_heads) = (a.activation("out", Rows::Tokens, group * kv_heads * d), group * kv_heads);
+        let ropes = name.starts_with("rope");
+        if ropes {
+            a.op(Op::RopeWriteKv { qkv: query.clone(), num_heads, theta: 1e4, layer: 0, directions: None });
+        }
+        a.op(Op::Attention { query, num_heads, window, fp8_context: false, layer: 0, out });
         let text = format!("{name} {kv_heads}x{group}x{d} window {window:?}");
-        Case::over_blocks(blocks, text, a, inputs.clone()).fill("qkv", 1.0).fill_cache()
+        let case = Case::over_blocks(blocks, text, a, inputs.clone()).fill("qkv", 1.0).fill_cache();
+        if ropes { case.without_newest() } else { case }
     };
     windows.iter().map(case).collect()
 }
 
 pub(crate) fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
     let shapes = [(2, 1, 64), (1, 4, 128), (1, 6, 128), (1, 8, 64), (1, 12, 128), (1, 30, 64)];
-    let of = |(kv_heads, group, d)| {
-        let mut base = Assembly::new(dtype);
-        (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (kv_heads, d);
-        let lengths = [600, 1, 16, 64, 65, 97, 256, 257];
-        decodes("decodes by tiles", base, &lengths, group, &[None, Some(1), Some(21), Some(300)])
+    let of = |name: &'static str, windows: &'static [Option<usize>]| {
+        move |(kv_heads, group, d)| {
+            let mut base = Assembly::new(dtype);
+            (base.program.kv.num_kv_heads, base.program.kv.head_dim) = (kv_heads, d);
+            decodes(name, base, &[600, 1, 16, 64, 65, 97, 256, 257], group, windows)
+        }
     };
-    shapes.into_iter().flat_map(of).collect()
+    let plain = shapes.into_iter().flat_map(of("decodes by tiles", &[None, Some(1), Some(21), Some(300)]));
+    let roped = [(2, 4, 128), (1, 8, 64), (1, 12, 128)];
+    plain.chain(roped.into_iter().flat_map(of("rope_write_kv and decodes", &[None, Some(21)]))).collect()
 }
 
 /// More splits of decodes than a GPU has CTAs. So a CTA computes several that follow each other, shares its first and its last

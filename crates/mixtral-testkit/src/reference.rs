@@ -98,8 +98,27 @@ impl Reference<'_> {
     /// # Panics
     /// On a program or state that is not well formed.
     pub fn run(&self, state: &mut State) {
-        for op in &self.program.ops {
+        for (index, op) in self.program.ops.iter().enumerate() {
+            if index > 0 {
+                self.round(state);
+            }
             self.run_op(op, state);
+        }
+    }
+
+    /// Rounds what operations hand over to the types of the buffers and of the cache.
+    fn round(&self, state: &mut State) {
+        let round = |values: &mut Vec<f64>, dtype| *values = from_bytes(dtype, &to_bytes(dtype, values));
+        for buffer in &self.program.buffers {
+            if let (Some(dtype), Some(Values::Floats(values))) =
+                (buffer.dtype.float(), state.buffers.get_mut(&buffer.name))
+            {
+                round(values, dtype);
+            }
+        }
+        let kv = self.program.kv;
+        if kv.format.is_plain() {
+            state.cache.iter_mut().flatten().for_each(|half| round(half, kv.dtype));
         }
     }
 

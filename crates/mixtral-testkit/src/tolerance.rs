@@ -1,6 +1,6 @@
 //! How far from the reference a backend's values may be, and the comparison.
 
-use mixtral_engine::Program;
+use mixtral_engine::{Op, Program};
 use mixtral_model::DType;
 
 use crate::elements::{from_bytes, to_bytes};
@@ -32,7 +32,14 @@ impl Default for Tolerance {
 impl Tolerance {
     /// How far from the reference a backend may be that rounds where the contract does.
     pub(crate) fn of(program: &Program) -> Self {
-        if program.attends_in_fp8() { fp8::context(program.dtype) } else { Tolerance::default() }
+        if program.attends_in_fp8() {
+            return fp8::context(program.dtype);
+        }
+        // Behind a rotation, one query or key in some thousand is rounded to the neighbour of what the reference rounds it to. Then the 16-bit
+        // outputs of a whole head may be the neighbours of its.
+        let rotates = program.ops.len() > 1 && program.ops.iter().any(|op| matches!(op, Op::RopeWriteKv { .. }));
+        let usual = Tolerance::default();
+        Tolerance { half_unequal: if rotates { 0.05 } else { usual.half_unequal }, ..usual }
     }
 
     /// Compares values with the reference's. They must be NaN exactly where those are NaN. The others must be within the

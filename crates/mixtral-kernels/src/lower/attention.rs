@@ -32,8 +32,11 @@ const ROPE_THREADS: usize = 512;
 /// The most warps of a CTA that round keys by directions.
 const DIRECTED: usize = 8;
 
-/// With up to this many tokens, CTAs that round keys by directions rehearse: each is alone on a multiprocessor.
-const REHEARSED: usize = 128;
+/// Up to this many decodes are rotated, written to the cache and attended to by one kernel. It needs more registers than a third CTA leaves,
+/// and saves a launch, which counts where steps are short.
+const FEW_DECODES: usize = 16;
+/// The most heads of a group of which that kernel has enough registers.
+const FEW_HEADS: usize = 8;
 
 const ROPE: &str = "attention/rope.cuh";
 
@@ -87,20 +90,12 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
         }
         Op::RopeWriteKv { qkv, num_heads, theta, layer, directions } => {
             // Keys that are rounded by directions have warps of their own.
-            let (directed, directions) = match directions {
-                Some(name) => {
-                    let (index, _) = lowering.weight(op, name)?;
-                    (kv.num_kv_heads.min(DIRECTED), Arg::Weight { index, offset: 0 })
-                }
-                // Not read.
-                None => (0, Arg::Scratch(lowering.scratch.angles)),
-            };
+            let directed = if directions.is_some() { kv.num_kv_heads.min(DIRECTED) } else { 0 };
             let heads = num_heads + if directed > 0 { 1 } else { 2 } * kv.num_kv_heads;
             let pieces = heads * (kv.head_dim / 2).div_ceil(VECTOR);
             let threads = threads_for(pieces, ROPE_THREADS) + 32 * directed;
-            let rehearses = directed > 0 && lowering.regime.max_tokens <= REHEARSED;
             let symbol = format!(
-                "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}, {directed}, {rehearses}>",
+                "attention::rope_write_kv<{}, {num_heads}, {}, {}, {}, {threads}, {directed}>",
                 types(kv),
                 kv.num_kv_heads,
                 kv.head_dim,
@@ -115,12 +110,18 @@ pub(super) fn lower(lowering: &Lowering<'_>, op: &Op) -> Result<Vec<Launch>, Low
                 ("value_scale", value_scale(kv, *layer)),
                 ("keys", Arg::Keys(*layer)),
                 ("values", Arg::Values(*layer)),
-                ("directions", directions),
+                ("directions", directions_of(lowering, op, directions.as_deref())?),
             ]);
             Ok(with_angles(lowering, op, *theta, launch(portable(ROPE, symbol, threads), TOKEN, args)))
         }
         _ => Err(LowerError::Unsupported { op: op.name(), reason: "not an operation of attention".to_owned() }),
     }
+}
+
+/// The weight that keys are rounded by; something that is not read if there is none.
+fn directions_of(lowering: &Lowering<'_>, op: &Op, directions: Option<&str>) -> Result<Arg, LowerError> {
+    let Some(name) = directions else { return Ok(Arg::Scratch(lowering.scratch.angles)) };
+    Ok(Arg::Weight { index: lowering.weight(op, name)?.0, offset: 0 })
 }
 
 /// The types of queries and outputs, and of what the cache stores.
@@ -233,22 +234,29 @@ fn attention(
         ("tickets", Arg::Scratch(lowering.scratch.attention_tickets)),
     ]);
     if let Some(ring) = DecodeRing::new(kv, heads, limits.block_size, lowering.target.family) {
+        let newest = newest_of(lowering, op)?;
+        let ring = if newest.is_some() { DecodeRing::of(2, kv, heads) } else { ring };
         let dims = [head_dim as u64, ANY_ROWS];
         let map_of = |base: &Arg, rows| map(base.clone(), kv.elem(), dims, rows);
         let maps = named([
-            ("keys", map_of(&keys.1, TILE)),
+            ("key_tiles", map_of(&keys.1, TILE)),
             ("key_strips", map_of(&keys.1, STRIP)),
-            ("values", map_of(&values.1, TILE)),
+            ("value_tiles", map_of(&values.1, TILE)),
             ("value_strips", map_of(&values.1, STRIP)),
         ]);
         let [scale, value_scale] = scales(scale);
         let rest = named([query.clone(), scale, value_scale, out.clone()]);
-        let args = [maps, decodes, table.clone(), rest, scratch, rounding.clone()].concat();
         let shared = ring.shared_bytes(kv, heads);
         let DecodeRing { per_sm, slots } = ring;
+        let stream = format!("attention::DecodeStream<{shape}, {slots}, {per_sm}, {shared}>");
+        let (symbol, newest) = match newest {
+            Some((directed, args)) => (format!("attention::rope_decode_tma<{stream}, {directed}>"), args),
+            None => (format!("attention::decode_tma<{stream}>"), vec![]),
+        };
+        let args = [maps, decodes, table.clone(), rest, scratch, rounding.clone(), newest].concat();
         let kernel = Kernel {
             header: "attention/decode_tma.cuh".into(),
-            symbol: format!("attention::decode_tma<attention::DecodeStream<{shape}, {slots}, {per_sm}, {shared}>>"),
+            symbol,
             threads: count(THREADS + 32),
             shared_bytes: count(shared),
             family: Family::Hopper,
@@ -313,6 +321,58 @@ fn attention(
     Ok(launches)
 }
 
+/// Lowers `rope_write_kv` and the attention behind it together, in steps of few decodes where decodes use TMA.
+pub(super) fn rope_and_decode(lowering: &Lowering<'_>, ops: &[Op]) -> Result<Option<Vec<Launch>>, LowerError> {
+    let [rope @ Op::RopeWriteKv { theta, .. }, op @ Op::Attention { num_heads, .. }, ..] = ops else {
+        return Ok(None);
+    };
+    let (kv, block_size) = (lowering.program.kv, lowering.program.limits.block_size);
+    if DecodeRing::new(kv, *num_heads, block_size, lowering.target.family).is_none()
+        || newest_of(lowering, op)?.is_none()
+    {
+        return Ok(None);
+    }
+    let mut launches = lower(lowering, op)?;
+    let decode = launches.remove(0);
+    Ok(Some(with_angles(lowering, rope, *theta, decode)))
+}
+
+/// If the kernel of `op`, an attention of few decodes, does the work of the `rope_write_kv` before it: whether keys are rounded by
+/// directions, and what it takes for that. It leaves the queries as they are, so nobody else may read them.
+fn newest_of(lowering: &Lowering<'_>, op: &Op) -> Result<Option<(bool, Vec<NamedArg>)>, LowerError> {
+    let (ops, kv) = (&lowering.program.ops, lowering.program.kv);
+    let index = ops.iter().position(|found| std::ptr::eq(found, op));
+    let before = index.and_then(|index| ops.get(index.checked_sub(1)?));
+    let (
+        Some(index),
+        Op::Attention { query, num_heads, layer, .. },
+        Some(rope @ Op::RopeWriteKv { qkv, num_heads: rotated, layer: written, directions, .. }),
+    ) = (index, op, before)
+    else {
+        return Ok(None);
+    };
+    let few = lowering.regime.decodes
+        && lowering.regime.max_tokens <= FEW_DECODES
+        && num_heads / kv.num_kv_heads <= FEW_HEADS;
+    let reads_again = |op: &Op| op.reads().contains(&qkv.as_str());
+    let until_written = ops[index + 1..].iter().take_while(|op| !op.writes().contains(&qkv.as_str()));
+    if !few
+        || (query, num_heads, layer) != (qkv, rotated, written)
+        || until_written.filter(|op| reads_again(op)).count() > 0
+    {
+        return Ok(None);
+    }
+    let args = named([
+        ("slots", Arg::Step(Array::SlotMapping)),
+        ("table", Arg::Scratch(lowering.scratch.angles)),
+        ("key_scale", key_scale(kv, *layer, 1.0)),
+        ("keys", Arg::Keys(*layer)),
+        ("values", Arg::Values(*layer)),
+        ("directions", directions_of(lowering, rope, directions.as_deref())?),
+    ]);
+    Ok(Some((directions.is_some(), args)))
+}
+
 /// Parameters that point at arrays of the step block.
 fn steps<const N: usize>(arrays: [(&'static str, Array); N]) -> Vec<NamedArg> {
     named(arrays.map(|(name, array)| (name, Arg::Step(array))))
@@ -365,15 +425,17 @@ impl DecodeRing {
         if !has_boxes(kv, block_size, family) {
             return None;
         }
-        // As many slots as fit when `per_sm` CTAs share a multiprocessor; the system takes 1 KiB for each CTA.
-        let of = |per_sm: u32| {
-            let fixed = DecodeRing { per_sm, slots: 0 }.shared_bytes(kv, heads);
-            let each = DecodeRing { per_sm, slots: 1 }.shared_bytes(kv, heads) - fixed;
-            DecodeRing { per_sm, slots: ((HOPPER_SHARED / per_sm as usize - 1024 - fixed) / each).min(8) }
-        };
+        let of = |per_sm| DecodeRing::of(per_sm, kv, heads);
         // Three CTAs hide each other's merges better than two. Two are used where three would leave each less than the
         // keys and values of two tiles.
         Some([3, 2].map(of).into_iter().find(|ring| ring.slots >= 4).unwrap_or(of(2)))
+    }
+
+    /// As many slots as fit when `per_sm` CTAs share a multiprocessor; the system takes 1 KiB for each CTA.
+    fn of(per_sm: u32, kv: KvLayout, heads: usize) -> Self {
+        let fixed = DecodeRing { per_sm, slots: 0 }.shared_bytes(kv, heads);
+        let each = DecodeRing { per_sm, slots: 1 }.shared_bytes(kv, heads) - fixed;
+        DecodeRing { per_sm, slots: ((HOPPER_SHARED / per_sm as usize - 1024 - fixed) / each).min(8) }
     }
 
     /// Bytes of shared memory. Equal to `attention::DecodeStream::SHARED`; the kernel asserts that.

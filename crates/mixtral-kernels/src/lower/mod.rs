@@ -124,6 +124,9 @@ impl Lowering<'_> {
         if let Some(launches) = moe::norm_router_route(self, ops)? {
             return Ok((3, of_launches(launches)));
         }
+        if let Some(launches) = attention::rope_and_decode(self, ops)? {
+            return Ok((2, of_launches(launches)));
+        }
         if let Some((taken, launches)) = collective::together(self, ops)? {
             return Ok((taken, of_launches(launches)));
         }

@@ -148,6 +148,24 @@ fn each_of_the_steps_under_way_has_its_share_of_the_sequences() {
 }
 
 #[test]
+fn a_pipeline_computes_many_prompts_in_steps_of_4096_tokens() {
+    let tokens = |depth| {
+        let setup = Setup {
+            depth,
+            max_batch_size: 400,
+            max_num_tokens: 16_384,
+            max_num_logits: 400,
+            kv_blocks: 4000,
+            ..Setup::default()
+        };
+        let steps = steps(&setup, (0..400).map(|seed| request(seed, 25, 1)));
+        steps.lock().unwrap().iter().map(|step| step.token_ids.len()).collect::<Vec<_>>()
+    };
+    assert_eq!(tokens(1), [10_000]);
+    assert_eq!(tokens(2), [4096, 4096, 1808]);
+}
+
+#[test]
 fn a_step_is_launched_before_the_tokens_of_the_step_before_are_known() {
     let setup = Setup { ahead: true, ..Setup::default() };
     let (mut session, steps) = setup.session();
