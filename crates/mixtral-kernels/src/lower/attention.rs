@@ -34,7 +34,7 @@ const DIRECTED: usize = 8;
 
 /// Up to this many decodes are rotated, written to the cache and attended to by one kernel. It needs more registers than a third CTA leaves,
 /// and saves a launch, which counts where steps are short.
-const FEW_DECODES: usize = 16;
+const FEW_DECODES: usize = 8;
 /// The most heads of a group of which that kernel has enough registers.
 const FEW_HEADS: usize = 8;
 
