@@ -119,8 +119,14 @@ impl Operand {
         Some(buffer.offset..buffer.offset + program.max_bytes(buffer))
     }
 
-    /// Whether the operand still holds what operation `op` wrote after all operations before `end` have run.
+    /// Whether the operand still holds what operation `op` wrote after all operations before `end` have run. Rotated queries need not: a kernel
+    /// that does attention too may have rotated them for itself only.
     pub fn survives(&self, program: &Program, op: usize, end: usize) -> bool {
+        let attends =
+            |later: &Op| matches!(later, Op::Attention { query, .. } if *self == Operand::Buffer(query.clone()));
+        if matches!(program.ops[op], Op::RopeWriteKv { .. }) && program.ops[op + 1..end].iter().any(attends) {
+            return false;
+        }
         let later = program.ops[op + 1..end].iter().flat_map(writes);
         let overlap = |a: &Range<usize>, b: &Range<usize>| a.start < b.end && b.start < a.end;
         let clobbers = |written: Operand| match (written.span(program), self.span(program)) {
