@@ -48,7 +48,7 @@ struct Writes {
         ptx::prefetch_l1(slots + c.seq);
     }
 
-    // (Every warp loads it, together with the queries: behind a branch, it would take another way to memory.)
+    // Every warp loads the token, together with its queries: one that found out first whether it needs it would wait for memory twice.
     __device__ __forceinline__ void load(Token& token, const DecodeWork<C>& c) const {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

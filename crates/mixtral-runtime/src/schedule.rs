@@ -183,7 +183,7 @@ impl Schedule {
 
     /// Distributes the next step's tokens among the sequences that have any to compute, and gives them blocks. In the
     /// result decodes come first. With `depth` steps under way at a time, a step takes only its share of the sequences, and
-    /// of prompts no more than [`PIPELINE_PROMPT_TOKENS`], so that the other steps have some too.
+    /// of prompts no more than 4096 tokens, so that the other steps have some too.
     #[must_use]
     pub fn plan(&mut self, depth: usize) -> Vec<Chunk> {
         self.swap_in();
