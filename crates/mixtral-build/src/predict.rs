@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::ops::AddAssign;
 
-use mixtral_engine::{Op, Program};
+use mixtral_engine::{Op, PIPELINE_PROMPT_TOKENS, Program};
 use mixtral_kernels::{Family, LinearPlan, LowerError, Schedule, Target, shares_from};
 
 use crate::cost::{Cost, StepShape, cost};
@@ -156,8 +156,12 @@ impl<'a> Job<'a> {
     /// Predicts how long a task takes.
     #[must_use]
     pub fn predict(&self, task: Task) -> Prediction {
-        // A step takes its share of the sequences, so that every stage has one to work on.
-        let micro_batch = task.sequences().div_ceil(self.stages.len().max(1)).max(1);
+        // A step takes its share of the sequences, so that every stage has one to work on, and of prompts no more than the session does.
+        let share = task.sequences().div_ceil(self.stages.len().max(1)).max(1);
+        let micro_batch = match task {
+            Task::Prefill { len, .. } if self.stages.len() > 1 => share.min(PIPELINE_PROMPT_TOKENS / len.max(1)).max(1),
+            _ => share,
+        };
         let decodes = matches!(task, Task::Decode { .. });
         let shape = task.step(micro_batch);
         let stages: Vec<Parts> = self.stages.iter().map(|stage| stage.step(shape, decodes, &self.gpu)).collect();
@@ -406,7 +410,7 @@ mod tests {
         ];
         let whole =
             [(decode(1), 4.91), (decode(8), 11.2), (decode(64), 12.12), (decode(256), 14.35), (prefill(8), 384.0)];
-        let stages = [(decode(1), 6.45), (prefill(8), 488.0)];
+        let stages = [(decode(1), 6.45), (prefill(8), 437.0)];
         for (mapping, measured) in [(ONE, &one[..]), (SLICES, &slices), (WHOLE_EXPERTS, &whole), (STAGES, &stages)] {
             let programs = programs(mapping);
             let job = Job::new(&programs, h200(), Family::Hopper).unwrap();

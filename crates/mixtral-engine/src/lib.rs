@@ -41,7 +41,7 @@ pub use inspect::Inspect;
 pub use mixtral_checkpoint::TensorSpec;
 pub use moves::{BlockMove, BlockPlace};
 pub use op::{Epilogue, KeyDirections, Op, Rung};
-pub use program::{Buffer, KvLayout, KvScale, Limits, Program, Rows, Weight};
+pub use program::{Buffer, KvLayout, KvScale, Limits, PIPELINE_PROMPT_TOKENS, Program, Rows, Weight};
 pub use sampling::{RandomKey, SamplingParams};
 pub use score::{Score, ScoreRequest, Scored};
 pub use text::TextError;

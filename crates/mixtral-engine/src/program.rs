@@ -24,6 +24,11 @@ pub enum Rows {
     One,
 }
 
+/// The most tokens of prompts in a step of a pipeline. While the first of several steps is in one stage, the others have nothing to
+/// do. With steps of 16 384 tokens, two H200 computed a prefill of as many at 33 300 tokens a second, with 4096 at 37 600, and with 1024 at 33 200,
+/// because experts then have too few tokens (Mixtral 8x7B, bf16; `docs/perf/ranks.md`).
+pub const PIPELINE_PROMPT_TOKENS: usize = 4096;
+
 /// The most that a step of the program may hold. Larger steps are refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 
-use mixtral_engine::{BlockMove, BlockPlace, Limits, ScoreRequest, Scored, StepInputs};
+use mixtral_engine::{BlockMove, BlockPlace, Limits, PIPELINE_PROMPT_TOKENS, ScoreRequest, Scored, StepInputs};
 use mixtral_model::{BlockId, TokenId};
 
 use crate::beams::Continuation;
@@ -19,11 +19,6 @@ use crate::blocks::BlockPool;
 use crate::prefix::Content;
 use crate::request::{Request, RequestId};
 use crate::sequence::Sequence;
-
-/// The most tokens of prompts in a step of a pipeline. While the first of several steps is in one stage, the others have nothing to
-/// do. With steps of 16 384 tokens, two H200 computed a prefill of as many at 33 300 tokens a second, with 4096 at 37 600, and with 1024 at 33 200, because
-/// experts then have too few tokens (Mixtral 8x7B, bf16; `docs/perf/ranks.md`).
-const PIPELINE_PROMPT_TOKENS: usize = 4096;
 
 /// When a sequence may join, by the blocks of the cache.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -45,7 +40,8 @@ pub struct SessionOptions {
     pub block_reuse: bool,
     /// With [`Policy::MaxUtilization`], the most blocks that may be in the host's memory.
     pub host_blocks: usize,
-    /// The most tokens of prompts in a step that has decodes too; all that fit if it is absent.
+    /// The most tokens of prompts in a step that has decodes too; all that fit if it is absent. In a pipeline, no step has more than
+    /// [`PIPELINE_PROMPT_TOKENS`].
     pub max_prefill_tokens: Option<usize>,
     /// Whether a step is launched before the tokens of the step before are known, if the executor can do that. It changes
     /// when tokens come, and no token.
@@ -183,7 +179,7 @@ impl Schedule {
 
     /// Distributes the next step's tokens among the sequences that have any to compute, and gives them blocks. In the
     /// result decodes come first. With `depth` steps under way at a time, a step takes only its share of the sequences, and
-    /// of prompts no more than 4096 tokens, so that the other steps have some too.
+    /// of prompts no more than [`PIPELINE_PROMPT_TOKENS`], so that the other steps have some too.
     #[must_use]
     pub fn plan(&mut self, depth: usize) -> Vec<Chunk> {
         self.swap_in();

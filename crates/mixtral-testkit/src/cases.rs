@@ -545,20 +545,24 @@ pub(crate) fn attention_by_tiles(dtype: DType) -> Vec<Case> {
 /// Decodes alone. Their sequences fill the last tile of keys or hardly begin it, and have one split or several.
 /// With "rope" in the name, attention is behind `rope_write_kv`.
 fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, windows: &[Option<usize>]) -> Vec<Case> {
-    let program = &mut base.program;
-    (program.limits.block_size, program.limits.max_seq_len) = (64, 1024);
+    let (program, ropes) = (&mut base.program, name.starts_with("rope"));
     let (kv_heads, d) = (program.kv.num_kv_heads, program.kv.head_dim);
+    (program.limits.block_size, program.limits.max_seq_len) = (if ropes && d == 64 { 128 } else { 64 }, 1024);
     let blocks = lengths.iter().map(|len| len.div_ceil(64)).sum::<usize>() + 1;
     let sequences = batch::sequences(7, lengths, &program.limits, program.vocab_size, blocks);
     let parts: Vec<Part<'_>> =
         sequences.iter().map(|sequence| Part { sequence, past: sequence.tokens.len() - 1, new: 1 }).collect();
     let mut inputs = batch::step(&program.limits, &parts);
-    inputs.logits_indices.truncate(1);
+    if ropes {
+        // Kernels for steps of decodes alone need a row of logits for each.
+        assert_eq!((inputs.num_decodes, inputs.num_logits()), (lengths.len(), lengths.len()), "a step of decodes");
+    } else {
+        inputs.logits_indices.truncate(1);
+    }
     let case = |&window: &Option<usize>| {
         let mut a = base.clone();
         let query = a.activation("qkv", Rows::Tokens, (group + 2) * kv_heads * d);
         let (out, num_heads) = (a.activation("out", Rows::Tokens, group * kv_heads * d), group * kv_heads);
-        let ropes = name.starts_with("rope");
         if ropes {
             a.op(Op::RopeWriteKv { qkv: query.clone(), num_heads, theta: 1e4, layer: 0, directions: None });
         }

@@ -1,6 +1,6 @@
 //! Every operation in f64, by the plainest loops. Of the roundings that the contract names, the reference does those
-//! inside of an operation. It does not round results, so that the rounding of a backend's result counts as part of its
-//! error.
+//! inside of an operation. It does not round the last operation's results, so that the rounding of a backend's result counts as part of
+//! its error.
 
 use std::collections::HashMap;
 

@@ -32,8 +32,8 @@ const ROPE_THREADS: usize = 512;
 /// The most warps of a CTA that round keys by directions.
 const DIRECTED: usize = 8;
 
-/// Up to this many decodes are rotated, written to the cache and attended to by one kernel. It needs more registers than a third CTA leaves,
-/// and saves a launch, which counts where steps are short.
+/// Up to this many decodes are rotated, written to the cache and attended to by one kernel. That saves a launch, which counts where steps are
+/// short. The kernel needs more registers than three CTAs of a multiprocessor leave, so two run.
 const FEW_DECODES: usize = 8;
 /// The most heads of a group of which that kernel has enough registers.
 const FEW_HEADS: usize = 8;

@@ -46,7 +46,7 @@ pub struct BenchArgs {
     /// Lengths of the prompts whose prefill is measured [default: those of 128 and 512 that the engine takes]
     #[arg(help_heading = PREFILL, long, num_args = 1.., action = clap::ArgAction::Set, value_delimiter = ',', value_parser = numbers::tokens)]
     pub prefill: Vec<usize>,
-    /// Prompts of each of those lengths that are sent at once, to be computed in one step if the engine's tokens allow
+    /// Prompts of each of those lengths that are sent at once, to be computed in one step if the engine's tokens allow (in a pipeline, in steps of 4096 tokens)
     #[arg(help_heading = PREFILL, long, default_value = "1", value_parser = numbers::sequences)]
     pub prefill_batch: usize,
     /// Requests of the throughput measurement; 0 leaves it out

@@ -9,7 +9,7 @@ const STEPS: &str = "Steps";
 /// The flags as they were typed.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct StepArgs {
-    /// Tokens of prompts in a step that decodes too, at most, so that decodes wait less for prompts [default: all that fit]
+    /// Tokens of prompts in a step that decodes too, at most, so that decodes wait less for prompts [default: all that fit, and 4096 in a pipeline]
     #[arg(help_heading = STEPS, long, value_name = "N", value_parser = numbers::tokens)]
     pub max_prefill_tokens: Option<usize>,
     /// Launch a step only when the tokens of the step before are known, to measure what overlap gains; a CPU never overlaps

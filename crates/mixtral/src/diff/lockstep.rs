@@ -85,7 +85,8 @@ impl Lockstep {
                 let contents = operand.read(self.reference.as_ref(), inputs)?;
                 given.insert(operand, contents);
             }
-            made.extend(writes(op));
+            // (Of a cache, an operation writes only the step's slots.)
+            made.extend(writes(op).into_iter().filter(|operand| !matches!(operand, Operand::Cache(_))));
         }
         Ok(given)
     }

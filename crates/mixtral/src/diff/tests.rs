@@ -158,8 +158,11 @@ fn named(change: impl Fn(&mut Program)) -> Vec<String> {
     let a = program(DType::Bf16);
     let mut b = a.clone();
     change(&mut b);
+    let mut alone = load(&a, false);
+    let expected: Vec<StepOutputs> = steps(&a).iter().map(|inputs| alone.step(inputs).unwrap()).collect();
     let of = |(coarse_a, coarse_b)| {
-        let (findings, _) = diff((&a, coarse_a), (&b, coarse_b), None, None);
+        let (findings, outputs) = diff((&a, coarse_a), (&b, coarse_b), None, None);
+        assert_eq!(outputs, expected, "the reference goes its own way");
         let json = findings.to_json();
         let rows = json["operations"].as_array().unwrap();
         let wrong: Vec<&str> =

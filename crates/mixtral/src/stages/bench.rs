@@ -204,7 +204,10 @@ fn measure(args: &BenchArgs, engine: &EngineDir, job: &Job<'_>) -> Result<Bench>
         let stages = engine.config().mapping.pp_size;
         let decodes: Vec<MeasuredStep> = decodes(steps, batch_size, stages).into_iter().skip(args.warmup).collect();
         if decodes.is_empty() {
-            let why = "its sequences never decoded together: prompts took too long to compute; more --steps, or a larger --max-num-tokens of the engine, let them".to_owned();
+            let engine = if stages > 1 { "" } else { ", or a larger --max-num-tokens of the engine," };
+            let why = format!(
+                "its sequences never decoded together: prompts took too long to compute; more --steps{engine} let them"
+            );
             left_out.push(LeftOut { batch_size, why });
             continue;
         }
