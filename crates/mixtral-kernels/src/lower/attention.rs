@@ -355,11 +355,8 @@ fn newest_of(lowering: &Lowering<'_>, op: &Op) -> Result<Option<(bool, Vec<Named
         && lowering.regime.max_tokens <= FEW_DECODES
         && num_heads / kv.num_kv_heads <= FEW_HEADS;
     let reads_again = |op: &Op| op.reads().contains(&qkv.as_str());
-    let until_written = ops[index + 1..].iter().take_while(|op| !op.writes().contains(&qkv.as_str()));
-    if !few
-        || (query, num_heads, layer) != (qkv, rotated, written)
-        || until_written.filter(|op| reads_again(op)).count() > 0
-    {
+    let mut until_written = ops[index + 1..].iter().take_while(|op| !op.writes().contains(&qkv.as_str()));
+    if !few || (query, num_heads, layer) != (qkv, rotated, written) || until_written.any(reads_again) {
         return Ok(None);
     }
     let args = named([
