@@ -1,11 +1,10 @@
 // The products of a tile of `dense` and `grouped` along K (linear/wgmma.cuh): of plain and fp8 weights from shared memory,
-// of packed weights through registers, by warpgroups or by warps.
+// of packed weights through registers.
 #pragma once
 
 #include "epilogue/tile.cuh"
 #include "linear/ring.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/mma.cuh"
 #include "ptx/shared.cuh"
 #include "ptx/wgmma.cuh"
 #include "sched/tiles.cuh"
@@ -269,121 +268,161 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
     }
 }
 
-// The same by products of a single warp (mma.sync), of up to 16 columns. A warpgroup's product takes about 30 cycles beside those of its
-// columns, a warp's takes none; of more columns a warpgroup's products are faster. A warp has the slabs that it has there. The
-// bits are the same.
-//
-// A pair is two steps of 16 elements. While one pair's products run, the next pair's tokens are loaded. A piece of the next stage's
-// integers is loaded as soon as this stage's is converted, so the warp asks early whether the next stage is there, and seldom waits.
+// The same for few columns. A unit is a chain (of whole rows: 128 elements) of a block of 64 rows. Units go in pairs: while one unit's
+// products run, the next one's integers become operands. A product of up to 24 columns takes 13 cycles if the next one follows at once,
+// so with units of two products a warpgroup would mostly wait for its own conversions. Of two blocks the chains take turns; of one
+// block they follow each other. Integers are loaded as soon as those before them are converted.
 template <typename C, int N>
-__device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
+__device__ __forceinline__ void multiply_in_pairs(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
                                                   float (&d)[C::BLOCKS][C::COLS / 2]) {
     using W = typename C::W;
     using T = typename C::T;
-    static_assert(C::DEPTH == W::DEPTH, "a stage is a block of each slab");
-    constexpr int PAIRS = C::DEPTH / 32, WIDTH = N / 8;
-    constexpr int CHAIN = PAIRS / W::CHAINS;  // pairs of a chain
-    constexpr int PIECE = PAIRS / W::PIECES;  // pairs of a piece
+    static_assert(C::BLOCKS <= 2 && C::DEPTH == W::DEPTH, "a stage is a block of each slab");
+    constexpr int STEPS = 8 / W::CHAINS;
+    // A turn is one stage, or two if a stage has a single unit.
+    constexpr int STAGES = C::BLOCKS * W::CHAINS == 1 ? 2 : 1, UNITS = STAGES * C::BLOCKS * W::CHAINS;
+    struct Unit {
+        int stage, block, chain, set;  // the set of integers
+    };
+    const auto unit = [](int u) {
+        return C::BLOCKS == 2 ? Unit{0, u % 2, u / 2, u % 2} : Unit{u / W::CHAINS, 0, u % W::CHAINS, u / W::CHAINS};
+    };
     const int lane = threadIdx.x % 32, warp = threadIdx.x % 128 / 32;
     const int first = min(warpgroup * C::BLOCKS * 4 + warp, C::SLABS - 1) * W::BLOCK;
-    // Where a lane's row of eight elements lies in a matrix of eight tokens. The swizzle depends on the row.
-    const u32 even = lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16, odd = even ^ 64;
 
-    typename W::Lane integers[C::BLOCKS];
-    u32 tokens[2][WIDTH][4];
-    // The m-th slab of the stage at `tile`.
-    const auto slab = [&](u32 tile, int m) { return tile + first + m * 4 * W::BLOCK; };
-    const auto load_piece = [&](u32 tile, int piece) {
-#pragma unroll
-        for (int m = 0; m < C::BLOCKS; m++) W::load_piece(integers[m], piece, slab(tile, m), lane);
-    };
-    const auto load_tokens = [&](u32 tile, int pair) {
-        const u32 at = tile + C::A_BYTES + pair / 2 * C::B_ATOM + (pair % 2 == 0 ? even : odd);
-#pragma unroll
-        for (int c = 0; c < WIDTH; c++) ptx::ldmatrix_x4(tokens[pair % 2][c], at + c * 1024);
-    };
-
-    float sums[C::BLOCKS][WIDTH][4] = {}, chain[C::BLOCKS][WIDTH][4];
-    mbarrier::wait(ring.full(), ring.phase);
-#pragma unroll
-    for (int piece = 0; piece < W::PIECES; piece++) load_piece(ring.a(), piece);
-    load_tokens(ring.a(), 0);
-#pragma unroll 1
-    for (int k = 0; k < C::K_BLOCKS; k++) {
-        const int stage = ring.stage;
-        const u32 tile = ring.a();
+    float chain[2][W::SCALED ? N / 2 : 1];
+    u32 a[2][STEPS][4];
+    typename W::Lane integers[STAGES * C::BLOCKS];
+    int now[STAGES], next[STAGES];  // stages of this turn, and of the next one
+    int taken = 0;
+    const auto tile = [&](int stage) { return ring.base + stage * C::STAGE; };
+    const auto slab = [&](int stage, int m) { return tile(stage) + first + m * 4 * W::BLOCK; };
+    const auto block = [&](int stage, int m) { return static_cast<const u8*>(__cvta_shared_to_generic(slab(stage, m))); };
+    // Waits for the next stage, if there is one. Behind a tile's last stage, loads bring what nobody uses.
+    const auto take = [&](int& stage, bool is_there) {
+        stage = ring.stage;
+        if (taken == C::K_BLOCKS) return;
+        if (!is_there) mbarrier::wait(ring.full(), ring.phase);
         ring.advance();
-        const bool more = k + 1 < C::K_BLOCKS, is_there = mbarrier::is_over(ring.full(), ring.phase);
-        typename W::Zero zeros[C::BLOCKS][W::CHAINS];
-        typename W::Scales scales[C::BLOCKS][W::CHAINS];
-        u32 loaded = 0;  // words of what is loaded last
+        taken++;
+    };
+    const auto load = [&](const int (&stages)[STAGES], int u) {
 #pragma unroll
-        for (int m = 0; m < C::BLOCKS; m++) {
-            const u8* block = static_cast<const u8*>(__cvta_shared_to_generic(slab(tile, m)));
-#pragma unroll
-            for (int i = 0; i < W::CHAINS; i++) {
-                if constexpr (W::SCALED) {
-                    zeros[m][i] = W::group_zero(block, i, lane);
-                    scales[m][i] = W::scales(block, i, lane);
-                    loaded |= scales[m][i].word();
-                } else {
-                    zeros[m][i] = rows.zeros[m];
-                }
-            }
-            loaded |= integers[m].pieces[W::PIECES - 1].w;
+        for (int p = 0; p < W::PIECES; p++) {
+            W::load_piece(integers[unit(u).set], p, slab(stages[unit(u).stage], unit(u).block), lane);
+        }
+    };
+    const auto convert = [&](const int (&stages)[STAGES], int u) {
+        typename W::Zero zero;
+        if constexpr (W::SCALED) {
+            zero = W::group_zero(block(stages[unit(u).stage], unit(u).block), unit(u).chain, lane);
+        } else {
+            zero = rows.zeros[unit(u).block];
         }
 #pragma unroll
-        for (int pair = 0; pair < PAIRS; pair++) {
-            if (pair < PAIRS - 1) load_tokens(tile, pair + 1);
-            u32 a[C::BLOCKS][2][4];
+        for (int i = 0; i < STEPS; i++) W::fragment(a[u % 2][i], integers[unit(u).set], unit(u).chain * STEPS + i, zero);
+    };
+    const auto products = [&](u32 b, int u) {
+        wgmma::pin(a[u % 2]);
+        wgmma::fence();
 #pragma unroll
-            for (int m = 0; m < C::BLOCKS; m++) {
-#pragma unroll
-                for (int step = 0; step < 2; step++) {
-                    W::fragment(a[m][step], integers[m], pair * 2 + step, zeros[m][pair / CHAIN]);
-                }
-                if (W::SCALED && pair % CHAIN == 0) {
-#pragma unroll
-                    for (int i = 0; i < WIDTH * 4; i++) chain[m][i / 4][i % 4] = 0.0f;
-                }
-            }
-            if (pair == PIECE - 1 && more) {
-                if (!is_there) mbarrier::wait(ring.full(), ring.phase);
-                load_piece(ring.a(), 0);
-            }
-            // Behind a tile's last stage, these loads bring what nobody uses.
-            if (pair % PIECE == PIECE - 1 && pair >= PIECE) load_piece(ring.a(), pair / PIECE);
-            if (pair == PAIRS - 1) {
-                // All of the stage is in registers, when the last words are there.
-                __syncwarp();
-                ring.release(stage, loaded | tokens[pair % 2][0][3] | tokens[pair % 2][WIDTH - 1][3]);
-                load_tokens(ring.a(), 0);
-            }
-#pragma unroll
-            for (int step = 0; step < 2; step++) {
-#pragma unroll
-                for (int c = 0; c < WIDTH; c++) {
-                    const u32(&pair_of)[4] = tokens[pair % 2][c];
-                    const u32 b[2] = {pair_of[step * 2], pair_of[step * 2 + 1]};
-#pragma unroll
-                    for (int m = 0; m < C::BLOCKS; m++) ptx::mma<T>(W::SCALED ? chain[m][c] : sums[m][c], a[m][step], b);
-                }
-            }
-            if constexpr (W::SCALED) {
-                if (pair % CHAIN == CHAIN - 1) {
-#pragma unroll
-                    for (int i = 0; i < C::BLOCKS * WIDTH; i++) {
-                        const int m = i / WIDTH, c = i % WIDTH;
-                        W::add(sums[m][c], chain[m][c], scales[m][pair / CHAIN]);
-                    }
-                }
+        for (int i = 0; i < STEPS; i++) {
+            const int step = unit(u).chain * STEPS + i;
+            const u32 at = b + ((step / 4 * C::B_ATOM) >> 4) + step % 4 * 2;
+            if constexpr (!W::SCALED) {
+                wgmma::FragmentProduct<T, N>::run(d[unit(u).block], a[u % 2][i], at);
+            } else if (i == 0) {
+                wgmma::FirstFragmentProduct<T, N>::run(chain[u % 2], a[u % 2][i], at);
+            } else {
+                wgmma::FragmentProduct<T, N>::run(chain[u % 2], a[u % 2][i], at);
             }
         }
-    }
+        wgmma::commit();
+    };
+    const auto add = [&](typename W::Scales scales, int u) {
+        wgmma::pin(a[u % 2]);
+        if constexpr (W::SCALED) {
+            wgmma::pin(chain[u % 2]);
+            const float scale[2] = {to_float(scales.upper), to_float(scales.lower)};
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) {
+                d[unit(u).block][i] = __fmaf_rn(chain[u % 2][i], scale[i % 4 / 2], d[unit(u).block][i]);
+            }
+        }
+    };
+    const auto scales_of = [&](const int (&stages)[STAGES], int u) {
+        typename W::Scales scales{};
+        if constexpr (W::SCALED) scales = W::scales(block(stages[unit(u).stage], unit(u).block), unit(u).chain, lane);
+        return scales;
+    };
+
 #pragma unroll
     for (int m = 0; m < C::BLOCKS; m++) {
 #pragma unroll
-        for (int i = 0; i < N / 2; i++) d[m][i] = sums[m][i / 4][i % 4];
+        for (int i = 0; i < N / 2; i++) d[m][i] = 0.0f;
+        if constexpr (!W::SCALED) wgmma::pin(d[m]);
+    }
+#pragma unroll
+    for (int s = 0; s < STAGES; s++) take(now[s], false);
+#pragma unroll
+    for (int u = 0; u < UNITS; u++) {
+        if (unit(u).chain == 0) load(now, u);
+    }
+    convert(now, 0);
+#pragma unroll 1
+    for (int turn = 0; turn < C::K_BLOCKS / STAGES; turn++) {
+        const bool is_there = mbarrier::is_over(ring.full(), ring.phase);
+        typename W::Scales scales[UNITS];
+        u32 loaded = 0;  // (The integers are in products that have ended by then.)
+#pragma unroll
+        for (int u = 0; u < UNITS; u++) {
+            scales[u] = scales_of(now, u);
+            if constexpr (W::SCALED) loaded |= scales[u].word();
+        }
+        u32 b[STAGES];
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) b[s] = wgmma::descriptor(tile(now[s]) + C::A_BYTES);
+        // The integers of a unit that ends its block are no longer needed.
+        const auto load_next = [&](int u) {
+            if (unit(u).chain < W::CHAINS - 1) return;
+            if (unit(u).block == 0) take(next[unit(u).stage], is_there && unit(u).stage == 0);
+            load(next, u);
+        };
+#pragma unroll
+        for (int u = 0; u < UNITS; u += 2) {
+            products(b[unit(u).stage], u);
+            load_next(u);
+            convert(now, u + 1);
+            load_next(u + 1);
+            products(b[unit(u + 1).stage], u + 1);
+            wgmma::wait<1>();
+            add(scales[u], u);
+            if (u + 2 < UNITS) {
+                convert(now, u + 2);
+            } else {
+                convert(next, 0);
+            }
+            wgmma::wait<0>();
+            add(scales[u + 1], u + 1);
+        }
+#pragma unroll
+        for (int s = 0; s < STAGES; s++) {
+            ring.release(now[s], loaded);
+            now[s] = next[s];
+        }
+    }
+    if constexpr (C::K_BLOCKS % STAGES != 0) {
+        const auto scales = scales_of(now, 0);
+        products(wgmma::descriptor(tile(now[0]) + C::A_BYTES), 0);
+        wgmma::wait<0>();
+        add(scales, 0);
+        u32 loaded = 0;
+        if constexpr (W::SCALED) loaded = scales.word();
+        ring.release(now[0], loaded);
+    }
+    if constexpr (!W::SCALED) {
+#pragma unroll
+        for (int m = 0; m < C::BLOCKS; m++) wgmma::pin(d[m]);
     }
 }
 
@@ -391,8 +430,10 @@ __device__ __forceinline__ void multiply_by_warps(Ring<C>& ring, int warpgroup, 
 template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
                                          float (&d)[C::BLOCKS][C::COLS / 2]) {
-    if constexpr (C::W::PACKED && N <= 16) {
-        multiply_by_warps<C, N>(ring, warpgroup, rows, d);
+    // Registers of sums, and of the chains of two units, that fit beside the operands of two.
+    constexpr bool IN_PAIRS = C::BLOCKS * C::COLS / 2 + (C::W::SCALED ? N : 0) <= 120;
+    if constexpr (C::W::PACKED && IN_PAIRS) {
+        multiply_in_pairs<C, N>(ring, warpgroup, rows, d);
     } else if constexpr (C::W::PACKED) {
         multiply_packed<C, N>(ring, warpgroup, rows, d);
     } else if constexpr (C::W::SCALED) {

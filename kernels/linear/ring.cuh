@@ -86,7 +86,7 @@ struct Ring {
     __device__ __forceinline__ u32 b() const { return a() + C::A_BYTES; }
 
     // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free. `loaded` is what the warp has
-    // loaded from it last, if it reads stages by ordinary loads (packed weights, and tokens for products of a warp).
+    // loaded from it last, if it reads stages by ordinary loads (packed weights).
     __device__ __forceinline__ void release(int s, u32 loaded = 0) const {
         const int lane = threadIdx.x % 32;
         const u32 barrier = empty(s) + ptx::zero_after(loaded);

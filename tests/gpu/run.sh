@@ -120,7 +120,7 @@ sanitizer() {
     check "memcheck: operations" sanitizer_figure gpu_test cases::all_cases_are_within_their_limits \
         compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9
     # Racecheck sees only what threads write to shared memory. It would report nothing about kernels for which TMA
-    # writes there and wgmma reads, right or wrong.
+    # writes there and wgmma reads, right or wrong. (Of decode_tma, it sees what threads write if rope is part of it.)
     code=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     MIXTRAL_CODE=$code check "racecheck: operations, $code" sanitizer_figure gpu_test \
         cases::all_cases_are_within_their_limits compute-sanitizer --tool racecheck --error-exitcode 9

@@ -574,7 +574,9 @@ fn decodes(name: &str, mut base: Assembly, lengths: &[usize], group: usize, wind
     windows.iter().map(case).collect()
 }
 
-pub(crate) fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
+/// Steps of decodes whose attention takes tiles of the cache, alone and behind rope.
+#[must_use]
+pub fn decodes_by_tiles(dtype: DType) -> Vec<Case> {
     let shapes = [(2, 1, 64), (1, 4, 128), (1, 6, 128), (1, 8, 64), (1, 12, 128), (1, 30, 64)];
     let of = |name: &'static str, windows: &'static [Option<usize>]| {
         move |(kv_heads, group, d)| {

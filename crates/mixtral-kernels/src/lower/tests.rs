@@ -4,6 +4,7 @@ use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, KvLayout, KvScale, Limits, Op, Program, Rows, Rung};
 use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
+use mixtral_testkit::cases;
 use mixtral_testkit::decoder::{self, Geometry};
 
 use crate::select::CUBLASLT_ABOVE;
@@ -153,6 +154,24 @@ fn an_fp8_model_becomes_these_kernels() {
 #[test]
 fn fp8_rows_become_these_kernels() {
     insta::assert_snapshot!(fp8_linears("fp8:row:token"));
+}
+
+#[test]
+fn cases_of_rope_and_decodes_are_computed_by_the_kernel_that_does_both() {
+    for case in [DType::F32, DType::F16, DType::Bf16].into_iter().flat_map(cases::decodes_by_tiles) {
+        let (program, inputs) = (&case.assembly.program, &case.inputs);
+        let schedule = Schedule::new(program, Target { family: Family::Hopper }).expect("kernels");
+        let decodes = inputs.num_decodes == inputs.num_seqs() && inputs.num_logits() == inputs.num_seqs();
+        let (_, work) = schedule.for_step(inputs.num_tokens(), decodes).expect("a regime");
+        let does_both = work.iter().filter_map(Work::kernel).any(|kernel| kernel.symbol.contains("::rope_decode_tma<"));
+        // It has registers for groups of up to eight heads.
+        let few_heads =
+            |op: &Op| matches!(op, Op::Attention { num_heads, .. } if num_heads / program.kv.num_kv_heads <= 8);
+        let expected = case.name.contains("rope_write_kv and decodes")
+            && program.dtype != DType::F32
+            && program.ops.iter().any(few_heads);
+        assert_eq!(does_both, expected, "{}", case.name);
+    }
 }
 
 #[test]
