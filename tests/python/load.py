@@ -1,22 +1,24 @@
 #!/usr/bin/env python3
 """How fast an engine's weights get onto a GPU, from files that are in memory.
 
-    load.py --mixtral PATH [--layers N] [--backend cuda] [--convert "--qformat int4_wo --tp_size 2"]
+    load.py --mixtral PATH [--gigabytes N] [--backend cuda] [--convert "--qformat int4_wo --tp_size 2"]
 
-Writes a model of Mixtral 8x7B's shape with N layers in bf16 (4 layers are 12 GB) as Hugging Face would, converts and builds
-it, in /dev/shm if that has room. `--convert` gives convert further flags: formats, ranks. `mixtral bench` prints how long loading took. An engine of the same shape with dummy
-weights, which are made on the device, is loaded too: the difference is the time of the weights. For comparison, torch
-measures the rate of copies from pinned memory.
+Writes a layer of Mixtral 8x7B's shape in bf16 as Hugging Face would and converts it. The checkpoint's layer is then repeated until there
+are N GB (so each format has as many bytes, and what a load costs besides counts the same for each), and an engine is built, in /dev/shm if
+that has room. `--convert` gives convert further flags: formats, or tensor parallelism. `mixtral bench` prints how long loading took.
+An engine of the same shape with dummy weights, which are made on the device, is loaded too: the difference is the time of the
+weights. For comparison, torch measures the rate of copies from pinned memory.
 """
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from common import run_tool
 
@@ -44,21 +46,33 @@ def layer_shapes():
     return shapes
 
 
-def write_model(directory, layers, device):
-    """Writes the model. All layers have the same weights, which are drawn once."""
+def write_model(directory, device):
+    """Writes the model of one layer."""
     draw = lambda shape: torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(0.02).cpu()
-    layer = {name: draw(shape) for name, shape in layer_shapes().items()}
     table = (GEOMETRY["vocab_size"], GEOMETRY["hidden_size"])
-    ends = {"model.embed_tokens.weight": draw(table), "lm_head.weight": draw(table),
-            "model.norm.weight": draw(table[1:])}
-    parts = [{f"model.layers.{i}.{name}": tensor for name, tensor in layer.items()} for i in range(layers)] + [ends]
-    weight_map = {}
-    for number, tensors in enumerate(parts, 1):
-        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        save_file(tensors, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (directory / "config.json").write_text(json.dumps(GEOMETRY | {"num_hidden_layers": layers}))
+    shapes = {f"model.layers.0.{name}": shape for name, shape in layer_shapes().items()}
+    shapes |= {"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": table[1:]}
+    save_file({name: draw(shape) for name, shape in shapes.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(GEOMETRY | {"num_hidden_layers": 1}))
+
+
+def repeat_layer(checkpoint, gigabytes):
+    """Repeats the layer of a checkpoint until all ranks together have so many gigabytes."""
+    ranks = [(file, load_file(file)) for file in sorted(checkpoint.glob("rank*.safetensors"))]
+    of_layer = re.compile(r"(.*\blayers\.)0(\..*)")
+    size = lambda in_layer: sum(t.nbytes for _, tensors in ranks for n, t in tensors.items() if bool(of_layer.match(n)) == in_layer)
+    layers = max(1, round((gigabytes * 1e9 - size(False)) / size(True)))
+    for file, tensors in ranks:
+        for name, tensor in list(tensors.items()):
+            if match := of_layer.match(name):
+                tensors |= {f"{match[1]}{i}{match[2]}": tensor.clone() for i in range(1, layers)}
+        save_file(tensors, file)
+    config = json.loads((checkpoint / "config.json").read_text()) | {"num_hidden_layers": layers}
+    # These files are no longer those that convert wrote.
+    for key in ("run_id", "seal", "headers"):
+        del config["mixtral"][key]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    return layers
 
 
 def pinned_rate():
@@ -90,10 +104,11 @@ def load_seconds(args, engine):
 def measure(args, scratch):
     model, checkpoint, engine, dummy = (scratch / name for name in ("model", "checkpoint", "engine", "dummy"))
     model.mkdir()
-    write_model(model, args.layers, args.backend)
+    write_model(model, args.backend)
     run_tool(args.mixtral, "convert", "--model_dir", model, "--output_dir", checkpoint, "--dtype", "bfloat16",
              *args.convert.split())
     shutil.rmtree(model)
+    print(f"{repeat_layer(checkpoint, args.gigabytes)} layers", flush=True)
     limits = ["--max-batch-size", 8, "--max-num-tokens", 512, "--max-seq-len", 512, "--backend", args.backend]
     run_tool(args.mixtral, "build", "--checkpoint_dir", checkpoint, "--output_dir", engine, *limits)
     run_tool(args.mixtral, "build", "--model-config", checkpoint / "config.json", "--output_dir", dummy, *limits)
@@ -110,12 +125,12 @@ def measure(args, scratch):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mixtral", required=True, help="the tool's binary")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--gigabytes", type=float, default=12)
     parser.add_argument("--convert", default="", metavar="FLAGS", help="further flags of convert")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cuda")
     args = parser.parse_args()
-    # 2.9 GB for each layer and 0.5 GB for the rest, twice: the model and its checkpoint exist at the same time.
-    needed = 2 * (args.layers * 3_000_000_000 + 600_000_000)
+    # The checkpoint, and the engine with its own copy; first a layer in bf16.
+    needed = int(2 * args.gigabytes * 1e9) + 4_000_000_000
     memory = Path("/dev/shm")
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > needed
     with tempfile.TemporaryDirectory(prefix="load-", dir=memory if has_room else None) as scratch:
