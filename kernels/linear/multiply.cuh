@@ -5,7 +5,6 @@
 #include "epilogue/tile.cuh"
 #include "linear/ring.cuh"
 #include "ptx/mbarrier.cuh"
-#include "ptx/shared.cuh"
 #include "ptx/wgmma.cuh"
 #include "sched/tiles.cuh"
 
@@ -268,19 +267,34 @@ __device__ __forceinline__ void multiply_packed(Ring<C>& ring, int warpgroup, co
     }
 }
 
-// The same for few columns. A unit is a chain (of whole rows: 128 elements) of a block of 64 rows. Units go in pairs: while one unit's
-// products run, the next one's integers become operands. A product of up to 24 columns takes 13 cycles if the next one follows at once,
-// so with units of two products a warpgroup would mostly wait for its own conversions. Of two blocks the chains take turns; of one
-// block they follow each other. Integers are loaded as soon as those before them are converted.
+// Stages of a turn of `multiply_in_pairs`: two if a stage has a single unit.
+template <typename C>
+__device__ constexpr int turn_stages() {
+    return C::BLOCKS * C::W::CHAINS == 1 ? 2 : 1;
+}
+
+// Whether a tile's products of N columns go in pairs of units. The ring must have the stages of a turn and of the next one, or warps would
+// wait for stages that they keep themselves; and two more, or nothing would be copied meanwhile. And registers must suffice for the
+// sums, the chains, the operands and the integers of two units.
+template <typename C, int N>
+__device__ constexpr bool go_in_pairs() {
+    constexpr int SETS = turn_stages<C>() * C::BLOCKS;
+    constexpr int REGISTERS =
+        C::BLOCKS * C::COLS / 2 + (C::W::SCALED ? N : 0) + 64 / C::W::CHAINS + SETS * C::W::PIECES * 4;
+    return C::BLOCKS <= 2 && N <= 64 && C::STAGES >= 2 * turn_stages<C>() + 2 && REGISTERS <= 200;
+}
+
+// The same with larger units. A unit is a chain of a block of 64 rows (of whole rows: 128 elements). Units go in pairs: while the tensor
+// cores compute one, the warpgroup converts the other. With few columns two products take only 26 cycles, less than the conversion of the
+// next two; a whole chain hides more of it. Of two blocks the chains take turns; of one block they follow each other.
 template <typename C, int N>
 __device__ __forceinline__ void multiply_in_pairs(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
                                                   float (&d)[C::BLOCKS][C::COLS / 2]) {
     using W = typename C::W;
     using T = typename C::T;
-    static_assert(C::BLOCKS <= 2 && C::DEPTH == W::DEPTH, "a stage is a block of each slab");
+    static_assert(C::DEPTH == W::DEPTH, "a stage is a block of each slab");
     constexpr int STEPS = 8 / W::CHAINS;
-    // A turn is one stage, or two if a stage has a single unit.
-    constexpr int STAGES = C::BLOCKS * W::CHAINS == 1 ? 2 : 1, UNITS = STAGES * C::BLOCKS * W::CHAINS;
+    constexpr int STAGES = turn_stages<C>(), UNITS = STAGES * C::BLOCKS * W::CHAINS;
     struct Unit {
         int stage, block, chain, set;  // the set of integers
     };
@@ -298,7 +312,8 @@ __device__ __forceinline__ void multiply_in_pairs(Ring<C>& ring, int warpgroup, 
     const auto tile = [&](int stage) { return ring.base + stage * C::STAGE; };
     const auto slab = [&](int stage, int m) { return tile(stage) + first + m * 4 * W::BLOCK; };
     const auto block = [&](int stage, int m) { return static_cast<const u8*>(__cvta_shared_to_generic(slab(stage, m))); };
-    // Waits for the next stage, if there is one. Behind a tile's last stage, loads bring what nobody uses.
+    // Waits for the tile's next stage. Behind the last one it returns a stage that may not have arrived; what is then loaded from it is
+    // never multiplied.
     const auto take = [&](int& stage, bool is_there) {
         stage = ring.stage;
         if (taken == C::K_BLOCKS) return;
@@ -373,7 +388,7 @@ __device__ __forceinline__ void multiply_in_pairs(Ring<C>& ring, int warpgroup, 
     for (int turn = 0; turn < C::K_BLOCKS / STAGES; turn++) {
         const bool is_there = mbarrier::is_over(ring.full(), ring.phase);
         typename W::Scales scales[UNITS];
-        u32 loaded = 0;  // (The integers are in products that have ended by then.)
+        u32 loaded = 0;  // (Integers and zeros need no such word: the products that used them have ended by then.)
 #pragma unroll
         for (int u = 0; u < UNITS; u++) {
             scales[u] = scales_of(now, u);
@@ -382,7 +397,7 @@ __device__ __forceinline__ void multiply_in_pairs(Ring<C>& ring, int warpgroup, 
         u32 b[STAGES];
 #pragma unroll
         for (int s = 0; s < STAGES; s++) b[s] = wgmma::descriptor(tile(now[s]) + C::A_BYTES);
-        // The integers of a unit that ends its block are no longer needed.
+        // When the last chain of a block is converted, the next block's integers take the place of its own.
         const auto load_next = [&](int u) {
             if (unit(u).chain < W::CHAINS - 1) return;
             if (unit(u).block == 0) take(next[unit(u).stage], is_there && unit(u).stage == 0);
@@ -430,12 +445,12 @@ __device__ __forceinline__ void multiply_in_pairs(Ring<C>& ring, int warpgroup, 
 template <typename C, int N>
 __device__ __forceinline__ void multiply(Ring<C>& ring, int warpgroup, const Rows<C>& rows,
                                          float (&d)[C::BLOCKS][C::COLS / 2]) {
-    // Registers of sums, and of the chains of two units, that fit beside the operands of two.
-    constexpr bool IN_PAIRS = C::BLOCKS * C::COLS / 2 + (C::W::SCALED ? N : 0) <= 120;
-    if constexpr (C::W::PACKED && IN_PAIRS) {
-        multiply_in_pairs<C, N>(ring, warpgroup, rows, d);
-    } else if constexpr (C::W::PACKED) {
-        multiply_packed<C, N>(ring, warpgroup, rows, d);
+    if constexpr (C::W::PACKED) {
+        if constexpr (go_in_pairs<C, N>()) {
+            multiply_in_pairs<C, N>(ring, warpgroup, rows, d);
+        } else {
+            multiply_packed<C, N>(ring, warpgroup, rows, d);
+        }
     } else if constexpr (C::W::SCALED) {
         multiply_fp8<C, N>(ring, warpgroup, d);
     } else {

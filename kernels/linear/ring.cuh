@@ -85,8 +85,8 @@ struct Ring {
     __device__ __forceinline__ u32 a() const { return base + stage * C::STAGE; }
     __device__ __forceinline__ u32 b() const { return a() + C::A_BYTES; }
 
-    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free. `loaded` is what the warp has
-    // loaded from it last, if it reads stages by ordinary loads (packed weights).
+    // A warp of consumers tells every producer that fills this CTA's shared memory that a stage is free. `loaded` are words of what the warp
+    // has loaded from it by ordinary loads (packed weights), if nothing else proves that those have ended.
     __device__ __forceinline__ void release(int s, u32 loaded = 0) const {
         const int lane = threadIdx.x % 32;
         const u32 barrier = empty(s) + ptx::zero_after(loaded);

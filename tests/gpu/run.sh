@@ -16,7 +16,7 @@
 #            with attention in fp8, built on this machine: bits that may not change, decode over long contexts, prefill
 # quantized  Mixtral 8x7B's shape in int8 and int4, built on this machine: decode, prefill, and how fast weights are loaded
 # twin       Mixtral 8x7B's shape against transformers with the same dummy weights
-# load       how fast weights get onto the GPU, and how fast its bus is; writes 25 GB, in memory if there is room
+# load       how fast weights get onto the GPU, and how fast its bus is; writes 19 GB, in memory if there is room
 # peers      transformers' own speed on this machine
 # ranks      two GPUs: layouts against the CPU backend and transformers, requests that are cancelled, deaths of ranks, and Mixtral
 #            8x7B's shape in two halves
@@ -120,7 +120,7 @@ sanitizer() {
     check "memcheck: operations" sanitizer_figure gpu_test cases::all_cases_are_within_their_limits \
         compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9
     # Racecheck sees only what threads write to shared memory. It would report nothing about kernels for which TMA
-    # writes there and wgmma reads, right or wrong. (Of decode_tma, it sees what threads write if rope is part of it.)
+    # writes there and wgmma reads, right or wrong. (In decode_tma with rope, threads write the newest key and value; it checks those.)
     code=sm_$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)
     MIXTRAL_CODE=$code check "racecheck: operations, $code" sanitizer_figure gpu_test \
         cases::all_cases_are_within_their_limits compute-sanitizer --tool racecheck --error-exitcode 9

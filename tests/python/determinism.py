@@ -18,7 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-# More sequences than a step's attention takes together with rope on a GPU (eight), so that company and alone are different kernels.
+# More sequences than have rope and attention in one kernel on Hopper (eight), so that in company and alone are different kernels, if the
+# engine takes ten at once.
 LENGTHS = [1, 9, 16, 33, 64, 100, 130, 2, 40, 21]
 ALONE = 3
 OUTPUT = 16

@@ -66,7 +66,9 @@ def repeat_layer(checkpoint, gigabytes):
         for name, tensor in list(tensors.items()):
             if match := of_layer.match(name):
                 tensors |= {f"{match[1]}{i}{match[2]}": tensor.clone() for i in range(1, layers)}
-        save_file(tensors, file)
+        # Not into the file that the tensors still lie in.
+        save_file(tensors, file.with_suffix(".new"))
+        file.with_suffix(".new").rename(file)
     config = json.loads((checkpoint / "config.json").read_text()) | {"num_hidden_layers": layers}
     # These files are no longer those that convert wrote.
     for key in ("run_id", "seal", "headers"):
@@ -129,8 +131,8 @@ def main():
     parser.add_argument("--convert", default="", metavar="FLAGS", help="further flags of convert")
     parser.add_argument("--backend", choices=["cpu", "cuda"], default="cuda")
     args = parser.parse_args()
-    # The checkpoint, and the engine with its own copy; first a layer in bf16.
-    needed = int(2 * args.gigabytes * 1e9) + 4_000_000_000
+    # The checkpoint, which the engine shares, and first a layer in bf16, twice if it is not quantized.
+    needed = int(args.gigabytes * 1e9) + 7_000_000_000
     memory = Path("/dev/shm")
     has_room = memory.is_dir() and shutil.disk_usage(memory).free > needed
     with tempfile.TemporaryDirectory(prefix="load-", dir=memory if has_room else None) as scratch:

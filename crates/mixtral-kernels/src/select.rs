@@ -106,9 +106,9 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }
     };
     match (tokens, shape.grouped) {
-        // Tiles are tall, because a product of up to 24 columns takes as long as one of 24 (13 cycles), and because a weight is
-        // converted once for all columns of a tile. They are no wider than an expert's share of the tokens usually is, and loaded
-        // and multiplied in eights.
+        // Tiles have 256 rows, so that each warpgroup has two blocks, of which one is converted while the other is multiplied, and
+        // tokens are copied once for 256 rows. They are no wider than an expert's share of the tokens usually is, and loaded and
+        // multiplied in eights: of fewer than 24 columns a product takes no less time, but a copy does.
         (0..=64, true) if packed => ring(256, 32, 128, 2),
         (0..=16, grouped) => {
             let cols = if tokens <= 8 { 8 } else { 16 };

@@ -139,14 +139,27 @@ pub fn cases(dtype: DType) -> Vec<Case> {
 /// Linears and experts with weights of one format.
 pub(crate) fn cases_of(dtype: DType, word: &str) -> Vec<Case> {
     let sizes = [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 136, 24), (520, 264, 136)];
-    [linears(dtype, word, &sizes), vec![linear_of_some_rows(dtype, word)], experts(dtype, word, [160, 72])].concat()
+    let mut cases = linears(dtype, word, &sizes);
+    cases.push(linear_of_some_rows(dtype, word));
+    cases.extend(experts(dtype, word, [160, 72]));
+    // More blocks of K than a ring has stages, in steps of few, some and many tokens.
+    if dtype == DType::Bf16 {
+        let long = linears(dtype, word, &[(40, 2088, 72), (100, 1160, 24), (300, 648, 24)]);
+        cases.extend(long.into_iter().step_by(EPILOGUES.len()));
+        for (tokens, width) in [(40, 1160), (100, 904), (300, 520)] {
+            cases.extend(long_step(dtype, word, [width, 24], tokens));
+        }
+    }
+    cases
 }
+
+const EPILOGUES: [Epilogue; 3] = [Epilogue::Store, Epilogue::Residual, Epilogue::F32];
 
 /// Linears with weights of one format, by numbers of tokens, inputs and outputs.
 pub(crate) fn linears(dtype: DType, word: &str, sizes: &[(usize, usize, usize)]) -> Vec<Case> {
     let mut cases = Vec::new();
     for &(n, k, rows) in sizes {
-        for epilogue in [Epilogue::Store, Epilogue::Residual, Epilogue::F32] {
+        for epilogue in EPILOGUES {
             let mut a = assembly(dtype, n);
             let weight = a.quantized("w", format(word), &[rows, k], 0.3);
             let input = a.activation("x", Rows::Tokens, k);
