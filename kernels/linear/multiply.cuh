@@ -274,8 +274,8 @@ __device__ constexpr int turn_stages() {
 }
 
 // Whether a tile's products of N columns go in pairs of units. The ring must have the stages of a turn and of the next one, or warps would
-// wait for stages that they keep themselves; and two more, or nothing would be copied meanwhile. And registers must suffice for the
-// sums, the chains, the operands and the integers of two units.
+// wait for stages that they keep themselves; and two more, so that copies go on meanwhile. And registers must suffice for the sums, the
+// chains, the operands and the integers of two units.
 template <typename C, int N>
 __device__ constexpr bool go_in_pairs() {
     constexpr int SETS = turn_stages<C>() * C::BLOCKS;

@@ -138,19 +138,41 @@ pub fn cases(dtype: DType) -> Vec<Case> {
 
 /// Linears and experts with weights of one format.
 pub(crate) fn cases_of(dtype: DType, word: &str) -> Vec<Case> {
-    let sizes = [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 136, 24), (520, 264, 136)];
-    let mut cases = linears(dtype, word, &sizes);
-    cases.push(linear_of_some_rows(dtype, word));
-    cases.extend(experts(dtype, word, [160, 72]));
-    // More blocks of K than a ring has stages, in steps of few, some and many tokens.
-    if dtype == DType::Bf16 {
-        let long = linears(dtype, word, &[(40, 2088, 72), (100, 1160, 24), (300, 648, 24)]);
-        cases.extend(long.into_iter().step_by(EPILOGUES.len()));
-        for (tokens, width) in [(40, 1160), (100, 904), (300, 520)] {
-            cases.extend(long_step(dtype, word, [width, 24], tokens));
-        }
-    }
-    cases
+    let sizes = [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 144, 24), (520, 272, 136)];
+    let long = if dtype == DType::Bf16 && LONG.contains(&word) { long_cases(word) } else { Vec::new() };
+    [linears(dtype, word, &sizes), vec![linear_of_some_rows(dtype, word)], experts(dtype, word, [160, 80]), long]
+        .concat()
+}
+
+/// Formats of [`long_cases`]: a chain for each row, for 128 elements and for 32.
+pub const LONG: [&str; 3] = ["int8:row:f32", "int4:g128:bf16", "int4:g32:f16"];
+
+/// Linears and experts in bf16 whose K has more blocks of 128 elements than any ring of a Hopper kernel has stages, in steps of all of
+/// its tiles. TMA takes rows of packed weights if K is a multiple of 16.
+#[must_use]
+pub fn long_cases(word: &str) -> Vec<Case> {
+    let sizes = [
+        (5, 1680, 24),
+        (12, 1680, 24),
+        (20, 1680, 24),
+        (40, 2064, 72),
+        (150, 656, 24),
+        (180, 656, 24),
+        (270, 656, 24),
+        (520, 400, 136),
+    ];
+    let linears = linears(DType::Bf16, word, &sizes).into_iter().step_by(EPILOGUES.len());
+    let steps = [
+        (40, [1168, 32]),
+        (56, [1168, 32]),
+        (80, [912, 32]),
+        (100, [912, 32]),
+        (200, [656, 32]),
+        (300, [528, 32]),
+        (40, [32, 1168]),
+        (200, [32, 656]),
+    ];
+    linears.chain(steps.into_iter().flat_map(|(tokens, widths)| long_step(DType::Bf16, word, widths, tokens))).collect()
 }
 
 const EPILOGUES: [Epilogue; 3] = [Epilogue::Store, Epilogue::Residual, Epilogue::F32];

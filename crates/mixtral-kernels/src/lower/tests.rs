@@ -1,11 +1,14 @@
 //! Which kernels the operations of a layer of Mixtral 8x7B become.
 
+use std::collections::BTreeSet;
+
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, KvLayout, KvScale, Limits, Op, Program, Rows, Rung};
 use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::cases;
 use mixtral_testkit::decoder::{self, Geometry};
+use mixtral_testkit::quantized;
 
 use crate::select::CUBLASLT_ABOVE;
 use crate::{Family, Schedule, Target, Work, select};
@@ -172,6 +175,31 @@ fn cases_of_rope_and_decodes_are_computed_by_the_kernel_that_does_both() {
             && program.ops.iter().any(few_heads);
         assert_eq!(does_both, expected, "{}", case.name);
     }
+}
+
+/// A warp that waits for a stage of the ring which it keeps itself shows only if K has more blocks than the ring has stages.
+#[test]
+fn every_tile_of_packed_weights_has_a_case_that_is_longer_than_its_ring() {
+    let mut tiles = BTreeSet::new();
+    for (word, case) in
+        quantized::LONG.iter().flat_map(|word| quantized::long_cases(word).into_iter().map(move |c| (word, c)))
+    {
+        let schedule = Schedule::new(&case.assembly.program, Target { family: Family::Hopper }).expect("kernels");
+        let (_, work) = schedule.for_step(case.inputs.num_tokens(), false).expect("a regime");
+        for kernel in work.iter().filter_map(Work::kernel) {
+            let Some((kind, config)) = kernel.symbol.split_once("<linear::Config<weight::Quantized<") else { continue };
+            let (_, config) = config.split_once(">, ").expect("a format, then numbers");
+            let numbers: Vec<usize> = config.split(", ").map_while(|n| n.parse().ok()).collect();
+            let behind: Vec<usize> = config.split(", ").skip(8).map_while(|n| n.parse().ok()).collect();
+            let ([rows, cols, _, depth, stages, ..], [_, k, ..]) = (&numbers[..], &behind[..]) else {
+                panic!("{config}")
+            };
+            if k.div_ceil(*depth) > *stages {
+                tiles.insert(format!("{} {rows}x{cols} {word}", kind.trim_start_matches("linear::")));
+            }
+        }
+    }
+    insta::assert_snapshot!(tiles.into_iter().collect::<Vec<_>>().join("\n"));
 }
 
 #[test]
