@@ -98,12 +98,12 @@ pub fn linears(dtype: DType) -> Vec<Case> {
     // With scales for each row, and in two types for each token.
     let word = if dtype == DType::F16 { "fp8:row:static" } else { "fp8:row:token" };
     let some = [quantized::linears(dtype, word, &sizes[2..3]), quantized::experts(dtype, word, [144, 80])].concat();
-    let rows = [quantized::cases_of(dtype, word), some, extremes(dtype, word)].concat();
+    let rows = [quantized::cases_of(dtype, word, [160, 72]), some, extremes(dtype, word)].concat();
     // Steps of the tallest tiles, with one to three boxes of tokens in an expert's last tile; in bf16 with more blocks of K than a
     // ring has stages, and several tiles of rows.
     let widths = if dtype == DType::Bf16 { [528, 160] } else { [144, 80] };
     let long = [quantized::long_step(dtype, "fp8", widths, 360), quantized::long_step(dtype, word, [144, 80], 360)];
-    [quantized::cases_of(dtype, "fp8"), whole, extremes(dtype, "fp8"), rows, long.concat()].concat()
+    [quantized::cases_of(dtype, "fp8", [160, 72]), whole, extremes(dtype, "fp8"), rows, long.concat()].concat()
 }
 
 /// Inputs that are too small or too large for e4m3, or not numbers.

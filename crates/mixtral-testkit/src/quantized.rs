@@ -133,15 +133,14 @@ pub fn elements(weight: &Weight, source: &dyn WeightSource) -> Vec<f64> {
 /// Linears and experts with weights of every format.
 #[must_use]
 pub fn cases(dtype: DType) -> Vec<Case> {
-    FORMATS.into_iter().flat_map(|word| cases_of(dtype, word)).collect()
+    FORMATS.into_iter().flat_map(|word| cases_of(dtype, word, [160, 80])).collect()
 }
 
-/// Linears and experts with weights of one format.
-pub(crate) fn cases_of(dtype: DType, word: &str) -> Vec<Case> {
+/// Linears and experts with weights of one format, by the widths of tokens and of what lies between an expert's two linears.
+pub(crate) fn cases_of(dtype: DType, word: &str, widths: [usize; 2]) -> Vec<Case> {
     let sizes = [(1, 256, 48), (3, 200, 33), (9, 640, 64), (37, 72, 70), (200, 144, 24), (520, 272, 136)];
     let long = if dtype == DType::Bf16 && LONG.contains(&word) { long_cases(word) } else { Vec::new() };
-    [linears(dtype, word, &sizes), vec![linear_of_some_rows(dtype, word)], experts(dtype, word, [160, 80]), long]
-        .concat()
+    [linears(dtype, word, &sizes), vec![linear_of_some_rows(dtype, word)], experts(dtype, word, widths), long].concat()
 }
 
 /// Formats of [`long_cases`]: a chain for each row, for 128 elements and for 32.
