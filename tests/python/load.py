@@ -4,7 +4,7 @@
     load.py --mixtral PATH [--gigabytes N] [--backend cuda] [--convert "--qformat int4_wo --tp_size 2"]
 
 Writes a layer of Mixtral 8x7B's shape in bf16 as Hugging Face would and converts it. The checkpoint's layer is then repeated until there
-are N GB (so each format has as many bytes, and what a load costs besides counts the same for each), and an engine is built, in /dev/shm if
+are N GB (so each format has as many bytes, and a fixed time that any load takes counts the same for each), and an engine is built, in /dev/shm if
 that has room. `--convert` gives convert further flags: formats, or tensor parallelism. `mixtral bench` prints how long loading took.
 An engine of the same shape with dummy weights, which are made on the device, is loaded too: the difference is the time of the
 weights. For comparison, torch measures the rate of copies from pinned memory.
