@@ -62,10 +62,15 @@ impl LinearShape {
     }
 }
 
-/// Bytes of a kernel's ring. This is more than half of a multiprocessor's shared memory, so that a multiprocessor never
-/// runs two CTAs of one kernel. Each CTA's tiles are fixed beforehand, so two CTAs that shared a multiprocessor would
-/// finish long after all others.
+/// Bytes of a kernel's ring. They are more than [`ALONE`].
 const RING: u32 = 184 << 10;
+
+/// Stages that suffice, however small they are, if the ring is larger than [`ALONE`] with them.
+const STAGES: u32 = 12;
+
+/// With more bytes of shared memory, more than half of a multiprocessor's, a CTA has a multiprocessor to itself. What each CTA
+/// computes is fixed beforehand. So two that shared a multiprocessor would end long after all others.
+pub(crate) const ALONE: u32 = 114 << 10;
 
 /// Experts of packed weights stream them in steps of up to this many tokens. Of 16 tokens an expert of 8x7B gets about four,
 /// and of 8 about two. With more, tiles are faster: of int8 sooner, since it has twice the bytes for each product.
@@ -102,7 +107,8 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             // The same bytes of a row.
             WeightRows::Fp8(_) | WeightRows::Fp8Rows(..) => 2 * depth,
         };
-        let stages = (RING / stage_bytes(shape.weight, rows, cols, depth)).clamp(3, 12);
+        let stage = stage_bytes(shape.weight, rows, cols, depth);
+        let stages = (RING / stage).clamp(3, STAGES).max(ALONE / stage + 1);
         LinearPlan::Wgmma { rows, cols, depth, stages, warpgroups, cluster: 1, dynamic: false }
     };
     match (tokens, shape.grouped) {
@@ -280,7 +286,7 @@ mod tests {
         assert_eq!(
             dense[1..],
             [
-                "wgmma:32x16:k128:s12:w1:c1",
+                "wgmma:32x16:k128:s15:w1:c1",
                 "wgmma:64x128:k128:s4:w1:c1",
                 "wgmma:128x128:k128:s3:w2:c1",
                 "wgmma:128x192:k128:s3:w2:c2:dynamic"
@@ -289,6 +295,30 @@ mod tests {
         // Stored zeros take registers.
         assert_eq!(plans("int4:g64:f16:zeros", true, &[2048]), ["wgmma:256x128:k128:s3:w2:c2:dynamic"]);
         assert_eq!(plans("int8:g64:f16:zeros", true, &[2048]), ["wgmma:128x128:k128:s3:w2:c2:dynamic"]);
+    }
+
+    #[test]
+    fn a_cta_of_tiles_has_a_multiprocessor_to_itself() {
+        let words = ["int4:g128:bf16", "int4:g32:f32:zeros", "int4:row:f32", "int8:row:f32"];
+        let packed = words.map(|word| match word.parse() {
+            Ok(mixtral_model::WeightFormat::Quantized(quantization)) => {
+                WeightRows::Quantized(DType::Bf16, quantization)
+            }
+            _ => panic!("{word}"),
+        });
+        for weight in packed.into_iter().chain([WeightRows::Plain(DType::Bf16), WeightRows::Fp8(DType::Bf16)]) {
+            for (rows, depth) in
+                [(6144, 4096), (4096, 4096), (3072, 4096), (4096, 2048), (32000, 4096), (8192, 6144), (4096, 14336)]
+            {
+                for (grouped, tokens) in [false, true].into_iter().flat_map(|g| RUNGS.map(|tokens| (g, tokens))) {
+                    let shape = LinearShape { rows, depth, tokens: ElemType::Bf16, weight, silu_mul: false, grouped };
+                    let plan = plan(&shape, tokens, Family::Hopper);
+                    if let LinearPlan::Wgmma { rows, cols, depth, stages, .. } = plan {
+                        assert!(stages * stage_bytes(weight, rows, cols, depth) > ALONE, "{plan} of {shape:?}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

@@ -5,15 +5,11 @@ use mixtral_model::Quantization;
 
 use crate::lower::count;
 use crate::plan::Stream;
-use crate::select::{LinearShape, MULTIPROCESSORS};
+use crate::select::{ALONE, LinearShape, MULTIPROCESSORS};
 use crate::weight::WeightRows;
 
 /// The most bytes of shared memory of a CTA.
 const MOST: u32 = 227 << 10;
-
-/// Bytes of shared memory so that a multiprocessor has room for one CTA only: more than half of its memory. Each CTA's
-/// slabs are fixed beforehand, so two CTAs that shared a multiprocessor would finish long after all others.
-const ALONE: u32 = 114 << 10;
 
 /// Bytes of weights that the warps of a CTA have under way together. More gain nothing.
 const UNDER_WAY: u32 = 128 << 10;

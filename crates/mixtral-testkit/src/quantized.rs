@@ -151,8 +151,8 @@ pub const LONG: [&str; 3] = ["int8:row:f32", "int4:g128:bf16", "int4:g32:f16"];
 #[must_use]
 pub fn long_cases(word: &str) -> Vec<Case> {
     let sizes = [
-        (5, 1680, 24),
-        (12, 1680, 24),
+        (5, 2960, 24),
+        (12, 2192, 24),
         (20, 1680, 24),
         (40, 2064, 72),
         (150, 656, 24),
