@@ -133,7 +133,15 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
             LinearPlan::Wgmma { rows: 256, cols: 144, depth: 128, stages: 4, warpgroups: 2, cluster: 2, dynamic: true }
         }
         (257..=512, true) if !packed => ring(128, 192, 64, 2),
-        (17..=64, false) => ring(few_rows(shape.rows), if tokens <= 32 { 32 } else { 64 }, 128, 1),
+        (17..=64, false) => {
+            let cols = if tokens <= 32 { 32 } else { 64 };
+            // Of o's 4096 rows, tiles of 64 rows and half of the tokens are as many as tiles of 32 rows, and need less data where
+            // weights have fewer bytes than tokens.
+            match few_rows(shape.rows) {
+                32 if packed && 2 * shape.rows.div_ceil(64) <= MULTIPROCESSORS => ring(64, cols / 2, 128, 1),
+                rows => ring(rows, cols, 128, 1),
+            }
+        }
         (65..=256, false) if shape.rows.div_ceil(64) * tokens.div_ceil(128) <= MULTIPROCESSORS => ring(64, 128, 64, 1),
         // Larger tiles are better than a second round of tiles.
         (65..=512, false) if shape.rows.div_ceil(128) * tokens.div_ceil(128) <= MULTIPROCESSORS => {
