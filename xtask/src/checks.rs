@@ -2,7 +2,7 @@
 
 use std::process::Command;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::demo::run_stages;
 use crate::needs::{NEEDS, javascript, python, venv};
@@ -77,22 +77,28 @@ pub(crate) fn test(workspace: &Workspace, steps: &mut Steps, skip_python: bool) 
         println!("\nskipped, as asked: {}", skipped.join(", "));
         return steps.run(CARGO_TEST, || workspace.run(&mut cargo_test(workspace)));
     }
-    steps.run("what the tests need", || NEEDS.iter().try_for_each(|need| need.meet(workspace)))?;
+    steps.run(NEEDED, || needs(workspace))?;
     compile(workspace, steps)?;
     all_tests(workspace, steps)
+}
+
+/// Installs what the tests need and the machine lacks.
+pub(crate) fn needs(workspace: &Workspace) -> Result<()> {
+    NEEDS.iter().try_for_each(|need| need.meet(workspace))
 }
 
 /// The lints, the demo, and all that `test` does.
 pub(crate) fn ci(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     steps.run("formatting", || workspace.cargo(&["fmt", "--all", "--check"]))?;
     steps.run("tidy", || tidy(workspace))?;
-    steps.run("what the tests need", || NEEDS.iter().try_for_each(|need| need.meet(workspace)))?;
-    let clippy = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
-    steps.run("clippy", || workspace.cargo(&clippy))?;
-    let mut rustdoc = cargo();
-    rustdoc.args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings");
-    steps.run("rustdoc", || workspace.run(&mut rustdoc))?;
-    compile(workspace, steps)?;
+    beside(steps, NEEDED, needs_of_tests()?, |steps| {
+        let clippy = ["clippy", "--workspace", "--all-targets", "--", "--deny", "warnings"];
+        steps.run("clippy", || workspace.cargo(&clippy))?;
+        let mut rustdoc = cargo();
+        rustdoc.args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "--deny warnings");
+        steps.run("rustdoc", || workspace.run(&mut rustdoc))?;
+        compile(workspace, steps)
+    })?;
     steps.run("demo", || run_stages(workspace))?;
     all_tests(workspace, steps)
 }
@@ -106,6 +112,7 @@ pub(crate) fn bench(workspace: &Workspace) -> Result<()> {
 }
 
 const CARGO_TEST: &str = "cargo test";
+const NEEDED: &str = "what the tests need";
 
 /// Compiles the tests and the tool in one build. A second build with other features would compile half of the
 /// dependencies again.
@@ -116,13 +123,32 @@ fn compile(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
 /// Runs cargo's tests, and at the same time the checks in Python, which have a single thread and leave a core free. The
 /// output of cargo's tests is printed last, so that the log ends with their results.
 fn all_tests(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
+    let mut tests = cargo_test(workspace);
+    tests.current_dir(&workspace.root);
+    beside(steps, CARGO_TEST, tests, |steps| python_checks(workspace, steps))
+}
+
+/// Runs a program, and steps at the same time. The program's output is printed when both have ended.
+fn beside(
+    steps: &mut Steps,
+    name: &str,
+    mut program: Command,
+    others: impl FnOnce(&mut Steps) -> Result<()>,
+) -> Result<()> {
     std::thread::scope(|scope| {
-        let tests = scope.spawn(|| Captured::run(cargo_test(workspace).current_dir(&workspace.root)));
-        let python = python_checks(workspace, steps);
-        let tests = tests.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        steps.add(CARGO_TEST, tests)?;
-        python
+        let program = scope.spawn(move || Captured::run(&mut program));
+        let others = others(steps);
+        let captured = program.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        steps.add(name, captured)?;
+        others
     })
+}
+
+/// The command that installs what the tests need. That waits for a network more than for a processor, so it runs beside compilers.
+fn needs_of_tests() -> Result<Command> {
+    let mut needs = Command::new(std::env::current_exe().context("finding this program")?);
+    needs.arg("needs");
+    Ok(needs)
 }
 
 /// The command that runs cargo's tests. If the Python environment was made, the tests find NVRTC there.

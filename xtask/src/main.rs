@@ -39,6 +39,8 @@ enum Command {
         #[arg(long)]
         skip_python: bool,
     },
+    /// What the tests need, installed if it is missing
+    Needs,
     /// Formatting, clippy, rustdoc, tidy, demo and test
     Ci,
     /// The workspace's rules that no compiler checks: dependencies, unsafe code, names, lengths, links
@@ -71,6 +73,7 @@ fn run(command: &Command, steps: &mut Steps) -> Result<()> {
     match command {
         Command::Demo => demo::demo(&workspace),
         Command::Test { skip_python } => checks::test(&workspace, steps, *skip_python),
+        Command::Needs => checks::needs(&workspace),
         Command::Ci => checks::ci(&workspace, steps),
         Command::Tidy => tidy::tidy(&workspace),
         Command::Bench => checks::bench(&workspace),
