@@ -201,7 +201,7 @@ __device__ __forceinline__ bool tile_at(Tiles& tiles, int index, sched::Tile& ti
     return found;
 }
 
-// A step of few tokens reads each weight once; a step of many tokens reads it many times.
+// A step of few tokens reads each weight once, or in two tiles at about the same time. A step of many tokens reads it many times.
 template <typename C>
 __device__ __forceinline__ constexpr u64 weight_policy() {
     return C::COLS >= 128 ? tma::EVICT_NORMAL : tma::EVICT_FIRST;

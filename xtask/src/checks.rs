@@ -128,19 +128,21 @@ fn all_tests(workspace: &Workspace, steps: &mut Steps) -> Result<()> {
     beside(steps, CARGO_TEST, tests, |steps| python_checks(workspace, steps))
 }
 
-/// Runs a program, and steps at the same time. The program's output is printed when both have ended.
+/// Runs a program, and steps at the same time. The program's output is printed when both have ended. If both fail, the error is that of
+/// the steps.
 fn beside(
     steps: &mut Steps,
     name: &str,
     mut program: Command,
     others: impl FnOnce(&mut Steps) -> Result<()>,
 ) -> Result<()> {
+    println!("\n({name}: at the same time as what follows)");
     std::thread::scope(|scope| {
         let program = scope.spawn(move || Captured::run(&mut program));
         let others = others(steps);
         let captured = program.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
-        steps.add(name, captured)?;
-        others
+        let added = steps.add(name, captured);
+        others.and(added)
     })
 }
 

@@ -135,10 +135,10 @@ pub fn plan(shape: &LinearShape, tokens: usize, family: Family) -> LinearPlan {
         (257..=512, true) if !packed => ring(128, 192, 64, 2),
         (17..=64, false) => {
             let cols = if tokens <= 32 { 32 } else { 64 };
-            // Of o's 4096 rows, tiles of 64 rows and half of the tokens are as many as tiles of 32 rows, and need less data where
-            // weights have fewer bytes than tokens.
+            // Tiles of 64 rows and half of the tokens are as many as tiles of 32 rows. They need less data where weights have
+            // fewer bytes than tokens.
             match few_rows(shape.rows) {
-                32 if packed && 2 * shape.rows.div_ceil(64) <= MULTIPROCESSORS => ring(64, cols / 2, 128, 1),
+                32 if packed => ring(64, cols / 2, 128, 1),
                 rows => ring(rows, cols, 128, 1),
             }
         }

@@ -146,17 +146,19 @@ pub(crate) fn cases_of(dtype: DType, word: &str, widths: [usize; 2]) -> Vec<Case
 /// Formats of [`long_cases`]: a chain for each row, for 128 elements and for 32.
 pub const LONG: [&str; 3] = ["int8:row:f32", "int4:g128:bf16", "int4:g32:f16"];
 
-/// Linears and experts in bf16 whose K has more blocks of 128 elements than any ring of a Hopper kernel has stages, in steps of all of
-/// its tiles. TMA takes rows of packed weights if K is a multiple of 16.
+/// Linears and experts in bf16 whose K has more blocks of 128 elements than the ring of the tile that computes them on Hopper has stages,
+/// for every tile that a Mixtral's linears take. TMA takes rows of packed weights if K is a multiple of 16.
 #[must_use]
 pub fn long_cases(word: &str) -> Vec<Case> {
     let sizes = [
         (5, 2960, 24),
         (12, 2192, 24),
         (20, 1680, 24),
-        (20, 1552, 4240),
+        (9, 1936, 4240),
+        (17, 1552, 4240),
         (40, 2064, 72),
-        (40, 1168, 4240),
+        (33, 1168, 4240),
+        (33, 1168, 6400),
         (150, 656, 24),
         (180, 656, 24),
         (270, 656, 24),

@@ -4,14 +4,15 @@ use std::collections::BTreeSet;
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, KvLayout, KvScale, Limits, Op, Program, Rows, Rung};
-use mixtral_model::{DType, ElemType, MoeNormalization};
+use mixtral_model::{DType, ElemType, MoeNormalization, WeightFormat};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::cases;
 use mixtral_testkit::decoder::{self, Geometry};
 use mixtral_testkit::quantized;
 
-use crate::select::CUBLASLT_ABOVE;
-use crate::{Family, Schedule, Target, Work, select};
+use crate::plan::RUNGS;
+use crate::select::{CUBLASLT_ABOVE, LinearShape};
+use crate::{Family, LinearPlan, Schedule, Target, WeightRows, Work, select};
 
 fn name(text: &str) -> String {
     text.to_owned()
@@ -177,7 +178,8 @@ fn cases_of_rope_and_decodes_are_computed_by_the_kernel_that_does_both() {
     }
 }
 
-/// A warp that waits for a stage of the ring which it keeps itself shows only if K has more blocks than the ring has stages.
+/// A warp that waits for a stage of the ring which it keeps itself shows only if K has more blocks than the ring has stages. So of three
+/// formats each tile that Mixtral's linears run has a case with such a K.
 #[test]
 fn every_tile_of_packed_weights_has_a_case_that_is_longer_than_its_ring() {
     let mut tiles = BTreeSet::new();
@@ -196,6 +198,25 @@ fn every_tile_of_packed_weights_has_a_case_that_is_longer_than_its_ring() {
             };
             if k.div_ceil(*depth) > *stages {
                 tiles.insert(format!("{} {rows}x{cols} {word}", kind.trim_start_matches("linear::")));
+            }
+        }
+    }
+    // What Mixtral 8x7B and 8x22B run, alone and in two ranks: q/k/v and o, gate/up and down.
+    let dense = [[6144, 4096], [4096, 4096], [8192, 6144], [6144, 6144], [3072, 4096], [4096, 2048]]
+        .map(|shape| (false, shape));
+    let grouped =
+        [[28672, 4096], [4096, 14336], [32768, 6144], [6144, 16384], [14336, 4096]].map(|shape| (true, shape));
+    for (word, (grouped, [rows, depth])) in
+        quantized::LONG.iter().flat_map(|word| dense.iter().chain(&grouped).map(move |shape| (word, *shape)))
+    {
+        let Ok(WeightFormat::Quantized(format)) = word.parse() else { panic!("{word}") };
+        let weight = WeightRows::Quantized(DType::Bf16, format);
+        let shape =
+            LinearShape { rows, depth, tokens: ElemType::Bf16, weight, silu_mul: grouped && rows > depth, grouped };
+        for tokens in RUNGS.into_iter().chain([8192]) {
+            if let LinearPlan::Wgmma { rows, cols, .. } = select::plan(&shape, tokens, Family::Hopper) {
+                let tile = format!("{} {rows}x{cols} {word}", if grouped { "grouped" } else { "dense" });
+                assert!(tiles.contains(&tile), "{tile} of {shape:?} and {tokens} tokens");
             }
         }
     }
