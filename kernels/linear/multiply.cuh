@@ -284,7 +284,7 @@ __device__ constexpr bool go_in_pairs() {
     return C::BLOCKS <= 2 && N <= 64 && C::STAGES >= 2 * turn_stages<C>() + 2 && REGISTERS <= 200;
 }
 
-// The same with larger units. A unit is a chain of a block of 64 rows (of whole rows: 128 elements). Units go in pairs: while the tensor
+// The same, where a unit is a chain of a block of 64 rows (of whole rows: 128 elements). Units go in pairs: while the tensor
 // cores compute one, the warpgroup converts the other. With few columns two products take only 26 cycles, less than the conversion of the
 // next two; a whole chain hides more of it. Of two blocks the chains take turns; of one block they follow each other.
 template <typename C, int N>

@@ -268,8 +268,7 @@ mod tests {
     #[test]
     fn packed_weights_go_to_three_kernels() {
         let plans = |word: &str, grouped: bool, tokens: &[usize]| -> Vec<String> {
-            let Ok(mixtral_model::WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
-            let weight = WeightRows::Quantized(DType::Bf16, quantization);
+            let weight = WeightRows::packed(word);
             let shape =
                 LinearShape { rows: 4096, depth: 14336, tokens: ElemType::Bf16, weight, silu_mul: false, grouped };
             tokens.iter().map(|&n| plan(&shape, n, Family::Hopper).to_string()).collect()
@@ -308,23 +307,29 @@ mod tests {
     #[test]
     fn a_cta_of_tiles_has_a_multiprocessor_to_itself() {
         let words = ["int4:g128:bf16", "int4:g32:f32:zeros", "int4:row:f32", "int8:row:f32"];
-        let packed = words.map(|word| match word.parse() {
-            Ok(mixtral_model::WeightFormat::Quantized(quantization)) => {
-                WeightRows::Quantized(DType::Bf16, quantization)
-            }
-            _ => panic!("{word}"),
+        let others = [WeightRows::Plain(DType::Bf16), WeightRows::Fp8(DType::Bf16)];
+        // Rows of 2064 elements have no whole blocks, so no kernel streams them and few tokens go to tiles too.
+        let sizes = [
+            (6144, 4096),
+            (4096, 4096),
+            (3072, 4096),
+            (4096, 2048),
+            (4096, 2064),
+            (32000, 4096),
+            (8192, 6144),
+            (4096, 14336),
+        ];
+        let shapes = words.map(WeightRows::packed).into_iter().chain(others).flat_map(|weight| {
+            sizes.into_iter().flat_map(move |(rows, depth)| {
+                let shape =
+                    LinearShape { rows, depth, tokens: ElemType::Bf16, weight, silu_mul: false, grouped: false };
+                [shape, LinearShape { grouped: true, ..shape }]
+            })
         });
-        for weight in packed.into_iter().chain([WeightRows::Plain(DType::Bf16), WeightRows::Fp8(DType::Bf16)]) {
-            for (rows, depth) in
-                [(6144, 4096), (4096, 4096), (3072, 4096), (4096, 2048), (32000, 4096), (8192, 6144), (4096, 14336)]
-            {
-                for (grouped, tokens) in [false, true].into_iter().flat_map(|g| RUNGS.map(|tokens| (g, tokens))) {
-                    let shape = LinearShape { rows, depth, tokens: ElemType::Bf16, weight, silu_mul: false, grouped };
-                    let plan = plan(&shape, tokens, Family::Hopper);
-                    if let LinearPlan::Wgmma { rows, cols, depth, stages, .. } = plan {
-                        assert!(stages * stage_bytes(weight, rows, cols, depth) > ALONE, "{plan} of {shape:?}");
-                    }
-                }
+        for (shape, tokens) in shapes.flat_map(|shape| RUNGS.map(|tokens| (shape, tokens))) {
+            let plan = plan(&shape, tokens, Family::Hopper);
+            if let LinearPlan::Wgmma { rows, cols, depth, stages, .. } = plan {
+                assert!(stages * stage_bytes(shape.weight, rows, cols, depth) > ALONE, "{plan} of {shape:?}");
             }
         }
     }

@@ -95,13 +95,12 @@ impl Stream {
 
 #[cfg(test)]
 mod tests {
-    use mixtral_model::{DType, ElemType, WeightFormat};
+    use mixtral_model::ElemType;
 
     use super::*;
 
     fn shape(word: &str, rows: usize, depth: usize, grouped: bool) -> LinearShape {
-        let Ok(WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
-        let weight = WeightRows::Quantized(DType::Bf16, quantization);
+        let weight = WeightRows::packed(word);
         LinearShape { rows, depth, tokens: ElemType::Bf16, weight, silu_mul: false, grouped }
     }
 

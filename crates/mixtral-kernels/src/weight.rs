@@ -300,6 +300,15 @@ impl Packing {
 }
 
 #[cfg(test)]
+impl WeightRows {
+    /// Packed rows of a bf16 model, by the name of their format.
+    pub(crate) fn packed(word: &str) -> WeightRows {
+        let Ok(WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
+        WeightRows::Quantized(DType::Bf16, quantization)
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 
@@ -355,15 +364,9 @@ mod tests {
 
     #[test]
     fn packed_weights_are_slabs_of_blocks() {
-        let packing = |word: &str, rows, interleaved| {
-            let Ok(WeightFormat::Quantized(quantization)) = word.parse() else { panic!("{word}") };
-            Packing {
-                format: WeightRows::Quantized(DType::Bf16, quantization),
-                experts: 2,
-                rows,
-                cols: 200,
-                interleaved,
-            }
+        let packing = |word, rows, interleaved| {
+            let format = WeightRows::packed(word);
+            Packing { format, experts: 2, rows, cols: 200, interleaved }
         };
         // Two blocks of 1024 bytes of integers, with 16 scales each.
         let groups = packing("int4:g128:bf16", 33, false);

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use mixtral_engine::op::FusedNorm;
 use mixtral_engine::{Epilogue, KvLayout, KvScale, Limits, Op, Program, Rows, Rung};
-use mixtral_model::{DType, ElemType, MoeNormalization, WeightFormat};
+use mixtral_model::{DType, ElemType, MoeNormalization};
 use mixtral_testkit::assembly::Assembly;
 use mixtral_testkit::cases;
 use mixtral_testkit::decoder::{self, Geometry};
@@ -209,8 +209,7 @@ fn every_tile_of_packed_weights_has_a_case_that_is_longer_than_its_ring() {
     for (word, (grouped, [rows, depth])) in
         quantized::LONG.iter().flat_map(|word| dense.iter().chain(&grouped).map(move |shape| (word, *shape)))
     {
-        let Ok(WeightFormat::Quantized(format)) = word.parse() else { panic!("{word}") };
-        let weight = WeightRows::Quantized(DType::Bf16, format);
+        let weight = WeightRows::packed(word);
         let shape =
             LinearShape { rows, depth, tokens: ElemType::Bf16, weight, silu_mul: grouped && rows > depth, grouped };
         for tokens in RUNGS.into_iter().chain([8192]) {
